@@ -1,0 +1,74 @@
+"""The buffer protocol at the library's edge: any contiguous buffer in, a flat byte view out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from warabi.errors import InvalidBuffer, OutOfBounds
+
+MAX_SIZE = (1 << 63) - 1
+"""The largest size and offset, in bytes: what a Linux ``off_t`` holds."""
+
+
+def readable(data: Any, what: str) -> memoryview:
+    """A flat, contiguous byte view of *data*, without a copy.
+
+    Raises:
+        InvalidBuffer: *data* has no buffer, or its elements are not C-contiguous.
+    """
+    try:
+        view = memoryview(data)
+    except TypeError:
+        name = type(data).__name__
+        raise InvalidBuffer(f"{what}: expected an object with a buffer, got {name}") from None
+    if view.ndim == 1 and view.format == "B" and view.contiguous:
+        return view
+    if not view.c_contiguous:
+        raise InvalidBuffer(
+            f"{what}: the buffer is not C-contiguous (shape {view.shape}, strides {view.strides})"
+        )
+    if view.nbytes == 0:
+        return memoryview(b"") if view.readonly else memoryview(bytearray())
+    return view.cast("B")
+
+
+def writable(data: Any, what: str) -> memoryview:
+    """As :func:`readable`, for a destination.
+
+    Raises:
+        InvalidBuffer: as :func:`readable`, or *data* is read-only.
+    """
+    view = readable(data, what)
+    if view.readonly:
+        raise InvalidBuffer(f"{what}: the destination buffer is read-only")
+    return view
+
+
+def checked_size(value: Any, what: str) -> int:
+    """*value* as a size or offset in bytes.
+
+    Raises:
+        OutOfBounds: not an integer, negative, or beyond 2**63 - 1.
+    """
+    if type(value) is not int:
+        # NumPy integers count; a bool or a float is somebody's mistake.
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise OutOfBounds(f"{what} must be an integer number of bytes, got {value!r}")
+        value = value.__index__()
+    if not 0 <= value <= MAX_SIZE:
+        raise OutOfBounds(f"{what} must be between 0 and {MAX_SIZE} bytes, got {value}")
+    return int(value)
+
+
+def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:
+    """Immutable bytes of *size*, filled in place by *fill*: no second copy.
+
+    ``BytesIO`` owns the only reference to its buffer here, lends it out writable, and hands it
+    back as bytes.
+    """
+    owner = io.BytesIO(bytes(size))
+    with owner.getbuffer() as view:
+        fill(view)
+    return owner.getvalue()

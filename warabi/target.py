@@ -1,0 +1,578 @@
+"""A target: catalogue and storage as one, with every check in one place.
+
+Threads and locks
+-----------------
+``_lock`` guards the catalogue, the inodes and the book-keeping here.  It is held for short
+steps, never while bytes move or a medium is waited for, and is the outermost lock: storage
+locks nest inside it, the catalogue's sync lock is taken without it.
+
+A region is *entered* by reads and writes side by side (``Inode.users``), and *closed* by
+whoever resizes it (``Inode.exclusive``), who waits for those inside.  ``erase`` waits for
+nobody: it marks the region dead, and the last one out frees the bytes.
+
+Durability order of ``persist``: the data, the directory entry of its file, then the catalogue
+commit that mentions the region.  Bytes of an erased region are freed only after the commit
+that forgets it is on the medium.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from warabi.backends import Storage
+from warabi.buffers import checked_size, filled_bytes, readable, writable
+from warabi.catalogue import Attributes, Catalogue, Inode, translate
+from warabi.errors import InvalidRegion, OutOfBounds, StorageFull, TargetNotFound, WouldBlock
+from warabi.namespace import Namespace
+from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
+
+COMMIT_INTERVAL = 5.0
+"""Seconds after which volatile changes of the catalogue are committed without being asked."""
+
+
+class RegionStat(NamedTuple):
+    """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
+
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    names: list[str]
+
+
+class _Guard:
+    """The target's lock, as a context that translates SQLite's errors on the way out."""
+
+    __slots__ = ("_catalogue", "_changed", "_lock")
+
+    def __init__(self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event) -> None:
+        self._lock = lock
+        self._catalogue = catalogue
+        self._changed = changed
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._catalogue.trim()
+            if self._catalogue.uncommitted:
+                self._changed.set()
+        finally:
+            self._lock.release()
+        if isinstance(error, sqlite3.Error):
+            raise translate(error, self._catalogue.path) from error
+
+
+class Target:
+    """Regions and their names on one catalogue and one storage.
+
+    Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it
+    would have to wait for another call or for the medium, and has then done nothing.
+
+    Args:
+        catalogue: which regions exist.
+        storage: where their bytes are.
+        capacity: quota on the sum of region sizes, in bytes; None for none.
+        on_closing: called once when the target begins to close.
+        on_close: called once after the target was closed.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        storage: Storage,
+        *,
+        capacity: int | None = None,
+        on_closing: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._catalogue = catalogue
+        self._storage = storage
+        self._capacity = capacity
+        self._on_closing = on_closing
+        self._on_close = on_close
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)  # a region may have become free
+        self._waiters = 0
+        self._inside = 0  # calls in any region, for close
+        self._closed = False
+        self._changed = threading.Event()  # the catalogue has something to commit
+        self._guard = _Guard(self._lock, catalogue, self._changed)
+        self._freed: list[tuple[int, RegionID]] = []  # to erase from storage after a change synced
+        self._largest = storage.room()[0]
+        self._stop = threading.Event()
+        self.blocking = storage.blocking
+        if not catalogue.clean:
+            self._recover()
+        self.namespace = Namespace(catalogue, self._guard, self)
+        self._committer: threading.Thread | None = None
+        if catalogue.path is not None:
+            self._committer = threading.Thread(
+                target=self._commit_regularly, name="warabi-commit", daemon=True
+            )
+            self._committer.start()
+
+    @property
+    def uuid(self) -> str:
+        """The target's own identity, for as long as it exists."""
+        return self._catalogue.uuid
+
+    # Entering and leaving regions
+
+    def _find(self, region: RegionID, what: str) -> Inode:
+        """The region's inode, alive; the lock is held."""
+        if self._closed:
+            raise TargetNotFound(f"{what}: the target is closed")
+        inode = self._catalogue.by_rid.get(region) if type(region) is RegionID else None
+        if inode is None:
+            try:
+                inode = self._catalogue.region(region) if type(region) is RegionID else None
+            except sqlite3.Error as error:
+                raise translate(error, self._catalogue.path) from error
+            if inode is None:
+                raise InvalidRegion(f"{what}: no region {region!r} in this target")
+        return inode
+
+    def _enter(self, region: RegionID, what: str, wait: bool) -> Inode:
+        with self._lock:
+            inode = self._find(region, what)
+            while inode.exclusive:
+                self._wait(wait)
+                self._check_alive(inode, what)
+            inode.users += 1
+            self._inside += 1
+            return inode
+
+    def _leave(self, inode: Inode, *, wrote: bool = False) -> None:
+        with self._lock:
+            inode.users -= 1
+            self._inside -= 1
+            if wrote and not inode.dead:
+                self._touch(inode)
+            if inode.dead and not inode.users:
+                self._free(inode)
+            if self._waiters:
+                self._idle.notify_all()
+        if self._freed:
+            self._reap()
+
+    def _enter_exclusive(self, region: RegionID, what: str, wait: bool) -> Inode:
+        with self._lock:
+            inode = self._find(region, what)
+            while inode.exclusive or (not wait and inode.users):
+                self._wait(wait)
+                self._check_alive(inode, what)
+            inode.exclusive = True  # from now on nobody new gets in
+            self._inside += 1
+            try:
+                while inode.users:
+                    self._wait(wait)
+                self._check_alive(inode, what)
+            except BaseException:
+                inode.exclusive = False
+                self._inside -= 1
+                raise
+            return inode
+
+    def _leave_exclusive(self, inode: Inode) -> None:
+        with self._lock:
+            inode.exclusive = False
+            self._inside -= 1
+            if inode.dead:
+                self._free(inode)
+            if self._waiters:
+                self._idle.notify_all()
+        if self._freed:
+            self._reap()
+
+    def _wait(self, wait: bool) -> None:
+        if not wait:
+            raise WouldBlock
+        self._waiters += 1
+        try:
+            self._idle.wait()
+        finally:
+            self._waiters -= 1
+
+    def _check_alive(self, inode: Inode, what: str) -> None:
+        if inode.dead:
+            raise InvalidRegion(f"{what}: {inode.rid!r} was erased")
+
+    def _touch(self, inode: Inode) -> None:
+        inode.mtime = inode.ctime = time.time_ns()
+        self._catalogue.touch(inode, durable=False)
+        if not self._changed.is_set():
+            self._changed.set()
+
+    def _bounds(self, inode: Inode, what: str, offset: int, size: int) -> None:
+        if offset + size > inode.size:
+            raise OutOfBounds(
+                f"{what} {inode.rid!r}: {size} bytes at offset {offset} end beyond its"
+                f" {inode.size} bytes"
+            )
+
+    def _reserve(self, extra: int, what: str) -> None:
+        """Refuse growth beyond the quota; the lock is held."""
+        if self._capacity is not None and self._catalogue.used + extra > self._capacity:
+            raise StorageFull(
+                f"{what}: {extra} more bytes do not fit, {self._catalogue.used} of"
+                f" {self._capacity} bytes are used"
+            )
+
+    # Regions
+
+    def create(self, size: int) -> RegionID:
+        """A new region of *size* zero bytes, without a name.
+
+        Raises:
+            OutOfBounds: *size* is no integer of at least 0.
+            StorageFull: it exceeds the quota, or could never fit on the medium.
+        """
+        size = checked_size(size, "create: size")
+        with self._guard:
+            return self.new_region(0o644, None, None, size, anonymous=True).rid
+
+    def new_region(
+        self, mode: int, uid: int | None, gid: int | None, size: int = 0, *, anonymous: bool = False
+    ) -> Inode:
+        """As :meth:`create`, for callers that hold the guard and are about to name the region."""
+        if self._closed:
+            raise TargetNotFound("create: the target is closed")
+        self._reserve(size, "create")
+        if size > self._largest:
+            raise StorageFull(
+                f"create: {size} bytes can never fit, the medium has {self._largest} bytes in all"
+            )
+        root = self._catalogue.get(1)
+        owner = (0, 0) if root is None else (root.uid, root.gid)
+        inode = self._catalogue.add(
+            stat.S_IFREG | stat.S_IMODE(mode),
+            owner[0] if uid is None else uid,
+            owner[1] if gid is None else gid,
+            size=size,
+            anonymous=anonymous,
+        )
+        try:
+            self._storage.create(inode.rid, size)
+        except BaseException:
+            self._catalogue.remove(inode)
+            raise
+        return inode
+
+    def write(
+        self, region: RegionID, offset: int, data: Any, persist: bool = False,
+        *, extend: bool = False, wait: bool = True,
+    ) -> None:  # fmt: skip
+        """Store *data*, any contiguous buffer, at *offset* bytes.
+
+        With *extend* a write beyond the end grows the region; a gap reads as zero.
+
+        Raises:
+            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
+            StorageFull, StorageError: the medium; the extent's content is then undefined.
+        """
+        view = readable(data, "write: data")
+        offset = checked_size(offset, "write: offset")
+        inode = self._enter(region, "write", wait)
+        wrote = False
+        try:
+            growing = extend and offset + len(view) > inode.size
+            if not growing:
+                self._bounds(inode, "write", offset, len(view))
+                if view:
+                    self._storage.write(region, offset, view)
+                    wrote = True
+        finally:
+            self._leave(inode, wrote=wrote)
+        if growing:
+            self._write_growing(region, offset, view, wait)
+        if persist:
+            self.persist(region, offset, len(view))
+
+    def _write_growing(self, region: RegionID, offset: int, view: memoryview, wait: bool) -> None:
+        inode = self._enter_exclusive(region, "write", wait)
+        try:
+            self._resize_inside(inode, max(inode.size, offset + len(view)), "write")
+            self._storage.write(region, offset, view)
+            with self._lock:
+                self._touch(inode)
+        finally:
+            self._leave_exclusive(inode)
+
+    def read_into(self, region: RegionID, offset: int, buffer: Any, *, wait: bool = True) -> None:
+        """Fill *buffer*, any writable contiguous buffer, from *offset* bytes.
+
+        Raises:
+            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is read.
+            StorageError, CorruptTarget: the medium.
+        """
+        view = writable(buffer, "read: buffer")
+        offset = checked_size(offset, "read: offset")
+        inode = self._enter(region, "read", wait)
+        try:
+            self._bounds(inode, "read", offset, len(view))
+            if view:
+                if wait:
+                    self._storage.read_into(region, offset, view)
+                else:
+                    self._storage.read_into_nowait(region, offset, view)
+        finally:
+            self._leave(inode)
+
+    def read(self, region: RegionID, offset: int, size: int) -> bytes:
+        """Exactly *size* bytes from *offset*; raises as :meth:`read_into`."""
+        offset = checked_size(offset, "read: offset")
+        size = checked_size(size, "read: size")
+        with self._lock:  # refuse before the memory for an absurd size is asked for
+            self._bounds(self._find(region, "read"), "read", offset, size)
+        return filled_bytes(size, lambda view: self.read_into(region, offset, view))
+
+    def persist(self, region: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        """Return when the extent and all that is needed to find it again are on the medium.
+
+        With *times* the region's timestamps are too, as ``fsync`` promises and ``fdatasync``
+        does not.
+
+        Raises:
+            InvalidRegion, OutOfBounds: the arguments.
+            StorageError: the medium refused now, or an earlier persist met a failure that the
+                kernel does not report twice.
+        """
+        offset = checked_size(offset, "persist: offset")
+        size = checked_size(size, "persist: size")
+        inode = self._enter(region, "persist", True)
+        try:
+            self._bounds(inode, "persist", offset, size)
+            self._storage.persist(region, offset, size)
+            if times or not self._catalogue.is_synced(inode.changed):
+                self._commit()
+        finally:
+            self._leave(inode)
+
+    def erase(self, region: RegionID) -> None:
+        """Remove a region and all its names.  Calls inside it still end well.
+
+        Raises:
+            InvalidRegion: unknown or erased already.
+        """
+        with self._guard:
+            inode = self._find(region, "erase")
+            self.namespace.forget_names(inode)
+            self.discard(inode)
+        self._reap()
+
+    def discard(self, inode: Inode) -> None:
+        """Forget a nameless inode, and its bytes; the guard is held."""
+        self._catalogue.remove(inode)
+        inode.dead = True
+        if stat.S_ISREG(inode.mode) and not (inode.users or inode.exclusive):
+            self._free(inode)
+
+    def _free(self, inode: Inode) -> None:
+        self._freed.append((self._catalogue.change, inode.rid))
+        self._changed.set()
+
+    def _reap(self) -> None:
+        """Erase from storage what the catalogue on the medium no longer mentions."""
+        with self._lock:
+            due = [rid for change, rid in self._freed if self._catalogue.is_synced(change)]
+            if due:
+                self._freed = [e for e in self._freed if not self._catalogue.is_synced(e[0])]
+        for rid in due:
+            self._storage.erase(rid)
+
+    def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
+        """A new region of just *data*; when anything fails, no region remains."""
+        view = readable(data, "create_and_write: data")
+        region = self.create(len(view))
+        try:
+            self.write(region, 0, view, persist)
+        except BaseException:
+            self.erase(region)
+            raise
+        return region
+
+    def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
+        """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.
+
+        Space is not reserved: a region may grow beyond what the medium can fill.
+
+        Raises:
+            InvalidRegion, OutOfBounds: the arguments; no medium can address *size*.
+            StorageFull: it exceeds the quota.
+        """
+        size = checked_size(size, "resize: size")
+        inode = self._enter_exclusive(region, "resize", wait)
+        try:
+            self._resize_inside(inode, size, "resize")
+            with self._lock:
+                self._touch(inode)
+        finally:
+            self._leave_exclusive(inode)
+
+    def _resize_inside(self, inode: Inode, size: int, what: str) -> None:
+        if size == inode.size:
+            return
+        with self._lock:
+            self._reserve(max(0, size - inode.size), what)
+        self._storage.resize(inode.rid, size)
+        with self._lock:
+            if not inode.dead:
+                self._catalogue.resize(inode, size)
+
+    def size(self, region: RegionID) -> int:
+        """The region's size in bytes."""
+        with self._lock:
+            return self._find(region, "size").size
+
+    def stat(self, region: RegionID) -> RegionStat:
+        """Size, times and names of a region."""
+        with self._guard:
+            inode = self._find(region, "stat")
+            return RegionStat(
+                inode.size, inode.atime, inode.mtime, inode.ctime, self.namespace.paths(inode)
+            )
+
+    def list(self, after: RegionID | None = None, limit: int = 1000) -> list[RegionID]:
+        """Up to *limit* IDs of live regions in slot order, those after *after*."""
+        limit = min(checked_size(limit, "list: limit"), 10000)
+        with self._guard:
+            if self._closed:
+                raise TargetNotFound("list: the target is closed")
+            slot = 0 if after is None else RegionID(after).slot
+            return [a.region for a in self._catalogue.regions(slot, limit, anonymous=False)]
+
+    def room(self) -> tuple[int, int, int]:
+        """Total and available bytes under quota and medium, and the number of regions."""
+        total, available = self._storage.room()
+        with self._lock:
+            if self._capacity is not None:
+                total = min(total, self._capacity)
+                available = min(available, max(0, self._capacity - self._catalogue.used))
+            return total, available, self._catalogue.count
+
+    # Life of the target
+
+    def commit(self) -> None:
+        """Make every change of the catalogue durable, and then free what erased regions held."""
+        with self._lock:
+            if self._closed:
+                raise TargetNotFound("persist: the target is closed")
+            self._inside += 1
+        try:
+            self._commit()
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._waiters:
+                    self._idle.notify_all()
+
+    def _commit(self) -> None:
+        """As :meth:`commit`, by a caller that keeps the target from closing."""
+        with self._guard:
+            change = self._catalogue.commit()
+        self._catalogue.sync(change)
+        if self._freed:
+            self._reap()
+
+    def sync(self) -> None:
+        """Make everything written so far durable: data first, then the catalogue."""
+        self._storage.persist_all()
+        self.commit()
+
+    def _commit_regularly(self) -> None:
+        while True:
+            self._changed.wait()
+            if self._stop.wait(COMMIT_INTERVAL):
+                return
+            self._changed.clear()
+            try:
+                self.commit()
+            except TargetNotFound:
+                return
+            except Exception:
+                log.exception("commit of %s failed; the next persist will say so", self._catalogue.path)
+
+    def _recover(self) -> None:
+        """After a crash: drop bytes that no row mentions, believe the files' sizes."""
+        catalogue = self._catalogue
+        orphaned = resized = 0
+        for inode in catalogue.orphans():
+            catalogue.remove(inode)
+        for rid, size in self._storage.scan():
+            found = catalogue.region(rid)
+            if found is None:
+                # Never persisted, or erased: the catalogue on the medium knows nothing of it.
+                self._storage.erase(rid)
+                orphaned += 1
+            elif found.size != size:
+                catalogue.resize(found, size)
+                resized += 1
+            catalogue.trim()
+        if orphaned or resized:
+            log.warning(
+                "%s was not closed: removed %d unfinished regions, took the size of %d from their files",
+                catalogue.path, orphaned, resized,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Persist everything and let go of the medium.  Idempotent; never deletes a region.
+
+        Waits for calls in flight.  Later calls raise ``TargetNotFound``.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            while self._inside:
+                self._wait(True)
+        self._on_closing()
+        self._stop.set()
+        self._changed.set()
+        if self._committer is not None:
+            self._committer.join()
+        try:
+            self._storage.persist_all()
+            with self._guard:
+                for inode in self._catalogue.orphans():
+                    self.discard(inode)
+            self._commit()
+        finally:
+            try:
+                with self._lock:
+                    self._catalogue.close()
+            finally:
+                self._storage.close()
+                self._on_close()
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def regions(self) -> Iterator[RegionID]:
+        """Every region, page by page; those created meanwhile may or may not appear."""
+        page = self.list()
+        while page:
+            yield from page
+            page = self.list(page[-1])
+
+
+__all__ = ["Attributes", "RegionStat", "Target"]
