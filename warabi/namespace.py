@@ -489,16 +489,6 @@ class Namespace:
         """Remove the name *path*; with its last name a region is erased."""
         self.unlink(*self._split(path))
 
-    def list_names(self, path: str = "/") -> list[str]:
-        """The names in the directory at *path*, nameless regions' IDs included."""
-        ino = self.resolve(path).ino
-        names: list[str] = []
-        after = b""
-        while page := self.readdir(ino, after, 10000):
-            names += [os.fsdecode(name) for name, _ in page]
-            after = page[-1][0]
-        return names
-
     def _split(self, path: str) -> tuple[int, bytes]:
         parts = _parts(path)
         if not parts:

@@ -52,15 +52,19 @@ class RegionStat(NamedTuple):
 class _Guard:
     """The target's lock, as a context that translates SQLite's errors on the way out."""
 
-    __slots__ = ("_catalogue", "_changed", "_lock")
+    __slots__ = ("_catalogue", "_changed", "_lock", "closed")
 
     def __init__(self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event) -> None:
         self._lock = lock
         self._catalogue = catalogue
         self._changed = changed
+        self.closed = False
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        if self.closed:
+            self._lock.release()
+            raise TargetNotFound("the target is closed")
 
     def __exit__(
         self,
@@ -252,8 +256,6 @@ class Target:
         self, mode: int, uid: int | None, gid: int | None, size: int = 0, *, anonymous: bool = False
     ) -> Inode:
         """As :meth:`create`, for callers that hold the guard and are about to name the region."""
-        if self._closed:
-            raise TargetNotFound("create: the target is closed")
         self._reserve(size, "create")
         if size > self._largest:
             raise StorageFull(
@@ -453,8 +455,6 @@ class Target:
         """Up to *limit* IDs of live regions in slot order, those after *after*."""
         limit = min(checked_size(limit, "list: limit"), 10000)
         with self._guard:
-            if self._closed:
-                raise TargetNotFound("list: the target is closed")
             slot = 0 if after is None else RegionID(after).slot
             return [a.region for a in self._catalogue.regions(slot, limit, anonymous=False)]
 
@@ -556,6 +556,7 @@ class Target:
         finally:
             try:
                 with self._lock:
+                    self._guard.closed = True
                     self._catalogue.close()
             finally:
                 self._storage.close()

@@ -1,0 +1,205 @@
+"""Addresses of engines: what they say, and how to reach them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from warabi.errors import ConfigError, ConnectionFailed, PermissionDenied
+
+LOCAL = "na+sm"
+_TCP_SCHEMES = ("tcp", "ofi+tcp", "ofi+tcp;ofi_rxm", "na+tcp")
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+;_]*)(?:://(?P<rest>.*))?")
+_counter = itertools.count()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A parsed address.
+
+    Attributes:
+        scheme: as written, such as ``na+sm`` or ``ofi+tcp``.
+        name: ``<pid>-<n>`` of a local engine; empty for TCP and for "any".
+        host: of TCP, without brackets.
+        port: of TCP; 0 for "any".
+    """
+
+    scheme: str
+    name: str = ""
+    host: str = ""
+    port: int = 0
+
+    @property
+    def local(self) -> bool:
+        return self.scheme == LOCAL
+
+    def __str__(self) -> str:
+        if self.local:
+            return f"{self.scheme}://{self.name}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def parse(text: str, *, complete: bool = True) -> Endpoint:
+    """The endpoint that *text* names.
+
+    Args:
+        text: ``na+sm``, ``na+sm://<pid>-<n>``, ``tcp``, ``ofi+tcp://host:port`` and the like.
+        complete: whether it must be possible to connect to it; a listener may leave parts out.
+
+    Raises:
+        ConfigError: it is no such address.
+    """
+    match = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ConfigError(f"address {text!r}: expected SCHEME or SCHEME://..., such as na+sm")
+    scheme, rest = match["scheme"], match["rest"] or ""
+    if scheme == LOCAL:
+        if rest and not re.fullmatch(r"\d+-\d+", rest):
+            raise ConfigError(f"address {text!r}: expected na+sm://<pid>-<n>")
+        if complete and not rest:
+            raise ConfigError(f"address {text!r}: names no engine, expected na+sm://<pid>-<n>")
+        return Endpoint(scheme, name=rest)
+    if scheme not in _TCP_SCHEMES:
+        known = ", ".join((LOCAL, *_TCP_SCHEMES))
+        raise ConfigError(f"address {text!r}: unknown transport {scheme!r}, expected one of {known}")
+    host, port = _host_and_port(text, rest)
+    if complete and not (host and port):
+        raise ConfigError(f"address {text!r}: expected {scheme}://host:port")
+    return Endpoint(scheme, host=host or "127.0.0.1", port=port)
+
+
+def _host_and_port(text: str, rest: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(?:\[(?P<v6>[^]]+)\]|(?P<host>[^:/\[\]]*))(?::(?P<port>\d+))?", rest)
+    if match is None or int(match["port"] or 0) > 65535:
+        raise ConfigError(f"address {text!r}: expected host:port with a port up to 65535")
+    return match["v6"] or match["host"] or "", int(match["port"] or 0)
+
+
+def runtime_directory(uid: int) -> Path:
+    """Where the local sockets of user *uid* are; the same for every process of that user."""
+    override = os.environ.get("WARABI_RUNTIME_DIR")
+    return Path(override) if override else Path("/tmp") / f"warabi-{uid}"
+
+
+def listen(wanted: Endpoint, *, insecure: bool) -> tuple[socket.socket, Endpoint]:
+    """A listening, non-blocking socket for *wanted*, and the endpoint that reaches it.
+
+    Raises:
+        ConfigError: the host is unknown, or the address is in use.
+        PermissionDenied: not allowed, or beyond loopback without *insecure*.
+    """
+    if wanted.local:
+        return _listen_local()
+    try:
+        infos = socket.getaddrinfo(
+            wanted.host, wanted.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise ConfigError(f"address {wanted}: {error.strerror or error}") from None
+    family, _, _, _, where = infos[0]
+    loopback = str(where[0]).startswith("127.") or where[0] == "::1"
+    if not (loopback or insecure):
+        raise PermissionDenied(
+            f"address {wanted}: is not loopback, and the connection is neither encrypted nor"
+            ' authenticated; the engine configuration {"insecure": true} allows it nevertheless'
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"address {wanted}: cannot listen: {error.strerror}") from error
+    return listener, Endpoint(wanted.scheme, host=wanted.host, port=listener.getsockname()[1])
+
+
+def _listen_local() -> tuple[socket.socket, Endpoint]:
+    directory = runtime_directory(os.getuid())
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        info = directory.lstat()
+    except OSError as error:
+        raise ConfigError(f"directory {directory}: {error.strerror}") from error
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise PermissionDenied(f"directory {directory}: must be a directory of mode 0700 of this user")
+    _remove_stale(directory)
+    endpoint = Endpoint(LOCAL, name=f"{os.getpid()}-{next(_counter)}")
+    path = directory / f"{endpoint.name}.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)  # of an earlier process with our pid
+        listener.bind(str(path))
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"socket {path}: cannot listen: {error.strerror}") from error
+    return listener, endpoint
+
+
+def _remove_stale(directory: Path) -> None:
+    """Remove sockets that killed processes left behind."""
+    for path in directory.glob("*-*.sock"):
+        pid = path.name.split("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            path.unlink(missing_ok=True)
+
+
+def local_path(endpoint: Endpoint) -> Path:
+    """The socket of a local engine: in the directory of the user whose process it is."""
+    pid = endpoint.name.split("-")[0]
+    try:
+        uid = Path("/proc", pid).stat().st_uid
+    except OSError:
+        uid = os.getuid()
+    return runtime_directory(uid) / f"{endpoint.name}.sock"
+
+
+def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
+    """A connected, blocking socket.
+
+    Raises:
+        ConnectionFailed: nobody listens there, or not within *timeout* seconds.
+        PermissionDenied: the peer is not who it should be.
+    """
+    family = socket.AF_UNIX if endpoint.local else socket.AF_INET
+    try:
+        if not endpoint.local:
+            client = socket.create_connection((endpoint.host, endpoint.port), timeout)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            client = socket.socket(family, socket.SOCK_STREAM)
+            client.settimeout(timeout)
+            try:
+                client.connect(str(local_path(endpoint)))
+            except BaseException:
+                client.close()
+                raise
+    except PermissionError as error:
+        raise PermissionDenied(f"connect to {endpoint}: {error.strerror}") from error
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = "no such engine"
+        raise ConnectionFailed(f"connect to {endpoint}: {reason}") from error
+    if endpoint.local and peer_uid(client) not in (os.getuid(), 0) and os.getuid() != 0:
+        client.close()
+        raise PermissionDenied(f"connect to {endpoint}: the peer is another user's process")
+    client.settimeout(None)
+    return client
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user that runs the process at the other end of a local socket."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid

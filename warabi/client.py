@@ -1,0 +1,340 @@
+"""The blocking client: ``Client``, ``TargetHandle`` and asynchronous requests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from warabi import address as _address
+from warabi.buffers import checked_size, filled_bytes, readable, writable
+from warabi.engine import Engine
+from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
+from warabi.link import DirectLink, Link, WireLink
+from warabi.operations import PAGE
+from warabi.region import RegionID
+from warabi.request import Request
+from warabi.target import RegionStat
+
+__all__ = [
+    "AsyncCreateRequest",
+    "AsyncRequest",
+    "Client",
+    "Exception",
+    "RegionID",
+    "RegionStat",
+    "TargetHandle",
+]
+
+
+class AsyncRequest:
+    """An operation under way.  Dropping it neither cancels the operation nor harms others."""
+
+    def __init__(self, link: Link, requests: Sequence[Request]) -> None:
+        self._link = link
+        self._requests = requests
+
+    def wait(self) -> Any:
+        """Return, None, when the operation is done; raise what it raised.  May be called again."""
+        self._last()
+
+    def _last(self) -> Any:
+        # All of them end before the first error is raised: none may touch a buffer afterwards.
+        failure: Exception | None = None
+        result = None
+        for request in self._requests:
+            try:
+                result = self._link.wait(request)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return result
+
+    def completed(self) -> bool:
+        """Whether :meth:`wait` would return at once; becomes true without anybody waiting."""
+        for request in self._requests:
+            if not request.done:
+                self._link.poll(request)
+        return all(request.done for request in self._requests)
+
+
+class AsyncCreateRequest(AsyncRequest):
+    """As :class:`AsyncRequest`, of an operation that makes a region."""
+
+    def wait(self) -> RegionID:
+        """The new region's ID."""
+        region: RegionID = self._last()
+        return region
+
+
+class TargetHandle:
+    """A target, wherever it is.  ``TargetHandle()`` is none: it is false and its calls fail.
+
+    Thread-safe.  Sizes and offsets are in bytes.  ``data`` is any object with a contiguous
+    buffer, ``buffer`` a writable one.  Besides what each method tells, every call raises
+    ``TargetNotFound`` or ``ProviderNotFound`` when there is no target, ``ConnectionFailed`` or
+    ``ConnectionLost`` when its provider cannot be reached (any more), ``TimedOut`` when it does
+    not answer, ``StorageError`` when the medium fails, and ``OutOfBounds`` for an extent outside
+    the region or a number that is no size.
+    """
+
+    def __init__(self, link: Link | None = None) -> None:
+        self._maybe_link = link
+
+    @property
+    def _link(self) -> Link:
+        if self._maybe_link is None:
+            raise TargetNotFound("the handle was made without a target; use make_target_handle()")
+        return self._maybe_link
+
+    def __bool__(self) -> bool:
+        return self._maybe_link is not None
+
+    # Regions
+
+    def create(self, size: int) -> RegionID:
+        """A new region of *size* zero bytes.
+
+        Raises:
+            StorageFull: no room, or *size* could never fit.
+        """
+        region: RegionID = self._link.call("create", checked_size(size, "create: size"))
+        return region
+
+    def create_async(self, size: int) -> AsyncCreateRequest:
+        """As :meth:`create`, not waiting."""
+        size = checked_size(size, "create: size")
+        return AsyncCreateRequest(self._link, self._link.start("create", size))
+
+    def write(self, region: RegionID, offset: int, data: Any, persist: bool = False) -> None:
+        """Store *data* at *offset*; with *persist*, durably.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            InvalidBuffer: *data* has no contiguous buffer.
+            StorageFull: the medium has no room.
+        """
+        view = readable(data, "write: data")
+        offset = checked_size(offset, "write: offset")
+        self._link.write(RegionID(region), offset, view, bool(persist), False)
+
+    def write_async(
+        self, region: RegionID, offset: int, data: Any, persist: bool = False
+    ) -> AsyncRequest:
+        """As :meth:`write`, not waiting; *data* must not change until it is done."""
+        view = readable(data, "write: data")
+        offset = checked_size(offset, "write: offset")
+        requests = self._link.start_write(RegionID(region), offset, view, bool(persist))
+        return AsyncRequest(self._link, requests)
+
+    def read(self, region: RegionID, offset: int, size: int) -> bytes:
+        """Exactly *size* bytes from *offset*.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        offset = checked_size(offset, "read: offset")
+        size = checked_size(size, "read: size")
+        region = RegionID(region)
+        if size > 1 << 20:  # a size that only a mistake explains must not be allocated
+            have = self.size(region)
+            if offset + size > have:
+                raise OutOfBounds(
+                    f"read {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
+                )
+        return filled_bytes(size, lambda view: self._link.read_into(region, offset, view))
+
+    def read_into(self, region: RegionID, offset: int, buffer: Any) -> None:
+        """Fill *buffer* from *offset*.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            InvalidBuffer: *buffer* is read-only or not contiguous.
+        """
+        view = writable(buffer, "read_into: buffer")
+        offset = checked_size(offset, "read_into: offset")
+        self._link.read_into(RegionID(region), offset, view)
+
+    def read_async(self, region: RegionID, offset: int, buffer: Any) -> AsyncRequest:
+        """As :meth:`read_into`, not waiting; *buffer* is filled when the request is done."""
+        view = writable(buffer, "read_async: buffer")
+        offset = checked_size(offset, "read_async: offset")
+        return AsyncRequest(self._link, self._link.start_read(RegionID(region), offset, view))
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        """Return when the extent is on the medium, and will be found there after a crash.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        self._link.call("persist", *self._extent(region, offset, size), False)
+
+    def persist_async(self, region: RegionID, offset: int, size: int) -> AsyncRequest:
+        """As :meth:`persist`, not waiting."""
+        extent = self._extent(region, offset, size)
+        return AsyncRequest(self._link, self._link.start("persist", *extent, False))
+
+    @staticmethod
+    def _extent(region: RegionID, offset: int, size: int) -> tuple[RegionID, int, int]:
+        return (
+            RegionID(region),
+            checked_size(offset, "persist: offset"),
+            checked_size(size, "persist: size"),
+        )
+
+    def erase(self, region: RegionID) -> None:
+        """Remove the region, and its names.
+
+        Raises:
+            InvalidRegion: unknown or erased already.
+        """
+        self._link.call("erase", RegionID(region))
+
+    def erase_async(self, region: RegionID) -> AsyncRequest:
+        """As :meth:`erase`, not waiting."""
+        return AsyncRequest(self._link, self._link.start("erase", RegionID(region)))
+
+    def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
+        """A new region of just *data*; with *persist*, durable.
+
+        Raises:
+            InvalidBuffer: *data* has no contiguous buffer.
+            StorageFull: no room; no region remains.
+        """
+        return self._link.create_and_write(readable(data, "create_and_write: data"), bool(persist))
+
+    def create_and_write_async(self, data: Any, persist: bool = False) -> AsyncCreateRequest:
+        """As :meth:`create_and_write`, not waiting; *data* must not change until it is done."""
+        view = readable(data, "create_and_write: data")
+        requests = self._link.start_create_and_write(view, bool(persist))
+        return AsyncCreateRequest(self._link, requests)
+
+    def size(self, region: RegionID) -> int:
+        """The region's size.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        size: int = self._link.call("size", RegionID(region))
+        return size
+
+    def stat(self, region: RegionID) -> RegionStat:
+        """The region's size, times (ns since the epoch) and paths in the tree of names.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        found: RegionStat = self._link.call("stat", RegionID(region))
+        return found
+
+    def list(self, page_size: int = PAGE) -> Iterator[RegionID]:
+        """Every region, in an order of the target's own, *page_size* of them a request.
+
+        Regions created or erased meanwhile may or may not appear.
+        """
+        last = RegionID()
+        page_size = max(1, checked_size(page_size, "list: page_size"))
+        while page := self._link.call("list", last, page_size):
+            yield from page
+            last = page[-1]
+
+    def resize(self, region: RegionID, size: int) -> None:
+        """Grow or shrink the region to *size*; its ID stays, new bytes read as zero.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            StorageFull: it would exceed the quota.
+        """
+        self._link.call("resize", RegionID(region), checked_size(size, "resize: size"))
+
+    # Names
+
+    def open_name(self, path: str) -> RegionID:
+        """The region at *path* in the tree that a mount shows.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR, or EISDIR or EINVAL for what is no region.
+        """
+        region: RegionID = self._link.call("open_name", os.fspath(path))
+        return region
+
+    def link_name(self, region: RegionID, path: str) -> None:
+        """Give the region the name *path*, in a directory that exists.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            PathError: with ``errno`` EEXIST when the name is taken, ENOENT, ENOTDIR.
+        """
+        self._link.call("link_name", RegionID(region), os.fspath(path))
+
+    def unlink_name(self, path: str) -> None:
+        """Remove the name *path*.  A region without names left is erased.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, or EISDIR for a directory.
+        """
+        self._link.call("unlink_name", os.fspath(path))
+
+    def list_names(self, path: str = "/") -> Iterator[str]:
+        """The names in the directory at *path*; the root also has the IDs of nameless regions.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR.
+        """
+        directory = self._link.call("resolve", os.fspath(path)).ino
+        last = b""
+        while page := self._link.call("readdir", directory, last, PAGE):
+            yield from (os.fsdecode(name) for name, _ in page)
+            last = page[-1][0]
+
+    # Tuning
+
+    def set_eager_write_threshold(self, size: int) -> None:
+        """Send data of up to *size* bytes inside the request's header; 2048 unless changed."""
+        self._link.eager_write = checked_size(size, "set_eager_write_threshold: size")
+
+    def set_eager_read_threshold(self, size: int) -> None:
+        """Get data of up to *size* bytes inside the reply's header; 2048 unless changed."""
+        self._link.eager_read = checked_size(size, "set_eager_read_threshold: size")
+
+
+class Client:
+    """Makes handles to targets, through an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        if not isinstance(engine, Engine):
+            raise ConfigError(f"Client: expected an Engine, got {type(engine).__name__}")
+        self._engine = engine
+
+    def make_target_handle(self, address: str, provider_id: int) -> TargetHandle:
+        """A handle to the target of a provider.
+
+        Raises:
+            ConfigError: a malformed address or ID.
+            ConnectionFailed, ProtocolError, TimedOut: no engine answers there.
+            ProviderNotFound: that engine has no such provider.
+        """
+        text = str(_address.parse(str(address)))
+        if isinstance(provider_id, bool) or not isinstance(provider_id, int) or not 0 <= provider_id <= 65535:
+            raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
+        runtime = self._engine._state.runtime
+        if runtime is not None and str(self._engine.addr()) == text:
+            return TargetHandle(DirectLink(runtime.find(provider_id)))
+        connections = self._engine._state.connections
+        link = WireLink(lambda: connections.get(text), provider_id)
+        link.call("ping")
+        return TargetHandle(link)
+
+    def get_config(self) -> str:
+        """The client's settings, as JSON text."""
+        return json.dumps({"timeout": self._engine._state.connections.timeout})
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing to close: connections are the engine's."""
+
+

@@ -1,0 +1,285 @@
+"""A blocking client's connection: its own socket I/O, in the threads that call it.
+
+There is no background thread.  Any number of threads share a connection; requests are
+pipelined.  Whoever waits for a reply while nobody reads becomes the reader and finishes other
+threads' requests too, until its own is done; then it wakes another waiter to take over.
+
+Locks: ``_send_lock`` is held while one frame is written.  ``_mutex`` guards who reads and the
+table of requests; it is innermost and never held over a system call.  A sender that finds the
+socket full reads replies while it waits, for the provider may be stuck until somebody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from warabi import address, errors, wire
+from warabi.address import Endpoint
+from warabi.errors import ConnectionLost, ProtocolError, TimedOut
+from warabi.request import Request, reply_id
+from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
+
+TIMEOUT = 60.0
+"""Default seconds without an answer after which a call gives up."""
+_CONNECT_TIMEOUT = 10.0
+_LOOK_AROUND = 1.0  # seconds after which a blocked receive looks at its deadline
+Buffers = list[bytes | memoryview]
+
+
+class Connection:
+    """A connection to the engine at *endpoint*.
+
+    Raises:
+        ConnectionFailed: nobody listens there.
+        ProtocolError: something else does.
+        TimedOut: it does not answer the opening.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout: float = TIMEOUT) -> None:
+        self.endpoint = endpoint
+        self.timeout = timeout
+        self._ids = itertools.count(1)
+        self._requests: dict[int, Request] = {}
+        self._send_lock = threading.Lock()
+        self._mutex = threading.Lock()
+        self._reading = False
+        self._lost: errors.Exception | None = None
+        self._message: Message | None = None  # whose payload is arriving
+        self._wire = wire.Connection(Limits())
+        self._socket = address.connect(endpoint, min(timeout, _CONNECT_TIMEOUT))
+        # Blocking with a receive timeout: one system call per reply, and still no endless wait.
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(_LOOK_AROUND), 0)
+        )
+        try:
+            self.limits = self._open(time.monotonic() + min(timeout, _CONNECT_TIMEOUT))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _open(self, deadline: float) -> Limits:
+        try:
+            self._socket.sendall(wire.opening(self._wire.limits))
+            while (event := self._wire.next_event()) is NEED_DATA:
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"{self.endpoint}: connected, but nothing answers")
+                try:
+                    self._wire.received(self._socket.recv_into(self._wire.buffer()))
+                except BlockingIOError:
+                    continue
+        except OSError as error:
+            raise ConnectionLost(f"{self.endpoint}: {error.strerror} while connecting") from error
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.endpoint}: {error}") from None
+        if not isinstance(event, Opened):
+            raise ProtocolError(f"{self.endpoint}: no opening")
+        return event.limits
+
+    @property
+    def own_limits(self) -> Limits:
+        """What this side is ready to receive; ``limits`` is what the provider is."""
+        return self._wire.limits
+
+    @property
+    def usable(self) -> bool:
+        return self._lost is None
+
+    # Sending
+
+    def submit(self, request: Request, header: list[Any], payload: memoryview | None = None) -> None:
+        """Send *request*, whose header lacks only its ID, in front.
+
+        Raises:
+            ConnectionLost, TimedOut: it cannot be sent.
+        """
+        with self._mutex:
+            if self._lost is not None:
+                raise self._lost
+            request_id = next(self._ids)
+            self._requests[request_id] = request
+        size = 0 if payload is None else len(payload)
+        parts: Buffers = [wire.frame([request_id, *header], size)]
+        if payload is not None:
+            parts.append(payload)
+        try:
+            with self._send_lock:
+                self._send(parts, request)
+        except BaseException:
+            with self._mutex:
+                self._requests.pop(request_id, None)
+            raise
+
+    def _send(self, parts: Buffers, request: Request) -> None:
+        deadline = time.monotonic() + self.timeout
+        try:
+            while parts:
+                try:
+                    sent = self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    deadline = time.monotonic() + self.timeout
+                except BlockingIOError:
+                    self._wait_for_room(deadline)
+                    continue
+                while parts and sent >= len(parts[0]):
+                    sent -= len(parts.pop(0))
+                if parts:
+                    parts[0] = memoryview(parts[0])[sent:]
+        except OSError as error:
+            self.poll()  # what the provider said before it closed tells more than a broken pipe
+            raise self._fail(f"{request.what}: {error.strerror}") from error
+        except BaseException:
+            self._fail(f"{request.what}: interrupted while it was being sent")
+            raise
+
+    def _wait_for_room(self, deadline: float) -> None:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT | select.POLLIN)
+        for _, event in poller.poll(_LOOK_AROUND * 1000):
+            if event & select.POLLIN and not self.poll():
+                time.sleep(0.0005)  # another thread is reading
+            return
+        if time.monotonic() > deadline:
+            raise TimedOut(str(self._fail("the provider takes no more requests", TimedOut)))
+
+    # Receiving
+
+    def wait(self, request: Request) -> Any:
+        """The result of *request*.
+
+        Raises:
+            TimedOut: no answer within ``timeout`` seconds.  The request may still take effect.
+            ConnectionLost: the provider went.
+        """
+        deadline = time.monotonic() + self.timeout
+        while not request.done:
+            with self._mutex:
+                reader = not self._reading
+                if reader:
+                    self._reading = True
+                elif request.event is None:
+                    request.event = threading.Event()
+            if reader:
+                self._read(lambda: request.done, deadline, request)
+            elif request.done:
+                break  # finished before it had an event to set
+            elif not request.event.wait(max(0.0, deadline - time.monotonic())):
+                self._time_out(request)
+            else:
+                request.event.clear()
+        return request.outcome()
+
+    def poll(self) -> bool:
+        """Take the replies that have arrived, without waiting; False when another thread reads."""
+        with self._mutex:
+            if self._reading or self._lost is not None:
+                return False
+            self._reading = True
+        self._read(None, 0.0, None)
+        return True
+
+    def _read(self, enough: Callable[[], bool] | None, deadline: float, request: Request | None) -> None:
+        """Be the reader until *enough*, or with None until nothing more is there."""
+        flags = 0 if enough else socket.MSG_DONTWAIT
+        try:
+            while enough is None or not enough():
+                event = self._wire.next_event()
+                if event is not NEED_DATA:
+                    self._take(event)
+                    continue
+                try:
+                    count = self._socket.recv_into(self._wire.buffer(), 0, flags)
+                except BlockingIOError:
+                    if enough is None:
+                        return
+                    if request is not None and time.monotonic() > deadline:
+                        self._time_out(request)
+                    continue
+                if count == 0:
+                    self._fail("the provider closed the connection")
+                    return
+                self._wire.received(count)
+        except ProtocolError as error:
+            self._fail(str(error), ProtocolError)
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+        except TimedOut:
+            raise
+        except BaseException:
+            self._fail("interrupted while a reply was being received")
+            raise
+        finally:
+            with self._mutex:
+                self._reading = False
+                waiting = (r.event for r in self._requests.values() if r.event is not None)
+                successor = next(waiting, None)
+                if self._lost is not None:
+                    self._socket.close()
+            if successor is not None:
+                successor.set()
+
+    def _take(self, event: wire.Event) -> None:
+        if isinstance(event, Message):
+            request = self._requests.get(reply_id(event))
+            if event.payload:
+                place = request.into if request is not None else None
+                if place is not None and len(place) != event.payload:
+                    raise ProtocolError(f"a payload of {event.payload} bytes, {len(place)} were asked for")
+                self._wire.accept_payload(place)
+                self._message = event
+            else:
+                self._finish(event)
+        elif event is PAYLOAD_DONE and self._message is not None:
+            message, self._message = self._message, None
+            self._finish(message)
+
+    def _finish(self, message: Message) -> None:
+        with self._mutex:
+            request = self._requests.pop(message.header[0], None)
+        if request is not None:
+            request.take_reply(message)
+
+    def _time_out(self, request: Request) -> None:
+        """Give up on *request*; its late reply must not touch the caller's buffer."""
+        if self._message is not None and self._requests.get(self._message.header[0]) is request:
+            self._fail(f"{request.what}: its reply stopped half way")
+        request.into = None
+        error = TimedOut(f"{request.what}: no answer from {self.endpoint} in {self.timeout:g} s")
+        request.finish(error=error)
+
+    # The end
+
+    def _fail(
+        self, reason: str, kind: type[errors.Exception] = ConnectionLost
+    ) -> errors.Exception:
+        """Give up the connection: every request on it fails."""
+        with self._mutex:
+            if self._lost is None:
+                self._lost = kind(f"{self.endpoint}: {reason}")
+            lost = self._lost
+            failed, self._requests = list(self._requests.values()), {}
+            if not self._reading:
+                self._socket.close()
+            else:  # the reader closes it: its descriptor must not become another file meanwhile
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+        for request in failed:
+            request.finish(error=kind(f"{request.what}: {lost}"))
+        return lost
+
+    def close(self, patience: float = 5.0) -> None:
+        """Wait for requests in flight, which must not be lost, and close."""
+        deadline = time.monotonic() + patience
+        while self._requests and self.usable and time.monotonic() < deadline:
+            if not self.poll():
+                time.sleep(0.001)
+                continue
+            if self._requests and self.usable:
+                select.select([self._socket], [], [], 0.01)
+        self._fail("the client was closed")

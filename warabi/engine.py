@@ -1,0 +1,277 @@
+"""Engines: the process's end of the network, serving or not.
+
+A serving engine runs a Trio loop in a background thread (``runtime.py``); a client's engine has
+no thread, its calls do their own I/O.  Neither keeps the interpreter from exiting: an engine
+that is collected or outlived is finalized then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from warabi import address, errors
+from warabi.address import Endpoint
+from warabi.connection import TIMEOUT, Connection
+
+if TYPE_CHECKING:
+    from warabi.runtime import Runtime
+
+
+class Mode(enum.Enum):
+    """Whether an engine serves, or only calls others."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+client = Mode.CLIENT
+server = Mode.SERVER
+
+
+class Address:
+    """Where an engine can be reached; ``str()`` gives the text for other processes."""
+
+    def __init__(self, text: str, engine: Engine | None = None) -> None:
+        self._text = text
+        self._engine = engine
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Address({self._text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Address) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def shutdown(self) -> None:
+        """Ask the engine there to finalize.
+
+        Raises:
+            PermissionDenied: it has not enabled remote shutdown.
+            ConnectionFailed: nobody listens there.
+        """
+        from warabi.link import WireLink
+
+        if self._engine is None:
+            raise errors.ConnectionFailed(f"shutdown {self._text}: the address has no engine")
+        connections = self._engine._state.connections
+        WireLink(lambda: connections.get(self._text), 0).call("shutdown")
+
+
+class Connections:
+    """The connections of one engine to others, one for each address, made when first needed."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._open: dict[str, Connection] = {}
+        self._closed = False
+
+    def get(self, text: str) -> Connection:
+        """A usable connection to *text*; raises as ``Connection`` does."""
+        found = self._open.get(text)
+        if found is not None and found.usable:
+            return found
+        with self._lock:
+            if self._closed:
+                raise errors.ConnectionFailed(f"connect to {text}: the engine is finalized")
+            found = self._open.get(text)
+            if found is None or not found.usable:
+                found = self._open[text] = Connection(address.parse(text), self.timeout)
+            return found
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for connection in self._open.values():
+                connection.close()
+            self._open.clear()
+
+
+class _State:
+    """What an engine holds.  It never refers to the ``Engine``, so that one can be collected."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections = connections
+        self.runtime: Runtime | None = None
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self.finalized = threading.Event()
+        self.wanted = threading.Event()  # wait_for_finalize() should return
+        self.before: list[Callable[[], object]] = []
+        self.after: list[Callable[[], object]] = []
+
+    def finalize(self) -> None:
+        with self.lock:
+            if self.finalized.is_set() or os.getpid() != self.pid:
+                return
+            try:
+                for callback in self.before:
+                    callback()
+                self.connections.close()
+            finally:
+                try:
+                    if self.runtime is not None:
+                        self.runtime.stop()
+                finally:
+                    self.finalized.set()
+                    self.wanted.set()
+        for callback in self.after:
+            callback()
+
+    def finalize_soon(self) -> None:
+        """From the engine's own loop, which cannot wait for itself."""
+        self.wanted.set()
+        threading.Thread(target=self.finalize, name="warabi-finalize").start()
+
+
+class Engine:
+    """This process's end of the network.
+
+    Args:
+        addr: the transport, with where to listen if that matters: ``na+sm``, ``tcp``,
+            ``ofi+tcp://127.0.0.1:5555``.
+        mode: ``server`` or ``client``.
+        use_progress_thread: accepted for compatibility; progress is always made.
+        num_rpc_threads: accepted for compatibility.
+        config: dict or JSON text; ``timeout``, seconds without an answer after which a call
+            gives up (default 60); ``insecure``, whether to listen beyond loopback without
+            encryption.  Other keys are ignored.
+
+    Raises:
+        ConfigError: a malformed address or configuration, or nothing can listen there.
+        PermissionDenied: it would listen beyond loopback, unprotected.
+    """
+
+    logger = logging.getLogger("warabi")
+
+    def __init__(
+        self,
+        addr: str,
+        mode: Mode = server,
+        use_progress_thread: bool = False,
+        num_rpc_threads: int = 0,
+        config: str | dict[str, Any] = "",
+    ) -> None:
+        settings = _settings(config)
+        endpoint = address.parse(addr, complete=False)
+        if not isinstance(mode, Mode):
+            raise errors.ConfigError(f"engine mode: expected client or server, got {mode!r}")
+        self._state = state = _State(Connections(settings["timeout"]))
+        self._mode = mode
+        if mode is server:
+            from warabi.runtime import Runtime
+
+            state.runtime = Runtime(endpoint, settings["insecure"], state.finalize_soon)
+            endpoint = state.runtime.endpoint
+        elif endpoint.local:
+            endpoint = Endpoint(endpoint.scheme, name=f"{os.getpid()}-0")
+        self._address = Address(str(endpoint), self)
+        self._finalizer = weakref.finalize(self, state.finalize)
+
+    def addr(self) -> Address:
+        """The address that another process can connect to."""
+        return Address(str(self._address), self)
+
+    @property
+    def address(self) -> Address:
+        """As :meth:`addr`."""
+        return self.addr()
+
+    @property
+    def listening(self) -> bool:
+        """Whether others can connect."""
+        return self._mode is server and not self._state.finalized.is_set()
+
+    def lookup(self, address: str) -> Address:
+        """The address that *address* spells.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        from warabi.address import parse
+
+        return Address(str(parse(address)), self)
+
+    def on_prefinalize(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called before the engine stops."""
+        self._state.before.append(callback)
+
+    def on_finalize(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called when the engine has stopped."""
+        self._state.after.append(callback)
+
+    def enable_remote_shutdown(self) -> None:
+        """Let others end this engine with ``Address.shutdown()``."""
+        if self._state.runtime is not None:
+            self._state.runtime.remote_shutdown = True
+
+    def finalize(self) -> None:
+        """Stop: no more connections, every provider closed, nothing deleted.  Idempotent."""
+        self._state.finalize()
+
+    def wait_for_finalize(self) -> None:
+        """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM."""
+        with _signals(self._state.wanted):
+            while not self._state.wanted.wait(3600):
+                pass
+        self._state.finalize()
+        self._state.finalized.wait()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.finalize()
+
+    def __repr__(self) -> str:
+        return f"Engine({str(self._address)!r}, {self._mode.value})"
+
+
+def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(config, str):
+        try:
+            config = json.loads(config or "{}")
+        except json.JSONDecodeError as error:
+            raise errors.ConfigError(f"engine configuration: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")
+    timeout = config.get("timeout", TIMEOUT)
+    insecure = config.get("insecure", False)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        raise errors.ConfigError(f"engine configuration: $.timeout: {timeout!r} is no number above 0")
+    if not isinstance(insecure, bool):
+        raise errors.ConfigError(f"engine configuration: $.insecure: {insecure!r} is neither true nor false")
+    if ignored := sorted(config.keys() - {"timeout", "insecure"}):
+        Engine.logger.debug("engine configuration: ignored keys: %s", ", ".join(map(str, ignored)))
+    return {"timeout": float(timeout), "insecure": insecure}
+
+
+@contextlib.contextmanager
+def _signals(wanted: threading.Event) -> Iterator[None]:
+    """Let SIGINT and SIGTERM set *wanted* while the block runs in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {
+        number: signal.signal(number, lambda *_: wanted.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,214 @@
+"""The two ways in which a blocking handle reaches its target: directly, or over a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from warabi import errors
+from warabi.buffers import checked_size
+from warabi.connection import Connection
+from warabi.operations import OPERATIONS
+from warabi.region import RegionID
+from warabi.request import EAGER_THRESHOLD, Request, chunks
+
+if TYPE_CHECKING:
+    from warabi.provider import ProviderCore  # imports Trio, which a client does not need
+
+
+class Link(Protocol):
+    """One way to a target.  The ``start`` methods return requests to wait for, in any order."""
+
+    eager_write: int
+    eager_read: int
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Carry out an operation of the table and return its result."""
+
+    def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None: ...
+    def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
+    def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+
+    def start(self, name: str, *arguments: Any) -> list[Request]: ...
+    def start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[Request]: ...
+    def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]: ...
+    def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]: ...
+
+    def wait(self, request: Request) -> Any:
+        """The result of a request, or its error."""
+
+    def poll(self, request: Request) -> None:
+        """Notice whether a request is done, without waiting."""
+
+
+class DirectLink:
+    """A target in this process: calls, not messages."""
+
+    eager_write = EAGER_THRESHOLD
+    eager_read = EAGER_THRESHOLD
+
+    def __init__(self, core: ProviderCore) -> None:
+        self._core = core
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        return OPERATIONS[name].call(self._core.target, *arguments)
+
+    def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        self._core.target.write(region, offset, data, persist, extend=extend)
+
+    def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        self._core.target.read_into(region, offset, place)
+
+    def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        return self._core.target.create_and_write(data, persist)
+
+    def start(self, name: str, *arguments: Any) -> list[Request]:
+        return self._done(name, self.call, name, *arguments)
+
+    def start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[Request]:
+        return self._done("write", self.write, region, offset, data, persist, False)
+
+    def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
+        return self._done("read", self.read_into, region, offset, place)
+
+    def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
+        return self._done("create_and_write", self.create_and_write, data, persist)
+
+    @staticmethod
+    def _done(what: str, call: Callable[..., Any], *arguments: Any) -> list[Request]:
+        request = Request(what)
+        try:
+            request.finish(call(*arguments))
+        except errors.Exception as error:
+            request.finish(error=error)
+        return [request]
+
+    def wait(self, request: Request) -> Any:
+        return request.outcome()
+
+    def poll(self, request: Request) -> None:
+        """Nothing is ever under way here."""
+
+
+class WireLink:
+    """A target behind a connection; what exceeds the provider's limits is split.
+
+    Args:
+        connect: gives the connection to use for the next request.
+        provider_id: which provider of that engine.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], provider_id: int) -> None:
+        self._connect = connect
+        self._provider_id = provider_id
+        self.eager_write = EAGER_THRESHOLD
+        self.eager_read = EAGER_THRESHOLD
+
+    def _submit(
+        self,
+        connection: Connection,
+        request: Request,
+        arguments: Sequence[Any],
+        data: memoryview | None = None,
+    ) -> None:
+        payload = eager = None
+        if data is not None and len(data) <= min(self.eager_write, connection.limits.header // 2):
+            eager = bytes(data)
+        elif data is not None:
+            payload = data
+        name = request.what
+        request.connection = connection
+        connection.submit(request, [self._provider_id, name, arguments, eager], payload)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        return self.wait(self.start(name, *arguments)[0])
+
+    def start(self, name: str, *arguments: Any) -> list[Request]:
+        operation = OPERATIONS.get(name)
+        request = Request(name, operation.decode if operation else None)
+        self._submit(self._connect(), request, arguments)
+        return [request]
+
+    def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        for request in self._write(region, offset, data, persist, extend):
+            self.wait(request)
+
+    def start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[Request]:
+        return self._write(region, offset, data, persist, False)
+
+    def _write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> list[Request]:
+        connection = self._connect()
+        limit = connection.limits.payload
+        if len(data) > limit and not extend:
+            self._check_end(region, checked_size(offset, "write: offset"), len(data), "write")
+        requests = []
+        for start, end in list(chunks(len(data), limit)) or [(0, 0)]:
+            piece = data[start:end]
+            request = Request("write", buffers=piece)
+            self._submit(connection, request, (region, offset + start, persist, extend), piece)
+            requests.append(request)
+        return requests
+
+    def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
+        """Refuse a transfer in pieces as a whole, before its first piece."""
+        have = self.call("size", region)
+        if offset + size > have:
+            raise errors.OutOfBounds(
+                f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
+            )
+
+    def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        for request in self.start_read(region, offset, place):
+            self.wait(request)
+
+    def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
+        connection = self._connect()
+        limit = connection.limits.payload
+        if len(place) > limit:
+            self._check_end(region, checked_size(offset, "read: offset"), len(place), "read")
+        requests = []
+        for start, end in list(chunks(len(place), limit)) or [(0, 0)]:
+            request = Request("read", into=place[start:end])
+            eager = end - start <= min(self.eager_read, connection.own_limits.header // 2)
+            self._submit(connection, request, (region, offset + start, end - start, eager))
+            requests.append(request)
+        return requests
+
+    def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]
+
+    def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
+        connection = self._connect()
+        if len(data) <= connection.limits.payload:
+            request = Request("create_and_write", RegionID, buffers=data)
+            self._submit(connection, request, (persist,), data)
+            return [request]
+        region: RegionID = self.call("create", len(data))
+        try:
+            self.write(region, 0, data, persist, False)
+        except errors.Exception:
+            self.call("erase", region)
+            raise
+        done = Request("create_and_write")
+        done.finish(region)
+        return [done]
+
+    def wait(self, request: Request) -> Any:
+        return request.connection.wait(request) if not request.done else request.outcome()
+
+    def poll(self, request: Request) -> None:
+        request.connection.poll()

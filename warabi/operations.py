@@ -1,0 +1,162 @@
+"""The operations of a target: one table for every way to reach it.
+
+A client names an operation and gives positional arguments; the table says how a target
+carries it out, which arguments a provider lets through, and how the result, which crossed the
+wire as plain msgpack, becomes the object that the target returned.  Bytes of regions are no
+arguments: they travel beside them (``write``, ``create_and_write``, ``read``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from warabi.catalogue import Attributes
+from warabi.errors import ProtocolError
+from warabi.region import RegionID
+from warabi.target import RegionStat, Target
+
+PAGE = 1000
+"""Most entries of a list in one reply."""
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _attributes(value: Any) -> Attributes:
+    return Attributes(*value)
+
+
+def _optional_attributes(value: Any) -> Attributes | None:
+    return None if value is None else Attributes(*value)
+
+
+def _entries(value: Any) -> list[tuple[bytes, Attributes]]:
+    return [(name, Attributes(*attributes)) for name, attributes in value]
+
+
+def _regions(value: Any) -> list[RegionID]:
+    return [RegionID(item) for item in value]
+
+
+def _stat(value: Any) -> RegionStat:
+    return RegionStat(*value)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        call: carries it out on a target.
+        arguments: a letter for each: ``r`` region, ``i`` integer, ``I`` integer or None,
+            ``b`` bytes, ``s`` text, ``?`` truth value.
+        waits: whether it may wait for the medium, and so keep an event loop waiting.
+        decode: turns the result's msgpack form into what *call* returned.
+        pins: the inode, and by how much, that the result pinned for the caller.
+    """
+
+    call: Callable[..., Any]
+    arguments: str
+    waits: bool = False
+    decode: Callable[[Any], Any] = _same
+    pins: Callable[[Sequence[Any], Any], tuple[int, int] | None] | None = None
+
+
+def _pinned_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | None]:
+    return lambda args, result: (result.ino, 1) if args[position] else None
+
+
+def _held_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | None]:
+    def held(args: Sequence[Any], result: Any) -> tuple[int, int] | None:
+        return (result.ino, 1) if args[position] and result and result.nlink == 0 else None
+
+    return held
+
+
+def _names(method: str) -> Callable[..., Any]:
+    return lambda target, *args: getattr(target.namespace, method)(*args)
+
+
+OPERATIONS: dict[str, Operation] = {
+    # Regions; a client sends write, create_and_write and read through methods of their own.
+    "create": Operation(Target.create, "i", decode=RegionID),
+    "erase": Operation(Target.erase, "r"),
+    "resize": Operation(Target.resize, "ri", waits=True),
+    "size": Operation(Target.size, "r"),
+    "stat": Operation(Target.stat, "r", decode=_stat),
+    "list": Operation(
+        lambda target, after, limit: target.list(after, min(limit, PAGE)), "ri", decode=_regions
+    ),
+    "persist": Operation(
+        lambda target, region, offset, size, times: target.persist(
+            region, offset, size, times=times
+        ),
+        "rii?",
+        waits=True,
+    ),
+    "sync": Operation(Target.sync, "", waits=True),
+    "room": Operation(Target.room, "", decode=tuple),
+    "uuid": Operation(lambda target: target.uuid, ""),
+    # Names
+    "lookup": Operation(_names("lookup"), "ib", decode=_attributes),
+    "getattr": Operation(_names("getattr"), "i", decode=_attributes),
+    "setattr": Operation(_names("setattr"), "iIIIII", decode=_attributes),
+    "pin": Operation(
+        _names("pin"), "i", decode=_attributes, pins=lambda args, result: (args[0], 1)
+    ),
+    "unpin": Operation(_names("unpin"), "ii", pins=lambda args, result: (args[0], -args[1])),
+    "mknod": Operation(_names("mknod"), "ibiiii?", decode=_attributes, pins=_pinned_if(6)),
+    "mkdir": Operation(_names("mkdir"), "ibiii", decode=_attributes),
+    "symlink": Operation(_names("symlink"), "ibbii", decode=_attributes),
+    "readlink": Operation(_names("readlink"), "i"),
+    "link": Operation(_names("link"), "iib", decode=_attributes),
+    "unlink": Operation(_names("unlink"), "ib?", decode=_attributes, pins=_held_if(2)),
+    "rmdir": Operation(_names("rmdir"), "ib?", decode=_attributes, pins=_held_if(2)),
+    "rename": Operation(_names("rename"), "ibibi?", decode=_optional_attributes, pins=_held_if(5)),
+    "readdir": Operation(
+        lambda target, ino, after, limit: target.namespace.readdir(ino, after, min(limit, PAGE)),
+        "ibi",
+        decode=_entries,
+    ),
+    "getxattr": Operation(_names("getxattr"), "ib"),
+    "setxattr": Operation(_names("setxattr"), "ibb"),
+    "removexattr": Operation(_names("removexattr"), "ib"),
+    "listxattr": Operation(_names("listxattr"), "i"),
+    "resolve": Operation(_names("resolve"), "s", decode=_attributes),
+    "open_name": Operation(_names("open_name"), "s", decode=RegionID),
+    "link_name": Operation(_names("link_name"), "rs"),
+    "unlink_name": Operation(_names("unlink_name"), "s"),
+}
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "i": int,
+    "I": (int, type(None)),
+    "b": bytes,
+    "s": str,
+    "?": bool,
+}
+
+
+def checked_arguments(name: str, letters: str, arguments: Any) -> list[Any]:
+    """Arguments from the wire, regions as ``RegionID``.
+
+    Raises:
+        ProtocolError: not as many, or not of the types, that *letters* say.
+    """
+    if not isinstance(arguments, list) or len(arguments) != len(letters):
+        raise ProtocolError(f"{name}: expected {len(letters)} arguments")
+    checked = []
+    for letter, value in zip(letters, arguments, strict=True):
+        if letter == "r":
+            if not isinstance(value, bytes) or len(value) != 16:
+                raise ProtocolError(f"{name}: {value!r:.100} is no region ID")
+            value = RegionID(value)
+        elif not isinstance(value, _TYPES[letter]) or (letter in "iI" and isinstance(value, bool)):
+            raise ProtocolError(f"{name}: an argument of type {type(value).__name__}")
+        elif letter in "iI" and value is not None and not -(1 << 63) <= value < 1 << 63:
+            raise ProtocolError(f"{name}: the number {value} is out of range")
+        checked.append(value)
+    return checked

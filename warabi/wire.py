@@ -1,0 +1,291 @@
+"""The protocol without I/O: bytes in, events out; messages in, bytes out.
+
+Each side opens with ``magic (8) | u32 length | msgpack map`` (:class:`Limits` and a version).
+After that come frames, little-endian::
+
+    u32 header length | u64 payload length | msgpack header | payload
+
+Every length is checked against this side's limits before anything is allocated for it.  The
+payload is never copied into a header: whoever handles a message says where its payload goes
+(:meth:`Connection.accept_payload`) and the socket is read straight into that place, whose
+address :meth:`Connection.buffer` gives out.
+
+What a header means is not known here.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import msgpack
+
+from warabi.errors import ProtocolError
+
+MAGIC = b"\x93WARABI\n"
+VERSION = 1
+_OPENING = struct.Struct("<8sI")
+_PREFIX = struct.Struct("<IQ")
+_MAX_OPENING = 4096
+_MAX_ITEMS = 4096  # in one msgpack array: bounds what a header can make the parser allocate
+_BUFFER = 64 * 1024
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one side is ready to receive.
+
+    Attributes:
+        header: bytes of a header.
+        payload: bytes of a payload; larger transfers are split by the sender.
+        requests: requests on one connection that are not answered yet.
+    """
+
+    header: int = 1024 * 1024
+    payload: int = 4 * 1024 * 1024
+    requests: int = 256
+
+
+class Signal(enum.Enum):
+    """Events without content."""
+
+    NEED_DATA = enum.auto()
+    PAYLOAD_DONE = enum.auto()
+
+
+NEED_DATA = Signal.NEED_DATA
+PAYLOAD_DONE = Signal.PAYLOAD_DONE
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The peer's opening arrived: its limits."""
+
+    limits: Limits
+
+
+@dataclass(slots=True)
+class Message:
+    """A header arrived; *payload* bytes follow it, for which a place must be given."""
+
+    header: Any
+    payload: int
+
+
+Event = Signal | Opened | Message
+
+
+class _State(enum.Enum):
+    OPENING = enum.auto()
+    PREFIX = enum.auto()
+    HEADER = enum.auto()
+    PLACE = enum.auto()  # a message with a payload was handed out, its place is not known yet
+    PAYLOAD = enum.auto()
+    FAILED = enum.auto()
+
+
+def pack(header: Any) -> bytes:
+    """*header* as msgpack; text that came from file names keeps its undecodable bytes."""
+    packed: bytes = msgpack.packb(header, use_bin_type=True, unicode_errors="surrogateescape")
+    return packed
+
+
+def unpack(data: Buffer) -> Any:
+    """One msgpack object, of bounded shape.
+
+    Raises:
+        ProtocolError: malformed, nested too deeply, or arrays too long.
+    """
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            unicode_errors="surrogateescape",
+            max_array_len=_MAX_ITEMS,
+            max_map_len=64,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError(f"malformed header: {error or type(error).__name__}") from None
+
+
+def opening(limits: Limits) -> bytes:
+    """The first bytes that a side sends."""
+    body = pack({"version": VERSION, **asdict(limits)})
+    return _OPENING.pack(MAGIC, len(body)) + body
+
+
+def frame(header: Any, payload: int = 0) -> bytes:
+    """The bytes that go before a payload of *payload* bytes."""
+    body = pack(header)
+    return _PREFIX.pack(len(body), payload) + body
+
+
+class Connection:
+    """What one side has received so far.
+
+    A loop around it is::
+
+        event = connection.next_event()
+        if event is NEED_DATA:
+            connection.received(socket.recv_into(connection.buffer()))
+
+    Args:
+        limits: what this side is ready to receive.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._state = _State.OPENING
+        self._store = bytearray(_BUFFER)
+        self._view = memoryview(self._store)
+        self._start = 0  # of the bytes received and not used yet
+        self._end = 0
+        self._need = 0  # bytes of the opening or header to come
+        self._left = 0  # bytes of the payload to come
+        self._place: memoryview | None = None
+        self._direct = False
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes from the peer belong; never empty."""
+        self._direct = False
+        if self._state is _State.PAYLOAD and self._start == self._end and self._place is not None:
+            self._direct = True
+            return self._place
+        if self._start == self._end:
+            self._start = self._end = 0
+        need = self._need if self._state in (_State.OPENING, _State.HEADER) else _PREFIX.size
+        if self._start and self._start + need > len(self._store):
+            self._move(self._store)
+        if need > len(self._store):
+            self._move(bytearray(need))
+        if self._end == len(self._store):
+            self._move(bytearray(2 * len(self._store)) if not self._start else self._store)
+        return self._view[self._end :]
+
+    def _move(self, store: bytearray) -> None:
+        """Bring the unused bytes to the front of *store*."""
+        count = self._end - self._start
+        store[:count] = self._store[self._start : self._end]
+        self._store, self._view = store, memoryview(store)
+        self._start, self._end = 0, count
+
+    def received(self, count: int) -> None:
+        """*count* bytes were put at the front of the last :meth:`buffer`.
+
+        Raises:
+            ProtocolError: *count* is 0, the peer's end, in the middle of something.
+        """
+        if count == 0:
+            raise ProtocolError("the peer closed the connection in the middle of a message")
+        if self._direct and self._place is not None:
+            self._place = self._place[count:]
+            self._left -= count
+        else:
+            self._end += count
+
+    @property
+    def between_messages(self) -> bool:
+        """Whether the peer may close now without leaving something half said."""
+        return self._state in (_State.PREFIX, _State.OPENING) and self._start == self._end
+
+    def next_event(self) -> Event:
+        """The next event in what was received.
+
+        Raises:
+            ProtocolError: the peer broke a rule; so does every later call.
+        """
+        try:
+            return self._next_event()
+        except ProtocolError:
+            self._state = _State.FAILED
+            raise
+
+    def _next_event(self) -> Event:
+        if self._state is _State.PREFIX:
+            if self._end - self._start < _PREFIX.size:
+                return NEED_DATA
+            self._need, self._left = _PREFIX.unpack_from(self._store, self._start)
+            self._start += _PREFIX.size
+            if self._need > self.limits.header:
+                raise ProtocolError(
+                    f"a header of {self._need} bytes, the limit is {self.limits.header}"
+                )
+            if self._left > self.limits.payload:
+                raise ProtocolError(
+                    f"a payload of {self._left} bytes, the limit is {self.limits.payload}"
+                )
+            self._state = _State.HEADER
+        if self._state is _State.HEADER:
+            if self._end - self._start < self._need:
+                return NEED_DATA
+            header = unpack(self._view[self._start : self._start + self._need])
+            self._start += self._need
+            self._state = _State.PLACE if self._left else _State.PREFIX
+            return Message(header, self._left)
+        if self._state is _State.PAYLOAD:
+            return self._take_payload()
+        if self._state is _State.OPENING:
+            return self._take_opening()
+        if self._state is _State.PLACE:
+            raise RuntimeError("accept_payload() has to be called before the next event")
+        raise ProtocolError("the connection failed before")
+
+    def _take_opening(self) -> Event:
+        have = self._end - self._start
+        seen = bytes(self._view[self._start : self._start + min(have, len(MAGIC))])
+        if not MAGIC.startswith(seen):
+            raise ProtocolError(f"the peer speaks another protocol (it began with {seen!r})")
+        if have < _OPENING.size:
+            return NEED_DATA
+        length = _OPENING.unpack_from(self._store, self._start)[1]
+        if length > _MAX_OPENING:
+            raise ProtocolError(f"an opening of {length} bytes, the limit is {_MAX_OPENING}")
+        self._need = _OPENING.size + length
+        if have < self._need:
+            return NEED_DATA
+        content = unpack(self._view[self._start + _OPENING.size : self._start + self._need])
+        self._start += self._need
+        self._state = _State.PREFIX
+        if not isinstance(content, dict) or content.get("version") != VERSION:
+            version = content.get("version") if isinstance(content, dict) else content
+            raise ProtocolError(f"the peer speaks version {version!r}, this side {VERSION}")
+        values = {}
+        for field in fields(Limits):
+            value = content.get(field.name)
+            if type(value) is not int or value < 1:
+                raise ProtocolError(f"the peer's limit {field.name!r} is {value!r}")
+            values[field.name] = value
+        return Opened(Limits(**values))
+
+    def accept_payload(self, place: memoryview | None) -> None:
+        """Say where the payload of the last message goes: a flat view of its size, or None to drop it."""
+        if self._state is not _State.PLACE:
+            raise RuntimeError("no payload waits for a place")
+        if place is not None and len(place) != self._left:
+            raise ValueError(f"a payload of {self._left} bytes, a place of {len(place)}")
+        self._place = place
+        self._state = _State.PAYLOAD
+
+    def drop_payload(self) -> None:
+        """Let what is still to come of the payload go nowhere: its place is no longer valid."""
+        self._place = None
+        self._direct = False
+
+    def _take_payload(self) -> Event:
+        count = min(self._end - self._start, self._left)
+        if count:
+            if self._place is not None:
+                self._place[:count] = self._view[self._start : self._start + count]
+                self._place = self._place[count:]
+            self._start += count
+            self._left -= count
+        if self._left:
+            return NEED_DATA
+        self._place = None
+        self._state = _State.PREFIX
+        return PAYLOAD_DONE

@@ -1,0 +1,1 @@
+"""A mount that shows every region of a Warabi target as a file."""
