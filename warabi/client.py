@@ -169,12 +169,12 @@ class TargetHandle:
         Raises:
             InvalidRegion: unknown or erased.
         """
-        self._link.call("persist", *self._extent(region, offset, size), False)
+        self._link.call("persist", *self._extent(region, offset, size))
 
     def persist_async(self, region: RegionID, offset: int, size: int) -> AsyncRequest:
         """As :meth:`persist`, not waiting."""
         extent = self._extent(region, offset, size)
-        return AsyncRequest(self._link, self._link.start("persist", *extent, False))
+        return AsyncRequest(self._link, self._link.start("persist", *extent))
 
     @staticmethod
     def _extent(region: RegionID, offset: int, size: int) -> tuple[RegionID, int, int]:

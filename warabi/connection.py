@@ -228,9 +228,8 @@ class Connection:
         if isinstance(event, Message):
             request = self._requests.get(reply_id(event))
             if event.payload:
-                place = request.into if request is not None else None
-                if place is not None and len(place) != event.payload:
-                    raise ProtocolError(f"a payload of {event.payload} bytes, {len(place)} were asked for")
+                wanted = request is not None and request.into is not None
+                place = request.place(event.payload) if request and wanted else None
                 self._wire.accept_payload(place)
                 self._message = event
             else:

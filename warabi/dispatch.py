@@ -39,12 +39,16 @@ async def write(
     )
 
 
-async def read_into(target: Target, region: RegionID, offset: int, buffer: Any) -> None:
+async def read_into(
+    target: Target, region: RegionID, offset: int, buffer: Any, *, short: bool = False
+) -> int:
     """As ``Target.read_into``."""
     try:
-        target.read_into(region, offset, buffer, wait=not target.blocking)
+        return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
     except WouldBlock:
-        await trio.to_thread.run_sync(target.read_into, region, offset, buffer)
+        return await trio.to_thread.run_sync(
+            lambda: target.read_into(region, offset, buffer, short=short)
+        )
 
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:

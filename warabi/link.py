@@ -184,7 +184,7 @@ class WireLink:
         for start, end in list(chunks(len(place), limit)) or [(0, 0)]:
             request = Request("read", into=place[start:end])
             eager = end - start <= min(self.eager_read, connection.own_limits.header // 2)
-            self._submit(connection, request, (region, offset + start, end - start, eager))
+            self._submit(connection, request, (region, offset + start, end - start, eager, False))
             requests.append(request)
         return requests
 

@@ -90,13 +90,9 @@ OPERATIONS: dict[str, Operation] = {
     "list": Operation(
         lambda target, after, limit: target.list(after, min(limit, PAGE)), "ri", decode=_regions
     ),
-    "persist": Operation(
-        lambda target, region, offset, size, times: target.persist(
-            region, offset, size, times=times
-        ),
-        "rii?",
-        waits=True,
-    ),
+    "persist": Operation(Target.persist, "rii", waits=True),
+    "fsync": Operation(Target.fsync, "r?", waits=True),
+    "commit": Operation(Target.commit, "", waits=True),
     "sync": Operation(Target.sync, "", waits=True),
     "room": Operation(Target.room, "", decode=tuple),
     "uuid": Operation(lambda target: target.uuid, ""),

@@ -194,8 +194,7 @@ class Session:
             self._find(provider_id)
             await self._reply(request_id, None)
         elif name == "read":
-            region, offset, size, eager = checked_arguments(name, "rii?", arguments)
-            await self._read(target, request_id, region, offset, size, eager)
+            await self._read(target, request_id, *checked_arguments(name, "rii??", arguments))
         elif name == "write":
             region, offset, persist, extend = checked_arguments(name, "ri??", arguments)
             await dispatch.write(target, region, offset, data or b"", persist, extend)
@@ -215,20 +214,25 @@ class Session:
             await self._reply(request_id, result)
 
     async def _read(
-        self, target: Target, request_id: int, region: RegionID, offset: int, size: int, eager: bool
+        self, target: Target, request_id: int, region: RegionID, offset: int, size: int, eager: bool, short: bool
     ) -> None:
         if not 0 <= size <= self._peer.payload or (eager and size > self._peer.header // 2):
             raise errors.ProtocolError(
                 f"read: {size} bytes in one reply, the limit is {self._peer.payload}"
             )
-        if size > target.size(region):  # before the memory for it is asked for
-            raise errors.OutOfBounds(f"read {region!r}: {size} bytes are more than it has")
-        buffer = bytearray(size)
-        await dispatch.read_into(target, region, offset, buffer)
+        room = max(0, target.size(region) - offset)
+        if short:
+            size = min(size, room)
+        elif size > room:  # before the memory for it is asked for
+            raise errors.OutOfBounds(
+                f"read {region!r}: {size} bytes at offset {offset} end beyond its {offset + room} bytes"
+            )
+        buffer = memoryview(bytearray(size))
+        buffer = buffer[: await dispatch.read_into(target, region, offset, buffer, short=short)]
         if eager:
-            await self._reply(request_id, None, buffer)
+            await self._reply(request_id, None, bytes(buffer))
         else:
-            await self._send([wire.frame([request_id, None], size), buffer])
+            await self._send([wire.frame([request_id, None], len(buffer)), buffer])
 
     async def _reply(self, request_id: int, result: Any, eager: Any = None) -> None:
         header = [request_id, result] if eager is None else [request_id, result, eager]

@@ -21,12 +21,16 @@ class Request:
     Attributes:
         connection: the client's connection that it was sent on.
         into: where a read's bytes go; None when they are not wanted (any more).
-        size: how many bytes a read asked for.
+        size: how many bytes a read asked for; its result is how many came.
+        short: whether fewer may come, because the region ends.
         done: whether *result* or *error* is there.
         event: set by whoever finishes the request or wants its waiter to look again.
     """
 
-    __slots__ = ("buffers", "connection", "decode", "done", "error", "event", "into", "result", "size", "what")
+    __slots__ = (
+        "buffers", "connection", "decode", "done", "error", "event", "into", "result", "short", "size",
+        "what",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -34,12 +38,14 @@ class Request:
         decode: Callable[[Any], Any] | None = None,
         into: memoryview | None = None,
         buffers: Any = None,
+        short: bool = False,
     ) -> None:
         self.what = what
         self.decode = decode
         self.into = into
         self.size = 0 if into is None else len(into)
         self.buffers = buffers
+        self.short = short
         self.connection: Any = None
         self.done = False
         self.result: Any = None
@@ -62,6 +68,18 @@ class Request:
             raise self.error
         return self.result
 
+    def place(self, count: int) -> memoryview:
+        """Where *count* bytes of a read go; nowhere when it was given up.
+
+        Raises:
+            errors.ProtocolError: more or fewer bytes than asked for.
+        """
+        if self.into is None:
+            return memoryview(bytearray(count))
+        if count > self.size or (count < self.size and not self.short):
+            raise errors.ProtocolError(f"{self.what}: {count} bytes came, not {self.size}")
+        return self.into[:count]
+
     def take_reply(self, message: Message) -> None:
         """Finish with a reply whose payload, if any, has arrived.
 
@@ -74,12 +92,16 @@ class Request:
                 code, text, number = reply[3]
                 self.finish(error=errors.from_wire(str(code), str(text), int(number)))
                 return
-            eager = reply[2] if len(reply) == 3 else None
-            if self.size and len(eager if eager is not None else b"") + message.payload != self.size:
-                raise errors.ProtocolError(f"{self.what}: a reply without the {self.size} bytes asked for")
-            if eager is not None and self.into is not None:
-                self.into[:] = eager
-            self.finish(self.decode(reply[1]) if self.decode else reply[1])
+            if self.into is None:
+                self.finish(self.decode(reply[1]) if self.decode else reply[1])
+                return
+            count = message.payload
+            if len(reply) == 3:
+                count = len(reply[2])
+                self.place(count)[:] = reply[2]
+            elif count == 0 and not self.short and self.size:
+                raise errors.ProtocolError(f"{self.what}: a reply without bytes")
+            self.finish(count)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, errors.Exception) and not isinstance(error, errors.InvalidRegion):
                 raise

@@ -317,8 +317,12 @@ class Target:
         finally:
             self._leave_exclusive(inode)
 
-    def read_into(self, region: RegionID, offset: int, buffer: Any, *, wait: bool = True) -> None:
+    def read_into(
+        self, region: RegionID, offset: int, buffer: Any, *, short: bool = False, wait: bool = True
+    ) -> int:
         """Fill *buffer*, any writable contiguous buffer, from *offset* bytes.
+
+        With *short* the region may end before the buffer does.  Returns how many bytes were read.
 
         Raises:
             InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is read.
@@ -328,12 +332,16 @@ class Target:
         offset = checked_size(offset, "read: offset")
         inode = self._enter(region, "read", wait)
         try:
-            self._bounds(inode, "read", offset, len(view))
+            if short:
+                view = view[: max(0, inode.size - offset)]
+            else:
+                self._bounds(inode, "read", offset, len(view))
             if view:
                 if wait:
                     self._storage.read_into(region, offset, view)
                 else:
                     self._storage.read_into_nowait(region, offset, view)
+            return len(view)
         finally:
             self._leave(inode)
 
@@ -343,13 +351,14 @@ class Target:
         size = checked_size(size, "read: size")
         with self._lock:  # refuse before the memory for an absurd size is asked for
             self._bounds(self._find(region, "read"), "read", offset, size)
-        return filled_bytes(size, lambda view: self.read_into(region, offset, view))
 
-    def persist(self, region: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        def fill(view: memoryview) -> None:
+            self.read_into(region, offset, view)
+
+        return filled_bytes(size, fill)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
         """Return when the extent and all that is needed to find it again are on the medium.
-
-        With *times* the region's timestamps are too, as ``fsync`` promises and ``fdatasync``
-        does not.
 
         Raises:
             InvalidRegion, OutOfBounds: the arguments.
@@ -361,9 +370,21 @@ class Target:
         inode = self._enter(region, "persist", True)
         try:
             self._bounds(inode, "persist", offset, size)
-            self._storage.persist(region, offset, size)
-            if times or not self._catalogue.is_synced(inode.changed):
-                self._commit()
+            self._persist_inside(inode, offset, size)
+        finally:
+            self._leave(inode)
+
+    def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
+        self._storage.persist(inode.rid, offset, size)
+        if times or not self._catalogue.is_synced(inode.changed):
+            self._commit()
+
+    def fsync(self, region: RegionID, times: bool = True) -> None:
+        """Persist the whole region; with *times* its timestamps too, as fsync(2) promises and
+        fdatasync(2) does not.  Raises as :meth:`persist`."""
+        inode = self._enter(region, "fsync", True)
+        try:
+            self._persist_inside(inode, 0, inode.size, times=times)
         finally:
             self._leave(inode)
 
