@@ -1,0 +1,296 @@
+"""``mount.warabifs``: check, fork, mount, serve, and end with everything persisted.
+
+The fork comes first: Trio and SQLite must not be carried over one.  The parent waits until the
+child has mounted, asks the mount for its root directory, and only then exits with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import logging.handlers
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO
+
+import pyfuse3
+import trio
+
+import warabi
+from warabi import aio, layout
+from warabi.config import FileConfig, MemoryConfig
+from warabi.errors import ConfigError, Exception, PermissionDenied
+from warabi.target import Target
+from warabifs.filesystem import FileSystem
+from warabifs.operations import Operations
+from warabifs.options import Options, Source, help_text, parse_options, parse_source
+
+log = logging.getLogger("warabifs")
+
+_PATIENCE = 2.0  # seconds to wait for an earlier mount of the target to let go
+_ANSWER = 30.0  # seconds for a fresh mount to answer
+_DAY = 86400.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exits with 0 when the mount can be used, or with 1 and one line on stderr."""
+    parsed = _parser().parse_intermixed_args(arguments)
+    try:
+        options = parse_options(parsed.option, root=os.geteuid() == 0)
+        options.read_only = options.read_only or parsed.read_only
+        source = parse_source(parsed.source, create=options.create)
+        mountpoint = _check_mountpoint(parsed.mountpoint)
+        _check_device()
+        if parsed.foreground:
+            _log_to(options, foreground=True)
+            _serve(source, mountpoint, options, lambda: None)
+        else:
+            _serve_in_background(source, mountpoint, options)
+    except Exception as error:
+        sys.exit(f"mount.warabifs: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mount.warabifs",
+        usage="%(prog)s SOURCE MOUNTPOINT [-f] [-r] [-o OPTION[,OPTION...]]",
+        description="Show every region of a Warabi target as a file.",
+        epilog="options of -o:\n" + help_text() + "\n\nUnmount with: fusermount3 -u MOUNTPOINT",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="memory:, file:/path, na+sm://PID-N or ofi+tcp://HOST:PORT"
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument("-o", dest="option", action="append", default=[], metavar="OPTION")
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument("-r", dest="read_only", action="store_true", help="same as -o ro")
+    # What mount(8) passes to every helper.
+    for flag in ("-w", "-n", "-s", "-v"):
+        parser.add_argument(flag, action="store_true", dest="_" + flag[1:], help=argparse.SUPPRESS)
+    parser.add_argument("-t", dest="_t", help=argparse.SUPPRESS)
+    parser.add_argument("-V", "--version", action="version", version=f"warabifs {warabi.__version__}")
+    return parser
+
+
+def _check_mountpoint(text: str) -> str:
+    """The absolute mount point, a directory that is no mount point yet; a dead mount is removed."""
+    path = os.path.abspath(text)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ConfigError(f"mount point {path}: does not exist") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise ConfigError(f"mount point {path}: {error.strerror}") from None
+        # What a killed mount leaves behind.
+        done = subprocess.run(
+            ["fusermount3", "-u", "-z", path], capture_output=True, text=True, timeout=_ANSWER
+        )
+        if done.returncode:
+            raise ConfigError(
+                f"mount point {path}: a dead mount that cannot be removed: {done.stderr.strip()}"
+            ) from None
+        return _check_mountpoint(text)
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"mount point {path}: is not a directory")
+    if os.path.ismount(path):
+        raise ConfigError(f"mount point {path}: something is mounted there already")
+    return path
+
+
+def _check_device() -> None:
+    if not Path("/dev/fuse").exists():
+        raise ConfigError("/dev/fuse does not exist: load the kernel module fuse (modprobe fuse)")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise PermissionDenied("/dev/fuse: this user may not open it (usual is mode 0666)")
+
+
+def _serve_in_background(source: Source, mountpoint: str, options: Options) -> None:
+    """Fork; the parent returns when the mount answers."""
+    receiving, sending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receiving)
+        with open(sending, "w", encoding="utf-8", errors="surrogateescape") as pipe:
+            os._exit(_child(source, mountpoint, options, pipe))
+    os.close(sending)
+    with open(receiving, encoding="utf-8", errors="surrogateescape") as pipe:
+        word = pipe.read()
+    if word != "ready":
+        raise ConfigError(word or "the mount's process ended without a word")
+    try:
+        # Another process must ask: the mount's own would wait for itself.
+        done = subprocess.run(["stat", "-f", mountpoint], capture_output=True, timeout=_ANSWER)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"mount point {mountpoint}: the mount does not answer") from None
+    if done.returncode:
+        raise ConfigError(f"mount point {mountpoint}: {done.stderr.decode(errors='replace').strip()}")
+
+
+def _child(source: Source, mountpoint: str, options: Options, pipe: IO[str]) -> int:
+    os.setsid()
+    os.chdir("/")
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.close(null)
+        pipe.write("ready")
+        pipe.close()
+
+    try:
+        _log_to(options, foreground=False)
+        _serve(source, mountpoint, options, ready)
+        return 0
+    except Exception as error:
+        return _report(error, str(error), pipe)
+    except BaseException as error:
+        return _report(error, f"{type(error).__name__}: {error}", pipe)
+
+
+def _report(error: BaseException, message: str, pipe: IO[str]) -> int:
+    if pipe.closed:
+        log.error("%s", message, exc_info=error)
+    else:
+        pipe.write(message)
+        pipe.flush()
+    logging.shutdown()
+    return 1
+
+
+def _log_to(options: Options, *, foreground: bool) -> None:
+    handler: logging.Handler
+    try:
+        if options.log_file:
+            handler = logging.FileHandler(options.log_file)
+        elif foreground:
+            handler = logging.StreamHandler()
+        elif Path("/dev/log").exists():
+            handler = logging.handlers.SysLogHandler("/dev/log")
+        else:
+            handler = logging.NullHandler()
+    except OSError as error:
+        raise ConfigError(f"log {options.log_file}: {error.strerror}") from None
+    form = "warabifs[%(process)d]: %(levelname)s: %(message)s"
+    stamped = "%(asctime)s " + form if options.log_file or foreground else form
+    handler.setFormatter(logging.Formatter(stamped))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+
+
+def _serve(
+    source: Source, mountpoint: str, options: Options, ready: Callable[[], None]
+) -> None:
+    """Mount, serve until unmounted or told to end, persist."""
+    local: Target | None = None
+    if source.path is not None:
+        config = FileConfig(path=str(source.path), create_if_missing=options.create)
+        local = layout.open_file(config, patience=_PATIENCE)
+    elif source.embedded:
+        local = layout.open_memory(MemoryConfig())
+    try:
+        failure = trio.run(_mount_and_serve, source, local, mountpoint, options, ready)
+    finally:
+        if local is not None:
+            local.close()
+    if failure is not None:
+        raise failure
+
+
+@asynccontextmanager
+async def _open(source: Source, local: Target | None, options: Options) -> AsyncIterator[aio.Target]:
+    if local is not None:
+        yield aio.attach(local)
+        return
+    async with aio.connect(source.address, options.provider_id, timeout=options.timeout) as target:
+        yield target
+
+
+async def _mount_and_serve(
+    source: Source, local: Target | None, mountpoint: str, options: Options, ready: Callable[[], None]
+) -> BaseException | None:
+    """Returns what ended the mount, other than being unmounted."""
+    try:
+        async with _open(source, local, options) as target:
+            timeout = (_DAY if source.embedded else 1.0) if options.attr_timeout is None else options.attr_timeout
+            operations = Operations(
+                FileSystem(target, exclusive=source.embedded),
+                attr_timeout=timeout,
+                entry_timeout=timeout if options.entry_timeout is None else options.entry_timeout,
+                negative_timeout=timeout if source.embedded else 0.0,
+                direct_io=options.direct_io,
+            )
+            _init(operations, source, mountpoint, options)
+            unmount = True
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_end_on_signal, mountpoint)
+                    ready()
+                    await pyfuse3.main()
+                    unmount = False  # the kernel ended the session: it is unmounted already
+                    nursery.cancel_scope.cancel()
+            finally:
+                pyfuse3.close(unmount=unmount)
+                with trio.CancelScope(shield=True):
+                    await target.call("sync")
+    except BaseExceptionGroup as group:
+        return group.exceptions[0]
+    except Exception as error:
+        return error
+    return None
+
+
+def _init(operations: Operations, source: Source, mountpoint: str, options: Options) -> None:
+    name = (options.fsname or source.text).encode("ascii", "replace").decode()
+    name = name.replace("\\", "\\\\").replace(",", "\\,")
+    fuse = {f"fsname={name}", "subtype=warabifs", "default_permissions", *options.fuse}
+    if options.read_only:
+        fuse.add("ro")
+    if options.allow_other:
+        fuse.add("allow_other")
+    try:
+        pyfuse3.init(operations, mountpoint, fuse)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"mount point {mountpoint}: the mount failed ({error}); is /dev/fuse usable, and may"
+            " this user mount there?"
+        ) from error
+
+
+async def _end_on_signal(mountpoint: str) -> None:
+    """Unmount on SIGTERM or SIGINT: the kernel hands over what it holds, then the session ends."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            if await _run("fusermount3", "-u", mountpoint) == 0:
+                return
+            # Busy: programs have files open.  Take over dirty pages, then let go of the tree.
+            await _run("sync", "-f", mountpoint)
+            if await _run("fusermount3", "-u", "-z", mountpoint) == 0:
+                pyfuse3.terminate()
+                return
+
+
+async def _run(*command: str) -> int:
+    """Run a command beside the loop that it needs; its exit status."""
+    with trio.move_on_after(_ANSWER):
+        done = await trio.run_process(command, check=False, capture_stderr=True)
+        if done.returncode:
+            log.info("%s: %s", " ".join(command), done.stderr.decode(errors="replace").strip())
+        return done.returncode
+    return 1
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
