@@ -68,7 +68,9 @@ def parse(text: str, *, complete: bool = True) -> Endpoint:
         return Endpoint(scheme, name=rest)
     if scheme not in _TCP_SCHEMES:
         known = ", ".join((LOCAL, *_TCP_SCHEMES))
-        raise ConfigError(f"address {text!r}: unknown transport {scheme!r}, expected one of {known}")
+        raise ConfigError(
+            f"address {text!r}: unknown transport {scheme!r}, expected one of {known}"
+        )
     host, port = _host_and_port(text, rest)
     if complete and not (host and port):
         raise ConfigError(f"address {text!r}: expected {scheme}://host:port")
@@ -130,7 +132,9 @@ def _listen_local() -> tuple[socket.socket, Endpoint]:
     except OSError as error:
         raise ConfigError(f"directory {directory}: {error.strerror}") from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise PermissionDenied(f"directory {directory}: must be a directory of mode 0700 of this user")
+        raise PermissionDenied(
+            f"directory {directory}: must be a directory of mode 0700 of this user"
+        )
     _remove_stale(directory)
     endpoint = Endpoint(LOCAL, name=f"{os.getpid()}-{next(_counter)}")
     path = directory / f"{endpoint.name}.sock"

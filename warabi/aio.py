@@ -187,7 +187,9 @@ class Connection:
                 if not request.done:
                     self._abandon(request_id, request)
             if not request.done:
-                raise TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+                raise TimedOut(
+                    f"{request.what}: no answer from {self._name} in {self._timeout:g} s"
+                )
             return request.outcome()
 
     def _abandon(self, request_id: int, request: Request) -> None:
@@ -269,7 +271,9 @@ class WireLink:
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         operation = OPERATIONS.get(name)
-        return await self._request(Request(name, operation.decode if operation else None), arguments)
+        return await self._request(
+            Request(name, operation.decode if operation else None), arguments
+        )
 
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
@@ -347,7 +351,13 @@ class Target:
         return region
 
     async def write(
-        self, region: RegionID, offset: int, data: Any, persist: bool = False, *, extend: bool = False
+        self,
+        region: RegionID,
+        offset: int,
+        data: Any,
+        persist: bool = False,
+        *,
+        extend: bool = False,
     ) -> None:
         """Store *data*; with *extend* a write beyond the region's end makes it grow."""
         view = readable(data, "write: data")

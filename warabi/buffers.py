@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +25,14 @@ def readable(data: Any, what: str) -> memoryview:
     except TypeError:
         name = type(data).__name__
         raise InvalidBuffer(f"{what}: expected an object with a buffer, got {name}") from None
+    except (ValueError, BufferError) as error:  # closed, released, or not to be lent
+        if getattr(getattr(data, "dtype", None), "kind", None) not in ("M", "m"):
+            raise InvalidBuffer(f"{what}: {error}") from None
+        view = memoryview(data.view("i8"))  # NumPy lends its dates and durations as integers only
     if view.ndim == 1 and view.format == "B" and view.contiguous:
         return view
+    if "O" in re.sub(":[^:]*:", "", view.format):  # a field's name may have any letters
+        raise InvalidBuffer(f"{what}: the buffer holds references to objects, not bytes")
     if not view.c_contiguous:
         raise InvalidBuffer(
             f"{what}: the buffer is not C-contiguous (shape {view.shape}, strides {view.strides})"
@@ -54,9 +62,10 @@ def checked_size(value: Any, what: str) -> int:
     """
     if type(value) is not int:
         # NumPy integers count; a bool or a float is somebody's mistake.
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise OutOfBounds(f"{what} must be an integer number of bytes, got {value!r}")
-        value = value.__index__()
+        try:
+            value = operator.index(None if isinstance(value, bool) else value)
+        except TypeError:
+            raise OutOfBounds(f"{what} must be an integer number of bytes, got {value!r}") from None
     if not 0 <= value <= MAX_SIZE:
         raise OutOfBounds(f"{what} must be between 0 and {MAX_SIZE} bytes, got {value}")
     return int(value)

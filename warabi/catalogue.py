@@ -62,7 +62,9 @@ CREATE TABLE xattr(
     PRIMARY KEY(ino, name)
 ) WITHOUT ROWID;
 """
-_COLUMNS = "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target"
+_COLUMNS = (
+    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target"
+)
 _UPSERT = f"INSERT OR REPLACE INTO inode({_COLUMNS}) VALUES({', '.join('?' * 13)})"
 _CACHED = 65536
 _FLUSH_AT = 16384
@@ -161,7 +163,9 @@ class Catalogue:
         self._cache: dict[int, Inode] = {}
         self.by_rid: dict[bytes, Inode] = {}
         self._dirty: dict[int, Inode] = {}
-        self.change = 0  # counts changes; what is <= _committed is in the WAL, <= _synced on the medium
+        self.change = (
+            0  # counts changes; what is <= _committed is in the WAL, <= _synced on the medium
+        )
         self._committed = 0
         self._synced = 0
         self._sync_lock = threading.Lock()  # taken without the target's lock, never before it
@@ -275,9 +279,7 @@ class Catalogue:
         """The inode *ino*, or None."""
         inode = self._cache.get(ino)
         if inode is None and -(1 << 63) <= ino < 1 << 63:
-            row = self._db.execute(
-                f"SELECT {_COLUMNS} FROM inode WHERE ino = ?", (ino,)
-            ).fetchone()
+            row = self._db.execute(f"SELECT {_COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()
             if row is not None:
                 inode = Inode(*row)
                 inode.stored = True
@@ -395,7 +397,9 @@ class Catalogue:
     def orphans(self) -> list[Inode]:
         """Inodes that lost their last name while open, when their target was not closed."""
         self.flush()
-        rows = self._db.execute("SELECT ino FROM inode WHERE nlink = 0 AND anonymous = 0").fetchall()
+        rows = self._db.execute(
+            "SELECT ino FROM inode WHERE nlink = 0 AND anonymous = 0"
+        ).fetchall()
         return [inode for row in rows if (inode := self.get(row[0])) is not None]
 
     # Extended attributes

@@ -317,7 +317,11 @@ class Client:
             ProviderNotFound: that engine has no such provider.
         """
         text = str(_address.parse(str(address)))
-        if isinstance(provider_id, bool) or not isinstance(provider_id, int) or not 0 <= provider_id <= 65535:
+        if (
+            isinstance(provider_id, bool)
+            or not isinstance(provider_id, int)
+            or not 0 <= provider_id <= 65535
+        ):
             raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
         runtime = self._engine._state.runtime
         if runtime is not None and str(self._engine.addr()) == text:
@@ -336,5 +340,3 @@ class Client:
 
     def __exit__(self, *exc: object) -> None:
         """Nothing to close: connections are the engine's."""
-
-

@@ -94,7 +94,9 @@ class Connection:
 
     # Sending
 
-    def submit(self, request: Request, header: list[Any], payload: memoryview | None = None) -> None:
+    def submit(
+        self, request: Request, header: list[Any], payload: memoryview | None = None
+    ) -> None:
         """Send *request*, whose header lacks only its ID, in front.
 
         Raises:
@@ -122,7 +124,9 @@ class Connection:
         try:
             while parts:
                 try:
-                    sent = self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    sent = self._socket.sendmsg(
+                        parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                    )
                     deadline = time.monotonic() + self.timeout
                 except BlockingIOError:
                     self._wait_for_room(deadline)
@@ -184,7 +188,9 @@ class Connection:
         self._read(None, 0.0, None)
         return True
 
-    def _read(self, enough: Callable[[], bool] | None, deadline: float, request: Request | None) -> None:
+    def _read(
+        self, enough: Callable[[], bool] | None, deadline: float, request: Request | None
+    ) -> None:
         """Be the reader until *enough*, or with None until nothing more is there."""
         flags = 0 if enough else socket.MSG_DONTWAIT
         try:
@@ -254,9 +260,7 @@ class Connection:
 
     # The end
 
-    def _fail(
-        self, reason: str, kind: type[errors.Exception] = ConnectionLost
-    ) -> errors.Exception:
+    def _fail(self, reason: str, kind: type[errors.Exception] = ConnectionLost) -> errors.Exception:
         """Give up the connection: every request on it fails."""
         with self._mutex:
             if self._lost is None:

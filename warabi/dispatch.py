@@ -17,7 +17,9 @@ from warabi.region import RegionID
 from warabi.target import Target
 
 
-async def execute(target: Target, operation: Operation, arguments: list[Any] | tuple[Any, ...]) -> Any:
+async def execute(
+    target: Target, operation: Operation, arguments: list[Any] | tuple[Any, ...]
+) -> Any:
     """The result of *operation* on *target*."""
     if operation.waits and target.blocking:
         return await trio.to_thread.run_sync(operation.call, target, *arguments)

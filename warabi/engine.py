@@ -252,9 +252,13 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
     timeout = config.get("timeout", TIMEOUT)
     insecure = config.get("insecure", False)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
-        raise errors.ConfigError(f"engine configuration: $.timeout: {timeout!r} is no number above 0")
+        raise errors.ConfigError(
+            f"engine configuration: $.timeout: {timeout!r} is no number above 0"
+        )
     if not isinstance(insecure, bool):
-        raise errors.ConfigError(f"engine configuration: $.insecure: {insecure!r} is neither true nor false")
+        raise errors.ConfigError(
+            f"engine configuration: $.insecure: {insecure!r} is neither true nor false"
+        )
     if ignored := sorted(config.keys() - {"timeout", "insecure"}):
         Engine.logger.debug("engine configuration: ignored keys: %s", ", ".join(map(str, ignored)))
     return {"timeout": float(timeout), "insecure": insecure}

@@ -47,7 +47,9 @@ def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
     """
     path = Path(config.path)
     if config.override_if_exists and not config.create_if_missing:
-        raise ConfigError("configuration: $.target.config.override_if_exists needs create_if_missing")
+        raise ConfigError(
+            "configuration: $.target.config.override_if_exists needs create_if_missing"
+        )
     try:
         state = _inspect(path)
         if state == "missing" and not config.create_if_missing:
@@ -85,7 +87,9 @@ def _inspect(path: Path) -> str:
         raise ConfigError(f"target {path}: the file is not a warabi target; it was left untouched")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application != APPLICATION_ID:
-        raise ConfigError(f"target {path}: the database is not a warabi target; it was left untouched")
+        raise ConfigError(
+            f"target {path}: the database is not a warabi target; it was left untouched"
+        )
     if version > SCHEMA_VERSION:
         raise ConfigError(
             f"target {path}: written by a newer version (schema {version}, this one reads up to"
@@ -130,7 +134,9 @@ def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
         lock.release()
 
     try:
-        return Target(catalogue, storage, capacity=config.capacity, on_close=closed, on_closing=lock.closing)
+        return Target(
+            catalogue, storage, capacity=config.capacity, on_close=closed, on_closing=lock.closing
+        )
     except BaseException:
         storage.close()
         os.close(held)

@@ -29,6 +29,9 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 _REGION_XATTR = b"user.warabi.region"
 _TARGET_XATTR = b"user.warabi.target"
+# Not "system.": an access control list that is stored but not obeyed would swallow the mode that
+# `cp -a` sets by it; where the list is refused, cp uses chmod.
+_XATTR_SPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Regions(Protocol):
@@ -214,7 +217,14 @@ class Namespace:
     # Directory entries
 
     def mknod(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, pin: bool = False
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        pin: bool = False,
     ) -> Attributes:
         """Make a regular file (an empty region), FIFO, socket or device node."""
         with self._guard:
@@ -247,7 +257,9 @@ class Namespace:
             directory = self._absent(parent, name)
             if not target or len(target) > 4095:
                 number = errno.ENAMETOOLONG if target else errno.ENOENT
-                raise path_error(number, f"symlink: a target has 1 to 4095 bytes, not {len(target)}")
+                raise path_error(
+                    number, f"symlink: a target has 1 to 4095 bytes, not {len(target)}"
+                )
             gid = directory.gid if directory.mode & stat.S_ISGID else gid
             inode = self._catalogue.add(
                 stat.S_IFLNK | 0o777, uid, gid, size=len(target), target=target
@@ -429,7 +441,8 @@ class Namespace:
             return value
 
     def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        """Set an extended attribute; EPERM for the two that the target gives."""
+        """Set an extended attribute; EPERM for the two that the target gives, EOPNOTSUPP for a
+        name outside ``user.``, ``trusted.`` and ``security.``."""
         self._change_xattr(ino, name, value)
 
     def removexattr(self, ino: int, name: bytes) -> None:
@@ -441,6 +454,8 @@ class Namespace:
             inode = self._get(ino)
             if name in (_REGION_XATTR, _TARGET_XATTR):
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
+            if not name.startswith(_XATTR_SPACES):
+                raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(name)}: not supported")
             if value is None and self._catalogue.xattr(ino, name) is None:
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             self._catalogue.set_xattr(inode, name, value)

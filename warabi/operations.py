@@ -127,7 +127,7 @@ OPERATIONS: dict[str, Operation] = {
     "unlink_name": Operation(_names("unlink_name"), "s"),
 }
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
+_TYPES: dict[str, Any] = {
     "i": int,
     "I": (int, type(None)),
     "b": bytes,
@@ -152,7 +152,7 @@ def checked_arguments(name: str, letters: str, arguments: Any) -> list[Any]:
             value = RegionID(value)
         elif not isinstance(value, _TYPES[letter]) or (letter in "iI" and isinstance(value, bool)):
             raise ProtocolError(f"{name}: an argument of type {type(value).__name__}")
-        elif letter in "iI" and value is not None and not -(1 << 63) <= value < 1 << 63:
+        elif type(value) is int and not -(1 << 63) <= value < 1 << 63:
             raise ProtocolError(f"{name}: the number {value} is out of range")
         checked.append(value)
     return checked

@@ -150,7 +150,9 @@ class Session:
             target = self._find(provider_id).target if name != "ping" else None
             if target is not None and self._waits(target, name, arguments):
                 await self._running.acquire()
-                nursery.start_soon(self._run_beside, target, request_id, provider_id, name, arguments, data)
+                nursery.start_soon(
+                    self._run_beside, target, request_id, provider_id, name, arguments, data
+                )
                 return
         except errors.Exception as error:
             await self._fail(request_id, error)
@@ -165,7 +167,9 @@ class Session:
         if not target.blocking:
             return False
         operation = OPERATIONS.get(name)
-        return name in ("read", "write", "create_and_write") or (operation is not None and operation.waits)
+        return name in ("read", "write", "create_and_write") or (
+            operation is not None and operation.waits
+        )
 
     async def _run_beside(self, *request: Any) -> None:
         try:
@@ -174,7 +178,13 @@ class Session:
             self._running.release()
 
     async def _run(
-        self, target: Target | None, request_id: int, provider_id: int, name: str, arguments: Any, data: Any
+        self,
+        target: Target | None,
+        request_id: int,
+        provider_id: int,
+        name: str,
+        arguments: Any,
+        data: Any,
     ) -> None:
         try:
             await self._execute(target, request_id, provider_id, name, arguments, data)
@@ -188,7 +198,13 @@ class Session:
             await self._fail(request_id, errors.ProviderFailed(reason))
 
     async def _execute(
-        self, target: Target | None, request_id: int, provider_id: int, name: str, arguments: Any, data: Any
+        self,
+        target: Target | None,
+        request_id: int,
+        provider_id: int,
+        name: str,
+        arguments: Any,
+        data: Any,
     ) -> None:
         if target is None:  # ping
             self._find(provider_id)
@@ -214,18 +230,25 @@ class Session:
             await self._reply(request_id, result)
 
     async def _read(
-        self, target: Target, request_id: int, region: RegionID, offset: int, size: int, eager: bool, short: bool
+        self,
+        target: Target,
+        request_id: int,
+        region: RegionID,
+        offset: int,
+        size: int,
+        eager: bool,
+        short: bool,
     ) -> None:
         if not 0 <= size <= self._peer.payload or (eager and size > self._peer.header // 2):
             raise errors.ProtocolError(
                 f"read: {size} bytes in one reply, the limit is {self._peer.payload}"
             )
-        room = max(0, target.size(region) - offset)
+        have = target.size(region)
         if short:
-            size = min(size, room)
-        elif size > room:  # before the memory for it is asked for
+            size = min(size, max(0, have - offset))
+        elif offset + size > have:  # before the memory for it is asked for
             raise errors.OutOfBounds(
-                f"read {region!r}: {size} bytes at offset {offset} end beyond its {offset + room} bytes"
+                f"read {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
             )
         buffer = memoryview(bytearray(size))
         buffer = buffer[: await dispatch.read_into(target, region, offset, buffer, short=short)]
@@ -238,7 +261,9 @@ class Session:
         header = [request_id, result] if eager is None else [request_id, result, eager]
         frame = wire.frame(header)
         if len(frame) > self._peer.header:
-            raise errors.ProtocolError(f"a reply of {len(frame)} bytes, the limit is {self._peer.header}")
+            raise errors.ProtocolError(
+                f"a reply of {len(frame)} bytes, the limit is {self._peer.header}"
+            )
         await self._send([frame])
 
     async def _fail(self, request_id: int, error: errors.Exception) -> None:

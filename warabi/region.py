@@ -25,7 +25,9 @@ class RegionID(bytes):
     __slots__ = ()
 
     def __new__(cls, data: bytes | bytearray | memoryview = bytes(16)) -> RegionID:
-        if not isinstance(data, (bytes, bytearray, memoryview)) or len(data) != 16:
+        if isinstance(data, memoryview):
+            data = data.tobytes()  # its len() counts items
+        if not isinstance(data, (bytes, bytearray)) or len(data) != 16:
             what = f"{len(data)} bytes" if isinstance(data, (bytes, bytearray)) else repr(data)
             raise InvalidRegion(f"a region ID is exactly 16 bytes, got {what}")
         return super().__new__(cls, data)

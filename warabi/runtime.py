@@ -102,9 +102,7 @@ class Runtime:
         try:
             return self.providers[provider_id]
         except KeyError:
-            raise errors.ProviderNotFound(
-                f"no provider {provider_id} at {self.endpoint}"
-            ) from None
+            raise errors.ProviderNotFound(f"no provider {provider_id} at {self.endpoint}") from None
 
     def _shutdown(self) -> None:
         if not self.remote_shutdown:

@@ -38,12 +38,18 @@ class Provider:
         CorruptTarget, StorageError, StorageFull, PermissionDenied: opening the target failed.
     """
 
-    def __init__(self, engine: Engine, provider_id: int, config: dict[str, Any] | str = "{}") -> None:
+    def __init__(
+        self, engine: Engine, provider_id: int, config: dict[str, Any] | str = "{}"
+    ) -> None:
         self._config = _config.parse(config)
         runtime = engine._state.runtime if isinstance(engine, Engine) else None
         if runtime is None or not engine.listening:
             raise ConfigError("Provider: needs an engine in server mode that is not finalized")
-        if isinstance(provider_id, bool) or not isinstance(provider_id, int) or not 0 <= provider_id <= 65535:
+        if (
+            isinstance(provider_id, bool)
+            or not isinstance(provider_id, int)
+            or not 0 <= provider_id <= 65535
+        ):
             raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
         previous = runtime.providers.get(provider_id)
         if previous is not None:

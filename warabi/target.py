@@ -22,6 +22,7 @@ import sqlite3
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -54,7 +55,9 @@ class _Guard:
 
     __slots__ = ("_catalogue", "_changed", "_lock", "closed")
 
-    def __init__(self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event) -> None:
+    def __init__(
+        self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event
+    ) -> None:
         self._lock = lock
         self._catalogue = catalogue
         self._changed = changed
@@ -118,7 +121,7 @@ class Target:
         self._closed = False
         self._changed = threading.Event()  # the catalogue has something to commit
         self._guard = _Guard(self._lock, catalogue, self._changed)
-        self._freed: list[tuple[int, RegionID]] = []  # to erase from storage after a change synced
+        self._freed: deque[tuple[int, RegionID]] = deque()  # to erase when that change is synced
         self._largest = storage.room()[0]
         self._stop = threading.Event()
         self.blocking = storage.blocking
@@ -309,13 +312,30 @@ class Target:
 
     def _write_growing(self, region: RegionID, offset: int, view: memoryview, wait: bool) -> None:
         inode = self._enter_exclusive(region, "write", wait)
+        end = offset + len(view)
         try:
-            self._resize_inside(inode, max(inode.size, offset + len(view)), "write")
-            self._storage.write(region, offset, view)
+            if end <= inode.size:  # somebody else made it grow meanwhile
+                self._storage.write(region, offset, view)
+            else:
+                with self._lock:
+                    self._reserve(end - inode.size, "write")
+                try:
+                    self._storage.write_beyond(region, offset, view)
+                except BaseException:
+                    # It may have grown and not been filled: what is beyond the old end goes.
+                    self._storage.resize(region, inode.size)
+                    raise
+                self._set_size(inode, end)
             with self._lock:
-                self._touch(inode)
+                if not inode.dead:
+                    self._touch(inode)
         finally:
             self._leave_exclusive(inode)
+
+    def _set_size(self, inode: Inode, size: int) -> None:
+        with self._lock:
+            if not inode.dead:
+                self._catalogue.resize(inode, size)
 
     def read_into(
         self, region: RegionID, offset: int, buffer: Any, *, short: bool = False, wait: bool = True
@@ -413,10 +433,10 @@ class Target:
 
     def _reap(self) -> None:
         """Erase from storage what the catalogue on the medium no longer mentions."""
+        due = []
         with self._lock:
-            due = [rid for change, rid in self._freed if self._catalogue.is_synced(change)]
-            if due:
-                self._freed = [e for e in self._freed if not self._catalogue.is_synced(e[0])]
+            while self._freed and self._catalogue.is_synced(self._freed[0][0]):
+                due.append(self._freed.popleft()[1])
         for rid in due:
             self._storage.erase(rid)
 
@@ -443,21 +463,16 @@ class Target:
         size = checked_size(size, "resize: size")
         inode = self._enter_exclusive(region, "resize", wait)
         try:
-            self._resize_inside(inode, size, "resize")
+            if size != inode.size:
+                with self._lock:
+                    self._reserve(max(0, size - inode.size), "resize")
+                self._storage.resize(region, size)
+                self._set_size(inode, size)
             with self._lock:
-                self._touch(inode)
+                if not inode.dead:
+                    self._touch(inode)
         finally:
             self._leave_exclusive(inode)
-
-    def _resize_inside(self, inode: Inode, size: int, what: str) -> None:
-        if size == inode.size:
-            return
-        with self._lock:
-            self._reserve(max(0, size - inode.size), what)
-        self._storage.resize(inode.rid, size)
-        with self._lock:
-            if not inode.dead:
-                self._catalogue.resize(inode, size)
 
     def size(self, region: RegionID) -> int:
         """The region's size in bytes."""
@@ -528,7 +543,9 @@ class Target:
             except TargetNotFound:
                 return
             except Exception:
-                log.exception("commit of %s failed; the next persist will say so", self._catalogue.path)
+                log.exception(
+                    "commit of %s failed; the next persist will say so", self._catalogue.path
+                )
 
     def _recover(self) -> None:
         """After a crash: drop bytes that no row mentions, believe the files' sizes."""

@@ -1,7 +1,7 @@
 """``warabifs``: the mount under the project's name.
 
-    warabifs mount SOURCE MOUNTPOINT [-o ...]
-    warabifs umount MOUNTPOINT
+warabifs mount SOURCE MOUNTPOINT [-o ...]
+warabifs umount MOUNTPOINT
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     for flag in ("-w", "-n", "-s", "-v"):
         parser.add_argument(flag, action="store_true", dest="_" + flag[1:], help=argparse.SUPPRESS)
     parser.add_argument("-t", dest="_t", help=argparse.SUPPRESS)
-    parser.add_argument("-V", "--version", action="version", version=f"warabifs {warabi.__version__}")
+    parser.add_argument(
+        "-V", "--version", action="version", version=f"warabifs {warabi.__version__}"
+    )
     return parser
 
 
@@ -85,6 +87,7 @@ def _check_mountpoint(text: str) -> str:
     """The absolute mount point, a directory that is no mount point yet; a dead mount is removed."""
     path = os.path.abspath(text)
     try:
+        os.statvfs(path)  # unlike stat, never answered from what the kernel cached of a dead mount
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise ConfigError(f"mount point {path}: does not exist") from None
@@ -133,7 +136,9 @@ def _serve_in_background(source: Source, mountpoint: str, options: Options) -> N
     except subprocess.TimeoutExpired:
         raise ConfigError(f"mount point {mountpoint}: the mount does not answer") from None
     if done.returncode:
-        raise ConfigError(f"mount point {mountpoint}: {done.stderr.decode(errors='replace').strip()}")
+        raise ConfigError(
+            f"mount point {mountpoint}: {done.stderr.decode(errors='replace').strip()}"
+        )
 
 
 def _child(source: Source, mountpoint: str, options: Options, pipe: IO[str]) -> int:
@@ -188,9 +193,7 @@ def _log_to(options: Options, *, foreground: bool) -> None:
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
 
 
-def _serve(
-    source: Source, mountpoint: str, options: Options, ready: Callable[[], None]
-) -> None:
+def _serve(source: Source, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
     """Mount, serve until unmounted or told to end, persist."""
     local: Target | None = None
     if source.path is not None:
@@ -208,7 +211,9 @@ def _serve(
 
 
 @asynccontextmanager
-async def _open(source: Source, local: Target | None, options: Options) -> AsyncIterator[aio.Target]:
+async def _open(
+    source: Source, local: Target | None, options: Options
+) -> AsyncIterator[aio.Target]:
     if local is not None:
         yield aio.attach(local)
         return
@@ -217,12 +222,20 @@ async def _open(source: Source, local: Target | None, options: Options) -> Async
 
 
 async def _mount_and_serve(
-    source: Source, local: Target | None, mountpoint: str, options: Options, ready: Callable[[], None]
+    source: Source,
+    local: Target | None,
+    mountpoint: str,
+    options: Options,
+    ready: Callable[[], None],
 ) -> BaseException | None:
     """Returns what ended the mount, other than being unmounted."""
     try:
         async with _open(source, local, options) as target:
-            timeout = (_DAY if source.embedded else 1.0) if options.attr_timeout is None else options.attr_timeout
+            timeout = (
+                (_DAY if source.embedded else 1.0)
+                if options.attr_timeout is None
+                else options.attr_timeout
+            )
             operations = Operations(
                 FileSystem(target, exclusive=source.embedded),
                 attr_timeout=timeout,

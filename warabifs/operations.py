@@ -138,7 +138,9 @@ class Operations(pyfuse3.Operations):
     # Inodes
 
     @_handler
-    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
         try:
             return self._entry(await self._files.lookup(parent_inode, name))
         except errors.PathError as error:

@@ -14,8 +14,8 @@ class Storage(ABC):
     """Bytes of regions, by ID.  Synchronous and thread-safe, without policy.
 
     The caller (:class:`warabi.target.Target`) has checked every ID and every extent, lets reads
-    and writes of a region run side by side, and never runs ``resize`` or ``erase`` of a region
-    beside anything else on that region.
+    and writes of a region run side by side, and never runs ``resize``, ``erase``
+    or ``write_beyond`` beside anything else on that region.
 
     Fresh bytes, of a new region or of one that grew, read as zero.
 
@@ -49,6 +49,11 @@ class Storage(ABC):
     @abstractmethod
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
         """Store *data* at *offset*."""
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        """As ``write``, of data that end beyond the region, which grows to hold them."""
+        self.resize(rid, offset + len(data))
+        self.write(rid, offset, data)
 
     @abstractmethod
     def persist(self, rid: RegionID, offset: int, size: int) -> None:

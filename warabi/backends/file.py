@@ -156,6 +156,8 @@ class FileStorage(Storage):
             self._dirty.add(rid)
             pwrite_full(fd, data, offset)
 
+    write_beyond = write  # a file grows by itself, and cheaper than by ftruncate first
+
     def persist(self, rid: RegionID, offset: int, size: int) -> None:
         if failed := self._failed.get(rid):
             raise StorageError(failed)
