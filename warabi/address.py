@@ -103,8 +103,8 @@ def listen(wanted: Endpoint, *, insecure: bool) -> tuple[socket.socket, Endpoint
         infos = socket.getaddrinfo(
             wanted.host, wanted.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except OSError as error:
-        raise ConfigError(f"address {wanted}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter: no host name can be spelled so
+        raise ConfigError(f"address {wanted}: {getattr(error, 'strerror', '') or error}") from None
     family, _, _, _, where = infos[0]
     loopback = str(where[0]).startswith("127.") or where[0] == "::1"
     if not (loopback or insecure):
@@ -188,6 +188,8 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
             except BaseException:
                 client.close()
                 raise
+    except UnicodeError as error:  # no host name can be spelled so
+        raise ConnectionFailed(f"connect to {endpoint}: {error}") from None
     except PermissionError as error:
         raise PermissionDenied(f"connect to {endpoint}: {error.strerror}") from error
     except OSError as error:

@@ -14,7 +14,6 @@ does not, so that no cancelled caller leaves half a frame behind.
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,7 +25,7 @@ import trio
 
 from warabi import address as _address
 from warabi import dispatch, errors, wire
-from warabi.buffers import checked_size, readable, writable
+from warabi.buffers import checked_path, checked_size, readable, writable
 from warabi.connection import TIMEOUT
 from warabi.errors import ConnectionLost, ProtocolError, TimedOut
 from warabi.operations import OPERATIONS, PAGE
@@ -176,10 +175,11 @@ class Connection:
             if self._lost is not None:
                 raise self._lost
             request_id = next(self._ids)
+            size = 0 if payload is None else len(payload)
+            frame = wire.frame([request_id, *header], size, self.limits)
             request.event = trio.Event()
             self._requests[request_id] = request
-            size = 0 if payload is None else len(payload)
-            self._send([wire.frame([request_id, *header], size), payload])
+            self._send([frame, payload])
             try:
                 with trio.move_on_after(self._timeout):
                     await request.event.wait()
@@ -422,14 +422,14 @@ class Target:
         await self.call("resize", region, checked_size(size, "resize: size"))
 
     async def open_name(self, path: str) -> RegionID:
-        region: RegionID = await self.call("open_name", os.fspath(path))
+        region: RegionID = await self.call("open_name", checked_path(path, "open_name"))
         return region
 
     async def link_name(self, region: RegionID, path: str) -> None:
-        await self.call("link_name", region, os.fspath(path))
+        await self.call("link_name", region, checked_path(path, "link_name"))
 
     async def unlink_name(self, path: str) -> None:
-        await self.call("unlink_name", os.fspath(path))
+        await self.call("unlink_name", checked_path(path, "unlink_name"))
 
 
 @asynccontextmanager

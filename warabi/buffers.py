@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import operator
+import os
 import re
 from collections.abc import Callable
 from typing import Any
 
-from warabi.errors import InvalidBuffer, OutOfBounds
+from warabi.errors import InvalidBuffer, OutOfBounds, path_error
 
 MAX_SIZE = (1 << 63) - 1
 """The largest size and offset, in bytes: what a Linux ``off_t`` holds."""
+PATH_LIMIT = 64 * 1024
+"""Bytes in a path; far more than system calls take, and less than a message holds."""
 
 
 def readable(data: Any, what: str) -> memoryview:
@@ -63,12 +67,31 @@ def checked_size(value: Any, what: str) -> int:
     if type(value) is not int:
         # NumPy integers count; a bool or a float is somebody's mistake.
         try:
-            value = operator.index(None if isinstance(value, bool) else value)
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
         except TypeError:
             raise OutOfBounds(f"{what} must be an integer number of bytes, got {value!r}") from None
     if not 0 <= value <= MAX_SIZE:
         raise OutOfBounds(f"{what} must be between 0 and {MAX_SIZE} bytes, got {value}")
     return int(value)
+
+
+def checked_path(value: Any, what: str) -> str:
+    """*value* as a path in a target's tree of names, in the form that crosses the wire.
+
+    Raises:
+        PathError: with ``errno`` EINVAL, no path or one that no file name can spell; or
+            ENAMETOOLONG.
+    """
+    try:
+        path = os.fsdecode(value)
+        size = len(os.fsencode(path))
+    except (TypeError, UnicodeError) as error:
+        raise path_error(errno.EINVAL, f"{what} {value!r:.100}: {error}") from None
+    if size > PATH_LIMIT:
+        raise path_error(errno.ENAMETOOLONG, f"{what}: {size} bytes, at most {PATH_LIMIT}")
+    return path
 
 
 def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:

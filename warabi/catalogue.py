@@ -175,6 +175,9 @@ class Catalogue:
             self._db = sqlite3.connect(
                 str(path or ":memory:"), isolation_level=None, check_same_thread=False
             )
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        try:
             self._configure(path)
             self._next_ino = 1 + self._one("SELECT coalesce(max(ino), 0) FROM inode")
             regular = f"FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
@@ -186,10 +189,13 @@ class Catalogue:
             self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
             if path is not None:
                 self._open_wal(path)
-        except sqlite3.Error as error:
-            raise translate(error, path) from error
-        except TypeError as error:  # a row that every catalogue has is missing
-            raise CorruptTarget(f"catalogue {path}: incomplete") from error
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, TypeError):  # a row that every catalogue has is missing
+                raise CorruptTarget(f"catalogue {path}: incomplete") from error
+            if isinstance(error, sqlite3.Error):
+                raise translate(error, path) from error
+            raise
 
     def _one(self, sql: str) -> int:
         value: int = self._db.execute(sql).fetchone()[0]
@@ -381,8 +387,9 @@ class Catalogue:
         return [(row[0], self._attributes(row[1:])) for row in rows]
 
     def regions(self, after: int, limit: int, *, anonymous: bool) -> list[Attributes]:
-        """Up to *limit* regions with slots above *after*, by slot; only nameless ones on request."""
+        """Up to *limit* regions with slots above *after*, by slot; *anonymous*: nameless ones."""
         self.flush()
+        after = min(after, (1 << 63) - 1)  # a foreign ID's slot may have 64 bits
         rows = self._db.execute(
             f"SELECT {_COLUMNS} FROM inode WHERE ino > ? AND mode & {0o170000} = {stat.S_IFREG}"
             f" {'AND anonymous = 1' if anonymous else ''} ORDER BY ino LIMIT ?",
@@ -497,20 +504,28 @@ class Catalogue:
                 os.fdatasync(self._wal)
             except OSError as error:
                 self._failed = (
-                    f"catalogue {self.path}: a sync failed ({error.strerror}); what was written"
-                    " since the last persist may be lost. Close the target, check the medium, reopen"
+                    f"catalogue {self.path}: a sync failed ({error.strerror}); what was"
+                    " written since the last persist may be lost. Close the target, check the"
+                    " medium, reopen it"
                 )
                 raise StorageError(self._failed) from error
             self._synced = max(self._synced, latest)
 
     def close(self) -> None:
         """Commit, mark as cleanly closed, and fold the WAL into the database."""
-        if self.path is not None:
-            self.flush()
-            self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
-            self.commit()
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            if self.path is not None:
+                self.flush()
+                self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
+                self.commit()
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the files as they are, as a crash would; the next to open them recovers."""
+        if self._wal >= 0:
             os.close(self._wal)
             self._wal = -1
         self._db.close()

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from warabi import address as _address
-from warabi.buffers import checked_size, filled_bytes, readable, writable
+from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
-from warabi.link import DirectLink, Link, WireLink
+from warabi.link import DirectLink, Link, WireLink, wait_all
 from warabi.operations import PAGE
 from warabi.region import RegionID
 from warabi.request import Request
@@ -37,20 +37,7 @@ class AsyncRequest:
 
     def wait(self) -> Any:
         """Return, None, when the operation is done; raise what it raised.  May be called again."""
-        self._last()
-
-    def _last(self) -> Any:
-        # All of them end before the first error is raised: none may touch a buffer afterwards.
-        failure: Exception | None = None
-        result = None
-        for request in self._requests:
-            try:
-                result = self._link.wait(request)
-            except Exception as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        return result
+        wait_all(self._link, self._requests)
 
     def completed(self) -> bool:
         """Whether :meth:`wait` would return at once; becomes true without anybody waiting."""
@@ -65,7 +52,7 @@ class AsyncCreateRequest(AsyncRequest):
 
     def wait(self) -> RegionID:
         """The new region's ID."""
-        region: RegionID = self._last()
+        region: RegionID = wait_all(self._link, self._requests)
         return region
 
 
@@ -257,7 +244,7 @@ class TargetHandle:
         Raises:
             PathError: with ``errno`` ENOENT, ENOTDIR, or EISDIR or EINVAL for what is no region.
         """
-        region: RegionID = self._link.call("open_name", os.fspath(path))
+        region: RegionID = self._link.call("open_name", checked_path(path, "open_name"))
         return region
 
     def link_name(self, region: RegionID, path: str) -> None:
@@ -267,7 +254,7 @@ class TargetHandle:
             InvalidRegion: unknown or erased.
             PathError: with ``errno`` EEXIST when the name is taken, ENOENT, ENOTDIR.
         """
-        self._link.call("link_name", RegionID(region), os.fspath(path))
+        self._link.call("link_name", RegionID(region), checked_path(path, "link_name"))
 
     def unlink_name(self, path: str) -> None:
         """Remove the name *path*.  A region without names left is erased.
@@ -275,7 +262,7 @@ class TargetHandle:
         Raises:
             PathError: with ``errno`` ENOENT, or EISDIR for a directory.
         """
-        self._link.call("unlink_name", os.fspath(path))
+        self._link.call("unlink_name", checked_path(path, "unlink_name"))
 
     def list_names(self, path: str = "/") -> Iterator[str]:
         """The names in the directory at *path*; the root also has the IDs of nameless regions.
@@ -283,7 +270,7 @@ class TargetHandle:
         Raises:
             PathError: with ``errno`` ENOENT, ENOTDIR.
         """
-        directory = self._link.call("resolve", os.fspath(path)).ino
+        directory = self._link.call("resolve", checked_path(path, "list_names")).ino
         last = b""
         while page := self._link.call("readdir", directory, last, PAGE):
             yield from (os.fsdecode(name) for name, _ in page)

@@ -100,6 +100,9 @@ def parse(config: dict[str, Any] | str | None) -> ProviderConfig:
         raise ConfigError(_explain(error)) from None
 
 
+_UNIONS = ("target", "transfer_manager")
+
+
 def _explain(error: ValidationError) -> str:
     """One line with the JSON path and the reason of every problem found."""
     problems = []
@@ -108,7 +111,7 @@ def _explain(error: ValidationError) -> str:
         # A tagged union puts the tag into the path; the user's JSON does not have it.
         path = "".join(
             f".{part}" for i, part in enumerate(location)
-            if not (i and location[i - 1] in ("target", "transfer_manager") and part not in ("type", "config"))
+            if not (i and location[i - 1] in _UNIONS and part not in ("type", "config"))
         )  # fmt: skip
         reason = item["msg"]
         if item["type"] == "extra_forbidden":

@@ -101,14 +101,15 @@ class Connection:
 
         Raises:
             ConnectionLost, TimedOut: it cannot be sent.
+            ProtocolError: it is larger than the provider takes; nothing was sent.
         """
+        request_id = next(self._ids)
+        size = 0 if payload is None else len(payload)
+        parts: Buffers = [wire.frame([request_id, *header], size, self.limits)]
         with self._mutex:
             if self._lost is not None:
                 raise self._lost
-            request_id = next(self._ids)
             self._requests[request_id] = request
-        size = 0 if payload is None else len(payload)
-        parts: Buffers = [wire.frame([request_id, *header], size)]
         if payload is not None:
             parts.append(payload)
         try:
@@ -144,7 +145,10 @@ class Connection:
 
     def _wait_for_room(self, deadline: float) -> None:
         poller = select.poll()
-        poller.register(self._socket, select.POLLOUT | select.POLLIN)
+        try:
+            poller.register(self._socket, select.POLLOUT | select.POLLIN)
+        except ValueError:  # closed meanwhile; the next send says so
+            return
         for _, event in poller.poll(_LOOK_AROUND * 1000):
             if event & select.POLLIN and not self.poll():
                 time.sleep(0.0005)  # another thread is reading
@@ -284,5 +288,8 @@ class Connection:
                 time.sleep(0.001)
                 continue
             if self._requests and self.usable:
-                select.select([self._socket], [], [], 0.01)
+                with contextlib.suppress(ValueError):  # closed meanwhile
+                    poller = select.poll()
+                    poller.register(self._socket, select.POLLIN)
+                    poller.poll(10)
         self._fail("the client was closed")

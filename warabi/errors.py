@@ -140,7 +140,7 @@ def path_error(number: int, message: str = "") -> PathError:
 
 
 def from_os(error: OSError, what: str) -> Exception:
-    """The library's exception for a failed system call on the medium; *what* names the operation."""
+    """The library's exception for a failed system call; *what* names the operation."""
     text = f"{what}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
         return StorageFull(text)

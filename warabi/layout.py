@@ -46,12 +46,15 @@ def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
         CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
     """
     path = Path(config.path)
+    if "\0" in config.path:
+        raise ConfigError("configuration: $.target.config.path: contains a null byte")
     if config.override_if_exists and not config.create_if_missing:
         raise ConfigError(
             "configuration: $.target.config.override_if_exists needs create_if_missing"
         )
     try:
         state = _inspect(path)
+        path = Path(os.path.realpath(path))  # the regions are beside the catalogue, not the link
         if state == "missing" and not config.create_if_missing:
             raise ConfigError(f"target {path}: no such file, and create_if_missing is not set")
         if state == "missing":
@@ -98,9 +101,19 @@ def _inspect(path: Path) -> str:
     return "target"
 
 
+def _is_ours(regions: Path) -> bool:
+    """Whether a directory is a target's, or empty and so may become one's."""
+    return regions.is_dir() and ((regions / "LOCK").is_file() or not any(regions.iterdir()))
+
+
 def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
     regions = Path(f"{path}.regions")
     made = not regions.exists()
+    if not made and not _is_ours(regions):
+        raise ConfigError(
+            f"target {path}: {regions}, where its regions would be, is something else; it was left"
+            " untouched"
+        )
     regions.mkdir(mode=0o700, exist_ok=True)
     lock = _Lock(path, regions / "LOCK", patience)
     try:

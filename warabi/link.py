@@ -45,6 +45,20 @@ class Link(Protocol):
         """Notice whether a request is done, without waiting."""
 
 
+def wait_all(link: Link, requests: Sequence[Request]) -> Any:
+    """The last result, or the first error once all have ended: none may touch a buffer later."""
+    failure: errors.Exception | None = None
+    result = None
+    for request in requests:
+        try:
+            result = link.wait(request)
+        except errors.Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return result
+
+
 class DirectLink:
     """A target in this process: calls, not messages."""
 
@@ -140,8 +154,7 @@ class WireLink:
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
-        for request in self._write(region, offset, data, persist, extend):
-            self.wait(request)
+        wait_all(self, self._write(region, offset, data, persist, extend))
 
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
@@ -172,8 +185,7 @@ class WireLink:
             )
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        for request in self.start_read(region, offset, place):
-            self.wait(request)
+        wait_all(self, self.start_read(region, offset, place))
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         connection = self._connect()

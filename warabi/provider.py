@@ -239,10 +239,10 @@ class Session:
         eager: bool,
         short: bool,
     ) -> None:
-        if not 0 <= size <= self._peer.payload or (eager and size > self._peer.header // 2):
-            raise errors.ProtocolError(
-                f"read: {size} bytes in one reply, the limit is {self._peer.payload}"
-            )
+        # The peer's limit may be anything; what is allocated here keeps to this side's too.
+        limit = min(self._peer.payload, self._connection.limits.payload)
+        if not 0 <= size <= limit or (eager and size > self._peer.header // 2):
+            raise errors.ProtocolError(f"read: {size} bytes in one reply, the limit is {limit}")
         have = target.size(region)
         if short:
             size = min(size, max(0, have - offset))
@@ -259,12 +259,7 @@ class Session:
 
     async def _reply(self, request_id: int, result: Any, eager: Any = None) -> None:
         header = [request_id, result] if eager is None else [request_id, result, eager]
-        frame = wire.frame(header)
-        if len(frame) > self._peer.header:
-            raise errors.ProtocolError(
-                f"a reply of {len(frame)} bytes, the limit is {self._peer.header}"
-            )
-        await self._send([frame])
+        await self._send([wire.frame(header, 0, self._peer)])
 
     async def _fail(self, request_id: int, error: errors.Exception) -> None:
         await self._send([wire.frame([request_id, None, None, errors.to_wire(error)])])

@@ -28,7 +28,8 @@ class Request:
     """
 
     __slots__ = (
-        "buffers", "connection", "decode", "done", "error", "event", "into", "result", "short", "size",
+        "buffers", "connection", "decode", "done", "error", "event", "into", "result",
+        "short", "size",
         "what",
     )  # fmt: skip
 

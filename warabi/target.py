@@ -565,7 +565,7 @@ class Target:
             catalogue.trim()
         if orphaned or resized:
             log.warning(
-                "%s was not closed: removed %d unfinished regions, took the size of %d from their files",
+                "%s was not closed: removed %d unfinished regions, took %d sizes from files",
                 catalogue.path, orphaned, resized,
             )  # fmt: skip
 

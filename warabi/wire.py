@@ -119,9 +119,15 @@ def opening(limits: Limits) -> bytes:
     return _OPENING.pack(MAGIC, len(body)) + body
 
 
-def frame(header: Any, payload: int = 0) -> bytes:
-    """The bytes that go before a payload of *payload* bytes."""
+def frame(header: Any, payload: int = 0, limits: Limits | None = None) -> bytes:
+    """The bytes that go before a payload of *payload* bytes.
+
+    Raises:
+        ProtocolError: the header is larger than *limits*, the receiver's, allow.
+    """
     body = pack(header)
+    if limits is not None and len(body) > limits.header:
+        raise ProtocolError(f"a header of {len(body)} bytes, the limit is {limits.header}")
     return _PREFIX.pack(len(body), payload) + body
 
 
@@ -263,7 +269,7 @@ class Connection:
         return Opened(Limits(**values))
 
     def accept_payload(self, place: memoryview | None) -> None:
-        """Say where the payload of the last message goes: a flat view of its size, or None to drop it."""
+        """Give the last message's payload a place: a flat view of its size, or None to drop it."""
         if self._state is not _State.PLACE:
             raise RuntimeError("no payload waits for a place")
         if place is not None and len(place) != self._left:

@@ -78,7 +78,9 @@ OPTIONS: dict[str, _Option] = {
         " engine, a day for an embedded target)", "S",
     ),
     "entry_timeout": _Option(
-        _seconds("entry_timeout"), "seconds for which names are believed (default: as attr_timeout)", "S"
+        _seconds("entry_timeout"),
+        "seconds for which names are believed (default: as attr_timeout)",
+        "S",
     ),
     "direct_io": _Option(_flag("direct_io", True), "bypass the page cache; no shared mmap"),
     "allow_other": _Option(

@@ -69,7 +69,7 @@ class Storage(ABC):
 
     @abstractmethod
     def share(self, rid: RegionID) -> int | None:
-        """A descriptor, owned by the storage, that another process may map; None if there is none."""
+        """A descriptor, owned by the storage, that another process may map, or None."""
 
     @abstractmethod
     def room(self) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class Storage(ABC):
 
 
 def pread_full(fd: int, out: memoryview, offset: int, flags: int = 0) -> int:
-    """Fill *out* from *offset* of *fd*; returns fewer bytes than asked for only at the file's end."""
+    """Fill *out* from *offset* of *fd*; returns how many bytes, fewer only at the file's end."""
     done = 0
     while done < len(out):
         count = os.preadv(fd, [out[done:] if done else out], offset + done, flags)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import resource
 import shutil
 import threading
@@ -23,6 +24,7 @@ from warabi.catalogue import sync_directory
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
 from warabi.region import RegionID
 
+_SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
 
@@ -50,7 +52,8 @@ class FileStorage(Storage):
         self._dirty: set[bytes] = set()  # written since the last persist
         self._fresh: set[bytes] = set()  # created since their directory was synced
         self._failed: dict[bytes, str] = {}  # a sync failed: what was written may be gone
-        self._shards = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+        with os.scandir(root) as entries:
+            self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
 
     def _path(self, rid: bytes) -> str:
         name = rid.hex()
