@@ -96,7 +96,7 @@ class Connection:
         self._unsent: deque[memoryview] = deque()
         self._has_unsent = trio.Event()
         self._message: Message | None = None  # whose payload is arriving
-        self._lost: errors.Exception | None = None
+        self._lost: tuple[type[errors.Exception], str] | None = None
 
     async def open(self) -> None:
         """Exchange openings.
@@ -162,10 +162,16 @@ class Connection:
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
-            self._lost = kind(f"{self._name}: {reason}")
+            self._lost = (kind, f"{self._name}: {reason}")
         failed, self._requests = list(self._requests.values()), {}
         for request in failed:
-            request.finish(error=kind(f"{request.what}: {self._lost}"))
+            request.finish(error=self._lost_error(request.what))
+
+    def _lost_error(self, what: str) -> errors.Exception:
+        """A fresh error each time: one that is raised again gathers tracebacks without end."""
+        assert self._lost is not None
+        kind, reason = self._lost
+        return kind(f"{what}: {reason}")
 
     async def request(
         self, request: Request, header: Sequence[Any], payload: memoryview | None = None
@@ -173,7 +179,7 @@ class Connection:
         """Send *request* and return its result, or raise its error."""
         async with self._slots:
             if self._lost is not None:
-                raise self._lost
+                raise self._lost_error(request.what)
             request_id = next(self._ids)
             size = 0 if payload is None else len(payload)
             frame = wire.frame([request_id, *header], size, self.limits)

@@ -191,7 +191,9 @@ class Catalogue:
                 self._open_wal(path)
         except BaseException as error:
             self.abandon()
-            if isinstance(error, TypeError):  # a row that every catalogue has is missing
+            name = getattr(error, "sqlite_errorname", "")
+            if isinstance(error, TypeError) or name == "SQLITE_ERROR":
+                # A row, or a table, that every catalogue has is missing.
                 raise CorruptTarget(f"catalogue {path}: incomplete") from error
             if isinstance(error, sqlite3.Error):
                 raise translate(error, path) from error
@@ -520,6 +522,8 @@ class Catalogue:
                 self.commit()
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
         finally:
             self.abandon()
 

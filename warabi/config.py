@@ -92,7 +92,7 @@ def parse(config: dict[str, Any] | str | None) -> ProviderConfig:
     if isinstance(config, str):
         try:
             config = json.loads(config or "{}")
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"configuration: not valid JSON: {error}") from None
     try:
         return ProviderConfig.model_validate({} if config is None else config)

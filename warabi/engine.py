@@ -245,7 +245,7 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, str):
         try:
             config = json.loads(config or "{}")
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise errors.ConfigError(f"engine configuration: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")

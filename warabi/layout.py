@@ -139,8 +139,8 @@ def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
         removed = os.fstat(held).st_nlink == 0
         os.close(held)
         if removed:
-            FileStorage(regions).destroy()
             with contextlib.suppress(OSError):
+                FileStorage(regions).destroy()
                 Path(f"{path}-wal").unlink(missing_ok=True)
                 lock.remove()
                 regions.rmdir()
@@ -151,6 +151,7 @@ def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
             catalogue, storage, capacity=config.capacity, on_close=closed, on_closing=lock.closing
         )
     except BaseException:
+        catalogue.abandon()
         storage.close()
         os.close(held)
         lock.release()

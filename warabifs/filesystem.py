@@ -235,9 +235,19 @@ class FileSystem:
         self._count(made)
         return self._add_handle(_File(made.ino, made.region)), made
 
-    async def open(self, ino: int) -> tuple[int, bool]:
-        """Open a file; returns its handle, and whether the kernel's page cache is still true."""
+    async def open(self, ino: int, flags: int) -> tuple[int, bool]:
+        """Open a file; returns its handle, and whether the kernel's page cache is still true.
+
+        The kernel leaves ``O_TRUNC`` to us.
+        """
         attributes: Attributes = await self._target.call("pin", ino)
+        if flags & os.O_TRUNC:
+            try:
+                await self._target.resize(attributes.region, 0)
+            except BaseException:
+                await self._target.call("unpin", ino, 1)
+                raise
+            attributes = await self.getattr(ino)
         stamp = (attributes.mtime_ns, attributes.size)
         fresh = self._exclusive or self._stamps.get(ino) == stamp
         self._stamps[ino] = stamp

@@ -158,14 +158,14 @@ def _child(source: Source, mountpoint: str, options: Options, pipe: IO[str]) -> 
         _serve(source, mountpoint, options, ready)
         return 0
     except Exception as error:
-        return _report(error, str(error), pipe)
+        return _report(str(error), pipe)
     except BaseException as error:
-        return _report(error, f"{type(error).__name__}: {error}", pipe)
+        return _report(f"{type(error).__name__}: {error}", pipe, defect=error)
 
 
-def _report(error: BaseException, message: str, pipe: IO[str]) -> int:
+def _report(message: str, pipe: IO[str], defect: BaseException | None = None) -> int:
     if pipe.closed:
-        log.error("%s", message, exc_info=error)
+        log.error("%s", message, exc_info=defect)
     else:
         pipe.write(message)
         pipe.flush()

@@ -246,7 +246,7 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return self._info(*await self._files.open(inode))
+        return self._info(*await self._files.open(inode, flags))
 
     @_handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
