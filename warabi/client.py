@@ -67,8 +67,9 @@ class TargetHandle:
     the region or a number that is no size.
     """
 
-    def __init__(self, link: Link | None = None) -> None:
+    def __init__(self, link: Link | None = None, engine: Engine | None = None) -> None:
         self._maybe_link = link
+        self._engine = engine  # lives as long as its handles
 
     @property
     def _link(self) -> Link:
@@ -208,7 +209,7 @@ class TargetHandle:
         return size
 
     def stat(self, region: RegionID) -> RegionStat:
-        """The region's size, times (ns since the epoch) and paths in the tree of names.
+        """The region's size, times (ns since the epoch) and paths in the tree of names, up to 1000.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -312,11 +313,11 @@ class Client:
             raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
         runtime = self._engine._state.runtime
         if runtime is not None and str(self._engine.addr()) == text:
-            return TargetHandle(DirectLink(runtime.find(provider_id)))
+            return TargetHandle(DirectLink(runtime.find(provider_id)), self._engine)
         connections = self._engine._state.connections
         link = WireLink(lambda: connections.get(text), provider_id)
         link.call("ping")
-        return TargetHandle(link)
+        return TargetHandle(link, self._engine)
 
     def get_config(self) -> str:
         """The client's settings, as JSON text."""

@@ -280,6 +280,11 @@ class Connection:
             request.finish(error=kind(f"{request.what}: {lost}"))
         return lost
 
+    def forget(self) -> None:
+        """In a forked child: let go of the socket, without a word, for the parent uses it."""
+        self._lost = ConnectionLost(f"{self.endpoint}: the connection is the parent process's")
+        self._socket.close()
+
     def close(self, patience: float = 5.0) -> None:
         """Wait for requests in flight, which must not be lost, and close."""
         deadline = time.monotonic() + patience

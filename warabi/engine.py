@@ -7,6 +7,8 @@ that is collected or outlived is finalized then.
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import contextlib
 import enum
 import json
@@ -24,6 +26,10 @@ from warabi.connection import TIMEOUT, Connection
 
 if TYPE_CHECKING:
     from warabi.runtime import Runtime
+
+
+_LONGEST = 1_000_000_000
+"""Seconds of the longest timeout: more than the system's timers take is an error there."""
 
 
 class Mode(enum.Enum):
@@ -79,6 +85,14 @@ class Connections:
         self._lock = threading.Lock()
         self._open: dict[str, Connection] = {}
         self._closed = False
+        _all_connections.add(self)
+
+    def _forked(self) -> None:
+        """In a child process: what is open is the parent's, and its locks may be held there."""
+        self._lock = threading.Lock()
+        for connection in self._open.values():
+            connection.forget()
+        self._open = {}
 
     def get(self, text: str) -> Connection:
         """A usable connection to *text*; raises as ``Connection`` does."""
@@ -99,6 +113,17 @@ class Connections:
             for connection in self._open.values():
                 connection.close()
             self._open.clear()
+
+
+_all_connections: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for connections in list(_all_connections):
+        connections._forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class _State:
@@ -123,6 +148,7 @@ class _State:
                     callback()
                 self.connections.close()
             finally:
+                _unfinalized.discard(self)
                 try:
                     if self.runtime is not None:
                         self.runtime.stop()
@@ -136,6 +162,33 @@ class _State:
         """From the engine's own loop, which cannot wait for itself."""
         self.wanted.set()
         threading.Thread(target=self.finalize, name="warabi-finalize").start()
+
+
+_unfinalized: set[_State] = set()
+"""Engines that the end of the interpreter has to finalize."""
+
+
+@atexit.register
+def _finalize_all() -> None:
+    for state in list(_unfinalized):
+        try:
+            state.finalize()
+        except Exception:
+            Engine.logger.exception("an engine could not be finalized at exit")
+
+
+def _finalize_collected(state: _State) -> None:
+    """The engine object is gone.  In a thread of its own: the collector that calls this runs
+    anywhere, in the engine's loop or in a call that holds a target's lock."""
+
+    def finalize() -> None:
+        try:
+            state.finalize()
+        except Exception:
+            Engine.logger.exception("a collected engine could not be finalized")
+
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and sees to it
+        _thread.start_new_thread(finalize, ())
 
 
 class Engine:
@@ -179,8 +232,9 @@ class Engine:
             endpoint = state.runtime.endpoint
         elif endpoint.local:
             endpoint = Endpoint(endpoint.scheme, name=f"{os.getpid()}-0")
-        self._address = Address(str(endpoint), self)
-        self._finalizer = weakref.finalize(self, state.finalize)
+        self._address = Address(str(endpoint))  # not with self: that would be a cycle
+        _unfinalized.add(state)
+        weakref.finalize(self, _finalize_collected, state).atexit = False
 
     def addr(self) -> Address:
         """The address that another process can connect to."""
@@ -251,9 +305,11 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
         raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")
     timeout = config.get("timeout", TIMEOUT)
     insecure = config.get("insecure", False)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not (number and 0 < timeout <= _LONGEST):
         raise errors.ConfigError(
-            f"engine configuration: $.timeout: {timeout!r} is no number above 0"
+            f"engine configuration: $.timeout: {timeout!r} is no number of seconds above 0 and up to"
+            f" {_LONGEST}"
         )
     if not isinstance(insecure, bool):
         raise errors.ConfigError(

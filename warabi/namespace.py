@@ -84,15 +84,22 @@ class Namespace:
     def _existing(self, parent: Inode, name: bytes) -> Inode:
         inode = self._find(parent, name)
         if inode is None:
+            self._check_length(name)
             raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: no such file or directory")
         return inode
+
+    @staticmethod
+    def _check_length(name: bytes) -> None:
+        if len(name) > NAME_MAX:
+            raise path_error(
+                errno.ENAMETOOLONG, f"{os.fsdecode(name)}: longer than {NAME_MAX} bytes"
+            )
 
     def _destination(self, parent: int, name: bytes) -> Inode:
         """The directory *parent*, when *name* may be made in it."""
         directory = self._directory(parent)
         shown = os.fsdecode(name)
-        if len(name) > NAME_MAX:
-            raise path_error(errno.ENAMETOOLONG, f"{shown}: longer than {NAME_MAX} bytes")
+        self._check_length(name)
         if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
             raise path_error(errno.EINVAL, f"{shown!r}: not a file name")
         if directory.nlink == 0:

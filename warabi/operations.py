@@ -45,6 +45,11 @@ def _stat(value: Any) -> RegionStat:
     return RegionStat(*value)
 
 
+def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
+    found = target.stat(region)
+    return found._replace(names=found.names[:PAGE])
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One operation.
@@ -86,7 +91,7 @@ OPERATIONS: dict[str, Operation] = {
     "erase": Operation(Target.erase, "r"),
     "resize": Operation(Target.resize, "ri", waits=True),
     "size": Operation(Target.size, "r"),
-    "stat": Operation(Target.stat, "r", decode=_stat),
+    "stat": Operation(_stat_with_some_names, "r", decode=_stat),
     "list": Operation(
         lambda target, after, limit: target.list(after, min(limit, PAGE)), "ri", decode=_regions
     ),

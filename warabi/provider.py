@@ -145,7 +145,8 @@ class Session:
         try:
             if name == "shutdown":
                 self._shutdown()
-                await self._reply(request_id, None)
+                with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
+                    await self._reply(request_id, None)
                 return
             target = self._find(provider_id).target if name != "ping" else None
             if target is not None and self._waits(target, name, arguments):

@@ -56,6 +56,7 @@ class Provider:
             if not previous.abandoned:
                 raise ConfigError(f"provider_id: {provider_id} is taken at {engine.addr()}")
             previous.close()
+        self._engine = engine  # lives as long as its providers
         self._runtime = runtime
         self._core = ProviderCore(provider_id, _open(self._config))
         runtime.providers[provider_id] = self._core

@@ -18,6 +18,7 @@ that forgets it is on the medium.
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import stat
 import threading
@@ -119,6 +120,7 @@ class Target:
         self._waiters = 0
         self._inside = 0  # calls in any region, for close
         self._closed = False
+        self._pid = os.getpid()
         self._changed = threading.Event()  # the catalogue has something to commit
         self._guard = _Guard(self._lock, catalogue, self._changed)
         self._freed: deque[tuple[int, RegionID]] = deque()  # to erase when that change is synced
@@ -574,6 +576,8 @@ class Target:
 
         Waits for calls in flight.  Later calls raise ``TargetNotFound``.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child holds copies of things that are its parent's
         with self._lock:
             if self._closed:
                 return

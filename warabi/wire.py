@@ -29,7 +29,7 @@ VERSION = 1
 _OPENING = struct.Struct("<8sI")
 _PREFIX = struct.Struct("<IQ")
 _MAX_OPENING = 4096
-_MAX_ITEMS = 4096  # in one msgpack array: bounds what a header can make the parser allocate
+_MAX_ITEMS = 1024  # in one msgpack array: bounds what a header can make the parser allocate
 _BUFFER = 64 * 1024
 
 Buffer = bytes | bytearray | memoryview
@@ -123,11 +123,16 @@ def frame(header: Any, payload: int = 0, limits: Limits | None = None) -> bytes:
     """The bytes that go before a payload of *payload* bytes.
 
     Raises:
-        ProtocolError: the header is larger than *limits*, the receiver's, allow.
+        ProtocolError: the header is larger than *limits*, the receiver's, allow, or an array
+            in it longer than any receiver takes.
     """
     body = pack(header)
-    if limits is not None and len(body) > limits.header:
-        raise ProtocolError(f"a header of {len(body)} bytes, the limit is {limits.header}")
+    if limits is not None:
+        if len(body) > limits.header:
+            raise ProtocolError(f"a header of {len(body)} bytes, the limit is {limits.header}")
+        for item in header:
+            if isinstance(item, list) and len(item) > _MAX_ITEMS:
+                raise ProtocolError(f"an array of {len(item)} items, the limit is {_MAX_ITEMS}")
     return _PREFIX.pack(len(body), payload) + body
 
 
