@@ -81,7 +81,7 @@ class Connection:
     Args:
         sock: connected and non-blocking.
         name: of the peer, for messages.
-        timeout: seconds without an answer after which a request gives up.
+        timeout: seconds without a sign of life from the provider after which a request gives up.
     """
 
     def __init__(self, sock: trio.socket.SocketType, name: str, timeout: float) -> None:
@@ -89,6 +89,8 @@ class Connection:
         self._name = name
         self._timeout = timeout
         self._wire = wire.Connection(Limits())
+        self._heard = 0.0  # when something last came, by Trio's clock
+        self._asked = False  # a sign of life was asked for since then
         self.limits = Limits()
         self._ids = itertools.count(1)
         self._requests: dict[int, Request] = {}
@@ -139,6 +141,8 @@ class Connection:
             if count == 0 and self._wire.between_messages:
                 raise ConnectionResetError("the provider closed the connection")
             self._wire.received(count)
+            self._heard = trio.current_time()
+            self._asked = False
         return event
 
     def _take(self, event: wire.Event) -> None:
@@ -187,8 +191,7 @@ class Connection:
             self._requests[request_id] = request
             self._send([frame, payload])
             try:
-                with trio.move_on_after(self._timeout):
-                    await request.event.wait()
+                await self._wait(request)
             finally:
                 if not request.done:
                     self._abandon(request_id, request)
@@ -197,6 +200,23 @@ class Connection:
                     f"{request.what}: no answer from {self._name} in {self._timeout:g} s"
                 )
             return request.outcome()
+
+    async def _wait(self, request: Request) -> None:
+        """Until the request is done or the provider has been silent for too long.
+
+        After half of that a sign of life is asked for, which a provider that is busy with the
+        request gives, and one that is stopped or unreachable does not.
+        """
+        since = trio.current_time()
+        while not request.done:
+            silent = trio.current_time() - max(since, self._heard)
+            if silent >= self._timeout:
+                return
+            if silent >= self._timeout / 2 and not self._asked:
+                self._asked = True
+                self._send([wire.frame([next(self._ids), 0, "ping", [], None])])
+            with trio.move_on_after(self._timeout / 2 - silent % (self._timeout / 2)):
+                await request.event.wait()
 
     def _abandon(self, request_id: int, request: Request) -> None:
         request.into = None
@@ -447,7 +467,8 @@ async def connect(
     Args:
         address: as ``str(engine.addr())`` gives it.
         provider_id: 0 to 65535.
-        timeout: seconds without an answer after which a call raises ``TimedOut``.
+        timeout: seconds without a sign of life from the provider after which a call raises
+            ``TimedOut``.
 
     Raises:
         ConfigError: a malformed address.

@@ -28,7 +28,7 @@ from warabi.request import Request, reply_id
 from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
 
 TIMEOUT = 60.0
-"""Default seconds without an answer after which a call gives up."""
+"""Default seconds without a sign of life from the provider after which a call gives up."""
 _CONNECT_TIMEOUT = 10.0
 _LOOK_AROUND = 1.0  # seconds after which a blocked receive looks at its deadline
 Buffers = list[bytes | memoryview]
@@ -54,6 +54,8 @@ class Connection:
         self._lost: errors.Exception | None = None
         self._message: Message | None = None  # whose payload is arriving
         self._wire = wire.Connection(Limits())
+        self._heard = 0.0  # when something last came, by the monotonic clock
+        self._asked = False  # a sign of life was asked for since then
         self._socket = address.connect(endpoint, min(timeout, _CONNECT_TIMEOUT))
         # Blocking with a receive timeout: one system call per reply, and still no endless wait.
         self._socket.setsockopt(
@@ -162,10 +164,11 @@ class Connection:
         """The result of *request*.
 
         Raises:
-            TimedOut: no answer within ``timeout`` seconds.  The request may still take effect.
+            TimedOut: no answer, nor any other sign of life, for ``timeout`` seconds.  The
+                request may still take effect.
             ConnectionLost: the provider went.
         """
-        deadline = time.monotonic() + self.timeout
+        since = time.monotonic()
         while not request.done:
             with self._mutex:
                 reader = not self._reading
@@ -174,13 +177,13 @@ class Connection:
                 elif request.event is None:
                     request.event = threading.Event()
             if reader:
-                self._read(lambda: request.done, deadline, request)
+                self._read(lambda: request.done, since, request)
             elif request.done:
                 break  # finished before it had an event to set
-            elif not request.event.wait(max(0.0, deadline - time.monotonic())):
-                self._time_out(request)
-            else:
+            elif request.event.wait(_LOOK_AROUND):
                 request.event.clear()
+            else:
+                self._check_silence(request, since)
         return request.outcome()
 
     def poll(self) -> bool:
@@ -192,8 +195,31 @@ class Connection:
         self._read(None, 0.0, None)
         return True
 
+    def _check_silence(self, request: Request, since: float) -> None:
+        """Ask for a sign of life after half the timeout without one, give up after the whole.
+
+        A provider that is busy with a request, however long, answers; one that is stopped or
+        unreachable does not.
+        """
+        silent = time.monotonic() - max(since, self._heard)
+        if silent > self.timeout:
+            self._time_out(request)
+        elif silent > self.timeout / 2 and not self._asked:
+            self._ask()
+
+    def _ask(self) -> None:
+        # Not by waiting: the caller may be the reader, for whom a sender may be waiting.
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        if poller.poll(0) and self._send_lock.acquire(blocking=False):
+            try:
+                self._asked = True
+                self._send([wire.frame([next(self._ids), 0, "ping", [], None])], Request("ping"))
+            finally:
+                self._send_lock.release()
+
     def _read(
-        self, enough: Callable[[], bool] | None, deadline: float, request: Request | None
+        self, enough: Callable[[], bool] | None, since: float, request: Request | None
     ) -> None:
         """Be the reader until *enough*, or with None until nothing more is there."""
         flags = 0 if enough else socket.MSG_DONTWAIT
@@ -208,13 +234,15 @@ class Connection:
                 except BlockingIOError:
                     if enough is None:
                         return
-                    if request is not None and time.monotonic() > deadline:
-                        self._time_out(request)
+                    if request is not None:
+                        self._check_silence(request, since)
                     continue
                 if count == 0:
                     self._fail("the provider closed the connection")
                     return
                 self._wire.received(count)
+                self._heard = time.monotonic()
+                self._asked = False
         except ProtocolError as error:
             self._fail(str(error), ProtocolError)
         except OSError as error:

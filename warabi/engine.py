@@ -140,8 +140,10 @@ class _State:
         self.after: list[Callable[[], object]] = []
 
     def finalize(self) -> None:
+        if os.getpid() != self.pid:
+            return  # a forked child, where the lock may be held by a thread that is not there
         with self.lock:
-            if self.finalized.is_set() or os.getpid() != self.pid:
+            if self.finalized.is_set():
                 return
             try:
                 for callback in self.before:
@@ -200,9 +202,9 @@ class Engine:
         mode: ``server`` or ``client``.
         use_progress_thread: accepted for compatibility; progress is always made.
         num_rpc_threads: accepted for compatibility.
-        config: dict or JSON text; ``timeout``, seconds without an answer after which a call
-            gives up (default 60); ``insecure``, whether to listen beyond loopback without
-            encryption.  Other keys are ignored.
+        config: dict or JSON text; ``timeout``, seconds without a sign of life from a provider
+            after which a call gives up (default 60); ``insecure``, whether to listen beyond
+            loopback without encryption.  Other keys are ignored.
 
     Raises:
         ConfigError: a malformed address or configuration, or nothing can listen there.
@@ -308,8 +310,8 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if not (number and 0 < timeout <= _LONGEST):
         raise errors.ConfigError(
-            f"engine configuration: $.timeout: {timeout!r} is no number of seconds above 0 and up to"
-            f" {_LONGEST}"
+            f"engine configuration: $.timeout: {timeout!r} is no number of seconds"
+            f" above 0 and up to {_LONGEST}"
         )
     if not isinstance(insecure, bool):
         raise errors.ConfigError(
