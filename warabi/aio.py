@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from io import BytesIO
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from warabi import dispatch, errors, wire
 from warabi.buffers import checked_path, checked_size, readable, writable
 from warabi.connection import TIMEOUT
 from warabi.errors import ConnectionLost, ProtocolError, TimedOut
+from warabi.extents import EXTENTS, Extent, check_total, checked_extents, groups, pack, total
 from warabi.operations import OPERATIONS, PAGE
 from warabi.region import RegionID
 from warabi.request import EAGER_THRESHOLD, Request, chunks, reply_id
@@ -49,6 +50,12 @@ class Link(Protocol):
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
     async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int: ...
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None: ...
+    async def read_vector(
+        self, region: RegionID, extents: list[Extent], place: memoryview
+    ) -> None: ...
 
 
 class DirectLink:
@@ -73,6 +80,16 @@ class DirectLink:
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         return await dispatch.create_and_write(self._target, data, persist)
+
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        await self.call("write_vector", (region, pack(extents), persist, data))
+
+    async def read_vector(
+        self, region: RegionID, extents: list[Extent], place: memoryview
+    ) -> None:
+        await self.call("read_vector", (region, pack(extents), place))
 
 
 class Connection:
@@ -343,6 +360,38 @@ class WireLink:
         count: int = await self._request(request, (region, offset, len(place), eager, short))
         return count
 
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        start = 0
+        async with _pieces() as start_soon:
+            for group in await self._groups(region, extents, "write_vector"):
+                end = start + total(group)
+                arguments = (region, pack(group), persist)
+                start_soon(self._request, Request("write_vector"), arguments, data[start:end])
+                start = end
+
+    async def read_vector(
+        self, region: RegionID, extents: list[Extent], place: memoryview
+    ) -> None:
+        start = 0
+        async with _pieces() as start_soon:
+            for group in await self._groups(region, extents, "read_vector"):
+                end = start + total(group)
+                request = Request("read_vector", into=place[start:end])
+                start_soon(self._request, request, (region, pack(group)))
+                start = end
+
+    async def _groups(
+        self, region: RegionID, extents: list[Extent], what: str
+    ) -> list[list[Extent]]:
+        """What goes into one message each; when it takes several, all extents are checked first."""
+        found = list(groups(extents, self._connection.limits.payload, EXTENTS))
+        if len(found) > 1:
+            for offset, size in extents:
+                await self._check_end(region, offset, size, what)
+        return found or [[]]
+
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         if len(data) <= self._connection.limits.payload:
             request = Request("create_and_write", RegionID)
@@ -421,6 +470,33 @@ class Target:
     async def fsync(self, region: RegionID, *, times: bool = True) -> None:
         """Make the whole region durable; with *times* its timestamps too."""
         await self.call("fsync", region, times)
+
+    async def write_vector(
+        self,
+        region: RegionID,
+        extents: Iterable[tuple[int, int]],
+        data: Any,
+        persist: bool = False,
+    ) -> None:
+        view = readable(data, "write_vector: data")
+        checked = checked_extents(extents, "write_vector")
+        check_total(checked, len(view), "write_vector")
+        await self._link.write_vector(region, checked, view, bool(persist))
+
+    async def read_vector(
+        self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Any
+    ) -> None:
+        view = writable(buffer, "read_vector: buffer")
+        checked = checked_extents(extents, "read_vector")
+        check_total(checked, len(view), "read_vector")
+        await self._link.read_vector(region, checked, view)
+
+    async def persist_vector(
+        self, region: RegionID, extents: Iterable[tuple[int, int]]
+    ) -> None:
+        checked = checked_extents(extents, "persist_vector")
+        for start in range(0, max(1, len(checked)), EXTENTS):
+            await self.call("persist_vector", region, pack(checked[start : start + EXTENTS]))
 
     async def erase(self, region: RegionID) -> None:
         await self.call("erase", region)

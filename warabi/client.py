@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from warabi import address as _address
 from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
+from warabi.extents import EXTENTS, check_total, checked_extents, pack
 from warabi.link import DirectLink, Link, WireLink, wait_all
 from warabi.operations import PAGE
 from warabi.region import RegionID
@@ -171,6 +172,53 @@ class TargetHandle:
             checked_size(offset, "persist: offset"),
             checked_size(size, "persist: size"),
         )
+
+    def write_vector(
+        self,
+        region: RegionID,
+        extents: Iterable[tuple[int, int]],
+        data: Any,
+        persist: bool = False,
+    ) -> None:
+        """Store *data* in several ``(offset, size)`` extents, one after the other, in one request.
+
+        What extents that overlap hold in common is undefined afterwards.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            InvalidBuffer: *data* has no contiguous buffer, or not as many bytes as the extents.
+            StorageFull: the medium has no room.
+        """
+        view = readable(data, "write_vector: data")
+        checked = checked_extents(extents, "write_vector")
+        check_total(checked, len(view), "write_vector")
+        self._link.write_vector(RegionID(region), checked, view, bool(persist))
+
+    def read_vector(
+        self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Any
+    ) -> None:
+        """Fill *buffer* from several ``(offset, size)`` extents, one after the other, in one
+        request.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            InvalidBuffer: *buffer* is read-only, not contiguous, or not as large as the extents.
+        """
+        view = writable(buffer, "read_vector: buffer")
+        checked = checked_extents(extents, "read_vector")
+        check_total(checked, len(view), "read_vector")
+        self._link.read_vector(RegionID(region), checked, view)
+
+    def persist_vector(self, region: RegionID, extents: Iterable[tuple[int, int]]) -> None:
+        """As :meth:`persist`, of several ``(offset, size)`` extents, in one request.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        checked = checked_extents(extents, "persist_vector")
+        for start in range(0, max(1, len(checked)), EXTENTS):
+            packed = pack(checked[start : start + EXTENTS])
+            self._link.call("persist_vector", RegionID(region), packed)
 
     def erase(self, region: RegionID) -> None:
         """Remove the region, and its names.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from warabi import errors
 from warabi.buffers import checked_size
 from warabi.connection import Connection
+from warabi.extents import EXTENTS, Extent, groups, pack, total
 from warabi.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.request import EAGER_THRESHOLD, Request, chunks
@@ -30,6 +31,10 @@ class Link(Protocol):
     ) -> None: ...
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+    def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None: ...
+    def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None: ...
 
     def start(self, name: str, *arguments: Any) -> list[Request]: ...
     def start_write(
@@ -81,6 +86,14 @@ class DirectLink:
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         return self._core.target.create_and_write(data, persist)
+
+    def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        self._core.target.write_vector(region, extents, data, persist)
+
+    def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        self._core.target.read_vector(region, extents, place)
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
         return self._done(name, self.call, name, *arguments)
@@ -199,6 +212,43 @@ class WireLink:
             self._submit(connection, request, (region, offset + start, end - start, eager, False))
             requests.append(request)
         return requests
+
+    def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        connection = self._connect()
+        requests = []
+        start = 0
+        for group in self._groups(connection, region, extents, "write_vector"):
+            end = start + total(group)
+            piece = data[start:end]
+            request = Request("write_vector", buffers=piece)
+            self._submit(connection, request, (region, pack(group), persist), piece)
+            requests.append(request)
+            start = end
+        wait_all(self, requests)
+
+    def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        connection = self._connect()
+        requests = []
+        start = 0
+        for group in self._groups(connection, region, extents, "read_vector"):
+            end = start + total(group)
+            request = Request("read_vector", into=place[start:end])
+            self._submit(connection, request, (region, pack(group)))
+            requests.append(request)
+            start = end
+        wait_all(self, requests)
+
+    def _groups(
+        self, connection: Connection, region: RegionID, extents: list[Extent], what: str
+    ) -> list[list[Extent]]:
+        """What goes into one message each; when it takes several, all extents are checked first."""
+        found = list(groups(extents, connection.limits.payload, EXTENTS))
+        if len(found) > 1:
+            for offset, size in extents:
+                self._check_end(region, offset, size, what)
+        return found or [[]]
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from warabi.catalogue import Attributes
 from warabi.errors import ProtocolError
+from warabi.extents import unpack
 from warabi.region import RegionID
 from warabi.target import RegionStat, Target
 
@@ -60,6 +61,8 @@ class Operation:
             ``b`` bytes, ``s`` text, ``?`` truth value.
         waits: whether it may wait for the medium, and so keep an event loop waiting.
         decode: turns the result's msgpack form into what *call* returned.
+        data: ``in`` when bytes of regions travel with the request, as the last argument of
+            *call*; ``out`` when they travel with the reply, that argument being their place.
         pins: the inode, and by how much, that the result pinned for the caller.
     """
 
@@ -67,6 +70,7 @@ class Operation:
     arguments: str
     waits: bool = False
     decode: Callable[[Any], Any] = _same
+    data: Literal["", "in", "out"] = ""
     pins: Callable[[Sequence[Any], Any], tuple[int, int] | None] | None = None
 
 
@@ -96,6 +100,29 @@ OPERATIONS: dict[str, Operation] = {
         lambda target, after, limit: target.list(after, min(limit, PAGE)), "ri", decode=_regions
     ),
     "persist": Operation(Target.persist, "rii", waits=True),
+    "write_vector": Operation(
+        lambda target, region, packed, persist, data: target.write_vector(
+            region, unpack(packed, "write_vector"), data, persist
+        ),
+        "rb?",
+        waits=True,
+        data="in",
+    ),
+    "read_vector": Operation(
+        lambda target, region, packed, place: target.read_vector(
+            region, unpack(packed, "read_vector"), place
+        ),
+        "rb",
+        waits=True,
+        data="out",
+    ),
+    "persist_vector": Operation(
+        lambda target, region, packed: target.persist_vector(
+            region, unpack(packed, "persist_vector")
+        ),
+        "rb",
+        waits=True,
+    ),
     "fsync": Operation(Target.fsync, "r?", waits=True),
     "commit": Operation(Target.commit, "", waits=True),
     "sync": Operation(Target.sync, "", waits=True),

@@ -18,8 +18,8 @@ from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, wire
-from warabi.operations import OPERATIONS, checked_arguments
+from warabi import dispatch, errors, extents, wire
+from warabi.operations import OPERATIONS, Operation, checked_arguments
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
@@ -225,6 +225,11 @@ class Session:
             if operation is None:
                 raise errors.ProtocolError(f"unknown operation {name!r:.60}")
             checked = checked_arguments(name, operation.arguments, arguments)
+            if operation.data == "out":
+                await self._read_extents(target, request_id, operation, checked)
+                return
+            if operation.data == "in":
+                checked.append(data or b"")
             result = await dispatch.execute(target, operation, checked)
             if operation.pins and (pinned := operation.pins(checked, result)):
                 self._pins[provider_id, pinned[0]] += pinned[1]
@@ -257,6 +262,17 @@ class Session:
             await self._reply(request_id, None, bytes(buffer))
         else:
             await self._send([wire.frame([request_id, None], len(buffer)), buffer])
+
+    async def _read_extents(
+        self, target: Target, request_id: int, operation: Operation, checked: list[Any]
+    ) -> None:
+        size = extents.total(extents.unpack(checked[1], "read_vector"))
+        limit = min(self._peer.payload, self._connection.limits.payload)
+        if size > limit:
+            raise errors.ProtocolError(f"read: {size} bytes in one reply, the limit is {limit}")
+        buffer = bytearray(size)
+        await dispatch.execute(target, operation, [*checked, buffer])
+        await self._send([wire.frame([request_id, None], size), buffer])
 
     async def _reply(self, request_id: int, result: Any, eager: Any = None) -> None:
         header = [request_id, result] if eager is None else [request_id, result, eager]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,7 +50,7 @@ class Request:
         self.done = False
         self.result: Any = None
         self.error: errors.Exception | None = None
-        self.event: threading.Event | Any = None
+        self.event: Any = None  # threading.Event or trio.Event
 
     def finish(self, result: Any = None, error: errors.Exception | None = None) -> None:
         if self.done:

@@ -24,7 +24,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from warabi.backends import Storage
 from warabi.buffers import checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Attributes, Catalogue, Inode, translate
 from warabi.errors import InvalidRegion, OutOfBounds, StorageFull, TargetNotFound, WouldBlock
+from warabi.extents import Extent, check_total, checked_extents, views
 from warabi.namespace import Namespace
 from warabi.region import RegionID
 
@@ -409,6 +410,68 @@ class Target:
             self._persist_inside(inode, 0, inode.size, times=times)
         finally:
             self._leave(inode)
+
+    def write_vector(
+        self, region: RegionID, extents: Sequence[Extent], data: Any, persist: bool = False
+    ) -> None:
+        """Store *data* in several extents, one piece of it after the other.
+
+        Raises:
+            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
+            StorageFull, StorageError: the medium; the extents' content is then undefined.
+        """
+        view = readable(data, "write_vector: data")
+        checked = checked_extents(extents, "write_vector")
+        check_total(checked, len(view), "write_vector")
+        inode = self._enter(region, "write_vector", True)
+        wrote = False
+        try:
+            self._check_all(inode, "write_vector", checked)
+            for offset, piece in views(checked, view):
+                wrote = True
+                self._storage.write(region, offset, piece)
+            if persist:
+                self._persist_all_inside(inode, checked)
+        finally:
+            self._leave(inode, wrote=wrote)
+
+    def read_vector(self, region: RegionID, extents: Sequence[Extent], buffer: Any) -> None:
+        """Fill *buffer* from several extents, one after the other.
+
+        Raises:
+            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is read.
+            StorageError, CorruptTarget: the medium.
+        """
+        view = writable(buffer, "read_vector: buffer")
+        checked = checked_extents(extents, "read_vector")
+        check_total(checked, len(view), "read_vector")
+        inode = self._enter(region, "read_vector", True)
+        try:
+            self._check_all(inode, "read_vector", checked)
+            for offset, piece in views(checked, view):
+                self._storage.read_into(region, offset, piece)
+        finally:
+            self._leave(inode)
+
+    def persist_vector(self, region: RegionID, extents: Sequence[Extent]) -> None:
+        """As :meth:`persist`, of several extents."""
+        checked = checked_extents(extents, "persist_vector")
+        inode = self._enter(region, "persist_vector", True)
+        try:
+            self._check_all(inode, "persist_vector", checked)
+            self._persist_all_inside(inode, checked)
+        finally:
+            self._leave(inode)
+
+    def _check_all(self, inode: Inode, what: str, extents: list[Extent]) -> None:
+        for offset, size in extents:
+            self._bounds(inode, what, offset, size)
+
+    def _persist_all_inside(self, inode: Inode, extents: list[Extent]) -> None:
+        # One span: flushing what lies between costs less than a flush for each extent.
+        start = min((offset for offset, _ in extents), default=0)
+        end = max((offset + size for offset, size in extents), default=0)
+        self._persist_inside(inode, start, end - start)
 
     def erase(self, region: RegionID) -> None:
         """Remove a region and all its names.  Calls inside it still end well.
