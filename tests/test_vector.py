@@ -69,9 +69,7 @@ def scattered(seed: int, size: int, count: int, largest: int) -> list[Extent]:
 
 
 @pytest.mark.parametrize(("size", "count"), [(1000, 10), (100_000, 3000), (12_000_000, 6)])
-def test_what_was_written_is_read(
-    target: TargetHandle, size: int, count: int
-) -> None:
+def test_what_was_written_is_read(target: TargetHandle, size: int, count: int) -> None:
     model = bytearray(size)
     region = target.create(size)
     parts = scattered(size, size, count, size)

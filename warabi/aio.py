@@ -17,14 +17,14 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from io import BytesIO
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
 from warabi import address as _address
-from warabi import dispatch, errors, wire
+from warabi import arrays, dispatch, errors, wire
 from warabi.buffers import checked_path, checked_size, readable, writable
 from warabi.connection import TIMEOUT
 from warabi.errors import ConnectionLost, ProtocolError, TimedOut
@@ -35,6 +35,9 @@ from warabi.request import EAGER_THRESHOLD, Request, chunks, reply_id
 from warabi.target import RegionStat
 from warabi.target import Target as LocalTarget
 from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # an extra, and slow to import
 
 _CONNECT_TIMEOUT = 10.0
 _IN_FLIGHT = 64  # requests of one connection that wait for their replies
@@ -86,9 +89,7 @@ class DirectLink:
     ) -> None:
         await self.call("write_vector", (region, pack(extents), persist, data))
 
-    async def read_vector(
-        self, region: RegionID, extents: list[Extent], place: memoryview
-    ) -> None:
+    async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         await self.call("read_vector", (region, pack(extents), place))
 
 
@@ -371,9 +372,7 @@ class WireLink:
                 start_soon(self._request, Request("write_vector"), arguments, data[start:end])
                 start = end
 
-    async def read_vector(
-        self, region: RegionID, extents: list[Extent], place: memoryview
-    ) -> None:
+    async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         start = 0
         async with _pieces() as start_soon:
             for group in await self._groups(region, extents, "read_vector"):
@@ -407,6 +406,11 @@ class WireLink:
         return region
 
 
+def _id(region: Any) -> RegionID:
+    """*region*, or ``InvalidRegion`` for what can be none."""
+    return region if type(region) is RegionID else RegionID(region)
+
+
 class Target:
     """A target, as :class:`warabi.client.TargetHandle`, whose methods, arguments, results and
     errors these are.
@@ -437,7 +441,7 @@ class Target:
         """Store *data*; with *extend* a write beyond the region's end makes it grow."""
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
-        await self._link.write(region, offset, view, bool(persist), extend)
+        await self._link.write(_id(region), offset, view, bool(persist), extend)
 
     async def read(self, region: RegionID, offset: int, size: int) -> bytes:
         size = checked_size(size, "read: size")
@@ -448,12 +452,12 @@ class Target:
             )
         owner = BytesIO(bytes(size))  # see filled_bytes: its buffer becomes the result
         with owner.getbuffer() as view:
-            await self._link.read_into(region, offset, view)
+            await self._link.read_into(_id(region), offset, view)
         return owner.getvalue()
 
     async def read_into(self, region: RegionID, offset: int, buffer: Any) -> None:
         view = writable(buffer, "read_into: buffer")
-        await self._link.read_into(region, checked_size(offset, "read_into: offset"), view)
+        await self._link.read_into(_id(region), checked_size(offset, "read_into: offset"), view)
 
     async def read_some(self, region: RegionID, offset: int, buffer: Any) -> int:
         """As :meth:`read_into`, but the region may end earlier: returns how many bytes there were.
@@ -461,15 +465,17 @@ class Target:
         *buffer* is at most as large as the provider's limit on a payload.
         """
         view = writable(buffer, "read_some: buffer")
-        return await self._link.read_some(region, checked_size(offset, "read_some: offset"), view)
+        return await self._link.read_some(
+            _id(region), checked_size(offset, "read_some: offset"), view
+        )
 
     async def persist(self, region: RegionID, offset: int, size: int) -> None:
         offset = checked_size(offset, "persist: offset")
-        await self.call("persist", region, offset, checked_size(size, "persist: size"))
+        await self.call("persist", _id(region), offset, checked_size(size, "persist: size"))
 
     async def fsync(self, region: RegionID, *, times: bool = True) -> None:
         """Make the whole region durable; with *times* its timestamps too."""
-        await self.call("fsync", region, times)
+        await self.call("fsync", _id(region), times)
 
     async def write_vector(
         self,
@@ -481,7 +487,7 @@ class Target:
         view = readable(data, "write_vector: data")
         checked = checked_extents(extents, "write_vector")
         check_total(checked, len(view), "write_vector")
-        await self._link.write_vector(region, checked, view, bool(persist))
+        await self._link.write_vector(_id(region), checked, view, bool(persist))
 
     async def read_vector(
         self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Any
@@ -489,28 +495,26 @@ class Target:
         view = writable(buffer, "read_vector: buffer")
         checked = checked_extents(extents, "read_vector")
         check_total(checked, len(view), "read_vector")
-        await self._link.read_vector(region, checked, view)
+        await self._link.read_vector(_id(region), checked, view)
 
-    async def persist_vector(
-        self, region: RegionID, extents: Iterable[tuple[int, int]]
-    ) -> None:
+    async def persist_vector(self, region: RegionID, extents: Iterable[tuple[int, int]]) -> None:
         checked = checked_extents(extents, "persist_vector")
         for start in range(0, max(1, len(checked)), EXTENTS):
-            await self.call("persist_vector", region, pack(checked[start : start + EXTENTS]))
+            await self.call("persist_vector", _id(region), pack(checked[start : start + EXTENTS]))
 
     async def erase(self, region: RegionID) -> None:
-        await self.call("erase", region)
+        await self.call("erase", _id(region))
 
     async def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         view = readable(data, "create_and_write: data")
         return await self._link.create_and_write(view, bool(persist))
 
     async def size(self, region: RegionID) -> int:
-        size: int = await self.call("size", region)
+        size: int = await self.call("size", _id(region))
         return size
 
     async def stat(self, region: RegionID) -> RegionStat:
-        found: RegionStat = await self.call("stat", region)
+        found: RegionStat = await self.call("stat", _id(region))
         return found
 
     async def list(self, page_size: int = PAGE) -> AsyncIterator[RegionID]:
@@ -521,14 +525,43 @@ class Target:
             last = page[-1]
 
     async def resize(self, region: RegionID, size: int) -> None:
-        await self.call("resize", region, checked_size(size, "resize: size"))
+        await self.call("resize", _id(region), checked_size(size, "resize: size"))
+
+    async def put_array(self, array: NDArray[Any], persist: bool = False) -> RegionID:
+        size, pieces = arrays.encode(array)
+        if size <= arrays.PREFIX:
+            return await self.create_and_write(b"".join(piece for _, piece in pieces), persist)
+        region = await self.create(size)
+        try:
+            for offset, piece in pieces:
+                await self.write(region, offset, piece)
+            if persist:
+                await self.persist(region, 0, size)
+        except BaseException:
+            with trio.move_on_after(_CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
+                await self.erase(region)
+            raise
+        return region
+
+    async def get_array(self, region: RegionID) -> NDArray[Any]:
+        size = await self.size(region)
+        prefix = await self.read(region, 0, min(size, arrays.PREFIX))
+        start = arrays.data_offset(region, size, prefix)
+        if start > len(prefix):
+            prefix = await self.read(region, 0, start)
+        array, place = arrays.decode(region, size, prefix[:start])
+        if start + len(place) <= len(prefix):
+            place[:] = prefix[start : start + len(place)]
+        else:
+            await self.read_into(region, start, place)
+        return array
 
     async def open_name(self, path: str) -> RegionID:
         region: RegionID = await self.call("open_name", checked_path(path, "open_name"))
         return region
 
     async def link_name(self, region: RegionID, path: str) -> None:
-        await self.call("link_name", region, checked_path(path, "link_name"))
+        await self.call("link_name", _id(region), checked_path(path, "link_name"))
 
     async def unlink_name(self, path: str) -> None:
         await self.call("unlink_name", checked_path(path, "unlink_name"))

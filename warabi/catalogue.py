@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from warabi.errors import CorruptTarget, Exception, StorageError, StorageFull
+from warabi.errors import ConfigError, CorruptTarget, Exception, StorageError, StorageFull
 from warabi.region import RegionID
 
 APPLICATION_ID = 0x57617261
@@ -152,12 +152,17 @@ def translate(error: sqlite3.Error, path: Path | None) -> Exception:
 class Catalogue:
     """The catalogue at *path*, or one in memory that dies with its process.
 
+    Args:
+        path: the database, or None.
+        backend: what :meth:`create` was told; catalogues older than that record have ``file``.
+
     Raises:
+        ConfigError: it is another backend's; nothing was changed.
         CorruptTarget: the database is damaged.
         StorageError: it cannot be opened or written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, backend: str = "file") -> None:
         self.path = path
         self._random = random.Random()
         self._cache: dict[int, Inode] = {}
@@ -187,6 +192,15 @@ class Catalogue:
             self._has_xattrs = bool(self._one("SELECT EXISTS(SELECT 1 FROM xattr)"))
             self.uuid = str(self._one("SELECT value FROM meta WHERE key = 'uuid'"))
             self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
+            meta = dict(self._db.execute("SELECT key, value FROM meta"))
+            self.capacity: int | None = meta.get("capacity")
+            """The quota in bytes that :meth:`create` was given."""
+            if not isinstance(self.capacity, int | None):
+                raise CorruptTarget(f"catalogue {path}: the capacity is {self.capacity!r}")
+            if meta.get("backend", "file") != backend:
+                raise ConfigError(
+                    f"target {path}: is a target of type {meta['backend']!r}, not {backend!r}"
+                )
             if path is not None:
                 self._open_wal(path)
         except BaseException as error:
@@ -226,18 +240,21 @@ class Catalogue:
         sync_directory(path.parent)
 
     @staticmethod
-    def _populate(db: sqlite3.Connection) -> None:
+    def _populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
         now = time.time_ns()
         root = Inode(
             ROOT, 1, stat.S_IFDIR | 0o755, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None
         )
         db.execute(_UPSERT, root.row())
-        rows = [("uuid", str(uuid.uuid4())), ("clean", 1)]
+        rows = [("uuid", str(uuid.uuid4())), ("clean", 1), *meta.items()]
         db.executemany("INSERT INTO meta VALUES(?, ?)", rows)
 
     @classmethod
-    def create(cls, path: Path) -> None:
-        """Make an empty catalogue at *path*, whole or not at all, replacing what is there."""
+    def create(cls, path: Path, backend: str = "file", capacity: int | None = None) -> None:
+        """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
+
+        *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.
+        """
         fresh = Path(f"{path}.new")
         for leftover in (fresh, Path(f"{fresh}-journal")):
             leftover.unlink(missing_ok=True)
@@ -247,7 +264,7 @@ class Catalogue:
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 db.executescript(_SCHEMA)
-                cls._populate(db)
+                cls._populate(db, backend=backend, capacity=capacity)
             finally:
                 db.close()
             with open(fresh, "rb") as file:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from warabi import address as _address
+from warabi import arrays
 from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
@@ -17,6 +19,9 @@ from warabi.operations import PAGE
 from warabi.region import RegionID
 from warabi.request import Request
 from warabi.target import RegionStat
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # an extra, and slow to import
 
 __all__ = [
     "AsyncCreateRequest",
@@ -284,6 +289,51 @@ class TargetHandle:
             StorageFull: it would exceed the quota.
         """
         self._link.call("resize", RegionID(region), checked_size(size, "resize: size"))
+
+    # NumPy
+
+    def put_array(self, array: NDArray[Any], persist: bool = False) -> RegionID:
+        """A new region that holds *array*, as a file of NumPy's ``.npy`` format would.
+
+        Nothing is copied but arrays that are not contiguous, a few megabytes at a time.
+
+        Raises:
+            InvalidBuffer: an array of objects, a masked one, or no array.
+            StorageFull: no room; no region remains.
+        """
+        size, pieces = arrays.encode(array)
+        if size <= arrays.PREFIX:
+            return self.create_and_write(b"".join(piece for _, piece in pieces), persist)
+        region = self.create(size)
+        try:
+            for offset, piece in pieces:
+                self.write(region, offset, piece)
+            if persist:
+                self.persist(region, 0, size)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.erase(region)
+            raise
+        return region
+
+    def get_array(self, region: RegionID) -> NDArray[Any]:
+        """The array that *region* holds, with its type, shape and order.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            NotAnArray: it holds something else.
+        """
+        size = self.size(region)
+        prefix = self.read(region, 0, min(size, arrays.PREFIX))
+        start = arrays.data_offset(region, size, prefix)
+        if start > len(prefix):
+            prefix = self.read(region, 0, start)
+        array, place = arrays.decode(region, size, prefix[:start])
+        if start + len(place) <= len(prefix):
+            place[:] = prefix[start : start + len(place)]
+        else:
+            self.read_into(region, start, place)
+        return array
 
     # Names
 

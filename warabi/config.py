@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from warabi.errors import ConfigError
 
 Bytes = Annotated[StrictInt, Field(ge=0)]
 Positive = Annotated[StrictInt, Field(ge=1)]
+SMALLEST_POOL = 8 * 1024 * 1024
+"""Bytes that a ``pmem`` target has at least, as PMDK's pools do."""
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+_AnyModel = TypeVar("_AnyModel", bound=BaseModel)
 
 
 class MemoryConfig(_Model):
@@ -42,6 +56,20 @@ class FileConfig(_Model):
     capacity: Bytes | None = None
 
 
+def _no_pool_or_large(size: int) -> int:
+    if 0 < size < SMALLEST_POOL:
+        raise ValueError(f"expected 0 or at least {SMALLEST_POOL}")
+    return size
+
+
+class PmemConfig(_Model):
+    """Settings of the ``pmem`` backend, also called ``pmdk``."""
+
+    path: Annotated[StrictStr, Field(min_length=1)]
+    create_if_missing_with_size: Annotated[Bytes, AfterValidator(_no_pool_or_large)] = 0
+    override_if_exists: StrictBool = False
+
+
 class MemoryTarget(_Model):
     type: Literal["memory"]
     config: MemoryConfig = Field(default_factory=MemoryConfig)
@@ -50,6 +78,11 @@ class MemoryTarget(_Model):
 class FileTarget(_Model):
     type: Literal["abtio", "file"]
     config: FileConfig
+
+
+class PmemTarget(_Model):
+    type: Literal["pmem", "pmdk"]
+    config: PmemConfig
 
 
 class DefaultTransfer(_Model):
@@ -71,7 +104,7 @@ class PipelineTransfer(_Model):
     config: PipelineConfig
 
 
-TargetConfig = Annotated[MemoryTarget | FileTarget, Field(discriminator="type")]
+TargetConfig = Annotated[MemoryTarget | FileTarget | PmemTarget, Field(discriminator="type")]
 TransferConfig = Annotated[DefaultTransfer | PipelineTransfer, Field(discriminator="type")]
 
 
@@ -83,7 +116,12 @@ class ProviderConfig(_Model):
 
 
 def parse(config: dict[str, Any] | str | None) -> ProviderConfig:
-    """*config* as a checked :class:`ProviderConfig`.
+    """*config* as a checked :class:`ProviderConfig`; raises as :func:`checked`."""
+    return checked(ProviderConfig, config)
+
+
+def checked(model: type[_AnyModel], config: dict[str, Any] | str | None) -> _AnyModel:
+    """*config*, a dict or JSON text, as a *model*.
 
     Raises:
         ConfigError: no valid JSON text, or a key that is unknown, missing or of the wrong type;
@@ -95,7 +133,7 @@ def parse(config: dict[str, Any] | str | None) -> ProviderConfig:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"configuration: not valid JSON: {error}") from None
     try:
-        return ProviderConfig.model_validate({} if config is None else config)
+        return model.model_validate({} if config is None else config)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 
@@ -107,15 +145,18 @@ def _explain(error: ValidationError) -> str:
     """One line with the JSON path and the reason of every problem found."""
     problems = []
     for item in error.errors(include_url=False):
-        location = [str(part) for part in item["loc"]]
+        location = item["loc"]
         # A tagged union puts the tag into the path; the user's JSON does not have it.
         path = "".join(
-            f".{part}" for i, part in enumerate(location)
+            f"[{part}]" if isinstance(part, int) else f".{part}"
+            for i, part in enumerate(location)
             if not (i and location[i - 1] in _UNIONS and part not in ("type", "config"))
         )  # fmt: skip
         reason = item["msg"]
         if item["type"] == "extra_forbidden":
             reason = "unknown key"
+        elif item["type"] in ("model_type", "dict_type"):
+            reason = "expected an object"
         elif item["type"] == "missing":
             reason = "required key is missing"
         elif item["type"] == "union_tag_invalid":

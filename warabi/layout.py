@@ -15,16 +15,41 @@ import stat
 import struct
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from warabi import errors
-from warabi.backends import FileStorage, MemoryStorage
+from warabi.backends import FileStorage, MemoryStorage, PmemStorage
 from warabi.catalogue import APPLICATION_ID, SCHEMA_VERSION, Catalogue
-from warabi.config import FileConfig, MemoryConfig
+from warabi.config import FileConfig, FileTarget, MemoryConfig, PmemConfig, PmemTarget
 from warabi.errors import ConfigError, PermissionDenied, TargetBusy
 from warabi.target import Target
 
 _CLOSING_PATIENCE = 60.0
 """Seconds to wait for an owner that has begun to close, when asked to wait at all."""
+_STORAGES: dict[str, type[FileStorage]] = {"file": FileStorage, "pmem": PmemStorage}
+
+
+class _Plan(NamedTuple):
+    """What the settings of a backend on a file system come down to."""
+
+    path: str
+    backend: str
+    """The type that the catalogue records."""
+    create: bool
+    creation: str
+    """The setting that asks for *create*."""
+    override: bool
+    pool: int | None = None
+    """The quota in bytes that a new target has for ever."""
+    capacity: int | None = None
+    """The quota in bytes while it is open this time."""
+
+
+def open_target(target: FileTarget | PmemTarget) -> Target:
+    """The target that a provider's configuration names; raises as :func:`open_file`."""
+    if isinstance(target, PmemTarget):
+        return open_pmem(target.config)
+    return open_file(target.config)
 
 
 def open_memory(config: MemoryConfig) -> Target:
@@ -40,26 +65,45 @@ def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
         patience: seconds to wait for another owner to let go.
 
     Raises:
-        ConfigError: the path is no target of ours (it is left as it is), or is missing and not
-            to be created.
+        ConfigError: the path is no target of this type (it is left as it is), or is missing and
+            not to be created.
         TargetBusy: another process, named by its pid, has it open.
         CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
     """
-    path = Path(config.path)
-    if "\0" in config.path:
+    plan = _Plan(
+        config.path, "file", config.create_if_missing, "create_if_missing",
+        config.override_if_exists, capacity=config.capacity,
+    )  # fmt: skip
+    return _open(plan, patience)
+
+
+def open_pmem(config: PmemConfig, *, patience: float = 0.0) -> Target:
+    """As :func:`open_file`.  The size that the target was created with is its quota, whatever the
+    configuration says later; an empty file that becomes a target without a size has none."""
+    size = config.create_if_missing_with_size
+    plan = _Plan(
+        config.path, "pmem", bool(size), "create_if_missing_with_size", config.override_if_exists,
+        pool=size or None,
+    )  # fmt: skip
+    return _open(plan, patience)
+
+
+def _open(plan: _Plan, patience: float) -> Target:
+    path = Path(plan.path)
+    if "\0" in plan.path:
         raise ConfigError("configuration: $.target.config.path: contains a null byte")
-    if config.override_if_exists and not config.create_if_missing:
+    if plan.override and not plan.create:
         raise ConfigError(
-            "configuration: $.target.config.override_if_exists needs create_if_missing"
+            f"configuration: $.target.config.override_if_exists needs {plan.creation}"
         )
     try:
         state = _inspect(path)
         path = Path(os.path.realpath(path))  # the regions are beside the catalogue, not the link
-        if state == "missing" and not config.create_if_missing:
-            raise ConfigError(f"target {path}: no such file, and create_if_missing is not set")
+        if state == "missing" and not plan.create:
+            raise ConfigError(f"target {path}: no such file, and {plan.creation} is not set")
         if state == "missing":
             path.parent.mkdir(parents=True, exist_ok=True)
-        return _open_locked(path, config, patience)
+        return _open_locked(path, plan, patience)
     except OSError as error:
         if isinstance(error, errors.Exception):
             raise
@@ -106,7 +150,7 @@ def _is_ours(regions: Path) -> bool:
     return regions.is_dir() and ((regions / "LOCK").is_file() or not any(regions.iterdir()))
 
 
-def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
+def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
     regions = Path(f"{path}.regions")
     made = not regions.exists()
     if not made and not _is_ours(regions):
@@ -118,11 +162,11 @@ def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
     lock = _Lock(path, regions / "LOCK", patience)
     try:
         state = _inspect(path)  # again, now that nobody else can change it
-        if state != "target" or config.override_if_exists:
+        if state != "target" or plan.override:
             FileStorage(regions).destroy()
-            Catalogue.create(path)
-        storage = FileStorage(regions)
-        catalogue = Catalogue(path)
+            Catalogue.create(path, plan.backend, plan.pool)
+        storage = _STORAGES[plan.backend](regions)
+        catalogue = Catalogue(path, plan.backend)
     except BaseException:
         lock.release()
         if made:
@@ -147,8 +191,9 @@ def _open_locked(path: Path, config: FileConfig, patience: float) -> Target:
         lock.release()
 
     try:
+        capacity = catalogue.capacity if plan.capacity is None else plan.capacity
         return Target(
-            catalogue, storage, capacity=config.capacity, on_close=closed, on_closing=lock.closing
+            catalogue, storage, capacity=capacity, on_close=closed, on_closing=lock.closing
         )
     except BaseException:
         catalogue.abandon()

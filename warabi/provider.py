@@ -1,4 +1,4 @@
-"""The Trio side of a provider: connections in, target operations, replies out.
+"""What a provider does with its clients' requests: target operations, and replies.
 
 This is the only place where an exception becomes a failure reply.  One task reads a
 connection; what can be answered at once is answered by that task, what has to wait for a
@@ -13,22 +13,27 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from warabi import dispatch, errors, extents, wire
-from warabi.operations import OPERATIONS, Operation, checked_arguments
+from warabi.channel import Channel
+from warabi.extents import Extent
+from warabi.operations import OPERATIONS, checked_arguments
 from warabi.region import RegionID
+from warabi.request import chunks
 from warabi.target import Target
-from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
+from warabi.transfer import DefaultTransfers, Transfers, load, part, store
+from warabi.wire import Limits, Message
 
 log = logging.getLogger(__name__)
 
-OPENING_PATIENCE = 10.0
-"""Seconds that a peer has for its opening."""
-_SPARE = 1024 * 1024  # a payload buffer up to this size is kept for the next payload
+_WEIGHT = 256 * 1024  # bytes of payload that count as one more request beside the others
+_UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
+_DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
 
 
 class ProviderCore:
@@ -37,12 +42,16 @@ class ProviderCore:
     Attributes:
         provider_id: 0 to 65535.
         target: the target; operations fail with ``TargetNotFound`` without one.
+        transfers: its transfer manager.
         abandoned: set when the last reference to the ``Provider`` object is gone.
     """
 
-    def __init__(self, provider_id: int, target: Target | None) -> None:
+    def __init__(
+        self, provider_id: int, target: Target | None, transfers: Transfers | None = None
+    ) -> None:
         self.provider_id = provider_id
         self._target = target
+        self.transfers = transfers or DefaultTransfers()
         self.abandoned = False
 
     @property
@@ -55,6 +64,31 @@ class ProviderCore:
         """Close the target.  Idempotent."""
         if self._target is not None:
             self._target.close()
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request with checked arguments, for a target that exists."""
+
+    number: int
+    name: str
+    arguments: list[Any]
+    core: ProviderCore
+    target: Target
+    eager: bytes | None
+    payload: int  # bytes that follow
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Which bytes of which region a transfer is about."""
+
+    region: RegionID
+    extents: list[Extent]
+    persist: bool = False
+    extend: bool = False
+    short: bool = False
+    created: bool = False
 
 
 class Session:
@@ -72,15 +106,12 @@ class Session:
         find: Callable[[int], ProviderCore],
         shutdown: Callable[[], None],
     ) -> None:
-        self._socket = sock
+        self._channel = Channel(sock)
         self._find = find
         self._shutdown = shutdown
-        self._connection = wire.Connection(Limits())
-        self._peer = Limits()
-        self._sending = trio.Lock()
-        self._deaf = False  # the peer no longer takes replies; its requests still count
+        self._reading = trio.CancelScope()
+        self._handling = False  # a request, not waiting for one
         self._running = trio.Semaphore(Limits().requests)
-        self._spare: bytearray | None = None
         self._pins: defaultdict[tuple[int, int], int] = defaultdict(int)
 
     async def run(self) -> None:
@@ -89,214 +120,372 @@ class Session:
             async with trio.open_nursery() as nursery:
                 await self._serve(nursery)
         finally:
-            self._socket.close()
+            self._channel.close()
             self._unpin_all()
+
+    def drain(self) -> None:
+        """Answer the requests that have come in, and end."""
+        self._channel.drain()
+        if not self._handling:
+            self._reading.cancel()
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         try:
-            with trio.fail_after(OPENING_PATIENCE):
-                await self._send([wire.opening(self._connection.limits)])
-                opened = await self._next_event()
-            if not isinstance(opened, Opened):
-                return
-            self._peer = opened.limits
-            while (event := await self._next_event()) is not None:
-                if isinstance(event, Message):
-                    await self._handle(event, nursery)
+            with self._reading:
+                await self._read_requests(nursery)
         except errors.ProtocolError as error:
             log.warning("connection refused: %s", error)
-            await self._send([wire.frame([0, None, None, errors.to_wire(error)])])
-        except (OSError, trio.TooSlowError) as error:
+            await self._fail(0, error)
+        except (OSError, trio.TooSlowError, trio.ClosedResourceError) as error:
             log.info("connection ended: %s", error or type(error).__name__)
 
-    async def _next_event(self) -> wire.Event | None:
-        """The next event, or None when the peer closed between two messages."""
-        while (event := self._connection.next_event()) is NEED_DATA:
-            count = await self._socket.recv_into(self._connection.buffer())
-            if count == 0 and self._connection.between_messages:
-                return None
-            self._connection.received(count)
-        return event
-
-    async def _payload(self, size: int) -> bytearray:
-        buffer, self._spare = self._spare, None
-        if buffer is None or len(buffer) != size:
-            buffer = bytearray(size)
-        self._connection.accept_payload(memoryview(buffer))
-        if await self._next_event() is not PAYLOAD_DONE:
-            raise errors.ProtocolError("the peer closed the connection within a payload")
-        return buffer
+    async def _read_requests(self, nursery: trio.Nursery) -> None:
+        if not await self._channel.open():
+            return
+        while (event := await self._channel.next_event()) is not None:
+            if isinstance(event, Message):
+                self._handling = True
+                await self._handle(event, nursery)
+                self._handling = False
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
-        data: Any = None
-        if message.payload:
-            data = await self._payload(message.payload)
-        request = message.header
+        header = message.header
         if (
-            not isinstance(request, list)
-            or len(request) != 5
-            or not all(type(item) is int for item in request[:2])
-            or not isinstance(request[2], str)
-            or not isinstance(request[4], bytes | None)
+            not isinstance(header, list)
+            or len(header) != 5
+            or not all(type(item) is int for item in header[:2])
+            or not isinstance(header[2], str)
+            or not isinstance(header[4], bytes | None)
         ):
-            raise errors.ProtocolError(f"not a request: {request!r:.100}")
-        request_id, provider_id, name, arguments, eager = request
-        data = data if data is not None else eager
+            raise errors.ProtocolError(f"not a request: {header!r:.100}")
+        number, provider_id, name, arguments, eager = header
         try:
-            if name == "shutdown":
-                self._shutdown()
-                with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
-                    await self._reply(request_id, None)
+            if name in ("ping", "shutdown"):
+                await self._control(number, provider_id, name)
                 return
-            target = self._find(provider_id).target if name != "ping" else None
-            if target is not None and self._waits(target, name, arguments):
-                await self._running.acquire()
-                nursery.start_soon(
-                    self._run_beside, target, request_id, provider_id, name, arguments, data
-                )
-                return
+            request = self._checked(
+                number, self._find(provider_id), name, arguments, eager, message.payload
+            )
         except errors.Exception as error:
-            await self._fail(request_id, error)
+            if message.payload:
+                await self._channel.drop_payload()
+            await self._fail(number, error)
             return
-        await self._run(target, request_id, provider_id, name, arguments, data)
-        if isinstance(data, bytearray) and len(data) <= _SPARE:
-            self._spare = data
+        if name in _UPLOADS:
+            await self._upload(request, nursery)
+        elif name in _DOWNLOADS:
+            await self._start(request, request.target.blocking, nursery, self._download)
+        else:
+            waits = OPERATIONS[name].waits and request.target.blocking
+            await self._start(request, waits, nursery, self._operate)
+
+    async def _control(self, number: int, provider_id: int, name: str) -> None:
+        if name == "ping":
+            self._find(provider_id)
+            await self._reply(number, None)
+            return
+        self._shutdown()
+        with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
+            await self._reply(number, None)
 
     @staticmethod
-    def _waits(target: Target, name: str, arguments: Any) -> bool:
-        """Whether carrying out a request may take a while, so that the next one should not wait."""
-        if not target.blocking:
-            return False
-        operation = OPERATIONS.get(name)
-        return name in ("read", "write", "create_and_write") or (
-            operation is not None and operation.waits
-        )
-
-    async def _run_beside(self, *request: Any) -> None:
-        try:
-            await self._run(*request)
-        finally:
-            self._running.release()
-
-    async def _run(
-        self,
-        target: Target | None,
-        request_id: int,
-        provider_id: int,
-        name: str,
-        arguments: Any,
-        data: Any,
-    ) -> None:
-        try:
-            await self._execute(target, request_id, provider_id, name, arguments, data)
-        except errors.Exception as error:
-            await self._fail(request_id, error)
-        except OSError as error:
-            await self._fail(request_id, errors.from_os(error, name))
-        except Exception as error:
-            log.exception("a defect in operation %s", name)
-            reason = f"{name}: {type(error).__name__} in the provider, see its log"
-            await self._fail(request_id, errors.ProviderFailed(reason))
-
-    async def _execute(
-        self,
-        target: Target | None,
-        request_id: int,
-        provider_id: int,
-        name: str,
-        arguments: Any,
-        data: Any,
-    ) -> None:
-        if target is None:  # ping
-            self._find(provider_id)
-            await self._reply(request_id, None)
-        elif name == "read":
-            await self._read(target, request_id, *checked_arguments(name, "rii??", arguments))
-        elif name == "write":
-            region, offset, persist, extend = checked_arguments(name, "ri??", arguments)
-            await dispatch.write(target, region, offset, data or b"", persist, extend)
-            await self._reply(request_id, None)
-        elif name == "create_and_write":
-            (persist,) = checked_arguments(name, "?", arguments)
-            region = await dispatch.create_and_write(target, data or b"", persist)
-            await self._reply(request_id, region)
-        else:
+    def _checked(
+        number: int, core: ProviderCore, name: str, arguments: Any, eager: Any, payload: int
+    ) -> _Request:
+        letters = _UPLOADS.get(name) or _DOWNLOADS.get(name)
+        if letters is None:
             operation = OPERATIONS.get(name)
             if operation is None:
                 raise errors.ProtocolError(f"unknown operation {name!r:.60}")
-            checked = checked_arguments(name, operation.arguments, arguments)
-            if operation.data == "out":
-                await self._read_extents(target, request_id, operation, checked)
-                return
-            if operation.data == "in":
-                checked.append(data or b"")
-            result = await dispatch.execute(target, operation, checked)
-            if operation.pins and (pinned := operation.pins(checked, result)):
-                self._pins[provider_id, pinned[0]] += pinned[1]
-            await self._reply(request_id, result)
+            letters = operation.arguments
+        if name not in _UPLOADS and (payload or eager is not None):
+            raise errors.ProtocolError(f"{name}: takes no data")
+        checked = checked_arguments(name, letters, arguments)
+        return _Request(number, name, checked, core, core.target, eager, payload)
 
-    async def _read(
+    async def _start(
         self,
-        target: Target,
-        request_id: int,
-        region: RegionID,
-        offset: int,
-        size: int,
-        eager: bool,
-        short: bool,
+        request: _Request,
+        beside: bool,
+        nursery: trio.Nursery,
+        work: Callable[[_Request], Awaitable[None]],
     ) -> None:
-        # The peer's limit may be anything; what is allocated here keeps to this side's too.
-        limit = min(self._peer.payload, self._connection.limits.payload)
-        if not 0 <= size <= limit or (eager and size > self._peer.header // 2):
-            raise errors.ProtocolError(f"read: {size} bytes in one reply, the limit is {limit}")
-        have = target.size(region)
-        if short:
-            size = min(size, max(0, have - offset))
-        elif offset + size > have:  # before the memory for it is asked for
-            raise errors.OutOfBounds(
-                f"read {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
-            )
-        buffer = memoryview(bytearray(size))
-        buffer = buffer[: await dispatch.read_into(target, region, offset, buffer, short=short)]
-        if eager:
-            await self._reply(request_id, None, bytes(buffer))
-        else:
-            await self._send([wire.frame([request_id, None], len(buffer)), buffer])
-
-    async def _read_extents(
-        self, target: Target, request_id: int, operation: Operation, checked: list[Any]
-    ) -> None:
-        size = extents.total(extents.unpack(checked[1], "read_vector"))
-        limit = min(self._peer.payload, self._connection.limits.payload)
-        if size > limit:
-            raise errors.ProtocolError(f"read: {size} bytes in one reply, the limit is {limit}")
-        buffer = bytearray(size)
-        await dispatch.execute(target, operation, [*checked, buffer])
-        await self._send([wire.frame([request_id, None], size), buffer])
-
-    async def _reply(self, request_id: int, result: Any, eager: Any = None) -> None:
-        header = [request_id, result] if eager is None else [request_id, result, eager]
-        await self._send([wire.frame(header, 0, self._peer)])
-
-    async def _fail(self, request_id: int, error: errors.Exception) -> None:
-        await self._send([wire.frame([request_id, None, None, errors.to_wire(error)])])
-
-    async def _send(self, parts: list[bytes | bytearray | memoryview]) -> None:
-        if self._deaf:
+        """Answer a request, *beside* the ones that follow if that may take a while."""
+        if not beside:
+            await self._answer(request, work)
             return
+        weight = self._weight(request)
+        for _ in range(weight):  # only this task acquires, so it cannot deadlock
+            await self._running.acquire()
+        nursery.start_soon(self._answer_beside, request, work, weight)
+
+    async def _answer_beside(
+        self, request: _Request, work: Callable[[_Request], Awaitable[None]], weight: int
+    ) -> None:
         try:
-            async with self._sending:
-                sent = await self._socket.sendmsg(parts)
-                for part in parts:
-                    if sent >= len(part):
-                        sent -= len(part)
-                        continue
-                    rest = memoryview(part)[sent:]
-                    sent = 0
-                    while rest:
-                        rest = rest[await self._socket.send(rest) :]
-        except OSError:
-            self._deaf = True
+            await self._answer(request, work)
+        finally:
+            for _ in range(weight):
+                self._running.release()
+
+    def _weight(self, request: _Request) -> int:
+        """How many requests a request beside others counts for: large ones fill memory, all the
+        more when the peer does not read its replies."""
+        limit = self._channel.limits.payload
+        size = request.payload
+        if request.name == "read":
+            size = request.arguments[2]
+        elif request.name == "read_vector":
+            size = limit
+        return 1 + min(max(size, 0), limit) // _WEIGHT
+
+    async def _answer(
+        self, request: _Request, work: Callable[[_Request], Awaitable[None]]
+    ) -> None:
+        """Do *work*, which replies, and turn what it raises into a failure."""
+        try:
+            await work(request)
+        except errors.Exception as error:
+            await self._fail(request.number, error)
+        except trio.TooSlowError:
+            log.info("connection ended: its peer takes no data")
+            self._channel.close()
+        except OSError as error:
+            await self._fail(request.number, errors.from_os(error, request.name))
+        except Exception as error:
+            log.exception("a defect in operation %s", request.name)
+            reason = f"{request.name}: {type(error).__name__} in the provider, see its log"
+            await self._fail(request.number, errors.ProviderFailed(reason))
+
+    async def _operate(self, request: _Request) -> None:
+        operation = OPERATIONS[request.name]
+        result = await dispatch.execute(request.target, operation, request.arguments)
+        if operation.pins and (pinned := operation.pins(request.arguments, result)):
+            self._pins[request.core.provider_id, pinned[0]] += pinned[1]
+        await self._reply(request.number, result)
+
+    # Uploads: the payload has to be received before the next request is looked at
+
+    async def _upload(self, request: _Request, nursery: trio.Nursery) -> None:
+        transfers = request.core.transfers
+        if not request.payload:
+            data = request.eager or b""
+            beside = request.target.blocking
+            await self._start(request, beside, nursery, lambda r: self._store(r, data))
+        elif request.payload <= transfers.chunk:
+            view = await transfers.acquire(request.payload)
+            try:
+                await self._channel.fill(view, transfers.patience)
+            except BaseException:
+                transfers.release(view)
+                raise
+            beside = request.target.blocking
+            await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
+        else:
+            await self._answer(request, self._upload_in_chunks)
+
+    async def _store_and_release(self, request: _Request, view: memoryview) -> None:
+        try:
+            await self._store(request, view)
+        finally:
+            request.core.transfers.release(view)
+
+    async def _store(self, request: _Request, data: bytes | memoryview) -> None:
+        target = request.target
+        if request.name == "write":
+            region, offset, persist, extend = request.arguments
+            await dispatch.write(target, region, offset, data, persist, extend)
+            await self._reply(request.number, None)
+        elif request.name == "create_and_write":
+            region = await dispatch.create_and_write(target, data, request.arguments[0])
+            await self._reply(request.number, region)
+        else:
+            operation = OPERATIONS[request.name]
+            await dispatch.execute(target, operation, [*request.arguments, data])
+            await self._reply(request.number, None)
+
+    async def _upload_in_chunks(self, request: _Request) -> None:
+        """Receive a chunk while those before it are being stored."""
+        transfers = request.core.transfers
+        failures: list[Exception] = []
+        plan: _Plan | None = None
+        try:
+            plan = self._plan_upload(request)
+        except errors.Exception as error:
+            failures.append(error)
+        if plan is None:
+            await self._channel.drop_payload()
+            raise failures[0]
+        broken: Exception | None = None
+        async with trio.open_nursery() as stores:
+            try:
+                for start, end in chunks(request.payload, transfers.chunk):
+                    view = await transfers.acquire(end - start)
+                    try:
+                        await self._channel.fill(view, transfers.patience)
+                    except BaseException:
+                        transfers.release(view)
+                        raise
+                    stores.start_soon(
+                        self._store_chunk, request, plan, start, end, view, failures
+                    )
+            except Exception as error:  # kept out of the nursery, which would wrap it in a group
+                broken = error
+        if plan.created and (broken or failures):
+            request.target.erase(plan.region)
+        if broken or failures:
+            raise broken or failures[0]
+        if plan.persist:
+            await dispatch.execute(
+                request.target,
+                OPERATIONS["persist_vector"],
+                [plan.region, extents.pack(plan.extents)],
+            )
+        await self._reply(request.number, plan.region if plan.created else None)
+
+    @staticmethod
+    def _plan_upload(request: _Request) -> _Plan:
+        """What to write where; what cannot be written is refused before its first chunk."""
+        target, size = request.target, request.payload
+        if request.name == "create_and_write":
+            region = target.create(size)
+            return _Plan(region, [(0, size)], persist=request.arguments[0], created=True)
+        if request.name == "write":
+            region, offset, persist, extend = request.arguments
+            plan = _Plan(region, [(offset, size)], persist, extend)
+        else:
+            region, packed, persist = request.arguments
+            plan = _Plan(region, extents.unpack(packed, request.name), persist)
+            extents.check_total(plan.extents, size, request.name)
+        _check_bounds(target, plan, request.name)
+        return plan
+
+    @staticmethod
+    async def _store_chunk(
+        request: _Request,
+        plan: _Plan,
+        start: int,
+        end: int,
+        view: memoryview,
+        failures: list[Exception],
+    ) -> None:
+        try:
+            pieces = part(plan.extents, start, end)
+            await store(request.target, plan.region, pieces, view, plan.extend)
+        except Exception as error:
+            failures.append(error)
+        finally:
+            request.core.transfers.release(view)
+
+    # Downloads
+
+    async def _download(self, request: _Request) -> None:
+        plan, eager = self._plan_download(request)
+        size = extents.total(plan.extents)
+        transfers = request.core.transfers
+        if eager:
+            data = memoryview(bytearray(size))
+            await load(request.target, plan.region, plan.extents, data, plan.short)
+            await self._reply(request.number, None, data.obj)
+        elif size <= transfers.chunk:
+            view = await transfers.acquire(size)
+            try:
+                await load(request.target, plan.region, plan.extents, view, plan.short)
+                await self._channel.send([wire.frame([request.number, None], size), view])
+            finally:
+                transfers.release(view)
+        else:
+            await self._download_in_chunks(request, plan, size)
+
+    def _plan_download(self, request: _Request) -> tuple[_Plan, bool]:
+        """What to read from where, and whether it is small enough for the reply's header."""
+        eager = False
+        short = False
+        if request.name == "read":
+            region, offset, size, eager, short = request.arguments
+            if short and size > 0:
+                size = min(size, max(0, request.target.size(region) - offset))
+            plan = _Plan(region, [(offset, size)], short=short)
+        else:
+            region, packed = request.arguments
+            plan = _Plan(region, extents.unpack(packed, request.name))
+            size = extents.total(plan.extents)
+        # The peer's limit may be anything; what is allocated here keeps to this side's too.
+        limit = min(self._channel.peer.payload, self._channel.limits.payload)
+        if not 0 <= size <= limit or (eager and size > self._channel.peer.header // 2):
+            raise errors.ProtocolError(
+                f"{request.name}: {size} bytes in one reply, the limit is {limit}"
+            )
+        if not short:
+            _check_bounds(request.target, plan, request.name)
+        return plan, eager
+
+    async def _download_in_chunks(self, request: _Request, plan: _Plan, size: int) -> None:
+        """Load a chunk while the one before it is being sent.
+
+        The first chunk is loaded before anything is sent, so what is wrong from the start is a
+        failure reply; later only the end of the connection can say so.
+        """
+        transfers = request.core.transfers
+        pieces = list(chunks(size, transfers.chunk))
+        view = await transfers.acquire(transfers.chunk)
+        try:
+            await self._load_chunk(request, plan, pieces[0], view)
+            async with self._channel.stream() as stream:
+                await stream.send(wire.frame([request.number, None], size))
+                for index, (start, end) in enumerate(pieces):
+                    following = pieces[index + 1] if index + 1 < len(pieces) else None
+                    # Never wait for a second buffer while holding one: others may do the same.
+                    ahead = transfers.acquire_nowait(transfers.chunk) if following else None
+                    failures: list[Exception] = []
+                    async with trio.open_nursery() as nursery:
+                        if following and ahead is not None:
+                            nursery.start_soon(
+                                self._load_ahead, request, plan, following, ahead, failures
+                            )
+                        try:
+                            await stream.send(view[: end - start])
+                        except Exception as error:
+                            failures.append(error)
+                    if ahead is not None:
+                        transfers.release(view)
+                        view = ahead
+                    if failures:
+                        raise failures[0]
+                    if following and ahead is None:
+                        await self._load_chunk(request, plan, following, view)
+        finally:
+            transfers.release(view)
+
+    @staticmethod
+    async def _load_chunk(
+        request: _Request, plan: _Plan, piece: tuple[int, int], view: memoryview
+    ) -> None:
+        start, end = piece
+        pieces = part(plan.extents, start, end)
+        await load(request.target, plan.region, pieces, view[: end - start], plan.short)
+
+    async def _load_ahead(
+        self,
+        request: _Request,
+        plan: _Plan,
+        piece: tuple[int, int],
+        view: memoryview,
+        failures: list[Exception],
+    ) -> None:
+        try:
+            await self._load_chunk(request, plan, piece, view)
+        except Exception as error:
+            failures.append(error)
+
+    # Replies
+
+    async def _reply(self, number: int, result: Any, eager: Any = None) -> None:
+        header = [number, result] if eager is None else [number, result, eager]
+        await self._channel.send([wire.frame(header, 0, self._channel.peer)])
+
+    async def _fail(self, number: int, error: errors.Exception) -> None:
+        await self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])
 
     def _unpin_all(self) -> None:
         for (provider_id, ino), count in self._pins.items():
@@ -305,3 +494,14 @@ class Session:
                     self._find(provider_id).target.namespace.unpin(ino, count)
             except errors.Exception as error:
                 log.debug("unpin of inode %d: %s", ino, error)
+
+
+def _check_bounds(target: Target, plan: _Plan, what: str) -> None:
+    """Refuse a transfer before memory for it is asked for."""
+    have = target.size(plan.region)
+    for offset, size in plan.extents:
+        if not plan.extend and (offset < 0 or offset + size > have):
+            raise errors.OutOfBounds(
+                f"{what} {plan.region!r}: {size} bytes at offset {offset} end beyond its"
+                f" {have} bytes"
+            )

@@ -19,6 +19,8 @@ from warabi.provider import ProviderCore, Session
 log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 1024
+_DRAIN_PATIENCE = 2.0
+"""Seconds that peers have, at the end, to send the rest of a request and to take their replies."""
 
 
 class Runtime:
@@ -40,6 +42,8 @@ class Runtime:
         self._on_shutdown = on_shutdown
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
+        self._accepting = trio.CancelScope()
+        self._sessions: set[Session] = set()
         self._started = threading.Event()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="warabi-engine", daemon=True)
@@ -57,10 +61,11 @@ class Runtime:
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         listener = trio.socket.from_stdlib_socket(self._listener)
-        with listener, self._scope:
-            self._started.set()
+        with self._scope:
             async with trio.open_nursery() as nursery:
-                await self._accept(listener, nursery)
+                with listener, self._accepting:
+                    self._started.set()
+                    await self._accept(listener, nursery)
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
@@ -88,10 +93,23 @@ class Runtime:
             nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
+        session = Session(connection, self.find, self._shutdown)
+        self._sessions.add(session)
+        if self._accepting.cancel_called:
+            session.drain()
         try:
-            await Session(connection, self.find, self._shutdown).run()
+            await session.run()
         except Exception:
             log.exception("a defect ended a connection")
+        finally:
+            self._sessions.discard(session)
+
+    def _drain(self) -> None:
+        """Take nothing new, and end when what has come in is answered."""
+        self._accepting.cancel()
+        self._scope.deadline = trio.current_time() + _DRAIN_PATIENCE
+        for session in list(self._sessions):
+            session.drain()
 
     def find(self, provider_id: int) -> ProviderCore:
         """The provider with that ID.
@@ -110,12 +128,15 @@ class Runtime:
         self._on_shutdown()
 
     def stop(self) -> None:
-        """End the loop and close every provider.  Idempotent; not from the loop itself."""
+        """Answer what has come in, end the loop and close every provider.
+
+        Idempotent; not from the loop itself.
+        """
         if os.getpid() != self._pid:
             return  # a forked child holds copies of things that are its parent's
         if self._token is not None:
             with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._scope.cancel)
+                self._token.run_sync_soon(self._drain)
         self._thread.join()
         self._listener.close()
         if self.endpoint.local:

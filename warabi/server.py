@@ -8,11 +8,12 @@ from typing import Any
 
 from warabi import config as _config
 from warabi import layout
-from warabi.config import FileTarget, ProviderConfig
+from warabi.config import MemoryTarget, PipelineTransfer, ProviderConfig
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, TargetBusy
 from warabi.provider import ProviderCore
 from warabi.target import Target
+from warabi.transfer import DefaultTransfers, PipelineTransfers, Transfers
 
 __all__ = ["Exception", "Provider"]
 
@@ -58,10 +59,12 @@ class Provider:
             previous.close()
         self._engine = engine  # lives as long as its providers
         self._runtime = runtime
-        self._core = ProviderCore(provider_id, _open(self._config))
+        transfers = _transfers(self._config)
+        self._core = ProviderCore(provider_id, _open(self._config), transfers)
         runtime.providers[provider_id] = self._core
-        if isinstance(self._config.target, FileTarget):
-            _by_path[os.path.realpath(self._config.target.config.path)] = self._core
+        target = self._config.target
+        if target is not None and not isinstance(target, MemoryTarget):
+            _by_path[os.path.realpath(target.config.path)] = self._core
         weakref.finalize(self, setattr, self._core, "abandoned", True).atexit = False
 
     @property
@@ -88,17 +91,25 @@ class Provider:
         self.close()
 
 
+def _transfers(settings: ProviderConfig) -> Transfers:
+    manager = settings.transfer_manager
+    if isinstance(manager, PipelineTransfer):
+        return PipelineTransfers(**manager.config.model_dump())
+    return DefaultTransfers()
+
+
 def _open(settings: ProviderConfig) -> Target | None:
-    if settings.target is None:
+    target = settings.target
+    if target is None:
         return None
-    if not isinstance(settings.target, FileTarget):
-        return layout.open_memory(settings.target.config)
+    if isinstance(target, MemoryTarget):
+        return layout.open_memory(target.config)
     try:
-        return layout.open_file(settings.target.config)
+        return layout.open_target(target)
     except TargetBusy:
         # Perhaps by ourselves, for a provider that nobody can reach through its object any more.
-        holder = _by_path.get(os.path.realpath(settings.target.config.path))
+        holder = _by_path.get(os.path.realpath(target.config.path))
         if holder is None or not holder.abandoned:
             raise
         holder.close()
-        return layout.open_file(settings.target.config)
+        return layout.open_target(target)

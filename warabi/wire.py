@@ -6,9 +6,9 @@ After that come frames, little-endian::
     u32 header length | u64 payload length | msgpack header | payload
 
 Every length is checked against this side's limits before anything is allocated for it.  The
-payload is never copied into a header: whoever handles a message says where its payload goes
-(:meth:`Connection.accept_payload`) and the socket is read straight into that place, whose
-address :meth:`Connection.buffer` gives out.
+payload is never copied into a header: whoever handles a message says where its payload goes, as a
+whole or piece by piece (:meth:`Connection.accept_payload`), and the socket is read straight into
+that place, which :meth:`Connection.buffer` gives out.
 
 What a header means is not known here.
 """
@@ -54,10 +54,12 @@ class Signal(enum.Enum):
     """Events without content."""
 
     NEED_DATA = enum.auto()
+    PLACE_FULL = enum.auto()
     PAYLOAD_DONE = enum.auto()
 
 
 NEED_DATA = Signal.NEED_DATA
+PLACE_FULL = Signal.PLACE_FULL
 PAYLOAD_DONE = Signal.PAYLOAD_DONE
 
 
@@ -83,7 +85,7 @@ class _State(enum.Enum):
     OPENING = enum.auto()
     PREFIX = enum.auto()
     HEADER = enum.auto()
-    PLACE = enum.auto()  # a message with a payload was handed out, its place is not known yet
+    PLACE = enum.auto()  # the next bytes are a payload's, whose place is not known
     PAYLOAD = enum.auto()
     FAILED = enum.auto()
 
@@ -274,10 +276,14 @@ class Connection:
         return Opened(Limits(**values))
 
     def accept_payload(self, place: memoryview | None) -> None:
-        """Give the last message's payload a place: a flat view of its size, or None to drop it."""
+        """Give the last message's payload a place: a flat view, or None to drop it.
+
+        A view that is smaller takes the next bytes of the payload; ``PLACE_FULL`` then asks for
+        the next one.
+        """
         if self._state is not _State.PLACE:
             raise RuntimeError("no payload waits for a place")
-        if place is not None and len(place) != self._left:
+        if place is not None and not 0 < len(place) <= self._left:
             raise ValueError(f"a payload of {self._left} bytes, a place of {len(place)}")
         self._place = place
         self._state = _State.PAYLOAD
@@ -289,6 +295,8 @@ class Connection:
 
     def _take_payload(self) -> Event:
         count = min(self._end - self._start, self._left)
+        if self._place is not None:
+            count = min(count, len(self._place))
         if count:
             if self._place is not None:
                 self._place[:count] = self._view[self._start : self._start + count]
@@ -296,7 +304,10 @@ class Connection:
             self._start += count
             self._left -= count
         if self._left:
-            return NEED_DATA
+            if self._place is None or self._place:
+                return NEED_DATA
+            self._state = _State.PLACE
+            return PLACE_FULL
         self._place = None
         self._state = _State.PREFIX
         return PAYLOAD_DONE

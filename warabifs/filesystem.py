@@ -16,7 +16,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from warabi import errors
 from warabi.aio import Target
 from warabi.catalogue import ROOT, Attributes
 from warabi.errors import path_error
+from warabi.namespace import region_of_name
 from warabi.region import RegionID
 
 BLOCK = 4096
@@ -37,6 +38,7 @@ class _Known:
     region: RegionID
     count: int = 0
     held: int = 0  # pins that end when the kernel forgets
+    aliased: bool = False  # the kernel has a name for it that spells its ID
 
 
 @dataclass(slots=True)
@@ -74,11 +76,15 @@ class FileSystem:
     Args:
         target: where they are.
         exclusive: nobody else changes the target, so what the kernel cached stays true.
+        drop_name: makes the kernel let go of a name in a directory, later.
     """
 
-    def __init__(self, target: Target, *, exclusive: bool) -> None:
+    def __init__(
+        self, target: Target, *, exclusive: bool, drop_name: Callable[[int, bytes], None]
+    ) -> None:
         self._target = target
         self._exclusive = exclusive
+        self._drop_name = drop_name
         self._known: dict[int, _Known] = {}
         self._parents: dict[int, int] = {ROOT: ROOT}  # of directories that the kernel knows
         self._handles: dict[int, _File | _Directory] = {}
@@ -90,18 +96,22 @@ class FileSystem:
 
     # What the kernel knows
 
-    def _count(self, attributes: Attributes, parent: int | None = None) -> Attributes:
+    def _count(
+        self, attributes: Attributes, parent: int | None = None, name: bytes = b""
+    ) -> Attributes:
         known = self._known.get(attributes.ino)
         if known is None:
             known = self._known[attributes.ino] = _Known(attributes.region)
         known.count += 1
         if parent is not None and stat.S_ISDIR(attributes.mode):
             self._parents[attributes.ino] = parent
+        if parent == ROOT and region_of_name(name) == attributes.region:
+            known.aliased = True
         return attributes
 
-    def count_entry(self, handle: int, attributes: Attributes) -> None:
+    def count_entry(self, handle: int, entry: Entry) -> None:
         """The kernel took an entry that :meth:`readdir` of *handle* gave."""
-        self._count(attributes, self._handles[handle].ino)
+        self._count(entry.attributes, self._handles[handle].ino, entry.name)
 
     async def forget(self, inodes: Iterable[tuple[int, int]]) -> None:
         """The kernel dropped so many references to each inode."""
@@ -130,6 +140,8 @@ class FileSystem:
         known = self._known.get(attributes.ino)
         if known is not None:
             known.held += 1
+            if known.aliased:  # else that name keeps the kernel from forgetting the inode
+                self._drop_name(ROOT, attributes.region.hex().encode())
         else:
             await self._target.call("unpin", attributes.ino, 1)
 
@@ -141,7 +153,7 @@ class FileSystem:
         if name == b"..":
             above = self._parents.get(parent, ROOT)
             return self._count(await self._target.call("getattr", above))
-        return self._count(await self._target.call("lookup", parent, name), parent)
+        return self._count(await self._target.call("lookup", parent, name), parent, name)
 
     async def getattr(self, ino: int) -> Attributes:
         attributes: Attributes = await self._target.call("getattr", ino)

@@ -16,7 +16,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO
@@ -30,7 +30,7 @@ from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.target import Target
 from warabifs.filesystem import FileSystem
-from warabifs.operations import Operations
+from warabifs.operations import Operations, drop_name
 from warabifs.options import Options, Source, help_text, parse_options, parse_source
 
 log = logging.getLogger("warabifs")
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _serve_in_background(source, mountpoint, options)
     except Exception as error:
-        sys.exit(f"mount.warabifs: {error}")
+        line = str(error).replace("\n", "\\n")
+        sys.exit(f"mount.warabifs: {line}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,16 +232,14 @@ async def _mount_and_serve(
     """Returns what ended the mount, other than being unmounted."""
     try:
         async with _open(source, local, options) as target:
-            timeout = (
-                (_DAY if source.embedded else 1.0)
-                if options.attr_timeout is None
-                else options.attr_timeout
-            )
+            # Others change what an engine serves: each use of a name asks anew, which also brings
+            # the size that reading and appending after an open rely on (close-to-open).
+            attributes, names = (_DAY, _DAY) if source.embedded else (1.0, 0.0)
             operations = Operations(
-                FileSystem(target, exclusive=source.embedded),
-                attr_timeout=timeout,
-                entry_timeout=timeout if options.entry_timeout is None else options.entry_timeout,
-                negative_timeout=timeout if source.embedded else 0.0,
+                FileSystem(target, exclusive=source.embedded, drop_name=drop_name),
+                attr_timeout=attributes if options.attr_timeout is None else options.attr_timeout,
+                entry_timeout=names if options.entry_timeout is None else options.entry_timeout,
+                negative_timeout=names,
                 direct_io=options.direct_io,
             )
             _init(operations, source, mountpoint, options)
@@ -271,13 +270,27 @@ def _init(operations: Operations, source: Source, mountpoint: str, options: Opti
         fuse.add("ro")
     if options.allow_other:
         fuse.add("allow_other")
+    with _stderr_of_libfuse() as said:
+        try:
+            pyfuse3.init(operations, mountpoint, fuse)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"mount point {mountpoint}: the mount failed ({said() or error}); is /dev/fuse"
+                " usable, and may this user mount there?"
+            ) from error
+
+
+@contextlib.contextmanager
+def _stderr_of_libfuse() -> Iterator[Callable[[], str]]:
+    """Collect what is written to descriptor 2, where libfuse says why a mount failed."""
+    kept, collected = os.dup(2), os.memfd_create("stderr")
+    os.dup2(collected, 2)
     try:
-        pyfuse3.init(operations, mountpoint, fuse)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"mount point {mountpoint}: the mount failed ({error}); is /dev/fuse usable, and may"
-            " this user mount there?"
-        ) from error
+        yield lambda: os.pread(collected, 1000, 0).decode(errors="replace").strip()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(collected)
 
 
 async def _end_on_signal(mountpoint: str) -> None:

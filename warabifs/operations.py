@@ -89,6 +89,11 @@ def _handler(function: Handler) -> Handler:
     return cast(Handler, wrapped)
 
 
+def drop_name(directory: int, name: bytes) -> None:
+    """Make the kernel let go of a name; it does so after the request that is being served."""
+    pyfuse3.invalidate_entry_async(InodeT(directory), FileNameT(name), ignore_enoent=True)
+
+
 class Operations(pyfuse3.Operations):
     """Requests of the kernel, handed to a :class:`FileSystem`.
 
@@ -286,7 +291,7 @@ class Operations(pyfuse3.Operations):
                 if not taken:
                     return
                 if not entry.dot:
-                    self._files.count_entry(fh, entry.attributes)
+                    self._files.count_entry(fh, entry)
                 cookie = entry.next_cookie
 
     @_handler

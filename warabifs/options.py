@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ def _seconds(name: str) -> Callable[[Options, str], None]:
 
 
 def _provider_id(options: Options, text: str) -> None:
-    if not text.isdigit() or int(text) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise ConfigError(f"option provider_id={text}: expected a number from 0 to 65535")
     options.provider_id = int(text)
 
@@ -79,7 +80,8 @@ OPTIONS: dict[str, _Option] = {
     ),
     "entry_timeout": _Option(
         _seconds("entry_timeout"),
-        "seconds for which names are believed (default: as attr_timeout)",
+        "seconds for which names are believed (default: 0 for an engine, a day for an embedded"
+        " target); above 0, a file opened soon after another client changed it may be the old one",
         "S",
     ),
     "direct_io": _Option(_flag("direct_io", True), "bypass the page cache; no shared mmap"),

@@ -29,7 +29,7 @@ _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
 
 
-class _Descriptor:
+class OpenFile:
     """An open region file and how many calls are using it."""
 
     __slots__ = ("fd", "users")
@@ -47,7 +47,7 @@ class FileStorage(Storage):
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock = threading.Lock()
-        self._descriptors: dict[bytes, _Descriptor] = {}  # by last use, oldest first
+        self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._dirty: set[bytes] = set()  # written since the last persist
         self._fresh: set[bytes] = set()  # created since their directory was synced
@@ -74,7 +74,7 @@ class FileStorage(Storage):
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
-                held = _Descriptor(os.open(self._path(rid), os.O_RDWR | os.O_CLOEXEC))
+                held = OpenFile(os.open(self._path(rid), os.O_RDWR | os.O_CLOEXEC))
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
@@ -83,13 +83,23 @@ class FileStorage(Storage):
         finally:
             with self._lock:
                 held.users -= 1
+                if not held.users and self._descriptors.get(rid) is not held:
+                    self._close(rid, held)  # erased meanwhile
+
+    def _close(self, rid: bytes, held: OpenFile) -> None:
+        """Let go of a descriptor that nobody uses; ``_lock`` is held."""
+        os.close(held.fd)
+
+    def _set_size(self, fd: int, size: int) -> None:
+        """Make an open region file end at *size* bytes, or leave it as it was."""
+        os.ftruncate(fd, size)
 
     def _evict(self) -> None:
         if len(self._descriptors) < self._limit:
             return
         for rid in list(self._descriptors)[: self._limit // 8]:
             if not self._descriptors[rid].users:
-                os.close(self._descriptors.pop(rid).fd)
+                self._close(rid, self._descriptors.pop(rid))
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
@@ -102,14 +112,14 @@ class FileStorage(Storage):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             if size:
                 try:
-                    os.ftruncate(fd, size)
+                    self._set_size(fd, size)
                 except BaseException:
                     os.close(fd)
                     os.unlink(path)
                     raise
             with self._lock:
                 self._evict()
-                self._descriptors[rid] = _Descriptor(fd)
+                self._descriptors[rid] = OpenFile(fd)
                 self._dirty.add(rid)
                 self._fresh.add(rid)
 
@@ -119,8 +129,8 @@ class FileStorage(Storage):
             for known in (self._dirty, self._fresh):
                 known.discard(rid)
             self._failed.pop(rid, None)
-        if held is not None:
-            os.close(held.fd)
+            if held is not None and not held.users:  # else a sync of everything is at it
+                self._close(rid, held)
         try:
             os.unlink(self._path(rid))
         except FileNotFoundError:
@@ -130,8 +140,8 @@ class FileStorage(Storage):
 
     def resize(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "resize"), self._borrow(rid) as fd:
+            self._set_size(fd, size)
             self._dirty.add(rid)
-            os.ftruncate(fd, size)
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         self._read(rid, offset, out, 0)
@@ -156,26 +166,43 @@ class FileStorage(Storage):
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
         with self._translated(rid, "write"), self._borrow(rid) as fd:
-            self._dirty.add(rid)
-            pwrite_full(fd, data, offset)
+            try:
+                pwrite_full(fd, data, offset)
+            finally:
+                self._dirty.add(rid)  # not before: a sync that runs now may not see all of it
 
     write_beyond = write  # a file grows by itself, and cheaper than by ftruncate first
 
     def persist(self, rid: RegionID, offset: int, size: int) -> None:
-        if failed := self._failed.get(rid):
-            raise StorageError(failed)
+        self._persist_file(rid)
+
+    def _persist_file(self, rid: bytes) -> None:
+        """Put the whole file on the medium, and its name."""
+        self._check_failed(rid)
         # Even when nothing seems dirty: another persist of the region may still be waiting for
         # the medium, and this one may not return before it.
         self._dirty.discard(rid)
-        with self._translated(rid, "persist"), self._borrow(rid) as fd:
-            try:
-                os.fdatasync(fd)
-            except OSError as error:
-                self._failed[rid] = (
-                    f"persist region {rid.hex()}: a sync failed ({error.strerror}); what was"
-                    " written to it may be lost. Write it to a new region"
-                )
-                raise  # the kernel reports this once and then calls the pages clean
+        with self._translated(rid, "persist"), self._borrow(rid) as fd, self._remembered(rid):
+            os.fdatasync(fd)
+        self._persist_name(rid)
+
+    def _check_failed(self, rid: bytes) -> None:
+        if failed := self._failed.get(rid):
+            raise StorageError(failed)
+
+    @contextlib.contextmanager
+    def _remembered(self, rid: bytes) -> Iterator[None]:
+        """Keep a failed sync in mind: the kernel reports it once and then calls the pages clean."""
+        try:
+            yield
+        except OSError as error:
+            self._failed[rid] = (
+                f"persist region {rid.hex()}: a sync failed ({error.strerror}); what was"
+                " written to it may be lost. Write it to a new region"
+            )
+            raise
+
+    def _persist_name(self, rid: bytes) -> None:
         if rid in self._fresh:
             with self._translated(rid, "persist"):
                 sync_directory(Path(self._path(rid)).parent)
@@ -188,7 +215,7 @@ class FileStorage(Storage):
         if len(pending) <= _SYNC_ONE_BY_ONE:
             for rid in pending:
                 with contextlib.suppress(CorruptTarget):  # erased meanwhile
-                    self.persist(RegionID(rid), 0, 0)
+                    self._persist_file(rid)
             return
         self._dirty -= pending  # before the sync: what is written while it runs is dirty again
         try:
@@ -221,8 +248,8 @@ class FileStorage(Storage):
 
     def close(self) -> None:
         with self._lock:
-            for held in self._descriptors.values():
-                os.close(held.fd)
+            for rid, held in self._descriptors.items():
+                self._close(rid, held)
             self._descriptors.clear()
 
     def destroy(self) -> None:

@@ -1,0 +1,120 @@
+"""Fixtures for every test: nothing may leak, and other processes to talk to."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests.helpers import MEMORY, Served, file_config, pmem_config, provider_process
+from warabi.engine import Engine, client
+
+hypothesis.settings.register_profile("warabi", deadline=None, database=None)
+hypothesis.settings.load_profile("warabi")
+_GRACE = 5.0
+"""Seconds that threads and processes, which were told to end, have for it."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_directory() -> Iterator[Path]:
+    """A place of our own for local sockets, which is empty again at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="wrb"))  # short: socket paths have 107 bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WARABI_RUNTIME_DIR", str(directory))
+        yield directory
+    shutil.rmtree(directory)
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue  # the listing's own
+    return found
+
+
+def _children() -> set[str]:
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread ended
+            found |= set(Path(f"/proc/self/task/{task}/children").read_text().split())
+    return found
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("warabi")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(runtime_directory: Path) -> Iterator[None]:
+    """Fail a test that leaves descriptors, threads of ours, processes or socket files behind."""
+
+    def sockets() -> set[str]:
+        """Of living processes: who is killed leaves one, which the next engine removes."""
+        names = os.listdir(runtime_directory)
+        return {name for name in names if os.path.exists(f"/proc/{name.split('-')[0]}")}
+
+    def state() -> tuple[dict[str, str], set[threading.Thread], set[str], set[str]]:
+        return _descriptors(), _threads(), _children(), sockets()
+
+    def leaked() -> list[object]:
+        fds, threads, children, files = state()
+        return [
+            *sorted(fds.items() - before[0].items()),
+            *(thread.name for thread in threads - before[1]),
+            *(f"process {pid}" for pid in children - before[2]),
+            *(files - before[3]),
+        ]
+
+    before = state()
+    yield
+    deadline = time.monotonic() + _GRACE
+    found = leaked()
+    while found and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+        found = leaked()
+    assert not found, f"leaked: {found}"
+
+
+@pytest.fixture(scope="session")
+def local_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A process that serves memory (provider 1), files (2) and pmem (3) on this host."""
+    path = tmp_path_factory.mktemp("served")
+    configs = [MEMORY, file_config(path / "file"), pmem_config(path / "pmem")]
+    with provider_process("na+sm", *configs) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def tcp_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """As ``local_process``, over TCP."""
+    path = tmp_path_factory.mktemp("served")
+    configs = [MEMORY, file_config(path / "file"), pmem_config(path / "pmem")]
+    with provider_process("ofi+tcp", *configs) as served:
+        yield served
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """A serving engine, ``na+sm``."""
+    with Engine("na+sm") as engine:
+        yield engine
+
+
+@pytest.fixture
+def client_engine() -> Iterator[Engine]:
+    """A client's engine."""
+    with Engine("na+sm", client) as engine:
+        yield engine

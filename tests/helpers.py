@@ -1,0 +1,166 @@
+"""What several test modules share: other processes, raw peers, and bytes to store."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from warabi import address, wire
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60.0
+"""Seconds after which something that should have ended counts as hung."""
+MEMORY: dict[str, Any] = {"target": {"type": "memory"}}
+
+
+def file_config(path: Path, **settings: Any) -> dict[str, Any]:
+    """A provider's configuration for a file target that is made when missing."""
+    config = {"path": str(path), "create_if_missing": True, **settings}
+    return {"target": {"type": "file", "config": config}}
+
+
+def pmem_config(path: Path, **settings: Any) -> dict[str, Any]:
+    """As ``file_config``, for a pmem target."""
+    config = {"path": str(path), "create_if_missing_with_size": 1 << 30, **settings}
+    return {"target": {"type": "pmem", "config": config}}
+
+
+@functools.lru_cache(maxsize=64)
+def pattern(size: int, seed: int = 0) -> bytes:
+    """*size* bytes that no other offset, size or seed has."""
+    return random.Random(size * 1000 + seed).randbytes(size)
+
+
+def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Wait until *condition* is true, or fail."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"still not: {condition}"
+        time.sleep(0.005)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """For a subprocess: this checkout's packages, and warnings are errors."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **extra}
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in another process, with the time that a hang is given."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def python_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """``python ARGUMENTS...`` as a process with pipes, killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Served:
+    """Another process that serves providers."""
+
+    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
+        self.process = process
+        self.address = address
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        """Keep it from running, until SIGCONT; returns when it does not run any more."""
+        self.signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        eventually(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
+
+    def kill(self) -> None:
+        """End it without a chance to clean up, and wait."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+@contextlib.contextmanager
+def provider_process(
+    transport: str, *configs: dict[str, Any], engine: dict[str, Any] | None = None
+) -> Iterator[Served]:
+    """A process that serves *configs* under the provider IDs 1, 2, ... at ``served.address``."""
+    providers = json.dumps({str(i): config for i, config in enumerate(configs, 1)})
+    script = str(ROOT / "tests" / "serve.py")
+    with python_process(script, transport, providers, json.dumps(engine or {})) as process:
+        assert process.stdout is not None
+        text = process.stdout.readline().strip()
+        assert text, f"the provider process ended with status {process.wait(PATIENCE)}"
+        yield Served(process, text)
+
+
+@contextlib.contextmanager
+def raw_connection(text: str) -> Iterator[socket.socket]:
+    """A connected socket to the engine at *text*, on which nothing was said yet."""
+    with address.connect(address.parse(text), 10.0) as connection:
+        connection.settimeout(PATIENCE)
+        yield connection
+
+
+class RawPeer:
+    """A client that says what it is told to, right or wrong."""
+
+    def __init__(self, connection: socket.socket, limits: wire.Limits | None = None) -> None:
+        self.socket = connection
+        self._wire = wire.Connection(wire.Limits())
+        connection.sendall(wire.opening(limits or wire.Limits()))
+        assert isinstance(self._event(), wire.Opened)
+
+    def _event(self) -> wire.Event:
+        while (event := self._wire.next_event()) is wire.NEED_DATA:
+            count = self.socket.recv_into(self._wire.buffer())
+            if count == 0:
+                raise EOFError
+            self._wire.received(count)
+        return event
+
+    def send(self, header: Any, payload: bytes = b"") -> None:
+        self.socket.sendall(wire.frame(header, len(payload)) + payload)
+
+    def reply(self) -> Any:
+        """The header of the next reply; a payload is read and dropped."""
+        event = self._event()
+        assert isinstance(event, wire.Message)
+        if event.payload:
+            self._wire.accept_payload(None)
+            assert self._event() is wire.PAYLOAD_DONE
+        return event.header
+
+    def call(self, header: Any, payload: bytes = b"") -> Any:
+        self.send(header, payload)
+        return self.reply()
+
+    def closed(self) -> bool:
+        """Whether the engine ends the connection, whatever it says before."""
+        try:
+            while True:
+                self.reply()
+        except (EOFError, ConnectionResetError):
+            return True

@@ -1,0 +1,177 @@
+"""Transfer managers: where the bytes of large requests are between socket and storage.
+
+``__default__`` takes a buffer of a transfer's size each time.  ``pipeline`` has a fixed set of
+buffers, made when the provider starts, shared by all its clients: larger transfers go through
+them in chunks, one being received or sent while others are being stored or loaded, and who
+finds no free buffer waits for one.  So a pipeline's memory does not grow with clients or sizes.
+
+Used from one Trio loop; nothing here is thread-safe.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from typing import Any
+
+import trio
+
+from warabi import dispatch
+from warabi.channel import STALL_PATIENCE
+from warabi.errors import ConfigError
+from warabi.extents import Extent
+from warabi.region import RegionID
+from warabi.target import Target
+from warabi.wire import Limits
+
+_SPARE_SIZE = 1024 * 1024  # buffers of the default manager up to this size are used again
+_SPARE_COUNT = 4
+
+
+class Transfers(ABC):
+    """Gives out buffers.
+
+    Attributes:
+        chunk: bytes of the largest buffer; larger transfers are cut into chunks of that size.
+        patience: seconds for which a peer may keep a buffer waiting.
+    """
+
+    chunk: int
+    patience: float
+
+    async def acquire(self, size: int) -> memoryview:
+        """A view of *size* bytes, at most ``chunk``, with undefined content; give it back."""
+        while (view := self.acquire_nowait(size)) is None:
+            await self._wait()
+        return view
+
+    @abstractmethod
+    def acquire_nowait(self, size: int) -> memoryview | None:
+        """As :meth:`acquire`, or None when it would have to wait."""
+
+    @abstractmethod
+    def release(self, view: memoryview) -> None:
+        """Give back what was acquired."""
+
+    @abstractmethod
+    async def _wait(self) -> None:
+        """Until a buffer may be free."""
+
+
+class DefaultTransfers(Transfers):
+    """A buffer for every transfer, a few of them kept for the next one of the same size."""
+
+    def __init__(self) -> None:
+        self.chunk = Limits().payload
+        self.patience = math.inf  # such a peer keeps nobody else waiting
+        self._spare: list[memoryview] = []
+
+    def acquire_nowait(self, size: int) -> memoryview | None:
+        for index, view in enumerate(self._spare):
+            if len(view) == size:
+                return self._spare.pop(index)
+        return memoryview(bytearray(size))
+
+    async def _wait(self) -> None:
+        raise AssertionError("there is always a buffer")
+
+    def release(self, view: memoryview) -> None:
+        if len(view) <= _SPARE_SIZE:
+            self._spare.insert(0, view)
+            del self._spare[_SPARE_COUNT:]
+
+
+class PipelineTransfers(Transfers):
+    """Pools of buffers, each pool's larger than those of the one before.
+
+    Args:
+        num_pools: how many pools.
+        num_buffers_per_pool: how many buffers in each.
+        first_buffer_size: bytes of a buffer in the first pool.
+        buffer_size_multiplier: how much larger those of the next one are.
+
+    Raises:
+        ConfigError: this machine has not so much memory.
+    """
+
+    def __init__(
+        self,
+        num_pools: int,
+        num_buffers_per_pool: int,
+        first_buffer_size: int,
+        buffer_size_multiplier: int,
+    ) -> None:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        sizes: list[int] = []
+        for _ in range(num_pools):
+            sizes.append(sizes[-1] * buffer_size_multiplier if sizes else first_buffer_size)
+            if num_buffers_per_pool * sum(sizes) > have:
+                raise ConfigError(
+                    "configuration: $.transfer_manager.config: the buffers exceed this machine's"
+                    f" {have} bytes of memory"
+                )
+        self.chunk = sizes[-1]
+        self.patience = STALL_PATIENCE
+        self._free = {
+            size: [bytearray(size) for _ in range(num_buffers_per_pool)] for size in sizes
+        }
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    def acquire_nowait(self, size: int) -> memoryview | None:
+        for buffer_size, free in self._free.items():
+            if buffer_size >= size and free:
+                return memoryview(free.pop())[:size]
+        return None
+
+    async def _wait(self) -> None:
+        await self._waiting.park()
+
+    def release(self, view: memoryview) -> None:
+        owner = view.obj
+        assert isinstance(owner, bytearray)
+        self._free[len(owner)].append(owner)
+        # All of them: the first in line may need a larger buffer than this one.
+        self._waiting.unpark_all()
+
+
+def part(extents: list[Extent], start: int, end: int) -> list[Extent]:
+    """The extents of the bytes from *start* to *end* of what *extents* hold together."""
+    found = []
+    for offset, size in extents:
+        low, high = max(start, 0), min(end, size)
+        if low < high:
+            found.append((offset + low, high - low))
+        start, end = start - size, end - size
+        if end <= 0:
+            break
+    return found
+
+
+async def store(
+    target: Target, region: RegionID, extents: list[Extent], data: Any, extend: bool
+) -> None:
+    """Write *data* to *extents*, without keeping the loop waiting."""
+    if len(extents) == 1:
+        await dispatch.write(target, region, extents[0][0], data, False, extend)
+    elif target.blocking:
+        await trio.to_thread.run_sync(target.write_vector, region, extents, data)
+    else:
+        target.write_vector(region, extents, data)
+
+
+async def load(
+    target: Target, region: RegionID, extents: list[Extent], place: memoryview, short: bool
+) -> None:
+    """Fill *place* from *extents*, without keeping the loop waiting.
+
+    With *short*, of a single extent, what the region no longer has reads as zero.
+    """
+    if len(extents) == 1:
+        offset = extents[0][0]
+        count = await dispatch.read_into(target, region, offset, place, short=short)
+        place[count:] = bytes(len(place) - count)
+    elif target.blocking:
+        await trio.to_thread.run_sync(target.read_vector, region, extents, place)
+    else:
+        target.read_vector(region, extents, place)
