@@ -38,9 +38,13 @@ class MemoryConfig(_Model):
 
 
 class AbtIoConfig(_Model):
-    """Thread-pool settings, accepted for compatibility with ABT-IO's configuration."""
+    """Thread-pool settings, as ABT-IO has them; those that mean nothing here are accepted.
+
+    ``backing_thread_count`` is how many requests may wait for the medium at once.
+    """
 
     model_config = ConfigDict(extra="allow")
+    backing_thread_count: Positive | None = None
 
 
 class FileConfig(_Model):

@@ -7,14 +7,36 @@ A call that went to a thread runs to its end even when the task is cancelled mea
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import trio
 
 from warabi.errors import WouldBlock
+from warabi.extents import Extent
 from warabi.operations import Operation
 from warabi.region import RegionID
 from warabi.target import Target
+
+_T = TypeVar("_T")
+
+
+_limiters: trio.lowlevel.RunVar[WeakKeyDictionary[Target, trio.CapacityLimiter]]
+_limiters = trio.lowlevel.RunVar("warabi-limiters")
+
+
+async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -> _T:
+    """Run *call* in a worker thread, beside as many others as the target's settings allow."""
+    limiter = None
+    if target.threads is not None:
+        try:
+            limiters = _limiters.get()
+        except LookupError:
+            limiters = WeakKeyDictionary()
+            _limiters.set(limiters)
+        limiter = limiters.setdefault(target, trio.CapacityLimiter(target.threads))
+    return await trio.to_thread.run_sync(call, *arguments, limiter=limiter)
 
 
 async def execute(
@@ -22,7 +44,7 @@ async def execute(
 ) -> Any:
     """The result of *operation* on *target*."""
     if operation.waits and target.blocking:
-        return await trio.to_thread.run_sync(operation.call, target, *arguments)
+        return await _in_thread(target, operation.call, target, *arguments)
     return operation.call(target, *arguments)
 
 
@@ -36,9 +58,7 @@ async def write(
             return
         except WouldBlock:
             pass
-    await trio.to_thread.run_sync(
-        lambda: target.write(region, offset, data, persist, extend=extend)
-    )
+    await _in_thread(target, lambda: target.write(region, offset, data, persist, extend=extend))
 
 
 async def read_into(
@@ -48,13 +68,31 @@ async def read_into(
     try:
         return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
     except WouldBlock:
-        return await trio.to_thread.run_sync(
-            lambda: target.read_into(region, offset, buffer, short=short)
+        return await _in_thread(
+            target, lambda: target.read_into(region, offset, buffer, short=short)
         )
+
+
+async def write_vector(target: Target, region: RegionID, extents: list[Extent], data: Any) -> None:
+    """As ``Target.write_vector``."""
+    if target.blocking:
+        await _in_thread(target, target.write_vector, region, extents, data)
+    else:
+        target.write_vector(region, extents, data)
+
+
+async def read_vector(
+    target: Target, region: RegionID, extents: list[Extent], place: memoryview
+) -> None:
+    """As ``Target.read_vector``."""
+    if target.blocking:
+        await _in_thread(target, target.read_vector, region, extents, place)
+    else:
+        target.read_vector(region, extents, place)
 
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:
     """As ``Target.create_and_write``."""
-    if persist and target.blocking:
-        return await trio.to_thread.run_sync(target.create_and_write, data, persist)
+    if target.write_waits or (persist and target.blocking):
+        return await _in_thread(target, target.create_and_write, data, persist)
     return target.create_and_write(data, persist)

@@ -14,11 +14,13 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from warabi import errors
 from warabi.backends import FileStorage, MemoryStorage, PmemStorage
+from warabi.backends.direct import open_storage
 from warabi.catalogue import APPLICATION_ID, SCHEMA_VERSION, Catalogue
 from warabi.config import FileConfig, FileTarget, MemoryConfig, PmemConfig, PmemTarget
 from warabi.errors import ConfigError, PermissionDenied, TargetBusy
@@ -26,7 +28,6 @@ from warabi.target import Target
 
 _CLOSING_PATIENCE = 60.0
 """Seconds to wait for an owner that has begun to close, when asked to wait at all."""
-_STORAGES: dict[str, type[FileStorage]] = {"file": FileStorage, "pmem": PmemStorage}
 
 
 class _Plan(NamedTuple):
@@ -39,10 +40,14 @@ class _Plan(NamedTuple):
     creation: str
     """The setting that asks for *create*."""
     override: bool
+    make: Callable[[Path], tuple[FileStorage, dict[str, Any]]]
+    """Opens the storage; also gives the settings that it has instead of those asked for."""
     pool: int | None = None
     """The quota in bytes that a new target has for ever."""
     capacity: int | None = None
     """The quota in bytes while it is open this time."""
+    threads: int | None = None
+    """How many calls may wait for the medium at once."""
 
 
 def open_target(target: FileTarget | PmemTarget) -> Target:
@@ -70,9 +75,16 @@ def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
         TargetBusy: another process, named by its pid, has it open.
         CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
     """
+
+    def make(root: Path) -> tuple[FileStorage, dict[str, Any]]:
+        return open_storage(
+            root, direct=config.directio, sync=config.sync, alignment=config.alignment
+        )
+
     plan = _Plan(
         config.path, "file", config.create_if_missing, "create_if_missing",
-        config.override_if_exists, capacity=config.capacity,
+        config.override_if_exists, make, capacity=config.capacity,
+        threads=config.abt_io.backing_thread_count,
     )  # fmt: skip
     return _open(plan, patience)
 
@@ -83,7 +95,7 @@ def open_pmem(config: PmemConfig, *, patience: float = 0.0) -> Target:
     size = config.create_if_missing_with_size
     plan = _Plan(
         config.path, "pmem", bool(size), "create_if_missing_with_size", config.override_if_exists,
-        pool=size or None,
+        lambda root: (PmemStorage(root), {}), pool=size or None,
     )  # fmt: skip
     return _open(plan, patience)
 
@@ -165,7 +177,7 @@ def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
         if state != "target" or plan.override:
             FileStorage(regions).destroy()
             Catalogue.create(path, plan.backend, plan.pool)
-        storage = _STORAGES[plan.backend](regions)
+        storage, instead = plan.make(regions)
         catalogue = Catalogue(path, plan.backend)
     except BaseException:
         lock.release()
@@ -193,7 +205,13 @@ def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
     try:
         capacity = catalogue.capacity if plan.capacity is None else plan.capacity
         return Target(
-            catalogue, storage, capacity=capacity, on_close=closed, on_closing=lock.closing
+            catalogue,
+            storage,
+            capacity=capacity,
+            threads=plan.threads,
+            instead=instead,
+            on_close=closed,
+            on_closing=lock.closing,
         )
     except BaseException:
         catalogue.abandon()

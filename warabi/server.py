@@ -73,7 +73,10 @@ class Provider:
 
     def get_config(self) -> dict[str, Any]:
         """The effective configuration, defaults filled in."""
-        return self._config.model_dump(exclude_none=True)
+        config: dict[str, Any] = self._config.model_dump(exclude_none=True)
+        if self._config.target is not None:
+            config["target"]["config"].update(self._core.target.instead)
+        return config
 
     def close(self) -> None:
         """Stop serving and close the target, which keeps its regions.  Idempotent."""

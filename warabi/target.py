@@ -24,8 +24,8 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 from warabi.backends import Storage
@@ -98,6 +98,9 @@ class Target:
         catalogue: which regions exist.
         storage: where their bytes are.
         capacity: quota on the sum of region sizes, in bytes; None for none.
+        threads: how many calls of Trio programs may wait for the medium at once; None for Trio's
+            own limit.
+        instead: settings that the storage has instead of those that were asked for.
         on_closing: called once when the target begins to close.
         on_close: called once after the target was closed.
     """
@@ -108,6 +111,8 @@ class Target:
         storage: Storage,
         *,
         capacity: int | None = None,
+        threads: int | None = None,
+        instead: Mapping[str, Any] = MappingProxyType({}),
         on_closing: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -128,6 +133,8 @@ class Target:
         self._largest = storage.room()[0]
         self._stop = threading.Event()
         self.blocking = storage.blocking
+        self.threads = threads
+        self.instead = instead
         if not catalogue.clean:
             self._recover()
         self.namespace = Namespace(catalogue, self._guard, self)
@@ -137,6 +144,11 @@ class Target:
                 target=self._commit_regularly, name="warabi-commit", daemon=True
             )
             self._committer.start()
+
+    @property
+    def write_waits(self) -> bool:
+        """Whether a write waits for the medium, and not only a persist."""
+        return self._storage.write_waits
 
     @property
     def uuid(self) -> str:
@@ -295,6 +307,8 @@ class Target:
             InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
             StorageFull, StorageError: the medium; the extent's content is then undefined.
         """
+        if not wait and self._storage.write_waits:
+            raise WouldBlock
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
         inode = self._enter(region, "write", wait)

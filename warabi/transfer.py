@@ -154,10 +154,8 @@ async def store(
     """Write *data* to *extents*, without keeping the loop waiting."""
     if len(extents) == 1:
         await dispatch.write(target, region, extents[0][0], data, False, extend)
-    elif target.blocking:
-        await trio.to_thread.run_sync(target.write_vector, region, extents, data)
     else:
-        target.write_vector(region, extents, data)
+        await dispatch.write_vector(target, region, extents, data)
 
 
 async def load(
@@ -171,7 +169,5 @@ async def load(
         offset = extents[0][0]
         count = await dispatch.read_into(target, region, offset, place, short=short)
         place[count:] = bytes(len(place) - count)
-    elif target.blocking:
-        await trio.to_thread.run_sync(target.read_vector, region, extents, place)
     else:
-        target.read_vector(region, extents, place)
+        await dispatch.read_vector(target, region, extents, place)

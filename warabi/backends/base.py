@@ -26,6 +26,9 @@ class Storage(ABC):
     blocking: ClassVar[bool]
     """Whether a call may wait for a medium slower than memory, so that an event loop must not."""
 
+    write_waits: bool = False
+    """Whether ``write`` itself waits for the medium, and not only ``persist``."""
+
     @abstractmethod
     def create(self, rid: RegionID, size: int) -> None:
         """Make a region of *size* zero bytes."""

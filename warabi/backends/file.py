@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi.backends.base import Storage, pread_full, pwrite_full
+from warabi.buffers import MAX_SIZE
 from warabi.catalogue import sync_directory
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
 from warabi.region import RegionID
@@ -40,12 +41,17 @@ class OpenFile:
 
 
 class FileStorage(Storage):
-    """Regions as files below *root*, a directory that belongs to the target."""
+    """Regions as files below *root*, a directory that belongs to the target.
+
+    With *sync* each write returns only when it is on the medium.
+    """
 
     blocking: ClassVar[bool] = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, sync: bool = False) -> None:
         self.root = root
+        self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DSYNC if sync else 0)
+        self.write_waits = self.write_waits or sync
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
@@ -74,7 +80,7 @@ class FileStorage(Storage):
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
-                held = OpenFile(os.open(self._path(rid), os.O_RDWR | os.O_CLOEXEC))
+                held = OpenFile(os.open(self._path(rid), self._flags))
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
@@ -109,7 +115,7 @@ class FileStorage(Storage):
                 with self._lock:
                     self._shards.add(shard)
             path = self._path(rid)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
             if size:
                 try:
                     self._set_size(fd, size)
@@ -236,6 +242,8 @@ class FileStorage(Storage):
 
     def room(self) -> tuple[int, int]:
         info = os.statvfs(self.root)
+        if not info.f_blocks:
+            return MAX_SIZE, MAX_SIZE  # a file system that does not tell, such as ramfs
         return info.f_frsize * info.f_blocks, info.f_frsize * info.f_bavail
 
     def scan(self) -> Iterator[tuple[RegionID, int]]:

@@ -1,0 +1,115 @@
+"""Regions in persistent memory, or in files treated alike: space reserved, ranges flushed.
+
+One file per region, as in ``FileStorage``, whose locks and rules hold here too.  A mapping
+belongs to the open descriptor of its region and goes with it, and when the region changes size.
+Bytes are moved with ``preadv`` and ``pwrite``, never through the mapping: docs/design.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from warabi.backends.base import Storage, pwrite_full
+from warabi.backends.file import FileStorage, OpenFile
+from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
+from warabi.errors import CorruptTarget
+from warabi.region import RegionID
+
+_MOST_MAPPINGS = 16384
+"""Regions open at once; Linux allows a process 65530 mappings, for everything it maps."""
+
+
+class PmemStorage(FileStorage):
+    """Regions as files below *root* whose space is reserved and whose ranges are flushed alone."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._limit = min(self._limit, _MOST_MAPPINGS)
+        self._mappings: dict[bytes, Mapping] = {}
+        self._persistent = True  # until libpmem says otherwise of a file here
+        # Made or resized since their metadata were put on the medium.
+        self._unsettled: set[bytes] = set()
+
+    def _close(self, rid: bytes, held: OpenFile) -> None:
+        self._unmap(rid)
+        super()._close(rid, held)
+
+    def _unmap(self, rid: bytes) -> None:
+        if mapping := self._mappings.pop(rid, None):
+            mapping.close()
+
+    def _set_size(self, fd: int, size: int) -> None:
+        old = os.fstat(fd).st_size
+        if size <= old:
+            os.ftruncate(fd, size)
+            return
+        # Asked first: the attempt alone would take all the room there is, for a while.
+        if size - old > self.room()[1]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            os.posix_fallocate(fd, old, size - old)
+        except BaseException:
+            os.ftruncate(fd, old)  # gives back what was reserved until the medium was full
+            raise
+
+    def create(self, rid: RegionID, size: int) -> None:
+        super().create(rid, size)
+        self._unsettled.add(rid)
+
+    def erase(self, rid: RegionID) -> None:
+        self._unsettled.discard(rid)
+        super().erase(rid)
+
+    def resize(self, rid: RegionID, size: int) -> None:
+        with self._lock:
+            self._unmap(rid)
+        self._unsettled.add(rid)
+        super().resize(rid, size)
+
+    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        with self._translated(rid, "write"), self._borrow(rid) as fd:
+            self._check_length(rid, fd, "write", offset + len(data))
+            try:
+                pwrite_full(fd, data, offset)
+            finally:
+                self._dirty.add(rid)
+
+    write_beyond = Storage.write_beyond  # space is reserved before anything is written
+
+    def persist(self, rid: RegionID, offset: int, size: int) -> None:
+        self._check_failed(rid)
+        with self._translated(rid, "persist"), self._borrow(rid) as fd:
+            length = self._check_length(rid, fd, "persist", offset + size)
+            unsettled = rid in self._unsettled
+            mapping = self._mapping(rid, fd, length) if size else None
+            if mapping is not None and mapping.size < offset + size:
+                raise CorruptTarget(f"persist region {rid.hex()}: somebody changed its file's size")
+            if size == length:
+                self._dirty.discard(rid)
+            with self._remembered(rid):
+                if unsettled and not isinstance(mapping, PageCacheMapping):
+                    os.fdatasync(fd)  # what msync would do with the file's metadata
+                if mapping is not None:
+                    mapping.flush(offset, size)
+            self._unsettled.discard(rid)
+        self._persist_name(rid)
+
+    def _mapping(self, rid: bytes, fd: int, length: int) -> Mapping:
+        with self._lock:
+            mapping = self._mappings.get(rid)
+            if mapping is None:
+                mapping = map_persistent(fd) if self._persistent else None
+                self._persistent = mapping is not None
+                self._mappings[rid] = mapping = mapping or PageCacheMapping(fd, length)
+            return mapping
+
+    def _check_length(self, rid: bytes, fd: int, what: str, end: int) -> int:
+        """The file's length in bytes, *end* at least."""
+        length = os.fstat(fd).st_size
+        if length < end:
+            raise CorruptTarget(
+                f"{what} region {rid.hex()}: its file ends at {length} bytes, before {end}"
+            )
+        return length
