@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from warabi import errors
 from warabi.buffers import checked_size
 from warabi.connection import Connection
+from warabi.errors import WouldBlock
 from warabi.extents import EXTENTS, Extent, groups, pack, total
 from warabi.operations import OPERATIONS
 from warabi.region import RegionID
@@ -96,33 +98,68 @@ class DirectLink:
         self._core.target.read_vector(region, extents, place)
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
-        return self._done(name, self.call, name, *arguments)
+        waits = OPERATIONS[name].waits and self._core.target.blocking
+        return self._start(name, waits, self.call, name, *arguments)
 
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
     ) -> list[Request]:
-        return self._done("write", self.write, region, offset, data, persist, False)
+        target = self._core.target
+        waits = target.write_waits or (persist and target.blocking)
+        return self._start("write", waits, self.write, region, offset, data, persist, False)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
-        return self._done("read", self.read_into, region, offset, place)
+        try:
+            target = self._core.target
+            target.read_into(region, offset, place, wait=not target.blocking)
+        except WouldBlock:
+            return self._start("read", True, self.read_into, region, offset, place)
+        except errors.Exception as error:
+            return [_finished("read", error=error)]
+        return [_finished("read")]
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
-        return self._done("create_and_write", self.create_and_write, data, persist)
+        target = self._core.target
+        waits = target.write_waits or (persist and target.blocking)
+        return self._start("create_and_write", waits, self.create_and_write, data, persist)
+
+    def _start(
+        self, what: str, waits: bool, call: Callable[..., Any], *arguments: Any
+    ) -> list[Request]:
+        """Carry out *call*: at once, or beside the caller if it *waits* for the medium."""
+        if waits:
+            request = Request(what, buffers=arguments)
+            request.event = threading.Event()
+            self._core.run_beside(lambda: self._finish(request, call, arguments))
+            return [request]
+        try:
+            return [_finished(what, call(*arguments))]
+        except errors.Exception as error:
+            return [_finished(what, error=error)]
 
     @staticmethod
-    def _done(what: str, call: Callable[..., Any], *arguments: Any) -> list[Request]:
-        request = Request(what)
+    def _finish(request: Request, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
             request.finish(call(*arguments))
         except errors.Exception as error:
             request.finish(error=error)
-        return [request]
+        except BaseException as error:
+            request.finish(error=errors.ProviderFailed(f"{request.what}: {error!r}"))
+            raise
 
     def wait(self, request: Request) -> Any:
+        if not request.done:
+            request.event.wait()
         return request.outcome()
 
     def poll(self, request: Request) -> None:
-        """Nothing is ever under way here."""
+        """Requests here are finished by those who carry them out."""
+
+
+def _finished(what: str, result: Any = None, error: errors.Exception | None = None) -> Request:
+    request = Request(what)
+    request.finish(result, error)
+    return request
 
 
 class WireLink:
@@ -265,9 +302,7 @@ class WireLink:
         except errors.Exception:
             self.call("erase", region)
             raise
-        done = Request("create_and_write")
-        done.finish(region)
-        return [done]
+        return [_finished("create_and_write", region)]
 
     def wait(self, request: Request) -> Any:
         return request.connection.wait(request) if not request.done else request.outcome()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from warabi.wire import Limits, Message
 
 log = logging.getLogger(__name__)
 
+_THREADS = 16  # for asynchronous requests from the provider's own process
 _WEIGHT = 256 * 1024  # bytes of payload that count as one more request beside the others
 _UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
 _DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
@@ -53,6 +55,13 @@ class ProviderCore:
         self._target = target
         self.transfers = transfers or DefaultTransfers()
         self.abandoned = False
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run_beside(self, work: Callable[[], None]) -> None:
+        """Have *work*, which waits for the medium, done by a thread; before :meth:`close` ends."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="warabi-async")
+        self._pool.submit(work)
 
     @property
     def target(self) -> Target:
@@ -61,7 +70,9 @@ class ProviderCore:
         return self._target
 
     def close(self) -> None:
-        """Close the target.  Idempotent."""
+        """Finish what runs beside and close the target.  Idempotent."""
+        if self._pool is not None:
+            self._pool.shutdown()
         if self._target is not None:
             self._target.close()
 
@@ -239,9 +250,7 @@ class Session:
             size = limit
         return 1 + min(max(size, 0), limit) // _WEIGHT
 
-    async def _answer(
-        self, request: _Request, work: Callable[[_Request], Awaitable[None]]
-    ) -> None:
+    async def _answer(self, request: _Request, work: Callable[[_Request], Awaitable[None]]) -> None:
         """Do *work*, which replies, and turn what it raises into a failure."""
         try:
             await work(request)
@@ -326,9 +335,7 @@ class Session:
                     except BaseException:
                         transfers.release(view)
                         raise
-                    stores.start_soon(
-                        self._store_chunk, request, plan, start, end, view, failures
-                    )
+                    stores.start_soon(self._store_chunk, request, plan, start, end, view, failures)
             except Exception as error:  # kept out of the nursery, which would wrap it in a group
                 broken = error
         if plan.created and (broken or failures):
