@@ -24,15 +24,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from warabi.errors import ConfigError, CorruptTarget, Exception, StorageError, StorageFull
+from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
 
 APPLICATION_ID = 0x57617261
 SCHEMA_VERSION = 1
-ROOT = 1
-"""The inode number of the tree's root directory; FUSE's too."""
 
 _SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -68,74 +66,6 @@ _COLUMNS = (
 _UPSERT = f"INSERT OR REPLACE INTO inode({_COLUMNS}) VALUES({', '.join('?' * 13)})"
 _CACHED = 65536
 _FLUSH_AT = 16384
-
-
-class Attributes(NamedTuple):
-    """What ``stat`` tells about a region or another inode; times in ns since the epoch."""
-
-    ino: int
-    generation: int
-    mode: int
-    nlink: int
-    uid: int
-    gid: int
-    rdev: int
-    size: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @property
-    def region(self) -> RegionID:
-        """The ID; it names a region only when the inode is a regular file."""
-        return RegionID.from_parts(self.ino, self.generation)
-
-
-class Inode:
-    """A row of the catalogue in memory, with the target's book-keeping beside it."""
-
-    __slots__ = (
-        "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "generation", "gid", "ino",
-        "mode", "mtime", "nlink", "pins", "rdev", "rid", "size", "stored", "target", "uid", "users",
-    )  # fmt: skip
-
-    def __init__(
-        self, ino: int, generation: int, mode: int, nlink: int, uid: int, gid: int, rdev: int,
-        size: int, atime: int, mtime: int, ctime: int, anonymous: int, target: bytes | None,
-    ) -> None:  # fmt: skip
-        self.ino = ino
-        self.generation = generation
-        self.mode = mode
-        self.nlink = nlink
-        self.uid = uid
-        self.gid = gid
-        self.rdev = rdev
-        self.size = size
-        self.atime = atime
-        self.mtime = mtime
-        self.ctime = ctime
-        self.anonymous = anonymous
-        self.target = target
-        self.rid = RegionID.from_parts(ino, generation)
-        self.stored = False  # has a row, perhaps an old one
-        self.changed = 0  # the change that a persist must have made durable
-        # The target's: who is inside, and whether the region is going or gone.
-        self.users = 0
-        self.exclusive = False
-        self.pins = 0
-        self.dead = False
-
-    def row(self) -> tuple[int | bytes | None, ...]:
-        return (
-            self.ino, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
-            self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
-        )  # fmt: skip
-
-    def attributes(self) -> Attributes:
-        return Attributes(
-            self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink, self.uid,
-            self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
-        )  # fmt: skip
 
 
 def translate(error: sqlite3.Error, path: Path | None) -> Exception:
@@ -197,10 +127,8 @@ class Catalogue:
             """The quota in bytes that :meth:`create` was given."""
             if not isinstance(self.capacity, int | None):
                 raise CorruptTarget(f"catalogue {path}: the capacity is {self.capacity!r}")
-            if meta.get("backend", "file") != backend:
-                raise ConfigError(
-                    f"target {path}: is a target of type {meta['backend']!r}, not {backend!r}"
-                )
+            if (found := meta.get("backend", "file")) != backend:
+                raise ConfigError(f"target {path}: is a target of type {found!r}, not {backend!r}")
             if path is not None:
                 self._open_wal(path)
         except BaseException as error:

@@ -1,30 +1,39 @@
-"""``warabi``: look into targets, and serve one.
+"""``warabi``: serve targets, and look into one.
 
-Every command exits with 0, or with 1 and one line on standard error.
+Every command exits with 0, or with 1 and one line on standard error; with 2 and a hint when the
+command line itself is wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import warabi
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
-from warabi.errors import Exception
+from warabi.errors import ConfigError, Exception, InvalidRegion
 from warabi.region import RegionID
+
+if TYPE_CHECKING:
+    from warabi.bedrock import Server  # takes time to import, which the other commands need not
 
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # nobody reads any more; click ends quietly
         sys.exit(f"warabi: {error}")
 
 
@@ -50,29 +59,62 @@ def _region(text: str) -> RegionID:
 @click.group()
 @click.version_option(warabi.__version__, prog_name="warabi")
 def main() -> None:
-    """Serve a Warabi target, and reach one."""
+    """Serve Warabi targets, and reach one."""
 
 
 @main.command()
-@click.argument("address", default="na+sm")
-@click.option("-p", "--provider-id", type=int, default=0, show_default=True)
-@click.option("-c", "--config", default='{"target": {"type": "memory"}}', show_default=True,
-              help="Provider configuration: JSON text, or @FILE.")  # fmt: skip
-@click.option("--address-file", type=click.Path(path_type=Path), help="Write the address there.")
-def serve(address: str, provider_id: int, config: str, address_file: Path | None) -> None:
-    """Serve one target at ADDRESS until SIGTERM or SIGINT."""
-    from warabi.server import Provider
+@click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
+@click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
+@click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
+              help="Keep the address in FILE while it serves.")  # fmt: skip
+@click.option("-t", "--target", metavar="TARGET",
+              help="Serve just this: memory: or file:PATH, made when missing.")  # fmt: skip
+@click.option("-p", "--provider-id", type=int, help="The ID of that target's provider, 0 if none.")
+def serve(
+    config: Path | None,
+    address: str,
+    address_file: Path | None,
+    target: str | None,
+    provider_id: int | None,
+) -> None:
+    """Serve what CONFIG.json says, in the form that Mochi's Bedrock takes, or one TARGET.
 
-    with _one_line(), Engine(address) as engine:
-        try:
-            text = Path(config[1:]).read_text() if config.startswith("@") else config
-            with Provider(engine, provider_id, text):
-                click.echo(str(engine.addr()))
-                if address_file is not None:
-                    address_file.write_text(f"{engine.addr()}\n")
-                engine.wait_for_finalize()
-        except OSError as error:
-            sys.exit(f"warabi: {error}")
+    Prints the address when it serves.  SIGTERM and SIGINT end it, in order.
+    """
+    from warabi import service
+
+    if (config is None) == (target is None):
+        raise click.UsageError("expected either CONFIG.json or --target")
+    if config is not None and provider_id is not None:
+        raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
+    logging.basicConfig(format="warabi: %(message)s")
+    with (
+        _one_line(),
+        service.Ending() as ending,
+        _server(config, address, target, provider_id or 0) as server,
+        service.address_file(address_file, str(server.address)),
+    ):
+        server.engine.on_finalize(ending.come)
+        click.echo(str(server.address))
+        service.notify("READY=1")
+        ending.wait()
+        service.notify("STOPPING=1")
+
+
+def _server(config: Path | None, address: str, target: str | None, provider_id: int) -> Server:
+    from warabi.bedrock import Server
+
+    if config is not None:
+        return Server.from_config_file(address, config)
+    kind, _, path = str(target).partition(":")
+    if target == "memory:":
+        settings: dict[str, Any] = {"type": "memory"}
+    elif kind == "file" and path:
+        settings = {"type": "file", "config": {"path": path, "create_if_missing": True}}
+    else:
+        raise ConfigError(f"target {target!r}: expected memory: or file:PATH")
+    provider = {"type": "warabi", "provider_id": provider_id, "config": {"target": settings}}
+    return Server(address, {"providers": [provider]})
 
 
 @main.command("ls")
@@ -81,8 +123,12 @@ def list_regions(address: str, provider_id: int) -> None:
     """List every region: its ID, size in bytes, and names."""
     with _handle(address, provider_id) as target:
         for region in target.list():
-            found = target.stat(region)
-            click.echo(f"{region.hex()} {found.size:>14} {' '.join(found.names)}".rstrip())
+            try:
+                found = target.stat(region)
+            except InvalidRegion:
+                continue  # erased meanwhile
+            line = f"{region.hex()} {found.size:>14} {' '.join(found.names)}".rstrip()
+            click.echo(os.fsencode(line))  # names may have any bytes
 
 
 @main.command()
@@ -94,8 +140,12 @@ def put(address: str, provider_id: int, file: Any, name: str | None) -> None:
     with _handle(address, provider_id) as target:
         region = target.create_and_write(file.read(), persist=True)
         if name:
-            target.link_name(region, name)
-            target.persist(region, 0, 0)
+            try:
+                target.link_name(region, name)
+                target.persist(region, 0, 0)
+            except BaseException:
+                target.erase(region)
+                raise
         click.echo(region.hex())
 
 

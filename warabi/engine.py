@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from warabi.runtime import Runtime
 
 
+_SIGNAL_LATENCY = 0.2
+"""Seconds that a signal may go unnoticed."""
 _LONGEST = 1_000_000_000
 """Seconds of the longest timeout: more than the system's timers take is an error there."""
 
@@ -281,8 +283,9 @@ class Engine:
 
     def wait_for_finalize(self) -> None:
         """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM."""
-        with _signals(self._state.wanted):
-            while not self._state.wanted.wait(3600):
+        with _signals() as caught:
+            # Not without end: a signal that another thread happens to take wakes nobody.
+            while not (self._state.wanted.wait(_SIGNAL_LATENCY) or caught):
                 pass
         self._state.finalize()
         self._state.finalized.wait()
@@ -323,17 +326,19 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _signals(wanted: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set *wanted* while the block runs in the main thread."""
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that come while the block runs in the main thread."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield caught
         return
+    # A handler runs anywhere in the main thread, so it must take no lock, not even an event's.
     previous = {
-        number: signal.signal(number, lambda *_: wanted.set())
+        number: signal.signal(number, lambda number, _: caught.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield
+        yield caught
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from warabi.catalogue import Attributes
 from warabi.errors import ProtocolError
 from warabi.extents import unpack
+from warabi.inode import Attributes
 from warabi.region import RegionID
 from warabi.target import RegionStat, Target
 

@@ -14,7 +14,8 @@ import trio
 
 from warabi import address, errors
 from warabi.address import Endpoint
-from warabi.provider import ProviderCore, Session
+from warabi.provider import ProviderCore
+from warabi.session import Session
 
 log = logging.getLogger(__name__)
 

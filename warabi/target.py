@@ -1,45 +1,24 @@
 """A target: catalogue and storage as one, with every check in one place.
 
-Threads and locks
------------------
-``_lock`` guards the catalogue, the inodes and the book-keeping here.  It is held for short
-steps, never while bytes move or a medium is waited for, and is the outermost lock: storage
-locks nest inside it, the catalogue's sync lock is taken without it.
-
-A region is *entered* by reads and writes side by side (``Inode.users``), and *closed* by
-whoever resizes it (``Inode.exclusive``), who waits for those inside.  ``erase`` waits for
-nobody: it marks the region dead, and the last one out frees the bytes.
-
-Durability order of ``persist``: the data, the directory entry of its file, then the catalogue
-commit that mentions the region.  Bytes of an erased region are freed only after the commit
-that forgets it is on the medium.
+Locks, and who may be where: ``gate.py``.  What is on the medium when: ``durability.py``.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import sqlite3
 import stat
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from warabi.backends import Storage
 from warabi.buffers import checked_size, filled_bytes, readable, writable
-from warabi.catalogue import Attributes, Catalogue, Inode, translate
-from warabi.errors import InvalidRegion, OutOfBounds, StorageFull, TargetNotFound, WouldBlock
+from warabi.catalogue import Catalogue
+from warabi.durability import DurableRegions
+from warabi.errors import OutOfBounds, StorageFull, WouldBlock
 from warabi.extents import Extent, check_total, checked_extents, views
+from warabi.inode import Inode
 from warabi.namespace import Namespace
 from warabi.region import RegionID
-
-log = logging.getLogger(__name__)
-
-COMMIT_INTERVAL = 5.0
-"""Seconds after which volatile changes of the catalogue are committed without being asked."""
 
 
 class RegionStat(NamedTuple):
@@ -52,43 +31,7 @@ class RegionStat(NamedTuple):
     names: list[str]
 
 
-class _Guard:
-    """The target's lock, as a context that translates SQLite's errors on the way out."""
-
-    __slots__ = ("_catalogue", "_changed", "_lock", "closed")
-
-    def __init__(
-        self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event
-    ) -> None:
-        self._lock = lock
-        self._catalogue = catalogue
-        self._changed = changed
-        self.closed = False
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self.closed:
-            self._lock.release()
-            raise TargetNotFound("the target is closed")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                self._catalogue.trim()
-            if self._catalogue.uncommitted:
-                self._changed.set()
-        finally:
-            self._lock.release()
-        if isinstance(error, sqlite3.Error):
-            raise translate(error, self._catalogue.path) from error
-
-
-class Target:
+class Target(DurableRegions):
     """Regions and their names on one catalogue and one storage.
 
     Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it
@@ -116,34 +59,13 @@ class Target:
         on_closing: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._catalogue = catalogue
-        self._storage = storage
+        super().__init__(catalogue, storage, on_closing, on_close)
         self._capacity = capacity
-        self._on_closing = on_closing
-        self._on_close = on_close
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)  # a region may have become free
-        self._waiters = 0
-        self._inside = 0  # calls in any region, for close
-        self._closed = False
-        self._pid = os.getpid()
-        self._changed = threading.Event()  # the catalogue has something to commit
-        self._guard = _Guard(self._lock, catalogue, self._changed)
-        self._freed: deque[tuple[int, RegionID]] = deque()  # to erase when that change is synced
         self._largest = storage.room()[0]
-        self._stop = threading.Event()
         self.blocking = storage.blocking
         self.threads = threads
         self.instead = instead
-        if not catalogue.clean:
-            self._recover()
         self.namespace = Namespace(catalogue, self._guard, self)
-        self._committer: threading.Thread | None = None
-        if catalogue.path is not None:
-            self._committer = threading.Thread(
-                target=self._commit_regularly, name="warabi-commit", daemon=True
-            )
-            self._committer.start()
 
     @property
     def write_waits(self) -> bool:
@@ -154,93 +76,6 @@ class Target:
     def uuid(self) -> str:
         """The target's own identity, for as long as it exists."""
         return self._catalogue.uuid
-
-    # Entering and leaving regions
-
-    def _find(self, region: RegionID, what: str) -> Inode:
-        """The region's inode, alive; the lock is held."""
-        if self._closed:
-            raise TargetNotFound(f"{what}: the target is closed")
-        inode = self._catalogue.by_rid.get(region) if type(region) is RegionID else None
-        if inode is None:
-            try:
-                inode = self._catalogue.region(region) if type(region) is RegionID else None
-            except sqlite3.Error as error:
-                raise translate(error, self._catalogue.path) from error
-            if inode is None:
-                raise InvalidRegion(f"{what}: no region {region!r} in this target")
-        return inode
-
-    def _enter(self, region: RegionID, what: str, wait: bool) -> Inode:
-        with self._lock:
-            inode = self._find(region, what)
-            while inode.exclusive:
-                self._wait(wait)
-                self._check_alive(inode, what)
-            inode.users += 1
-            self._inside += 1
-            return inode
-
-    def _leave(self, inode: Inode, *, wrote: bool = False) -> None:
-        with self._lock:
-            inode.users -= 1
-            self._inside -= 1
-            if wrote and not inode.dead:
-                self._touch(inode)
-            if inode.dead and not inode.users:
-                self._free(inode)
-            if self._waiters:
-                self._idle.notify_all()
-        if self._freed:
-            self._reap()
-
-    def _enter_exclusive(self, region: RegionID, what: str, wait: bool) -> Inode:
-        with self._lock:
-            inode = self._find(region, what)
-            while inode.exclusive or (not wait and inode.users):
-                self._wait(wait)
-                self._check_alive(inode, what)
-            inode.exclusive = True  # from now on nobody new gets in
-            self._inside += 1
-            try:
-                while inode.users:
-                    self._wait(wait)
-                self._check_alive(inode, what)
-            except BaseException:
-                inode.exclusive = False
-                self._inside -= 1
-                raise
-            return inode
-
-    def _leave_exclusive(self, inode: Inode) -> None:
-        with self._lock:
-            inode.exclusive = False
-            self._inside -= 1
-            if inode.dead:
-                self._free(inode)
-            if self._waiters:
-                self._idle.notify_all()
-        if self._freed:
-            self._reap()
-
-    def _wait(self, wait: bool) -> None:
-        if not wait:
-            raise WouldBlock
-        self._waiters += 1
-        try:
-            self._idle.wait()
-        finally:
-            self._waiters -= 1
-
-    def _check_alive(self, inode: Inode, what: str) -> None:
-        if inode.dead:
-            raise InvalidRegion(f"{what}: {inode.rid!r} was erased")
-
-    def _touch(self, inode: Inode) -> None:
-        inode.mtime = inode.ctime = time.time_ns()
-        self._catalogue.touch(inode, durable=False)
-        if not self._changed.is_set():
-            self._changed.set()
 
     def _bounds(self, inode: Inode, what: str, offset: int, size: int) -> None:
         if offset + size > inode.size:
@@ -499,26 +334,6 @@ class Target:
             self.discard(inode)
         self._reap()
 
-    def discard(self, inode: Inode) -> None:
-        """Forget a nameless inode, and its bytes; the guard is held."""
-        self._catalogue.remove(inode)
-        inode.dead = True
-        if stat.S_ISREG(inode.mode) and not (inode.users or inode.exclusive):
-            self._free(inode)
-
-    def _free(self, inode: Inode) -> None:
-        self._freed.append((self._catalogue.change, inode.rid))
-        self._changed.set()
-
-    def _reap(self) -> None:
-        """Erase from storage what the catalogue on the medium no longer mentions."""
-        due = []
-        with self._lock:
-            while self._freed and self._catalogue.is_synced(self._freed[0][0]):
-                due.append(self._freed.popleft()[1])
-        for rid in due:
-            self._storage.erase(rid)
-
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; when anything fails, no region remains."""
         view = readable(data, "create_and_write: data")
@@ -582,105 +397,6 @@ class Target:
                 available = min(available, max(0, self._capacity - self._catalogue.used))
             return total, available, self._catalogue.count
 
-    # Life of the target
-
-    def commit(self) -> None:
-        """Make every change of the catalogue durable, and then free what erased regions held."""
-        with self._lock:
-            if self._closed:
-                raise TargetNotFound("persist: the target is closed")
-            self._inside += 1
-        try:
-            self._commit()
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._waiters:
-                    self._idle.notify_all()
-
-    def _commit(self) -> None:
-        """As :meth:`commit`, by a caller that keeps the target from closing."""
-        with self._guard:
-            change = self._catalogue.commit()
-        self._catalogue.sync(change)
-        if self._freed:
-            self._reap()
-
-    def sync(self) -> None:
-        """Make everything written so far durable: data first, then the catalogue."""
-        self._storage.persist_all()
-        self.commit()
-
-    def _commit_regularly(self) -> None:
-        while True:
-            self._changed.wait()
-            if self._stop.wait(COMMIT_INTERVAL):
-                return
-            self._changed.clear()
-            try:
-                self.commit()
-            except TargetNotFound:
-                return
-            except Exception:
-                log.exception(
-                    "commit of %s failed; the next persist will say so", self._catalogue.path
-                )
-
-    def _recover(self) -> None:
-        """After a crash: drop bytes that no row mentions, believe the files' sizes."""
-        catalogue = self._catalogue
-        orphaned = resized = 0
-        for inode in catalogue.orphans():
-            catalogue.remove(inode)
-        for rid, size in self._storage.scan():
-            found = catalogue.region(rid)
-            if found is None:
-                # Never persisted, or erased: the catalogue on the medium knows nothing of it.
-                self._storage.erase(rid)
-                orphaned += 1
-            elif found.size != size:
-                catalogue.resize(found, size)
-                resized += 1
-            catalogue.trim()
-        if orphaned or resized:
-            log.warning(
-                "%s was not closed: removed %d unfinished regions, took %d sizes from files",
-                catalogue.path, orphaned, resized,
-            )  # fmt: skip
-
-    def close(self) -> None:
-        """Persist everything and let go of the medium.  Idempotent; never deletes a region.
-
-        Waits for calls in flight.  Later calls raise ``TargetNotFound``.
-        """
-        if os.getpid() != self._pid:
-            return  # a forked child holds copies of things that are its parent's
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            while self._inside:
-                self._wait(True)
-        self._on_closing()
-        self._stop.set()
-        self._changed.set()
-        if self._committer is not None:
-            self._committer.join()
-        try:
-            self._storage.persist_all()
-            with self._guard:
-                for inode in self._catalogue.orphans():
-                    self.discard(inode)
-            self._commit()
-        finally:
-            try:
-                with self._lock:
-                    self._guard.closed = True
-                    self._catalogue.close()
-            finally:
-                self._storage.close()
-                self._on_close()
-
     def __enter__(self) -> Target:
         return self
 
@@ -693,6 +409,3 @@ class Target:
         while page:
             yield from page
             page = self.list(page[-1])
-
-
-__all__ = ["Attributes", "RegionStat", "Target"]

@@ -22,10 +22,10 @@ from typing import Any
 
 from warabi import errors
 from warabi.aio import Target
-from warabi.catalogue import ROOT, Attributes
 from warabi.errors import path_error
-from warabi.namespace import region_of_name
+from warabi.inode import ROOT, Attributes
 from warabi.region import RegionID
+from warabi.tree import region_of_name
 
 BLOCK = 4096
 _PAGE = 128  # directory entries fetched at a time

@@ -32,8 +32,8 @@ from pyfuse3 import (
 )
 
 from warabi import errors
-from warabi.catalogue import Attributes
-from warabi.namespace import NAME_MAX
+from warabi.inode import Attributes
+from warabi.tree import NAME_MAX
 from warabifs.filesystem import BLOCK, FileSystem
 
 log = logging.getLogger(__name__)

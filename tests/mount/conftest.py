@@ -1,0 +1,67 @@
+"""Fixtures of the mount's tests; what they are made of is in ``support.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.support import (
+    BACKENDS,
+    Mount,
+    is_mounted,
+    mounting,
+    processes_of,
+    run,
+    source_of,
+    watchdog,
+)
+
+
+def limit_of(request: pytest.FixtureRequest) -> float:
+    """Seconds after which a test's mount is killed, a little before the test's own limit."""
+    marker = request.node.get_closest_marker("timeout")
+    limit = marker.args[0] if marker else float(request.config.getini("timeout") or 120)
+    return float(limit) * 0.9
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory, removed afterwards; fails when a mount or a process is left in it."""
+    with disposable("/tmp") as path:
+        yield path
+
+
+@contextlib.contextmanager
+def disposable(parent: str) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="warabifs-test-", dir=parent))
+    path.chmod(0o755)  # other users get in as far as the tests say
+    try:
+        yield path
+    finally:
+        left = [line for line in (path, *path.glob("*")) if is_mounted(line)]
+        for mountpoint in left:
+            run("fusermount3", "-u", "-z", mountpoint, check=False)
+        processes = processes_of(path)
+        shutil.rmtree(path, ignore_errors=True)
+    assert not left, f"left mounted: {left}"
+    assert not processes, f"left running: {processes}"
+
+
+@pytest.fixture(params=BACKENDS)
+def mounted(request: pytest.FixtureRequest, place: Path) -> Iterator[Mount]:
+    """A fresh, empty mount.
+
+    Its source is one of ``SOURCES``: those of ``BACKENDS``, unless the test says
+    ``@pytest.mark.parametrize("mounted", SOURCES, indirect=True)``.
+    """
+    with (
+        source_of(request.param, place) as (source, options),
+        mounting(source, place, *options) as mount,
+        watchdog(mount, limit_of(request)),
+    ):
+        yield mount

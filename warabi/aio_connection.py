@@ -1,0 +1,218 @@
+"""A Trio client's connection.
+
+One reader task.  Sending is synchronous as far as the socket takes it, and goes on in a task of
+its own where it does not, so that no cancelled caller leaves half a frame behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from warabi import errors, wire
+from warabi.errors import ConnectionLost, ProtocolError, TimedOut
+from warabi.request import Request, reply_id
+from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
+
+if TYPE_CHECKING:
+    pass  # an extra, and slow to import
+
+_CONNECT_TIMEOUT = 10.0
+_IN_FLIGHT = 64  # requests of one connection that wait for their replies
+
+
+class Connection:
+    """A connection to an engine, used by tasks of one Trio loop.
+
+    Args:
+        sock: connected and non-blocking.
+        name: of the peer, for messages.
+        timeout: seconds without a sign of life from the provider after which a request gives up.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, name: str, timeout: float) -> None:
+        self._socket = sock
+        self._name = name
+        self._timeout = timeout
+        self._wire = wire.Connection(Limits())
+        self._heard = 0.0  # when something last came, by Trio's clock
+        self._asked = False  # a sign of life was asked for since then
+        self.limits = Limits()
+        self._ids = itertools.count(1)
+        self._requests: dict[int, Request] = {}
+        self._slots = trio.Semaphore(_IN_FLIGHT)
+        self._unsent: deque[memoryview] = deque()
+        self._has_unsent = trio.Event()
+        self._message: Message | None = None  # whose payload is arriving
+        self._lost: tuple[type[errors.Exception], str] | None = None
+
+    async def open(self) -> None:
+        """Exchange openings.
+
+        Raises:
+            ProtocolError, TimedOut, ConnectionLost: it is no engine.
+        """
+        try:
+            with trio.fail_after(min(self._timeout, _CONNECT_TIMEOUT)):
+                await self._socket.send(wire.opening(self._wire.limits))
+                event = await self._next_event()
+        except trio.TooSlowError:
+            raise TimedOut(f"{self._name}: connected, but nothing answers") from None
+        except OSError as error:
+            raise ConnectionLost(f"{self._name}: {error.strerror} while connecting") from error
+        except ProtocolError as error:
+            raise ProtocolError(f"{self._name}: {error}") from None
+        if not isinstance(event, Opened):
+            raise ProtocolError(f"{self._name}: no opening")
+        self.limits = event.limits
+
+    async def run(self) -> None:
+        """Take replies until the connection ends; every request on it then fails."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_unsent)
+                while True:
+                    self._take(await self._next_event())
+        except* ProtocolError as group:
+            self._fail(ProtocolError, str(_first(group)))
+        except* OSError as group:
+            self._fail(ConnectionLost, str(_first(group)))
+        finally:
+            self._fail(ConnectionLost, "the connection was closed")
+            self._socket.close()
+
+    async def _next_event(self) -> wire.Event:
+        while (event := self._wire.next_event()) is NEED_DATA:
+            try:
+                # At once or not at all: in a wait between buffer() and the receiving, a request
+                # may be cancelled, whose buffer is its caller's again.
+                count = self._socket._sock.recv_into(self._wire.buffer())  # type: ignore[attr-defined]
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                continue
+            if count == 0 and self._wire.between_messages:
+                raise ConnectionResetError("the provider closed the connection")
+            self._wire.received(count)
+            self._heard = trio.current_time()
+            self._asked = False
+            await trio.lowlevel.checkpoint()
+        return event
+
+    def _take(self, event: wire.Event) -> None:
+        if isinstance(event, Message):
+            request = self._requests.get(reply_id(event))
+            if event.payload:
+                wanted = request is not None and request.into is not None
+                place = request.place(event.payload) if request and wanted else None
+                self._wire.accept_payload(place)
+                self._message = event
+            else:
+                self._finish(event)
+        elif event is PAYLOAD_DONE and self._message is not None:
+            message, self._message = self._message, None
+            self._finish(message)
+
+    def _finish(self, message: Message) -> None:
+        request = self._requests.pop(message.header[0], None)
+        if request is not None:
+            request.take_reply(message)
+
+    def _fail(self, kind: type[errors.Exception], reason: str) -> None:
+        if self._lost is None:
+            self._lost = (kind, f"{self._name}: {reason}")
+        failed, self._requests = list(self._requests.values()), {}
+        for request in failed:
+            request.finish(error=self._lost_error(request.what))
+
+    def _lost_error(self, what: str) -> errors.Exception:
+        """A fresh error each time: one that is raised again gathers tracebacks without end."""
+        assert self._lost is not None
+        kind, reason = self._lost
+        return kind(f"{what}: {reason}")
+
+    async def request(
+        self, request: Request, header: Sequence[Any], payload: memoryview | None = None
+    ) -> Any:
+        """Send *request* and return its result, or raise its error."""
+        async with self._slots:
+            if self._lost is not None:
+                raise self._lost_error(request.what)
+            request_id = next(self._ids)
+            size = 0 if payload is None else len(payload)
+            frame = wire.frame([request_id, *header], size, self.limits)
+            request.event = trio.Event()
+            self._requests[request_id] = request
+            self._send([frame, payload])
+            try:
+                await self._wait(request)
+            finally:
+                if not request.done:
+                    self._abandon(request_id, request)
+            if not request.done:
+                raise TimedOut(
+                    f"{request.what}: no answer from {self._name} in {self._timeout:g} s"
+                )
+            return request.outcome()
+
+    async def _wait(self, request: Request) -> None:
+        """Until the request is done or the provider has been silent for too long.
+
+        After half of that a sign of life is asked for, which a provider that is busy with the
+        request gives, and one that is stopped or unreachable does not.
+        """
+        since = trio.current_time()
+        while not request.done:
+            silent = trio.current_time() - max(since, self._heard)
+            if silent >= self._timeout:
+                return
+            if silent >= self._timeout / 2 and not self._asked:
+                self._asked = True
+                self._send([wire.frame([next(self._ids), 0, "ping", [], None])])
+            with trio.move_on_after(self._timeout / 2 - silent % (self._timeout / 2)):
+                await request.event.wait()
+
+    def _abandon(self, request_id: int, request: Request) -> None:
+        request.into = None
+        if self._message is not None and self._message.header[0] == request_id:
+            self._wire.drop_payload()
+
+    def _send(self, parts: list[Any]) -> None:
+        views = [memoryview(part) for part in parts if part is not None]
+        if not self._unsent:
+            try:
+                sent = self._socket._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)  # type: ignore[attr-defined]
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._fail(ConnectionLost, error.strerror or str(error))
+                return
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if views:
+                views[0] = views[0][sent:]
+        if views:
+            self._unsent.extend(views)
+            self._has_unsent.set()
+
+    async def _send_unsent(self) -> None:
+        while True:
+            await self._has_unsent.wait()
+            while self._unsent:
+                sent = await self._socket.send(self._unsent[0])
+                if sent == len(self._unsent[0]):
+                    self._unsent.popleft()
+                else:
+                    self._unsent[0] = self._unsent[0][sent:]
+            self._has_unsent = trio.Event()
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

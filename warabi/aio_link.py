@@ -1,0 +1,197 @@
+"""The two ways in which a Trio program reaches a target: directly, or over a connection."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import trio
+
+from warabi import dispatch, errors
+from warabi.aio_connection import Connection
+from warabi.extents import EXTENTS, Extent, groups, pack, total
+from warabi.operations import OPERATIONS
+from warabi.region import RegionID
+from warabi.request import EAGER_THRESHOLD, Request, chunks
+from warabi.target import Target as LocalTarget
+
+_ERASE_PATIENCE = 10.0  # seconds to take back a region that could not be filled
+
+
+class Link(Protocol):
+    """One way to a target."""
+
+    async def call(self, name: str, arguments: Sequence[Any]) -> Any: ...
+    async def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None: ...
+    async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
+    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int: ...
+    async def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None: ...
+    async def read_vector(
+        self, region: RegionID, extents: list[Extent], place: memoryview
+    ) -> None: ...
+
+
+class DirectLink:
+    """A target in this process."""
+
+    def __init__(self, target: LocalTarget) -> None:
+        self._target = target
+
+    async def call(self, name: str, arguments: Sequence[Any]) -> Any:
+        return await dispatch.execute(self._target, OPERATIONS[name], tuple(arguments))
+
+    async def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        await dispatch.write(self._target, region, offset, data, persist, extend)
+
+    async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        await dispatch.read_into(self._target, region, offset, place)
+
+    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
+        return await dispatch.read_into(self._target, region, offset, place, short=True)
+
+    async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        return await dispatch.create_and_write(self._target, data, persist)
+
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        await self.call("write_vector", (region, pack(extents), persist, data))
+
+    async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        await self.call("read_vector", (region, pack(extents), place))
+
+
+@asynccontextmanager
+async def _pieces() -> AsyncIterator[Callable[..., None]]:
+    """Run calls side by side; all end before the first of their errors is raised."""
+    failures: list[errors.Exception] = []
+
+    async def guarded(call: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        try:
+            await call(*arguments)
+        except errors.Exception as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        yield lambda call, *arguments: nursery.start_soon(guarded, call, *arguments)
+    if failures:
+        raise failures[0]
+
+
+class WireLink:
+    """A target behind a connection; what exceeds the provider's limits is split."""
+
+    def __init__(self, connection: Connection, provider_id: int) -> None:
+        self._connection = connection
+        self._provider_id = provider_id
+        self.eager_write = EAGER_THRESHOLD
+        self.eager_read = EAGER_THRESHOLD
+
+    async def _request(
+        self, request: Request, arguments: Sequence[Any], data: memoryview | None = None
+    ) -> Any:
+        eager = None
+        if data is not None and len(data) <= self.eager_write:
+            eager, data = bytes(data), None
+        header = (self._provider_id, request.what, arguments, eager)
+        return await self._connection.request(request, header, data)
+
+    async def call(self, name: str, arguments: Sequence[Any]) -> Any:
+        operation = OPERATIONS.get(name)
+        return await self._request(
+            Request(name, operation.decode if operation else None), arguments
+        )
+
+    async def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        limit = self._connection.limits.payload
+        if len(data) <= limit:
+            await self._request(Request("write"), (region, offset, persist, extend), data)
+            return
+        if not extend:
+            await self._check_end(region, offset, len(data), "write")
+        async with _pieces() as start_soon:
+            for start, end in chunks(len(data), limit):
+                arguments = (region, offset + start, persist, extend)
+                start_soon(self._request, Request("write"), arguments, data[start:end])
+
+    async def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
+        have = await self.call("size", (region,))
+        if offset + size > have:
+            raise errors.OutOfBounds(
+                f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
+            )
+
+    async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        limit = self._connection.limits.payload
+        if len(place) <= limit:
+            await self._read_piece(region, offset, place, False)
+            return
+        await self._check_end(region, offset, len(place), "read")
+        async with _pieces() as start_soon:
+            for start, end in chunks(len(place), limit):
+                start_soon(self._read_piece, region, offset + start, place[start:end], False)
+
+    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
+        return await self._read_piece(region, offset, place, True)
+
+    async def _read_piece(
+        self, region: RegionID, offset: int, place: memoryview, short: bool
+    ) -> int:
+        eager = len(place) <= self.eager_read
+        request = Request("read", into=place, short=short)
+        count: int = await self._request(request, (region, offset, len(place), eager, short))
+        return count
+
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        start = 0
+        async with _pieces() as start_soon:
+            for group in await self._groups(region, extents, "write_vector"):
+                end = start + total(group)
+                arguments = (region, pack(group), persist)
+                start_soon(self._request, Request("write_vector"), arguments, data[start:end])
+                start = end
+
+    async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        start = 0
+        async with _pieces() as start_soon:
+            for group in await self._groups(region, extents, "read_vector"):
+                end = start + total(group)
+                request = Request("read_vector", into=place[start:end])
+                start_soon(self._request, request, (region, pack(group)))
+                start = end
+
+    async def _groups(
+        self, region: RegionID, extents: list[Extent], what: str
+    ) -> list[list[Extent]]:
+        """What goes into one message each; when it takes several, all extents are checked first."""
+        found = list(groups(extents, self._connection.limits.payload, EXTENTS))
+        if len(found) > 1:
+            for offset, size in extents:
+                await self._check_end(region, offset, size, what)
+        return found or [[]]
+
+    async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        if len(data) <= self._connection.limits.payload:
+            request = Request("create_and_write", RegionID)
+            created: RegionID = await self._request(request, (persist,), data)
+            return created
+        region: RegionID = await self.call("create", (len(data),))
+        try:
+            await self.write(region, 0, data, persist, False)
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ERASE_PATIENCE):
+                await self.call("erase", (region,))
+            raise
+        return region

@@ -1,0 +1,166 @@
+"""NumPy arrays as regions: what a region holds is a file of NumPy's ``.npy`` format.
+
+No input or output here, so that blocking and Trio clients share it.  NumPy is imported when an
+array is first stored or fetched.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import math
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from warabi.errors import Exception, InvalidBuffer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MAGIC = b"\x93NUMPY"
+_FIXED = len(_MAGIC) + 2
+_VERSIONS = {(1, 0): ("<H", "latin-1"), (2, 0): ("<I", "latin-1"), (3, 0): ("<I", "utf-8")}
+"""How the length of the rest of the header, and the rest itself, are encoded."""
+_ALIGNMENT = 64  # of the data, so that they can be mapped from a file and used as they are
+_LONGEST_HEADER = 1 << 20
+_PIECE = 1 << 22  # bytes of a strided array that are gathered at a time
+PREFIX = 1 << 16
+"""Bytes to transfer at first; a smaller array is complete with them."""
+
+
+class NotAnArray(Exception, ValueError):
+    """The region holds no array, or one that cannot be made without running its code."""
+
+
+def encode(array: Any) -> tuple[int, Iterator[tuple[int, memoryview]]]:
+    """The size in bytes of *array*'s region, and what goes where in it.
+
+    An array that is contiguous, in C's or in Fortran's order, is not copied, and keeps its order;
+    of others a few megabytes are copied at a time.
+
+    Raises:
+        InvalidBuffer: an array of objects or of a type that cannot be described, a masked one, or
+            no array at all.
+    """
+    import numpy
+    from numpy.lib import format as npy
+
+    if not isinstance(array, numpy.ndarray | numpy.generic):
+        raise InvalidBuffer(f"put_array: expected a NumPy array, got {type(array).__name__}")
+    if isinstance(array, numpy.ma.MaskedArray):
+        raise InvalidBuffer("put_array: a masked array would lose its mask")
+    array = numpy.asarray(array)
+    if array.dtype.hasobject:
+        raise InvalidBuffer(f"put_array: dtype {array.dtype} holds references to objects")
+    try:
+        described = npy.dtype_to_descr(array.dtype)
+        if npy.descr_to_dtype(described) != array.dtype:
+            raise ValueError("its description is not exact")
+    except (ValueError, TypeError) as error:
+        raise InvalidBuffer(f"put_array: dtype {array.dtype}: {error}") from None
+    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    header = _header({"descr": described, "fortran_order": fortran, "shape": array.shape})
+    if len(header) > _LONGEST_HEADER:
+        raise InvalidBuffer(f"put_array: the description of its dtype has {len(header)} bytes")
+    return len(header) + array.nbytes, _pieces(header, array.T if fortran else array)
+
+
+def _header(fields: dict[str, Any]) -> bytes:
+    text = repr(fields)
+    version = (1, 0) if text.isascii() and len(text) < 0xFF00 else (3, 0)
+    length, encoding = _VERSIONS[version]
+    body = text.encode(encoding)
+    before = _FIXED + struct.calcsize(length)
+    body += b" " * (-(before + len(body) + 1) % _ALIGNMENT) + b"\n"
+    return _MAGIC + bytes(version) + struct.pack(length, len(body)) + body
+
+
+def _pieces(header: bytes, array: NDArray[Any]) -> Iterator[tuple[int, memoryview]]:
+    yield 0, memoryview(header)
+    if array.flags.c_contiguous or not array.nbytes:
+        yield len(header), _flat(array)
+        return
+    import numpy
+
+    offset = len(header)
+    pieces = numpy.nditer(  # type: ignore[call-overload]  # NumPy's types lack "contig"
+        array,
+        flags=["external_loop", "buffered"],
+        op_flags=[["readonly", "contig"]],
+        order="C",
+        buffersize=max(1, _PIECE // array.itemsize),
+    )
+    for piece in pieces:
+        view = _flat(numpy.asarray(piece))
+        yield offset, view
+        offset += len(view)
+
+
+def _flat(array: NDArray[Any]) -> memoryview:
+    """The bytes of a C-contiguous array, without a copy."""
+    return array.reshape(-1).view("u1").data if array.nbytes else memoryview(bytearray())
+
+
+def data_offset(region: object, size: int, prefix: bytes) -> int:
+    """Where an array's bytes begin, which may be beyond *prefix*.
+
+    Args:
+        region: for messages.
+        size: of the region, in bytes.
+        prefix: its first bytes, at least ``PREFIX`` of them or all.
+
+    Raises:
+        NotAnArray: the region holds something else.
+    """
+    if prefix[: len(_MAGIC)] != _MAGIC or len(prefix) < _FIXED + 4:
+        raise NotAnArray(f"get_array {region!r}: its {size} bytes do not begin as an array does")
+    version = (prefix[_FIXED - 2], prefix[_FIXED - 1])
+    if version not in _VERSIONS:
+        raise NotAnArray(f"get_array {region!r}: version {version} of the format is unknown")
+    length = _VERSIONS[version][0]
+    offset: int = _FIXED + struct.calcsize(length) + struct.unpack_from(length, prefix, _FIXED)[0]
+    if offset > min(size, _LONGEST_HEADER):
+        raise NotAnArray(f"get_array {region!r}: a header of {offset} bytes, the region has {size}")
+    return offset
+
+
+def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memoryview]:
+    """An array to be filled, and its bytes.
+
+    Args:
+        region: for messages.
+        size: of the region, in bytes.
+        header: its bytes up to :func:`data_offset`.
+
+    Raises:
+        NotAnArray: the header describes no array, or a larger one than the region holds.
+    """
+    import numpy
+    from numpy.lib import format as npy
+
+    length, encoding = _VERSIONS[header[_FIXED - 2], header[_FIXED - 1]]
+    try:
+        text = header[_FIXED + struct.calcsize(length) :].decode(encoding)
+        fields = ast.literal_eval(text.strip())
+        dtype = npy.descr_to_dtype(fields["descr"])
+        shape, order = fields["shape"], "F" if fields["fortran_order"] else "C"
+        if not (isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)):
+            raise ValueError(f"shape {shape!r}")
+        needed = dtype.itemsize * math.prod(shape)
+    except (builtins.Exception, MemoryError) as error:  # whatever a wrong description leads to
+        raise NotAnArray(f"get_array {region!r}: its header: {error}") from None
+    if dtype.hasobject:
+        raise NotAnArray(f"get_array {region!r}: dtype {dtype} holds references to objects")
+    if needed > size - len(header):
+        raise NotAnArray(
+            f"get_array {region!r}: an array of {needed} bytes, it has {size - len(header)}"
+        )
+    try:
+        array = numpy.empty(shape, dtype, order)  # type: ignore[call-overload]  # "C" or "F"
+    except ValueError as error:  # too many dimensions, or too large without having a byte
+        raise NotAnArray(f"get_array {region!r}: {error}") from None
+    return array, _flat(array.T if order == "F" else array)
+
+
+__all__ = ["PREFIX", "NotAnArray", "data_offset", "decode", "encode"]

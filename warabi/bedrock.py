@@ -1,0 +1,241 @@
+"""A whole service from one JSON document, in the form that Mochi's Bedrock takes for Warabi.
+
+    with Server("na+sm", {"providers": [{"name": "blobs", "type": "warabi", "config": {...}}]}):
+        ...
+
+What only makes sense with Argobots, Mercury and shared libraries is accepted, shown by
+``get_config()``, and reported as having no effect: a configuration written for Bedrock starts
+here as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
+
+from warabi import errors
+from warabi.config import ProviderConfig, _Model, checked
+from warabi.engine import Address, Engine, server
+from warabi.errors import ConfigError
+from warabi.server import Provider
+
+log = logging.getLogger(__name__)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _libraries(value: Any) -> Any:
+    if _strings(value) or (isinstance(value, dict) and _strings(list(value.values()))):
+        return value
+    raise PydanticCustomError("libraries", "expected an array of paths, or an object of them")
+
+
+def _reference(value: Any) -> Any:
+    if isinstance(value, str) or _strings(value):
+        return value
+    raise PydanticCustomError("dependency", "expected a name or an array of names")
+
+
+def _pool(value: Any) -> Any:
+    if isinstance(value, str) or type(value) is int:
+        return value
+    raise PydanticCustomError("pool", "expected a name or a number")
+
+
+def _type(value: str) -> str:
+    if value != "warabi":
+        raise PydanticCustomError("type", f"{value!r} is not served here, only 'warabi' is")
+    return value
+
+
+def _section(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        return value
+    raise PydanticCustomError("section", "expected an object or an array")
+
+
+_Section = Annotated[Any, AfterValidator(_section)]
+
+
+class _Margo(_Model):
+    """The engine's settings.  Those of Margo itself may be anything."""
+
+    model_config = ConfigDict(extra="allow")
+
+    timeout: float | None = Field(default=None, strict=True, gt=0, le=1e9)
+    insecure: StrictBool | None = None
+
+
+class _Provider(_Model):
+    name: Annotated[StrictStr, Field(min_length=1)] | None = None
+    type: Annotated[StrictStr, AfterValidator(_type)]
+    provider_id: Annotated[StrictInt, Field(ge=0, le=65535)] | None = None
+    pool: Annotated[Any, AfterValidator(_pool)] = None
+    config: ProviderConfig = Field(default_factory=ProviderConfig)
+    dependencies: dict[str, Annotated[Any, AfterValidator(_reference)]] = Field(
+        default_factory=dict
+    )
+    tags: list[StrictStr] = Field(default_factory=list)
+
+
+class _Service(_Model):
+    margo: _Margo = Field(default_factory=_Margo)
+    libraries: Annotated[Any, AfterValidator(_libraries)] = Field(default_factory=list)
+    providers: list[_Provider] = Field(default_factory=list, max_length=65536)
+    bedrock: dict[str, Any] = Field(default_factory=dict)
+    clients: _Section = Field(default_factory=list)
+    abt_io: _Section = Field(default_factory=list)
+    mona: _Section = Field(default_factory=list)
+    ssg: _Section = Field(default_factory=list)
+
+
+class Server:
+    """An engine with the providers that a configuration describes.
+
+    Args:
+        address: where to listen, as ``Engine`` takes it.
+        config: dict or JSON text.  ``providers`` is an array of objects with ``type``
+            (``"warabi"``), ``name`` (``warabi-<provider_id>`` unless given), ``provider_id``
+            (the first one that is free), ``config`` (what ``Provider`` takes) and ``tags``;
+            ``margo`` may have the settings of ``Engine``.  Other keys of Bedrock have no effect,
+            which is logged as a warning, once for each.
+
+    Raises:
+        ConfigError: a key that is unknown or of the wrong type, with its JSON path; a provider
+            of another type; a name or ID that is there twice; an address that cannot be used.
+        TargetBusy, CorruptTarget, StorageError, StorageFull, PermissionDenied: a target could
+            not be opened.  Those opened before are closed again.
+    """
+
+    def __init__(self, address: str, config: dict[str, Any] | str = "{}") -> None:
+        self._settings = settings = checked(_Service, config)
+        _complete(settings.providers)
+        for key in _without_effect(settings):
+            log.warning("configuration: $.%s is accepted, and has no effect here", key)
+        engine = settings.margo.model_dump(exclude_none=True, include={"timeout", "insecure"})
+        self._engine = Engine(address, server, config=engine)
+        self._providers: dict[str, Provider] = {}
+        try:
+            for provider in settings.providers:
+                self._open(provider)
+        except BaseException:
+            self._engine.finalize()
+            raise
+
+    @classmethod
+    def from_config_file(cls, address: str, path: str | os.PathLike[str]) -> Server:
+        """As ``Server(address, config)``, with the configuration from a file.
+
+        Raises:
+            ConfigError: it cannot be read; and as ``Server``.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"configuration {os.fspath(path)}: {reason}") from None
+        return cls(address, text)
+
+    def _open(self, settings: _Provider) -> None:
+        assert settings.name is not None
+        assert settings.provider_id is not None
+        config = settings.config.model_dump(exclude_none=True)
+        try:
+            provider = Provider(self._engine, settings.provider_id, config)
+        except errors.PathError:
+            raise
+        except errors.Exception as error:
+            raise type(error)(f"provider {settings.name!r}: {error}") from error
+        self._providers[settings.name] = provider
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that serves the providers."""
+        return self._engine
+
+    @property
+    def address(self) -> Address:
+        """Where clients reach it; ``str()`` gives the text for other processes."""
+        return self._engine.addr()
+
+    @property
+    def providers(self) -> dict[str, Provider]:
+        """The providers by name, in the order of the configuration."""
+        return dict(self._providers)
+
+    def get_config(self) -> dict[str, Any]:
+        """The effective configuration: names, IDs and each provider's defaults filled in."""
+        found = self._settings.model_dump(exclude_none=True, exclude_defaults=True)
+        found["providers"] = [
+            {
+                **settings.model_dump(exclude_none=True, exclude={"config"}),
+                "config": self._providers[str(settings.name)].get_config(),
+            }
+            for settings in self._settings.providers
+        ]
+        return found
+
+    def finalize(self) -> None:
+        """Answer what has come in, then close every provider; nothing is deleted.  Idempotent."""
+        self._engine.finalize()
+
+    def wait_for_finalize(self) -> None:
+        """Return when it is finalized: by another thread or process, SIGINT or SIGTERM."""
+        self._engine.wait_for_finalize()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.finalize()
+
+    def __repr__(self) -> str:
+        return f"Server({str(self._engine.addr())!r}, providers={list(self._providers)})"
+
+
+def _complete(providers: list[_Provider]) -> None:
+    """Give names and IDs to providers without; refuse those that two have."""
+    ids: dict[int, int] = {}
+    for i, provider in enumerate(providers):
+        if provider.provider_id is not None:
+            first = ids.setdefault(provider.provider_id, i)
+            _distinct(first, i, "provider_id", provider.provider_id)
+    free = (number for number in range(65536) if number not in ids)
+    names: dict[str, int] = {}
+    for i, provider in enumerate(providers):
+        if provider.provider_id is None:
+            provider.provider_id = next(free)
+        if provider.name is None:
+            provider.name = f"warabi-{provider.provider_id}"
+        _distinct(names.setdefault(provider.name, i), i, "name", provider.name)
+
+
+def _distinct(first: int, i: int, key: str, value: object) -> None:
+    if first != i:
+        raise ConfigError(
+            f"configuration: $.providers[{i}].{key}: {value!r} is that of"
+            f" $.providers[{first}] already"
+        )
+
+
+def _without_effect(settings: _Service) -> Iterator[str]:
+    """The keys that were given and mean nothing here, each once."""
+    for key in sorted(settings.margo.model_extra or ()):
+        yield f"margo.{key}"
+    for key in ("libraries", "bedrock", "clients", "abt_io", "mona", "ssg"):
+        if getattr(settings, key):
+            yield key
+    for key in ("pool", "dependencies"):
+        if any(getattr(provider, key) not in (None, {}) for provider in settings.providers):
+            yield f"providers[].{key}"
+
+
+__all__ = ["Server"]

@@ -1,0 +1,78 @@
+"""Inodes: the rows of the catalogue, as objects in memory and as what others get to see."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from warabi.region import RegionID
+
+ROOT = 1
+"""The inode number of the tree's root directory; FUSE's too."""
+
+
+class Attributes(NamedTuple):
+    """What ``stat`` tells about a region or another inode; times in ns since the epoch."""
+
+    ino: int
+    generation: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def region(self) -> RegionID:
+        """The ID; it names a region only when the inode is a regular file."""
+        return RegionID.from_parts(self.ino, self.generation)
+
+
+class Inode:
+    """A row of the catalogue in memory, with the target's book-keeping beside it."""
+
+    __slots__ = (
+        "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "generation", "gid", "ino",
+        "mode", "mtime", "nlink", "pins", "rdev", "rid", "size", "stored", "target", "uid", "users",
+    )  # fmt: skip
+
+    def __init__(
+        self, ino: int, generation: int, mode: int, nlink: int, uid: int, gid: int, rdev: int,
+        size: int, atime: int, mtime: int, ctime: int, anonymous: int, target: bytes | None,
+    ) -> None:  # fmt: skip
+        self.ino = ino
+        self.generation = generation
+        self.mode = mode
+        self.nlink = nlink
+        self.uid = uid
+        self.gid = gid
+        self.rdev = rdev
+        self.size = size
+        self.atime = atime
+        self.mtime = mtime
+        self.ctime = ctime
+        self.anonymous = anonymous
+        self.target = target
+        self.rid = RegionID.from_parts(ino, generation)
+        self.stored = False  # has a row, perhaps an old one
+        self.changed = 0  # the change that a persist must have made durable
+        # The target's: who is inside, and whether the region is going or gone.
+        self.users = 0
+        self.exclusive = False
+        self.pins = 0
+        self.dead = False
+
+    def row(self) -> tuple[int | bytes | None, ...]:
+        return (
+            self.ino, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
+            self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
+        )  # fmt: skip
+
+    def attributes(self) -> Attributes:
+        return Attributes(
+            self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink, self.uid,
+            self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
+        )  # fmt: skip

@@ -1,0 +1,85 @@
+"""What a process that serves owes to the one that started it: signals, readiness, its address."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class Ending:
+    """Waits for the end of the process: SIGTERM, SIGINT or :meth:`come`; for the main thread.
+
+    Signals count from ``with`` on.  They arrive through a socket, because a signal that another
+    thread happens to take interrupts no wait in the main thread.
+    """
+
+    def __enter__(self) -> Ending:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def wait(self) -> None:
+        """Return when the end has come."""
+        self._reader.recv(1)
+
+    def come(self) -> None:
+        """Let the end come; from any thread."""
+        with contextlib.suppress(OSError):  # it is here already
+            self._writer.send(b"\0")
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._reader.close()
+        self._writer.close()
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, if there is one, as sd_notify(3) does: ``READY=1``."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    if path.startswith("@"):  # Linux's abstract sockets
+        path = "\0" + path[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.settimeout(1.0)
+            manager.sendto(state.encode(), path)
+    except OSError as error:
+        log.warning("NOTIFY_SOCKET: %s was not sent: %s", state, error.strerror or error)
+
+
+@contextlib.contextmanager
+def address_file(path: Path | None, address: str) -> Iterator[None]:
+    """A file with *address* while the block runs; readers see all of it or no file."""
+    if path is None:
+        yield
+        return
+    text = f"{address}\n"
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:  # another service may have taken the place
+                path.unlink()
