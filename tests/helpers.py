@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,3 +165,49 @@ class RawPeer:
                 self.reply()
         except (EOFError, ConnectionResetError):
             return True
+
+
+class HalfReply:
+    """A provider that answers a ping, and of a read's reply sends the first half only.
+
+    The rest follows when told to; anything else is then answered with ``None``.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._rest = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def send_rest(self) -> None:
+        self._rest.set()
+
+    def close(self) -> None:
+        self._rest.set()
+        self._thread.join(PATIENCE)
+
+    def _serve(self) -> None:
+        accepted, _ = self._listener.accept()
+        with accepted, contextlib.suppress(EOFError, ConnectionError):
+            peer = RawPeer(accepted)
+            while True:
+                request_id, _, name, arguments, _ = peer.reply()
+                if name != "read":
+                    peer.send([request_id, None])
+                    continue
+                reply = wire.frame([request_id, None], arguments[2]) + b"r" * arguments[2]
+                half = len(reply) - arguments[2] // 2
+                accepted.sendall(reply[:half])
+                self._rest.wait(PATIENCE)
+                accepted.sendall(reply[half:])
+
+
+@contextlib.contextmanager
+def half_reply() -> Iterator[tuple[str, HalfReply]]:
+    """Address and handle of a :class:`HalfReply`."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        provider = HalfReply(listener)
+        try:
+            yield f"tcp://127.0.0.1:{listener.getsockname()[1]}", provider
+        finally:
+            provider.close()

@@ -23,6 +23,7 @@ from tests.helpers import (
     Served,
     eventually,
     file_config,
+    half_reply,
     pattern,
     provider_process,
     python_process,
@@ -429,6 +430,19 @@ def test_stopped_peer_times_out_and_is_usable_again() -> None:
             served.signal(signal.SIGCONT)
             assert handle.read(region, 0, 4) == b"1234"
             assert buffer == bytes(4), "the late reply touched the buffer"
+
+
+def test_reply_that_stops_half_way_times_out() -> None:
+    with half_reply() as (text, provider):
+        with Engine("tcp", client, config={"timeout": 0.3}) as engine:
+            handle = Client(engine).make_target_handle(text, 1)
+            buffer = bytearray(100_000)
+            with pytest.raises((errors.TimedOut, errors.ConnectionLost)):
+                handle.read_into(RegionID(), 0, buffer)
+            assert not buffer.endswith(b"r")
+            buffer[:] = bytes(100_000)
+            provider.send_rest()
+        assert buffer == bytes(100_000)
 
 
 def test_peer_that_accepts_and_says_nothing() -> None:

@@ -1,0 +1,419 @@
+"""The ``warabi`` command, as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import MEMORY, PATIENCE, environment, eventually, file_config, pattern
+from warabi import errors
+from warabi.client import Client, RegionID, TargetHandle
+from warabi.engine import Engine, client
+
+COMMAND = [sys.executable, "-c", "from warabi.cli import main; main()"]
+
+
+def run(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin, capture_output=True, env=environment(), timeout=PATIENCE, check=False,
+    )  # fmt: skip
+
+
+def ok(*arguments: str | Path, stdin: bytes = b"") -> bytes:
+    done = run(*arguments, stdin=stdin)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def fails(*arguments: str | Path, stdin: bytes = b"") -> str:
+    """Standard error, of one line, of a command that exits with 1."""
+    done = run(*arguments, stdin=stdin)
+    text = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (1, b""), text
+    assert text.startswith("warabi: ")
+    assert text.count("\n") == 1
+    return text
+
+
+class Service:
+    """A ``warabi serve`` process."""
+
+    def __init__(self, *arguments: str | Path, **extra: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", *map(str, arguments)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(**extra),
+        )  # fmt: skip
+
+    @property
+    def address(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> str:
+        """End it in order; what it wrote on standard error."""
+        self.process.send_signal(number)
+        text = self.process.communicate(timeout=PATIENCE)[1]
+        assert self.process.returncode == 0, text
+        return text
+
+
+@contextlib.contextmanager
+def serving(*arguments: str | Path, **extra: str) -> Iterator[Service]:
+    service = Service(*arguments, **extra)
+    try:
+        yield service
+    finally:
+        service.process.kill()
+        service.process.communicate()
+
+
+def handle(engine: Engine, address: str, provider_id: int = 0) -> TargetHandle:
+    return Client(engine).make_target_handle(address, provider_id)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of two providers, 1 in memory and 2 in files."""
+    path = tmp_path / "service.json"
+    providers = [
+        {"name": "a", "type": "warabi", "provider_id": 1, "config": MEMORY},
+        {"name": "b", "type": "warabi", "provider_id": 2, "config": file_config(tmp_path / "b")},
+    ]
+    path.write_text(json.dumps({"providers": providers}))
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_a_configuration(
+    config: Path, client_engine: Engine, number: signal.Signals, runtime_directory: Path
+) -> None:
+    with serving(config) as service:
+        address = service.address
+        assert address.startswith("na+sm://")
+        for provider_id in (1, 2):
+            target = handle(client_engine, address, provider_id)
+            region = target.create_and_write(b"data")
+            assert target.read(region, 0, 4) == b"data"
+        assert service.end(number) == ""
+    assert not list(runtime_directory.iterdir())
+    with serving("-a", "ofi+tcp", config) as service:  # what was written is there, persisted or not
+        address = service.address
+        assert address.startswith("ofi+tcp://127.0.0.1:")
+        assert handle(client_engine, address, 2).read(region, 0, 4) == b"data"
+        service.end()
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_serve_one_target(kind: str, tmp_path: Path, client_engine: Engine) -> None:
+    target = "memory:" if kind == "memory" else f"file:{tmp_path}/made/target"
+    with serving("--target", target) as service:
+        handle(client_engine, service.address).create(1)
+        service.end()
+    with serving("--target", target, "-p", "9") as service:
+        regions = list(handle(client_engine, service.address, 9).list())
+        assert len(regions) == (0 if kind == "memory" else 1)
+        service.end()
+
+
+def test_address_file(tmp_path: Path, client_engine: Engine) -> None:
+    path = tmp_path / "address"
+    path.write_text("of a service that was killed\n")
+    with serving("-t", "memory:", "--address-file", path) as service:
+        address = service.address
+        assert path.read_text() == f"{address}\n"
+        service.end()
+    assert not list(tmp_path.iterdir())
+    with serving("-t", "memory:", "--address-file", path) as service:
+        assert service.address
+        path.write_text("of another service\n")
+        service.end()
+    assert path.read_text() == "of another service\n"
+
+
+def test_address_file_is_never_seen_half_written(tmp_path: Path) -> None:
+    path, seen = tmp_path / "address", set()
+    with serving("-t", "memory:", "--address-file", path) as service:
+        while not seen:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(path.read_text())
+        assert seen == {f"{service.address}\n"}
+        service.end()
+
+
+def test_address_file_that_cannot_be_written(tmp_path: Path) -> None:
+    wrong = tmp_path / "missing" / "address"
+    assert "missing" in fails("serve", "-t", "memory:", "--address-file", wrong)
+
+
+def test_keys_without_effect_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "service.json"
+    path.write_text('{"libraries": ["libwarabi-bedrock-module.so"], "margo": {"argobots": {}}}')
+    with serving(path) as service:
+        assert service.address
+        lines = service.end().splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("warabi: configuration: $.") for line in lines)
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no file": (["missing.json"], "missing.json: No such file"),
+    "a directory": (["."], "Is a directory"),
+    "target": (["-t", "rados:pool"], "expected memory: or file:PATH"),
+    "file target without a path": (["-t", "file:"], "expected memory: or file:PATH"),
+    "address": (["-t", "memory:", "-a", "pigeon"], "unknown transport 'pigeon'"),
+    "beyond loopback": (["-t", "memory:", "-a", "tcp://0.0.0.0"], "is not loopback"),
+    "provider ID": (["-t", "memory:", "-p", "65536"], "provider_id"),
+    "target in the way": (["-t", "file:/etc/passwd"], "not a warabi target"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_serve_what_cannot_be_served(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = WRONG[name]
+    assert message in fails("serve", *arguments)
+
+
+def test_serve_a_wrong_configuration() -> None:
+    assert "not valid JSON" in fails("serve", "/dev/stdin", stdin=b"{")
+    text = fails("serve", "/dev/stdin", stdin=b'{"providers": [{"type": "yokan"}]}')
+    assert "$.providers[0].type: 'yokan' is not served here" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["service.json", "-t", "memory:"], ["service.json", "-p", "1"], ["--what"], ["a", "b"]],
+)
+def test_serve_wrong_command_lines(arguments: list[str]) -> None:
+    done = run("serve", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert b"Error: " in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_target_that_is_served_already(tmp_path: Path) -> None:
+    target = f"file:{tmp_path}/target"
+    with serving("-t", target) as service:
+        assert service.address
+        assert f"already open in process {service.process.pid}" in fails("serve", "-t", target)
+        service.end()
+
+
+# Service managers
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_readiness_is_told(kind: str, tmp_path: Path, client_engine: Engine) -> None:
+    path = str(tmp_path / "notify") if kind == "path" else f"@warabi-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path.replace("@", "\0", 1))
+        manager.settimeout(PATIENCE)
+        with serving("-t", "memory:", NOTIFY_SOCKET=path) as service:
+            assert manager.recv(100) == b"READY=1"
+            handle(client_engine, service.address).create(1)
+            assert service.end() == ""
+            assert manager.recv(100) == b"STOPPING=1"
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+def test_nobody_is_told_of_what_did_not_start(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        with serving("-t", "x", NOTIFY_SOCKET=str(tmp_path / "notify")) as service:
+            assert service.process.wait(PATIENCE) == 1
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+@pytest.mark.parametrize("path", ["/missing/notify", "relative", "vsock:2:1", "/" + "x" * 200])
+def test_a_manager_that_is_not_there_does_not_matter(path: str) -> None:
+    with serving("-t", "memory:", NOTIFY_SOCKET=path) as service:
+        assert service.address
+        assert service.end().count("NOTIFY_SOCKET") == 2
+
+
+def test_an_early_signal_ends_it_as_well(tmp_path: Path, runtime_directory: Path) -> None:
+    """From the moment that anything exists which would be left behind."""
+    with serving("-t", f"file:{tmp_path}/target") as service:
+        eventually(lambda: list(runtime_directory.iterdir()))
+        service.end()
+    assert not list(runtime_directory.iterdir())
+
+
+# The end, with clients at work
+
+
+@pytest.mark.parametrize("transport", ["na+sm", "ofi+tcp"])
+def test_the_end_during_traffic(tmp_path: Path, transport: str) -> None:
+    """What was acknowledged is there; each client sees a lost connection and nothing else."""
+    path = tmp_path / "target"
+    acknowledged: dict[RegionID, bytes] = {}
+    wrong: list[BaseException] = []
+
+    def work(address: str, seed: int) -> None:
+        try:
+            with Engine(transport, client) as engine:
+                target = handle(engine, address)
+                for number in range(1_000_000):
+                    data = pattern(5000, seed * 7 + number % 7)
+                    acknowledged[target.create_and_write(data, persist=True)] = data
+        except (errors.ConnectionLost, errors.ConnectionFailed):
+            pass
+        except BaseException as error:
+            wrong.append(error)
+
+    with serving("-t", f"file:{path}", "-a", transport) as service:
+        address = service.address
+        threads = [threading.Thread(target=work, args=(address, seed)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(acknowledged) > 50)
+        start = time.monotonic()
+        service.end()
+        assert time.monotonic() - start < 20
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert not wrong
+    with serving("-t", f"file:{path}") as service, Engine("na+sm", client) as engine:
+        target = handle(engine, service.address)
+        for region, data in acknowledged.items():
+            assert target.read(region, 0, len(data)) == data
+        # A request that was cut off before its answer may have taken effect, one for each client.
+        assert len(list(target.list())) <= len(acknowledged) + len(threads)
+        service.end()
+
+
+def test_requests_that_have_come_in_are_answered(tmp_path: Path, client_engine: Engine) -> None:
+    with serving("-t", f"file:{tmp_path}/target") as service:
+        target = handle(client_engine, service.address)
+        region = target.create(64 << 20)
+        target.write(region, 0, bytes(64 << 20))
+        request = target.persist_async(region, 0, 64 << 20)  # a moment's work for the medium
+        target.size(region)  # is answered after the provider has taken up the one before
+        service.process.terminate()
+        assert request.wait() is None
+        with pytest.raises((errors.ConnectionLost, errors.ConnectionFailed)):
+            while True:
+                target.size(region)
+        assert service.process.wait(PATIENCE) == 0
+
+
+def test_a_peer_that_takes_no_replies_does_not_hold_up_the_end(client_engine: Engine) -> None:
+    from tests.helpers import RawPeer, raw_connection
+
+    with serving("-t", "memory:") as service:
+        address = service.address
+        region = handle(client_engine, address).create_and_write(bytes(4 << 20))
+        with raw_connection(address) as connection:
+            peer = RawPeer(connection)
+            for number in range(1, 9):
+                peer.send([number, 0, "read", [region, 0, 4 << 20, False, False], None])
+            start = time.monotonic()
+            service.end()
+            assert time.monotonic() - start < 20
+
+
+# Looking into a target
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with serving("-t", "memory:") as service:
+        yield service.address
+
+
+def test_put_ls_get_rm(address: str, tmp_path: Path) -> None:
+    data = pattern(10_000_000)  # more than is read at a time
+    file = tmp_path / "file"
+    file.write_bytes(data)
+    first = ok("put", address, file).decode().strip()
+    second = ok("put", address, "-n", "/a name", stdin=b"from a pipe").decode().strip()
+    empty = ok("put", address).decode().strip()
+    assert ok("ls", address).decode().splitlines() == [
+        f"{first} {len(data):>14}",
+        f"{second} {11:>14} /a name",
+        f"{empty} {0:>14}",
+    ]
+    assert ok("get", address, first) == data
+    assert ok("get", address, "/a name") == b"from a pipe"
+    assert ok("get", address, "/a name", tmp_path / "out") == b""
+    assert (tmp_path / "out").read_bytes() == b"from a pipe"
+    assert ok("get", address, empty) == b""
+    ok("rm", address, first)
+    ok("rm", address, "/a name")
+    assert ok("ls", address).decode() == f"{empty} {0:>14}\n"
+
+
+def test_names_of_any_bytes(address: str, client_engine: Engine) -> None:
+    target = handle(client_engine, address)
+    target.link_name(target.create(0), os.fsdecode(b"/caf\xe9"))
+    assert ok("ls", address).endswith(b" /caf\xe9\n")
+
+
+def test_another_provider(config: Path) -> None:
+    with serving(config) as service:
+        address = service.address
+        region = ok("put", address, "-p", "2", stdin=b"x").decode().strip()
+        assert ok("ls", address, "-p", "1") == b""
+        assert ok("get", "-p", "2", address, region) == b"x"
+        assert "no provider 0" in fails("ls", address)
+        service.end()
+
+
+def test_bad_input(address: str, tmp_path: Path) -> None:
+    unknown = "0" * 31 + "1"
+    assert "InvalidRegion" not in fails("get", address, unknown)
+    assert "/missing" in fails("get", address, "/missing")
+    assert "/missing" in fails("rm", address, "/missing")
+    fails("rm", address, unknown)
+    fails("get", address, "/")
+    assert "no such engine" in fails("ls", "na+sm://999999999-0")
+    assert "expected" in fails("ls", "na+sm")
+    assert "provider_id" in fails("ls", address, "-p", "-1")
+    for wrong in (["get", address, "no ID"], ["rm", address, "00"], ["put", address, "missing"]):
+        done = run(*wrong)
+        assert done.returncode == 2
+        assert b"Traceback" not in done.stderr
+
+
+def test_put_under_a_name_that_is_taken_leaves_nothing(address: str) -> None:
+    ok("put", address, "-n", "/name", stdin=b"first")
+    assert "/name" in fails("put", address, "-n", "/name", stdin=b"second")
+    assert len(ok("ls", address).splitlines()) == 1
+
+
+def test_output_that_cannot_be_written(address: str) -> None:
+    region = ok("put", address, stdin=bytes(1 << 20)).decode().strip()
+    assert "No space left" in fails("get", address, region, "/dev/full")
+
+
+def test_help_and_version() -> None:
+    assert b"CONFIG.json" in ok("serve", "--help")
+    assert all(command in ok("--help") for command in (b"serve", b"ls", b"put", b"get", b"rm"))
+    assert ok("--version").startswith(b"warabi, version ")
+
+
+def test_the_commands_that_only_call_import_little() -> None:
+    script = "import sys, warabi.cli\nassert not {'pydantic', 'trio', 'numpy'} & set(sys.modules)"
+    done: Any = subprocess.run([sys.executable, "-c", script], env=environment(), check=False)
+    assert done.returncode == 0
