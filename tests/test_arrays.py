@@ -129,7 +129,7 @@ async def test_trio_client(local_process: Served) -> None:
 REFUSED: dict[str, Any] = {
     "objects": np.array([object()]),
     "fields of objects": np.zeros(1, [("a", "i4"), ("b", "O")]),
-    "masked": np.ma.array([1, 2], mask=[True, False]),  # type: ignore[no-untyped-call]
+    "masked": np.ma.array([1, 2], mask=[True, False]),
     "overlapping fields": np.zeros(
         1, np.dtype({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 0]})
     ),

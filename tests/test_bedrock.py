@@ -59,7 +59,8 @@ def test_ids_and_names_that_are_not_given() -> None:
 
 
 def test_nothing_to_serve() -> None:
-    for config in ({}, "", "{}", {"providers": []}):
+    configs: list[Any] = [{}, "", "{}", {"providers": []}]
+    for config in configs:
         with Server("na+sm", config) as server:
             assert server.providers == {}
             assert server.get_config() == {"providers": []}
@@ -223,12 +224,20 @@ def test_from_a_file(tmp_path: Path) -> None:
             Server.from_config_file("na+sm", wrong)
 
 
-def test_wait_for_finalize() -> None:
+@pytest.mark.parametrize(
+    "send",
+    [
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "signal.pthread_kill(threading.get_ident(), signal.SIGTERM)",  # interrupts no other thread
+        "server.finalize()",
+    ],
+)
+def test_wait_for_finalize(send: str) -> None:
     done = run_python(
         "import os, signal, threading\n"
         "from warabi.bedrock import Server\n"
         "server = Server('na+sm', {})\n"
-        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        f"threading.Timer(0.2, lambda: {send}).start()\n"
         "server.wait_for_finalize()\n"
         "print(server.engine.listening)\n"
     )
