@@ -14,22 +14,20 @@ import enum
 import json
 import logging
 import os
-import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from warabi import address, errors
 from warabi.address import Endpoint
 from warabi.connection import TIMEOUT, Connection
+from warabi.service import Ending
 
 if TYPE_CHECKING:
     from warabi.runtime import Runtime
 
 
-_SIGNAL_LATENCY = 0.2
-"""Seconds that a signal may go unnoticed."""
 _LONGEST = 1_000_000_000
 """Seconds of the longest timeout: more than the system's timers take is an error there."""
 
@@ -138,8 +136,15 @@ class _State:
         self.lock = threading.Lock()
         self.finalized = threading.Event()
         self.wanted = threading.Event()  # wait_for_finalize() should return
+        self.wakers: list[Callable[[], None]] = []  # to be called when it is set
         self.before: list[Callable[[], object]] = []
         self.after: list[Callable[[], object]] = []
+
+    def wake(self) -> None:
+        """Let ``wait_for_finalize`` return."""
+        self.wanted.set()
+        for waker in list(self.wakers):
+            waker()
 
     def finalize(self) -> None:
         if os.getpid() != self.pid:
@@ -158,13 +163,13 @@ class _State:
                         self.runtime.stop()
                 finally:
                     self.finalized.set()
-                    self.wanted.set()
+                    self.wake()
         for callback in self.after:
             callback()
 
     def finalize_soon(self) -> None:
         """From the engine's own loop, which cannot wait for itself."""
-        self.wanted.set()
+        self.wake()
         threading.Thread(target=self.finalize, name="warabi-finalize").start()
 
 
@@ -283,10 +288,16 @@ class Engine:
 
     def wait_for_finalize(self) -> None:
         """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM."""
-        with _signals() as caught:
-            # Not without end: a signal that another thread happens to take wakes nobody.
-            while not (self._state.wanted.wait(_SIGNAL_LATENCY) or caught):
-                pass
+        if threading.current_thread() is threading.main_thread():
+            with Ending() as ending:
+                self._state.wakers.append(ending.come)
+                try:
+                    if not self._state.wanted.is_set():
+                        ending.wait()
+                finally:
+                    self._state.wakers.remove(ending.come)
+        else:
+            self._state.wanted.wait()
         self._state.finalize()
         self._state.finalized.wait()
 
@@ -323,22 +334,3 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
     if ignored := sorted(config.keys() - {"timeout", "insecure"}):
         Engine.logger.debug("engine configuration: ignored keys: %s", ", ".join(map(str, ignored)))
     return {"timeout": float(timeout), "insecure": insecure}
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINT and SIGTERM that come while the block runs in the main thread."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    # A handler runs anywhere in the main thread, so it must take no lock, not even an event's.
-    previous = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
