@@ -428,7 +428,7 @@ def test_bad_input(address: str, tmp_path: Path) -> None:
 
 def test_put_under_a_name_that_is_taken_leaves_nothing(address: str) -> None:
     ok("put", address, "-n", "/name", stdin=b"first")
-    assert "name: exists" in fails("put", address, "-n", "/name", stdin=b"second")
+    assert "link_name /name: File exists" in fails("put", address, "-n", "/name", stdin=b"second")
     assert len(ok("ls", address).splitlines()) == 1
 
 

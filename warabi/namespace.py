@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import time
+from collections.abc import Iterator
 
-from warabi.errors import InvalidRegion, path_error
+from warabi.errors import InvalidRegion, PathError, path_error
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
 from warabi.tree import Tree
@@ -84,25 +86,27 @@ class Namespace(Tree):
 
     def open_name(self, path: str) -> RegionID:
         """The region at *path*; ENOENT, ENOTDIR, and EISDIR or EINVAL for what is no region."""
-        found = self.resolve(path)
-        if stat.S_ISREG(found.mode):
-            return found.region
-        number = errno.EISDIR if stat.S_ISDIR(found.mode) else errno.EINVAL
-        raise path_error(number, f"{path}: not a region")
+        with _about("open_name", path):
+            found = self.resolve(path)
+            if stat.S_ISREG(found.mode):
+                return found.region
+            raise path_error(errno.EISDIR if stat.S_ISDIR(found.mode) else errno.EINVAL)
 
     def link_name(self, region: RegionID, path: str) -> None:
         """Give *region* the name *path*, in a directory that exists; EEXIST when it is taken."""
-        parent, name = self._split(path)
-        with self._guard:
-            inode = self._catalogue.region(region)
-            if inode is None or inode.dead:
-                raise InvalidRegion(f"link_name {path}: no region {region!r} in this target")
-            ino = inode.ino
-        self.link(ino, parent, name)
+        with _about("link_name", path):
+            parent, name = self._split(path)
+            with self._guard:
+                inode = self._catalogue.region(region)
+                if inode is None or inode.dead:
+                    raise InvalidRegion(f"link_name {path}: no region {region!r} in this target")
+                ino = inode.ino
+            self.link(ino, parent, name)
 
     def unlink_name(self, path: str) -> None:
         """Remove the name *path*; with its last name a region is erased."""
-        self.unlink(*self._split(path))
+        with _about("unlink_name", path):
+            self.unlink(*self._split(path))
 
     def _split(self, path: str) -> tuple[int, bytes]:
         parts = _parts(path)
@@ -121,6 +125,16 @@ class Namespace(Tree):
             ino, name = above[0]
             names.append(b"/" + name)
         return b"".join(reversed(names))
+
+
+@contextlib.contextmanager
+def _about(what: str, path: str) -> Iterator[None]:
+    """Name the operation and the whole path in the message of a ``PathError``."""
+    try:
+        yield
+    except PathError as error:
+        number = error.errno or errno.EIO
+        raise path_error(number, f"{what} {path}: {os.strerror(number)}") from None
 
 
 def _parts(path: str) -> list[bytes]:
