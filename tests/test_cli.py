@@ -119,7 +119,7 @@ def test_serve_a_configuration(
             region = target.create_and_write(b"data")
             assert target.read(region, 0, 4) == b"data"
         assert service.end(number) == ""
-    assert not list(runtime_directory.iterdir())
+    assert not list(runtime_directory.glob(f"{service.process.pid}-*"))
     with serving("-a", "ofi+tcp", config) as service:  # what was written is there, persisted or not
         address = service.address
         assert address.startswith("ofi+tcp://127.0.0.1:")
@@ -287,9 +287,9 @@ def test_a_manager_that_is_not_there_does_not_matter(path: str) -> None:
 def test_an_early_signal_ends_it_as_well(tmp_path: Path, runtime_directory: Path) -> None:
     """From the moment that anything exists which would be left behind."""
     with serving("-t", f"file:{tmp_path}/target") as service:
-        eventually(lambda: list(runtime_directory.iterdir()))
+        eventually(lambda: list(runtime_directory.glob(f"{service.process.pid}-*")))
         service.end()
-    assert not list(runtime_directory.iterdir())
+    assert not list(runtime_directory.glob(f"{service.process.pid}-*"))
 
 
 # The end, with clients at work
