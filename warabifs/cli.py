@@ -12,7 +12,7 @@ import sys
 import click
 
 import warabi
-from warabifs import mount as _mount
+from warabifs import entry
 
 
 @click.group()
@@ -25,7 +25,8 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def mount(arguments: tuple[str, ...]) -> None:
     """Mount a target; takes the arguments of mount.warabifs."""
-    _mount.main(arguments)
+    sys.argv[1:] = arguments
+    entry.mount()
 
 
 @main.command()
