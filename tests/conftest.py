@@ -11,12 +11,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
-from tests.helpers import MEMORY, Served, file_config, pmem_config, provider_process
+from tests.helpers import Served, file_config, provider_process, three_backends, tls_config
+from tests.migrations import fill, handle
+from warabi.client import TargetHandle
 from warabi.engine import Engine, client
+from warabi.server import Provider
 
 hypothesis.settings.register_profile("warabi", deadline=None, database=None)
 hypothesis.settings.load_profile("warabi")
@@ -90,10 +94,10 @@ def nothing_leaks(runtime_directory: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def local_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A process that serves memory (provider 1), files (2) and pmem (3) on this host."""
+    """A process that serves memory (provider 1), files (2) and pmem (3) on this host, and each
+    again (4 to 6) with a pipeline."""
     path = tmp_path_factory.mktemp("served")
-    configs = [MEMORY, file_config(path / "file"), pmem_config(path / "pmem")]
-    with provider_process("na+sm", *configs) as served:
+    with provider_process("na+sm", *three_backends(path)) as served:
         yield served
 
 
@@ -101,8 +105,21 @@ def local_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def tcp_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """As ``local_process``, over TCP."""
     path = tmp_path_factory.mktemp("served")
-    configs = [MEMORY, file_config(path / "file"), pmem_config(path / "pmem")]
-    with provider_process("ofi+tcp", *configs) as served:
+    with provider_process("ofi+tcp", *three_backends(path)) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An engine's configuration for TLS, for both sides."""
+    return tls_config(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="session")
+def tls_process(tmp_path_factory: pytest.TempPathFactory, tls: dict[str, Any]) -> Iterator[Served]:
+    """As ``local_process``, over TCP with TLS; clients need the configuration ``tls``."""
+    path = tmp_path_factory.mktemp("served")
+    with provider_process("ofi+tcp", *three_backends(path), engine=tls) as served:
         yield served
 
 
@@ -118,3 +135,13 @@ def client_engine() -> Iterator[Engine]:
     """A client's engine."""
     with Engine("na+sm", client) as engine:
         yield engine
+
+
+@pytest.fixture
+def moving(engine: Engine, tmp_path: Path) -> tuple[Provider, Provider, TargetHandle]:
+    """A provider with a filled file target, one without a target, and a handle to the first."""
+    source = Provider(engine, 1, file_config(tmp_path / "here" / "source"))
+    destination = Provider(engine, 2, {})
+    target = handle(engine, str(engine.addr()), 1)
+    fill(target)
+    return source, destination, target

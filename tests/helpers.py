@@ -13,11 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import trustme
 
 from warabi import address, wire
+from warabi.security import TlsFiles
+
+if TYPE_CHECKING:
+    import datetime
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0
@@ -31,10 +37,63 @@ def file_config(path: Path, **settings: Any) -> dict[str, Any]:
     return {"target": {"type": "file", "config": config}}
 
 
+def summed_config(path: Path, **settings: Any) -> dict[str, Any]:
+    """As ``file_config``, for a file target with checksums."""
+    return file_config(path, checksums=True, **settings)
+
+
 def pmem_config(path: Path, **settings: Any) -> dict[str, Any]:
     """As ``file_config``, for a pmem target."""
     config = {"path": str(path), "create_if_missing_with_size": 1 << 30, **settings}
     return {"target": {"type": "pmem", "config": config}}
+
+
+PIPELINE: dict[str, Any] = {
+    "type": "pipeline",
+    "config": {
+        "num_pools": 3,
+        "num_buffers_per_pool": 2,
+        "first_buffer_size": 4096,
+        "buffer_size_multiplier": 8,
+    },
+}
+PIPELINED = 3
+"""How much higher the IDs are of the providers in the tests' processes that have a pipeline."""
+
+
+def three_backends(path: Path) -> list[dict[str, Any]]:
+    """Configurations for memory, files and pmem, and for the same again with a pipeline."""
+    plain = [MEMORY, file_config(path / "file"), pmem_config(path / "pmem")]
+    again = [MEMORY, file_config(path / "file2"), pmem_config(path / "pmem2")]
+    return plain + [{**config, "transfer_manager": PIPELINE} for config in again]
+
+
+HERE = ("localhost", "127.0.0.1", "::1")
+"""What this host is called in the certificates of tests."""
+
+
+def tls_config(
+    directory: Path,
+    authority: trustme.CA | None = None,
+    names: Sequence[str] = HERE,
+    expires: datetime.datetime | None = None,
+) -> dict[str, Any]:
+    """An engine's configuration for TLS, serving or not, with a certificate made in *directory*.
+
+    Args:
+        authority: who signs the certificate, and those that the peers must have; a new one
+            unless given.
+        names: whom the certificate is for.
+        expires: until when.
+    """
+    authority = authority or trustme.CA()
+    made = authority.issue_cert(*names, not_after=expires)
+    files = {name: directory / f"{name}.pem" for name in ("certificate", "key", "ca")}
+    files["certificate"].write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
+    files["key"].touch(0o600)
+    files["key"].write_bytes(made.private_key_pem.bytes())
+    files["ca"].write_bytes(authority.cert_pem.bytes())
+    return {"tls": {name: str(path) for name, path in files.items()}}
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,21 +177,37 @@ def provider_process(
 
 
 @contextlib.contextmanager
-def raw_connection(text: str) -> Iterator[socket.socket]:
-    """A connected socket to the engine at *text*, on which nothing was said yet."""
+def raw_connection(text: str, config: dict[str, Any] | None = None) -> Iterator[socket.socket]:
+    """A connected socket to the engine at *text*, on which nothing was said yet.
+
+    With an engine's *config* for TLS it is what that library's sockets are, the handshake done.
+    """
     with address.connect(address.parse(text), 10.0) as connection:
         connection.settimeout(PATIENCE)
-        yield connection
+        if not config:
+            yield connection
+            return
+        context = TlsFiles(**config["tls"]).client
+        with context.wrap_socket(connection, server_hostname="localhost") as encrypted:
+            yield encrypted
 
 
 class RawPeer:
     """A client that says what it is told to, right or wrong."""
 
-    def __init__(self, connection: socket.socket, limits: wire.Limits | None = None) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        limits: wire.Limits | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         self.socket = connection
         self._wire = wire.Connection(wire.Limits())
-        connection.sendall(wire.opening(limits or wire.Limits()))
-        assert isinstance(self._event(), wire.Opened)
+        self.opening = wire.opening(limits or wire.Limits(), more)
+        connection.sendall(self.opening)
+        opened = self._event()
+        assert isinstance(opened, wire.Opened)
+        self.opened = opened
 
     def _event(self) -> wire.Event:
         while (event := self._wire.next_event()) is wire.NEED_DATA:

@@ -13,7 +13,7 @@ from tests.helpers import MEMORY, file_config, run_python
 from warabi import errors
 from warabi.bedrock import Server
 from warabi.client import Client
-from warabi.engine import Engine
+from warabi.engine import Engine, client
 from warabi.errors import ConfigError
 
 WARABI: dict[str, Any] = {"type": "warabi", "config": MEMORY}
@@ -113,6 +113,27 @@ def test_engine_settings() -> None:
         Server("tcp://0.0.0.0", {})
     with Server("tcp://0.0.0.0", {"margo": {"insecure": True}}):
         pass
+    with Server("na+sm", config, {"timeout": 0.5}) as server:
+        assert json.loads(Client(server.engine).get_config()) == {"timeout": 0.5}
+
+
+def test_engine_settings_for_security(
+    tls: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    secrets = {"token": "a token of this service", "read_only_token": "a token for readers"}
+    shown = {**tls, "privileged": "all", "limits": {"connections": 3}}
+    provider = {"name": "a", "type": "warabi", "provider_id": 1, "config": MEMORY}
+    config = {"margo": {**shown, **secrets}, "providers": [provider]}
+    with (
+        Server("tcp://0.0.0.0", config) as server,
+        Engine("tcp", client, config={**tls, "token": secrets["read_only_token"]}) as own,
+    ):
+        address = str(server.address).replace("0.0.0.0", "127.0.0.1")
+        handle = Client(own).make_target_handle(address, 1)
+        with pytest.raises(errors.PermissionDenied, match="read-only"):
+            handle.create(1)
+        assert server.get_config()["margo"] == shown, "secrets are shown, or others are not"
+    assert "has no effect" not in caplog.text
 
 
 TARGET = "$.providers[0].config.target"
@@ -149,6 +170,12 @@ WRONG: dict[str, tuple[Any, str]] = {
     "timeout": ({"margo": {"timeout": "1"}}, "$.margo.timeout: "),
     "timeout of no time": ({"margo": {"timeout": 0}}, "$.margo.timeout: "),
     "insecure": ({"margo": {"insecure": 1}}, "$.margo.insecure: "),
+    "privileged": ({"margo": {"privileged": "me"}}, "$.margo.privileged: "),
+    "tls": ({"margo": {"tls": True}}, "$.margo.tls: "),
+    "no certificate": ({"margo": {"tls": {}}}, "$.tls.certificate: required key is missing"),
+    "token": ({"margo": {"token": 5}}, "$.margo.token: "),
+    "short token": ({"margo": {"token": "x"}}, "$.token: a token of 1 bytes"),
+    "limits": ({"margo": {"limits": {"connections": 0}}}, "$.limits.connections: "),
     "libraries": ({"libraries": "x.so"}, "$.libraries: expected"),
     "library": ({"libraries": {"warabi": 1}}, "$.libraries: expected"),
     "ssg": ({"ssg": "group"}, "$.ssg: expected"),

@@ -6,6 +6,9 @@ import sys
 import pytest
 
 from tests.helpers import PATIENCE, environment
+from warabi.errors import ConfigError
+from warabifs.options import parse_options
+from warabifs.shown import Shown
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,3 +42,33 @@ def test_help_lists_the_options(start: str) -> None:
     done = run(f"from {start} as command; command()", "--help")
     assert done.returncode == 0
     assert "provider_id=N" in done.stdout
+
+
+def test_the_last_of_two_opposites_counts() -> None:
+    options = parse_options(["nosuid,sync,ro", "suid,async,rw,noexec,exec,nodev"], root=True)
+    assert options.flags == options.fuse == {"suid", "async", "exec", "nodev"}
+    assert not options.read_only
+
+
+def test_commas_between_quotes_separate_nothing() -> None:
+    with pytest.raises(ConfigError, match="context=a:b:c0,c1: SELinux"):
+        parse_options(['rw,context="a:b:c0,c1",ro'], root=True)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "uid=nobody-of-that-name", "uid=4294967295", "uid=-1", "uid=", "gid=x y", "gid=99999999999",
+        "umask=8", "umask=1777", "umask=rwx", "umask=", "uid", "reconnect=-1", "reconnect=x",
+        "user_id=0",
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=option.split("=")[0]):
+        parse_options([option], root=True)
+
+
+def test_owners_by_name_and_number() -> None:
+    options = parse_options(["uid=root,gid=12,umask=0022"], root=True)
+    assert options.shown == Shown(0, 12, 0o022)
+    assert not parse_options(["rw"], root=True).shown

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from tests.helpers import MEMORY, file_config
+from tests.helpers import MEMORY, file_config, summed_config
 from warabi import errors
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
@@ -216,7 +216,39 @@ class FileModel(Model):
     config = staticmethod(file_config)
 
 
+class SummedModel(Model):
+    config = staticmethod(summed_config)
+
+
+class _Shared(Model):
+    """Regions are reached directly from the first touch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("warabi.guest._LARGE", 0)
+        self.patch.setattr("warabi.side_channel._FIRST_SIZE", 0)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.patch.undo()
+
+
+class SharedMemoryModel(_Shared):
+    config = staticmethod(_memory)
+
+
+class SharedFileModel(_Shared):
+    config = staticmethod(file_config)
+
+
 TestMemory = MemoryModel.TestCase
 TestMemory.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestFile = FileModel.TestCase
 TestFile.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSummed = SummedModel.TestCase
+TestSummed.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+TestSharedMemory = SharedMemoryModel.TestCase
+TestSharedMemory.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSharedFile = SharedFileModel.TestCase
+TestSharedFile.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

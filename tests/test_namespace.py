@@ -16,7 +16,7 @@ from warabi.inode import ROOT, Attributes
 from warabi.namespace import Namespace
 from warabi.region import RegionID
 from warabi.target import Target
-from warabi.tree import RENAME_EXCHANGE, RENAME_NOREPLACE
+from warabi.tree import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 
 BACKENDS: dict[str, Callable[[Path], Target]] = {
     "memory": lambda path: layout.open_memory(MemoryConfig()),
@@ -350,7 +350,19 @@ def test_rename_noreplace(names: Namespace) -> None:
     with fails(errno.EINVAL):
         names.rename(ROOT, b"b", ROOT, b"d", RENAME_NOREPLACE | RENAME_EXCHANGE)
     with fails(errno.EINVAL):
-        names.rename(ROOT, b"b", ROOT, b"d", 4)
+        names.rename(ROOT, b"b", ROOT, b"d", 8)
+
+
+def test_rename_leaves_a_whiteout(names: Namespace) -> None:
+    made = mkfile(names, ROOT, b"a")
+    names.rename(ROOT, b"a", ROOT, b"b", RENAME_WHITEOUT)
+    hole = names.lookup(ROOT, b"a")
+    assert (stat.S_IFMT(hole.mode), hole.rdev, hole.nlink) == (stat.S_IFCHR, 0, 1)
+    assert names.lookup(ROOT, b"b").ino == made.ino
+    with fails(errno.EINVAL):
+        names.rename(ROOT, b"b", ROOT, b"a", RENAME_WHITEOUT | RENAME_EXCHANGE)
+    with fails(errno.EEXIST):
+        names.rename(ROOT, b"b", ROOT, b"a", RENAME_WHITEOUT | RENAME_NOREPLACE)
 
 
 def test_rename_exchange(names: Namespace) -> None:
@@ -602,3 +614,49 @@ def test_everything_survives_a_reopening(tmp_path: Path) -> None:
             target.size(held.region)
         fresh = mkfile(names, ROOT, b"fresh")
         assert fresh.region not in (made.region, nameless, held.region)
+
+
+def test_more_names_than_are_kept_in_memory(names: Namespace) -> None:
+    directory = names.mkdir(ROOT, b"many", 0o755, 0, 0).ino
+    made = {
+        b"%d" % number: names.mknod(directory, b"%d" % number, stat.S_IFIFO | 0o644, 0, 0).ino
+        for number in range(70_000)
+    }
+    for name in list(made)[::3]:
+        names.unlink(directory, name)
+        del made[name]
+    names.rename(directory, b"1", directory, b"0")
+    made[b"0"] = made.pop(b"1")
+    for name in (b"1", b"3", b"69999"):
+        with fails(errno.ENOENT):
+            names.lookup(directory, name)
+    assert {name: names.lookup(directory, name).ino for name in made} == made
+    listed: dict[bytes, int] = {}
+    while page := names.readdir(directory, max(listed, default=b""), 10_000):
+        listed |= {name: attributes.ino for name, attributes in page}
+    assert listed == made
+
+
+def test_names_that_were_not_written_back_are_found_in_every_way(names: Namespace) -> None:
+    directory = names.mkdir(ROOT, b"directory", 0o755, 0, 0).ino
+    file = mkfile(names, directory, b"file")
+    with fails(errno.ENOTEMPTY):
+        names.rmdir(ROOT, b"directory")
+    names.link(file.ino, ROOT, b"link")
+    assert names.lookup(directory, b"..").ino == ROOT
+    assert listing(names) == [b"directory", b"link"]
+    names.unlink(directory, b"file")
+    names.rmdir(ROOT, b"directory")
+    assert listing(names) == [b"link"]
+
+
+def test_an_erased_region_takes_names_that_were_not_written_back(
+    target: Target, names: Namespace
+) -> None:
+    file = mkfile(names, ROOT, b"a")
+    names.link(file.ino, ROOT, b"b")
+    target.erase(file.region)
+    for name in (b"a", b"b"):
+        with fails(errno.ENOENT):
+            names.lookup(ROOT, name)
+    assert mkfile(names, ROOT, b"a").ino != file.ino

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import pytest
@@ -44,11 +44,13 @@ PREFIX = struct.Struct("<IQ")
 class Bystander:
     """Another client, which goes on working until told to stop, and checks what it gets."""
 
-    def __init__(self, address: str, provider_id: int) -> None:
+    def __init__(
+        self, address: str, provider_id: int, config: dict[str, Any] | None = None
+    ) -> None:
         self.rounds = 0
         self.failure: BaseException | None = None
         self._stop = threading.Event()
-        self._engine = Engine(address.split("://")[0], client)
+        self._engine = Engine(address.split("://")[0], client, config=config or {})
         self._handle = Client(self._engine).make_target_handle(address, provider_id)
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
@@ -78,18 +80,26 @@ class Bystander:
         assert self.failure is None
 
 
-@pytest.fixture(params=["na+sm memory", "na+sm file", "tcp memory", "tcp file"])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """Address and ID of a provider that a bystander uses; checked for leaks at the end."""
+class Place(NamedTuple):
+    """Where a provider is, and what its engine's configuration has for its peers."""
+
+    address: str
+    config: dict[str, Any]
+
+
+@pytest.fixture(params=["na+sm memory", "na+sm file", "tcp memory", "tcp file", "tls file"])
+def served(request: pytest.FixtureRequest, tmp_path: Path, tls: dict[str, Any]) -> Iterator[Place]:
+    """A provider, 1, that a bystander uses; checked for leaks at the end."""
     transport, backend = request.param.split()
-    with Engine(transport) as engine:
+    config = tls if transport == "tls" else {}
+    with Engine(transport.replace("tls", "tcp"), config=config) as engine:
         configs: dict[str, dict[str, Any]] = {"memory": MEMORY, "file": file_config(tmp_path / "t")}
         with Provider(engine, 1, configs[backend]):
-            bystander = Bystander(str(engine.addr()), 1)
+            bystander = Bystander(str(engine.addr()), 1, config)
             try:
                 bystander.goes_on()
                 before = _sockets()
-                yield str(engine.addr()), 1
+                yield Place(str(engine.addr()), config)
                 bystander.goes_on()
                 eventually(lambda: _sockets() <= before)
             finally:
@@ -113,19 +123,19 @@ def _ends(connection: socket.socket) -> bool:
     return True
 
 
-def test_random_bytes(served: tuple[str, int]) -> None:
+def test_random_bytes(served: Place) -> None:
     generator = random.Random(1)
     for _ in range(50):
-        with raw_connection(served[0]) as connection:
+        with raw_connection(served.address, served.config) as connection:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(generator.randbytes(generator.randint(1, 5000)))
             assert _ends(connection)
 
 
-def test_random_bytes_after_the_opening(served: tuple[str, int]) -> None:
+def test_random_bytes_after_the_opening(served: Place) -> None:
     generator = random.Random(2)
     for _ in range(50):
-        with raw_connection(served[0]) as connection:
+        with raw_connection(served.address, served.config) as connection:
             body = generator.randbytes(generator.randint(0, 500))
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(OPENING + PREFIX.pack(len(body), 0) + body)
@@ -134,27 +144,36 @@ def test_random_bytes_after_the_opening(served: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "opening",
+    ("opening", "message"),
     [
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"\x16\x03\x01",
-        wire.MAGIC + b"\xff\xff\xff\xff",
-        wire.MAGIC + struct.pack("<I", 1) + b"\xc1",
-        OPENING.replace(b"\xa7version\x01", b"\xa7version\x02"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"the peer speaks another protocol"),
+        (b"\x16\x03\x01", b"as TLS does"),
+        (wire.MAGIC + b"\xff\xff\xff\xff", b"the limit is 4096"),
+        (wire.MAGIC + struct.pack("<I", 1) + b"\xc1", b"malformed"),
+        (OPENING.replace(b"\xa7version\x01", b"\xa7version\x00"), b"speaks version 0"),
+        (OPENING.replace(b"\xa7version\x01", b"\xa7version\x02"), b"speaks version 2"),
+        (OPENING.replace(b"\xa7payload", b"\xa7pAyload"), b"limit 'payload' is None"),
+        (OPENING + PREFIX.pack(1, 0) + b"\xc1", b"malformed"),
+        (OPENING + PREFIX.pack(5, 1 << 40), b"the limit is"),
     ],
 )
-def test_wrong_openings(served: tuple[str, int], opening: bytes) -> None:
-    with raw_connection(served[0]) as connection:
+def test_wrong_openings(served: Place, opening: bytes, message: bytes) -> None:
+    """Each is told what is wrong, though it may not understand."""
+    with raw_connection(served.address, served.config) as connection:
         connection.sendall(opening)
-        assert _ends(connection)
+        said = bytearray()
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(65536):
+                said += data
+        assert message in said
 
 
-def test_half_a_message_and_gone(served: tuple[str, int]) -> None:
+def test_half_a_message_and_gone(served: Place) -> None:
     header = [1, 1, "create_and_write", [False], None]
     message = OPENING + wire.frame(header, 1000) + bytes(1000)
     for end in (*range(0, 60, 7), len(OPENING), len(message) - 1000, len(message) - 1):
         for polite in (True, False):
-            with raw_connection(served[0]) as connection:
+            with raw_connection(served.address, served.config) as connection:
                 connection.sendall(message[:end])
                 if polite:
                     connection.shutdown(socket.SHUT_WR)
@@ -164,8 +183,8 @@ def test_half_a_message_and_gone(served: tuple[str, int]) -> None:
 @pytest.mark.parametrize(
     ("header", "payload"), [((1 << 20) + 1, 0), (0xFFFFFFFF, 0), (5, (4 << 20) + 1), (5, 1 << 63)]
 )
-def test_oversized_frames(served: tuple[str, int], header: int, payload: int) -> None:
-    with raw_connection(served[0]) as connection:
+def test_oversized_frames(served: Place, header: int, payload: int) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         connection.sendall(PREFIX.pack(header, payload))
         refusal = peer.reply()
@@ -184,8 +203,8 @@ def test_oversized_frames(served: tuple[str, int], header: int, payload: int) ->
     ],
     ids=repr,
 )  # fmt: skip
-def test_messages_that_are_no_requests(served: tuple[str, int], request_: Any) -> None:
-    with raw_connection(served[0]) as connection:
+def test_messages_that_are_no_requests(served: Place, request_: Any) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         body = msgpack.packb(request_)
         connection.sendall(PREFIX.pack(len(body), 0) + body)
@@ -211,8 +230,8 @@ REGION = b"r" * 16
         ("persist", [REGION, -1, 1]), ("resize", [REGION, -1]), ("create_and_write", []),
         ("create_and_write", [1]), ("resolve", [b"/"]), ("resolve", ["/" + "x" * 500_000]),
         ("lookup", [-1, b"x"]), ("lookup", [1, "x"]), ("lookup", [(1 << 63) - 1, b"x"]),
-        ("mkdir", [1, b"", 0, 0, 0]), ("mkdir", [1, b"a/b", 0, 0, 0]),
-        ("mknod", [1, b"x", 0o170000, 0, 0, 0, False]), ("symlink", [1, b"l", b"", 0, 0]),
+        ("mkdir", [1, b"", 0, 0, 0, 0]), ("mkdir", [1, b"a/b", 0, 0, 0, 0]),
+        ("mknod", [1, b"x", 0o170000, 0, 0, 0, False, 0]), ("symlink", [1, b"l", b"", 0, 0]),
         ("rename", [1, b"x", 1, b"y", 99, False]), ("link", [1, 1, b"root"]),
         ("getxattr", [1, b"user.none"]), ("removexattr", [1, b"user.none"]),
         ("readlink", [1]), ("rmdir", [1, b"nothing", False]), ("unlink", [1, b"nothing", True]),
@@ -221,9 +240,9 @@ REGION = b"r" * 16
     ],
 )  # fmt: skip
 def test_wrong_requests_fail_and_the_connection_lives(
-    served: tuple[str, int], name: str, arguments: Any
+    served: Place, name: str, arguments: Any
 ) -> None:
-    with raw_connection(served[0]) as connection:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         reply = peer.call([7, 1, name, arguments, None])
         assert reply[:3] == [7, None, None]
@@ -232,16 +251,16 @@ def test_wrong_requests_fail_and_the_connection_lives(
 
 
 @pytest.mark.parametrize("provider_id", [0, 2, 65535, -1, 1 << 40])
-def test_unknown_providers(served: tuple[str, int], provider_id: int) -> None:
-    with raw_connection(served[0]) as connection:
+def test_unknown_providers(served: Place, provider_id: int) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         for name in ("ping", "create"):
             reply = peer.call([7, provider_id, name, [5] if name == "create" else [], None])
             assert reply[3][0] == "provider"
 
 
-def test_payload_that_an_operation_does_not_want(served: tuple[str, int]) -> None:
-    with raw_connection(served[0]) as connection:
+def test_payload_that_an_operation_does_not_want(served: Place) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         refused = peer.call([1, 1, "create", [5], None], bytes(100_000))
         assert refused[3][0] == "protocol"
@@ -253,8 +272,36 @@ def test_payload_that_an_operation_does_not_want(served: tuple[str, int]) -> Non
         assert peer.call([4, 1, "read", [created[1], 0, 5, True, False], None])[2] == b"lie\0\0"
 
 
-def test_same_id_twice_and_ids_of_any_size(served: tuple[str, int]) -> None:
-    with raw_connection(served[0]) as connection:
+@pytest.mark.parametrize("said", [0, 5, 99])
+def test_payload_that_is_longer_than_it_says(served: Place, said: int) -> None:
+    """What is too much is taken for the next message, which it is not."""
+    with raw_connection(served.address, served.config) as connection:
+        peer = RawPeer(connection)
+        region = peer.call([1, 1, "create", [100], None])[1]
+        header = [2, 1, "write", [region, 0, False, False], None]
+        connection.sendall(wire.frame(header, said) + b"\xff" * (said + 12))
+        replies = {reply[0]: reply for reply in (peer.reply(), peer.reply())}
+        assert replies[2] == [2, None]
+        assert "the limit is" in replies[0][3][1]
+        assert peer.closed()
+
+
+def test_payload_that_is_shorter_than_it_says(served: Place) -> None:
+    """The next message is taken for the rest, and the end for a lie; nothing is written."""
+    with raw_connection(served.address, served.config) as connection:
+        peer = RawPeer(connection)
+        region = peer.call([1, 1, "create", [100], None])[1]
+        header = [2, 1, "write", [region, 0, False, False], None]
+        connection.sendall(wire.frame(header, 100) + b"x" * 50)
+        connection.sendall(wire.frame([3, 1, "ping", [], None]))
+    with raw_connection(served.address, served.config) as connection:
+        peer = RawPeer(connection)
+        reply = peer.call([4, 1, "read", [region, 0, 100, True, False], None])
+        assert reply[2] == bytes(100)
+
+
+def test_same_id_twice_and_ids_of_any_size(served: Place) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         peer.send([5, 1, "ping", [], None])
         peer.send([5, 1, "ping", [], None])
@@ -263,10 +310,10 @@ def test_same_id_twice_and_ids_of_any_size(served: tuple[str, int]) -> None:
             assert peer.call([request_id, 1, "ping", [], None]) == [request_id, None]
 
 
-def test_peer_without_limits_gets_no_more_than_the_provider_has(served: tuple[str, int]) -> None:
+def test_peer_without_limits_gets_no_more_than_the_provider_has(served: Place) -> None:
     """A peer that claims to take anything must not make the provider allocate it."""
     endless = wire.Limits(header=1 << 62, payload=1 << 62, requests=1 << 62)
-    with raw_connection(served[0]) as connection:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection, endless)
         region = peer.call([1, 1, "create", [8 << 30], None])[1]
         for eager in (False, True):
@@ -275,8 +322,8 @@ def test_peer_without_limits_gets_no_more_than_the_provider_has(served: tuple[st
         assert peer.call([3, 1, "erase", [region], None]) == [3, None]
 
 
-def test_peer_with_tiny_limits(served: tuple[str, int]) -> None:
-    with raw_connection(served[0]) as connection:
+def test_peer_with_tiny_limits(served: Place) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection, wire.Limits(header=64, payload=1, requests=1))
         region = peer.call([1, 1, "create", [10], None])[1]
         assert peer.call([2, 1, "read", [region, 0, 1, False, False], None]) == [2, None]
@@ -313,45 +360,45 @@ def _ask_and_never_read(connection: socket.socket, process: Served) -> None:
     peer = RawPeer(connection)
     region = peer.call([1, 1, "create", [4 << 20], None])[1]
     peer.call([1, 1, "write", [region, 0, False, False], None], bytes(4 << 20))
-    before = _resident(process)
+    before = resident(process)
     connection.settimeout(0.5)
     with contextlib.suppress(TimeoutError):
         for i in range(20_000):  # until the provider takes no more
             peer.send([i, 1, "read", [region, 0, 4 << 20, False, False], None])
     time.sleep(0.2)
-    assert _resident(process) - before < 200 << 20
+    assert resident(process) - before < 200 << 20
 
 
-def _resident(process: Served) -> int:
+def resident(process: Served) -> int:
     """Bytes of memory that a process occupies."""
     pages = Path(f"/proc/{process.process.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGESIZE")
 
 
-def test_many_silent_peers(served: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_silent_peers(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who connects and says nothing is shown the door."""
     monkeypatch.setattr(channel_module, "OPENING_PATIENCE", 0.2)
     with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(raw_connection(served[0])) for _ in range(30)]
-        slow = stack.enter_context(raw_connection(served[0]))
+        silent = [
+            stack.enter_context(raw_connection(served.address, served.config)) for _ in range(30)
+        ]
+        slow = stack.enter_context(raw_connection(served.address, served.config))
         slow.sendall(OPENING[:5])
         for connection in (*silent, slow):
             assert _ends(connection)
 
 
-def test_peer_that_opened_may_be_idle(
-    served: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peer_that_opened_may_be_idle(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "OPENING_PATIENCE", 0.1)
-    with raw_connection(served[0]) as connection:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         time.sleep(0.3)
         assert peer.call([1, 1, "ping", [], None]) == [1, None]
 
 
-def test_requests_of_a_peer_that_leaves_still_count(served: tuple[str, int]) -> None:
+def test_requests_of_a_peer_that_leaves_still_count(served: Place) -> None:
     """It sends a hundred writes and says goodbye before it has read one reply."""
-    with raw_connection(served[0]) as connection:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         region = peer.call([1, 1, "create", [100_000], None])[1]
         for i in range(100):
@@ -359,7 +406,7 @@ def test_requests_of_a_peer_that_leaves_still_count(served: tuple[str, int]) -> 
             peer.send(header, bytes([i]) * 1000)
         connection.shutdown(socket.SHUT_WR)
         assert _ends(connection)
-    with raw_connection(served[0]) as connection:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         data = b"".join(bytes([i]) * 1000 for i in range(100))
 
@@ -373,14 +420,14 @@ def test_requests_of_a_peer_that_leaves_still_count(served: tuple[str, int]) -> 
         eventually(arrived)
 
 
-def test_pins_of_a_peer_that_leaves_are_given_back(served: tuple[str, int]) -> None:
-    with raw_connection(served[0]) as connection:
+def test_pins_of_a_peer_that_leaves_are_given_back(served: Place) -> None:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
-        made = peer.call([1, 1, "mknod", [1, b"open", 0o600, 0, 0, 0, True], None])[1]
+        made = peer.call([1, 1, "mknod", [1, b"open", 0o600, 0, 0, 0, True, 0], None])[1]
         peer.call([2, 1, "unlink", [1, b"open", False], None])
         region = made[0].to_bytes(8, "big") + made[1].to_bytes(8, "big")
         assert peer.call([3, 1, "size", [region], None]) == [3, 0]  # still open
-    with raw_connection(served[0]) as connection:
+    with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
         eventually(lambda: len(peer.call([4, 1, "size", [region], None])) == 4)
 

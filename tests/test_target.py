@@ -15,13 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import MEMORY, Served, eventually, file_config, pattern, pmem_config
+from tests.helpers import (
+    MEMORY,
+    PIPELINED,
+    Served,
+    eventually,
+    file_config,
+    pattern,
+    pmem_config,
+)
 from warabi import errors
 from warabi.client import Client, RegionID, TargetHandle
+from warabi.config import parse
 from warabi.engine import Engine, client, server
+from warabi.layout import open_memory, open_target
+from warabi.link import DirectLink
+from warabi.provider import ProviderCore
 from warabi.server import Provider
 
-SIZES = [0, 1, 2047, 2048, 2049, 65535, 65536, 65537]
+SIZES = [0, 1, 2047, 2048, 2049, 4097, 65535, 65536, 65537, 262_145]
 LARGE = [(4 << 20) - 1, 4 << 20, (4 << 20) + 1, 9 << 20]
 NOT_A_SIZE: list[Any] = [-1, 1 << 63, 1 << 70, 1.0, "1", None, True, np.arange(2), np.bool_(True)]
 NO_BUFFER: list[Any] = ["text", 5, None, object(), [1, 2]]
@@ -40,41 +52,74 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @contextlib.contextmanager
-def _own_provider(backend: Backend, path: Path) -> Iterator[str]:
-    """The address of an engine in this process that serves a new target."""
+def _bare(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
+    """The target itself, without an engine."""
+    config = parse(backend[1](path)).target
+    assert config is not None
+    opened = open_memory(config.config) if config.type == "memory" else open_target(config)
+    core = ProviderCore(backend[0], opened)
+    try:
+        yield TargetHandle(DirectLink(core))
+    finally:
+        core.close()
+
+
+@contextlib.contextmanager
+def _own_provider(backend: Backend, path: Path) -> Iterator[Engine]:
+    """An engine in this process that serves a new target."""
     with Engine("na+sm", server) as engine, Provider(engine, backend[0], backend[1](path)):
-        yield str(engine.addr())
+        yield engine
 
 
 @contextlib.contextmanager
 def _direct(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
-    with Engine("na+sm", server) as engine, Provider(engine, backend[0], backend[1](path)):
+    """The provider's own engine."""
+    with _own_provider(backend, path) as engine:
         yield Client(engine).make_target_handle(str(engine.addr()), backend[0])
 
 
 @contextlib.contextmanager
 def _socket(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
-    with _own_provider(backend, path) as address, Engine("na+sm", client) as engine:
-        yield Client(engine).make_target_handle(address, backend[0])
+    """Another engine of the provider's process."""
+    with _own_provider(backend, path) as serving, Engine("na+sm", client) as engine:
+        yield Client(engine).make_target_handle(str(serving.addr()), backend[0])
 
 
 @contextlib.contextmanager
-def _process(
-    request: pytest.FixtureRequest, backend: Backend, path: Path
-) -> Iterator[TargetHandle]:
+def _shared(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
+    """Another process, whose regions are reached directly from the first touch on."""
     served: Served = request.getfixturevalue("local_process")
-    with Engine("na+sm", client) as engine:
+    with pytest.MonkeyPatch.context() as patch, Engine("na+sm", client) as engine:
+        patch.setattr("warabi.guest._LARGE", 0)
+        patch.setattr("warabi.side_channel._FIRST_SIZE", 0)
         yield Client(engine).make_target_handle(served.address, backend[0])
 
 
-@contextlib.contextmanager
-def _tcp(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
-    served: Served = request.getfixturevalue("tcp_process")
-    with Engine("tcp", client) as engine:
-        yield Client(engine).make_target_handle(served.address, backend[0])
+def _wire(process: str, scheme: str, first: int, **settings: Any) -> Any:
+    """Another process, reached by messages; *first* is the ID of its first provider, less 1."""
+
+    @contextlib.contextmanager
+    def way(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
+        served: Served = request.getfixturevalue(process)
+        secured = request.getfixturevalue("tls") if process == "tls_process" else {}
+        with Engine(scheme, client, config={**settings, **secured}) as engine:
+            yield Client(engine).make_target_handle(served.address, first + backend[0])
+
+    return way
 
 
-WAYS = {"direct": _direct, "socket": _socket, "process": _process, "tcp": _tcp}
+WAYS = {
+    "bare": _bare,
+    "direct": _direct,
+    "socket": _socket,
+    "shared": _shared,
+    "na+sm": _wire("local_process", "na+sm", 0, share=False),
+    "na+sm-pipeline": _wire("local_process", "na+sm", PIPELINED, share=False),
+    "tcp": _wire("tcp_process", "tcp", 0),
+    "tcp-pipeline": _wire("tcp_process", "tcp", PIPELINED),
+    "tls": _wire("tls_process", "tcp", 0),
+    "tls-pipeline": _wire("tls_process", "tcp", PIPELINED),
+}
 
 
 @pytest.fixture(params=WAYS)
@@ -84,6 +129,7 @@ def target(
     tmp_path: Path,
     local_process: Served,
     tcp_process: Served,
+    tls_process: Served,
 ) -> Iterator[TargetHandle]:
     with WAYS[request.param](request, backend, tmp_path / "target") as handle:
         yield handle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 import os
 import re
@@ -16,6 +17,9 @@ from warabi.errors import ConfigError, ConnectionFailed, PermissionDenied
 LOCAL = "na+sm"
 _TCP_SCHEMES = ("tcp", "ofi+tcp", "ofi+tcp;ofi_rxm", "na+tcp")
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+;_]*)(?:://(?P<rest>.*))?")
+_BACKLOG = 4096
+"""Connections that wait to be accepted: who finds no room among them tries again after a second."""
+_ANCILLARY = socket.CMSG_SPACE(16 * array.array("i").itemsize)
 _counter = itertools.count()
 
 
@@ -90,12 +94,12 @@ def runtime_directory(uid: int) -> Path:
     return Path(override) if override else Path("/tmp") / f"warabi-{uid}"
 
 
-def listen(wanted: Endpoint, *, insecure: bool) -> tuple[socket.socket, Endpoint]:
+def listen(wanted: Endpoint, *, protected: bool) -> tuple[socket.socket, Endpoint]:
     """A listening, non-blocking socket for *wanted*, and the endpoint that reaches it.
 
     Raises:
         ConfigError: the host is unknown, or the address is in use.
-        PermissionDenied: not allowed, or beyond loopback without *insecure*.
+        PermissionDenied: not allowed, or beyond loopback and not *protected*.
     """
     if wanted.local:
         return _listen_local()
@@ -107,16 +111,17 @@ def listen(wanted: Endpoint, *, insecure: bool) -> tuple[socket.socket, Endpoint
         raise ConfigError(f"address {wanted}: {getattr(error, 'strerror', '') or error}") from None
     family, _, _, _, where = infos[0]
     loopback = str(where[0]).startswith("127.") or where[0] == "::1"
-    if not (loopback or insecure):
+    if not (loopback or protected):
         raise PermissionDenied(
-            f"address {wanted}: is not loopback, and the connection is neither encrypted nor"
-            ' authenticated; the engine configuration {"insecure": true} allows it nevertheless'
+            f"address {wanted}: is not loopback, and anybody who reaches it could do everything;"
+            ' the engine configuration needs "tls" (certificates), "token_file" (authenticates,'
+            ' encrypts nothing), or {"insecure": true} where every host is trusted'
         )
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
@@ -142,7 +147,7 @@ def _listen_local() -> tuple[socket.socket, Endpoint]:
     try:
         path.unlink(missing_ok=True)  # of an earlier process with our pid
         listener.bind(str(path))
-        listener.listen(128)
+        listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
@@ -175,19 +180,21 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
         ConnectionFailed: nobody listens there, or not within *timeout* seconds.
         PermissionDenied: the peer is not who it should be.
     """
-    family = socket.AF_UNIX if endpoint.local else socket.AF_INET
     try:
         if not endpoint.local:
             client = socket.create_connection((endpoint.host, endpoint.port), timeout)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
-            client = socket.socket(family, socket.SOCK_STREAM)
-            client.settimeout(timeout)
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # Not by settimeout(): where many connect at once a local socket, unlike one of TCP,
+            # refuses who does not wait in the call itself.
+            _set_send_timeout(client, timeout)
             try:
                 client.connect(str(local_path(endpoint)))
             except BaseException:
                 client.close()
                 raise
+            _set_send_timeout(client, 0.0)
     except UnicodeError as error:  # no host name can be spelled so
         raise ConnectionFailed(f"connect to {endpoint}: {error}") from None
     except PermissionError as error:
@@ -196,16 +203,40 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
         reason = error.strerror or str(error) or type(error).__name__
         if isinstance(error, FileNotFoundError):
             reason = "no such engine"
+        elif isinstance(error, BlockingIOError):
+            reason = f"it accepts no connection in {timeout:g} s"
         raise ConnectionFailed(f"connect to {endpoint}: {reason}") from error
-    if endpoint.local and peer_uid(client) not in (os.getuid(), 0) and os.getuid() != 0:
+    if endpoint.local and peer(client)[1] not in (os.getuid(), 0) and os.getuid() != 0:
         client.close()
         raise PermissionDenied(f"connect to {endpoint}: the peer is another user's process")
     client.settimeout(None)
     return client
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """The user that runs the process at the other end of a local socket."""
+def _set_send_timeout(connection: socket.socket, timeout: float) -> None:
+    """How long a blocking call waits that sends or connects, in seconds; 0 for ever."""
+    seconds = int(timeout)
+    value = struct.pack("@ll", seconds, int((timeout - seconds) * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def receive_with_descriptors(
+    connection: socket.socket, found: list[int], place: memoryview, _: int = 0, flags: int = 0
+) -> int:
+    """As ``recv_into`` of a local socket; descriptors that come with the data go to *found*."""
+    count, ancillary, _, _ = connection.recvmsg_into(
+        [place], _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            found += numbers
+    return count
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end of a local socket; process 0 cannot be seen from here."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    uid: int = struct.unpack("3i", credentials)[1]
-    return uid
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid

@@ -10,20 +10,25 @@ connection ends or another request on it has been answered.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from warabi import address as _address
-from warabi import arrays, errors
+from warabi import arrays, errors, security, transport
 from warabi.aio_connection import Connection
 from warabi.aio_link import DirectLink, Link, WireLink
+from warabi.aio_readonly import ReadOnlyLink
+from warabi.aio_side_channel import SideChannel
 from warabi.buffers import checked_path, checked_size, readable, writable
 from warabi.connection import TIMEOUT
 from warabi.extents import EXTENTS, check_total, checked_extents, pack
+from warabi.feed import Changes
 from warabi.operations import PAGE
 from warabi.region import RegionID
 from warabi.target import RegionStat
@@ -45,9 +50,9 @@ class Target:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def call(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any) -> Awaitable[Any]:
         """Carry out an operation of :data:`warabi.operations.OPERATIONS`."""
-        return await self._link.call(name, arguments)
+        return self._link.call(name, arguments)
 
     async def create(self, size: int) -> RegionID:
         region: RegionID = await self.call("create", checked_size(size, "create: size"))
@@ -134,8 +139,7 @@ class Target:
         return await self._link.create_and_write(view, bool(persist))
 
     async def size(self, region: RegionID) -> int:
-        size: int = await self.call("size", _id(region))
-        return size
+        return await self._link.size(_id(region))
 
     async def stat(self, region: RegionID) -> RegionStat:
         found: RegionStat = await self.call("stat", _id(region))
@@ -150,6 +154,23 @@ class Target:
 
     async def resize(self, region: RegionID, size: int) -> None:
         await self.call("resize", _id(region), checked_size(size, "resize: size"))
+
+    async def changes(self, *, new_names: bool = False) -> AsyncGenerator[Changes, None]:
+        """What others change in the target, as it happens; never ends by itself.
+
+        The first item says that everything may have changed, and so does one after changes that
+        were too many to be told, or a lost connection.  Of several changes of one thing, one
+        may be told.  One iteration at a time and connection.
+
+        Args:
+            new_names: tell also of names that meant nothing before.
+        """
+        number = 0
+        while True:
+            changes = await self._link.changes(number, new_names)
+            number = changes.number
+            if changes.everything or changes.inodes or changes.names:
+                yield changes
 
     async def put_array(self, array: NDArray[Any], persist: bool = False) -> RegionID:
         size, pieces = arrays.encode(array)
@@ -198,7 +219,16 @@ def _id(region: Any) -> RegionID:
 
 @asynccontextmanager
 async def connect(
-    address: str, provider_id: int, *, timeout: float = TIMEOUT
+    address: str,
+    provider_id: int,
+    *,
+    timeout: float = TIMEOUT,
+    share: bool = True,
+    read_only: bool = False,
+    tls: dict[str, Any] | None = None,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    ended: trio.Event | None = None,
 ) -> AsyncIterator[Target]:
     """A target behind the engine at *address*, while the block runs.
 
@@ -207,34 +237,74 @@ async def connect(
         provider_id: 0 to 65535.
         timeout: seconds without a sign of life from the provider after which a call raises
             ``TimedOut``.
+        share: whether regions of a provider on this host may be reached directly.
+        read_only: let every change fail with ``PermissionDenied``, here and at the provider.
+        tls, token, token_file: as in an engine's configuration, see docs/security.md.
+        ended: set when the connection has ended, whoever ended it.
 
     Raises:
-        ConfigError: a malformed address.
+        ConfigError: a malformed address, or something wrong with the certificates or the token.
+        PermissionDenied: the engine does not let this side in, or is not who it should be.
         ConnectionFailed, ProtocolError, TimedOut: no engine answers there.
         ProviderNotFound: that engine has no such provider.
     """
     endpoint = _address.parse(str(address))
+    shown = security.from_config({"tls": tls, "token": token, "token_file": token_file})
     limit = min(timeout, _CONNECT_TIMEOUT)
-    plain = await trio.to_thread.run_sync(_address.connect, endpoint, limit, abandon_on_cancel=True)
-    plain.setblocking(False)
-    connection = Connection(trio.socket.from_stdlib_socket(plain), str(endpoint), timeout)
-    try:
-        await connection.open()
-    except BaseException:
-        plain.close()
-        raise
+
+    async def opened(*, descriptors: bool = False) -> Connection:
+        plain, over = await trio.to_thread.run_sync(
+            transport.connect, endpoint, limit, shown, abandon_on_cancel=True
+        )
+        plain.setblocking(False)
+        connection = Connection(
+            trio.socket.from_stdlib_socket(plain),
+            over,
+            str(endpoint),
+            timeout,
+            descriptors=descriptors,
+        )
+        try:
+            await connection.open(shown, local=endpoint.local, read_only=read_only)
+        except BaseException:
+            plain.close()
+            raise
+        nursery.start_soon(_run, connection, None if descriptors else ended)
+        return connection
+
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(connection.run)
         try:
-            target = Target(WireLink(connection, provider_id))
+            connection = await opened()
+            side = None
+            if share and endpoint.local:
+                side = SideChannel(
+                    nursery,
+                    partial(opened, descriptors=True),
+                    provider_id,
+                    writable=not read_only,
+                )
+            link: Link = WireLink(connection, provider_id, side)
+            target = Target(ReadOnlyLink(link) if read_only else link)
             await target.call("ping")
-            yield target
+            try:
+                yield target
+            finally:
+                if side is not None:
+                    await side.aclose()
         except Exception as error:  # kept out of the nursery, which would wrap it in a group
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _run(connection: Connection, ended: trio.Event | None) -> None:
+    try:
+        await connection.run()
+    finally:
+        if ended is not None:
+            ended.set()
 
 
 def attach(target: LocalTarget) -> Target:

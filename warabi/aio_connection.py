@@ -6,92 +6,125 @@ its own where it does not, so that no cancelled caller leaves half a frame behin
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import socket
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
-from warabi import errors, wire
-from warabi.errors import ConnectionLost, ProtocolError, TimedOut
-from warabi.request import Request, reply_id
-from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
-
-if TYPE_CHECKING:
-    pass  # an extra, and slow to import
+from warabi import address as _address
+from warabi import errors, greeting, wire
+from warabi.errors import ConnectionLost, TimedOut
+from warabi.request import Replies, Request
+from warabi.security import Security
+from warabi.transport import Transport
+from warabi.wire import NEED_DATA, Limits
 
 _CONNECT_TIMEOUT = 10.0
 _IN_FLIGHT = 64  # requests of one connection that wait for their replies
 
 
-class Connection:
+class Connection(Replies):
     """A connection to an engine, used by tasks of one Trio loop.
 
     Args:
         sock: connected and non-blocking.
+        transport: what goes over it.
         name: of the peer, for messages.
         timeout: seconds without a sign of life from the provider after which a request gives up.
+        descriptors: whether the engine may send some, see :meth:`take_descriptors`.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, name: str, timeout: float) -> None:
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        transport: Transport,
+        name: str,
+        timeout: float,
+        *,
+        descriptors: bool = False,
+    ) -> None:
+        super().__init__()
         self._socket = sock
+        self._transport = transport
+        self._recv_into = transport.recv_into
+        if descriptors:  # only from local engines, without TLS
+            plain: socket.socket = sock._sock  # type: ignore[attr-defined]
+            self._recv_into = functools.partial(
+                _address.receive_with_descriptors, plain, self._descriptors
+            )
         self._name = name
         self._timeout = timeout
-        self._wire = wire.Connection(Limits())
         self._heard = 0.0  # when something last came, by Trio's clock
         self._asked = False  # a sign of life was asked for since then
         self.limits = Limits()
         self._ids = itertools.count(1)
-        self._requests: dict[int, Request] = {}
         self._slots = trio.Semaphore(_IN_FLIGHT)
         self._unsent: deque[memoryview] = deque()
         self._has_unsent = trio.Event()
-        self._message: Message | None = None  # whose payload is arriving
+        self._running = trio.CancelScope()
         self._lost: tuple[type[errors.Exception], str] | None = None
 
-    async def open(self) -> None:
-        """Exchange openings.
+    async def open(self, security: Security, *, local: bool, read_only: bool) -> None:
+        """Exchange openings; the arguments are those of ``greeting.client``.
 
         Raises:
+            PermissionDenied: it does not let this side in, or is not who it should be.
             ProtocolError, TimedOut, ConnectionLost: it is no engine.
         """
+        limits = self._wire.limits
+        dialogue = greeting.client(limits, security, local=local, read_only=read_only)
+        say = next(dialogue)
         try:
             with trio.fail_after(min(self._timeout, _CONNECT_TIMEOUT)):
-                await self._socket.send(wire.opening(self._wire.limits))
-                event = await self._next_event()
+                while True:
+                    for parts in self._transport.sealed([say]):
+                        # Who is refused may find out here: what was said before tells more.
+                        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                            await self._socket.send(b"".join(parts))  # little: it fits in
+                    say = dialogue.send(await self._next_event())
+        except StopIteration as end:
+            self.limits = end.value
         except trio.TooSlowError:
             raise TimedOut(f"{self._name}: connected, but nothing answers") from None
+        except errors.Exception as error:
+            raise type(error)(f"{self._name}: {error}") from None
         except OSError as error:
-            raise ConnectionLost(f"{self._name}: {error.strerror} while connecting") from error
-        except ProtocolError as error:
-            raise ProtocolError(f"{self._name}: {error}") from None
-        if not isinstance(event, Opened):
-            raise ProtocolError(f"{self._name}: no opening")
-        self.limits = event.limits
+            reason = error.strerror or error
+            raise ConnectionLost(f"{self._name}: {reason} while connecting") from error
 
     async def run(self) -> None:
         """Take replies until the connection ends; every request on it then fails."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_unsent)
-                while True:
-                    self._take(await self._next_event())
-        except* ProtocolError as group:
-            self._fail(ProtocolError, str(_first(group)))
+            with self._running:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_unsent)
+                    while True:
+                        self._take(await self._next_event())
+        except* errors.Exception as group:
+            error = _first(group)
+            assert isinstance(error, errors.Exception)
+            self._fail(type(error), str(error))
         except* OSError as group:
             self._fail(ConnectionLost, str(_first(group)))
         finally:
             self._fail(ConnectionLost, "the connection was closed")
             self._socket.close()
 
+    def close(self) -> None:
+        """Have :meth:`run` end; the requests under way fail."""
+        self._running.cancel()
+
     async def _next_event(self) -> wire.Event:
         while (event := self._wire.next_event()) is NEED_DATA:
             try:
                 # At once or not at all: in a wait between buffer() and the receiving, a request
                 # may be cancelled, whose buffer is its caller's again.
-                count = self._socket._sock.recv_into(self._wire.buffer())  # type: ignore[attr-defined]
+                count = self._recv_into(self._wire.buffer())
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._socket)
                 continue
@@ -102,25 +135,6 @@ class Connection:
             self._asked = False
             await trio.lowlevel.checkpoint()
         return event
-
-    def _take(self, event: wire.Event) -> None:
-        if isinstance(event, Message):
-            request = self._requests.get(reply_id(event))
-            if event.payload:
-                wanted = request is not None and request.into is not None
-                place = request.place(event.payload) if request and wanted else None
-                self._wire.accept_payload(place)
-                self._message = event
-            else:
-                self._finish(event)
-        elif event is PAYLOAD_DONE and self._message is not None:
-            message, self._message = self._message, None
-            self._finish(message)
-
-    def _finish(self, message: Message) -> None:
-        request = self._requests.pop(message.header[0], None)
-        if request is not None:
-            request.take_reply(message)
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
@@ -182,7 +196,9 @@ class Connection:
             self._wire.drop_payload()
 
     def _send(self, parts: list[Any]) -> None:
-        views = [memoryview(part) for part in parts if part is not None]
+        # With TLS, what the socket does not take at once is held a second time, encrypted.
+        pieces = self._transport.sealed([part for part in parts if part is not None])
+        views = [memoryview(part) for piece in pieces for part in piece]
         if not self._unsent:
             try:
                 sent = self._socket._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)  # type: ignore[attr-defined]

@@ -10,11 +10,14 @@ import trio
 
 from warabi import dispatch, errors
 from warabi.aio_connection import Connection
+from warabi.aio_side_channel import SideChannel
 from warabi.extents import EXTENTS, Extent, groups, pack, total
+from warabi.feed import CONTENT, Changes, from_wire
 from warabi.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.request import EAGER_THRESHOLD, Request, chunks
 from warabi.target import Target as LocalTarget
+from warabi.watching import Watching
 
 _ERASE_PATIENCE = 10.0  # seconds to take back a region that could not be filled
 
@@ -23,6 +26,8 @@ class Link(Protocol):
     """One way to a target."""
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any: ...
+    async def changes(self, number: int, new_names: bool) -> Changes: ...
+    async def size(self, region: RegionID) -> int: ...
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None: ...
@@ -42,9 +47,19 @@ class DirectLink:
 
     def __init__(self, target: LocalTarget) -> None:
         self._target = target
+        self._watching = Watching(None)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        return await dispatch.execute(self._target, OPERATIONS[name], tuple(arguments))
+        operation, target = OPERATIONS[name], self._target
+        if operation.waits and target.blocking:
+            return await dispatch.execute(target, operation, tuple(arguments))
+        return operation.call(target, *arguments)
+
+    async def changes(self, number: int, new_names: bool) -> Changes:
+        return await self._watching.changes(lambda: self._target, number, new_names)
+
+    async def size(self, region: RegionID) -> int:
+        return self._target.size(region)
 
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
@@ -89,8 +104,11 @@ async def _pieces() -> AsyncIterator[Callable[..., None]]:
 class WireLink:
     """A target behind a connection; what exceeds the provider's limits is split."""
 
-    def __init__(self, connection: Connection, provider_id: int) -> None:
+    def __init__(
+        self, connection: Connection, provider_id: int, side: SideChannel | None = None
+    ) -> None:
         self._connection = connection
+        self._side = side
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
@@ -110,10 +128,28 @@ class WireLink:
             Request(name, operation.decode if operation else None), arguments
         )
 
+    async def changes(self, number: int, new_names: bool) -> Changes:
+        changes: Changes = await self._request(Request("watch", from_wire), (number, new_names))
+        marks = {what for what in changes.inodes.values() if what > CONTENT}
+        own = self._side.wrote(marks) if marks and self._side is not None else ()
+        for ino in [ino for ino, what in changes.inodes.items() if what in own]:
+            del changes.inodes[ino]
+        return changes
+
+    async def size(self, region: RegionID) -> int:
+        size = -1 if self._side is None else self._side.size(region)
+        return size if size >= 0 else await self.call("size", (region,))
+
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
         limit = self._connection.limits.payload
+        if self._side is not None:
+            done = await self._side.write(region, offset, data)
+            if done and done == len(data):
+                if persist:
+                    await self.call("persist", (region, offset, done))
+                return
         if len(data) <= limit:
             await self._request(Request("write"), (region, offset, persist, extend), data)
             return
@@ -125,7 +161,7 @@ class WireLink:
                 start_soon(self._request, Request("write"), arguments, data[start:end])
 
     async def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
-        have = await self.call("size", (region,))
+        have = await self.size(region)
         if offset + size > have:
             raise errors.OutOfBounds(
                 f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
@@ -133,6 +169,10 @@ class WireLink:
 
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         limit = self._connection.limits.payload
+        if self._side is not None and place:
+            done = await self._side.read_into(region, offset, place)
+            if done == len(place):
+                return
         if len(place) <= limit:
             await self._read_piece(region, offset, place, False)
             return
@@ -142,6 +182,10 @@ class WireLink:
                 start_soon(self._read_piece, region, offset + start, place[start:end], False)
 
     async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
+        if self._side is not None:
+            count = await self._side.read_some(region, offset, place)
+            if count >= 0:
+                return count
         return await self._read_piece(region, offset, place, True)
 
     async def _read_piece(

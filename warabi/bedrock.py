@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,7 @@ from warabi import errors
 from warabi.config import ProviderConfig, _Model, checked
 from warabi.engine import Address, Engine, server
 from warabi.errors import ConfigError
+from warabi.security import KEYS
 from warabi.server import Provider
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,21 @@ class _Margo(_Model):
 
     timeout: float | None = Field(default=None, strict=True, gt=0, le=1e9)
     insecure: StrictBool | None = None
+    share: StrictBool | None = None
+    # Looked into by the engine.
+    tls: dict[str, Any] | None = None
+    limits: dict[str, Any] | None = None
+    privileged: Literal["local", "all"] | None = None
+    token_file: StrictStr | None = None
+    read_only_token_file: StrictStr | None = None
+    # Nobody who asks what the configuration is has to know these.
+    token: StrictStr | None = Field(default=None, exclude=True)
+    read_only_token: StrictStr | None = Field(default=None, exclude=True)
+
+    def engine(self) -> dict[str, Any]:
+        """What ``Engine`` takes."""
+        given = {key: getattr(self, key) for key in ("timeout", "share", "limits", *KEYS)}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class _Provider(_Model):
@@ -106,6 +122,7 @@ class Server:
             (the first one that is free), ``config`` (what ``Provider`` takes) and ``tags``;
             ``margo`` may have the settings of ``Engine``.  Other keys of Bedrock have no effect,
             which is logged as a warning, once for each.
+        engine: settings of ``Engine`` that count instead of those in ``margo``.
 
     Raises:
         ConfigError: a key that is unknown or of the wrong type, with its JSON path; a provider
@@ -114,13 +131,17 @@ class Server:
             not be opened.  Those opened before are closed again.
     """
 
-    def __init__(self, address: str, config: dict[str, Any] | str = "{}") -> None:
+    def __init__(
+        self,
+        address: str,
+        config: dict[str, Any] | str = "{}",
+        engine: dict[str, Any] | None = None,
+    ) -> None:
         self._settings = settings = checked(_Service, config)
         _complete(settings.providers)
         for key in _without_effect(settings):
             log.warning("configuration: $.%s is accepted, and has no effect here", key)
-        engine = settings.margo.model_dump(exclude_none=True, include={"timeout", "insecure"})
-        self._engine = Engine(address, server, config=engine)
+        self._engine = Engine(address, server, config={**settings.margo.engine(), **(engine or {})})
         self._providers: dict[str, Provider] = {}
         try:
             for provider in settings.providers:
@@ -130,8 +151,13 @@ class Server:
             raise
 
     @classmethod
-    def from_config_file(cls, address: str, path: str | os.PathLike[str]) -> Server:
-        """As ``Server(address, config)``, with the configuration from a file.
+    def from_config_file(
+        cls,
+        address: str,
+        path: str | os.PathLike[str],
+        engine: dict[str, Any] | None = None,
+    ) -> Server:
+        """As ``Server(address, config, engine)``, with the configuration from a file.
 
         Raises:
             ConfigError: it cannot be read; and as ``Server``.
@@ -142,7 +168,7 @@ class Server:
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"configuration {os.fspath(path)}: {reason}") from None
-        return cls(address, text)
+        return cls(address, text, engine)
 
     def _open(self, settings: _Provider) -> None:
         assert settings.name is not None

@@ -24,6 +24,8 @@ def readable(data: Any, what: str) -> memoryview:
     Raises:
         InvalidBuffer: *data* has no buffer, or its elements are not C-contiguous.
     """
+    if type(data) is bytes:
+        return memoryview(data)
     try:
         view = memoryview(data)
     except TypeError:

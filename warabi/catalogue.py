@@ -7,65 +7,45 @@ Rules of this module:
 * An ``Inode`` object is the truth about its row while it is cached; the row follows at the
   next ``flush``.  There is one object per inode: only ``trim`` drops objects, and it is called
   only where nobody holds one.
-* Volatile changes gather in one open transaction.  ``commit`` writes it to the WAL without
-  waiting for the medium; ``sync`` waits, **without** the target's lock, so that a slow medium
-  delays only those who asked for durability, and concurrent persists share one wait.
+* Names are kept and written back in the same way (``dentries.py``).  Whatever reads rows other
+  than by their keys flushes first.
+* Volatile changes gather in one open transaction (``journal.py``).  ``commit`` writes it to the
+  WAL without waiting for the medium; ``sync`` waits, **without** the target's lock, so that a
+  slow medium delays only those who asked for durability, and concurrent persists share one wait.
 * Where the bytes of a region live is not known here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import sqlite3
 import stat
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from warabi.errors import ConfigError, CorruptTarget, Exception, StorageError, StorageFull
-from warabi.inode import ROOT, Attributes, Inode
-from warabi.region import RegionID
-
-APPLICATION_ID = 0x57617261
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE inode(
-    ino INTEGER PRIMARY KEY,      -- the slot of a region's ID
-    generation INTEGER NOT NULL,  -- random, 63 bits
-    mode INTEGER NOT NULL,        -- file type and permissions
-    nlink INTEGER NOT NULL,       -- names; for a directory 2 + subdirectories
-    uid INTEGER NOT NULL,
-    gid INTEGER NOT NULL,
-    rdev INTEGER NOT NULL,
-    size INTEGER NOT NULL,        -- bytes
-    atime INTEGER NOT NULL,       -- nanoseconds since the epoch
-    mtime INTEGER NOT NULL,
-    ctime INTEGER NOT NULL,
-    anonymous INTEGER NOT NULL,   -- 1: never had a name, shown by its ID
-    target BLOB                   -- of a symlink
-);
-CREATE INDEX anonymous ON inode(ino) WHERE anonymous = 1;
-CREATE TABLE dentry(
-    parent INTEGER NOT NULL, name BLOB NOT NULL, ino INTEGER NOT NULL,
-    PRIMARY KEY(parent, name)
-) WITHOUT ROWID;
-CREATE INDEX dentry_ino ON dentry(ino);
-CREATE TABLE xattr(
-    ino INTEGER NOT NULL, name BLOB NOT NULL, value BLOB NOT NULL,
-    PRIMARY KEY(ino, name)
-) WITHOUT ROWID;
-"""
-_COLUMNS = (
-    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target"
+from warabi.dentries import Dentries
+from warabi.errors import (
+    ConfigError,
+    CorruptTarget,
+    Exception,
+    InvalidRegion,
+    StorageError,
+    StorageFull,
 )
-_UPSERT = f"INSERT OR REPLACE INTO inode({_COLUMNS}) VALUES({', '.join('?' * 13)})"
+from warabi.feed import ATTRIBUTES, CONTENT, Feed
+from warabi.inode import ROOT, Attributes, Inode
+from warabi.journal import Journal, Row, sync_directory
+from warabi.region import RegionID
+from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
+
 _CACHED = 65536
 _FLUSH_AT = 16384
+_FLUSH = 256  # so many at a time, for it keeps everybody waiting
 
 
 def translate(error: sqlite3.Error, path: Path | None) -> Exception:
@@ -98,20 +78,16 @@ class Catalogue:
         self._cache: dict[int, Inode] = {}
         self.by_rid: dict[bytes, Inode] = {}
         self._dirty: dict[int, Inode] = {}
-        self.change = (
-            0  # counts changes; what is <= _committed is in the WAL, <= _synced on the medium
-        )
-        self._committed = 0
-        self._synced = 0
-        self._sync_lock = threading.Lock()  # taken without the target's lock, never before it
-        self._failed = ""  # why nothing can be promised any more
-        self._wal = -1
+        self.change = 0  # counts changes
+        self.feed = Feed()
         try:
             self._db = sqlite3.connect(
                 str(path or ":memory:"), isolation_level=None, check_same_thread=False
             )
         except sqlite3.Error as error:
             raise translate(error, path) from error
+        self._journal = Journal(self._db, path)
+        self._dentries = Dentries(self._db, self._journal)
         try:
             self._configure(path)
             self._next_ino = 1 + self._one("SELECT coalesce(max(ino), 0) FROM inode")
@@ -123,20 +99,28 @@ class Catalogue:
             self.uuid = str(self._one("SELECT value FROM meta WHERE key = 'uuid'"))
             self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
+            self.epoch = str(meta.get("epoch", "")) if self.clean else ""
+            """The same as long as nothing that was volatile can have been lost."""
+            self.epoch = self.epoch or uuid.uuid4().hex
             self.capacity: int | None = meta.get("capacity")
             """The quota in bytes that :meth:`create` was given."""
             if not isinstance(self.capacity, int | None):
                 raise CorruptTarget(f"catalogue {path}: the capacity is {self.capacity!r}")
             if (found := meta.get("backend", "file")) != backend:
                 raise ConfigError(f"target {path}: is a target of type {found!r}, not {backend!r}")
+            self._settled: int | None = meta.get("settled")
             if path is not None:
+                migrate(self._db, path)
+                self._check_root(path)
                 self._open_wal(path)
+            self.summed: str | None = meta.get("checksums")
+            """How blocks of regions are summed, for :mod:`warabi.sums`; None: not at all."""
         except BaseException as error:
             self.abandon()
             name = getattr(error, "sqlite_errorname", "")
             if isinstance(error, TypeError) or name == "SQLITE_ERROR":
                 # A row, or a table, that every catalogue has is missing.
-                raise CorruptTarget(f"catalogue {path}: incomplete") from error
+                raise CorruptTarget(f"catalogue {path}: incomplete; see warabi fsck") from error
             if isinstance(error, sqlite3.Error):
                 raise translate(error, path) from error
             raise
@@ -148,8 +132,8 @@ class Catalogue:
     def _configure(self, path: Path | None) -> None:
         if path is None:
             self._db.execute("PRAGMA journal_mode = OFF")
-            self._db.executescript(_SCHEMA)
-            self._populate(self._db)
+            make(self._db)
+            populate(self._db)
             return
         # Exclusive locking before WAL: no -shm file, no lock calls; the target's own lock
         # already keeps others out.  NORMAL: a commit does not wait for the medium, `sync` does.
@@ -160,44 +144,51 @@ class Catalogue:
         self._db.execute("PRAGMA cache_size = -65536")
         self._db.execute("PRAGMA cache_spill = OFF")
 
+    def _check_root(self, path: Path) -> None:
+        """Refuse what is cheap to see and can be no catalogue; ``warabi fsck`` sees the rest."""
+        if not stat.S_ISDIR(self._one("SELECT mode FROM inode WHERE ino = 1")):
+            raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
+        if self._one("SELECT coalesce(min(size), 0) FROM inode") < 0:
+            raise CorruptTarget(f"catalogue {path}: a negative size; see warabi fsck")
+
     def _open_wal(self, path: Path) -> None:
         """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` waits for."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES('epoch', ?)", (self.epoch,))
         self._db.execute("UPDATE meta SET value = 0 WHERE key = 'clean'")
-        self._wal = os.open(f"{path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-        os.fdatasync(self._wal)
+        self._journal.open_wal()
         sync_directory(path.parent)
 
     @staticmethod
-    def _populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
-        now = time.time_ns()
-        root = Inode(
-            ROOT, 1, stat.S_IFDIR | 0o755, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None
-        )
-        db.execute(_UPSERT, root.row())
-        rows = [("uuid", str(uuid.uuid4())), ("clean", 1), *meta.items()]
-        db.executemany("INSERT INTO meta VALUES(?, ?)", rows)
-
-    @classmethod
-    def create(cls, path: Path, backend: str = "file", capacity: int | None = None) -> None:
+    def create(path: Path, backend: str = "file", capacity: int | None = None) -> None:
         """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
 
-        *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.
+        *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.  It is
+        not marked as closed, so whatever lies where its regions would be is removed at open.
         """
         fresh = Path(f"{path}.new")
         for leftover in (fresh, Path(f"{fresh}-journal")):
             leftover.unlink(missing_ok=True)
+        # What is there gets whole without its WAL, so that a crash leaves either it or the new one.
+        there = f"{path.absolute().as_uri()}?mode=rw"
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(there, uri=True)) as old,
+        ):
+            old.execute("PRAGMA locking_mode = EXCLUSIVE")
+            old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         try:
             db = sqlite3.connect(fresh, isolation_level=None)
             try:
-                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                db.executescript(_SCHEMA)
-                cls._populate(db, backend=backend, capacity=capacity)
+                make(db)
+                populate(db, backend=backend, capacity=capacity, clean=None)
             finally:
                 db.close()
             with open(fresh, "rb") as file:
                 os.fsync(file.fileno())
-            Path(f"{path}-wal").unlink(missing_ok=True)
+            # SQLite would play what another database left here into this one.
+            for leftover in (Path(f"{path}-wal"), Path(f"{path}-journal")):
+                leftover.unlink(missing_ok=True)
+            sync_directory(path.parent)
             fresh.replace(path)
             sync_directory(path.parent)
         except sqlite3.Error as error:
@@ -207,20 +198,34 @@ class Catalogue:
     # Inodes
 
     def add(self, mode: int, uid: int, gid: int, *, size: int = 0, rdev: int = 0,
-            anonymous: bool = False, target: bytes | None = None) -> Inode:  # fmt: skip
-        """A new inode without names.  A directory starts with two links, its name and its dot."""
+            anonymous: bool = False, target: bytes | None = None,
+            rid: RegionID | None = None) -> Inode:  # fmt: skip
+        """A new inode without names.  A directory starts with two links, its name and its dot.
+
+        With *rid* it gets that ID, which a region of a target that is copied to here had.
+
+        Raises:
+            InvalidRegion: *rid* cannot be a region's, or its slot is taken.
+        """
         now = time.time_ns()
-        ino = self._next_ino
-        self._next_ino = ino + 1
+        ino, generation = self._next_ino, self._random.getrandbits(63)
+        if rid is not None:
+            ino, generation = rid.slot, rid.generation
+            if not ROOT < ino < 1 << 62 or generation >> 63:
+                raise InvalidRegion(f"create: {rid!r} cannot be the ID of a region")
+            if (taken := self.get(ino)) is not None:
+                kind = "that region" if taken.rid == rid else "another inode"
+                raise InvalidRegion(f"create: {rid!r}: this target has {kind} in its slot {ino}")
+        self._next_ino = max(self._next_ino, ino + 1)
         inode = Inode(
-            ino, self._random.getrandbits(63), mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
+            ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
             size, now, now, now, int(anonymous), target,
         )  # fmt: skip
         self._remember(inode)
         if stat.S_ISREG(mode):
             self.count += 1
             self.used += size
-        self.touch(inode, durable=True)
+        self.touch(inode, durable=True, tell=False)
         return inode
 
     def _remember(self, inode: Inode) -> None:
@@ -232,7 +237,7 @@ class Catalogue:
         """The inode *ino*, or None."""
         inode = self._cache.get(ino)
         if inode is None and -(1 << 63) <= ino < 1 << 63:
-            row = self._db.execute(f"SELECT {_COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()
+            row = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()
             if row is not None:
                 inode = Inode(*row)
                 inode.stored = True
@@ -252,9 +257,12 @@ class Catalogue:
                 inode = found
         return inode
 
-    def touch(self, inode: Inode, *, durable: bool) -> None:
-        """Note that *inode* changed; *durable* when a persist of it has to keep the change."""
+    def touch(self, inode: Inode, *, durable: bool, tell: bool = True) -> None:
+        """Note that *inode* changed; *durable* when a persist of it has to keep the change, *tell*
+        unless nobody can know it or somebody tells who watches."""
         self._dirty[inode.ino] = inode
+        if tell and self.feed.watched:
+            self.feed.inode(inode.ino, ATTRIBUTES)
         if durable:
             self.change += 1
             inode.changed = self.change
@@ -275,59 +283,68 @@ class Catalogue:
         if inode.stored:
             self._write("DELETE FROM inode WHERE ino = ?", (inode.ino,))
             self._write("DELETE FROM xattr WHERE ino = ?", (inode.ino,))
+            if self.summed:
+                self._write("DELETE FROM checksum WHERE ino = ?", (inode.ino,))
+                self._write("DELETE FROM unsettled WHERE ino = ?", (inode.ino,))
         self.change += 1
+        if self.feed.watched:
+            self.feed.inode(inode.ino, CONTENT)
+            if stat.S_ISREG(inode.mode):
+                self.feed.name(ROOT, inode.rid.hex().encode(), 0)
 
     def trim(self) -> None:
         """Drop cached inodes that nobody uses, when there are too many.  Nobody may hold one."""
         if len(self._dirty) > _FLUSH_AT:
-            self.flush()
+            self._flush_inodes(_FLUSH)
+        if len(self._dentries.dirty) > _FLUSH_AT:
+            self._dentries.flush(_FLUSH)
+        self._dentries.trim()
         if len(self._cache) <= _CACHED:
             return
         for inode in list(self._cache.values())[: _CACHED // 2]:
-            if not (inode.users or inode.pins or inode.exclusive or inode.ino in self._dirty):
+            used = inode.users or inode.pins or inode.exclusive or inode.share is not None
+            if not (used or inode.ino in self._dirty):
                 del self._cache[inode.ino]
                 self.by_rid.pop(inode.rid, None)
 
     # Names
 
     def lookup(self, parent: int, name: bytes) -> int | None:
-        row = self._db.execute(
-            "SELECT ino FROM dentry WHERE parent = ? AND name = ?", (parent, name)
-        ).fetchone()
-        return None if row is None else int(row[0])
+        return self._dentries.get(parent, name)
 
-    def link(self, parent: int, name: bytes, inode: Inode) -> None:
-        """Make *name* mean *inode*, instead of what it meant; link counts are the caller's."""
-        self._write("INSERT OR REPLACE INTO dentry VALUES(?, ?, ?)", (parent, name, inode.ino))
+    def link(self, parent: int, name: bytes, inode: Inode, *, new: bool = False) -> None:
+        """Make *name* mean *inode*, instead of what it meant, if it is not *new*; link counts are
+        the caller's."""
+        self._dentries.set(parent, name, inode.ino)
         self.touch(inode, durable=True)
+        if self.feed.watched:
+            self.feed.name(parent, name, inode.ino, new=new)
 
     def unlink(self, parent: int, name: bytes) -> None:
-        self._write("DELETE FROM dentry WHERE parent = ? AND name = ?", (parent, name))
+        self._dentries.set(parent, name, None)
         self.change += 1
+        if self.feed.watched:
+            self.feed.name(parent, name, 0)
 
     def unlink_all(self, inode: Inode) -> list[int]:
         """Remove every name of *inode*; returns the directories that held one."""
-        rows = self._db.execute("SELECT parent FROM dentry WHERE ino = ?", (inode.ino,)).fetchall()
-        if rows:
-            self._write("DELETE FROM dentry WHERE ino = ?", (inode.ino,))
-            self.change += 1
-        return [row[0] for row in rows]
+        names = self.names(inode)
+        for parent, name in names:
+            self.unlink(parent, name)
+        return [parent for parent, _ in names]
 
     def names(self, inode: Inode) -> list[tuple[int, bytes]]:
         """Every (parent, name) that means *inode*."""
-        return self._db.execute(
-            "SELECT parent, name FROM dentry WHERE ino = ? ORDER BY parent, name", (inode.ino,)
-        ).fetchall()
+        return self._dentries.of(inode.ino)
 
     def has_entries(self, ino: int) -> bool:
-        sql = "SELECT 1 FROM dentry WHERE parent = ? LIMIT 1"
-        return self._db.execute(sql, (ino,)).fetchone() is not None
+        return self._dentries.any_in(ino)
 
     def entries(self, parent: int, after: bytes, limit: int) -> list[tuple[bytes, Attributes]]:
         """Up to *limit* entries of a directory whose names sort after *after*, by name."""
         self.flush()
         rows = self._db.execute(
-            f"SELECT name, i.{_COLUMNS.replace(', ', ', i.')} FROM dentry d JOIN inode i"
+            f"SELECT name, i.{COLUMNS.replace(', ', ', i.')} FROM dentry d JOIN inode i"
             " ON i.ino = d.ino WHERE parent = ? AND name > ? ORDER BY name LIMIT ?",
             (parent, after, limit),
         )
@@ -338,7 +355,7 @@ class Catalogue:
         self.flush()
         after = min(after, (1 << 63) - 1)  # a foreign ID's slot may have 64 bits
         rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM inode WHERE ino > ? AND mode & {0o170000} = {stat.S_IFREG}"
+            f"SELECT {COLUMNS} FROM inode WHERE ino > ? AND mode & {0o170000} = {stat.S_IFREG}"
             f" {'AND anonymous = 1' if anonymous else ''} ORDER BY ino LIMIT ?",
             (after, limit),
         )
@@ -382,89 +399,81 @@ class Catalogue:
 
     # Transactions
 
-    def _write(self, sql: str, values: tuple[int | bytes, ...]) -> None:
-        self._begin()
-        self._db.execute(sql, values)
-
-    def _begin(self) -> None:
-        if self.path is not None and not self._db.in_transaction:
-            self._db.execute("BEGIN IMMEDIATE")
+    def _write(self, sql: str, values: Row) -> None:
+        self._journal.write(sql, (values,))
 
     def flush(self) -> None:
-        """Write dirty inodes into the open transaction."""
+        """Write dirty inodes and names into the open transaction."""
+        self._dentries.flush()
         if self._dirty:
-            self._begin()
-            self._db.executemany(_UPSERT, [inode.row() for inode in self._dirty.values()])
-            for inode in self._dirty.values():
-                inode.stored = True
-            self._dirty.clear()
+            self._flush_inodes(len(self._dirty))
+
+    def _flush_inodes(self, most: int) -> None:
+        inodes = list(itertools.islice(self._dirty.values(), most))
+        self._journal.write(UPSERT, [inode.row() for inode in inodes])
+        for inode in inodes:
+            inode.stored = True
+            del self._dirty[inode.ino]
 
     @property
     def uncommitted(self) -> bool:
-        return bool(self._dirty) or self.change > self._committed or self._db.in_transaction
+        journal = self._journal
+        dirty = self._dirty or self._dentries.dirty
+        return bool(dirty) or self.change > journal.committed or journal.uncommitted
 
     def is_synced(self, change: int) -> bool:
         """Whether *change* is on the medium (a catalogue in memory has none to wait for)."""
-        return self.path is None or change <= self._synced
+        return self._journal.is_synced(change)
 
-    def commit(self) -> int:
+    def commit(self, unsettled: RegionID | None = None) -> int:
         """End the transaction; what it holds survives a crash of the process.
+
+        Args:
+            unsettled: the oldest region whose bytes a power failure may take away with their
+                file, for :meth:`fresh` to tell; None when there is none.
 
         Returns the change number to give to :meth:`sync`.
         """
-        self._check()
         self.flush()
-        if self._db.in_transaction:
-            try:
-                self._db.execute("COMMIT")
-            except sqlite3.Error:
-                # SQLite keeps the transaction for another try, unless it had to roll back: then
-                # the database and the inodes in memory no longer agree.
-                if not self._db.in_transaction:
-                    self._failed = (
-                        f"catalogue {self.path}: a commit failed and was rolled back; what changed"
-                        " since the last persist is lost. Make room, close the target, reopen it"
-                    )
-                raise
-        self._committed = self.change
-        return self._committed
-
-    def _check(self) -> None:
-        if self._failed:
-            raise StorageError(self._failed)
+        settled = self._next_ino if unsettled is None else unsettled.slot
+        if settled != self._settled and self._journal.uncommitted:
+            self._write("INSERT OR REPLACE INTO meta VALUES('settled', ?)", (settled,))
+            self._settled = settled
+        return self._journal.commit(self.change)
 
     def sync(self, change: int) -> None:
         """Wait until the committed *change* is on the medium.  The target's lock is **not** held.
 
         Raises:
-            StorageError: the medium refused, now or before; the kernel reports such a failure
-                only once, so no later sync may claim success.
+            StorageError: the medium refused, now or before; no later sync claims success.
         """
-        if self.is_synced(change):
-            return
-        with self._sync_lock:
-            if self.is_synced(change):
-                return  # another's sync covered ours
-            self._check()
-            latest = self._committed
-            try:
-                os.fdatasync(self._wal)
-            except OSError as error:
-                self._failed = (
-                    f"catalogue {self.path}: a sync failed ({error.strerror}); what was"
-                    " written since the last persist may be lost. Close the target, check the"
-                    " medium, reopen it"
-                )
-                raise StorageError(self._failed) from error
-            self._synced = max(self._synced, latest)
+        self._journal.sync(change)
 
-    def close(self) -> None:
-        """Commit, mark as cleanly closed, and fold the WAL into the database."""
+    def restore(self) -> None:
+        """After an error of SQLite: have it know again of what is not committed."""
+        self._journal.restore()
+
+    def fresh(self) -> list[RegionID]:
+        """The regions that may lack their bytes when the catalogue was not closed, by slot."""
+        after = self._next_ino if self._settled is None else self._settled - 1
+        found = []
+        while page := self.regions(after, 10000, anonymous=False):
+            found += [attributes.region for attributes in page]
+            after = page[-1].ino
+        return found
+
+    def close(self, *, clean: bool = True, unsettled: RegionID | None = None) -> None:
+        """Commit, and fold the WAL into the database.
+
+        Args:
+            clean: mark that nothing has to be recovered.
+            unsettled: as for :meth:`commit`.
+        """
         try:
             if self.path is not None:
-                self.flush()
-                self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
-                self.commit()
+                if clean:
+                    self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
+                self.commit(unsettled)
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error as error:
@@ -474,9 +483,7 @@ class Catalogue:
 
     def abandon(self) -> None:
         """Let go of the files as they are, as a crash would; the next to open them recovers."""
-        if self._wal >= 0:
-            os.close(self._wal)
-            self._wal = -1
+        self._journal.close()
         self._db.close()
 
     def iterate_regions(self) -> Iterator[Attributes]:
@@ -485,12 +492,3 @@ class Catalogue:
         while page := self.regions(after, 10000, anonymous=False):
             yield from page
             after = page[-1].ino
-
-
-def sync_directory(path: Path) -> None:
-    """Put a directory's entries on the medium."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,22 +1,32 @@
-"""One connection's bytes on the provider's side: events in, frames out, on a Trio socket."""
+"""One connection's bytes on the provider's side: events in, frames out, on a Trio socket.
+
+What goes over the socket may be TLS (``transport.py``); who is at its other end is found out before
+anything else is taken from it (``greeting.py``).
+"""
 
 from __future__ import annotations
 
+import array
+import contextlib
 import math
-from collections.abc import Sequence
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from warabi import wire
-from warabi.errors import ProtocolError
-from warabi.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits, Opened
+from warabi import greeting, wire
+from warabi.errors import PermissionDenied, ProtocolError
+from warabi.security import Peer, Security
+from warabi.transport import NO_TLS, Part, Plain, Tls, Transport
+from warabi.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
 
 OPENING_PATIENCE = 10.0
-"""Seconds that a peer has for its opening."""
+"""Seconds that a peer has for its opening, with everything that belongs to it."""
 STALL_PATIENCE = 60.0
-"""Seconds for which a peer may stop in the middle of a transfer that holds shared buffers."""
-
-Part = bytes | bytearray | memoryview
+"""Seconds that a peer may take for each ``STALL_SIZE`` bytes that go through shared buffers."""
+STALL_SIZE = 4 * 1024 * 1024
+_UNREAD = 64  # pieces of input that are thrown away at the end
+_UNREAD_PIECE = 256 * 1024
 
 
 class Channel:
@@ -24,11 +34,18 @@ class Channel:
 
     One task receives.  Any number send; a frame, or a :meth:`stream` of several parts, is never
     mixed with another's.
+
+    Args:
+        sock: the connected socket.
+        limits: what this side receives from those whom it has let in.
     """
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(self, sock: trio.socket.SocketType, limits: Limits | None = None) -> None:
         self._socket = sock
-        self._connection = wire.Connection(Limits())
+        self._transport: Transport = Plain(sock._sock)  # type: ignore[attr-defined]
+        self._receive: Callable[[memoryview], Awaitable[int]] = sock.recv_into
+        self._limits = limits or Limits()
+        self._connection = wire.Connection(greeting.STRANGER)
         self._sending = trio.Lock()
         self._draining = False
         self._deaf = False  # the peer no longer takes replies; its requests still count
@@ -37,47 +54,99 @@ class Channel:
     @property
     def limits(self) -> Limits:
         """What this side receives, and allocates."""
-        return self._connection.limits
+        return self._limits
 
-    async def open(self) -> bool:
-        """Exchange openings; False when the peer closes instead.
+    async def open(self, security: Security, *, local: bool) -> Peer | None:
+        """Exchange openings and find out who the peer is; None when it closes instead.
 
         Raises:
+            PermissionDenied: it may not come in.
             ProtocolError, trio.TooSlowError, OSError: it is no peer of ours.
         """
         with trio.fail_after(OPENING_PATIENCE):
-            await self.send([wire.opening(self.limits)])
-            opened = await self.next_event()
-        if isinstance(opened, Opened):
-            self.peer = opened.limits
-        return opened is not None
+            if security.tls is not None and not local:
+                await self._start_tls(security)
+            dialogue = greeting.provider(self._limits, security, local=local)
+            say = next(dialogue)
+            try:
+                while True:
+                    if say:
+                        await self.send([say])
+                    event = await self.next_event()
+                    if event is None:
+                        return None
+                    say = dialogue.send(event)
+            except StopIteration as end:
+                who: Peer
+                self.peer, who, say = end.value
+            self._connection.limits = self._limits
+            if say:
+                await self.send([say])
+        return who
+
+    async def _start_tls(self, security: Security) -> None:
+        assert security.tls is not None
+        plain = self._socket._sock  # type: ignore[attr-defined]
+        tls = Tls(plain, security.tls.server, None)
+        done = False
+        while not done:
+            try:
+                done = tls.shake_hands()
+            except (PermissionDenied, ProtocolError):
+                await self.send([tls.unsent() or NO_TLS])
+                self._deaf = True  # an alert is all that it may understand
+                raise
+            if unsent := tls.unsent():
+                await self.send([unsent])
+            if not done:
+                await trio.lowlevel.wait_readable(self._socket)
+                with contextlib.suppress(BlockingIOError):  # there was nothing, after all
+                    tls.receive()
+        self._transport = tls
+        self._receive = self._receive_encrypted
+
+    async def _receive_encrypted(self, buffer: memoryview) -> int:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                count = self._transport.recv_into(buffer)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                continue
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return count
 
     def drain(self) -> None:
         """From now on :meth:`next_event` gives what has come in, and then None."""
         self._draining = True
 
-    async def next_event(self, patience: float = math.inf) -> wire.Event | None:
+    async def next_event(self) -> wire.Event | None:
         """The next event, or None when the peer closed between two messages.
 
         Raises:
             ProtocolError: the peer broke a rule, or closed elsewhere.
-            trio.TooSlowError: nothing came for *patience* seconds.
             OSError: the connection broke.
         """
         while (event := self._connection.next_event()) is NEED_DATA:
             if self._draining and self._connection.between_messages:
                 return None
-            with trio.fail_after(patience):
-                count = await self._socket.recv_into(self._connection.buffer())
+            count = await self._receive(self._connection.buffer())
             if count == 0 and self._connection.between_messages:
                 return None
             self._connection.received(count)
         return event
 
     async def fill(self, place: memoryview, patience: float = math.inf) -> None:
-        """Receive the next bytes of the current payload into *place*, all of it."""
+        """Receive the next bytes of the current payload into *place*, all of it.
+
+        Raises:
+            trio.TooSlowError: the peer took more than *patience* seconds for each ``STALL_SIZE``
+                bytes; a byte now and then is not enough.
+        """
         self._connection.accept_payload(place)
-        if await self.next_event(patience) not in (PAYLOAD_DONE, PLACE_FULL):
+        with trio.fail_after(_scaled(patience, len(place))):
+            event = await self.next_event()
+        if event not in (PAYLOAD_DONE, PLACE_FULL):
             raise ProtocolError("the peer closed the connection within a payload")
 
     async def drop_payload(self) -> None:
@@ -86,27 +155,30 @@ class Channel:
         if await self.next_event() is not PAYLOAD_DONE:
             raise ProtocolError("the peer closed the connection within a payload")
 
-    async def send(self, parts: Sequence[Part]) -> None:
-        """Send *parts* as one; a peer that is gone is no error, for its requests still count."""
-        async with self._sending:
-            await self._send(parts, math.inf)
+    async def send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
+        """Send *parts* as one; a peer that is gone is no error, for its requests still count.
 
-    async def _send(self, parts: Sequence[Part], patience: float) -> None:
+        Over a local socket *descriptors* go with the first of them.
+        """
+        async with self._sending:
+            await self._send(parts, descriptors)
+
+    async def _send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
         if self._deaf:
             return
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
-            with trio.fail_after(patience):
-                sent = await self._socket.sendmsg(parts)
-            for part in parts:
-                if sent >= len(part):
-                    sent -= len(part)
-                    continue
-                rest = memoryview(part)[sent:]
-                sent = 0
-                while rest:
-                    with trio.fail_after(patience):
+            for piece in self._transport.sealed(parts):
+                sent = await self._socket.sendmsg(piece, rights if descriptors else ())
+                for part in piece:
+                    if sent >= len(part):
+                        sent -= len(part)
+                        continue
+                    rest = memoryview(part)[sent:]
+                    sent = 0
+                    while rest:
                         rest = rest[await self._socket.send(rest) :]
-        except OSError:
+        except (OSError, ProtocolError, PermissionDenied):
             self._deaf = True
 
     def stream(self) -> Stream:
@@ -114,7 +186,21 @@ class Channel:
         return Stream(self)
 
     def close(self) -> None:
+        """End the connection; replies that were sent arrive.
+
+        Input that nobody has read would have the kernel reset the connection, and what the peer has
+        not received by then would be lost.
+        """
+        with contextlib.suppress(OSError):  # there is no more
+            for _ in range(_UNREAD):
+                if not self._socket._sock.recv(_UNREAD_PIECE):  # type: ignore[attr-defined]
+                    break
         self._socket.close()
+
+
+def _scaled(patience: float, size: int) -> float:
+    """Seconds for *size* bytes, from those for ``STALL_SIZE``, which are the fewest, too."""
+    return patience * max(1.0, size / STALL_SIZE)
 
 
 class Stream:
@@ -128,8 +214,10 @@ class Stream:
         return self
 
     async def send(self, part: Part) -> None:
-        """Raises ``trio.TooSlowError`` when the peer takes nothing for ``STALL_PATIENCE``."""
-        await self._channel._send([part], STALL_PATIENCE)
+        """Raises ``trio.TooSlowError`` when the peer takes less than ``STALL_SIZE`` bytes in
+        ``STALL_PATIENCE``."""
+        with trio.fail_after(_scaled(STALL_PATIENCE, len(part))):
+            await self._channel._send([part])
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -7,7 +7,7 @@ command line itself is wrong.
 from __future__ import annotations
 
 import contextlib
-import errno
+import json
 import logging
 import os
 import sys
@@ -18,35 +18,41 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import warabi
+from warabi.cli_backup import export_command, import_command
+from warabi.cli_check import fsck, scrub
+from warabi.cli_common import authenticated, one_line, reaching, secured
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
-from warabi.errors import ConfigError, Exception, InvalidRegion
+from warabi.errors import ConfigError, InvalidRegion
 from warabi.region import RegionID
+from warabi.security import config_of
 
 if TYPE_CHECKING:
     from warabi.bedrock import Server  # takes time to import, which the other commands need not
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        yield
-    except (Exception, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            raise  # nobody reads any more; click ends quietly
-        sys.exit(f"warabi: {error}")
-
-
-@contextlib.contextmanager
-def _handle(address: str, provider_id: int) -> Iterator[TargetHandle]:
-    with _one_line(), Engine(address.split("://")[0], Mode.CLIENT) as engine:
-        yield Client(engine).make_target_handle(address, provider_id)
+def _handle(
+    address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
+) -> Iterator[TargetHandle]:
+    with one_line():
+        config = config_of(security)
+        with Engine(address.split("://")[0], Mode.CLIENT, config=config) as engine:
+            yield Client(engine).make_target_handle(address, provider_id, read_only)
 
 
 def _target(function: Any) -> Any:
-    """The arguments that name a target."""
-    option = click.option("-p", "--provider-id", type=int, default=0, show_default=True)
-    return click.argument("address")(option(function))
+    """The arguments that name a target and say how to reach it."""
+    return click.argument("address")(reaching(function))
+
+
+def _serving(function: Any) -> Any:
+    """The options for whom to serve."""
+    reading = click.option("--read-only-token-file", metavar="FILE", default="",
+                           help="A token for those who only read.")  # fmt: skip
+    insecure = click.option("--insecure", is_flag=True,
+                            help="Listen beyond loopback without any of these.")  # fmt: skip
+    return secured(reading(insecure(function)), False)
 
 
 def _region(text: str) -> RegionID:
@@ -62,6 +68,12 @@ def main() -> None:
     """Serve Warabi targets, and reach one."""
 
 
+main.add_command(scrub)
+main.add_command(fsck)
+main.add_command(export_command)
+main.add_command(import_command)
+
+
 @main.command()
 @click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
@@ -70,12 +82,14 @@ def main() -> None:
 @click.option("-t", "--target", metavar="TARGET",
               help="Serve just this: memory: or file:PATH, made when missing.")  # fmt: skip
 @click.option("-p", "--provider-id", type=int, help="The ID of that target's provider, 0 if none.")
+@_serving
 def serve(
     config: Path | None,
     address: str,
     address_file: Path | None,
     target: str | None,
     provider_id: int | None,
+    **security: Any,
 ) -> None:
     """Serve what CONFIG.json says, in the form that Mochi's Bedrock takes, or one TARGET.
 
@@ -89,9 +103,9 @@ def serve(
         raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
     logging.basicConfig(format="warabi: %(message)s")
     with (
-        _one_line(),
+        one_line(),
         service.Ending() as ending,
-        _server(config, address, target, provider_id or 0) as server,
+        _server(config, address, target, provider_id or 0, config_of(security)) as server,
         service.address_file(address_file, str(server.address)),
     ):
         server.engine.on_finalize(ending.come)
@@ -101,11 +115,17 @@ def serve(
         service.notify("STOPPING=1")
 
 
-def _server(config: Path | None, address: str, target: str | None, provider_id: int) -> Server:
+def _server(
+    config: Path | None,
+    address: str,
+    target: str | None,
+    provider_id: int,
+    engine: dict[str, Any],
+) -> Server:
     from warabi.bedrock import Server
 
     if config is not None:
-        return Server.from_config_file(address, config)
+        return Server.from_config_file(address, config, engine)
     kind, _, path = str(target).partition(":")
     if target == "memory:":
         settings: dict[str, Any] = {"type": "memory"}
@@ -114,14 +134,14 @@ def _server(config: Path | None, address: str, target: str | None, provider_id: 
     else:
         raise ConfigError(f"target {target!r}: expected memory: or file:PATH")
     provider = {"type": "warabi", "provider_id": provider_id, "config": {"target": settings}}
-    return Server(address, {"providers": [provider]})
+    return Server(address, {"providers": [provider]}, engine)
 
 
 @main.command("ls")
 @_target
-def list_regions(address: str, provider_id: int) -> None:
+def list_regions(address: str, provider_id: int, **security: str) -> None:
     """List every region: its ID, size in bytes, and names."""
-    with _handle(address, provider_id) as target:
+    with _handle(address, provider_id, security, read_only=True) as target:
         for region in target.list():
             try:
                 found = target.stat(region)
@@ -135,9 +155,9 @@ def list_regions(address: str, provider_id: int) -> None:
 @_target
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option("-n", "--name", help="Give the region this path in the tree of names.")
-def put(address: str, provider_id: int, file: Any, name: str | None) -> None:
+def put(address: str, provider_id: int, file: Any, name: str | None, **security: str) -> None:
     """Store FILE, or standard input, as a new region, durably; prints its ID."""
-    with _handle(address, provider_id) as target:
+    with _handle(address, provider_id, security) as target:
         region = target.create_and_write(file.read(), persist=True)
         if name:
             try:
@@ -153,9 +173,9 @@ def put(address: str, provider_id: int, file: Any, name: str | None) -> None:
 @_target
 @click.argument("region")
 @click.argument("file", type=click.File("wb"), default="-")
-def get(address: str, provider_id: int, region: str, file: Any) -> None:
+def get(address: str, provider_id: int, region: str, file: Any, **security: str) -> None:
     """Write a region, by its ID or its path, to FILE or standard output."""
-    with _handle(address, provider_id) as target:
+    with _handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
         size = target.size(found)
         step = 8 * 1024 * 1024
@@ -166,10 +186,69 @@ def get(address: str, provider_id: int, region: str, file: Any) -> None:
 @main.command()
 @_target
 @click.argument("region")
-def rm(address: str, provider_id: int, region: str) -> None:
+def rm(address: str, provider_id: int, region: str, **security: str) -> None:
     """Erase a region by its ID, or remove a name by its path."""
-    with _handle(address, provider_id) as target:
+    with _handle(address, provider_id, security) as target:
         if region.startswith("/"):
             target.unlink_name(region)
         else:
             target.erase(_region(region))
+
+
+@main.command()
+@click.argument("source", metavar="SOURCE_ADDRESS")
+@click.argument("source_id", metavar="SOURCE_PROVIDER", type=click.IntRange(0, 65535))
+@click.argument("destination", metavar="DEST_ADDRESS")
+@click.argument("destination_id", metavar="DEST_PROVIDER", type=click.IntRange(0, 65535))
+@click.option("--new-root", metavar="PATH",
+              help="The target's path at the destination, or a directory for it.")  # fmt: skip
+@click.option("--transfer-size", metavar="BYTES", type=click.IntRange(min=0),
+              help="Bytes of regions in a message.")  # fmt: skip
+@click.option("--merge-config", metavar="JSON",
+              help="What to merge into the target's configuration.")  # fmt: skip
+@click.option("--keep-source", is_flag=True, help="Do not remove the source's files.")
+@authenticated
+def migrate(
+    source: str,
+    source_id: int,
+    destination: str,
+    destination_id: int,
+    new_root: str | None,
+    transfer_size: int | None,
+    merge_config: str | None,
+    keep_source: bool,
+    **security: str,
+) -> None:
+    """Have a running provider move its target to another one, which has none yet.
+
+    DEST_ADDRESS and paths are as the source and the destination see them.  Reads go on meanwhile,
+    changes wait.  An interrupt ends this command, not the migration.
+    """
+    from warabi.migration.ask import ask
+
+    options: dict[str, Any] = {"remove_source": not keep_source}
+    if new_root is not None:
+        options["new_root"] = new_root
+    if transfer_size is not None:
+        options["transfer_size"] = transfer_size
+    if merge_config is not None:
+        try:
+            options["merge_config"] = json.loads(merge_config)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise click.BadParameter(
+                f"not valid JSON: {error}", param_hint="--merge-config"
+            ) from None
+    where = (source, source_id), (destination, destination_id)
+    scheme = source.split("://")[0]
+    with one_line(), Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine:
+        if not sys.stderr.isatty():
+            ask(engine, *where, options)
+            return
+        with click.progressbar(length=1, label="migrating", file=sys.stderr) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.length = max(1, total)
+                bar.update(done - bar.pos)
+
+            ask(engine, *where, options, show)
+            bar.update(max(0, (bar.length or 1) - bar.pos))

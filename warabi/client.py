@@ -16,6 +16,7 @@ from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
 from warabi.extents import EXTENTS, check_total, checked_extents, pack
 from warabi.link import DirectLink, Link, WireLink, wait_all
 from warabi.operations import PAGE
+from warabi.readonly import ReadOnlyLink
 from warabi.region import RegionID
 from warabi.request import Request
 from warabi.target import RegionStat
@@ -32,6 +33,11 @@ __all__ = [
     "RegionStat",
     "TargetHandle",
 ]
+
+
+def _id(region: Any) -> RegionID:
+    """*region*, or ``InvalidRegion`` for what can be none."""
+    return region if type(region) is RegionID else RegionID(region)
 
 
 class AsyncRequest:
@@ -112,7 +118,7 @@ class TargetHandle:
         """
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
-        self._link.write(RegionID(region), offset, view, bool(persist), False)
+        self._link.write(_id(region), offset, view, bool(persist), False)
 
     def write_async(
         self, region: RegionID, offset: int, data: Any, persist: bool = False
@@ -120,7 +126,7 @@ class TargetHandle:
         """As :meth:`write`, not waiting; *data* must not change until it is done."""
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
-        requests = self._link.start_write(RegionID(region), offset, view, bool(persist))
+        requests = self._link.start_write(_id(region), offset, view, bool(persist))
         return AsyncRequest(self._link, requests)
 
     def read(self, region: RegionID, offset: int, size: int) -> bytes:
@@ -131,7 +137,7 @@ class TargetHandle:
         """
         offset = checked_size(offset, "read: offset")
         size = checked_size(size, "read: size")
-        region = RegionID(region)
+        region = _id(region)
         if size > 1 << 20:  # a size that only a mistake explains must not be allocated
             have = self.size(region)
             if offset + size > have:
@@ -149,13 +155,13 @@ class TargetHandle:
         """
         view = writable(buffer, "read_into: buffer")
         offset = checked_size(offset, "read_into: offset")
-        self._link.read_into(RegionID(region), offset, view)
+        self._link.read_into(_id(region), offset, view)
 
     def read_async(self, region: RegionID, offset: int, buffer: Any) -> AsyncRequest:
         """As :meth:`read_into`, not waiting; *buffer* is filled when the request is done."""
         view = writable(buffer, "read_async: buffer")
         offset = checked_size(offset, "read_async: offset")
-        return AsyncRequest(self._link, self._link.start_read(RegionID(region), offset, view))
+        return AsyncRequest(self._link, self._link.start_read(_id(region), offset, view))
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
         """Return when the extent is on the medium, and will be found there after a crash.
@@ -173,7 +179,7 @@ class TargetHandle:
     @staticmethod
     def _extent(region: RegionID, offset: int, size: int) -> tuple[RegionID, int, int]:
         return (
-            RegionID(region),
+            _id(region),
             checked_size(offset, "persist: offset"),
             checked_size(size, "persist: size"),
         )
@@ -197,7 +203,7 @@ class TargetHandle:
         view = readable(data, "write_vector: data")
         checked = checked_extents(extents, "write_vector")
         check_total(checked, len(view), "write_vector")
-        self._link.write_vector(RegionID(region), checked, view, bool(persist))
+        self._link.write_vector(_id(region), checked, view, bool(persist))
 
     def read_vector(
         self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Any
@@ -212,7 +218,7 @@ class TargetHandle:
         view = writable(buffer, "read_vector: buffer")
         checked = checked_extents(extents, "read_vector")
         check_total(checked, len(view), "read_vector")
-        self._link.read_vector(RegionID(region), checked, view)
+        self._link.read_vector(_id(region), checked, view)
 
     def persist_vector(self, region: RegionID, extents: Iterable[tuple[int, int]]) -> None:
         """As :meth:`persist`, of several ``(offset, size)`` extents, in one request.
@@ -223,7 +229,7 @@ class TargetHandle:
         checked = checked_extents(extents, "persist_vector")
         for start in range(0, max(1, len(checked)), EXTENTS):
             packed = pack(checked[start : start + EXTENTS])
-            self._link.call("persist_vector", RegionID(region), packed)
+            self._link.call("persist_vector", _id(region), packed)
 
     def erase(self, region: RegionID) -> None:
         """Remove the region, and its names.
@@ -231,11 +237,11 @@ class TargetHandle:
         Raises:
             InvalidRegion: unknown or erased already.
         """
-        self._link.call("erase", RegionID(region))
+        self._link.call("erase", _id(region))
 
     def erase_async(self, region: RegionID) -> AsyncRequest:
         """As :meth:`erase`, not waiting."""
-        return AsyncRequest(self._link, self._link.start("erase", RegionID(region)))
+        return AsyncRequest(self._link, self._link.start("erase", _id(region)))
 
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; with *persist*, durable.
@@ -258,8 +264,7 @@ class TargetHandle:
         Raises:
             InvalidRegion: unknown or erased.
         """
-        size: int = self._link.call("size", RegionID(region))
-        return size
+        return self._link.size(_id(region))
 
     def stat(self, region: RegionID) -> RegionStat:
         """The region's size, times (ns since the epoch) and paths in the tree of names, up to 1000.
@@ -267,7 +272,7 @@ class TargetHandle:
         Raises:
             InvalidRegion: unknown or erased.
         """
-        found: RegionStat = self._link.call("stat", RegionID(region))
+        found: RegionStat = self._link.call("stat", _id(region))
         return found
 
     def list(self, page_size: int = PAGE) -> Iterator[RegionID]:
@@ -288,7 +293,7 @@ class TargetHandle:
             InvalidRegion: unknown or erased.
             StorageFull: it would exceed the quota.
         """
-        self._link.call("resize", RegionID(region), checked_size(size, "resize: size"))
+        self._link.call("resize", _id(region), checked_size(size, "resize: size"))
 
     # NumPy
 
@@ -353,7 +358,7 @@ class TargetHandle:
             InvalidRegion: unknown or erased.
             PathError: with ``errno`` EEXIST when the name is taken, ENOENT, ENOTDIR.
         """
-        self._link.call("link_name", RegionID(region), checked_path(path, "link_name"))
+        self._link.call("link_name", _id(region), checked_path(path, "link_name"))
 
     def unlink_name(self, path: str) -> None:
         """Remove the name *path*.  A region without names left is erased.
@@ -394,11 +399,16 @@ class Client:
             raise ConfigError(f"Client: expected an Engine, got {type(engine).__name__}")
         self._engine = engine
 
-    def make_target_handle(self, address: str, provider_id: int) -> TargetHandle:
+    def make_target_handle(
+        self, address: str, provider_id: int, read_only: bool = False
+    ) -> TargetHandle:
         """A handle to the target of a provider.
+
+        With *read_only* every change fails with ``PermissionDenied``, here and at the provider.
 
         Raises:
             ConfigError: a malformed address or ID.
+            PermissionDenied: the engine does not let this one in, or is not who it should be.
             ConnectionFailed, ProtocolError, TimedOut: no engine answers there.
             ProviderNotFound: that engine has no such provider.
         """
@@ -411,11 +421,13 @@ class Client:
             raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
         runtime = self._engine._state.runtime
         if runtime is not None and str(self._engine.addr()) == text:
-            return TargetHandle(DirectLink(runtime.find(provider_id)), self._engine)
-        connections = self._engine._state.connections
-        link = WireLink(lambda: connections.get(text), provider_id)
-        link.call("ping")
-        return TargetHandle(link, self._engine)
+            link: Link = DirectLink(runtime.find(provider_id))
+        else:
+            connections = self._engine._state.connections
+            side = connections.side_channel(text, provider_id, read_only)
+            link = WireLink(lambda: connections.get(text, read_only), provider_id, side)
+            link.call("ping")
+        return TargetHandle(ReadOnlyLink(link) if read_only else link, self._engine)
 
     def get_config(self) -> str:
         """The client's settings, as JSON text."""

@@ -58,6 +58,7 @@ class FileConfig(_Model):
     sync: StrictBool = False
     abt_io: AbtIoConfig = Field(default_factory=AbtIoConfig)
     capacity: Bytes | None = None
+    checksums: StrictBool | None = None  # None: as the target has been so far
 
 
 def _no_pool_or_large(size: int) -> int:
@@ -72,6 +73,7 @@ class PmemConfig(_Model):
     path: Annotated[StrictStr, Field(min_length=1)]
     create_if_missing_with_size: Annotated[Bytes, AfterValidator(_no_pool_or_large)] = 0
     override_if_exists: StrictBool = False
+    checksums: StrictBool | None = None
 
 
 class MemoryTarget(_Model):
@@ -112,10 +114,19 @@ TargetConfig = Annotated[MemoryTarget | FileTarget | PmemTarget, Field(discrimin
 TransferConfig = Annotated[DefaultTransfer | PipelineTransfer, Field(discriminator="type")]
 
 
+class MigrationConfig(_Model):
+    """What peers over the network may: see ``migration/permission.py``."""
+
+    send: StrictBool = False
+    receive: StrictBool = False
+    root: Annotated[StrictStr, Field(min_length=1)] | None = None
+
+
 class ProviderConfig(_Model):
     """What ``Provider`` takes: a target, or none yet, and a transfer manager."""
 
     target: TargetConfig | None = None
+    migration: MigrationConfig | None = None
     transfer_manager: TransferConfig = Field(default_factory=DefaultTransfer)
 
 
@@ -124,8 +135,20 @@ def parse(config: dict[str, Any] | str | None) -> ProviderConfig:
     return checked(ProviderConfig, config)
 
 
-def checked(model: type[_AnyModel], config: dict[str, Any] | str | None) -> _AnyModel:
+def checked(
+    model: type[_AnyModel],
+    config: dict[str, Any] | str | None,
+    *,
+    what: str = "configuration",
+    root: str = "$",
+    hidden: tuple[str, ...] = (),
+) -> _AnyModel:
     """*config*, a dict or JSON text, as a *model*.
+
+    Args:
+        what: begins the message of an error.
+        root: the JSON path of *config* in what the user wrote.
+        hidden: keys at its top that the user did not write.
 
     Raises:
         ConfigError: no valid JSON text, or a key that is unknown, missing or of the wrong type;
@@ -135,17 +158,17 @@ def checked(model: type[_AnyModel], config: dict[str, Any] | str | None) -> _Any
         try:
             config = json.loads(config or "{}")
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"configuration: not valid JSON: {error}") from None
+            raise ConfigError(f"{what}: not valid JSON: {error}") from None
     try:
         return model.model_validate({} if config is None else config)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(f"{what}: {_explain(error, root, hidden)}") from None
 
 
 _UNIONS = ("target", "transfer_manager")
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: str, hidden: tuple[str, ...]) -> str:
     """One line with the JSON path and the reason of every problem found."""
     problems = []
     for item in error.errors(include_url=False):
@@ -155,6 +178,7 @@ def _explain(error: ValidationError) -> str:
             f"[{part}]" if isinstance(part, int) else f".{part}"
             for i, part in enumerate(location)
             if not (i and location[i - 1] in _UNIONS and part not in ("type", "config"))
+            and not (i == 0 and part in hidden)
         )  # fmt: skip
         reason = item["msg"]
         if item["type"] == "extra_forbidden":
@@ -166,5 +190,5 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "union_tag_invalid":
             reason = f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
             path += ".type"
-        problems.append(f"${path}: {reason}")
-    return "configuration: " + "; ".join(problems)
+        problems.append(f"{root}{path}: {reason}")
+    return "; ".join(problems)

@@ -12,6 +12,7 @@ socket full reads replies while it waits, for the provider may be stuck until so
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import select
 import socket
@@ -21,69 +22,106 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from warabi import address, errors, wire
+from warabi import address, errors, greeting, transport, wire
 from warabi.address import Endpoint
-from warabi.errors import ConnectionLost, ProtocolError, TimedOut
-from warabi.request import Request, reply_id
-from warabi.wire import NEED_DATA, PAYLOAD_DONE, Limits, Message, Opened
+from warabi.errors import ConnectionLost, TimedOut
+from warabi.request import Replies, Request
+from warabi.security import Security
+from warabi.transport import Part
+from warabi.wire import NEED_DATA, Limits
 
 TIMEOUT = 60.0
 """Default seconds without a sign of life from the provider after which a call gives up."""
 _CONNECT_TIMEOUT = 10.0
 _LOOK_AROUND = 1.0  # seconds after which a blocked receive looks at its deadline
-Buffers = list[bytes | memoryview]
 
 
-class Connection:
+class Connection(Replies):
     """A connection to the engine at *endpoint*.
+
+    Args:
+        endpoint: where it listens.
+        timeout: seconds without a sign of life after which calls give up.
+        security: what is shown to the engine, and demanded of it.
+        read_only: have the engine refuse every change.
+        descriptors: whether the engine may send some, see :meth:`take_descriptors`; this costs
+            a little with every reply.  Only for local engines.
 
     Raises:
         ConnectionFailed: nobody listens there.
+        PermissionDenied: it does not let this side in, or is not who it should be.
         ProtocolError: something else does.
         TimedOut: it does not answer the opening.
     """
 
-    def __init__(self, endpoint: Endpoint, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        timeout: float = TIMEOUT,
+        security: Security | None = None,
+        read_only: bool = False,
+        *,
+        descriptors: bool = False,
+    ) -> None:
+        super().__init__()
         self.endpoint = endpoint
         self.timeout = timeout
         self._ids = itertools.count(1)
-        self._requests: dict[int, Request] = {}
         self._send_lock = threading.Lock()
         self._mutex = threading.Lock()
         self._reading = False
         self._lost: errors.Exception | None = None
-        self._message: Message | None = None  # whose payload is arriving
-        self._wire = wire.Connection(Limits())
         self._heard = 0.0  # when something last came, by the monotonic clock
         self._asked = False  # a sign of life was asked for since then
-        self._socket = address.connect(endpoint, min(timeout, _CONNECT_TIMEOUT))
+        security = security or Security()
+        deadline = time.monotonic() + min(timeout, _CONNECT_TIMEOUT)
+        self._socket, self._transport = transport.connect(
+            endpoint, min(timeout, _CONNECT_TIMEOUT), security
+        )
         # Blocking with a receive timeout: one system call per reply, and still no endless wait.
         self._socket.setsockopt(
             socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(_LOOK_AROUND), 0)
         )
+        self._recv_into: Callable[[memoryview, int, int], int] = self._transport.recv_into
+        if descriptors:
+            self._recv_into = functools.partial(
+                address.receive_with_descriptors, self._socket, self._descriptors
+            )
         try:
-            self.limits = self._open(time.monotonic() + min(timeout, _CONNECT_TIMEOUT))
+            self.limits = self._open(deadline, security, read_only)
         except BaseException:
             self._socket.close()
             raise
 
-    def _open(self, deadline: float) -> Limits:
+    def _open(self, deadline: float, security: Security, read_only: bool) -> Limits:
+        dialogue = greeting.client(
+            self._wire.limits, security, local=self.endpoint.local, read_only=read_only
+        )
+        say = next(dialogue)
         try:
-            self._socket.sendall(wire.opening(self._wire.limits))
-            while (event := self._wire.next_event()) is NEED_DATA:
-                if time.monotonic() > deadline:
-                    raise TimedOut(f"{self.endpoint}: connected, but nothing answers")
-                try:
-                    self._wire.received(self._socket.recv_into(self._wire.buffer()))
-                except BlockingIOError:
-                    continue
+            while True:
+                for parts in self._transport.sealed([say]):
+                    # Who is refused may find out here: what was said before tells more.
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        self._socket.sendall(b"".join(parts))
+                while (event := self._wire.next_event()) is NEED_DATA:
+                    if time.monotonic() > deadline:
+                        raise TimedOut(f"{self.endpoint}: connected, but nothing answers")
+                    try:
+                        self._wire.received(self._recv_into(self._wire.buffer(), 0, 0))
+                    except BlockingIOError:
+                        continue
+                say = dialogue.send(event)
+        except StopIteration as end:
+            limits: Limits = end.value
+            return limits
+        except TimedOut:
+            raise
         except OSError as error:
-            raise ConnectionLost(f"{self.endpoint}: {error.strerror} while connecting") from error
-        except ProtocolError as error:
-            raise ProtocolError(f"{self.endpoint}: {error}") from None
-        if not isinstance(event, Opened):
-            raise ProtocolError(f"{self.endpoint}: no opening")
-        return event.limits
+            reason = error.strerror or error
+            raise ConnectionLost(f"{self.endpoint}: {reason} while connecting") from error
+        except errors.Exception as error:
+            raise type(error)(f"{self.endpoint}: {error}") from None
 
     @property
     def own_limits(self) -> Limits:
@@ -107,7 +145,7 @@ class Connection:
         """
         request_id = next(self._ids)
         size = 0 if payload is None else len(payload)
-        parts: Buffers = [wire.frame([request_id, *header], size, self.limits)]
+        parts: list[Part] = [wire.frame([request_id, *header], size, self.limits)]
         with self._mutex:
             if self._lost is not None:
                 raise self._lost
@@ -122,28 +160,30 @@ class Connection:
                 self._requests.pop(request_id, None)
             raise
 
-    def _send(self, parts: Buffers, request: Request) -> None:
-        deadline = time.monotonic() + self.timeout
+    def _send(self, parts: list[Part], request: Request) -> None:
         try:
-            while parts:
-                try:
-                    sent = self._socket.sendmsg(
-                        parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-                    )
-                    deadline = time.monotonic() + self.timeout
-                except BlockingIOError:
-                    self._wait_for_room(deadline)
-                    continue
-                while parts and sent >= len(parts[0]):
-                    sent -= len(parts.pop(0))
-                if parts:
-                    parts[0] = memoryview(parts[0])[sent:]
+            for piece in self._transport.sealed(parts):
+                self._send_piece(piece)
         except OSError as error:
             self.poll()  # what the provider said before it closed tells more than a broken pipe
             raise self._fail(f"{request.what}: {error.strerror}") from error
         except BaseException:
             self._fail(f"{request.what}: interrupted while it was being sent")
             raise
+
+    def _send_piece(self, parts: list[Part]) -> None:
+        deadline = time.monotonic() + self.timeout
+        while parts:
+            try:
+                sent = self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                deadline = time.monotonic() + self.timeout
+            except BlockingIOError:
+                self._wait_for_room(deadline)
+                continue
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if parts:
+                parts[0] = memoryview(parts[0])[sent:]
 
     def _wait_for_room(self, deadline: float) -> None:
         poller = select.poll()
@@ -230,7 +270,7 @@ class Connection:
                     self._take(event)
                     continue
                 try:
-                    count = self._socket.recv_into(self._wire.buffer(), 0, flags)
+                    count = self._recv_into(self._wire.buffer(), 0, flags)
                 except BlockingIOError:
                     if enough is None:
                         return
@@ -243,12 +283,12 @@ class Connection:
                 self._wire.received(count)
                 self._heard = time.monotonic()
                 self._asked = False
-        except ProtocolError as error:
-            self._fail(str(error), ProtocolError)
-        except OSError as error:
-            self._fail(error.strerror or str(error))
         except TimedOut:
             raise
+        except errors.Exception as error:
+            self._fail(str(error), type(error))
+        except OSError as error:
+            self._fail(error.strerror or str(error))
         except BaseException:
             self._fail("interrupted while a reply was being received")
             raise
@@ -262,25 +302,9 @@ class Connection:
             if successor is not None:
                 successor.set()
 
-    def _take(self, event: wire.Event) -> None:
-        if isinstance(event, Message):
-            request = self._requests.get(reply_id(event))
-            if event.payload:
-                wanted = request is not None and request.into is not None
-                place = request.place(event.payload) if request and wanted else None
-                self._wire.accept_payload(place)
-                self._message = event
-            else:
-                self._finish(event)
-        elif event is PAYLOAD_DONE and self._message is not None:
-            message, self._message = self._message, None
-            self._finish(message)
-
-    def _finish(self, message: Message) -> None:
+    def _pop(self, number: int) -> Request | None:
         with self._mutex:
-            request = self._requests.pop(message.header[0], None)
-        if request is not None:
-            request.take_reply(message)
+            return self._requests.pop(number, None)
 
     def _time_out(self, request: Request) -> None:
         """Give up on *request*; its late reply must not touch the caller's buffer."""

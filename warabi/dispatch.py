@@ -7,17 +7,21 @@ A call that went to a thread runs to its end even when the task is cancelled mea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import trio
 
+from warabi import errors
 from warabi.errors import WouldBlock
 from warabi.extents import Extent
 from warabi.operations import Operation
 from warabi.region import RegionID
 from warabi.target import Target
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -96,3 +100,13 @@ async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID
     if target.write_waits or (persist and target.blocking):
         return await _in_thread(target, target.create_and_write, data, persist)
     return target.create_and_write(data, persist)
+
+
+def failure(error: Exception, name: str) -> errors.Exception:
+    """What a client is told when operation *name* raised *error*; defects are logged."""
+    if isinstance(error, errors.Exception):
+        return error
+    if isinstance(error, OSError):
+        return errors.from_os(error, name)
+    log.error("a defect in operation %s", name, exc_info=error)
+    return errors.ProviderFailed(f"{name}: {type(error).__name__} in the provider, see its log")

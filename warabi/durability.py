@@ -3,6 +3,9 @@
 Order of a persist: the data, the directory entry of their file, then the catalogue commit that
 mentions the region.  Bytes of an erased region are freed only after the commit that forgets it
 is on the medium.
+
+A commit also mentions regions that nobody has persisted.  It says from which slot on their files
+may be missing after a power failure, so that those regions can be told from damage.
 """
 
 from __future__ import annotations
@@ -10,20 +13,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from warabi.backends import Storage
-from warabi.catalogue import Catalogue
+from warabi.catalogue import Catalogue, translate
 from warabi.errors import TargetNotFound
 from warabi.gate import RegionGate
+from warabi.grants import Grants
 from warabi.inode import Inode
 
 log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL = 5.0
 """Seconds after which volatile changes of the catalogue are committed without being asked."""
+GUESTS_PATIENCE = 1.0
+"""Seconds that accesses of other processes have to end when a target closes or is migrated."""
 
 
 class DurableRegions(RegionGate):
@@ -58,11 +66,11 @@ class DurableRegions(RegionGate):
             self._committer.start()
 
     @contextlib.contextmanager
-    def _kept_open(self) -> Iterator[None]:
+    def _kept_open(self, what: str = "persist") -> Iterator[None]:
         """Keep the target from closing while the block runs."""
         with self._lock:
             if self._closed:
-                raise TargetNotFound("persist: the target is closed")
+                raise TargetNotFound(f"{what}: {self._guard.reason}")
             self._inside += 1
         try:
             yield
@@ -72,15 +80,28 @@ class DurableRegions(RegionGate):
                 if self._waiters:
                     self._idle.notify_all()
 
+    @contextlib.contextmanager
+    def _errors_translated(self) -> Iterator[None]:
+        """SQLite's errors as the library's, in a step that is to be tried again."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            self._changed.set()
+            raise translate(error, self._catalogue.path) from error
+
     def commit(self) -> None:
         """Make every change of the catalogue durable, and then free what erased regions held."""
         with self._kept_open():
+            self._storage.persist_names()
             self._commit()
 
     def _commit(self) -> None:
-        """As :meth:`commit`, by a caller that keeps the target from closing."""
-        with self._guard:
-            change = self._catalogue.commit()
+        """As :meth:`commit`, by a caller that keeps the target from closing, and does not mind
+        that regions which nobody persisted may be lost."""
+        with self._lock, self._errors_translated():
+            if self._grants is not None:
+                self._grants.settle_all()
+            change = self._catalogue.commit(self._storage.oldest_fresh())
         self._catalogue.sync(change)
         if self._freed:
             self._reap()
@@ -88,6 +109,9 @@ class DurableRegions(RegionGate):
     def sync(self) -> None:
         """Make everything written so far durable: data first, then the catalogue."""
         with self._kept_open():
+            with self._guard:
+                if self._grants is not None:
+                    self._grants.settle_all(thorough=True)
             self._storage.persist_all()
             self._commit()
 
@@ -98,6 +122,7 @@ class DurableRegions(RegionGate):
                 return
             self._changed.clear()
             try:
+                self._storage.settle()
                 self.commit()
             except TargetNotFound:
                 return
@@ -107,25 +132,47 @@ class DurableRegions(RegionGate):
                 )
 
     def _recover(self) -> None:
-        """After a crash: drop bytes that no row mentions, believe the files' sizes."""
+        """After a crash: drop bytes that no row mentions, believe the files' sizes.
+
+        A region that was not persisted and lost its file is gone; if it had a name, that means
+        an empty region now, as on other file systems.
+        """
         catalogue = self._catalogue
-        orphaned = resized = 0
+        orphaned = resized = lost = 0
         for inode in catalogue.orphans():
             catalogue.remove(inode)
+        missing = set(catalogue.fresh())
+        any_found = False
         for rid, size in self._storage.scan():
+            any_found = True
+            missing.discard(rid)
             found = catalogue.region(rid)
             if found is None:
                 # Never persisted, or erased: the catalogue on the medium knows nothing of it.
                 self._storage.erase(rid)
                 orphaned += 1
-            elif found.size != size:
+            elif found.size != size and not (
+                size < found.size and self._storage.attests(found, size)
+            ):
                 catalogue.resize(found, size)
                 resized += 1
             catalogue.trim()
-        if orphaned or resized:
+        for rid in sorted(missing):
+            found = catalogue.region(rid)
+            if found is not None:
+                lost += 1
+                if found.anonymous:
+                    catalogue.remove(found)
+                else:
+                    self._storage.create(rid, 0)
+                    catalogue.resize(found, 0)
+        if any_found:
+            self._storage.sync_found()  # who was killed left us to persist what it had written
+        if orphaned or resized or lost:
             log.warning(
-                "%s was not closed: removed %d unfinished regions, took %d sizes from files",
-                catalogue.path, orphaned, resized,
+                "%s was not closed: removed %d unfinished regions, took %d sizes from files, lost"
+                " the bytes of %d regions that were not persisted",
+                catalogue.path, orphaned, resized, lost,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -142,28 +189,56 @@ class DurableRegions(RegionGate):
             while self._inside:
                 self._wait(True)
         self._on_closing()
+        if self._grants is not None:
+            self._close_grants(self._grants)
         self._stop.set()
         self._changed.set()
         if self._committer is not None:
             self._committer.join()
+        clean = False
         try:
+            self._commit()  # what is erased goes, whether or not it could be persisted
             self._storage.persist_all()
-            with self._guard:
-                for inode in self._catalogue.orphans():
-                    self.discard(inode)
+            with self._lock:
+                self._guard.closed = True  # nothing changes any more
+                with self._errors_translated():
+                    for inode in self._catalogue.orphans():
+                        self.discard(inode)
             self._commit()
+            # Last, so that what the commit has freed does not come back either.
+            self._storage.persist_all()
+            clean = not self._freed
         finally:
             try:
                 with self._lock:
-                    self._guard.closed = True
-                    self._catalogue.close()
+                    self._catalogue.close(clean=clean, unsettled=self._storage.oldest_fresh())
             finally:
                 self._storage.close()
                 self._on_close()
+
+    def _close_grants(self, grants: Grants) -> None:
+        """End all direct access; what guests wrote until now counts."""
+        self._revoke_all(grants)
+        with self._guard:
+            freeing = grants.forget()
+            self._grants = None
+        for free in freeing:
+            free()
+
+    def _revoke_all(self, grants: Grants) -> None:
+        """End every grant, and give accesses that are under way a moment to end."""
+        with self._guard:
+            grants.revoke_all()
+        deadline = time.monotonic() + GUESTS_PATIENCE
+        while not grants.all_quiet and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def discard(self, inode: Inode) -> None:
         """Forget a nameless inode, and its bytes; the guard is held."""
         self._catalogue.remove(inode)
         inode.dead = True
+        if inode.share is not None and self._grants is not None:
+            self._grants.withdraw(inode.share)
+        self._holds.discard(inode.rid)
         if stat.S_ISREG(inode.mode) and not (inode.users or inode.exclusive):
             self._free(inode)

@@ -17,12 +17,16 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from warabi import address, errors
+from warabi import address, errors, limits, security
 from warabi.address import Endpoint
 from warabi.connection import TIMEOUT, Connection
+from warabi.limits import EngineLimits
+from warabi.security import Security
 from warabi.service import Ending
+from warabi.side_channel import SideChannel
 
 if TYPE_CHECKING:
     from warabi.runtime import Runtime
@@ -78,12 +82,22 @@ class Address:
 
 
 class Connections:
-    """The connections of one engine to others, one for each address, made when first needed."""
+    """The connections of one engine to others, one for each address, and another for those who
+    only read, made when first needed.
 
-    def __init__(self, timeout: float) -> None:
+    Args:
+        timeout: of each, in seconds.
+        security: what is shown to others, and demanded of them.
+        share: whether regions of other processes on this host may be reached directly.
+    """
+
+    def __init__(self, timeout: float, security: Security, share: bool = True) -> None:
         self.timeout = timeout
+        self._security = security
+        self._share = share
+        self._side: dict[tuple[str, int, bool], SideChannel] = {}
         self._lock = threading.Lock()
-        self._open: dict[str, Connection] = {}
+        self._open: dict[tuple[str, bool], Connection] = {}
         self._closed = False
         _all_connections.add(self)
 
@@ -93,23 +107,52 @@ class Connections:
         for connection in self._open.values():
             connection.forget()
         self._open = {}
+        for channel in self._side.values():
+            channel.forget()
+        self._side = {}
 
-    def get(self, text: str) -> Connection:
+    def get(self, text: str, read_only: bool = False) -> Connection:
         """A usable connection to *text*; raises as ``Connection`` does."""
-        found = self._open.get(text)
+        key = (text, read_only)
+        found = self._open.get(key)
         if found is not None and found.usable:
             return found
         with self._lock:
             if self._closed:
                 raise errors.ConnectionFailed(f"connect to {text}: the engine is finalized")
-            found = self._open.get(text)
+            found = self._open.get(key)
             if found is None or not found.usable:
-                found = self._open[text] = Connection(address.parse(text), self.timeout)
+                found = Connection(address.parse(text), self.timeout, self._security, read_only)
+                self._open[key] = found
             return found
+
+    def side_channel(self, text: str, provider_id: int, read_only: bool) -> SideChannel | None:
+        """What reaches the regions of a provider directly; None where that cannot be."""
+        endpoint = address.parse(text)
+        if not (self._share and endpoint.local):
+            return None
+
+        def connect() -> Connection:
+            return Connection(endpoint, self.timeout, self._security, read_only, descriptors=True)
+
+        with self._lock:
+            if self._closed:
+                return None
+            key = (text, provider_id, read_only)
+            if key not in self._side:
+                self._side[key] = SideChannel(connect, provider_id, writable=not read_only)
+            return self._side[key]
+
+    def alone(self, text: str) -> Connection:
+        """As :meth:`get`, a new connection that the caller shares with nobody, and closes."""
+        return Connection(address.parse(text), self.timeout, self._security)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            for channel in self._side.values():
+                channel.close()
+            self._side.clear()
             for connection in self._open.values():
                 connection.close()
             self._open.clear()
@@ -210,12 +253,17 @@ class Engine:
         use_progress_thread: accepted for compatibility; progress is always made.
         num_rpc_threads: accepted for compatibility.
         config: dict or JSON text; ``timeout``, seconds without a sign of life from a provider
-            after which a call gives up (default 60); ``insecure``, whether to listen beyond
-            loopback without encryption.  Other keys are ignored.
+            after which a call gives up (default 60); ``tls``, ``token``, ``token_file``,
+            ``read_only_token``, ``read_only_token_file``, ``privileged`` and ``insecure``, who
+            may connect and do what, see docs/security.md; ``limits``, how much peers may take;
+            ``share`` (default true), whether processes of the same host may reach regions
+            directly, in memory or files that they share with the provider, in either mode.
+            Other keys are ignored.
 
     Raises:
         ConfigError: a malformed address or configuration, or nothing can listen there.
-        PermissionDenied: it would listen beyond loopback, unprotected.
+        PermissionDenied: it would listen beyond loopback, unprotected; or a file with a secret
+            is open to every user.
     """
 
     logger = logging.getLogger("warabi")
@@ -232,12 +280,19 @@ class Engine:
         endpoint = address.parse(addr, complete=False)
         if not isinstance(mode, Mode):
             raise errors.ConfigError(f"engine mode: expected client or server, got {mode!r}")
-        self._state = state = _State(Connections(settings["timeout"]))
+        connections = Connections(settings.timeout, settings.security, settings.share)
+        self._state = state = _State(connections)
         self._mode = mode
         if mode is server:
             from warabi.runtime import Runtime
 
-            state.runtime = Runtime(endpoint, settings["insecure"], state.finalize_soon)
+            state.runtime = Runtime(
+                endpoint,
+                settings.security,
+                settings.limits,
+                state.finalize_soon,
+                share=settings.share,
+            )
             endpoint = state.runtime.endpoint
         elif endpoint.local:
             endpoint = Endpoint(endpoint.scheme, name=f"{os.getpid()}-0")
@@ -311,7 +366,15 @@ class Engine:
         return f"Engine({str(self._address)!r}, {self._mode.value})"
 
 
-def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Settings:
+    timeout: float
+    security: Security
+    limits: EngineLimits
+    share: bool
+
+
+def _settings(config: str | dict[str, Any]) -> _Settings:
     if isinstance(config, str):
         try:
             config = json.loads(config or "{}")
@@ -320,17 +383,22 @@ def _settings(config: str | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")
     timeout = config.get("timeout", TIMEOUT)
-    insecure = config.get("insecure", False)
+    share = config.get("share", True)
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if not (number and 0 < timeout <= _LONGEST):
         raise errors.ConfigError(
             f"engine configuration: $.timeout: {timeout!r} is no number of seconds"
             f" above 0 and up to {_LONGEST}"
         )
-    if not isinstance(insecure, bool):
+    if not isinstance(share, bool):
         raise errors.ConfigError(
-            f"engine configuration: $.insecure: {insecure!r} is neither true nor false"
+            f"engine configuration: $.share: {share!r} is neither true nor false"
         )
-    if ignored := sorted(config.keys() - {"timeout", "insecure"}):
+    if ignored := sorted(config.keys() - {"timeout", "share", "limits", *security.KEYS}):
         Engine.logger.debug("engine configuration: ignored keys: %s", ", ".join(map(str, ignored)))
-    return {"timeout": float(timeout), "insecure": insecure}
+    return _Settings(
+        float(timeout),
+        security.from_config(config),
+        limits.from_config(config.get("limits")),
+        share,
+    )

@@ -70,6 +70,10 @@ class CorruptTarget(Exception):
     """The target is damaged."""
 
 
+class BadArchive(Exception, ValueError):
+    """An archive of a target is damaged, cut off, or none."""
+
+
 class PermissionDenied(Exception):
     """Not allowed."""
 
@@ -110,6 +114,7 @@ _BY_CODE: dict[str, type[Exception]] = {
     "full": StorageFull,
     "storage": StorageError,
     "corrupt": CorruptTarget,
+    "archive": BadArchive,
     "denied": PermissionDenied,
     "busy": TargetBusy,
     "failed": ProviderFailed,

@@ -7,27 +7,36 @@ locks nest inside it, the catalogue's sync lock is taken without it.
 A region is *entered* by reads and writes side by side (``Inode.users``), and *closed* by
 whoever resizes it (``Inode.exclusive``), who waits for those inside.  ``erase`` waits for
 nobody: it marks the region dead, and the last one out frees the bytes.
+
+Other processes that were granted a region are not inside: ``grants.py`` tells how they are kept
+from bytes that are no longer the region's.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
 from collections import deque
+from functools import partial
 from types import TracebackType
 
 from warabi.backends import Storage
 from warabi.catalogue import Catalogue, translate
-from warabi.errors import InvalidRegion, TargetNotFound, WouldBlock
+from warabi.errors import Exception, InvalidRegion, TargetNotFound, WouldBlock
+from warabi.feed import CONTENT, Feed
+from warabi.grants import Grants, Share
 from warabi.inode import Inode
 from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
 
 
 class Guard:
     """The target's lock, as a context that translates SQLite's errors on the way out."""
 
-    __slots__ = ("_catalogue", "_changed", "_lock", "closed")
+    __slots__ = ("_catalogue", "_changed", "_lock", "closed", "reason")
 
     def __init__(
         self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event
@@ -36,12 +45,13 @@ class Guard:
         self._catalogue = catalogue
         self._changed = changed
         self.closed = False
+        self.reason = "the target is closed"
 
     def __enter__(self) -> None:
         self._lock.acquire()
         if self.closed:
             self._lock.release()
-            raise TargetNotFound("the target is closed")
+            raise TargetNotFound(self.reason)
 
     def __exit__(
         self,
@@ -52,11 +62,13 @@ class Guard:
         try:
             if error is None:
                 self._catalogue.trim()
-            if self._catalogue.uncommitted:
+            if not self._changed.is_set() and self._catalogue.uncommitted:
                 self._changed.set()
         finally:
             self._lock.release()
         if isinstance(error, sqlite3.Error):
+            with self._lock:
+                self._catalogue.restore()
             raise translate(error, self._catalogue.path) from error
 
 
@@ -78,12 +90,27 @@ class RegionGate:
         self._closed = False
         self._changed = threading.Event()  # the catalogue has something to commit
         self._guard = Guard(self._lock, catalogue, self._changed)
-        self._freed: deque[tuple[int, RegionID]] = deque()  # to erase when that change is synced
+        # For the storage, which still has something to do when others are refused.
+        self._storage_guard = Guard(self._lock, catalogue, self._changed)
+        # To erase when that change is synced, and no guest touches that share any more.
+        self._freed: deque[tuple[int, RegionID, Share | None]] = deque()
+        self._grants: Grants | None = None  # while there are guests
+        self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
+        self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
+
+    @property
+    def feed(self) -> Feed:
+        """Tells what changes in the target."""
+        return self._catalogue.feed
+
+    def say_closed(self, reason: str) -> None:
+        """Have calls after the target is closed fail with *reason*."""
+        self._guard.reason = reason
 
     def _find(self, region: RegionID, what: str) -> Inode:
         """The region's inode, alive; the lock is held."""
         if self._closed:
-            raise TargetNotFound(f"{what}: the target is closed")
+            raise TargetNotFound(f"{what}: {self._guard.reason}")
         inode = self._catalogue.by_rid.get(region) if type(region) is RegionID else None
         if inode is None:
             try:
@@ -160,20 +187,63 @@ class RegionGate:
             raise InvalidRegion(f"{what}: {inode.rid!r} was erased")
 
     def _touch(self, inode: Inode) -> None:
+        if inode.share is not None:
+            inode.share.settle(inode)
         inode.mtime = inode.ctime = time.time_ns()
-        self._catalogue.touch(inode, durable=False)
+        feed = self._catalogue.feed
+        self._catalogue.touch(inode, durable=False, tell=False)
+        if feed.watched:
+            feed.inode(inode.ino, CONTENT)
         if not self._changed.is_set():
             self._changed.set()
 
     def _free(self, inode: Inode) -> None:
-        self._freed.append((self._catalogue.change, inode.rid))
+        self._freed.append((self._catalogue.change, inode.rid, inode.share))
+        inode.share = None
+        if self._holds:
+            self._kept[inode.rid] = inode.size
         self._changed.set()
 
     def _reap(self) -> None:
         """Erase from storage what the catalogue on the medium no longer mentions."""
-        due = []
+        if not (self._freed or self._kept or self._grants is not None):
+            return
+        due: list[RegionID] = []
         with self._lock:
-            while self._freed and self._catalogue.is_synced(self._freed[0][0]):
-                due.append(self._freed.popleft()[1])
+            if not self._holds:
+                self._kept.clear()
+            while not self._holds and self._freed and self._catalogue.is_synced(self._freed[0][0]):
+                _, rid, share = self._freed.popleft()
+                if share is not None and share.grants is self._grants:
+                    share.grants.later(share.index, partial(self._erase_granted, rid, share))
+                else:
+                    due.append(rid)
         for rid in due:
+            self._erase_bytes(rid)
+        if self._grants is not None and self._grants.waiting:
+            self._free_what_is_quiet()
+
+    def _erase_bytes(self, rid: RegionID) -> None:
+        try:
             self._storage.erase(rid)
+        except Exception as error:
+            # Erased it is, only its bytes are still there: the next one tries again.
+            log.warning("%s; it is tried again", error)
+            self._freed.append((0, rid, None))
+
+    def _erase_granted(self, rid: RegionID, share: Share) -> None:
+        # Guests that have not noticed yet hold descriptors and mappings, which would keep the room.
+        try:
+            self._storage.vacate(rid)
+        except Exception as error:
+            log.warning("%s; others may still hold its room", error)
+        self._erase_bytes(rid)
+        with self._lock:
+            share.grants.recycle(share.index)
+
+    def _free_what_is_quiet(self) -> None:
+        """Free places that guests were still touching when regions left them."""
+        with self._lock:
+            due = [] if self._grants is None else self._grants.due()
+        for free in due:
+            free()

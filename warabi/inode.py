@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from warabi.region import RegionID
+
+if TYPE_CHECKING:
+    from warabi.grants import Share
 
 ROOT = 1
 """The inode number of the tree's root directory; FUSE's too."""
@@ -36,7 +39,8 @@ class Inode:
 
     __slots__ = (
         "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "generation", "gid", "ino",
-        "mode", "mtime", "nlink", "pins", "rdev", "rid", "size", "stored", "target", "uid", "users",
+        "mode", "mtime", "nlink", "pins", "rdev", "rid", "share", "size", "stored", "target", "uid",
+        "users",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +68,7 @@ class Inode:
         self.exclusive = False
         self.pins = 0
         self.dead = False
+        self.share: Share | None = None  # while other processes may reach its bytes directly
 
     def row(self) -> tuple[int | bytes | None, ...]:
         return (
@@ -72,6 +77,8 @@ class Inode:
         )  # fmt: skip
 
     def attributes(self) -> Attributes:
+        if self.share is not None:
+            self.share.settle(self)
         return Attributes(
             self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink, self.uid,
             self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,

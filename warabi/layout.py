@@ -14,16 +14,19 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from warabi import errors
 from warabi.backends import FileStorage, MemoryStorage, PmemStorage
 from warabi.backends.direct import open_storage
-from warabi.catalogue import APPLICATION_ID, SCHEMA_VERSION, Catalogue
+from warabi.backends.summed import storage_with_sums
+from warabi.catalogue import Catalogue
 from warabi.config import FileConfig, FileTarget, MemoryConfig, PmemConfig, PmemTarget
-from warabi.errors import ConfigError, PermissionDenied, TargetBusy
+from warabi.errors import ConfigError, CorruptTarget, PermissionDenied, TargetBusy
+from warabi.journal import let_go, sync_directory
+from warabi.schema import APPLICATION_ID, SCHEMA_VERSION
 from warabi.target import Target
 
 _CLOSING_PATIENCE = 60.0
@@ -46,15 +49,21 @@ class _Plan(NamedTuple):
     """The quota in bytes that a new target has for ever."""
     capacity: int | None = None
     """The quota in bytes while it is open this time."""
+    checksums: bool | None = None
+    """Whether blocks are summed; None: as they have been so far."""
     threads: int | None = None
     """How many calls may wait for the medium at once."""
 
 
 def open_target(target: FileTarget | PmemTarget) -> Target:
     """The target that a provider's configuration names; raises as :func:`open_file`."""
+    return _open(_plan(target), 0.0)
+
+
+def _plan(target: FileTarget | PmemTarget) -> _Plan:
     if isinstance(target, PmemTarget):
-        return open_pmem(target.config)
-    return open_file(target.config)
+        return _pmem_plan(target.config)
+    return _file_plan(target.config)
 
 
 def open_memory(config: MemoryConfig) -> Target:
@@ -75,29 +84,35 @@ def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
         TargetBusy: another process, named by its pid, has it open.
         CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
     """
+    return _open(_file_plan(config), patience)
 
+
+def _file_plan(config: FileConfig) -> _Plan:
     def make(root: Path) -> tuple[FileStorage, dict[str, Any]]:
         return open_storage(
             root, direct=config.directio, sync=config.sync, alignment=config.alignment
         )
 
-    plan = _Plan(
+    return _Plan(
         config.path, "file", config.create_if_missing, "create_if_missing",
         config.override_if_exists, make, capacity=config.capacity,
-        threads=config.abt_io.backing_thread_count,
+        threads=config.abt_io.backing_thread_count, checksums=config.checksums,
     )  # fmt: skip
-    return _open(plan, patience)
 
 
 def open_pmem(config: PmemConfig, *, patience: float = 0.0) -> Target:
     """As :func:`open_file`.  The size that the target was created with is its quota, whatever the
     configuration says later; an empty file that becomes a target without a size has none."""
+    return _open(_pmem_plan(config), patience)
+
+
+def _pmem_plan(config: PmemConfig) -> _Plan:
     size = config.create_if_missing_with_size
-    plan = _Plan(
+    return _Plan(
         config.path, "pmem", bool(size), "create_if_missing_with_size", config.override_if_exists,
         lambda root: (PmemStorage(root), {}), pool=size or None,
+        checksums=config.checksums,
     )  # fmt: skip
-    return _open(plan, patience)
 
 
 def _open(plan: _Plan, patience: float) -> Target:
@@ -114,12 +129,20 @@ def _open(plan: _Plan, patience: float) -> Target:
         if state == "missing" and not plan.create:
             raise ConfigError(f"target {path}: no such file, and {plan.creation} is not set")
         if state == "missing":
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_directories(path.parent)
         return _open_locked(path, plan, patience)
     except OSError as error:
         if isinstance(error, errors.Exception):
             raise
         raise errors.from_os(error, f"target {path}") from error
+
+
+def _make_directories(path: Path) -> None:
+    """A directory and those above it, as far as they are missing, each on the medium."""
+    missing = [path, *path.parents]
+    for directory in reversed(missing[: [a.exists() for a in missing].index(True)]):
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
 
 
 def _inspect(path: Path) -> str:
@@ -162,7 +185,13 @@ def _is_ours(regions: Path) -> bool:
     return regions.is_dir() and ((regions / "LOCK").is_file() or not any(regions.iterdir()))
 
 
-def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
+def lock_regions(path: Path, patience: float) -> tuple[Path, _Lock, bool]:
+    """The directory for the regions of a target at *path*, its lock, and whether it was made.
+
+    Raises:
+        ConfigError: it is something else.
+        TargetBusy: another process, named by its pid, has the target open.
+    """
     regions = Path(f"{path}.regions")
     made = not regions.exists()
     if not made and not _is_ours(regions):
@@ -171,14 +200,36 @@ def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
             " untouched"
         )
     regions.mkdir(mode=0o700, exist_ok=True)
-    lock = _Lock(path, regions / "LOCK", patience)
+    return regions, _Lock(path, regions / "LOCK", patience), made
+
+
+def clear(path: Path, regions: Path) -> None:
+    """Remove what a target, or half of one that was being brought, left without a catalogue."""
+    FileStorage(regions).destroy()
+    # SQLite would play a log that was left into whatever catalogue comes to be beside it.
+    for leftover in (f"{path}-wal", f"{staged(path)}", f"{staged(path)}-journal"):
+        Path(leftover).unlink(missing_ok=True)
+
+
+def staged(path: Path) -> Path:
+    """Where the catalogue of a target that is being brought to *path* is made."""
+    return Path(f"{path}.migrating")
+
+
+def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
+    regions, lock, made = lock_regions(path, patience)
     try:
         state = _inspect(path)  # again, now that nobody else can change it
         if state != "target" or plan.override:
-            FileStorage(regions).destroy()
+            if not (plan.override or staged(path).exists()) and _any_regions(regions):
+                raise CorruptTarget(
+                    f"target {path}: its catalogue is {state}, and {regions} holds regions; run"
+                    f" warabi fsck --repair {path}, or remove them"
+                )
+            # The catalogue first: what a crash leaves of the regions is removed at the next open.
             Catalogue.create(path, plan.backend, plan.pool)
-        storage, instead = plan.make(regions)
-        catalogue = Catalogue(path, plan.backend)
+            clear(path, regions)
+        return _open_holding(path, plan, regions, lock)
     except BaseException:
         lock.release()
         if made:
@@ -187,38 +238,77 @@ def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
                 regions.rmdir()
         raise
 
-    held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def closed() -> None:
-        # Callers may remove the catalogue while it is open, as one does with a temporary file:
-        # nothing can ever reach the regions then, and they go too.
-        removed = os.fstat(held).st_nlink == 0
-        os.close(held)
-        if removed:
-            with contextlib.suppress(OSError):
-                FileStorage(regions).destroy()
-                Path(f"{path}-wal").unlink(missing_ok=True)
-                lock.remove()
-                regions.rmdir()
-        lock.release()
-
+def _any_regions(regions: Path) -> bool:
+    storage = FileStorage(regions)
     try:
-        capacity = catalogue.capacity if plan.capacity is None else plan.capacity
-        return Target(
+        return next(storage.scan(), None) is not None
+    finally:
+        storage.close()
+
+
+def _open_holding(path: Path, plan: _Plan, regions: Path, lock: _Lock) -> Target:
+    """Open a target that is there; its lock, which is held, goes with it, but not on failure."""
+    with contextlib.ExitStack() as undo:
+        storage, instead = plan.make(regions)
+        undo.callback(storage.close)
+        catalogue = Catalogue(path, plan.backend)
+        undo.callback(catalogue.abandon)
+        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        undo.callback(let_go, held)
+
+        def closed() -> None:
+            # Callers may remove the catalogue while it is open, as one does with a temporary file:
+            # nothing can ever reach the regions then, and they go too.
+            with contextlib.suppress(OSError):
+                if os.fstat(held).st_nlink == 0:
+                    FileStorage(regions).destroy()
+                    Path(f"{path}-wal").unlink(missing_ok=True)
+                    lock.remove()
+                    regions.rmdir()
+            let_go(held)
+            lock.release()
+
+        summed = storage_with_sums(storage, catalogue, plan.checksums)
+        if summed is not None:
+            instead = {**instead, "checksums": True}
+        target = Target(
             catalogue,
-            storage,
-            capacity=capacity,
+            summed or storage,
+            capacity=catalogue.capacity if plan.capacity is None else plan.capacity,
             threads=plan.threads,
             instead=instead,
             on_close=closed,
             on_closing=lock.closing,
         )
-    except BaseException:
-        catalogue.abandon()
-        storage.close()
-        os.close(held)
+        if summed is not None:
+            summed.bind(target)
+        undo.pop_all()
+        return target
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Own the target at *path*, in whatever state it is, without opening it.
+
+    Gives its path with symbolic links followed, and the directory of its regions.
+
+    Raises:
+        ConfigError: there is nothing that can be, or have been, a target.
+        TargetBusy: it is open, here or elsewhere.
+    """
+    path = Path(os.path.realpath(path))
+    regions = Path(f"{path}.regions")
+    if not (regions / "LOCK").is_file() and _inspect(path) != "target":
+        raise ConfigError(f"target {path}: no such target")
+    if regions.exists() and not _is_ours(regions):
+        raise ConfigError(f"target {path}: {regions} is something else")
+    regions.mkdir(mode=0o700, exist_ok=True)
+    lock = _Lock(path, regions / "LOCK", 0.0)
+    try:
+        yield path, regions
+    finally:
         lock.release()
-        raise
 
 
 class _Lock:
@@ -235,26 +325,31 @@ class _Lock:
                 break
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    os.close(self._fd)
+                    let_go(self._fd)
                     raise
             owner = os.pread(self._fd, 100, 0).decode(errors="replace").strip()
             limit = closing_deadline if owner.endswith("closing") else deadline
             if time.monotonic() >= limit:
-                os.close(self._fd)
+                let_go(self._fd)
                 raise TargetBusy(f"target {path}: already open in process {owner or 'unknown'}")
             time.sleep(0.02)
-        self._write(f"{os.getpid()}\n")
+        try:
+            self._write(f"{os.getpid()}\n")
+        except BaseException:
+            let_go(self._fd)
+            raise
 
     def _write(self, text: str) -> None:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text.encode(), 0)
 
     def closing(self) -> None:
-        """Tell whoever waits that the end is near."""
-        self._write(f"{os.getpid()}, which is closing\n")
+        """Tell whoever waits that the end is near, if that can be written."""
+        with contextlib.suppress(OSError):
+            self._write(f"{os.getpid()}, which is closing\n")
 
     def remove(self) -> None:
         self._file.unlink(missing_ok=True)
 
     def release(self) -> None:
-        os.close(self._fd)
+        let_go(self._fd)

@@ -11,9 +11,10 @@ from warabi.buffers import checked_size
 from warabi.connection import Connection
 from warabi.errors import WouldBlock
 from warabi.extents import EXTENTS, Extent, groups, pack, total
-from warabi.operations import OPERATIONS
+from warabi.operations import OPERATIONS, READING
 from warabi.region import RegionID
 from warabi.request import EAGER_THRESHOLD, Request, chunks
+from warabi.side_channel import SideChannel
 
 if TYPE_CHECKING:
     from warabi.provider import ProviderCore  # imports Trio, which a client does not need
@@ -27,6 +28,9 @@ class Link(Protocol):
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Carry out an operation of the table and return its result."""
+
+    def size(self, region: RegionID) -> int:
+        """Bytes of a region."""
 
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
@@ -76,40 +80,58 @@ class DirectLink:
         self._core = core
 
     def call(self, name: str, *arguments: Any) -> Any:
-        return OPERATIONS[name].call(self._core.target, *arguments)
+        operation = OPERATIONS[name]
+        if name in READING:
+            return operation.call(self._core.target, *arguments)
+        with self._core.changes:
+            return operation.call(self._core.target, *arguments)
+
+    def size(self, region: RegionID) -> int:
+        return self._core.target.size(region)
 
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
-        self._core.target.write(region, offset, data, persist, extend=extend)
+        if self._core.direct.write(region, offset, data):
+            if persist:
+                self._core.target.persist(region, offset, len(data))
+            return
+        with self._core.changes:
+            self._core.target.write(region, offset, data, persist, extend=extend)
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        self._core.target.read_into(region, offset, place)
+        if not self._core.direct.read_into(region, offset, place):
+            self._core.target.read_into(region, offset, place)
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
-        return self._core.target.create_and_write(data, persist)
+        with self._core.changes:
+            return self._core.target.create_and_write(data, persist)
 
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
-        self._core.target.write_vector(region, extents, data, persist)
+        with self._core.changes:
+            self._core.target.write_vector(region, extents, data, persist)
 
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         self._core.target.read_vector(region, extents, place)
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
         waits = OPERATIONS[name].waits and self._core.target.blocking
+        waits = waits or (self._core.changes.frozen and name not in READING)
         return self._start(name, waits, self.call, name, *arguments)
 
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
     ) -> list[Request]:
         target = self._core.target
-        waits = target.write_waits or (persist and target.blocking)
+        waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
         return self._start("write", waits, self.write, region, offset, data, persist, False)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         try:
+            if self._core.direct.read_into(region, offset, place, wait=False):
+                return [_finished("read")]
             target = self._core.target
             target.read_into(region, offset, place, wait=not target.blocking)
         except WouldBlock:
@@ -120,7 +142,7 @@ class DirectLink:
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
         target = self._core.target
-        waits = target.write_waits or (persist and target.blocking)
+        waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
         return self._start("create_and_write", waits, self.create_and_write, data, persist)
 
     def _start(
@@ -168,10 +190,17 @@ class WireLink:
     Args:
         connect: gives the connection to use for the next request.
         provider_id: which provider of that engine.
+        side: reaches regions past the provider, where that can be.
     """
 
-    def __init__(self, connect: Callable[[], Connection], provider_id: int) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        provider_id: int,
+        side: SideChannel | None = None,
+    ) -> None:
         self._connect = connect
+        self._side = side
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
@@ -201,14 +230,31 @@ class WireLink:
         self._submit(self._connect(), request, arguments)
         return [request]
 
+    def size(self, region: RegionID) -> int:
+        size = -1 if self._side is None else self._side.size(region)
+        return size if size >= 0 else self.call("size", region)
+
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
+        if self._side is not None and self._side.write(region, offset, data):
+            if persist:
+                self.call("persist", region, offset, len(data))
+            return
         wait_all(self, self._write(region, offset, data, persist, extend))
 
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
     ) -> list[Request]:
+        if self._side is not None:
+            try:
+                done = self._side.write(region, offset, data, wait=False)
+            except errors.Exception as error:
+                return [_finished("write", error=error)]
+            if done and persist:
+                return self.start("persist", region, offset, len(data))
+            if done:
+                return [_finished("write")]
         return self._write(region, offset, data, persist, False)
 
     def _write(
@@ -228,16 +274,26 @@ class WireLink:
 
     def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
         """Refuse a transfer in pieces as a whole, before its first piece."""
-        have = self.call("size", region)
+        have = self.size(region)
         if offset + size > have:
             raise errors.OutOfBounds(
                 f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
             )
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        wait_all(self, self.start_read(region, offset, place))
+        if self._side is None or not self._side.read_into(region, offset, place):
+            wait_all(self, self._read(region, offset, place))
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
+        if self._side is not None:
+            try:
+                if self._side.read_into(region, offset, place, wait=False):
+                    return [_finished("read")]
+            except errors.Exception as error:
+                return [_finished("read", error=error)]
+        return self._read(region, offset, place)
+
+    def _read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         connection = self._connect()
         limit = connection.limits.payload
         if len(place) > limit:

@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 
+from warabi import acl
 from warabi.errors import InvalidRegion, PathError, path_error
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
@@ -16,8 +17,6 @@ from warabi.tree import Tree
 
 _REGION_XATTR = b"user.warabi.region"
 _TARGET_XATTR = b"user.warabi.target"
-# Not "system.": an access control list that is stored but not obeyed would swallow the mode that
-# `cp -a` sets by it; where the list is refused, cp uses chmod.
 _XATTR_SPACES = (b"user.", b"trusted.", b"security.")
 
 
@@ -27,7 +26,7 @@ class Namespace(Tree):
     # Extended attributes
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """An extended attribute; ENODATA when there is none.
+        """An extended attribute; ENODATA when there is none, EOPNOTSUPP when there can be none.
 
         ``user.warabi.region`` is a region's ID in hex, ``user.warabi.target`` the target's UUID.
         """
@@ -39,29 +38,61 @@ class Namespace(Tree):
                 return self._catalogue.uuid.encode()
             value = self._catalogue.xattr(ino, name)
             if value is None:
+                self._check_space(name)
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             return value
 
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+    def setxattr(self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True) -> None:
         """Set an extended attribute; EPERM for the two that the target gives, EOPNOTSUPP for a
-        name outside ``user.``, ``trusted.`` and ``security.``."""
-        self._change_xattr(ino, name, value)
+        name outside ``user.``, ``trusted.`` and ``security.`` that is no access control list.
+
+        A list changes the mode too, and is not kept when the mode says all of it.  Without
+        *keep_setgid*, for who is not in the file's group, it takes the set-group-ID bit away.
+        """
+        if name in (acl.ACCESS, acl.DEFAULT):
+            self._set_list(ino, name, acl.unpack(value), keep_setgid)
+        else:
+            self._change_xattr(ino, name, value)
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """Remove an extended attribute; ENODATA when there is none."""
+        """Remove an extended attribute; ENODATA when there is none that is no list."""
         self._change_xattr(ino, name, None)
+
+    def _set_list(self, ino: int, name: bytes, entries: list[acl.Entry], keep_setgid: bool) -> None:
+        with self._guard:
+            inode = self._get(ino)
+            if stat.S_ISLNK(inode.mode):
+                raise path_error(errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no such list")
+            if name == acl.DEFAULT and not stat.S_ISDIR(inode.mode):
+                raise path_error(errno.EACCES, f"inode {ino}: only a directory has a default list")
+            kept = entries
+            if name == acl.ACCESS and entries:
+                inode.mode = inode.mode & ~0o777 | acl.mode_of(entries)
+                if not keep_setgid:
+                    inode.mode &= ~stat.S_ISGID
+                kept = entries if acl.extended(entries) else []
+            self._catalogue.set_xattr(inode, name, acl.pack(kept) if kept else None)
+            inode.ctime = time.time_ns()
 
     def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
         with self._guard:
             inode = self._get(ino)
             if name in (_REGION_XATTR, _TARGET_XATTR):
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
-            if not name.startswith(_XATTR_SPACES):
-                raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(name)}: not supported")
+            self._check_space(name)
+            if name in _XATTR_SPACES:
+                raise path_error(errno.EINVAL, f"{os.fsdecode(name)}: no name after the dot")
             if value is None and self._catalogue.xattr(ino, name) is None:
+                if name in (acl.ACCESS, acl.DEFAULT):
+                    return  # as Linux has it: nothing was to be removed
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             self._catalogue.set_xattr(inode, name, value)
             inode.ctime = time.time_ns()
+
+    @staticmethod
+    def _check_space(name: bytes) -> None:
+        if not (name.startswith(_XATTR_SPACES) or name in (acl.ACCESS, acl.DEFAULT)):
+            raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(name)}: not supported")
 
     def listxattr(self, ino: int) -> list[bytes]:
         """Names of the extended attributes that can be set."""
@@ -116,10 +147,10 @@ class Namespace(Tree):
 
     def paths(self, inode: Inode) -> list[str]:
         """Every path of an inode, from the root; the guard is held."""
-        return [os.fsdecode(self._above(parent) + b"/" + name)
+        return [os.fsdecode(self._path(parent) + b"/" + name)
                 for parent, name in self._catalogue.names(inode)]  # fmt: skip
 
-    def _above(self, ino: int) -> bytes:
+    def _path(self, ino: int) -> bytes:
         names: list[bytes] = []
         while ino != ROOT and (above := self._catalogue.names(self._get(ino))):
             ino, name = above[0]

@@ -12,11 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from warabi import migration
+from warabi.backup.graft import adopt, graft
+from warabi.backup.survey import copy, survey
 from warabi.errors import ProtocolError
 from warabi.extents import unpack
 from warabi.inode import Attributes
+from warabi.namespace import Namespace
 from warabi.region import RegionID
+from warabi.security import Access
 from warabi.target import RegionStat, Target
+from warabi.verify import Verified, summed, update, verify
 
 PAGE = 1000
 """Most entries of a list in one reply."""
@@ -51,6 +57,10 @@ def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
     return found._replace(names=found.names[:PAGE])
 
 
+def _verified(value: Any) -> Verified:
+    return Verified(*value)
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One operation.
@@ -59,6 +69,7 @@ class Operation:
         call: carries it out on a target.
         arguments: a letter for each: ``r`` region, ``i`` integer, ``I`` integer or None,
             ``b`` bytes, ``s`` text, ``?`` truth value.
+        access: what it takes to be let; it is asked for with ``security.permit``.
         waits: whether it may wait for the medium, and so keep an event loop waiting.
         decode: turns the result's msgpack form into what *call* returned.
         data: ``in`` when bytes of regions travel with the request, as the last argument of
@@ -68,6 +79,7 @@ class Operation:
 
     call: Callable[..., Any]
     arguments: str
+    access: Access
     waits: bool = False
     decode: Callable[[Any], Any] = _same
     data: Literal["", "in", "out"] = ""
@@ -78,6 +90,10 @@ def _pinned_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] 
     return lambda args, result: (result.ino, 1) if args[position] else None
 
 
+def _pinned(args: Sequence[Any], result: Any) -> tuple[int, int]:
+    return result.ino, 1
+
+
 def _held_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | None]:
     def held(args: Sequence[Any], result: Any) -> tuple[int, int] | None:
         return (result.ino, 1) if args[position] and result and result.nlink == 0 else None
@@ -86,25 +102,32 @@ def _held_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | 
 
 
 def _names(method: str) -> Callable[..., Any]:
-    return lambda target, *args: getattr(target.namespace, method)(*args)
+    function = getattr(Namespace, method)
+    return lambda target, *args: function(target.namespace, *args)
 
+
+READ, CHANGE = Access.READ, Access.CHANGE
 
 OPERATIONS: dict[str, Operation] = {
     # Regions; a client sends write, create_and_write and read through methods of their own.
-    "create": Operation(Target.create, "i", decode=RegionID),
-    "erase": Operation(Target.erase, "r"),
-    "resize": Operation(Target.resize, "ri", waits=True),
-    "size": Operation(Target.size, "r"),
-    "stat": Operation(_stat_with_some_names, "r", decode=_stat),
+    "create": Operation(Target.create, "i", CHANGE, decode=RegionID),
+    "erase": Operation(Target.erase, "r", CHANGE),
+    "resize": Operation(Target.resize, "ri", CHANGE, waits=True),
+    "size": Operation(Target.size, "r", READ),
+    "stat": Operation(_stat_with_some_names, "r", READ, decode=_stat),
     "list": Operation(
-        lambda target, after, limit: target.list(after, min(limit, PAGE)), "ri", decode=_regions
+        lambda target, after, limit: target.list(after, min(limit, PAGE)),
+        "ri",
+        READ,
+        decode=_regions,
     ),
-    "persist": Operation(Target.persist, "rii", waits=True),
+    "persist": Operation(Target.persist, "rii", READ, waits=True),
     "write_vector": Operation(
         lambda target, region, packed, persist, data: target.write_vector(
             region, unpack(packed, "write_vector"), data, persist
         ),
         "rb?",
+        CHANGE,
         waits=True,
         data="in",
     ),
@@ -113,6 +136,7 @@ OPERATIONS: dict[str, Operation] = {
             region, unpack(packed, "read_vector"), place
         ),
         "rb",
+        READ,
         waits=True,
         data="out",
     ),
@@ -121,43 +145,86 @@ OPERATIONS: dict[str, Operation] = {
             region, unpack(packed, "persist_vector")
         ),
         "rb",
+        READ,
         waits=True,
     ),
-    "fsync": Operation(Target.fsync, "r?", waits=True),
-    "commit": Operation(Target.commit, "", waits=True),
-    "sync": Operation(Target.sync, "", waits=True),
-    "room": Operation(Target.room, "", decode=tuple),
-    "uuid": Operation(lambda target: target.uuid, ""),
+    "fsync": Operation(Target.fsync, "r?", READ, waits=True),
+    "commit": Operation(Target.commit, "", READ, waits=True),
+    "sync": Operation(Target.sync, "", READ, waits=True),
+    "room": Operation(Target.room, "", READ, decode=tuple),
+    "uuid": Operation(lambda target: target.uuid, "", READ),
+    "epoch": Operation(lambda target: target.epoch, "", READ),
+    "used": Operation(lambda target: target.used, "", READ),
+    "summed": Operation(summed, "", READ),
+    "verify": Operation(verify, "rii", READ, waits=True, decode=_verified),
+    "update": Operation(update, "r", CHANGE, waits=True),
+    "survey": Operation(survey, "", CHANGE, waits=True, decode=_attributes, pins=_pinned),
+    "copy": Operation(copy, "r", CHANGE, waits=True, decode=_attributes, pins=_pinned),
+    "adopt": Operation(adopt, "ri", CHANGE, waits=True, decode=_attributes, pins=_pinned),
+    "graft": Operation(graft, "r", CHANGE, waits=True),
     # Names
-    "lookup": Operation(_names("lookup"), "ib", decode=_attributes),
-    "getattr": Operation(_names("getattr"), "i", decode=_attributes),
-    "setattr": Operation(_names("setattr"), "iIIIII", decode=_attributes),
+    "lookup": Operation(_names("lookup"), "ib", READ, decode=_attributes),
+    "getattr": Operation(_names("getattr"), "i", READ, decode=_attributes),
+    "setattr": Operation(_names("setattr"), "iIIIII", CHANGE, decode=_attributes),
     "pin": Operation(
-        _names("pin"), "i", decode=_attributes, pins=lambda args, result: (args[0], 1)
+        _names("pin"), "i", READ, decode=_attributes, pins=lambda args, result: (args[0], 1)
     ),
-    "unpin": Operation(_names("unpin"), "ii", pins=lambda args, result: (args[0], -args[1])),
-    "mknod": Operation(_names("mknod"), "ibiiii?", decode=_attributes, pins=_pinned_if(6)),
-    "mkdir": Operation(_names("mkdir"), "ibiii", decode=_attributes),
-    "symlink": Operation(_names("symlink"), "ibbii", decode=_attributes),
-    "readlink": Operation(_names("readlink"), "i"),
-    "link": Operation(_names("link"), "iib", decode=_attributes),
-    "unlink": Operation(_names("unlink"), "ib?", decode=_attributes, pins=_held_if(2)),
-    "rmdir": Operation(_names("rmdir"), "ib?", decode=_attributes, pins=_held_if(2)),
-    "rename": Operation(_names("rename"), "ibibi?", decode=_optional_attributes, pins=_held_if(5)),
+    "unpin": Operation(_names("unpin"), "ii", READ, pins=lambda args, result: (args[0], -args[1])),
+    "mknod": Operation(_names("mknod"), "ibiiii?i", CHANGE, decode=_attributes, pins=_pinned_if(6)),
+    "mkdir": Operation(_names("mkdir"), "ibiiii", CHANGE, decode=_attributes),
+    "symlink": Operation(_names("symlink"), "ibbii", CHANGE, decode=_attributes),
+    "readlink": Operation(_names("readlink"), "i", READ),
+    "link": Operation(_names("link"), "iib", CHANGE, decode=_attributes),
+    "unlink": Operation(_names("unlink"), "ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
+    "rmdir": Operation(_names("rmdir"), "ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
+    "rename": Operation(
+        _names("rename"), "ibibi?", CHANGE, decode=_optional_attributes, pins=_held_if(5)
+    ),
     "readdir": Operation(
         lambda target, ino, after, limit: target.namespace.readdir(ino, after, min(limit, PAGE)),
         "ibi",
+        READ,
         decode=_entries,
     ),
-    "getxattr": Operation(_names("getxattr"), "ib"),
-    "setxattr": Operation(_names("setxattr"), "ibb"),
-    "removexattr": Operation(_names("removexattr"), "ib"),
-    "listxattr": Operation(_names("listxattr"), "i"),
-    "resolve": Operation(_names("resolve"), "s", decode=_attributes),
-    "open_name": Operation(_names("open_name"), "s", decode=RegionID),
-    "link_name": Operation(_names("link_name"), "rs"),
-    "unlink_name": Operation(_names("unlink_name"), "s"),
+    "getxattr": Operation(_names("getxattr"), "ib", READ),
+    "setxattr": Operation(_names("setxattr"), "ibb?", CHANGE),
+    "removexattr": Operation(_names("removexattr"), "ib", CHANGE),
+    "listxattr": Operation(_names("listxattr"), "i", READ),
+    "resolve": Operation(_names("resolve"), "s", READ, decode=_attributes),
+    "open_name": Operation(_names("open_name"), "s", READ, decode=RegionID),
+    "link_name": Operation(_names("link_name"), "rs", CHANGE),
+    "unlink_name": Operation(_names("unlink_name"), "s", CHANGE),
 }
+
+_BESIDE = {
+    "read": READ, "write": CHANGE, "create_and_write": CHANGE, "ping": READ, "shutdown": CHANGE,
+    # Direct access: a connection that may not change anything is granted none to write.
+    "join": READ, "grant": READ, "leave": READ,
+    "watch": READ,
+    # Who may do this, and to what, is a matter of the provider's configuration, too.
+    **dict.fromkeys(migration.OPERATIONS, CHANGE), "migration_progress": READ,
+}  # fmt: skip
+"""What is asked for by name like an operation, and is none of the table."""
+
+
+def access(name: str) -> Access:
+    """What the operation *name* takes.
+
+    Raises:
+        ProtocolError: there is none.
+    """
+    operation = OPERATIONS.get(name)
+    found = operation.access if operation is not None else _BESIDE.get(name)
+    if found is None:
+        raise ProtocolError(f"unknown operation {name!r:.60}")
+    return found
+
+
+READING = frozenset({"read", *(name for name, o in OPERATIONS.items() if o.access is READ)})
+"""Operations that go on while the target is being sent to another provider; the others wait.
+
+``pin`` and ``unpin`` concern inodes without names, which stay behind.
+"""
 
 _TYPES: dict[str, Any] = {
     "i": int,

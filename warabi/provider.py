@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from warabi import errors
+from warabi.config import ProviderConfig
+from warabi.local_access import LocalAccess
+from warabi.migration.changes import ChangeGate
 from warabi.target import Target
 from warabi.transfer import DefaultTransfers, Transfers
+
+if TYPE_CHECKING:
+    from warabi.connection import Connection
+    from warabi.migration.exchange import Receiving
+    from warabi.migration.send import Sending
 
 _THREADS = 16  # for asynchronous requests from the provider's own process
 
@@ -20,6 +30,13 @@ class ProviderCore:
         target: the target; operations fail with ``TargetNotFound`` without one.
         transfers: its transfer manager.
         abandoned: set when the last reference to the ``Provider`` object is gone.
+        config: its effective configuration, whose target is the one that it has now.
+        changes: the gate that every change of the target passes.
+        sending: the latest migration of its target away, under way or ended.
+        receiving: the migration that brings it a target, while it is under way.
+        connect: a connection to an engine, for a migration alone.
+        on_adopt: called after a target was brought.
+        direct: reaches its regions past the target.
     """
 
     def __init__(
@@ -29,7 +46,17 @@ class ProviderCore:
         self._target = target
         self.transfers = transfers or DefaultTransfers()
         self.abandoned = False
+        self.config = ProviderConfig()
+        self.changes = ChangeGate()
+        self.sending: Sending | None = None
+        self.receiving: Receiving | None = None
+        self.connect: Callable[[str], Connection] | None = None
+        self.on_adopt: Callable[[ProviderCore], None] = lambda core: None
+        self._lock = threading.Lock()  # of what target it has, and whether it is closed
+        self._closed = False
+        self._gone = ""  # where its target went
         self._pool: ThreadPoolExecutor | None = None
+        self.direct = LocalAccess(self)
 
     def run_beside(self, work: Callable[[], None]) -> None:
         """Have *work*, which waits for the medium, done by a thread; before :meth:`close` ends."""
@@ -39,12 +66,84 @@ class ProviderCore:
 
     @property
     def target(self) -> Target:
-        if self._target is None:
-            raise errors.TargetNotFound(f"provider {self.provider_id} has no target")
-        return self._target
+        target = self._target
+        if target is None:
+            raise errors.TargetNotFound(self._gone or f"provider {self.provider_id} has no target")
+        return target
+
+    @property
+    def has_target(self) -> bool:
+        return self._target is not None
+
+    def check_open(self) -> None:
+        """Raise ``ProviderNotFound`` once it is closed."""
+        if self._closed:
+            raise errors.ProviderNotFound(f"provider {self.provider_id} is closed")
+
+    def begin_sending(self, sending: Sending) -> None:
+        """Let *sending* be the one migration of the target away.
+
+        Raises:
+            TargetNotFound, ProviderNotFound: there is nothing to send.
+            TargetBusy: another migration is under way.
+        """
+        with self._lock:
+            self.check_open()
+            if self.sending is not None and not self.sending.ended:
+                raise errors.TargetBusy(
+                    f"migrate: the target of provider {self.provider_id} is being migrated already"
+                )
+            _ = self.target
+            self.sending = sending
+
+    def begin_receiving(self, receiving: Receiving) -> None:
+        """Let *receiving* be the one migration that brings a target.
+
+        Raises:
+            ConfigError: there is a target already.
+            ProviderNotFound: it is closed.
+            TargetBusy: another migration is under way.
+        """
+        with self._lock:
+            self.check_open()
+            if self._target is not None:
+                raise errors.ConfigError(
+                    f"migrate: provider {self.provider_id} has a target already"
+                )
+            if self.receiving is not None:
+                raise errors.TargetBusy(
+                    f"migrate: provider {self.provider_id} is being brought a target already"
+                )
+            self.receiving = receiving
+
+    def adopt(self, target: Target, config: ProviderConfig) -> None:
+        """Serve *target*, which was brought; closes it and raises when this provider is closed."""
+        with self._lock:
+            if not self._closed:
+                self._target, self.config, self._gone = target, config, ""
+        if self._closed:
+            target.close()
+            self.check_open()
+        self.on_adopt(self)
+
+    def give_up(self, reason: str) -> Target:
+        """Serve no target any more; operations raise ``TargetNotFound`` with *reason*.
+
+        Returns the target, which is the caller's to close.
+        """
+        with self._lock:
+            target = self.target
+            target.say_closed(reason)
+            self.config = self.config.model_copy(update={"target": None})
+            self._target, self._gone = None, reason
+        return target
 
     def close(self) -> None:
-        """Finish what runs beside and close the target.  Idempotent."""
+        """Finish what runs beside and close the target; ends a migration.  Idempotent."""
+        with self._lock:
+            self._closed = True
+        if self.sending is not None:
+            self.sending.stop()
         if self._pool is not None:
             self._pool.shutdown()
         if self._target is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from warabi import errors
-from warabi.wire import Message
+from warabi import errors, greeting, wire
+from warabi.wire import PAYLOAD_DONE, Limits, Message
 
 EAGER_THRESHOLD = 2048
 """Default size in bytes up to which data travel inside the header message."""
@@ -112,14 +112,56 @@ def reply_id(message: Message) -> int:
     """Which request a message answers; 0 is none, but the connection's end.
 
     Raises:
-        errors.ProtocolError: it is no reply, or the provider refused the connection.
+        errors.ProtocolError: it is no reply.
+        errors.Exception: why the provider ends the connection.
     """
     header = message.header
+    if refusal := greeting.refused(header):
+        raise refusal
     if not isinstance(header, list) or not 2 <= len(header) <= 4 or type(header[0]) is not int:
         raise errors.ProtocolError(f"not a reply: {header!r:.100}")
-    if header[0] == 0:
-        raise errors.ProtocolError(f"the provider refused the connection: {header[-1]!r:.200}")
     return header[0]
+
+
+class Replies:
+    """The receiving half of a client's connection: which reply belongs to which request.
+
+    Whoever reads the connection gives each event to :meth:`_take`.
+    """
+
+    def __init__(self) -> None:
+        self._wire = wire.Connection(Limits())
+        self._requests: dict[int, Request] = {}
+        self._message: Message | None = None  # whose payload is arriving
+        self._descriptors: list[int] = []
+
+    def take_descriptors(self) -> list[int]:
+        """The descriptors that have come, in their order; closing them is the caller's."""
+        found = self._descriptors.copy()
+        self._descriptors.clear()
+        return found
+
+    def _take(self, event: wire.Event) -> None:
+        if isinstance(event, Message):
+            request = self._requests.get(reply_id(event))
+            if event.payload:
+                wanted = request is not None and request.into is not None
+                place = request.place(event.payload) if request and wanted else None
+                self._wire.accept_payload(place)
+                self._message = event
+            else:
+                self._finish(event)
+        elif event is PAYLOAD_DONE and self._message is not None:
+            message, self._message = self._message, None
+            self._finish(message)
+
+    def _finish(self, message: Message) -> None:
+        request = self._pop(message.header[0])
+        if request is not None:
+            request.take_reply(message)
+
+    def _pop(self, number: int) -> Request | None:
+        return self._requests.pop(number, None)
 
 
 def chunks(size: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -14,14 +14,27 @@ import trio
 
 from warabi import address, errors
 from warabi.address import Endpoint
+from warabi.admission import Admission, Visitor
+from warabi.hosting import Host
+from warabi.limits import EngineLimits
 from warabi.provider import ProviderCore
+from warabi.security import Security
 from warabi.session import Session
+from warabi.shared_memory import LifeSigns
 
 log = logging.getLogger(__name__)
 
-_MAX_CONNECTIONS = 1024
 _DRAIN_PATIENCE = 2.0
 """Seconds that peers have, at the end, to send the rest of a request and to take their replies."""
+
+_TCP = (
+    ((socket.IPPROTO_TCP, socket.TCP_NODELAY), 1),
+    # The connection of a host that died ends within minutes, and with it what it holds here.
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 15),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 4),
+)
 
 
 class Runtime:
@@ -29,15 +42,32 @@ class Runtime:
 
     Args:
         wanted: where to listen; parts may be left out.
-        insecure: whether it may be reachable from other hosts.
+        security: what is demanded of peers.
+        limits: what is taken from them.
         on_shutdown: called, from the loop, when a peer asks the engine to shut down.
+        share: whether processes of this host may reach regions directly.
 
     Raises:
         ConfigError, PermissionDenied: it cannot listen there.
     """
 
-    def __init__(self, wanted: Endpoint, insecure: bool, on_shutdown: Callable[[], None]) -> None:
-        self._listener, self.endpoint = address.listen(wanted, insecure=insecure)
+    def __init__(
+        self,
+        wanted: Endpoint,
+        security: Security,
+        limits: EngineLimits,
+        on_shutdown: Callable[[], None],
+        *,
+        share: bool,
+    ) -> None:
+        if security.tls is not None:
+            assert security.tls.server  # what is wrong with the files is said now
+        self._share = share
+        self._life = LifeSigns()
+        self._listener, self.endpoint = address.listen(wanted, protected=security.protected)
+        self._security = security
+        self._limits = limits
+        self._admission = Admission(limits)
         self.providers: dict[int, ProviderCore] = {}
         self.remote_shutdown = False
         self._on_shutdown = on_shutdown
@@ -57,6 +87,7 @@ class Runtime:
         except BaseException:
             log.exception("the engine's loop ended with an error")
         finally:
+            self._life.close()
             self._started.set()
 
     async def _main(self) -> None:
@@ -71,7 +102,7 @@ class Runtime:
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
             try:
-                connection, _ = await listener.accept()
+                connection, where = await listener.accept()
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.debug("accept: %s", error)
@@ -79,23 +110,39 @@ class Runtime:
                 log.error("accept: %s; no new connections for a moment", error.strerror)
                 await trio.sleep(0.1)
                 continue
-            if len(nursery.child_tasks) >= _MAX_CONNECTIONS:
-                log.error("connection refused: %d are open already", _MAX_CONNECTIONS)
-                connection.close()
-                continue
+            pid = 0
             if self.endpoint.local:
-                uid = address.peer_uid(connection)  # type: ignore[arg-type]  # has getsockopt
+                pid, uid = address.peer(connection)  # type: ignore[arg-type]  # has getsockopt
                 if uid not in (os.getuid(), 0):
                     log.error("connection refused: from another user, %d", uid)
                     connection.close()
                     continue
             else:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            nursery.start_soon(self._serve, connection)
+                for option, value in _TCP:
+                    connection.setsockopt(*option, value)
+            where_from = "" if self.endpoint.local else str(where[0])
+            self._receive(connection, where_from, pid, nursery)
 
-    async def _serve(self, connection: trio.socket.SocketType) -> None:
-        session = Session(connection, self.find, self._shutdown)
+    def _receive(
+        self, connection: trio.socket.SocketType, host: str, pid: int, nursery: trio.Nursery
+    ) -> None:
+        session = Session(
+            connection,
+            self.find,
+            self._shutdown,
+            security=self._security,
+            limits=self._limits,
+            local=self.endpoint.local,
+            admit=lambda: self._admission.admit(visitor),
+            leave=lambda: self._admission.leave(visitor),
+            host=Host(self._life, pid) if self.endpoint.local and self._share else None,
+        )
+        visitor = Visitor(host, session.drop)
+        self._admission.arrive(visitor)
         self._sessions.add(session)
+        nursery.start_soon(self._serve, session)
+
+    async def _serve(self, session: Session) -> None:
         if self._accepting.cancel_called:
             session.drain()
         try:

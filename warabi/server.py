@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from warabi import config as _config
 from warabi import layout
+from warabi.address import parse
 from warabi.config import MemoryTarget, PipelineTransfer, ProviderConfig
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, TargetBusy
+from warabi.migration.options import parse as migration_options
+from warabi.migration.send import Sending
 from warabi.provider import ProviderCore
 from warabi.target import Target
 from warabi.transfer import DefaultTransfers, PipelineTransfers, Transfers
@@ -42,16 +46,11 @@ class Provider:
     def __init__(
         self, engine: Engine, provider_id: int, config: dict[str, Any] | str = "{}"
     ) -> None:
-        self._config = _config.parse(config)
+        settings = _config.parse(config)
         runtime = engine._state.runtime if isinstance(engine, Engine) else None
         if runtime is None or not engine.listening:
             raise ConfigError("Provider: needs an engine in server mode that is not finalized")
-        if (
-            isinstance(provider_id, bool)
-            or not isinstance(provider_id, int)
-            or not 0 <= provider_id <= 65535
-        ):
-            raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
+        _checked_id(provider_id)
         previous = runtime.providers.get(provider_id)
         if previous is not None:
             if not previous.abandoned:
@@ -59,12 +58,13 @@ class Provider:
             previous.close()
         self._engine = engine  # lives as long as its providers
         self._runtime = runtime
-        transfers = _transfers(self._config)
-        self._core = ProviderCore(provider_id, _open(self._config), transfers)
-        runtime.providers[provider_id] = self._core
-        target = self._config.target
-        if target is not None and not isinstance(target, MemoryTarget):
-            _by_path[os.path.realpath(target.config.path)] = self._core
+        transfers = _transfers(settings)
+        self._core = core = ProviderCore(provider_id, _open(settings), transfers)
+        core.config = settings
+        core.connect = engine._state.connections.alone
+        core.on_adopt = _remember
+        _remember(core)
+        runtime.providers[provider_id] = core
         weakref.finalize(self, setattr, self._core, "abandoned", True).atexit = False
 
     @property
@@ -73,10 +73,54 @@ class Provider:
 
     def get_config(self) -> dict[str, Any]:
         """The effective configuration, defaults filled in."""
-        config: dict[str, Any] = self._config.model_dump(exclude_none=True)
-        if self._config.target is not None:
+        settings = self._core.config
+        config: dict[str, Any] = settings.model_dump(exclude_none=True)
+        if settings.target is not None:
             config["target"]["config"].update(self._core.target.instead)
         return config
+
+    def migrate_target(
+        self,
+        address: str,
+        provider_id: int,
+        options: dict[str, Any] | str | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Move the target to a provider that has none, and return when that one serves it.
+
+        Region IDs, sizes, bytes and times, all names with their attributes, and the target's
+        UUID stay the same; the backend may be another.  Files that lost their last name and are
+        still open somewhere stay behind.  Reads are served meanwhile; changes, of clients too,
+        wait, and then fail, or go on when the migration failed.  Afterwards operations here raise
+        ``TargetNotFound``, which says where the target went.  What can fail when, and what is
+        left then: ``warabi.migration``.
+
+        Args:
+            address: the destination's engine.
+            provider_id: its provider.
+            options: dict or JSON text, all of it optional: ``new_root``, the target's path at the
+                destination, or a directory that it goes into under its file's name (a UUID, of
+                a target in memory), the source's path unless given; ``transfer_size``, bytes of
+                regions in a message, 0 for a size that suits; ``merge_config``, what is merged
+                into the target's configuration, ``{"target": {"type": ..., "config": {...}}}``
+                with or without the ``target`` around it; ``remove_source``, whether the target is
+                removed here, true unless given.
+            progress: called with the bytes of regions that the destination has, and those of
+                all; what it raises ends the migration.  It must not change the target.
+
+        Raises:
+            ConfigError: an option, with its JSON path; the destination has a target already, or
+                cannot have one there.
+            TargetNotFound: there is none here.
+            TargetBusy: a migration is under way here or there, or the path is in use there.
+            PermissionDenied: the destination does not let this process bring a target.
+            ProviderNotFound, ConnectionFailed, ConnectionLost, TimedOut, ProtocolError: the
+                destination cannot be reached, or no more.
+            StorageFull, StorageError, CorruptTarget: the medium, here or there.
+        """
+        where = (str(parse(str(address))), _checked_id(provider_id))
+        Sending(self._core, where, migration_options(options), progress).run()
 
     def close(self) -> None:
         """Stop serving and close the target, which keeps its regions.  Idempotent."""
@@ -92,6 +136,23 @@ class Provider:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _checked_id(provider_id: int) -> int:
+    if (
+        isinstance(provider_id, bool)
+        or not isinstance(provider_id, int)
+        or not 0 <= provider_id <= 65535
+    ):
+        raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
+    return provider_id
+
+
+def _remember(core: ProviderCore) -> None:
+    """Note which path a provider has open."""
+    target = core.config.target
+    if target is not None and not isinstance(target, MemoryTarget):
+        _by_path[os.path.realpath(target.config.path)] = core
 
 
 def _transfers(settings: ProviderConfig) -> Transfers:

@@ -12,54 +12,41 @@ result]`` with an optional third item, eager data, or ``[id, None, None, failure
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, extents, wire
+from warabi import dispatch, errors, extents, feed, hosting, migration, wire
+from warabi.admission import Budget
 from warabi.channel import Channel
-from warabi.extents import Extent
-from warabi.operations import OPERATIONS, checked_arguments
+from warabi.hosting import Host
+from warabi.limits import EngineLimits
+from warabi.migration.exchange import BESIDE, Exchange
+from warabi.operations import OPERATIONS, READING, access, checked_arguments
+from warabi.pins import Pins
+from warabi.plan import (
+    DOWNLOADS,
+    UPLOADS,
+    Plan,
+    Request,
+    check_bounds,
+    checked_header,
+    checked_request,
+    load_chunk,
+    memory,
+    plan_upload,
+)
 from warabi.provider import ProviderCore
-from warabi.region import RegionID
 from warabi.request import chunks
+from warabi.security import Peer, Security, permit
 from warabi.target import Target
 from warabi.transfer import load, part, store
-from warabi.wire import Limits, Message
+from warabi.watching import Watching
+from warabi.wire import Message
 
 log = logging.getLogger(__name__)
-
-_WEIGHT = 256 * 1024  # bytes of payload that count as one more request beside the others
-_UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
-_DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
-
-
-@dataclass(slots=True)
-class _Request:
-    """A request with checked arguments, for a target that exists."""
-
-    number: int
-    name: str
-    arguments: list[Any]
-    core: ProviderCore
-    target: Target
-    eager: bytes | None
-    payload: int  # bytes that follow
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Which bytes of which region a transfer is about."""
-
-    region: RegionID
-    extents: list[Extent]
-    persist: bool = False
-    extend: bool = False
-    short: bool = False
-    created: bool = False
 
 
 class Session:
@@ -69,6 +56,12 @@ class Session:
         sock: the connected socket; closed at the end.
         find: the provider of an ID; raises ``ProviderNotFound``.
         shutdown: what a request to shut the engine down calls; raises ``PermissionDenied``.
+        security: what is demanded of the client.
+        limits: what is taken from it.
+        local: whether it is known to be a process of this user, or of root, on this host.
+        admit: called when the client has opened the connection; raises ``ConnectionFailed``.
+        leave: called when the connection has ended.
+        host: grants direct access to regions; None where the peer can have none.
     """
 
     def __init__(
@@ -76,27 +69,57 @@ class Session:
         sock: trio.socket.SocketType,
         find: Callable[[int], ProviderCore],
         shutdown: Callable[[], None],
+        *,
+        security: Security,
+        limits: EngineLimits,
+        local: bool,
+        admit: Callable[[], None],
+        leave: Callable[[], None],
+        host: Host | None = None,
     ) -> None:
-        self._channel = Channel(sock)
+        self._host = host
+        self._channel = Channel(sock, limits.wire)
+        self._exchange = Exchange(local, self._channel.close)
         self._find = find
         self._shutdown = shutdown
+        self._security = security
+        self._local = local
+        self._admit = admit
+        self._leave = leave
+        self._peer = Peer(read_only=True)  # until it is known better
         self._reading = trio.CancelScope()
         self._handling = False  # a request, not waiting for one
-        self._running = trio.Semaphore(Limits().requests)
-        self._pins: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self._running = Budget(limits.requests, limits.outstanding)
+        self._pins = Pins()
+        self._watching = Watching(self)
 
     async def run(self) -> None:
         """Serve until the peer goes, then give back what it held."""
+        feed.ORIGIN.set(self)
         try:
             async with trio.open_nursery() as nursery:
-                await self._serve(nursery)
+                try:
+                    await self._serve(nursery)
+                finally:
+                    self._watching.end()
         finally:
             self._channel.close()
-            self._unpin_all()
+            self._leave()
+            self._pins.give_back(self._find)
+            await self._exchange.aclose()
+        if self._host is not None:
+            await self._host.end()
+
+    def drop(self) -> None:
+        """End at once; only while the client has not opened the connection yet."""
+        self._reading.cancel()
 
     def drain(self) -> None:
         """Answer the requests that have come in, and end."""
         self._channel.drain()
+        self._watching.finish()
+        if self._host is not None:
+            self._host.drain()
         if not self._handling:
             self._reading.cancel()
 
@@ -104,15 +127,18 @@ class Session:
         try:
             with self._reading:
                 await self._read_requests(nursery)
-        except errors.ProtocolError as error:
+        except errors.Exception as error:  # one that answers no request ends the connection
             log.warning("connection refused: %s", error)
             await self._fail(0, error)
         except (OSError, trio.TooSlowError, trio.ClosedResourceError) as error:
             log.info("connection ended: %s", error or type(error).__name__)
 
     async def _read_requests(self, nursery: trio.Nursery) -> None:
-        if not await self._channel.open():
+        peer = await self._channel.open(self._security, local=self._local)
+        if peer is None:
             return
+        self._admit()
+        self._peer = peer
         while (event := await self._channel.next_event()) is not None:
             if isinstance(event, Message):
                 self._handling = True
@@ -120,31 +146,35 @@ class Session:
                 self._handling = False
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
-        header = message.header
-        if (
-            not isinstance(header, list)
-            or len(header) != 5
-            or not all(type(item) is int for item in header[:2])
-            or not isinstance(header[2], str)
-            or not isinstance(header[4], bytes | None)
-        ):
-            raise errors.ProtocolError(f"not a request: {header!r:.100}")
-        number, provider_id, name, arguments, eager = header
+        number, provider_id, name, arguments, eager = checked_header(message.header)
+        permitted = False
         try:
+            permit(self._peer, name, access(name))
+            permitted = True
             if name in ("ping", "shutdown"):
                 await self._control(number, provider_id, name)
                 return
-            request = self._checked(
+            if name in hosting.LETTERS:
+                await self._share(number, self._find(provider_id).target, name, arguments)
+                return
+            if name in migration.OPERATIONS:
+                await self._migrate(message, nursery)
+                return
+            if name == "watch":
+                await self._running.acquire(0)
+                nursery.start_soon(self._watch, number, provider_id, arguments)
+                return
+            request = checked_request(
                 number, self._find(provider_id), name, arguments, eager, message.payload
             )
         except errors.Exception as error:
-            if message.payload:
+            if message.payload and not (permitted and name in migration.OPERATIONS):
                 await self._channel.drop_payload()
             await self._fail(number, error)
             return
-        if name in _UPLOADS:
+        if name in UPLOADS:
             await self._upload(request, nursery)
-        elif name in _DOWNLOADS:
+        elif name in DOWNLOADS:
             await self._start(request, request.target.blocking, nursery, self._download)
         else:
             waits = OPERATIONS[name].waits and request.target.blocking
@@ -159,83 +189,110 @@ class Session:
         with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
             await self._reply(number, None)
 
-    @staticmethod
-    def _checked(
-        number: int, core: ProviderCore, name: str, arguments: Any, eager: Any, payload: int
-    ) -> _Request:
-        letters = _UPLOADS.get(name) or _DOWNLOADS.get(name)
-        if letters is None:
-            operation = OPERATIONS.get(name)
-            if operation is None:
-                raise errors.ProtocolError(f"unknown operation {name!r:.60}")
-            letters = operation.arguments
-        if name not in _UPLOADS and (payload or eager is not None):
-            raise errors.ProtocolError(f"{name}: takes no data")
-        checked = checked_arguments(name, letters, arguments)
-        return _Request(number, name, checked, core, core.target, eager, payload)
+    async def _share(self, number: int, target: Target, name: str, arguments: Any) -> None:
+        checked = checked_arguments(name, hosting.LETTERS[name], arguments)
+        if name == "join":
+            checked[0] = checked[0] and not self._peer.read_only
+        if self._host is None:
+            return await self._reply(number, None)
+        result, descriptors = await self._host.answer(target, name, checked)
+        try:
+            await self._channel.send([wire.frame([number, result])], descriptors)
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+
+    async def _watch(self, number: int, provider_id: int, arguments: Any) -> None:
+        """Answer when something changes that this connection did not change itself."""
+        try:
+            given = checked_arguments("watch", "i?", arguments)
+            found = await self._watching.changes(lambda: self._find(provider_id).target, *given)
+            await self._reply(number, feed.to_wire(found))
+        except Exception as error:
+            await self._report(number, "watch", error)
+        finally:
+            self._running.release(0)
+
+    async def _migrate(self, message: Message, nursery: trio.Nursery) -> None:
+        """A message of a migration; its payload comes first, whoever may send it."""
+        number, provider_id, name, arguments, _ = message.header
+        data = memoryview(bytearray(message.payload))
+        if message.payload:
+            await self._channel.fill(data)
+        core = self._find(provider_id)
+
+        async def answer() -> None:
+            try:
+                result = await self._exchange.call(core, name, arguments, data)
+                await self._reply(number, result)
+            except Exception as error:
+                await self._report(number, name, error)
+
+        if name in BESIDE:
+            nursery.start_soon(answer)
+        else:
+            await answer()
 
     async def _start(
         self,
-        request: _Request,
+        request: Request,
         beside: bool,
         nursery: trio.Nursery,
-        work: Callable[[_Request], Awaitable[None]],
+        work: Callable[[Request], Awaitable[None]],
     ) -> None:
         """Answer a request, *beside* the ones that follow if that may take a while."""
+        if request.name not in READING and not request.entered:
+            request.entered = request.core.changes.enter_nowait()
+            beside = beside or not request.entered
         if not beside:
             await self._answer(request, work)
             return
-        weight = self._weight(request)
-        for _ in range(weight):  # only this task acquires, so it cannot deadlock
-            await self._running.acquire()
-        nursery.start_soon(self._answer_beside, request, work, weight)
+        size = memory(request, self._channel.limits.payload)
+        await self._running.acquire(size)
+        nursery.start_soon(self._answer_beside, request, work, size)
 
     async def _answer_beside(
-        self, request: _Request, work: Callable[[_Request], Awaitable[None]], weight: int
+        self, request: Request, work: Callable[[Request], Awaitable[None]], size: int
     ) -> None:
         try:
             await self._answer(request, work)
         finally:
-            for _ in range(weight):
-                self._running.release()
+            self._running.release(size)
 
-    def _weight(self, request: _Request) -> int:
-        """How many requests a request beside others counts for: large ones fill memory, all the
-        more when the peer does not read its replies."""
-        limit = self._channel.limits.payload
-        size = request.payload
-        if request.name == "read":
-            size = request.arguments[2]
-        elif request.name == "read_vector":
-            size = limit
-        return 1 + min(max(size, 0), limit) // _WEIGHT
-
-    async def _answer(self, request: _Request, work: Callable[[_Request], Awaitable[None]]) -> None:
-        """Do *work*, which replies, and turn what it raises into a failure."""
+    async def _answer(self, request: Request, work: Callable[[Request], Awaitable[None]]) -> None:
+        """Do *work*, which replies, once the target may be changed, if it changes it."""
         try:
+            if not request.entered and request.name not in READING:
+                await request.core.changes.enter()
+                request.entered = True
+                request.target = request.core.target  # it may have gone meanwhile
             await work(request)
-        except errors.Exception as error:
-            await self._fail(request.number, error)
-        except trio.TooSlowError:
+        except Exception as error:
+            await self._report(request.number, request.name, error)
+        finally:
+            if request.entered:
+                request.core.changes.leave()
+
+    async def _report(self, number: int, name: str, error: Exception) -> None:
+        """Turn what an operation raised into a failure."""
+        if isinstance(error, trio.TooSlowError):
             log.info("connection ended: its peer takes no data")
             self._channel.close()
-        except OSError as error:
-            await self._fail(request.number, errors.from_os(error, request.name))
-        except Exception as error:
-            log.exception("a defect in operation %s", request.name)
-            reason = f"{request.name}: {type(error).__name__} in the provider, see its log"
-            await self._fail(request.number, errors.ProviderFailed(reason))
+        else:
+            await self._fail(number, dispatch.failure(error, name))
 
-    async def _operate(self, request: _Request) -> None:
+    async def _operate(self, request: Request) -> None:
         operation = OPERATIONS[request.name]
+        if request.name == "unpin":
+            self._pins.check(request.core.provider_id, *request.arguments)
         result = await dispatch.execute(request.target, operation, request.arguments)
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
-            self._pins[request.core.provider_id, pinned[0]] += pinned[1]
+            self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)
 
     # Uploads: the payload has to be received before the next request is looked at
 
-    async def _upload(self, request: _Request, nursery: trio.Nursery) -> None:
+    async def _upload(self, request: Request, nursery: trio.Nursery) -> None:
         transfers = request.core.transfers
         if not request.payload:
             data = request.eager or b""
@@ -248,18 +305,29 @@ class Session:
             except BaseException:
                 transfers.release(view)
                 raise
+            request.entered = request.core.changes.enter_nowait()
+            if not request.entered:  # a buffer that others wait for must not wait
+                own = memoryview(bytes(view))
+                transfers.release(view)
+                await self._start(request, True, nursery, lambda r: self._store(r, own))
+                return
             beside = request.target.blocking
             await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
-        else:
+        elif request.core.changes.enter_nowait():
+            request.entered = True
             await self._answer(request, self._upload_in_chunks)
+        else:
+            own = memoryview(bytearray(request.payload))
+            await self._channel.fill(own, transfers.patience)
+            await self._start(request, True, nursery, lambda r: self._store(r, own))
 
-    async def _store_and_release(self, request: _Request, view: memoryview) -> None:
+    async def _store_and_release(self, request: Request, view: memoryview) -> None:
         try:
             await self._store(request, view)
         finally:
             request.core.transfers.release(view)
 
-    async def _store(self, request: _Request, data: bytes | memoryview) -> None:
+    async def _store(self, request: Request, data: bytes | memoryview) -> None:
         target = request.target
         if request.name == "write":
             region, offset, persist, extend = request.arguments
@@ -273,13 +341,13 @@ class Session:
             await dispatch.execute(target, operation, [*request.arguments, data])
             await self._reply(request.number, None)
 
-    async def _upload_in_chunks(self, request: _Request) -> None:
+    async def _upload_in_chunks(self, request: Request) -> None:
         """Receive a chunk while those before it are being stored."""
         transfers = request.core.transfers
         failures: list[Exception] = []
-        plan: _Plan | None = None
+        plan: Plan | None = None
         try:
-            plan = self._plan_upload(request)
+            plan = plan_upload(request)
         except errors.Exception as error:
             failures.append(error)
         if plan is None:
@@ -311,26 +379,9 @@ class Session:
         await self._reply(request.number, plan.region if plan.created else None)
 
     @staticmethod
-    def _plan_upload(request: _Request) -> _Plan:
-        """What to write where; what cannot be written is refused before its first chunk."""
-        target, size = request.target, request.payload
-        if request.name == "create_and_write":
-            region = target.create(size)
-            return _Plan(region, [(0, size)], persist=request.arguments[0], created=True)
-        if request.name == "write":
-            region, offset, persist, extend = request.arguments
-            plan = _Plan(region, [(offset, size)], persist, extend)
-        else:
-            region, packed, persist = request.arguments
-            plan = _Plan(region, extents.unpack(packed, request.name), persist)
-            extents.check_total(plan.extents, size, request.name)
-        _check_bounds(target, plan, request.name)
-        return plan
-
-    @staticmethod
     async def _store_chunk(
-        request: _Request,
-        plan: _Plan,
+        request: Request,
+        plan: Plan,
         start: int,
         end: int,
         view: memoryview,
@@ -346,7 +397,7 @@ class Session:
 
     # Downloads
 
-    async def _download(self, request: _Request) -> None:
+    async def _download(self, request: Request) -> None:
         plan, eager = self._plan_download(request)
         size = extents.total(plan.extents)
         transfers = request.core.transfers
@@ -364,7 +415,7 @@ class Session:
         else:
             await self._download_in_chunks(request, plan, size)
 
-    def _plan_download(self, request: _Request) -> tuple[_Plan, bool]:
+    def _plan_download(self, request: Request) -> tuple[Plan, bool]:
         """What to read from where, and whether it is small enough for the reply's header."""
         eager = False
         short = False
@@ -372,10 +423,10 @@ class Session:
             region, offset, size, eager, short = request.arguments
             if short and size > 0:
                 size = min(size, max(0, request.target.size(region) - offset))
-            plan = _Plan(region, [(offset, size)], short=short)
+            plan = Plan(region, [(offset, size)], short=short)
         else:
             region, packed = request.arguments
-            plan = _Plan(region, extents.unpack(packed, request.name))
+            plan = Plan(region, extents.unpack(packed, request.name))
             size = extents.total(plan.extents)
         # The peer's limit may be anything; what is allocated here keeps to this side's too.
         limit = min(self._channel.peer.payload, self._channel.limits.payload)
@@ -384,10 +435,10 @@ class Session:
                 f"{request.name}: {size} bytes in one reply, the limit is {limit}"
             )
         if not short:
-            _check_bounds(request.target, plan, request.name)
+            check_bounds(request.target, plan, request.name)
         return plan, eager
 
-    async def _download_in_chunks(self, request: _Request, plan: _Plan, size: int) -> None:
+    async def _download_in_chunks(self, request: Request, plan: Plan, size: int) -> None:
         """Load a chunk while the one before it is being sent.
 
         The first chunk is loaded before anything is sent, so what is wrong from the start is a
@@ -397,7 +448,7 @@ class Session:
         pieces = list(chunks(size, transfers.chunk))
         view = await transfers.acquire(transfers.chunk)
         try:
-            await self._load_chunk(request, plan, pieces[0], view)
+            await load_chunk(request, plan, pieces[0], view)
             async with self._channel.stream() as stream:
                 await stream.send(wire.frame([request.number, None], size))
                 for index, (start, end) in enumerate(pieces):
@@ -420,28 +471,20 @@ class Session:
                     if failures:
                         raise failures[0]
                     if following and ahead is None:
-                        await self._load_chunk(request, plan, following, view)
+                        await load_chunk(request, plan, following, view)
         finally:
             transfers.release(view)
 
-    @staticmethod
-    async def _load_chunk(
-        request: _Request, plan: _Plan, piece: tuple[int, int], view: memoryview
-    ) -> None:
-        start, end = piece
-        pieces = part(plan.extents, start, end)
-        await load(request.target, plan.region, pieces, view[: end - start], plan.short)
-
     async def _load_ahead(
         self,
-        request: _Request,
-        plan: _Plan,
+        request: Request,
+        plan: Plan,
         piece: tuple[int, int],
         view: memoryview,
         failures: list[Exception],
     ) -> None:
         try:
-            await self._load_chunk(request, plan, piece, view)
+            await load_chunk(request, plan, piece, view)
         except Exception as error:
             failures.append(error)
 
@@ -453,22 +496,3 @@ class Session:
 
     async def _fail(self, number: int, error: errors.Exception) -> None:
         await self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])
-
-    def _unpin_all(self) -> None:
-        for (provider_id, ino), count in self._pins.items():
-            try:
-                if count > 0:
-                    self._find(provider_id).target.namespace.unpin(ino, count)
-            except errors.Exception as error:
-                log.debug("unpin of inode %d: %s", ino, error)
-
-
-def _check_bounds(target: Target, plan: _Plan, what: str) -> None:
-    """Refuse a transfer before memory for it is asked for."""
-    have = target.size(plan.region)
-    for offset, size in plan.extents:
-        if not plan.extend and (offset < 0 or offset + size > have):
-            raise errors.OutOfBounds(
-                f"{what} {plan.region!r}: {size} bytes at offset {offset} end beyond its"
-                f" {have} bytes"
-            )

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from warabi.backends import Storage
 from warabi.buffers import checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Catalogue
-from warabi.durability import DurableRegions
-from warabi.errors import OutOfBounds, StorageFull, WouldBlock
+from warabi.errors import OutOfBounds, StorageFull, TargetNotFound, WouldBlock
 from warabi.extents import Extent, check_total, checked_extents, views
 from warabi.inode import Inode
 from warabi.namespace import Namespace
 from warabi.region import RegionID
+from warabi.sharing import SharedRegions
 
 
 class RegionStat(NamedTuple):
@@ -31,7 +31,7 @@ class RegionStat(NamedTuple):
     names: list[str]
 
 
-class Target(DurableRegions):
+class Target(SharedRegions):
     """Regions and their names on one catalogue and one storage.
 
     Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it
@@ -59,9 +59,10 @@ class Target(DurableRegions):
         on_closing: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        largest = storage.room()[0]
         super().__init__(catalogue, storage, on_closing, on_close)
         self._capacity = capacity
-        self._largest = storage.room()[0]
+        self._largest = largest
         self.blocking = storage.blocking
         self.threads = threads
         self.instead = instead
@@ -73,9 +74,24 @@ class Target(DurableRegions):
         return self._storage.write_waits
 
     @property
+    def shares_writes(self) -> bool:
+        """Whether processes of the host may write to regions by themselves."""
+        return self._storage.shares_writes
+
+    @property
     def uuid(self) -> str:
         """The target's own identity, for as long as it exists."""
         return self._catalogue.uuid
+
+    @property
+    def epoch(self) -> str:
+        """Changes when volatile changes may have been lost: the target was not closed in order."""
+        return self._catalogue.epoch
+
+    @property
+    def used(self) -> int:
+        """The sum of the sizes of all regions, in bytes."""
+        return int(self._catalogue.used)
 
     def _bounds(self, inode: Inode, what: str, offset: int, size: int) -> None:
         if offset + size > inode.size:
@@ -106,9 +122,15 @@ class Target(DurableRegions):
             return self.new_region(0o644, None, None, size, anonymous=True).rid
 
     def new_region(
-        self, mode: int, uid: int | None, gid: int | None, size: int = 0, *, anonymous: bool = False
-    ) -> Inode:
-        """As :meth:`create`, for callers that hold the guard and are about to name the region."""
+        self, mode: int, uid: int | None, gid: int | None, size: int = 0, *,
+        anonymous: bool = False, rid: RegionID | None = None,
+    ) -> Inode:  # fmt: skip
+        """As :meth:`create`, for callers that hold the guard and are about to name the region.
+
+        With *rid* it gets that ID; raises as ``Catalogue.add``.
+        """
+        if self._closed:
+            raise TargetNotFound(f"create: {self._guard.reason}")
         self._reserve(size, "create")
         if size > self._largest:
             raise StorageFull(
@@ -122,6 +144,7 @@ class Target(DurableRegions):
             owner[1] if gid is None else gid,
             size=size,
             anonymous=anonymous,
+            rid=rid,
         )
         try:
             self._storage.create(inode.rid, size)
@@ -171,8 +194,13 @@ class Target(DurableRegions):
             else:
                 with self._lock:
                     self._reserve(end - inode.size, "write")
+                self._storage.check(region, inode.size)
                 try:
-                    self._storage.write_beyond(region, offset, view)
+                    if self._storage.moves(region, end) and inode.share is not None:
+                        self._resize_storage(inode, end)
+                        self._storage.write(region, offset, view)
+                    else:
+                        self._storage.write_beyond(region, offset, view)
                 except BaseException:
                     # It may have grown and not been filled: what is beyond the old end goes.
                     self._storage.resize(region, inode.size)
@@ -188,6 +216,26 @@ class Target(DurableRegions):
         with self._lock:
             if not inode.dead:
                 self._catalogue.resize(inode, size)
+                if self._grants is not None:
+                    self._grants.resized(inode)
+
+    def _resize_storage(self, inode: Inode, size: int) -> None:
+        """Resize the bytes of a region that this call has closed to others."""
+        rid, quiet = inode.rid, True
+        if size < inode.size or self._storage.moves(rid, size):
+            with self._lock:
+                if inode.share is not None and self._grants is not None:
+                    quiet = self._grants.revoke(inode)
+        if quiet:
+            self._storage.resize(rid, size)
+            return
+        # A guest may still write where the bytes are now.
+        free = self._storage.replace(rid, size)
+        with self._lock:
+            if inode.share is not None and self._grants is not None:
+                self._grants.later(inode.share.index, free)
+                return
+        free()
 
     def read_into(
         self, region: RegionID, offset: int, buffer: Any, *, short: bool = False, wait: bool = True
@@ -216,6 +264,22 @@ class Target(DurableRegions):
             return len(view)
         finally:
             self._leave(inode)
+
+    def view(self, region: RegionID, offset: int, size: int) -> memoryview | None:
+        """Up to *size* bytes at *offset* where they are, fewer at the region's end; None where the
+        storage has them in no memory, or some of them were never written.
+
+        What touches them after the region was shrunk or erased is killed: only for who holds the
+        whole target, and hands them to a system call at once, which fails then.
+
+        Raises:
+            InvalidRegion, OutOfBounds: the arguments.
+        """
+        offset = checked_size(offset, "view: offset")
+        with self._lock:
+            inode = self._find(region, "view")
+            size = min(checked_size(size, "view: size"), inode.size - offset)
+            return self._storage.view(region, offset, size) if size > 0 else None
 
     def read(self, region: RegionID, offset: int, size: int) -> bytes:
         """Exactly *size* bytes from *offset*; raises as :meth:`read_into`."""
@@ -337,13 +401,17 @@ class Target(DurableRegions):
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; when anything fails, no region remains."""
         view = readable(data, "create_and_write: data")
-        region = self.create(len(view))
-        try:
-            self.write(region, 0, view, persist)
-        except BaseException:
-            self.erase(region)
-            raise
-        return region
+        with self._kept_open("create_and_write"):
+            region = self.create(len(view))
+            try:
+                self.write(region, 0, view, persist)
+            except BaseException:
+                with self._guard:  # not `erase`, which a target that is about to close refuses
+                    if (inode := self._catalogue.region(region)) is not None:
+                        self.namespace.forget_names(inode)
+                        self.discard(inode)
+                raise
+            return region
 
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.
@@ -360,7 +428,8 @@ class Target(DurableRegions):
             if size != inode.size:
                 with self._lock:
                     self._reserve(max(0, size - inode.size), "resize")
-                self._storage.resize(region, size)
+                self._storage.check(region, inode.size)
+                self._resize_storage(inode, size)
                 self._set_size(inode, size)
             with self._lock:
                 if not inode.dead:
@@ -377,9 +446,11 @@ class Target(DurableRegions):
         """Size, times and names of a region."""
         with self._guard:
             inode = self._find(region, "stat")
+            found = inode.attributes()
             return RegionStat(
-                inode.size, inode.atime, inode.mtime, inode.ctime, self.namespace.paths(inode)
-            )
+                found.size, found.atime_ns, found.mtime_ns, found.ctime_ns,
+                self.namespace.paths(inode),
+            )  # fmt: skip
 
     def list(self, after: RegionID | None = None, limit: int = 1000) -> list[RegionID]:
         """Up to *limit* IDs of live regions in slot order, those after *after*."""

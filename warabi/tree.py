@@ -19,6 +19,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from warabi import acl
 from warabi.catalogue import Catalogue
 from warabi.errors import path_error
 from warabi.inode import ROOT, Attributes, Inode
@@ -28,6 +29,10 @@ NAME_MAX = 255
 """Bytes in one name."""
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+_RENAMES = (
+    0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, RENAME_NOREPLACE | RENAME_WHITEOUT,
+)  # fmt: skip
 
 
 class Regions(Protocol):
@@ -94,12 +99,11 @@ class Tree:
     def _destination(self, parent: int, name: bytes) -> Inode:
         """The directory *parent*, when *name* may be made in it."""
         directory = self._directory(parent)
-        shown = os.fsdecode(name)
         self._check_length(name)
         if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
-            raise path_error(errno.EINVAL, f"{shown!r}: not a file name")
+            raise path_error(errno.EINVAL, f"{os.fsdecode(name)!r}: not a file name")
         if directory.nlink == 0:
-            raise path_error(errno.ENOENT, f"{shown}: its directory was removed")
+            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its directory was removed")
         return directory
 
     def _absent(self, parent: int, name: bytes) -> Inode:
@@ -123,7 +127,7 @@ class Tree:
             self._catalogue.touch(inode, durable=True)
 
     def _named(self, parent: Inode, name: bytes, inode: Inode) -> None:
-        self._catalogue.link(parent.ino, name, inode)
+        self._catalogue.link(parent.ino, name, inode, new=True)
         inode.anonymous = 0
         if stat.S_ISDIR(inode.mode):
             parent.nlink += 1
@@ -155,6 +159,35 @@ class Tree:
             if not inode.pins:
                 self._regions.discard(inode)
 
+    # Access control lists; the guard is held
+
+    def _inherited(self, directory: Inode, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
+        """The mode, and the lists as attributes, of what is made in *directory* with *mode*.
+
+        Where the directory has a default list, that limits the mode instead of the umask.
+        """
+        value = self._catalogue.xattr(directory.ino, acl.DEFAULT)
+        if value is None:
+            return mode & ~umask, {}
+        entries = acl.unpack(value)
+        mode &= ~0o777 | acl.mode_of(entries)
+        lists = {acl.DEFAULT: value} if stat.S_ISDIR(mode) else {}
+        if acl.extended(entries):
+            lists[acl.ACCESS] = acl.pack(acl.with_mode(entries, mode))
+        return mode, lists
+
+    def _set_mode(self, inode: Inode, mode: int) -> None:
+        """Set the permission bits, and in an access control list what stands for them."""
+        inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+        value = self._catalogue.xattr(inode.ino, acl.ACCESS)
+        if value is not None:
+            entries = acl.with_mode(acl.unpack(value), mode)
+            self._catalogue.set_xattr(inode, acl.ACCESS, acl.pack(entries))
+
+    def _set_xattrs(self, inode: Inode, values: dict[bytes, bytes]) -> None:
+        for name, value in values.items():
+            self._catalogue.set_xattr(inode, name, value)
+
     def forget_names(self, inode: Inode) -> None:
         """Drop every name of a region that is being erased; the guard is held."""
         for parent in self._catalogue.unlink_all(inode):
@@ -165,9 +198,20 @@ class Tree:
     # Inodes
 
     def lookup(self, parent: int, name: bytes) -> Attributes:
-        """The inode that *name* means in directory *parent*; ENOENT, ENOTDIR, ESTALE."""
+        """The inode that *name*, which may be a dot or two, means in directory *parent*; ENOENT,
+        ENOTDIR, ESTALE."""
         with self._guard:
-            return self._existing(self._directory(parent), name).attributes()
+            directory = self._directory(parent)
+            if name == b".":
+                return directory.attributes()
+            if name == b"..":
+                return self._above(directory).attributes()
+            return self._existing(directory, name).attributes()
+
+    def _above(self, directory: Inode) -> Inode:
+        """The directory above; the root for itself and for one that was removed."""
+        names = self._catalogue.names(directory)
+        return self._get(names[0][0] if names else ROOT)
 
     def getattr(self, ino: int) -> Attributes:
         """An inode's attributes; ESTALE when it is gone."""
@@ -190,7 +234,7 @@ class Tree:
         with self._guard:
             inode = self._get(ino)
             if mode is not None:
-                inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+                self._set_mode(inode, mode)
             inode.uid = inode.uid if uid is None else uid
             inode.gid = inode.gid if gid is None else gid
             inode.atime = inode.atime if atime_ns is None else atime_ns
@@ -228,10 +272,16 @@ class Tree:
         gid: int,
         rdev: int = 0,
         pin: bool = False,
+        umask: int = 0,
     ) -> Attributes:
-        """Make a regular file (an empty region), FIFO, socket or device node."""
+        """Make a regular file (an empty region), FIFO, socket or device node.
+
+        *umask* is taken from *mode*, unless the directory's default access control list says what
+        the mode may be.
+        """
         with self._guard:
             directory = self._absent(parent, name)
+            mode, lists = self._inherited(directory, mode, umask)
             gid = directory.gid if directory.mode & stat.S_ISGID else gid
             if stat.S_IFMT(mode) in (0, stat.S_IFREG):
                 inode = self._regions.new_region(mode, uid, gid)
@@ -240,18 +290,22 @@ class Tree:
             else:
                 raise path_error(errno.EINVAL, f"mknod: mode {mode:#o} is no file type")
             self._named(directory, name, inode)
+            self._set_xattrs(inode, lists)
             inode.pins += pin
             return inode.attributes()
 
-    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
-        """Make an empty directory, which inherits a set-group-ID bit."""
+    def mkdir(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Attributes:
+        """Make an empty directory, which inherits a set-group-ID bit; *umask* as for mknod."""
         with self._guard:
             directory = self._absent(parent, name)
-            mode = stat.S_IFDIR | stat.S_IMODE(mode)
+            mode, lists = self._inherited(directory, stat.S_IFDIR | stat.S_IMODE(mode), umask)
             if directory.mode & stat.S_ISGID:
                 mode, gid = mode | stat.S_ISGID, directory.gid
             inode = self._catalogue.add(mode, uid, gid)
             self._named(directory, name, inode)
+            self._set_xattrs(inode, lists)
             return inode.attributes()
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attributes:
@@ -330,14 +384,14 @@ class Tree:
 
         Returns the attributes of what was replaced (see *hold* of :meth:`unlink`), or None.
         """
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        if flags not in _RENAMES:
             raise path_error(errno.EINVAL, f"rename: unknown flags {flags:#x}")
         with self._guard:
             source = self._directory(parent)
             inode = self._existing(source, name)
             into = self._destination(new_parent, new_name)
             victim = self._find(into, new_name)
-            if victim is not None and flags == RENAME_NOREPLACE:
+            if victim is not None and flags & RENAME_NOREPLACE:
                 raise path_error(errno.EEXIST, f"{os.fsdecode(new_name)}: exists")
             if victim is inode:
                 return None  # two names of one inode: both stay
@@ -351,6 +405,8 @@ class Tree:
                 self._check_replaceable(inode, victim, new_name)
                 self._unnamed(into, new_name, victim, hold)
             self._move(source, name, inode, into, new_name)
+            if flags & RENAME_WHITEOUT:
+                self._named(source, name, self._catalogue.add(stat.S_IFCHR, 0, 0))
             replaced = victim.attributes() if victim else None
         self._regions._reap()
         return replaced

@@ -29,6 +29,7 @@ VERSION = 1
 _OPENING = struct.Struct("<8sI")
 _PREFIX = struct.Struct("<IQ")
 _MAX_OPENING = 4096
+_TLS = (b"\x15", b"\x16")  # how an alert and a handshake begin
 _MAX_ITEMS = 1024  # in one msgpack array: bounds what a header can make the parser allocate
 _BUFFER = 64 * 1024
 
@@ -65,9 +66,17 @@ PAYLOAD_DONE = Signal.PAYLOAD_DONE
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The peer's opening arrived: its limits."""
+    """The peer's opening arrived.
+
+    Attributes:
+        limits: the peer's.
+        content: all that it says, known here or not.
+        raw: its bytes.
+    """
 
     limits: Limits
+    content: dict[str, Any]
+    raw: bytes
 
 
 @dataclass(slots=True)
@@ -115,9 +124,9 @@ def unpack(data: Buffer) -> Any:
         raise ProtocolError(f"malformed header: {error or type(error).__name__}") from None
 
 
-def opening(limits: Limits) -> bytes:
-    """The first bytes that a side sends."""
-    body = pack({"version": VERSION, **asdict(limits)})
+def opening(limits: Limits, more: dict[str, Any] | None = None) -> bytes:
+    """The first bytes that a side sends; a peer that does not know what is in *more* skips it."""
+    body = pack({"version": VERSION, **asdict(limits), **(more or {})})
     return _OPENING.pack(MAGIC, len(body)) + body
 
 
@@ -252,7 +261,8 @@ class Connection:
         have = self._end - self._start
         seen = bytes(self._view[self._start : self._start + min(have, len(MAGIC))])
         if not MAGIC.startswith(seen):
-            raise ProtocolError(f"the peer speaks another protocol (it began with {seen!r})")
+            hint = ", as TLS does" if seen[:1] in _TLS else ""
+            raise ProtocolError(f"the peer speaks another protocol (it began with {seen!r}{hint})")
         if have < _OPENING.size:
             return NEED_DATA
         length = _OPENING.unpack_from(self._store, self._start)[1]
@@ -261,7 +271,8 @@ class Connection:
         self._need = _OPENING.size + length
         if have < self._need:
             return NEED_DATA
-        content = unpack(self._view[self._start + _OPENING.size : self._start + self._need])
+        raw = bytes(self._view[self._start : self._start + self._need])
+        content = unpack(raw[_OPENING.size :])
         self._start += self._need
         self._state = _State.PREFIX
         if not isinstance(content, dict) or content.get("version") != VERSION:
@@ -273,7 +284,7 @@ class Connection:
             if type(value) is not int or value < 1:
                 raise ProtocolError(f"the peer's limit {field.name!r} is {value!r}")
             values[field.name] = value
-        return Opened(Limits(**values))
+        return Opened(Limits(**values), content, raw)
 
     def accept_payload(self, place: memoryview | None) -> None:
         """Give the last message's payload a place: a flat view, or None to drop it.

@@ -2,20 +2,36 @@
 
 warabifs mount SOURCE MOUNTPOINT [-o ...]
 warabifs umount MOUNTPOINT
+warabifs doctor
+warabifs install-helper
+
+``warabifs SOURCE MOUNTPOINT [-o ...]`` mounts too: so mount.fuse3(8) calls it for the type
+``fuse.warabifs``.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import click
 
 import warabi
-from warabifs import entry
+from warabi.errors import ConfigError
+from warabifs import doctor as examination
+from warabifs import entry, install, unmount
 
 
-@click.group()
+class _Commands(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and ":" in args[0]:  # no command, but a source
+            return "mount", mount, args
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands)
 @click.version_option(warabi.__version__, prog_name="warabifs")
 def main() -> None:
     """Mount Warabi targets as file systems."""
@@ -25,12 +41,38 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def mount(arguments: tuple[str, ...]) -> None:
     """Mount a target; takes the arguments of mount.warabifs."""
-    sys.argv[1:] = arguments
-    entry.mount()
+    entry.mount(arguments)
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path())
-def umount(mountpoint: str) -> None:
-    """Unmount; everything is handed over and persisted."""
-    sys.exit(subprocess.run(["fusermount3", "-u", mountpoint]).returncode)
+@click.argument("mountpoint")  # as text: click.Path would ask the mount, which may not answer
+@click.option("-l", "--lazy", is_flag=True, help="Unmount now; open files go on.")
+@click.option("--timeout", default=unmount.PATIENCE, show_default=True, type=float, metavar="S",
+              help="Seconds to wait until everything is persisted.")  # fmt: skip
+def umount(mountpoint: str, lazy: bool, timeout: float) -> None:
+    """Unmount; returns when everything is handed over and persisted, or says what is not."""
+    try:
+        found = unmount.find(mountpoint)
+    except ConfigError as error:
+        sys.exit(f"warabifs: {error}")
+    sys.exit(unmount.unmount(found, lazy=lazy, patience=timeout))
+
+
+@main.command()
+def doctor() -> None:
+    """Look for what keeps mounts from working; says what is wrong and what mends it."""
+    sys.exit(examination.main())
+
+
+@main.command("install-helper")
+@click.option("--prefix", default="/", show_default=True, metavar="DIR",
+              type=click.Path(path_type=Path),
+              help="Where to install; mount(8) looks in /sbin.")  # fmt: skip
+@click.option("--uninstall", is_flag=True, help="Remove what was installed.")
+def install_helper(prefix: Path, uninstall: bool) -> None:
+    """Let mount(8), umount(8) and fstab know warabifs, and install its manual page."""
+    try:
+        for line in install.uninstall(prefix) if uninstall else install.install(prefix):
+            click.echo(line)
+    except ConfigError as error:
+        sys.exit(f"warabifs: {error}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 
-def mount() -> None:
-    """``mount.warabifs``."""
+def mount(arguments: Sequence[str] | None = None, *, helper: bool = False) -> None:
+    """``mount.warabifs``; *helper*: called by mount(8)."""
     try:
         from warabifs.mount import main
     except ModuleNotFoundError as error:
@@ -16,4 +17,4 @@ def mount() -> None:
             "mount.warabifs: the Python package pyfuse3 is not installed;"
             " pip install 'warabifs[mount]' brings it"
         )
-    main()
+    main(arguments, helper=helper)

@@ -4,7 +4,7 @@ Knows nothing of pyfuse3; raises the library's exceptions and ``OSError``.
 
 The kernel keeps *lookup counts*: an inode number that was handed out may be used in requests
 until it is forgotten, even when its last name is gone.  So a removed inode stays pinned in the
-target until its count is zero (``_Known.held``), and an open file pins its inode.
+target until its count is zero (``Known.held``), and an open file pins its inode.
 
 Tasks interleave only where a method awaits.  The tables are changed between awaits, never
 across one: look at ``_known`` again after an await instead of keeping an entry.
@@ -12,62 +12,32 @@ across one: look at ``_known`` again after an await instead of keeping an entry.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
-from warabi import errors
+from warabi import acl, errors
 from warabi.aio import Target
 from warabi.errors import path_error
+from warabi.feed import ATTRIBUTES, Changes
 from warabi.inode import ROOT, Attributes
 from warabi.region import RegionID
-from warabi.tree import region_of_name
+from warabi.target import Target as LocalTarget
+from warabi.tree import RENAME_EXCHANGE, region_of_name
+from warabifs.handles import Directory, Entry, File, Known, Outdated
 
 BLOCK = 4096
+CAPABILITY = b"security.capability"
+"""What the kernel asks for before each write to a file, because the write would remove it."""
 _PAGE = 128  # directory entries fetched at a time
-
-
-@dataclass(slots=True)
-class _Known:
-    """An inode that the kernel knows."""
-
-    region: RegionID
-    count: int = 0
-    held: int = 0  # pins that end when the kernel forgets
-    aliased: bool = False  # the kernel has a name for it that spells its ID
-
-
-@dataclass(slots=True)
-class _File:
-    """An open file."""
-
-    ino: int
-    region: RegionID
-
-
-@dataclass(slots=True)
-class _Directory:
-    """An open directory; the cookie of entry *i* is *i* + 3, after the two dots."""
-
-    ino: int
-    names: list[bytes] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A directory entry: *next_cookie* continues after it; dots are not counted as lookups."""
-
-    name: bytes
-    attributes: Attributes
-    next_cookie: int
-
-    @property
-    def dot(self) -> bool:
-        return self.name in (b".", b"..")
+_ABSENT = 10_000  # names that the kernel may believe to mean nothing
+_VIEWED = 64 * 1024  # from this size on, bytes are handed to the kernel where they are
+_REMEMBERED = 200_000  # names of an open directory, of which the gone ones are kept at a rewind
 
 
 class FileSystem:
@@ -76,19 +46,32 @@ class FileSystem:
     Args:
         target: where they are.
         exclusive: nobody else changes the target, so what the kernel cached stays true.
+        attr_timeout: seconds for which what was read of an inode may be believed.
+        local: *target* itself, when it is in this process: bytes go to and fro directly.
         drop_name: makes the kernel let go of a name in a directory, later.
+        remember_names: the kernel believes not only names of directories for a while.
     """
 
     def __init__(
-        self, target: Target, *, exclusive: bool, drop_name: Callable[[int, bytes], None]
-    ) -> None:
+        self, target: Target, *, exclusive: bool, attr_timeout: float,
+        drop_name: Callable[[int, bytes], None], local: LocalTarget | None = None,
+        remember_names: bool = False,
+    ) -> None:  # fmt: skip
         self._target = target
+        self._attr_timeout = attr_timeout
+        self._local = local
         self._exclusive = exclusive
         self._drop_name = drop_name
-        self._known: dict[int, _Known] = {}
-        self._parents: dict[int, int] = {ROOT: ROOT}  # of directories that the kernel knows
-        self._handles: dict[int, _File | _Directory] = {}
+        self._remember_names = remember_names
+        # Names that the kernel believes: what they mean, what means it, and, the oldest first,
+        # which mean nothing.
+        self._names: dict[tuple[int, bytes], int] = {}
+        self._names_of: dict[int, set[tuple[int, bytes]]] = {}
+        self._absent: dict[tuple[int, bytes], None] = {}
+        self._known: dict[int, Known] = {}
+        self._handles: dict[int, File | Directory] = {}
         self._next_handle = itertools.count(1)
+        self._xattr_changes = 0
         self._stamps: dict[int, tuple[int, int]] = {}  # of what the page cache holds
         # One request's data at a time is copied out before the next task runs (see `read`).
         self._buffer = memoryview(bytearray(1024 * 1024))
@@ -101,12 +84,20 @@ class FileSystem:
     ) -> Attributes:
         known = self._known.get(attributes.ino)
         if known is None:
-            known = self._known[attributes.ino] = _Known(attributes.region)
+            known = self._known[attributes.ino] = Known(
+                attributes.region, stat.S_ISDIR(attributes.mode)
+            )
         known.count += 1
-        if parent is not None and stat.S_ISDIR(attributes.mode):
-            self._parents[attributes.ino] = parent
-        if parent == ROOT and region_of_name(name) == attributes.region:
+        if parent is not None and (known.directory or self._remember_names):
+            self._means(parent, name, attributes.ino)
+        if parent == ROOT and region_of_name(name) == known.region:
             known.aliased = True
+        return attributes
+
+    def _new(self, attributes: Attributes, parent: int, name: bytes) -> Attributes:
+        """As :meth:`_count`, of an inode that was just made."""
+        self._count(attributes, parent, name)
+        self._known[attributes.ino].incapable = time.monotonic() + self._attr_timeout
         return attributes
 
     def count_entry(self, handle: int, entry: Entry) -> None:
@@ -122,10 +113,63 @@ class FileSystem:
             known.count -= count
             if known.count <= 0:
                 del self._known[ino]
-                self._parents.pop(ino, None)
                 self._stamps.pop(ino, None)
+                for key in self._names_of.pop(ino, ()):
+                    self._names.pop(key, None)
                 if known.held:
                     await self._target.call("unpin", ino, known.held)
+
+    def _means(self, parent: int, name: bytes, ino: int) -> None:
+        """The kernel knows that a name means *ino* now; 0: that it must ask."""
+        if self._exclusive:
+            return  # nobody needs to be told
+        key = (parent, name)
+        self._absent.pop(key, None)
+        before = self._names.pop(key, 0)
+        if before:
+            self._names_of[before].discard(key)
+        if ino:
+            self._names[key] = ino
+            self._names_of.setdefault(ino, set()).add(key)
+
+    def note_absent(self, parent: int, name: bytes) -> bool:
+        """The kernel may believe for a while that a name means nothing; whether it may."""
+        if self._exclusive:
+            return True
+        if parent == ROOT and region_of_name(name) is not None:
+            return False  # regions that are made without a name are not told of
+        self._absent[parent, name] = None
+        if len(self._absent) > _ABSENT:
+            oldest = next(iter(self._absent))
+            del self._absent[oldest]
+            self._drop_name(*oldest)
+        return True
+
+    def is_directory(self, ino: int) -> bool:
+        """Whether the kernel knows *ino* as a directory."""
+        known = self._known.get(ino)
+        return ino == ROOT or (known is not None and known.directory)
+
+    def outdated(self, changes: Changes) -> Outdated:
+        """What of *changes* concerns the kernel."""
+        if changes.everything:
+            self._stamps.clear()
+            names = {**dict.fromkeys(self._absent, 0), **self._names}
+            self._absent.clear()
+            return Outdated(dict.fromkeys((ROOT, *self._known), False), names)
+        inodes = {}
+        for ino, what in changes.inodes.items():
+            if ino in self._known or ino == ROOT:
+                inodes[ino] = what == ATTRIBUTES
+                if what != ATTRIBUTES:
+                    self._stamps.pop(ino, None)
+        names = {}
+        for (parent, name), ino in changes.names.items():
+            believed = self._names.get((parent, name), 0)
+            if (parent in self._known or parent == ROOT) and not 0 < ino == believed:
+                names[parent, name] = believed
+                self._absent.pop((parent, name), None)
+        return Outdated(inodes, names)
 
     def _region(self, ino: int) -> RegionID:
         known = self._known.get(ino)
@@ -148,11 +192,6 @@ class FileSystem:
     # Inodes
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
-        if name == b".":
-            return self._count(await self._target.call("getattr", parent))
-        if name == b"..":
-            above = self._parents.get(parent, ROOT)
-            return self._count(await self._target.call("getattr", above))
         return self._count(await self._target.call("lookup", parent, name), parent, name)
 
     async def getattr(self, ino: int) -> Attributes:
@@ -183,28 +222,35 @@ class FileSystem:
     # Names
 
     async def mknod(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, umask: int
     ) -> Attributes:
-        made = await self._target.call("mknod", parent, name, mode, uid, gid, rdev, False)
-        return self._count(made)
+        made = await self._target.call("mknod", parent, name, mode, uid, gid, rdev, False, umask)
+        return self._new(made, parent, name)
 
-    async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
-        made = await self._target.call("mkdir", parent, name, mode, uid, gid)
-        return self._count(made, parent)
+    async def mkdir(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int
+    ) -> Attributes:
+        made = await self._target.call("mkdir", parent, name, mode, uid, gid, umask)
+        return self._count(made, parent, name)
 
     async def symlink(
         self, parent: int, name: bytes, target: bytes, uid: int, gid: int
     ) -> Attributes:
-        return self._count(await self._target.call("symlink", parent, name, target, uid, gid))
+        made = await self._target.call("symlink", parent, name, target, uid, gid)
+        return self._count(made, parent, name)
 
     async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
-        return self._count(await self._target.call("link", ino, parent, name))
+        return self._count(await self._target.call("link", ino, parent, name), parent, name)
 
     async def unlink(self, parent: int, name: bytes) -> None:
-        await self._released(await self._target.call("unlink", parent, name, True))
+        removed = await self._target.call("unlink", parent, name, True)
+        self._means(parent, name, 0)
+        await self._released(removed)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
-        await self._released(await self._target.call("rmdir", parent, name, True))
+        removed = await self._target.call("rmdir", parent, name, True)
+        self._means(parent, name, 0)
+        await self._released(removed)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
@@ -212,30 +258,31 @@ class FileSystem:
         replaced = await self._target.call(
             "rename", parent, name, new_parent, new_name, flags, True
         )
+        moved = self._names.get((parent, name), 0)
+        exchanged = self._names.get((new_parent, new_name), 0) if flags & RENAME_EXCHANGE else 0
+        self._means(parent, name, exchanged)
+        self._means(new_parent, new_name, moved)
         await self._released(replaced)
-        if parent != new_parent:
-            moved = await self._target.call("lookup", new_parent, new_name)
-            if moved.ino in self._parents:
-                self._parents[moved.ino] = new_parent
 
     # Files
 
-    def _add_handle(self, handle: _File | _Directory) -> int:
+    def _add_handle(self, handle: File | Directory) -> int:
         number = next(self._next_handle)
         self._handles[number] = handle
         return number
 
-    def _file(self, handle: int) -> _File:
+    def _file(self, handle: int) -> File:
         found = self._handles[handle]
-        assert isinstance(found, _File)
+        assert isinstance(found, File)
         return found
 
     async def create(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
     ) -> tuple[int, Attributes]:
         """Make and open a file; returns its handle."""
         try:
-            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True)
+            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
+            self._new(made, parent, name)
         except errors.PathError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
@@ -243,49 +290,82 @@ class FileSystem:
             found = await self._target.call("lookup", parent, name)
             made = await self._target.call("pin", found.ino)
             if flags & os.O_TRUNC:
-                await self._target.resize(made.region, 0)
-        self._count(made)
-        return self._add_handle(_File(made.ino, made.region)), made
+                made = await self._emptied(made, keep_setid=uid == 0)
+            self._count(made, parent, name)
+        return self._add_handle(File(made.ino, made.region)), made
 
-    async def open(self, ino: int, flags: int) -> tuple[int, bool]:
+    async def _emptied(self, attributes: Attributes, *, keep_setid: bool) -> Attributes:
+        """Truncate a pinned file that is being opened; the kernel leaves ``O_TRUNC`` to us.
+
+        Unless *keep_setid*, as for root, that takes the set-ID bits away like any other change.
+        """
+        try:
+            await self._target.resize(attributes.region, 0)
+            mode = attributes.mode & ~stat.S_ISUID
+            if mode & stat.S_IXGRP:
+                mode &= ~stat.S_ISGID
+            if mode == attributes.mode or keep_setid:
+                return await self.getattr(attributes.ino)
+            changes = (mode, None, None, None, None)
+            changed: Attributes = await self._target.call("setattr", attributes.ino, *changes)
+            return changed
+        except BaseException:
+            await self._target.call("unpin", attributes.ino, 1)
+            raise
+
+    async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, bool]:
         """Open a file; returns its handle, and whether the kernel's page cache is still true.
 
-        The kernel leaves ``O_TRUNC`` to us.
+        With *keep_setid* truncation (``O_TRUNC``) leaves the set-ID bits alone.
         """
         attributes: Attributes = await self._target.call("pin", ino)
         if flags & os.O_TRUNC:
-            try:
-                await self._target.resize(attributes.region, 0)
-            except BaseException:
-                await self._target.call("unpin", ino, 1)
-                raise
-            attributes = await self.getattr(ino)
+            attributes = await self._emptied(attributes, keep_setid=keep_setid)
         stamp = (attributes.mtime_ns, attributes.size)
         fresh = self._exclusive or self._stamps.get(ino) == stamp
         self._stamps[ino] = stamp
-        return self._add_handle(_File(ino, attributes.region)), fresh
+        return self._add_handle(File(ino, attributes.region)), fresh
 
     async def read(self, handle: int, offset: int, size: int) -> memoryview:
         """Up to *size* bytes, fewer only at the end of the file.
 
         The result is valid until the caller's task waits for anything.
         """
-        file = self._file(handle)
+        region = self._file(handle).region
         if self._buffer_busy or size > len(self._buffer):
             buffer = memoryview(bytearray(size))
-            return buffer[: await self._target.read_some(file.region, offset, buffer)]
+            return buffer[: await self._read_some(region, offset, buffer)]
+        if self._local is not None and size >= _VIEWED:
+            view = self._local.view(region, offset, size)
+            if view is not None:
+                return view
         self._buffer_busy = True
         try:
             buffer = self._buffer[:size]
-            return buffer[: await self._target.read_some(file.region, offset, buffer)]
+            return buffer[: await self._read_some(region, offset, buffer)]
         finally:
             self._buffer_busy = False
 
+    async def _read_some(self, region: RegionID, offset: int, buffer: memoryview) -> int:
+        local = self._local
+        if local is not None:
+            with contextlib.suppress(errors.WouldBlock):
+                return local.read_into(region, offset, buffer, short=True, wait=not local.blocking)
+        return await self._target.read_some(region, offset, buffer)
+
     async def write(self, handle: int, offset: int, data: Any) -> int:
         file = self._file(handle)
-        await self._target.write(file.region, offset, data, extend=True)
+        await self._write(file.region, offset, data)
         self._stamps.pop(file.ino, None)  # the next open fetches the new one
         return len(data)
+
+    async def _write(self, region: RegionID, offset: int, data: Any) -> None:
+        local = self._local
+        if local is not None:
+            with contextlib.suppress(errors.WouldBlock):
+                local.write(region, offset, data, extend=True, wait=not local.blocking)
+                return
+        await self._target.write(region, offset, data, extend=True)
 
     async def fsync(self, handle: int, datasync: bool) -> None:
         await self._target.fsync(self._file(handle).region, times=not datasync)
@@ -297,7 +377,7 @@ class FileSystem:
     # Directories
 
     def opendir(self, ino: int) -> int:
-        return self._add_handle(_Directory(ino))
+        return self._add_handle(Directory(ino))
 
     def releasedir(self, handle: int) -> None:
         del self._handles[handle]
@@ -312,34 +392,76 @@ class FileSystem:
         no other; attributes are fetched anew each time, for the kernel takes them over.
         """
         directory = self._handles[handle]
-        assert isinstance(directory, _Directory)
+        assert isinstance(directory, Directory)
         entries: list[Entry] = []
         if cookie < 2:
-            directory.names.clear()
-            above = self._parents.get(directory.ino, ROOT)
-            dots = ((b".", directory.ino), (b"..", above))
-            for position, (name, ino) in enumerate(dots[cookie:], cookie):
-                entries.append(Entry(name, await self.getattr(ino), position + 1))
+            if cookie == 0 and len(directory.names) > _REMEMBERED:
+                directory.names.clear()
+                directory.positions.clear()
+            for position, name in enumerate((b".", b"..")[cookie:], cookie):
+                dot = await self._target.call("lookup", directory.ino, name)
+                entries.append(Entry(name, dot, position + 1))
             cookie = 2
-        index = cookie - 2
-        after = directory.names[index - 1] if index else b""
+        start = cookie - 2
+        if start > len(directory.names):
+            return []  # a cookie that was never given
+        after = directory.names[start - 1] if start else b""
         page = await self._target.call("readdir", directory.ino, after, _PAGE)
-        directory.names[index:] = [name for name, _ in page]
-        for position, (name, attributes) in enumerate(page, index):
+        positions = directory.place([name for name, _ in page], start)
+        for position, (name, attributes) in zip(positions, page, strict=True):
             entries.append(Entry(name, attributes, position + 3))
         return entries
 
     # Extended attributes
 
+    def is_incapable(self, ino: int) -> bool:
+        """Whether it is known that an inode has no ``CAPABILITY``."""
+        known = self._known.get(ino)
+        return known is not None and time.monotonic() < known.incapable
+
     async def getxattr(self, ino: int, name: bytes) -> bytes:
-        value: bytes = await self._target.call("getxattr", ino, name)
+        known, changes = self._known.get(ino), self._xattr_changes
+        try:
+            value: bytes = await self._target.call("getxattr", ino, name)
+        except errors.PathError as error:
+            absent = name == CAPABILITY and error.errno == errno.ENODATA
+            if absent and known is not None and changes == self._xattr_changes:
+                known.incapable = time.monotonic() + self._attr_timeout
+            raise
         return value
 
-    async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        await self._target.call("setxattr", ino, name, value)
+    async def setxattr(
+        self, ino: int, name: bytes, value: bytes, groups: Callable[[], Container[int]] | None
+    ) -> None:
+        """Set an extended attribute.
 
-    async def removexattr(self, ino: int, name: bytes) -> None:
+        *groups* tells the caller's; None for root, who keeps the set-group-ID bit of every file
+        whose access control list he changes.
+        """
+        lost = await self._loses_setgid(ino, name, groups)
+        await self._target.call("setxattr", ino, name, value, lost is None)
+        self._xattr_changes += 1  # to who has asked before, and is not answered yet
+        if ino in self._known:
+            self._known[ino].incapable = 0.0
+
+    async def _loses_setgid(
+        self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
+    ) -> Attributes | None:
+        """The attributes before, when a change of *name* takes the set-group-ID bit away."""
+        if name != acl.ACCESS or groups is None:
+            return None
+        file = await self.getattr(ino)
+        return file if file.mode & stat.S_ISGID and file.gid not in groups() else None
+
+    async def removexattr(
+        self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
+    ) -> None:
+        """Remove an extended attribute; *groups* as for :meth:`setxattr`."""
+        lost = await self._loses_setgid(ino, name, groups)
         await self._target.call("removexattr", ino, name)
+        if lost is not None:
+            mode = lost.mode & ~stat.S_ISGID
+            await self._target.call("setattr", ino, mode, None, None, None, None)
 
     async def listxattr(self, ino: int) -> list[bytes]:
         names: list[bytes] = await self._target.call("listxattr", ino)

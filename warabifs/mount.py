@@ -19,36 +19,56 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import pyfuse3
 import trio
 
 import warabi
-from warabi import aio, layout
+from warabi import aio, layout, reconnect
 from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
+from warabi.security import config_of
 from warabi.target import Target
+from warabifs.device import Device
+from warabifs.ending import Ending, device_number
 from warabifs.filesystem import FileSystem
-from warabifs.operations import Operations, drop_name
+from warabifs.following import Follower
+from warabifs.operations import Operations, drop_name, forget_inode, forget_name
 from warabifs.options import Options, Source, help_text, parse_options, parse_source
+from warabifs.pace import install
+from warabifs.remount import remount
+from warabifs.shown import ShownLink
+from warabifs.unmount import find
+from warabifs.watchdog import Watchdog
 
 log = logging.getLogger("warabifs")
 
 _PATIENCE = 2.0  # seconds to wait for an earlier mount of the target to let go
 _ANSWER = 30.0  # seconds for a fresh mount to answer
 _DAY = 86400.0
+_LET_GO = 'exec 3<"$1" && fusermount3 -u -z "$1" && { sync -f /dev/fd/3; true; }'
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; exits with 0 when the mount can be used, or with 1 and one line on stderr."""
-    parsed = _parser().parse_intermixed_args(arguments)
+def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> None:
+    """The command; exits with 0 when the mount can be used, or with 1 and one line on stderr.
+
+    As mount(8)'s *helper*, ``-f`` means what it means for mount(8): check, and mount nothing.
+    """
+    parsed = _parser(helper).parse_intermixed_args(arguments)
+    if parsed.namespace:
+        _enter(parsed.namespace, sys.argv[1:] if arguments is None else arguments, helper)
     try:
-        options = parse_options(parsed.option, root=os.geteuid() == 0)
+        options = parse_options(parsed.option, root=os.geteuid() == 0, sloppy=parsed.sloppy)
         options.read_only = options.read_only or parsed.read_only
+        if options.remount:
+            _remount(parsed.mountpoint, options)
+            return
         source = parse_source(parsed.source, create=options.create)
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
+        if parsed.fake:
+            return
         if parsed.foreground:
             _log_to(options, foreground=True)
             _serve(source, mountpoint, options, lambda: None)
@@ -59,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"mount.warabifs: {line}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(helper: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mount.warabifs",
         usage="%(prog)s SOURCE MOUNTPOINT [-f] [-r] [-o OPTION[,OPTION...]]",
         description="Show every region of a Warabi target as a file.",
-        epilog="options of -o:\n" + help_text() + "\n\nUnmount with: fusermount3 -u MOUNTPOINT",
+        epilog="options of -o:\n" + help_text() + "\n\nUnmount with: umount MOUNTPOINT, or"
+        " fusermount3 -u MOUNTPOINT",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -72,16 +93,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("-o", dest="option", action="append", default=[], metavar="OPTION")
-    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument(
+        "-f", dest="fake" if helper else "foreground", action="store_true",
+        help="check everything, mount nothing" if helper else "stay in the foreground",
+    )  # fmt: skip
+    parser.add_argument(
+        "--foreground", action="store_true", help="stay in the foreground, also under mount(8)"
+    )
     parser.add_argument("-r", dest="read_only", action="store_true", help="same as -o ro")
-    # What mount(8) passes to every helper.
-    for flag in ("-w", "-n", "-s", "-v"):
+    parser.add_argument(
+        "-s", dest="sloppy", action="store_true", help="pass over options that are unknown"
+    )
+    # What else mount(8) passes to every helper.
+    for flag in ("-w", "-n", "-v"):
         parser.add_argument(flag, action="store_true", dest="_" + flag[1:], help=argparse.SUPPRESS)
     parser.add_argument("-t", dest="_t", help=argparse.SUPPRESS)
+    parser.add_argument("-N", dest="namespace", help=argparse.SUPPRESS)
     parser.add_argument(
         "-V", "--version", action="version", version=f"warabifs {warabi.__version__}"
     )
+    parser.set_defaults(fake=False)
     return parser
+
+
+def _enter(namespace: str, arguments: Sequence[str], helper: bool) -> NoReturn:
+    """Start again in another mount namespace, where this Python must be visible too."""
+    rest = list(arguments)
+    at = next(n for n, word in enumerate(rest) if word.startswith("-N"))
+    del rest[at : at + (2 if rest[at] == "-N" else 1)]
+    module = ["warabifs.helper", "mount"] if helper else ["warabifs.mount"]
+    python = [sys.executable, "-P", "-m", *module, *rest]
+    os.execvp("nsenter", ["nsenter", f"--mount={namespace}", "--", *python])
+
+
+def _remount(text: str, options: Options) -> None:
+    path = find(text).path
+    remount(path, options.flags, read_only=options.read_only)
+    ignored = [item for item in options.fixed if item not in ("allow_other", "noallow_other")]
+    if ignored:
+        print(
+            f"mount.warabifs: {path}: remounting leaves these as they were: {', '.join(ignored)}",
+            file=sys.stderr,
+        )
 
 
 def _check_mountpoint(text: str) -> str:
@@ -108,7 +161,7 @@ def _check_mountpoint(text: str) -> str:
         raise ConfigError(f"mount point {path}: is not a directory")
     if os.path.ismount(path):
         raise ConfigError(f"mount point {path}: something is mounted there already")
-    return path
+    return os.path.realpath(path)  # as the kernel's list of mounts has it
 
 
 def _check_device() -> None:
@@ -195,7 +248,23 @@ def _log_to(options: Options, *, foreground: bool) -> None:
 
 
 def _serve(source: Source, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
-    """Mount, serve until unmounted or told to end, persist."""
+    """Mount, serve until unmounted or told to end, persist, and tell those who wait for that."""
+    ending = Ending()
+    try:
+        _serve_and_persist(source, mountpoint, options, ready, ending)
+    except BaseException as error:
+        ending.say(str(error) or type(error).__name__)
+        raise
+    ending.say("")
+
+
+def _serve_and_persist(
+    source: Source,
+    mountpoint: str,
+    options: Options,
+    ready: Callable[[], None],
+    ending: Ending,
+) -> None:
     local: Target | None = None
     if source.path is not None:
         config = FileConfig(path=str(source.path), create_if_missing=options.create)
@@ -203,7 +272,7 @@ def _serve(source: Source, mountpoint: str, options: Options, ready: Callable[[]
     elif source.embedded:
         local = layout.open_memory(MemoryConfig())
     try:
-        failure = trio.run(_mount_and_serve, source, local, mountpoint, options, ready)
+        failure = trio.run(_mount_and_serve, source, local, mountpoint, options, ready, ending)
     finally:
         if local is not None:
             local.close()
@@ -216,10 +285,23 @@ async def _open(
     source: Source, local: Target | None, options: Options
 ) -> AsyncIterator[aio.Target]:
     if local is not None:
-        yield aio.attach(local)
+        yield _shown(aio.attach(local), options)
         return
-    async with aio.connect(source.address, options.provider_id, timeout=options.timeout) as target:
-        yield target
+    security = config_of(options.security)
+    async with reconnect.connect(
+        source.address,
+        options.provider_id,
+        timeout=options.timeout,
+        patience=options.reconnect,
+        read_only=options.read_only,
+        tls=security.get("tls"),
+        token_file=security.get("token_file"),
+    ) as target:
+        yield _shown(target, options)
+
+
+def _shown(target: aio.Target, options: Options) -> aio.Target:
+    return aio.Target(ShownLink(target._link, options.shown)) if options.shown else target
 
 
 async def _mount_and_serve(
@@ -228,31 +310,63 @@ async def _mount_and_serve(
     mountpoint: str,
     options: Options,
     ready: Callable[[], None],
+    ending: Ending,
 ) -> BaseException | None:
     """Returns what ended the mount, other than being unmounted."""
     try:
         async with _open(source, local, options) as target:
-            # Others change what an engine serves: each use of a name asks anew, which also brings
-            # the size that reading and appending after an open rely on (close-to-open).
-            attributes, names = (_DAY, _DAY) if source.embedded else (1.0, 0.0)
-            operations = Operations(
-                FileSystem(target, exclusive=source.embedded, drop_name=drop_name),
-                attr_timeout=attributes if options.attr_timeout is None else options.attr_timeout,
-                entry_timeout=names if options.entry_timeout is None else options.entry_timeout,
-                negative_timeout=names,
-                direct_io=options.direct_io,
+            alone = source.embedded or options.exclusive
+            # Others change what an engine serves: each use of a file's name asks anew, which also
+            # brings the size that reading and appending after an open rely on (close-to-open).
+            attributes, names, directories = (_DAY, _DAY, _DAY) if alone else (1.0, 0.0, 1.0)
+            attributes = attributes if options.attr_timeout is None else options.attr_timeout
+            if options.entry_timeout is not None:
+                names = directories = options.entry_timeout
+            negative = names if options.negative_timeout is None else options.negative_timeout
+            files = FileSystem(
+                target,
+                exclusive=alone,
+                attr_timeout=attributes,
+                drop_name=drop_name,
+                local=local,
+                remember_names=names > 0,
             )
-            _init(operations, source, mountpoint, options)
+            follower = Follower(
+                target,
+                files,
+                forget_inode=forget_inode,
+                forget_name=forget_name,
+                new_names=bool(negative),
+            )
+            operations = Operations(
+                files,
+                attr_timeout=attributes,
+                entry_timeout=names,
+                directory_timeout=directories,
+                negative_timeout=negative,
+                direct_io=options.direct_io,
+                writeback=options.exclusive,
+                pace=install(),
+            )
+            device = _init(operations, source, mountpoint, options)
+            if not ending.announce(mountpoint):
+                log.warning("unmounting %s will not wait until this process ends", mountpoint)
             unmount = True
             try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_end_on_signal, mountpoint)
-                    ready()
-                    await pyfuse3.main()
-                    unmount = False  # the kernel ended the session: it is unmounted already
-                    nursery.cancel_scope.cancel()
+                with Watchdog(device_number(mountpoint)):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_end_on_signal, mountpoint, follower)
+                        nursery.start_soon(_read_ahead, operations, device)
+                        if not alone:
+                            nursery.start_soon(follower.run)
+                        ready()
+                        await pyfuse3.main()
+                        unmount = False  # the kernel ended the session: it is unmounted already
+                        nursery.cancel_scope.cancel()
             finally:
-                pyfuse3.close(unmount=unmount)
+                ending.gather()
+                await follower.stop()
+                device.close(unmount=unmount)
                 with trio.CancelScope(shield=True):
                     await target.call("sync")
     except BaseExceptionGroup as group:
@@ -262,18 +376,16 @@ async def _mount_and_serve(
     return None
 
 
-def _init(operations: Operations, source: Source, mountpoint: str, options: Options) -> None:
-    name = (options.fsname or source.text).encode("ascii", "replace").decode()
-    name = name.replace("\\", "\\\\").replace(",", "\\,")
-    fuse = {f"fsname={name}", "subtype=warabifs", "default_permissions", *options.fuse}
+def _init(operations: Operations, source: Source, mountpoint: str, options: Options) -> Device:
+    fuse = {"default_permissions", *options.fuse}
     if options.read_only:
         fuse.add("ro")
     if options.allow_other:
         fuse.add("allow_other")
     with _stderr_of_libfuse() as said:
         try:
-            pyfuse3.init(operations, mountpoint, fuse)
-        except RuntimeError as error:
+            return Device(operations, mountpoint, options.fsname or source.text, fuse)
+        except (RuntimeError, OSError) as error:
             raise ConfigError(
                 f"mount point {mountpoint}: the mount failed ({said() or error}); is /dev/fuse"
                 " usable, and may this user mount there?"
@@ -293,16 +405,23 @@ def _stderr_of_libfuse() -> Iterator[Callable[[], str]]:
         os.close(collected)
 
 
-async def _end_on_signal(mountpoint: str) -> None:
+async def _read_ahead(operations: Operations, device: Device) -> None:
+    await operations.answered.wait()
+    device.read_ahead()
+
+
+async def _end_on_signal(mountpoint: str, follower: Follower) -> None:
     """Unmount on SIGTERM or SIGINT: the kernel hands over what it holds, then the session ends."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             if await _run("fusermount3", "-u", mountpoint) == 0:
                 return
-            # Busy: programs have files open.  Take over dirty pages, then let go of the tree.
+            # Busy: programs have files open.  Let go of the tree, and take over dirty pages before
+            # that and after it, for they go on writing.
             await _run("sync", "-f", mountpoint)
-            if await _run("fusermount3", "-u", "-z", mountpoint) == 0:
+            if await _run("sh", "-c", _LET_GO, "sh", mountpoint) == 0:
+                await follower.stop()
                 pyfuse3.terminate()
                 return
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -34,7 +35,8 @@ from pyfuse3 import (
 from warabi import errors
 from warabi.inode import Attributes
 from warabi.tree import NAME_MAX
-from warabifs.filesystem import BLOCK, FileSystem
+from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
+from warabifs.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +60,13 @@ _ERRNO: dict[type[errors.Exception], int] = {
 }
 _QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
 
+_NOTHING_TO_FLUSH = FUSEError(errno.ENOSYS)
+
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
 def errno_of(error: Exception, what: str) -> int:
     """The errno that a program gets for *error*; what the program cannot know is logged."""
-    if isinstance(error, FUSEError):
-        return error.errno
     if isinstance(error, OSError) and error.errno:  # PathError too
         return error.errno
     number = _ERRNO.get(type(error))  # type: ignore[arg-type]  # a miss for classes of others
@@ -80,11 +82,17 @@ def _handler(function: Handler) -> Handler:
     name = function.__name__
 
     @functools.wraps(function)
-    async def wrapped(*args: Any) -> Any:
+    async def wrapped(self: Operations, *args: Any) -> Any:
+        pace = self._pace
+        pace.serving += 1
         try:
-            return await function(*args)
+            return await function(self, *args)
+        except FUSEError:
+            raise
         except Exception as error:
             raise FUSEError(errno_of(error, name)) from None
+        finally:
+            pace.serving -= 1
 
     return cast(Handler, wrapped)
 
@@ -94,35 +102,67 @@ def drop_name(directory: int, name: bytes) -> None:
     pyfuse3.invalidate_entry_async(InodeT(directory), FileNameT(name), ignore_enoent=True)
 
 
+def forget_inode(ino: int, attributes_only: bool) -> None:
+    """Make the kernel forget an inode's attributes and bytes; waits for requests that concern it.
+
+    Raises:
+        FileNotFoundError: it does not know it.
+    """
+    pyfuse3.invalidate_inode(InodeT(ino), attr_only=attributes_only)
+
+
+def forget_name(directory: int, name: bytes) -> None:
+    """As :func:`forget_inode`, for what a name means."""
+    pyfuse3.invalidate_entry(InodeT(directory), FileNameT(name))
+
+
+def _groups(ctx: RequestContext) -> Callable[[], set[int]] | None:
+    """What tells the groups of who makes a request; None for root."""
+    return None if ctx.uid == 0 else lambda: {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)}
+
+
 class Operations(pyfuse3.Operations):
     """Requests of the kernel, handed to a :class:`FileSystem`.
 
     Args:
         files: the file system.
         entry_timeout: seconds for which the kernel may believe a name.
+        directory_timeout: likewise, if it is a directory's.
         attr_timeout: seconds for which it may believe attributes.
         negative_timeout: seconds for which it may believe that a name does not exist.
         direct_io: whether reads and writes bypass the page cache.
+        writeback: whether the kernel may hold back writes, until a file is closed or synced.
+        pace: is told of requests that are being served.
     """
 
     supports_dot_lookup = True
+    enable_acl = True  # the kernel obeys the lists, the target keeps them true to the modes
 
     def __init__(
-        self, files: FileSystem, *, entry_timeout: float, attr_timeout: float,
-        negative_timeout: float, direct_io: bool,
+        self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
+        attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool, pace: Pace,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.answered = trio.Event()
+        """Set when the kernel has been told what this file system can."""
         self._files = files
+        self._pace = pace
         self._entry_timeout = entry_timeout
+        self._directory_timeout = directory_timeout
         self._attr_timeout = attr_timeout
         self._negative_timeout = negative_timeout
         self._direct_io = direct_io
+        self.enable_writeback_cache = writeback
+
+    def init(self) -> None:
+        self.answered.set()
 
     def _entry(self, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = InodeT(attributes.ino)
         entry.generation = 0  # slots are not used twice within a mount
-        entry.entry_timeout = self._entry_timeout
+        directory = stat.S_ISDIR(attributes.mode)
+        entry.entry_timeout = self._directory_timeout if directory else self._entry_timeout
         entry.attr_timeout = self._attr_timeout
         entry.st_mode = ModeT(attributes.mode)
         entry.st_nlink = attributes.nlink
@@ -150,6 +190,8 @@ class Operations(pyfuse3.Operations):
             return self._entry(await self._files.lookup(parent_inode, name))
         except errors.PathError as error:
             if error.errno != errno.ENOENT or not self._negative_timeout:
+                raise
+            if not self._files.note_absent(parent_inode, name):
                 raise
             absent = EntryAttributes()
             absent.st_ino = InodeT(0)
@@ -204,14 +246,15 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        made = await self._files.mknod(parent_inode, name, mode, ctx.uid, ctx.gid, rdev)
+        made = await self._files.mknod(parent_inode, name, mode, ctx.uid, ctx.gid, rdev, ctx.umask)
         return self._entry(made)
 
     @_handler
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._entry(await self._files.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
+        made = await self._files.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid, ctx.umask)
+        return self._entry(made)
 
     @_handler
     async def symlink(
@@ -246,12 +289,14 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        handle, made = await self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags)
+        handle, made = await self._files.create(
+            parent_inode, name, mode, ctx.uid, ctx.gid, flags, ctx.umask
+        )
         return self._info(handle, True), self._entry(made)
 
     @_handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return self._info(*await self._files.open(inode, flags))
+        return self._info(*await self._files.open(inode, flags, keep_setid=ctx.uid == 0))
 
     @_handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -263,7 +308,11 @@ class Operations(pyfuse3.Operations):
         return await self._files.write(fh, off, buf)
 
     async def flush(self, fh: FileHandleT) -> None:
-        """Nothing is held back: every write has reached the target when it returned."""
+        """Nothing is held back: every write has reached the target when it returned.
+
+        Told so in this way, the kernel asks only once, and not at each close.
+        """
+        raise _NOTHING_TO_FLUSH
 
     @_handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -306,18 +355,23 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        if name == CAPABILITY and self._files.is_incapable(inode):
+            raise FUSEError(errno.ENODATA)
         return await self._files.getxattr(inode, name)
 
     @_handler
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        await self._files.setxattr(inode, name, value)
+        await self._files.setxattr(inode, name, value, _groups(ctx))
 
     @_handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        await self._files.removexattr(inode, name)
+        await self._files.removexattr(inode, name, _groups(ctx))
 
     @_handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return [XAttrNameT(name) for name in await self._files.listxattr(inode)]
+        names = await self._files.listxattr(inode)
+        if ctx.uid != 0:  # the kernel lets nobody else read these, and hides them nowhere but here
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return [XAttrNameT(name) for name in names]

@@ -1,15 +1,18 @@
-"""Sources and options of ``mount.warabifs``: one table for parsing, help and messages."""
+"""Sources and options of ``mount.warabifs``: one table for parsing, help, manual and messages."""
 
 from __future__ import annotations
 
 import difflib
+import grp
+import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from warabi import address
 from warabi.errors import ConfigError
+from warabifs.shown import Shown
 
 
 @dataclass
@@ -20,13 +23,21 @@ class Options:
     create: bool = True
     provider_id: int = 0
     timeout: float = 60.0
+    reconnect: float = 30.0
     attr_timeout: float | None = None
     entry_timeout: float | None = None
+    negative_timeout: float | None = None
     direct_io: bool = False
+    exclusive: bool = False
     allow_other: bool = False
     fsname: str = ""
     log_file: str = ""
+    security: dict[str, str] = field(default_factory=dict)  # as warabi.security.config_of takes it
     fuse: set[str] = field(default_factory=set)  # handed to the kernel as they are
+    shown: Shown = field(default_factory=Shown)
+    remount: bool = False
+    flags: set[str] = field(default_factory=set)  # the kernel's, as given
+    fixed: list[str] = field(default_factory=list)  # ours, which a remount cannot change
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,43 @@ def _seconds(name: str) -> Callable[[Options, str], None]:
     return lambda options, text: setattr(options, name, _number(name, text, 0, 1e9))
 
 
+def _security(name: str) -> Callable[[Options, str], None]:
+    return lambda options, text: options.security.update({name: text})
+
+
+def _file(name: str) -> Callable[[Options, str], None]:
+    # Absolute: the mount's process changes its directory.
+    return lambda options, text: options.security.update({name: str(Path(text).absolute())})
+
+
 def _provider_id(options: Options, text: str) -> None:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise ConfigError(f"option provider_id={text}: expected a number from 0 to 65535")
     options.provider_id = int(text)
+
+
+def _uid(options: Options, text: str) -> None:
+    options.shown.uid = _user_or_group("uid", text, lambda name: pwd.getpwnam(name).pw_uid)
+
+
+def _gid(options: Options, text: str) -> None:
+    options.shown.gid = _user_or_group("gid", text, lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _user_or_group(name: str, text: str, find: Callable[[str], int]) -> int:
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) < (1 << 32) - 1:  # the last one is nobody
+        return int(text)
+    try:
+        return find(text)
+    except (KeyError, ValueError):
+        what = "user" if name == "uid" else "group"
+        raise ConfigError(f"option {name}={text}: no such {what}, and no number of one") from None
+
+
+def _umask(options: Options, text: str) -> None:
+    if not re.fullmatch("0{0,9}[0-7]{1,3}", text):
+        raise ConfigError(f"option umask={text}: expected an octal number from 0 to 777")
+    options.shown.umask = int(text, 8)
 
 
 OPTIONS: dict[str, _Option] = {
@@ -74,48 +118,101 @@ OPTIONS: dict[str, _Option] = {
     "timeout": _Option(
         _seconds("timeout"), "seconds after which an unanswered request fails (default 60)", "S"
     ),
+    "reconnect": _Option(
+        _seconds("reconnect"), "seconds for which operations wait for a provider that went away"
+        " (default 30; 0: they fail at once)", "S",
+    ),
     "attr_timeout": _Option(
         _seconds("attr_timeout"), "seconds for which attributes are believed (default: 1 for an"
         " engine, a day for an embedded target)", "S",
     ),
     "entry_timeout": _Option(
         _seconds("entry_timeout"),
-        "seconds for which names are believed (default: 0 for an engine, a day for an embedded"
-        " target); above 0, a file opened soon after another client changed it may be the old one",
+        "seconds for which names are believed (default: 0 for an engine, 1 if they are names of"
+        " directories, a day for an embedded target); above 0, a file opened at the moment in which"
+        " another client changes it may be the old one",
         "S",
     ),
-    "direct_io": _Option(_flag("direct_io", True), "bypass the page cache; no shared mmap"),
+    "negative_timeout": _Option(
+        _seconds("negative_timeout"), "seconds for which it is believed that a name does not exist"
+        " (default: as entry_timeout)", "S",
+    ),
+    "direct_io": _Option(
+        _flag("direct_io", True), "strict: every read and write goes to the target, past the page"
+        " cache; no shared mmap",
+    ),
+    "exclusive": _Option(
+        _flag("exclusive", True), "nobody else changes the target: writes are held back until a"
+        " file is closed or synced, and what is known is believed for a day",
+    ),
     "allow_other": _Option(
         _flag("allow_other", True), "let other users in, as permissions say (default for root)"
     ),
     "noallow_other": _Option(_flag("allow_other", False), "let nobody else in"),
+    "token_file": _Option(_file("token_file"), "an engine's token, for those who have one", "FILE"),
+    "tls_cert": _Option(_file("tls_cert"), "with TLS: the mount's certificate, PEM", "FILE"),
+    "tls_key": _Option(_file("tls_key"), "the certificate's key", "FILE"),
+    "tls_ca": _Option(_file("tls_ca"), "the certificate of who signs both sides'", "FILE"),
+    "tls_name": _Option(
+        _security("tls_name"), "the name in the engine's certificate, if not its host's", "NAME"
+    ),
+    "uid": _Option(_uid, "show everything as this user's, and make new files so", "USER"),
+    "gid": _Option(_gid, "show everything as this group's, and make new files so", "GROUP"),
+    "umask": _Option(
+        _umask, "show everything with the permissions 0777 less these, whatever is stored", "OCTAL"
+    ),
+    "remount": _Option(
+        _flag("remount", True), "change ro, noatime and other options of the kernel's of what is"
+        " mounted (root only); the options of this list stay as they are",
+    ),
     "fsname": _Option(_text("fsname"), "the source that mount(8) and df show", "NAME"),
     "log": _Option(_text("log_file"), "log to this file instead of the system log", "FILE"),
 }  # fmt: skip
 
-_KERNEL = frozenset(
+KERNEL = {
+    "noatime, atime, relatime, strictatime, nodiratime":
+        "accepted; reads never change access times",
+    "nosuid, suid": "whether set-id bits count when a program is run",
+    "nodev, dev": "whether device files can be opened",
+    "noexec, exec": "whether programs can be run",
+    "sync, async, dirsync": "whether the kernel syncs after every write",
+    "context=, fscontext=, defcontext=, rootcontext=":
+        "SELinux labels; refused where SELinux is not enabled",
+    "default_permissions": "always on: the kernel checks permissions",
+    "_netdev, auto, noauto, nofail, user, users, owner, group, defaults, x-*":
+        "for mount(8) and systemd, without effect here",
+}  # fmt: skip
+"""What else ``-o`` takes, for help and manual."""
+
+_FLAGS = frozenset(
     "suid nosuid dev nodev exec noexec async sync dirsync atime noatime diratime nodiratime"
     " relatime norelatime strictatime nostrictatime".split()
 )
 _TO_FUSE = frozenset("suid nosuid dev nodev exec noexec async sync dirsync noatime".split())
+_OPPOSITE = {"sync": "async", "async": "sync"}  # of the others one has "no" in front
 _IGNORED = frozenset(
-    "defaults auto noauto user users nouser owner group nofail _netdev default_permissions"
-    " nolazytime lazytime silent loud noiversion iversion".split()
+    "defaults auto noauto user nouser users nousers owner noowner group nogroup nofail _netdev"
+    " default_permissions nolazytime lazytime silent loud noiversion iversion".split()
 )
+_LABELS = frozenset("context fscontext defcontext rootcontext".split())
+_SHOWN_BY_KERNEL = frozenset("user_id group_id fd rootmode max_read blksize".split())
+"""What the list of mounts has, and mount(8) hands over when it remounts."""
 
 
-def parse_options(groups: list[str], *, root: bool) -> Options:
+def parse_options(groups: list[str], *, root: bool, sloppy: bool = False) -> Options:
     """The options of all ``-o`` arguments.
 
     Args:
         groups: each a comma-separated list.
         root: whether the mount is made by root, whose mounts others may use.
+        sloppy: whether to pass over what is unknown.
 
     Raises:
         ConfigError: an unknown option, with the closest known one, or a bad value.
     """
     options = Options(allow_other=root)
-    for item in (item for group in groups for item in group.split(",") if item):
+    items = [item for group in groups for item in _items(group)]
+    for item in items:
         name, has_value, value = item.partition("=")
         known = OPTIONS.get(name)
         if known is not None:
@@ -123,16 +220,37 @@ def parse_options(groups: list[str], *, root: bool) -> Options:
                 form = f"{name}={known.value}" if known.value else name
                 raise ConfigError(f"option {item}: expected {form}")
             known.apply(options, value)
-        elif item in _KERNEL:
-            if item in _TO_FUSE:
-                options.fuse.add(item)
-        elif item not in _IGNORED and not name.startswith(("x-", "comment")):
+            if name not in ("ro", "rw", "remount"):
+                options.fixed.append(item)
+        elif item in _FLAGS:
+            options.flags -= {f"no{item}", item.removeprefix("no"), _OPPOSITE.get(item, "")}
+            options.flags.add(item)
+        elif name in _LABELS and has_value:
+            options.fuse.add(_label(name, value))
+        elif name in _SHOWN_BY_KERNEL and "remount" in items:
+            continue
+        elif item not in _IGNORED and not name.startswith(("x-", "X-", "comment")) and not sloppy:
             raise ConfigError(_unknown(name))
+    if options.exclusive and options.direct_io:
+        raise ConfigError("options exclusive and direct_io: at most one of them")
+    options.fuse |= options.flags & _TO_FUSE
     return options
 
 
+def _items(group: str) -> Iterator[str]:
+    """The options of a list; commas between double quotes separate nothing."""
+    for item in re.findall(r'(?:"[^"]*"|[^,"]|")+', group):
+        yield item.replace('"', "") if item.split("=")[0] in _LABELS else item
+
+
+def _label(name: str, value: str) -> str:
+    if not Path("/sys/fs/selinux/enforce").exists():
+        raise ConfigError(f"option {name}={value}: SELinux is not enabled here")
+    return f"{name}={value}".replace("\\", "\\\\").replace(",", "\\,")
+
+
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, [*OPTIONS, *_KERNEL, *_IGNORED], 1)
+    close = difflib.get_close_matches(name, [*OPTIONS, *_FLAGS, *_IGNORED, *_LABELS], 1)
     hint = f", did you mean {close[0]}?" if close else "; --help lists the options"
     return f"unknown option {name}{hint}"
 
@@ -178,8 +296,15 @@ def parse_source(text: str, *, create: bool) -> Source:
     )
 
 
+def rows() -> list[tuple[str, str]]:
+    """The options of ours, as they are written, and what each does."""
+    return [(f"{n}={o.value}" if o.value else n, o.help) for n, o in OPTIONS.items()]
+
+
 def help_text() -> str:
     """The options as ``--help`` lists them."""
-    rows = [(f"{n}={o.value}" if o.value else n, o.help) for n, o in OPTIONS.items()]
-    width = max(len(left) for left, _ in rows)
-    return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+    width = max(len(left) for left, _ in rows())
+    lines = [f"  {left:<{width}}  {right}" for left, right in rows()]
+    lines += ["", "and as for any file system:"]
+    lines += [f"  {left}: {right}" for left, right in KERNEL.items()]
+    return "\n".join(lines)

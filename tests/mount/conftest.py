@@ -20,6 +20,7 @@ from tests.mount.support import (
     source_of,
     watchdog,
 )
+from warabifs import install
 
 
 def limit_of(request: pytest.FixtureRequest) -> float:
@@ -50,6 +51,22 @@ def disposable(parent: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
     assert not left, f"left mounted: {left}"
     assert not processes, f"left running: {processes}"
+
+
+@pytest.fixture
+def helpers() -> Iterator[None]:
+    """The helpers of this checkout, where mount(8) looks; what was there comes back."""
+    before = {
+        path: path.read_bytes() for path in install._files(Path("/")) if path.exists()
+    }  # of another checkout
+    list(install.install(Path("/")))
+    try:
+        yield
+    finally:
+        list(install.uninstall(Path("/")))
+        for path, content in before.items():
+            path.write_bytes(content)
+            path.chmod(0o644 if path.suffix == ".8" else 0o755)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -267,8 +267,8 @@ _SERVE = """
 import sys
 from warabi.engine import Engine
 from warabi.server import Provider
-transport, provider_id, config = sys.argv[1:]
-with Engine(transport) as engine, Provider(engine, int(provider_id), config):
+transport, provider_id, config, settings = sys.argv[1:]
+with Engine(transport, config=settings) as engine, Provider(engine, int(provider_id), config):
     print(engine.addr(), flush=True)
     engine.wait_for_finalize()
 """
@@ -280,10 +280,13 @@ class Provider:
     Args:
         transport: ``na+sm`` or ``tcp``.
         config: of the provider.
+        engine: of its engine.
     """
 
-    def __init__(self, transport: str, config: dict[str, Any]) -> None:
-        arguments = [transport, str(PROVIDER_ID), json.dumps(config)]
+    def __init__(
+        self, transport: str, config: dict[str, Any], engine: dict[str, Any] | None = None
+    ) -> None:
+        arguments = [transport, str(PROVIDER_ID), json.dumps(config), json.dumps(engine or {})]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", _SERVE, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment(),
@@ -314,9 +317,13 @@ class Provider:
 
 
 @contextlib.contextmanager
-def serving(transport: str, target: dict[str, Any] | None = None) -> Iterator[Provider]:
+def serving(
+    transport: str,
+    target: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+) -> Iterator[Provider]:
     """A provider process, with a target in memory unless told, while the block runs."""
-    provider = Provider(transport, {"target": target or {"type": "memory"}})
+    provider = Provider(transport, {"target": target or {"type": "memory"}}, engine)
     try:
         yield provider
     finally:

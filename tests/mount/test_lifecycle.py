@@ -15,6 +15,7 @@ import pytest
 
 from tests.mount.conftest import limit_of
 from tests.mount.support import (
+    PATIENCE,
     PROVIDER_ID,
     Mount,
     another_python,
@@ -416,7 +417,7 @@ def test_a_dead_provider_is_an_error_and_the_mount_can_still_be_removed(
 ) -> None:
     with (
         serving(transport) as provider,
-        mounting(provider.address, place, f"provider_id={PROVIDER_ID}") as mount,
+        mounting(provider.address, place, f"provider_id={PROVIDER_ID}", "reconnect=0") as mount,
         watchdog(mount, 60),
     ):
         path = mount.path / "file"
@@ -438,9 +439,10 @@ def test_a_dead_provider_is_an_error_and_the_mount_can_still_be_removed(
 
 
 def test_a_provider_that_stops_answering_is_an_error_in_the_end(place: Path) -> None:
+    options = f"provider_id={PROVIDER_ID},timeout=1,reconnect=0"
     with (
         serving("na+sm") as provider,
-        mounting(provider.address, place, f"provider_id={PROVIDER_ID}", "timeout=1") as mount,
+        mounting(provider.address, place, options) as mount,
         watchdog(mount, 60),
     ):
         provider.process.send_signal(signal.SIGSTOP)
@@ -491,3 +493,45 @@ def test_the_mount_answers_while_its_medium_is_busy(kept: Mount) -> None:
             (kept.path / f"small{number}").write_bytes(b"data")
         assert process.wait(60) == 0
     assert len(os.listdir(kept.path)) == 101
+
+
+KILLED_IN_AN_UNLUCKY_MOMENT = """
+import sys, threading, trio
+from warabifs import mount
+from warabifs.filesystem import FileSystem
+from warabifs.operations import drop_name
+
+async def create(self, parent, *rest):
+    # The program that creates holds the directory's lock, which this waits for in the kernel.
+    drop_name(parent, b"anything")
+    print("now", flush=True)
+    await trio.sleep_forever()
+
+FileSystem.create = create
+mount.main(["--foreground", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("kind", ["mount(2)", "fusermount3"])
+def test_nobody_waits_for_a_mount_that_was_killed_and_cannot_end(place: Path, kind: str) -> None:
+    (path := place / "mnt").mkdir()
+    script = KILLED_IN_AN_UNLUCKY_MOMENT
+    if kind == "fusermount3":
+        script = "from warabifs import device; device._mount = lambda *_: None\n" + script
+    with another_python(script, "memory:", path) as process:
+        wait_until(lambda: is_mounted(path), "it is mounted")
+        creating = subprocess.Popen(["touch", path / "new"], stderr=subprocess.PIPE, text=True)
+        try:
+            assert line_of(process) == "now"
+            task = Path(f"/proc/{process.pid}/task")
+            wait_until(
+                lambda: any("D" in (t / "stat").read_text().split(")")[1] for t in task.iterdir()),
+                "a thread is in the kernel",
+            )
+            process.kill()
+            _, said = creating.communicate(timeout=PATIENCE)
+            assert "not connected" in said or "abort" in said
+        finally:
+            run("umount", "-f", "-l", path, check=False)
+            creating.kill()
+            creating.communicate()

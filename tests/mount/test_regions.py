@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +16,18 @@ from tests.mount.support import (
     PROVIDER_ID,
     Mount,
     Provider,
+    another_python,
     fails_with,
+    line_of,
     mounting,
     run,
     serving,
     wait_until,
     watchdog,
 )
+from tests.mount.together import client_of, erased, region_of
 from warabi import engine as warabi_engine
 from warabi.client import Client, TargetHandle
-from warabi.errors import InvalidRegion
 from warabi.region import RegionID
 
 OPTIONS = (f"provider_id={PROVIDER_ID}",)
@@ -52,9 +55,7 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Both]:
         mounting(provider.address, path, *OPTIONS) as mount,
         warabi_engine.Engine(request.param, warabi_engine.client) as engine,
     ):
-        yield Both(
-            provider, mount, Client(engine).make_target_handle(provider.address, PROVIDER_ID)
-        )
+        yield Both(provider, mount, client_of(provider, engine))
 
 
 @pytest.fixture
@@ -74,21 +75,6 @@ def remount(mount: Mount, *options: str) -> None:
     mount.unmount()
     mount.options = options
     mount.start()
-
-
-def region_of(path: Path) -> RegionID:
-    """The region of a file, as a shell script gets it."""
-    text = run("getfattr", "-n", "user.warabi.region", "--only-values", path).stdout
-    return RegionID(bytes.fromhex(text))
-
-
-def erased(target: TargetHandle, region: RegionID) -> bool:
-    """Whether *region* is gone, which it is as soon as the kernel has let go of its inode."""
-    try:
-        target.size(region)
-    except InvalidRegion:
-        return True
-    return False
 
 
 def test_a_region_from_python_is_a_file_under_its_32_hex_digits(both: Both) -> None:
@@ -383,3 +369,41 @@ def test_fsync_survives_kill_9_of_the_provider(place: Path, transport: str) -> N
     ):
         assert (mount.path / "file").read_bytes() == data
         assert region_of(mount.path / "file") == region
+
+
+STOPPED = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+place = mmap.mmap(-1, 1 << 20)
+assert os.preadv(fd, [place], 0) == 1 << 20
+print("touched", flush=True)
+sys.stdin.readline()
+place[:] = bytes(1 << 20)
+assert os.preadv(fd, [place], 0) == 1 << 20
+assert place[-17:] == b"past the provider"
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_a_mount_reads_does_not_pass_through_the_provider() -> None:
+    with (
+        disposable("/tmp") as path,
+        serving("na+sm") as provider,
+        mounting(provider.address, path, *OPTIONS) as mount,
+        warabi_engine.Engine("na+sm", warabi_engine.client) as engine,
+    ):
+        target = Client(engine).make_target_handle(provider.address, PROVIDER_ID)
+        region = target.create(1 << 20)
+        target.write(region, (1 << 20) - 17, b"past the provider")
+        target.link_name(region, "/file")
+        with another_python(STOPPED, mount.path / "file") as process:
+            assert line_of(process) == "touched"
+            os.kill(provider.process.pid, signal.SIGSTOP)
+            try:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert line_of(process) == "done"
+            finally:
+                os.kill(provider.process.pid, signal.SIGCONT)

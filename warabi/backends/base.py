@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
+from warabi.inode import Inode
 from warabi.region import RegionID
+
+
+class Place(NamedTuple):
+    """Where a region's bytes are, for another process that may touch them itself.
+
+    Attributes:
+        fd: a descriptor; the caller closes it.
+        offset: of the region's first byte in it.
+        room: bytes from there on that belong to the region, also when it grows; None when the
+            descriptor is the region's alone, which grows with it.
+        segment: a number that names a descriptor shared by several regions; 0 for the region's own.
+        mapped: whether to map it; otherwise it is read and written by system calls.
+        waits: whether writing waits for the medium.
+    """
+
+    fd: int
+    offset: int
+    room: int | None
+    segment: int
+    mapped: bool
+    waits: bool = False
 
 
 class Storage(ABC):
@@ -29,6 +51,9 @@ class Storage(ABC):
     write_waits: bool = False
     """Whether ``write`` itself waits for the medium, and not only ``persist``."""
 
+    shares_writes: bool = True
+    """Whether another process may write to the place that ``share`` gives."""
+
     @abstractmethod
     def create(self, rid: RegionID, size: int) -> None:
         """Make a region of *size* zero bytes."""
@@ -49,6 +74,13 @@ class Storage(ABC):
     def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
         """As ``read_into``; raises ``WouldBlock`` rather than wait, *out* then being undefined."""
 
+    def view(self, rid: RegionID, offset: int, size: int) -> memoryview | None:
+        """*size* bytes at *offset* where they are, until the region is resized or erased.
+
+        None where they are in no memory that the process may touch, or it would have to be made.
+        """
+        return None
+
     @abstractmethod
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
         """Store *data* at *offset*."""
@@ -58,6 +90,40 @@ class Storage(ABC):
         self.resize(rid, offset + len(data))
         self.write(rid, offset, data)
 
+    def moves(self, rid: RegionID, size: int) -> bool:
+        """Whether growing to *size* bytes would bring the region's bytes to another place."""
+        return False
+
+    @abstractmethod
+    def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        """As ``resize``, to another place, whatever the size.
+
+        The place that the bytes had stays as it is, and is used for nothing else, until the
+        returned function is called.
+        """
+
+    def check(self, rid: RegionID, size: int) -> None:  # noqa: B027  # not every medium can lose bytes
+        """Raise ``CorruptTarget`` when less than *size* bytes, which the region has, are there.
+
+        Called before the region changes its size, which would fill what is missing with zeros.
+        """
+
+    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
+        """Make *copy* of the first *size* bytes of a region that nobody writes."""
+        self.create(copy, size)
+        buffer = memoryview(bytearray(min(size, 1 << 20)))
+        for offset in range(0, size, 1 << 20):
+            piece = buffer[: size - offset]
+            self.read_into(rid, offset, piece)
+            self.write(copy, offset, piece)
+
+    def attests(self, inode: Inode, size: int) -> bool:
+        """Whether it is known that more than *size* bytes of a region were on the medium."""
+        return False
+
+    def settle(self) -> None:  # noqa: B027  # most put nothing off
+        """Called from time to time, before a commit: do what was put off."""
+
     @abstractmethod
     def persist(self, rid: RegionID, offset: int, size: int) -> None:
         """Return when the extent, and the region's existence, are on the medium."""
@@ -66,13 +132,30 @@ class Storage(ABC):
     def persist_all(self) -> None:
         """Return when everything written before the call is on the medium."""
 
-    @abstractmethod
-    def view(self, rid: RegionID) -> memoryview | None:
-        """The region's bytes themselves, where the storage is byte-addressable, else None."""
+    def vacate(self, rid: RegionID) -> None:
+        """Give back what the bytes take of a region that is about to be erased, although others
+        may hold a descriptor of their place."""
+        self.resize(rid, 0)
 
     @abstractmethod
-    def share(self, rid: RegionID) -> int | None:
-        """A descriptor, owned by the storage, that another process may map, or None."""
+    def persist_names(self) -> None:
+        """Return when the existence of every region is on the medium, whatever is in it."""
+
+    @abstractmethod
+    def oldest_fresh(self) -> RegionID | None:
+        """The region created first of those that may cease to exist when the power fails."""
+
+    @abstractmethod
+    def sync_found(self) -> None:
+        """After a crash: return when all that was found, whoever wrote it, is on the medium."""
+
+    @abstractmethod
+    def wrote(self, rid: bytes) -> None:
+        """Another process wrote to the place that :meth:`share` gave."""
+
+    @abstractmethod
+    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+        """Where the region's bytes are, for another process; None when it may not touch them."""
 
     @abstractmethod
     def room(self) -> tuple[int, int]:

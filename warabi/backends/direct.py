@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warabi.backends.base import pread_full, pwrite_full
+from warabi.backends.base import Place, pread_full, pwrite_full
 from warabi.backends.file import FileStorage, OpenFile
 from warabi.errors import CorruptTarget, WouldBlock
+from warabi.journal import let_go
 from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class DirectFileStorage(FileStorage):
     def _close(self, rid: bytes, held: OpenFile) -> None:
         direct = self._direct.pop(held.fd, None)
         if direct is not None:
-            os.close(direct)
+            let_go(direct)
         super()._close(rid, held)
 
     def _direct_descriptor(self, rid: bytes, fd: int) -> int:
@@ -115,13 +116,16 @@ class DirectFileStorage(FileStorage):
                 piece[:] = bounce[: len(piece)]
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        with self._translated(rid, "write"), self._borrow(rid) as fd:
+            self._check_end(rid, fd, "write", offset + len(data))
+        self.write_beyond(rid, offset, data)
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
         start, end = self._middle(offset, len(data))
-        super().write(rid, offset, data[:start])
+        super().write_beyond(rid, offset, data[:start])
         if start < end:
             self._write_direct(rid, offset + start, data[start:end])
-            super().write(rid, offset + end, data[end:])
-
-    write_beyond = write
+            super().write_beyond(rid, offset + end, data[end:])
 
     def _write_direct(self, rid: bytes, offset: int, data: memoryview) -> None:
         with self._translated(rid, "write"), self._borrow(rid) as fd, self._buffer() as bounce:
@@ -134,11 +138,13 @@ class DirectFileStorage(FileStorage):
             finally:
                 self._dirty.add(rid)
 
+    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+        return None  # another process would go through the page cache
+
     def close(self) -> None:
         super().close()
         with self._lock:
-            while self._bounce:
-                self._bounce.pop().close()
+            self._bounce.clear()  # the traceback of a failure may still refer to one
 
 
 def open_storage(

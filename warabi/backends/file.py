@@ -14,20 +14,25 @@ import re
 import resource
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Storage, pread_full, pwrite_full
+from warabi.backends.base import Place, Storage, pread_full, pwrite_full
 from warabi.buffers import MAX_SIZE
-from warabi.catalogue import sync_directory
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
+from warabi.journal import let_go, sync_directory
 from warabi.region import RegionID
 
+NEW = ".new"
+"""What the name of a file ends in that is about to replace a region's."""
 _SHARD = re.compile("[0-9a-f]{2}")
+_NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
+"""Errors of file systems where the kernel does not copy from file to file."""
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
+_ADVICE = "what was written to it may be lost. Write it to a new region"
 
 
 class OpenFile:
@@ -56,14 +61,20 @@ class FileStorage(Storage):
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._dirty: set[bytes] = set()  # written since the last persist
-        self._fresh: set[bytes] = set()  # created since their directory was synced
+        # Whose names may not be on the medium, oldest first, and directories: made, or where a
+        # name was removed, since they were synced; those whose sync failed.
+        self._fresh: dict[RegionID, None] = {}
+        self._fresh_shards: set[str] = set()
+        self._swept_shards: set[str] = set()
+        self._lost_shards: set[str] = set()
         self._failed: dict[bytes, str] = {}  # a sync failed: what was written may be gone
         with os.scandir(root) as entries:
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
+        # Open all the time: the kernel tells each descriptor once of what it could not write.
+        self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _path(self, rid: bytes) -> str:
-        name = rid.hex()
-        return f"{self.root}/{name[-2:]}/{name}"
+        return f"{self.root}/{_shard(rid)}/{rid.hex()}"
 
     @contextlib.contextmanager
     def _translated(self, rid: bytes, what: str) -> Iterator[None]:
@@ -94,7 +105,7 @@ class FileStorage(Storage):
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         """Let go of a descriptor that nobody uses; ``_lock`` is held."""
-        os.close(held.fd)
+        let_go(held.fd)
 
     def _set_size(self, fd: int, size: int) -> None:
         """Make an open region file end at *size* bytes, or leave it as it was."""
@@ -109,32 +120,34 @@ class FileStorage(Storage):
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
-            shard = rid.hex()[-2:]
+            shard = _shard(rid)
             if shard not in self._shards:
                 os.makedirs(f"{self.root}/{shard}", exist_ok=True)
                 with self._lock:
                     self._shards.add(shard)
+                    self._fresh_shards.add(shard)
             path = self._path(rid)
             fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
             if size:
                 try:
                     self._set_size(fd, size)
                 except BaseException:
-                    os.close(fd)
+                    let_go(fd)
                     os.unlink(path)
                     raise
             with self._lock:
                 self._evict()
                 self._descriptors[rid] = OpenFile(fd)
                 self._dirty.add(rid)
-                self._fresh.add(rid)
+                self._fresh[rid] = None
 
     def erase(self, rid: RegionID) -> None:
         with self._lock:
             held = self._descriptors.pop(rid, None)
-            for known in (self._dirty, self._fresh):
-                known.discard(rid)
+            self._dirty.discard(rid)
+            self._fresh.pop(rid, None)
             self._failed.pop(rid, None)
+            self._swept_shards.add(_shard(rid))
             if held is not None and not held.users:  # else a sync of everything is at it
                 self._close(rid, held)
         try:
@@ -170,14 +183,43 @@ class FileStorage(Storage):
                 f" {len(out)} bytes at {offset} were expected"
             )
 
+    def _check_end(self, rid: bytes, fd: int, what: str, end: int) -> None:
+        """Refuse a file that was cut off: a write behind its end would put zeros in its place."""
+        have = os.lseek(fd, 0, os.SEEK_END)  # the cheapest way to ask; offsets are always given
+        if have < end:
+            raise CorruptTarget(
+                f"{what} region {rid.hex()}: its file ends at {have} bytes, before {end}"
+            )
+
+    def check(self, rid: RegionID, size: int) -> None:
+        with self._translated(rid, "resize"), self._borrow(rid) as fd:
+            self._check_end(rid, fd, "resize", size)
+
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
         with self._translated(rid, "write"), self._borrow(rid) as fd:
+            self._check_end(rid, fd, "write", offset + len(data))
             try:
                 pwrite_full(fd, data, offset)
             finally:
                 self._dirty.add(rid)  # not before: a sync that runs now may not see all of it
 
-    write_beyond = write  # a file grows by itself, and cheaper than by ftruncate first
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        # A file grows by itself, and cheaper than by ftruncate first.
+        with self._translated(rid, "write"), self._borrow(rid) as fd:
+            try:
+                pwrite_full(fd, data, offset)
+            finally:
+                self._dirty.add(rid)
+
+    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
+        self.create(copy, size)
+        with (
+            self._translated(rid, "copy"),
+            self._borrow(rid) as source,
+            self._borrow(copy) as target,
+        ):
+            self._check_end(rid, source, "copy", size)
+            copy_file(source, target, size)
 
     def persist(self, rid: RegionID, offset: int, size: int) -> None:
         self._persist_file(rid)
@@ -202,46 +244,148 @@ class FileStorage(Storage):
         try:
             yield
         except OSError as error:
-            self._failed[rid] = (
-                f"persist region {rid.hex()}: a sync failed ({error.strerror}); what was"
-                " written to it may be lost. Write it to a new region"
-            )
-            raise
+            text = f"persist region {rid.hex()}: a sync failed ({error.strerror}); {_ADVICE}"
+            self._failed[rid] = text
+            raise type(errors.from_os(error, text))(text) from error
 
     def _persist_name(self, rid: bytes) -> None:
         if rid in self._fresh:
-            with self._translated(rid, "persist"):
-                sync_directory(Path(self._path(rid)).parent)
-                sync_directory(self.root)
-            self._fresh.discard(rid)
+            with self._remembered(rid):
+                self._sync_shard(_shard(rid))
+
+    def persist_names(self) -> None:
+        with self._lock:
+            shards = {_shard(rid) for rid in self._fresh if rid not in self._failed}
+        try:
+            for shard in shards:
+                self._sync_shard(shard)
+        except OSError as error:
+            raise errors.from_os(error, f"sync of a directory in {self.root}") from error
+
+    def _sync_shard(self, shard: str) -> None:
+        """Put the names of a shard on the medium; those that are new are lost when it fails."""
+        with self._lock:
+            fresh = [rid for rid in self._fresh if _shard(rid) == shard]
+            made = shard in self._fresh_shards
+            if shard in self._lost_shards:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self._swept_shards.discard(shard)
+        try:
+            sync_directory(f"{self.root}/{shard}")
+            if made:
+                os.fsync(self._root_fd)
+        except OSError as error:
+            text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
+            with self._lock:
+                self._swept_shards.add(shard)
+                if made:
+                    self._lost_shards.add(shard)
+                for rid in fresh:
+                    self._failed[rid] = f"persist region {rid.hex()}: {text}"
+            raise
+        with self._lock:
+            self._fresh_shards.discard(shard)
+            for rid in fresh:
+                self._fresh.pop(rid, None)
+
+    def oldest_fresh(self) -> RegionID | None:
+        with self._lock:
+            return min(self._fresh, default=None)  # IDs that are imported come in any order
 
     def persist_all(self) -> None:
         with self._lock:
-            pending = self._dirty | self._fresh
-        if len(pending) <= _SYNC_ONE_BY_ONE:
-            for rid in pending:
-                with contextlib.suppress(CorruptTarget):  # erased meanwhile
-                    self._persist_file(rid)
-            return
-        self._dirty -= pending  # before the sync: what is written while it runs is dirty again
-        try:
-            _sync_file_system(self.root)
-        except OSError as error:
-            self._dirty |= pending
-            raise errors.from_os(error, f"sync of {self.root}") from error
-        self._fresh -= pending
+            pending = self._dirty | self._fresh.keys()
+            swept = set(self._swept_shards)
+        if len(pending) + len(swept) > _SYNC_ONE_BY_ONE:
+            self._sync_everything(pending)
+        else:
+            self._sync_singly(pending, swept)
         if self._failed:
             raise StorageError(next(iter(self._failed.values())))
 
-    def view(self, rid: RegionID) -> memoryview | None:
-        return None
+    def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        path = self._path(rid)
+        fresh = path + NEW
+        with self._translated(rid, "resize"), self._borrow(rid) as fd:
+            new = os.open(fresh, self._flags | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                self._set_size(new, size)
+                copy_file(fd, new, min(size, os.fstat(fd).st_size))
+                # Before it takes the place of bytes that may have been persisted.
+                os.fdatasync(new)
+                os.rename(fresh, path)
+            except BaseException:
+                let_go(new)
+                with contextlib.suppress(OSError):
+                    os.unlink(fresh)
+                raise
+        with self._lock:
+            held = self._descriptors.pop(rid, None)
+            if held is not None and not held.users:  # else a sync of everything is at it
+                self._close(rid, held)
+            self._evict()
+            self._descriptors[rid] = OpenFile(new)
+            self._dirty.add(rid)
+        try:
+            sync_directory(os.path.dirname(path))
+        except OSError as error:  # the old file may be back after a power failure
+            text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
+            self._failed[rid] = f"persist region {rid.hex()}: {text}"
+        return lambda: None  # the old file has no name, and goes with its last descriptor
 
-    def share(self, rid: RegionID) -> int | None:
+    def _sync_singly(self, pending: set[bytes], swept: set[str]) -> None:
+        failure: errors.Exception | None = None
+        for rid in pending:
+            try:
+                self._persist_file(rid)
+            except CorruptTarget:
+                pass  # erased meanwhile
+            except errors.Exception as error:
+                failure = failure or error  # the others are no worse for it
+        try:
+            for shard in swept & self._swept_shards:
+                self._sync_shard(shard)
+        except OSError as error:
+            raise errors.from_os(error, f"sync of a directory in {self.root}") from error
+        if failure is not None:
+            raise failure
+
+    def _sync_everything(self, pending: set[bytes]) -> None:
+        with self._lock:
+            fresh, made, swept = list(self._fresh), set(self._fresh_shards), set(self._swept_shards)
+        self._dirty -= pending  # before the sync: what is written while it runs is dirty again
+        try:
+            _sync_file_system(self._root_fd)
+        except OSError as error:
+            text = f"a sync of the file system failed ({error.strerror}); {_ADVICE}"
+            for rid in pending:
+                self._failed[rid] = f"persist region {rid.hex()}: {text}"
+            raise errors.from_os(error, f"sync of {self.root}") from error
+        with self._lock:
+            self._fresh_shards -= made
+            self._swept_shards -= swept
+            for rid in fresh:
+                self._fresh.pop(rid, None)
+
+    def sync_found(self) -> None:
+        try:
+            _sync_file_system(self._root_fd)
+        except OSError as error:
+            raise errors.from_os(error, f"sync of {self.root}") from error
+
+    def wrote(self, rid: bytes) -> None:
+        self._dirty.add(rid)
+
+    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
         with self._translated(rid, "share"), self._borrow(rid) as fd:
-            return fd
+            mine = os.dup(fd) if writable else os.open(self._path(rid), os.O_RDONLY | os.O_CLOEXEC)
+            return Place(mine, 0, None, segment=0, mapped=False, waits=self.write_waits)
 
     def room(self) -> tuple[int, int]:
-        info = os.statvfs(self.root)
+        try:
+            info = os.statvfs(self.root)
+        except OSError as error:
+            raise errors.from_os(error, f"room in {self.root}") from error
         if not info.f_blocks:
             return MAX_SIZE, MAX_SIZE  # a file system that does not tell, such as ramfs
         return info.f_frsize * info.f_blocks, info.f_frsize * info.f_bavail
@@ -250,7 +394,9 @@ class FileStorage(Storage):
         for shard in sorted(self._shards):
             with os.scandir(self.root / shard) as entries:
                 for entry in entries:
-                    if len(entry.name) == 32:
+                    if entry.name.endswith(NEW):  # of a replacement that a crash interrupted
+                        os.unlink(entry.path)
+                    elif len(entry.name) == 32:
                         with contextlib.suppress(ValueError):
                             yield RegionID(bytes.fromhex(entry.name)), entry.stat().st_size
 
@@ -259,20 +405,54 @@ class FileStorage(Storage):
             for rid, held in self._descriptors.items():
                 self._close(rid, held)
             self._descriptors.clear()
+            if self._root_fd >= 0:
+                let_go(self._root_fd)
+                self._root_fd = -1
 
     def destroy(self) -> None:
-        self.close()
-        for shard in self._shards:
-            shutil.rmtree(self.root / shard, ignore_errors=True)
-        self._shards.clear()
+        try:
+            for shard in self._shards:
+                shutil.rmtree(self.root / shard, ignore_errors=True)
+            self._shards.clear()
+            # Or they may be back after a power failure, and the lock that says whose they are not.
+            os.fsync(self._root_fd)
+        finally:
+            self.close()
 
 
-def _sync_file_system(root: Path) -> None:
+def copy_file(source: int, target: int, size: int) -> None:
+    """Copy *size* bytes from file to file, but for holes; blocks are shared where the file system
+    can share them."""
+    offset = 0
+    while offset < size:
+        try:
+            offset = os.lseek(source, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return
+            raise
+        end = min(size, os.lseek(source, offset, os.SEEK_HOLE))
+        while offset < end:
+            try:
+                count = os.copy_file_range(source, target, end - offset, offset, offset)
+            except OSError as error:
+                if error.errno not in _NOT_COPIED:
+                    raise
+                piece = os.pread(source, min(end - offset, 1 << 20), offset)
+                pwrite_full(target, memoryview(piece), offset)
+                count = len(piece)
+            if not count:
+                raise OSError(errno.EIO, "the file became shorter")
+            offset += count
+
+
+def _shard(rid: bytes) -> str:
+    return f"{rid[-1]:02x}"
+
+
+def _sync_file_system(fd: int) -> None:
     """syncfs(2), which Python does not offer."""
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
-            number = ctypes.get_errno()
+    while ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
-    finally:
-        os.close(fd)

@@ -8,6 +8,7 @@ access would raise SIGBUS.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -56,8 +57,9 @@ class Mapping(ABC):
         return first, length + -length % _PAGE
 
     def _msync(self, offset: int, size: int) -> None:
-        if _libc.msync(*self._pages(offset, size), _MS_SYNC) != 0:
-            raise _error()
+        while _libc.msync(*self._pages(offset, size), _MS_SYNC) != 0:
+            if ctypes.get_errno() != errno.EINTR:
+                raise _error()
 
 
 class PageCacheMapping(Mapping):

@@ -10,37 +10,43 @@ slot.  Growing inside a slot and handing one out need no clearing then.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Storage, pread_full, pwrite_full
+from warabi.backends.base import Place, Storage, pread_full, pwrite_full
 from warabi.region import RegionID
+from warabi.shared_memory import SharedMemory
 
 OWN_DESCRIPTOR = 64 * 1024
 """From this size on, in bytes, a region has a descriptor of its own."""
 _SEGMENT = 4 * 1024 * 1024
 _SMALLEST = 64
+_COPY = 1024 * 1024
 _SPARE_DESCRIPTORS = 256
 
 
 class _Segment:
     """A mapped memfd cut into slots of one size."""
 
-    __slots__ = ("fd", "free", "fresh", "slot_size", "view")
+    __slots__ = ("_memory", "free", "fresh", "number", "slot_size", "view")
 
-    def __init__(self, slot_size: int) -> None:
+    def __init__(self, slot_size: int, number: int) -> None:
         self.slot_size = slot_size
-        size = max(slot_size, _SEGMENT)
-        self.fd = os.memfd_create("warabi-segment", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        # Dropping the last view unmaps, whoever holds it.
-        self.view = memoryview(mmap.mmap(self.fd, size))
+        self.number = number
+        # Sealed: who is given the descriptor cannot cut off what is mapped here.
+        self._memory = SharedMemory("warabi-segment", max(slot_size, _SEGMENT))
+        self.view = self._memory.view
         self.fresh = 0  # slots from this offset on were never handed out
         self.free: list[int] = []  # offsets that were, and came back
+
+    @property
+    def fd(self) -> int:
+        return self._memory.fd
 
     @property
     def full(self) -> bool:
@@ -59,8 +65,8 @@ class _Segment:
         return offset
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+        if hasattr(self, "_memory"):
+            self._memory.close(discard=True)
 
 
 class _Slot:
@@ -78,19 +84,48 @@ class _Slot:
 
 
 class _Own:
-    """A large region: a memfd."""
+    """A large region: a memfd, mapped once it is to be seen.
 
-    __slots__ = ("fd", "mapping", "size")
+    Invariant: its first *filled* bytes are no hole, which would be filled by touching it.
+    """
+
+    __slots__ = ("fd", "filled", "mapping", "size")
 
     def __init__(self, size: int) -> None:
         self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC)
         self.size = size
+        self.filled = 0
         self.mapping: memoryview | None = None
         try:
             os.ftruncate(self.fd, size)
         except BaseException:
             os.close(self.fd)
             raise
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        if offset + size > self.filled:
+            return None
+        if self.mapping is None or len(self.mapping) < offset + size:
+            self.mapping = memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
+        return self.mapping[offset : offset + size]
+
+
+def _read(item: _Slot | _Own, offset: int, out: memoryview) -> None:
+    if isinstance(item, _Slot):
+        start = item.offset + offset
+        out[:] = item.segment.view[start : start + len(out)]
+    else:
+        pread_full(item.fd, out, offset)
+
+
+def _write(item: _Slot | _Own, offset: int, data: memoryview) -> None:
+    if isinstance(item, _Slot):
+        start = item.offset + offset
+        item.segment.view[start : start + len(data)] = data
+    else:
+        pwrite_full(item.fd, data, offset)
+        if offset <= item.filled < offset + len(data):
+            item.filled = offset + len(data)
 
 
 class MemoryStorage(Storage):
@@ -103,6 +138,7 @@ class MemoryStorage(Storage):
         # Guards the slots' book-keeping; the bytes of a region need no lock (see Storage).
         self._lock = threading.Lock()
         self._open: dict[int, list[_Segment]] = {}  # segments with free slots, by slot size
+        self._numbers = itertools.count(1)
         self._own = 0
         self._own_limit = max(64, _descriptor_limit() - _SPARE_DESCRIPTORS)
 
@@ -126,7 +162,7 @@ class MemoryStorage(Storage):
         slot_size = max(_SMALLEST, 1 << (size - 1).bit_length()) if size else _SMALLEST
         segments = self._open.setdefault(slot_size, [])
         if not segments:
-            segments.append(_Segment(slot_size))
+            segments.append(_Segment(slot_size, next(self._numbers)))
         segment = segments[-1]
         slot = _Slot(segment, segment.take(), size)
         if segment.full:
@@ -136,7 +172,7 @@ class MemoryStorage(Storage):
     def _free(self, item: _Slot | _Own) -> None:
         if isinstance(item, _Own):
             self._own -= 1
-            item.mapping = None
+            os.ftruncate(item.fd, 0)  # another process may still have it mapped
             os.close(item.fd)
             return
         segment = item.segment
@@ -157,45 +193,41 @@ class MemoryStorage(Storage):
             item = self._regions[rid]
             if isinstance(item, _Own):
                 # Never back to a slot: a region that shrinks is about to grow again.
-                item.mapping = None
                 try:
                     os.ftruncate(item.fd, size)
                 except OSError as error:
                     raise errors.from_os(error, f"resize to {size} bytes") from error
                 item.size = size
+                item.filled = min(item.filled, size)
+                if item.mapping is not None and size < len(item.mapping):
+                    item.mapping = None
             elif size <= item.segment.slot_size:
                 if size < item.size:
                     item.view()[size:] = bytes(item.size - size)
                 item.size = size
             else:
-                fresh = self._allocate(size)
-                if isinstance(fresh, _Own):
-                    pwrite_full(fresh.fd, item.view(), 0)
-                else:
-                    fresh.view()[: item.size] = item.view()
-                self._regions[rid] = fresh
+                self._move(rid, size)
                 self._free(item)
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
-        item = self._regions[rid]
-        if isinstance(item, _Slot):
-            start = item.offset + offset
-            out[:] = item.segment.view[start : start + len(out)]
-        else:
-            pread_full(item.fd, out, offset)
+        _read(self._regions[rid], offset, out)
 
     read_into_nowait = read_into
 
-    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+    def view(self, rid: RegionID, offset: int, size: int) -> memoryview | None:
         item = self._regions[rid]
         if isinstance(item, _Slot):
-            start = item.offset + offset
-            item.segment.view[start : start + len(data)] = data
-        else:
-            try:
-                pwrite_full(item.fd, data, offset)
-            except OSError as error:
-                raise errors.from_os(error, f"write of {len(data)} bytes") from error
+            return item.view()[offset : offset + size]
+        try:
+            return item.view(offset, size)
+        except OSError:  # no room for another mapping
+            return None
+
+    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        try:
+            _write(self._regions[rid], offset, data)
+        except OSError as error:
+            raise errors.from_os(error, f"write of {len(data)} bytes") from error
 
     def persist(self, rid: RegionID, offset: int, size: int) -> None:
         """Memory is as durable as it gets."""
@@ -203,18 +235,53 @@ class MemoryStorage(Storage):
     def persist_all(self) -> None:
         """Memory is as durable as it gets."""
 
-    def view(self, rid: RegionID) -> memoryview | None:
-        item = self._regions[rid]
-        if isinstance(item, _Slot):
-            return item.view()
-        with self._lock:
-            if item.mapping is None and item.size:
-                item.mapping = memoryview(mmap.mmap(item.fd, item.size))
-            return item.mapping or memoryview(b"")
+    def wrote(self, rid: bytes) -> None:
+        """Memory is as durable as it gets."""
 
-    def share(self, rid: RegionID) -> int | None:
+    def persist_names(self) -> None:
+        """Memory is as durable as it gets."""
+
+    def oldest_fresh(self) -> RegionID | None:
+        return None
+
+    def sync_found(self) -> None:
+        """Nothing is found in memory."""
+
+    def moves(self, rid: RegionID, size: int) -> bool:
         item = self._regions[rid]
-        return item.fd if isinstance(item, _Own) else None
+        return isinstance(item, _Slot) and size > item.segment.slot_size
+
+    def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        with self._lock:
+            item = self._regions[rid]
+            self._move(rid, size)
+
+        def free() -> None:
+            with self._lock:
+                self._free(item)
+
+        return free
+
+    def _move(self, rid: RegionID, size: int) -> None:
+        """Copy a region to a new place of *size* bytes; the old one is not freed."""
+        item, fresh = self._regions[rid], self._allocate(size)
+        kept = min(size, item.size)
+        for start in range(0, kept, _COPY):
+            piece = memoryview(bytearray(min(_COPY, kept - start)))
+            _read(item, start, piece)
+            _write(fresh, start, piece)
+        self._regions[rid] = fresh
+
+    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+        with self._lock:
+            item = self._regions[rid]
+            if isinstance(item, _Own):
+                return Place(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
+            segment = item.segment
+            return Place(
+                _duplicate(segment.fd, writable), item.offset, segment.slot_size,
+                segment=segment.number, mapped=True,
+            )  # fmt: skip
 
     def room(self) -> tuple[int, int]:
         with open("/proc/meminfo", encoding="ascii") as file:
@@ -228,12 +295,16 @@ class MemoryStorage(Storage):
         with self._lock:
             for item in self._regions.values():
                 if isinstance(item, _Own):
-                    item.mapping = None
                     os.close(item.fd)
             self._regions.clear()
             self._open.clear()
 
     destroy = close
+
+
+def _duplicate(fd: int, writable: bool) -> int:
+    """Another descriptor of the same memory, for somebody else."""
+    return os.dup(fd) if writable else os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _descriptor_limit() -> int:

@@ -1,0 +1,109 @@
+"""Real file systems, cut off: snapshots of a disk that is in use, mounted and opened.
+
+The disk is a file on an XFS, which can clone a file at one instant whatever is written to it;
+the clone is what the disk would have held had the power failed then, its cache excepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.powerloss import Promises, check
+from tests.helpers import PATIENCE, environment
+
+_FICLONE = 0x40049409
+SNAPSHOTS = 8
+OPERATIONS = 3000
+MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(
+        [str(word) for word in command], check=True, timeout=PATIENCE, capture_output=True,
+        env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
+    )  # fmt: skip
+
+
+def make(image: Path, kind: str, size: int) -> None:
+    image.write_bytes(b"")
+    os.truncate(image, size)
+    run(*MAKE[kind], image)
+
+
+@contextlib.contextmanager
+def mounted(image: Path, place: Path, *options: str) -> Iterator[Path]:
+    place.mkdir(exist_ok=True)
+    run("mount", "-o", ",".join(("loop", *options)), image, place)
+    try:
+        yield place
+    finally:
+        run("umount", "-l", place)
+
+
+def clone(image: Path, copy: Path) -> None:
+    with image.open("rb") as source, copy.open("wb") as destination:
+        fcntl.ioctl(destination.fileno(), _FICLONE, source.fileno())
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("file", "ext4"), ("pmem", "ext4"), ("file", "xfs"), ("pmem", "xfs")]
+)
+def test_a_snapshot_of_a_disk_in_use(backend: str, kind: str, scratch: Path) -> None:
+    make(scratch / "outer", "xfs", 2 << 30)
+    with mounted(scratch / "outer", scratch / "on-outer") as outer:
+        make(outer / "image", kind, 400 << 20)
+        with mounted(outer / "image", scratch / "disk") as disk:
+            told = snapshots(backend, disk, outer)
+        checked = 0
+        for number, (before, after) in enumerate(told):
+            options = ["nouuid"] if kind == "xfs" else []
+            with mounted(outer / f"copy{number}", scratch / "copy", *options) as copy:
+                promises = Promises(1)
+                for mark in before:
+                    promises.hear(mark)
+                # What was begun while the clone was made may be in it.
+                promises.may_go_on(after)
+                check(backend, copy / "target", promises)
+                checked += promises.phase == "open"
+            (outer / f"copy{number}").unlink()
+    assert checked == SNAPSHOTS
+
+
+def lines(file: Path) -> list[str]:
+    """Of a file that is being written, those that are whole."""
+    return file.read_text().rpartition("\n")[0].splitlines()
+
+
+def snapshots(backend: str, disk: Path, outer: Path) -> list[tuple[list[str], list[str]]]:
+    """Clone the disk while a workload runs on it; what that had said before and after each."""
+    script = Path(__file__).with_name("recorded.py")
+    marks = disk.parent / "marks"
+    arguments = [str(script), backend, f"{disk}/target", "1", str(OPERATIONS)]
+    rng = random.Random(1)
+    told: list[tuple[list[str], list[str]]] = []
+    with marks.open("wb") as output:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=output, env=environment())
+    try:
+        while "end 5 " not in marks.read_text():
+            assert process.poll() is None
+            time.sleep(0.005)
+        for number in range(SNAPSHOTS):
+            time.sleep(rng.uniform(0, 0.1))
+            before = lines(marks)
+            clone(outer / "image", outer / f"copy{number}")
+            told.append((before, lines(marks)[len(before) :]))
+        assert process.poll() is None, "it had ended before the last snapshot"
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+    return told

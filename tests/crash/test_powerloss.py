@@ -1,0 +1,178 @@
+"""When the power fails: what is on a medium that dropped, tore and reordered what was not synced.
+
+``powerloss.py`` has the machinery, ``docs/durability.md`` the promises.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash import powerloss
+from tests.crash.disk import Disk
+from tests.crash.oracle import Found
+from tests.crash.targets import BACKENDS, opened
+from tests.crash.trace import Event
+from tests.crash.workload import on_target
+
+BEGIN = """
+import os, signal, sys
+from tests.crash.targets import opened
+def say(text):
+    os.write(1, f"{text}\\n".encode())
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+backend, path = sys.argv[1:]
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [3, 30])
+def test_nothing_promised_is_lost(backend: str, seed: int, tmp_path: Path, scratch: Path) -> None:
+    result = powerloss.run(backend, tmp_path, scratch, seed, 60, stride=2)
+    assert result.states > 200, result
+
+
+def found_after(
+    backend: str, place: Path, scratch: Path, events: list[Event], samples: int
+) -> Iterator[tuple[str, Found, str]]:
+    """What is found in states of the medium: the last thing that was said before, what is there,
+    and the target's identity."""
+    disk, rng, said = Disk(str(place / "disk")), random.Random(1), ""
+    for event in [*events, Event("sync")]:
+        if event.kind == "mark":
+            said = event.data.decode().strip()
+        elif event.kind == "sync":
+            for _ in powerloss.states(disk, scratch, rng, samples):
+                with opened(backend, scratch / "state" / "target", create=not said) as target:
+                    yield said, on_target(target).look(), target.uuid
+        if event.path or event.kind != "sync":
+            disk.happen(event)
+
+
+@pytest.mark.parametrize("backend", ["file", "pmem"])
+def test_what_a_killed_process_wrote_can_be_persisted_by_the_next(
+    backend: str, tmp_path: Path, scratch: Path
+) -> None:
+    """It is in the page cache only, and so are the names of its files."""
+    killed = f"""{BEGIN}
+target = opened(backend, path)
+for i in range(20):
+    region = target.create_and_write(b"%04d" % i * 1000)
+    target._commit()  # as a persist of another region would
+    target.namespace.link_name(region, f"/{{i}}")
+target._commit()
+die()
+"""
+    after = f"""{BEGIN}
+target = opened(backend, path)
+region = target.namespace.open_name("/7")
+target.persist(region, 0, 4000)
+say("persisted")
+target.close()
+say("closed")
+"""
+    arguments = [backend, f"{tmp_path}/disk/target"]
+    events = powerloss.recorded(
+        tmp_path, ["-c", killed, *arguments], ["-c", after, *arguments], killed=1
+    )
+    tried = 0
+    for said, found, _ in found_after(backend, tmp_path, scratch, events, 2):
+        due = {"": [], "persisted": [7], "closed": range(20)}[said]
+        for i in due:
+            assert found.regions[found.names[str(i)]] == b"%04d" % i * 1000, (said, i)
+        tried += bool(said)
+    assert tried > 5
+
+
+@pytest.mark.parametrize("backend", ["file", "pmem"])
+def test_a_target_that_is_made_anew_is_the_old_one_or_the_new_one(
+    backend: str, tmp_path: Path, scratch: Path
+) -> None:
+    """Neither without its regions, nor with changes of the old one in the new one."""
+    old = f"""{BEGIN}
+target = opened(backend, path)
+for i in range(5):
+    region = target.create_and_write(b"old%d" % i, persist=True)
+    target.namespace.link_name(region, f"/{{i}}")
+    target.persist(region, 0, 4)
+say(f"old {{target.uuid}}")
+die()
+"""
+    new = f"""{BEGIN}
+target = opened(backend, path, override=True)
+target.create_and_write(b"new", persist=True)
+say("new")
+die()
+"""
+    arguments = [backend, f"{tmp_path}/disk/target"]
+    events = powerloss.recorded(
+        tmp_path, ["-c", old, *arguments], ["-c", new, *arguments], killed=2
+    )
+    before = {str(i): b"old%d" % i for i in range(5)}
+    kinds: set[str] = set()
+    for said, found, uuid in found_after(backend, tmp_path, scratch, events, 4):
+        content = sorted(found.regions.values())
+        names = {name: found.regions[rid] for name, rid in found.names.items()}
+        if said == f"old {uuid}":
+            assert (names, content) == (before, sorted(before.values()))
+            kinds.add("old")
+        elif said.startswith("old"):
+            assert (names, content) in [({}, []), ({}, [b"new"])]
+            kinds.add("new")
+        elif said == "new":
+            assert (names, content) == ({}, [b"new"])
+    assert kinds == {"old", "new"}
+
+
+def test_the_model_of_the_medium(tmp_path: Path) -> None:
+    """What may be lost, and what not any more."""
+    disk = Disk("/d")
+
+    def happen(*events: Event) -> list[dict[str, bytes]]:
+        for event in events:
+            disk.happen(event)
+        state = tmp_path / "state"
+        return [
+            {file.name: file.read_bytes() for file in state.iterdir()}
+            for _ in powerloss.states(disk, tmp_path, random.Random(1), 0)
+        ]
+
+    x, y = b"x" * 1024, b"y" * 1024
+    created = Event("create", "/d/a"), Event("write", "/d/a", data=x)
+    assert happen(*created) == [{}, {}, {"a": b""}, {"a": x}]
+    assert happen(Event("sync", "/d/a"), Event("synced")) == [{}, {"a": x}]
+    assert happen(Event("sync", "/d"), Event("synced")) == [{"a": x}]
+    new = x[:512] + y
+    changed = Event("write", "/d/a", offset=512, data=y), Event("rename", "/d/a", "/d/b")
+    assert happen(*changed) == [{"a": x}, {"a": new}, {"b": x}, {"b": new}]
+    shorter = Event("truncate", "/d/b", size=100), Event("sync", "/d/b", "all"), Event("synced")
+    assert happen(*shorter) == [{"b": new[:100]}]
+
+
+def test_writes_are_torn_between_sectors_and_a_range_is_synced_alone(tmp_path: Path) -> None:
+    disk = Disk("/d")
+    for event in (
+        Event("create", "/d/a"), Event("write", "/d/a", data=bytes(2048)),
+        Event("sync", "/d", "all"), Event("synced"), Event("write", "/d/a", data=b"x" * 2048),
+    ):  # fmt: skip
+        disk.happen(event)
+
+    def seen() -> set[bytes]:
+        found = set()
+        for seed in range(200):
+            disk.rebuild(tmp_path, lambda change: 0.5, random.Random(seed))
+            content = (tmp_path / "a").read_bytes()
+            assert len(content) == 2048
+            found.add(bytes(content[sector] for sector in range(0, 2048, 512)))
+            assert all(len(set(content[s : s + 512])) == 1 for s in range(0, 2048, 512))
+        return found
+
+    assert len(seen()) == 16
+    disk.happen(Event("sync", "/d/a", "range", 512, 512))
+    disk.happen(Event("synced"))
+    assert {sectors[1] for sectors in seen()} == {ord("x")}
+    assert len(seen()) == 8

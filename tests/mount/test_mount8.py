@@ -1,0 +1,398 @@
+"""warabifs under mount(8), umount(8) and fstab, by their real helpers in /sbin."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.support import (
+    MIB,
+    PROVIDER_ID,
+    Mount,
+    another_python,
+    environment,
+    fails_with,
+    is_mounted,
+    line_of,
+    mounting,
+    processes_of,
+    run,
+    serving,
+    wait_until,
+    watchdog,
+)
+from warabifs import install
+
+BIN = Path(sys.executable).parent
+WARABIFS = [sys.executable, "-c", "import sys; from warabifs.cli import main; main()"]
+
+
+pytestmark = pytest.mark.usefixtures("helpers")
+
+
+@pytest.fixture
+def mountpoint(place: Path) -> Iterator[Path]:
+    """An empty directory; what is mounted there in the end is unmounted, and its process ends."""
+    path = place / "mnt"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        while is_mounted(path):
+            run("umount", "-i", "-l", path)
+        wait_until(lambda: not processes_of(place), "the end of the mount's process")
+
+
+def locked(target: Path) -> bool:
+    """Whether some process has the target open."""
+    with open(f"{target}.regions/LOCK") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# Mounting
+
+
+@pytest.mark.parametrize("kind", ["warabifs", "fuse.warabifs"])
+def test_mount_and_umount_are_those_of_any_file_system(
+    place: Path, mountpoint: Path, kind: str
+) -> None:
+    source = f"file:{place}/target"
+    for content in (b"", b"first"):
+        done = run("mount", "-t", kind, source, mountpoint, "-o", "noatime,nosuid,_netdev,noauto")
+        assert (done.stdout, done.stderr) == ("", "")
+        shown = run("findmnt", "-n", "-o", "FSTYPE,SOURCE,OPTIONS", mountpoint).stdout.split()
+        assert shown[:2] == ["fuse.warabifs", source]
+        assert {"rw", "noatime", "nosuid"} <= set(shown[2].split(","))
+        run("mountpoint", mountpoint)
+        assert run("df", "--output=source", mountpoint).stdout.split()[-1] == source
+        file = mountpoint / "file"
+        assert not content or file.read_bytes() == content
+        (mountpoint / "big").write_bytes(bytes(32 * MIB))  # takes a while to be persisted
+        file.write_bytes(b"first")
+        done = run("umount", mountpoint)
+        assert (done.stdout, done.stderr) == ("", "")
+        assert not is_mounted(mountpoint)
+        assert not locked(place / "target")  # everything is persisted when umount returns
+
+
+def test_umount_by_the_name_of_the_source(place: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
+    run("umount", f"file:{place}/target")
+    assert not is_mounted(mountpoint)
+    assert not locked(place / "target")
+
+
+def test_mount_fuse3_finds_the_command_warabifs(place: Path, mountpoint: Path) -> None:
+    env = {**environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    for words in (
+        ("mount.fuse3", "memory:", mountpoint, "-t", "fuse.warabifs", "-o", "rw,nosuid"),
+        ("mount.fuse3", "warabifs#memory:", mountpoint, "-o", "ro"),
+    ):
+        subprocess.run([*map(str, words)], env=env, check=True, timeout=60)
+        shown = run("findmnt", "-n", "-o", "FSTYPE,SOURCE", mountpoint).stdout.split()
+        assert shown == ["fuse.warabifs", "memory:"]
+        run("umount", mountpoint)
+
+
+def test_mount_a_and_fstab(place: Path, mountpoint: Path) -> None:
+    fstab = place / "fstab"
+    other = place / "other"
+    fstab.write_text(
+        f"file:{place}/a {mountpoint} warabifs"
+        " defaults,nofail,_netdev,user,noexec,uid=12,gid=34,umask=027,x-systemd.requires=x.service,"
+        "x-systemd.mount-timeout=5s,comment=ours 0 0\n"
+        f"memory: {other} fuse.warabifs noauto,ro 0 0\n"
+    )
+    other.mkdir()
+    for _ in range(2):  # the second time it is mounted already
+        run("mount", "-T", fstab, "-a")
+    assert not is_mounted(other)
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert len([line for line in lines if f" {mountpoint} " in line]) == 1
+    info = mountpoint.stat()
+    assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (12, 34, 0o750)
+    try:
+        run("mount", "-T", fstab, other)
+        with fails_with(errno.EROFS):
+            (other / "file").write_bytes(b"data")
+    finally:
+        run("umount", other, check=False)
+    run("umount", mountpoint)
+    assert not locked(place / "a")
+
+
+def test_mount_f_checks_and_mounts_nothing(place: Path, mountpoint: Path) -> None:
+    run("mount", "-f", "-t", "warabifs", f"file:{place}/target", mountpoint)
+    assert not is_mounted(mountpoint)
+    assert not (place / "target").exists()
+    done = run(
+        "mount", "-f", "-t", "warabifs", "memory:", mountpoint, "-o", "nocraete", check=False
+    )
+    assert done.returncode == 1
+    assert "did you mean nocreate?" in done.stderr
+
+
+def test_all_the_flags_of_mount_at_once(place: Path, mountpoint: Path) -> None:
+    """mount.TYPE SOURCE DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE], as mount(8) has it."""
+    helper = "/sbin/mount.warabifs"
+    rest = ("-o", "rw,xyzzy", "-t", "warabifs")
+    assert run(helper, "memory:", mountpoint, "-nv", *rest, check=False).returncode == 1
+    run(helper, "memory:", mountpoint, "-sfnv", *rest)
+    assert not is_mounted(mountpoint)
+    run(helper, "memory:", mountpoint, "-snv", *rest)
+    assert is_mounted(mountpoint)
+
+
+def test_a_mount_in_another_namespace(place: Path, mountpoint: Path) -> None:
+    script = "import sys; print('there', flush=True); input()"
+    command = ["unshare", "-m", sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as there:
+        try:
+            assert line_of(there) == "there"
+            run("mount", "-N", str(there.pid), "-t", "warabifs", f"file:{place}/t", mountpoint)
+            assert not is_mounted(mountpoint)
+            assert str(mountpoint) in Path(f"/proc/{there.pid}/mountinfo").read_text()
+            run("umount", "-N", str(there.pid), mountpoint)
+            assert str(mountpoint) not in Path(f"/proc/{there.pid}/mountinfo").read_text()
+            wait_until(lambda: not locked(place / "t"), "the target")
+        finally:
+            there.kill()
+
+
+def test_modules_in_the_current_directory_are_not_imported(place: Path, mountpoint: Path) -> None:
+    for name in ("trio", "warabifs", "argparse"):
+        (place / f"{name}.py").write_text("raise SystemExit('imported from here')")
+    run("mount", "-t", "warabifs", "memory:", mountpoint, cwd=place)
+    run("umount", mountpoint, cwd=place)
+
+
+def test_labels_are_refused_where_selinux_is_not_enabled(mountpoint: Path) -> None:
+    assert not Path("/sys/fs/selinux/enforce").exists(), "a machine with SELinux"
+    options = 'context="system_u:object_r:tmp_t:s0:c127,c456",rw'
+    done = run("/sbin/mount.warabifs", "memory:", mountpoint, "-o", options, check=False)
+    assert done.returncode == 1
+    assert "context=system_u:object_r:tmp_t:s0:c127,c456: SELinux is not enabled" in done.stderr
+
+
+# Remounting
+
+
+def test_remounting_changes_the_kernels_options(place: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "warabifs", "memory:", mountpoint, "-o", "nosuid")
+    file = mountpoint / "file"
+    with open(file, "wb") as held:
+        done = run("mount", "-o", "remount,ro", mountpoint, check=False)
+        assert done.returncode
+        assert "busy" in done.stderr
+        held.write(b"still writable")
+    done = run("mount", "-o", "remount,ro,noatime", mountpoint)
+    assert (done.stdout, done.stderr) == ("", "")
+    with fails_with(errno.EROFS):
+        file.write_bytes(b"other")
+    shown = set(run("findmnt", "-n", "-o", "OPTIONS", mountpoint).stdout.strip().split(","))
+    assert {"ro", "nosuid", "noatime"} <= shown
+    run("mount", "-o", "remount,rw", mountpoint)
+    file.write_bytes(b"other")
+    assert file.read_bytes() == b"other"
+
+
+def test_remounting_tells_what_it_leaves_as_it_was(place: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "warabifs", "memory:", mountpoint)
+    done = run("mount", "-o", "remount,ro,attr_timeout=5", mountpoint)
+    assert "attr_timeout=5" in done.stderr
+    with fails_with(errno.EROFS):
+        (mountpoint / "file").write_bytes(b"data")
+
+
+def test_only_a_warabifs_is_remounted(place: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "tmpfs", "none", mountpoint)
+    done = run("/sbin/mount.warabifs", "none", mountpoint, "-o", "remount,ro", check=False)
+    assert done.returncode == 1
+    assert "no warabifs" in done.stderr
+    (mountpoint / "file").write_bytes(b"data")
+
+
+# Unmounting
+
+
+HOLDER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+print("open", flush=True)
+input()
+os.write(fd, b"late")
+os.close(fd)
+print("closed", flush=True)
+input()
+"""
+
+
+def test_a_lazy_umount_does_not_wait_for_open_files_and_says_so(
+    place: Path, mountpoint: Path
+) -> None:
+    source = f"file:{place}/target"
+    run("mount", "-t", "warabifs", source, mountpoint)
+    with another_python(HOLDER, mountpoint / "held") as holder:
+        assert line_of(holder) == "open"
+        busy = run("umount", mountpoint, check=False)
+        assert busy.returncode
+        assert "busy" in busy.stderr
+        assert is_mounted(mountpoint)
+        done = run("umount", "-l", mountpoint)
+        assert "goes on until the last file is closed" in done.stderr
+        assert not is_mounted(mountpoint)
+        assert holder.stdin is not None
+        print("write", file=holder.stdin, flush=True)
+        assert line_of(holder) == "closed"
+    wait_until(lambda: not locked(place / "target"), "the target")
+    run("mount", "-t", "warabifs", source, mountpoint)
+    assert (mountpoint / "held").read_bytes() == b"late"
+    done = run("umount", "-l", mountpoint)
+    assert done.stderr == ""  # nothing was open: it waited
+
+
+def test_umount_tells_what_is_not_persisted(place: Path) -> None:
+    with serving("tcp") as provider:
+        options = f"provider_id={PROVIDER_ID},reconnect=0"
+        with mounting(provider.address, place, options) as mount:
+            (mount.path / "file").write_bytes(b"data")
+            provider.kill()
+            done = run("umount", mount.path, check=False)
+            assert done.returncode == 1
+            assert "not everything is persisted" in done.stderr
+            assert not is_mounted(mount.path)
+            mount.wait()
+
+
+def test_umount_tells_of_a_process_that_was_killed_meanwhile(place: Path) -> None:
+    with mounting(f"file:{place}/target", place) as mount, watchdog(mount, 60):
+        mount.signal(signal.SIGSTOP)
+        command = [*WARABIFS, "umount", "--lazy", str(mount.path)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as umount:
+            wait_until(lambda: not is_mounted(mount.path), "the kernel")
+            mount.kill()
+            assert umount.stderr is not None
+            assert "ended without a word" in umount.stderr.read()
+            assert umount.wait(60) == 1
+
+
+def test_waiting_for_a_slow_medium_has_a_limit(place: Path) -> None:
+    with serving("tcp") as provider:
+        options = f"provider_id={PROVIDER_ID}"
+        with mounting(provider.address, place, options) as mount, watchdog(mount, 60):
+            provider.process.send_signal(signal.SIGSTOP)
+            command = [*WARABIFS, "umount", "--timeout", "0.3"]
+            done = run(*command, mount.path, check=False)
+            assert done.returncode == 1
+            assert f"process {mount.pid} is still persisting" in done.stderr
+            assert not is_mounted(mount.path)
+            provider.process.send_signal(signal.SIGCONT)
+            assert mount.wait() == 0
+
+
+def test_only_a_warabifs_is_unmounted(place: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "tmpfs", "none", mountpoint)
+    for command in ([*WARABIFS, "umount"], ["/sbin/umount.fuse.warabifs"]):
+        done = run(*command, mountpoint, check=False)
+        assert done.returncode == 1
+        assert "no warabifs is mounted there" in done.stderr
+    assert is_mounted(mountpoint)
+
+
+# Dead mounts
+
+
+def test_dead_mounts_in_and_on_each_other_are_removed(place: Path) -> None:
+    (place / "other").mkdir()
+    with (
+        mounting("memory:", place) as lower,
+        mounting("memory:", place / "other") as upper,
+    ):
+        inner = lower.path / "inner"
+        inner.mkdir()
+        nested = Mount("memory:", inner, place / "nested.log")
+        try:
+            nested.start()
+            run("mount", "--make-private", "/", check=False)
+            run("mount", "--move", upper.path, lower.path)
+            for mount in (nested, lower, upper):
+                mount.kill()
+            lines = Path("/proc/self/mountinfo").read_text().splitlines()
+            assert len([line for line in lines if f" {lower.path}" in line]) == 3
+            fresh = Mount("memory:", lower.path, place / "fresh.log")
+            try:
+                fresh.start()
+                assert os.listdir(fresh.path) == []
+                lines = Path("/proc/self/mountinfo").read_text().splitlines()
+                assert len([line for line in lines if f" {lower.path}" in line]) == 1
+            finally:
+                fresh.close()
+        finally:
+            nested.close()
+
+
+# Installing
+
+
+def test_installing_twice_changes_nothing_and_uninstalling_leaves_nothing(tmp_path: Path) -> None:
+    command = [*WARABIFS, "install-helper", "--prefix", str(tmp_path)]
+    assert run(*command).stdout.count("installed") == 5
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert [str(path.relative_to(tmp_path)) for path in files] == [
+        "sbin/mount.fuse.warabifs",
+        "sbin/mount.warabifs",
+        "sbin/umount.fuse.warabifs",
+        "sbin/umount.warabifs",
+        "share/man/man8/mount.warabifs.8",
+    ]
+    assert all(os.access(path, os.X_OK) == (path.parent.name == "sbin") for path in files[:4])
+    assert run(*command).stdout == ""
+    (tmp_path / "sbin/mount.warabifs").write_text(f"# {install.MARK}\nan older version")
+    assert run(*command).stdout == f"{tmp_path}/sbin/mount.warabifs: installed\n"
+    assert run(*command, "--uninstall").stdout.count("removed") == 5
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert run(*command, "--uninstall").stdout == ""
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "sbin/umount.warabifs"
+    theirs.parent.mkdir()
+    theirs.write_text("#!/bin/sh\nprecious\n")
+    for more in ("", "--uninstall"):
+        command = [*WARABIFS, "install-helper", "--prefix", str(tmp_path), *more.split()]
+        done = run(*command, check=False)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert str(theirs) in done.stderr
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_text() == "#!/bin/sh\nprecious\n"
+
+
+def test_the_manual_is_that_of_the_options_and_renders_without_warnings() -> None:
+    shown = run(
+        "env", "MANWIDTH=500", "man", "--warnings", "-E", "UTF-8", "-l",
+        "/usr/local/share/man/man8/mount.warabifs.8",
+    )  # fmt: skip
+    assert shown.stderr == ""
+    from warabifs.options import KERNEL, rows
+
+    text = shown.stdout.replace("‐", "-")
+    for name, explanation in [*rows(), *KERNEL.items()]:
+        assert name in text
+        assert explanation in text
+    found = run("man", "-w", "mount.warabifs").stdout.strip()
+    assert os.path.samefile(found, "/usr/local/share/man/man8/mount.warabifs.8")

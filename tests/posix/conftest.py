@@ -1,0 +1,49 @@
+"""Where the tests of system calls work: a tmpfs, and a mount of each kind of source.
+
+The tmpfs is the oracle: a test that fails there expects what Linux does not do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import disposable, limit_of
+from tests.mount.conftest import place as place  # a fixture
+from tests.mount.support import BACKENDS, Mount, mounting, source_of, watchdog
+
+MOUNTED = (*BACKENDS, "engine")
+
+
+@pytest.fixture(scope="package", params=["tmpfs", *MOUNTED])
+def shared(request: pytest.FixtureRequest) -> Iterator[Path | Mount]:
+    """A tmpfs or a mount, for all tests here."""
+    if request.param == "tmpfs":
+        with disposable("/dev/shm") as path:
+            yield path
+        return
+    with (
+        disposable("/tmp") as path,
+        source_of(request.param, path) as (source, options),
+        mounting(source, path, *options) as mount,
+    ):
+        yield mount
+
+
+@pytest.fixture
+def where(request: pytest.FixtureRequest, shared: Path | Mount) -> Iterator[Path]:
+    """An empty directory on it."""
+    with contextlib.ExitStack() as stack:
+        root = shared
+        if isinstance(root, Mount):
+            stack.enter_context(watchdog(root, limit_of(request)))
+            stack.callback(root.check_log)
+            root = root.path
+        path = root / "d"
+        path.mkdir(mode=0o755)
+        stack.callback(shutil.rmtree, path)
+        yield path

@@ -1,0 +1,307 @@
+"""What docs/posix.md says that a mount cannot do, or does otherwise, as programs see it."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import re
+import select
+import shutil
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import limit_of
+from tests.mount.support import (
+    Mount,
+    another_python,
+    fails_with,
+    line_of,
+    mounting,
+    python,
+    run,
+    source_of,
+    watchdog,
+)
+from tests.posix.conftest import MOUNTED
+from tests.posix.support import AT_FDCWD, NOBODY, check, file, libc, mode_of, opened, tick, user
+
+on_mounts = pytest.mark.parametrize("shared", MOUNTED, indirect=True, scope="package")
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FICLONE, FS_IOC_FIEMAP = (
+    0x80086601, 0x40086602, 0x40049409, 0xC020660B,
+)  # fmt: skip
+
+
+@on_mounts
+def test_fallocate_is_refused_and_posix_fallocate_falls_back(where: Path) -> None:
+    with opened(where / "file") as fd:
+        for mode in (0, 1, 2 | 1, 8, 16 | 1):
+            with fails_with(errno.EOPNOTSUPP):
+                check(libc.fallocate(fd, mode, ctypes.c_int64(0), ctypes.c_int64(4096)))
+        assert os.fstat(fd).st_size == 0
+        os.posix_fallocate(fd, 0, 4096)
+    assert (where / "file").read_bytes() == bytes(4096)
+    run("fallocate", "-x", "-l", "8192", where / "file")
+    assert (where / "file").stat().st_size == 8192
+
+
+@on_mounts
+def test_holes_count_as_data(where: Path) -> None:
+    with opened(where / "file") as fd:
+        os.ftruncate(fd, 100_000)
+        assert os.lseek(fd, 10, os.SEEK_DATA) == 10
+        assert os.lseek(fd, 10, os.SEEK_HOLE) == 100_000
+        with fails_with(errno.ENXIO):
+            os.lseek(fd, 100_000, os.SEEK_DATA)
+        assert os.fstat(fd).st_blocks == -(-100_000 // 512)
+    run("cp", "--sparse=always", where / "file", where / "copy")
+    assert (where / "copy").read_bytes() == bytes(100_000)
+
+
+@on_mounts
+def test_unnamed_files_are_refused_and_programs_fall_back(where: Path) -> None:
+    with fails_with(errno.EOPNOTSUPP):
+        os.open(where, os.O_TMPFILE | os.O_RDWR)
+    script = "import sys, tempfile; tempfile.TemporaryFile(dir=sys.argv[1]).write(b'data')"
+    python(script, where)
+    assert os.listdir(where) == []
+
+
+@on_mounts
+def test_inode_flags_and_extents_are_not_known(where: Path) -> None:
+    with opened(where / "file") as fd, opened(where / "other") as other:
+        os.write(fd, b"data")
+        for request in (FS_IOC_GETFLAGS, FS_IOC_SETFLAGS):
+            with fails_with(errno.ENOTTY):
+                fcntl.ioctl(fd, request, array.array("l", [0]))
+        with fails_with(errno.EOPNOTSUPP):
+            fcntl.ioctl(fd, FS_IOC_FIEMAP, bytearray(64))
+        with fails_with(errno.EOPNOTSUPP):
+            fcntl.ioctl(other, FICLONE, fd)
+    run("cp", "--reflink=auto", where / "file", where / "copy")
+    assert (where / "copy").read_bytes() == b"data"
+
+
+@on_mounts
+def test_the_time_of_birth_is_not_told(where: Path) -> None:
+    path = file(where / "file")
+    buffer = ctypes.create_string_buffer(256)
+    basic, birth = 0x7FF, 0x800
+    check(libc.statx(AT_FDCWD, os.fsencode(path), 0, basic | birth, buffer))
+    assert struct.unpack_from("I", buffer)[0] & (basic | birth) == basic
+
+
+@on_mounts
+def test_reading_does_not_change_the_access_time(where: Path) -> None:
+    path = file(where / "file", b"data")
+    os.utime(path, ns=(1, 2))
+    tick()
+    path.read_bytes()
+    os.listdir(where)
+    assert path.stat().st_atime_ns == 1
+
+
+@on_mounts
+def test_a_file_can_be_polled_and_is_always_ready(where: Path) -> None:
+    with opened(where / "file") as fd, select.epoll() as poll:
+        poll.register(fd, select.EPOLLIN | select.EPOLLOUT)
+        assert poll.poll(60) == [(fd, select.EPOLLIN | select.EPOLLOUT)]
+
+
+@on_mounts
+@pytest.mark.parametrize("offset", [(1 << 63) - 2, 1 << 62, 1 << 55])
+def test_offsets_beyond_what_the_medium_addresses_are_refused(where: Path, offset: int) -> None:
+    with opened(where / "file") as fd:
+        try:
+            os.pwrite(fd, b"x", offset)
+        except OSError as error:
+            assert error.errno in (errno.EFBIG, errno.ENOSPC)  # noqa: PT017
+            assert os.fstat(fd).st_size == 0
+        else:
+            assert os.fstat(fd).st_size == offset + 1
+        with fails_with(errno.EFBIG, errno.EINVAL):
+            os.pwrite(fd, b"xx", (1 << 63) - 1)
+
+
+@on_mounts
+def test_set_id_programs_and_devices_are_inert_unless_asked_for(where: Path) -> None:
+    os.mknod(where / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    with fails_with(errno.EACCES):
+        os.open(where / "null", os.O_RDWR)
+    shutil.copy("/usr/bin/id", where / "id")
+    (where / "id").chmod(0o4755)
+    done = run("setpriv", "--reuid=1", "--regid=1", "--clear-groups", where / "id", "-u")
+    assert done.stdout == "1\n"
+
+
+def test_they_work_where_they_are_asked_for(place: Path) -> None:
+    with mounting("memory:", place, "suid", "dev") as mount:
+        os.mknod(mount.path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        with opened(mount.path / "null", os.O_RDWR) as fd:
+            assert os.write(fd, b"gone") == 4
+        shutil.copy("/usr/bin/id", mount.path / "id")
+        (mount.path / "id").chmod(0o4755)
+        who = ("setpriv", "--reuid=1", "--regid=1", "--clear-groups")
+        assert run(*who, mount.path / "id", "-u").stdout == "0\n"
+
+
+@on_mounts
+def test_a_set_group_id_bit_that_means_nothing_stays(where: Path) -> None:
+    path = file(where / "file")
+    os.chown(path, 1000, 5)
+    path.chmod(0o2744)
+    with user(1000, 1):
+        path.write_bytes(b"data")
+    assert mode_of(path) == 0o2744
+
+
+@on_mounts
+def test_watchers_see_what_this_mount_does(where: Path) -> None:
+    script = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+fd = libc.inotify_init1(0)
+assert libc.inotify_add_watch(fd, os.fsencode(sys.argv[1]), 0xFFF) > 0
+print("watching", flush=True)
+while True:
+    data = os.read(fd, 65536)
+    while data:
+        _, mask, _, size = struct.unpack_from("iIII", data)
+        name = data[16 : 16 + size].rstrip(bytes(1)).decode()
+        print(hex(mask & 0xFFF), name, flush=True)
+        if name == "end":
+            sys.exit()
+        data = data[16 + size :]
+"""
+    with another_python(script, where) as watcher:
+        assert line_of(watcher) == "watching"
+        file(where / "file", b"data")
+        os.rename(where / "file", where / "renamed")
+        (where / "renamed").unlink()
+        (where / "end").mkdir()
+        seen: list[str] = []
+        while not seen or not seen[-1].endswith(" end"):
+            seen.append(line_of(watcher))
+    wanted = ["0x100 file", "0x2 file", "0x8 file", "0x40 file", "0x80 renamed", "0x200 renamed"]
+    assert [line for line in seen if line in wanted] == wanted
+    assert re.fullmatch("0x100 end", seen[-1])
+
+
+def test_locks_and_watchers_of_two_mounts_do_not_meet(place: Path) -> None:
+    with two_mounts(place) as (one, two):
+        file(one.path / "file")
+        with opened(one.path / "file") as here, opened(two.path / "file") as there:
+            for call in (fcntl.flock, fcntl.lockf):
+                call(here, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                call(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        watch = libc.inotify_init1(os.O_NONBLOCK)
+        try:
+            check(libc.inotify_add_watch(watch, os.fsencode(two.path), 0xFFF))
+            file(one.path / "new")
+            with fails_with(errno.EAGAIN):
+                os.read(watch, 4096)
+        finally:
+            os.close(watch)
+        assert (two.path / "new").exists()
+
+
+@contextlib.contextmanager
+def two_mounts(place: Path) -> Iterator[tuple[Mount, Mount]]:
+    """Two mounts of one provider."""
+    places = [place / name for name in ("one", "two")]
+    for path in places:
+        path.mkdir()
+    with (
+        source_of("engine", place) as (source, options),
+        mounting(source, places[0], *options) as one,
+        mounting(source, places[1], *options) as two,
+    ):
+        yield one, two
+
+
+@pytest.fixture
+def direct(request: pytest.FixtureRequest, place: Path) -> Iterator[Mount]:
+    """A mount that bypasses the page cache."""
+    with mounting("memory:", place, "direct_io") as mount, watchdog(mount, limit_of(request)):
+        yield mount
+
+
+def test_direct_io_refuses_shared_mappings_and_does_all_else(direct: Mount) -> None:
+    path = direct.path / "file"
+    data = os.urandom(3_000_001)
+    path.write_bytes(data)
+    assert path.read_bytes() == data
+    with open(path, "r+b", buffering=0) as file:
+        with fails_with(errno.ENODEV):
+            mmap.mmap(file.fileno(), 4096)
+        with mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE) as mapping:
+            assert mapping[:] == data[:4096]
+        assert os.pwrite(file.fileno(), b"odd", 12_345) == 3
+        file.truncate(12_350)
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"end")
+    assert path.read_bytes() == data[:12_345] + b"odd" + data[12_348:12_350] + b"end"
+    shutil.copy(path, direct.path / "copy")
+    run("cmp", path, direct.path / "copy")
+
+
+@on_mounts
+@pytest.mark.parametrize("mode", [0o644, 0o755, 0o400, 0o777])
+def test_cp_keeps_the_mode_which_it_sets_by_an_access_control_list(where: Path, mode: int) -> None:
+    original = file(where / "original", b"data")
+    original.chmod(mode)
+    run("cp", "-a", original, where / "copy")
+    assert (where / "copy").stat().st_mode == original.stat().st_mode
+
+
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+UNPRIVILEGED = f"""
+import os, sys
+import encodings.ascii, trio, warabifs.mount  # before the rights to read them are given up
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+warabifs.mount.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def fuse_for_all() -> Iterator[None]:
+    """``/dev/fuse`` as udev makes it, also where it is root's alone."""
+    mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
+    os.chmod("/dev/fuse", 0o666)
+    yield
+    os.chmod("/dev/fuse", mode)
+
+
+def test_where_fusermount3_mounts_the_umask_limits_what_a_default_list_gives(
+    place: Path, fuse_for_all: None
+) -> None:
+    path = place / "mnt"
+    with mounting("memory:", place, start=False) as mount:
+        os.chown(path, NOBODY, NOBODY)
+        python(UNPRIVILEGED, "memory:", path)
+        mount.adopt()
+        script = """
+umask 022
+cd "$1"
+mkdir shared
+setfacl -d -m u::rwx,g::rwx,u:5:rwx,o::- shared
+touch shared/file
+getfacl -cpnE shared/file
+"""
+        done = run(*AS_NOBODY, "sh", "-ec", script, "sh", path)
+        assert done.stdout.split() == [
+            "user::rw-", "user:5:rwx", "group::rwx", "mask::r--", "other::---",
+        ]  # fmt: skip
+        with fails_with(errno.EACCES):
+            os.listdir(path)  # nobody but the owner may look

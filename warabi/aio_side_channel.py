@@ -1,0 +1,155 @@
+"""How a Trio client comes to direct access; ``side_channel.py`` is the same for blocking ones."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from warabi import errors
+from warabi.aio_connection import Connection
+from warabi.guest import Guest
+from warabi.region import RegionID
+from warabi.request import Request
+
+_PIECE = 4 * 1024 * 1024
+"""Bytes that are copied before other tasks get their turn."""
+_LEAVING_PATIENCE = 2.0
+
+
+class SideChannel:
+    """Direct access to one target, if its provider grants it, for the tasks of one Trio loop.
+
+    Methods return how many bytes, from the first on, were moved; the rest is the provider's.
+    Nothing here waits for a medium.
+
+    Args:
+        nursery: where asking goes on when who asked is cancelled.
+        connect: makes the connection, one that takes descriptors.
+        provider_id: whose target.
+        writable: whether regions are to be written.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        connect: Callable[[], Awaitable[Connection]],
+        provider_id: int,
+        *,
+        writable: bool = True,
+    ) -> None:
+        self._nursery = nursery
+        self._connect = connect
+        self._provider_id = provider_id
+        self._writable = writable
+        self._asking = False  # somebody is; others meanwhile use the provider
+        self._connection: Connection | None = None
+        self._guest: Guest | None = None
+        self._over = False
+
+    def size(self, region: RegionID) -> int:
+        """As :meth:`Guest.size`."""
+        return -1 if self._guest is None else self._guest.size(region)
+
+    def wrote(self, marks: set[int]) -> set[int]:
+        """Those of *marks* that are of writes from here, lately."""
+        return marks & set(() if self._guest is None else self._guest.recent)
+
+    async def write(self, region: RegionID, offset: int, data: memoryview) -> int:
+        """Store *data* within the region.
+
+        Raises:
+            StorageFull, StorageError: the medium.
+        """
+        done = 0
+        while done < len(data):
+            piece = data[done : done + _PIECE]
+            guest = self._guest
+            if guest is None or not guest.write(region, offset + done, piece, wait=False):
+                guest = await self._asked(region, len(piece))
+                if guest is None or not guest.write(region, offset + done, piece, wait=False):
+                    break
+            done += len(piece)
+            await trio.lowlevel.checkpoint()
+        return done
+
+    async def read_into(self, region: RegionID, offset: int, place: memoryview) -> int:
+        """Fill *place* from within the region."""
+        done = 0
+        while done < len(place):
+            piece = place[done : done + _PIECE]
+            if await self.read_some(region, offset + done, piece, short=False) < 0:
+                break
+            done += len(piece)
+        return done
+
+    async def read_some(
+        self, region: RegionID, offset: int, place: memoryview, *, short: bool = True
+    ) -> int:
+        """As :meth:`Guest.read_some`, at once: of a size that does not keep others waiting."""
+        count, guest = -1, self._guest
+        if guest is not None:
+            count = guest.read_some(region, offset, place, wait=False, short=short)
+        if count < 0 and (guest := await self._asked(region, len(place))) is not None:
+            count = guest.read_some(region, offset, place, wait=False, short=short)
+        if count >= 0:
+            await trio.lowlevel.checkpoint()
+        return count
+
+    async def _asked(self, region: RegionID, size: int) -> Guest | None:
+        """The guest, if it was granted the region now."""
+        if self._over or self._asking:
+            return None
+        if self._guest is not None and not self._guest.wants(region, size):
+            return None
+        # In a task of its own: a caller that is cancelled leaves an answer that belongs to nobody.
+        self._asking = True
+        answered = trio.Event()
+        self._nursery.start_soon(self._ask, region, size, answered)
+        await answered.wait()
+        return self._guest
+
+    async def _ask(self, region: RegionID, size: int, answered: trio.Event) -> None:
+        try:
+            if self._guest is None:
+                self._guest = await self._join()
+                self._over = self._guest is None
+                if self._guest is None or not self._guest.wants(region, size):
+                    return
+            self._guest.add(region, *await self._call("grant", [region]))
+        except (errors.InvalidRegion, errors.TargetBusy):
+            pass  # what the caller does next says so too
+        except (errors.Exception, OSError):
+            self._end()
+        finally:
+            self._asking = False
+            answered.set()
+
+    async def _join(self) -> Guest | None:
+        self._connection = await self._connect()
+        joined, descriptors = await self._call("join", [self._writable])
+        return None if joined is None else Guest(joined, descriptors)
+
+    async def _call(self, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
+        assert self._connection is not None
+        header = (self._provider_id, name, arguments, None)
+        result = await self._connection.request(Request(name), header)
+        return result, self._connection.take_descriptors()
+
+    def _end(self) -> None:
+        """No direct access any more."""
+        self._over = True
+        if self._guest is not None:
+            self._guest.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    async def aclose(self) -> None:
+        """Touch nothing any more, and say so."""
+        if self._guest is not None and not self._over:
+            self._guest.close()
+            with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
+                await self._call("leave", [])
+        self._end()

@@ -1,0 +1,183 @@
+"""The files of the regions against the rows of the catalogue."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from warabi.fsck.report import LostFound, Report
+from warabi.fsck.tree import TreeCheck
+from warabi.journal import sync_directory
+from warabi.region import RegionID
+from warabi.schema import COLUMNS
+from warabi.sums import BLOCK
+
+_SHARD = re.compile("[0-9a-f]{2}")
+_NAME = re.compile("[0-9a-f]{32}")
+_IS_REGION = f"mode & {0o170000} = {stat.S_IFREG}"
+
+
+class RegionFile(NamedTuple):
+    """A file that a region may have."""
+
+    rid: RegionID
+    path: Path
+    info: os.stat_result
+
+
+def region_files(regions: Path) -> Iterator[RegionFile]:
+    """Every file below *regions* that is named as a region's is."""
+    for shard in sorted(regions.iterdir()):
+        if not _SHARD.fullmatch(shard.name) or not shard.is_dir():
+            continue
+        for file in sorted(shard.iterdir()):
+            if _NAME.fullmatch(file.name) and file.is_file() and not file.is_symlink():
+                yield RegionFile(RegionID(bytes.fromhex(file.name)), file, file.stat())
+
+
+def place(regions: Path, rid: RegionID) -> Path:
+    """Where the file of a region belongs."""
+    name = rid.hex()
+    return regions / name[-2:] / name
+
+
+class FileCheck:
+    """Checks, and with the report's consent repairs, that rows and files of regions agree."""
+
+    def __init__(
+        self, db: sqlite3.Connection, regions: Path, report: Report, lost: LostFound,
+        tree: TreeCheck, *, clean: bool, sums: bool,
+    ) -> None:  # fmt: skip
+        self._db = db
+        self._regions = regions
+        self._report = report
+        self._lost = lost
+        self._tree = tree
+        self._clean = clean
+        self._sums = sums
+
+    def run(self) -> None:
+        self._db.execute("CREATE TEMP TABLE present(ino INTEGER PRIMARY KEY)")
+        moved = set()
+        for found in region_files(self._regions):
+            file = self._at_its_place(found)
+            if file is None or file.path in moved:
+                continue
+            if file is not found:
+                moved.add(file.path)  # and may be met once more
+            row = self._db.execute(
+                f"SELECT size, nlink, anonymous FROM inode WHERE ino = ? AND generation = ?"
+                f" AND {_IS_REGION}",
+                _parts(file.rid),
+            ).fetchone()
+            if row is None:
+                self._without_row(file)
+                continue
+            self._db.execute("INSERT INTO present VALUES(?)", (file.rid.slot,))
+            if row[0] != file.info.st_size:
+                self._size(file, row[0])
+        self._missing()
+
+    def _at_its_place(self, file: RegionFile) -> RegionFile | None:
+        right = place(self._regions, file.rid)
+        if file.path == right:
+            return file
+        text = f"the file of region {file.rid.hex()} is in {file.path.parent}"
+        if right.exists():
+            if self._report.problem(f"{text}, and where it belongs is another", "moved"):
+                self._lost.move(file.path)
+            return None
+        if not self._report.problem(text, f"moved to {right.parent}"):
+            return None
+        right.parent.mkdir(exist_ok=True)
+        file.path.rename(right)
+        sync_directory(right.parent)
+        return file._replace(path=right)
+
+    def _without_row(self, file: RegionFile) -> None:
+        text = f"no region {file.rid.hex()} is known, of which there is a file"
+        remedy = f"moved to {self._lost.directory}"
+        if self._clean:
+            wanted = self._report.problem(text, remedy)
+        else:
+            wanted = self._report.note(f"{text}, which opening the target removes", remedy)
+        if wanted:
+            self._lost.move(file.path)
+
+    def _size(self, file: RegionFile, size: int) -> None:
+        have = file.info.st_size
+        text = f"region {file.rid.hex()}: its file has {have} bytes, its row says {size}"
+        ino = file.rid.slot
+        if have < size and (self._clean or self._attests(ino, have)):
+            remedy = f"the bytes that are left are in /lost+found/{file.rid.hex()}"
+            names = self._names(ino)
+            if self._report.problem(f"{text}{names}", remedy):
+                self._tree.take_names(ino)
+                self._tree.rescue(ino, file.rid.hex())
+                self._set_size(ino, have)
+            return
+        if self._clean:
+            wanted = self._report.problem(text, "believed the file")
+        else:
+            wanted = self._report.note(text, "believed the file, as opening the target does")
+        if wanted:
+            self._set_size(ino, have)
+
+    def _names(self, ino: int) -> str:
+        paths = self._tree.paths(ino)
+        return f" ({', '.join(paths)})" if paths else ""
+
+    def _attests(self, ino: int, size: int) -> bool:
+        """Whether checksums prove that the region had more than *size* bytes on the medium."""
+        if not self._sums:
+            return False
+        row = self._db.execute(
+            "SELECT EXISTS(SELECT 1 FROM checksum WHERE ino = ? AND block >= ?)"
+            " AND NOT EXISTS(SELECT 1 FROM unsettled WHERE ino = ?)",
+            (ino, size // BLOCK, ino),
+        ).fetchone()
+        return bool(row[0])
+
+    def _set_size(self, ino: int, size: int) -> None:
+        self._db.execute("UPDATE inode SET size = ? WHERE ino = ?", (size, ino))
+        if self._sums:
+            self._db.execute(
+                "DELETE FROM checksum WHERE ino = ? AND block >= ?", (ino, size // BLOCK)
+            )
+
+    def _missing(self) -> None:
+        """Regions without a file."""
+        rows: list[Any] = self._db.execute(
+            f"SELECT {COLUMNS} FROM inode WHERE {_IS_REGION} AND ino NOT IN present"
+            " AND NOT (nlink = 0 AND anonymous = 0 AND ino NOT IN (SELECT ino FROM dentry))"
+        ).fetchall()
+        for row in rows:
+            rid = RegionID.from_parts(row[0], row[1])
+            text = f"the file of region {rid.hex()}{self._names(row[0])} is missing"
+            if row[7] == 0:
+                if self._report.problem(f"{text}, which was empty", "made anew"):
+                    file = place(self._regions, rid)
+                    file.parent.mkdir(exist_ok=True)
+                    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                    sync_directory(file.parent)
+                continue
+            xattrs = self._db.execute("SELECT name, value FROM xattr WHERE ino = ?", (row[0],))
+            details = f"{row!r} {dict(xattrs)!r}"
+            if self._report.problem(f"{text}: {row[7]} bytes", "removed", details=details):
+                self._tree.take_names(row[0])
+                tables = ("inode", "xattr", *(("checksum", "unsettled") if self._sums else ()))
+                for table in tables:
+                    self._db.execute(f"DELETE FROM {table} WHERE ino = ?", (row[0],))
+
+
+def _parts(rid: RegionID) -> tuple[int, int]:
+    """Slot and generation as the catalogue has them; -1 for what it cannot have."""
+    return (
+        rid.slot if rid.slot < 1 << 63 else -1,
+        rid.generation if rid.generation < 1 << 63 else -1,
+    )

@@ -1,0 +1,154 @@
+"""How a catalogue's changes get into SQLite's WAL, and from there on the medium.
+
+Changes gather in one open transaction, which is also kept here as a list: whenever SQLite had to
+roll it back, because the disk was full or could not be read, it is done again.  What was
+promised to nobody yet is so not lost either, and nobody sees it missing.
+
+``commit`` does not wait for the medium and is called with the target's lock held; ``sync``
+waits, **without** the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from warabi.errors import StorageError
+
+Row = Sequence[int | str | bytes | None]
+
+
+class Journal:
+    """The transactions of a database.
+
+    Args:
+        db: the database, in WAL mode when it has a path.
+        path: of the database, or None when it is in memory: nothing has to be kept then.
+    """
+
+    def __init__(self, db: sqlite3.Connection, path: Path | None) -> None:
+        self._db = db
+        self._path = path
+        self._open: list[tuple[str, Sequence[Row]]] = []  # the transaction
+        self.committed = 0
+        """The newest change that is in the WAL."""
+        self._synced = 0  # the newest that is on the medium
+        self._sync_lock = threading.Lock()  # taken without the target's lock, never before it
+        self._failed = ""  # why nothing can be promised any more
+        self._wal = -1
+
+    def open_wal(self) -> None:
+        """From now on ``sync`` waits for the WAL, which a first commit has made."""
+        self._wal = os.open(f"{self._path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        os.fdatasync(self._wal)
+
+    def write(self, sql: str, rows: Sequence[Row]) -> None:
+        """Do *sql* for each of *rows*, in the open transaction."""
+        if self._path is None:
+            self._db.executemany(sql, rows)
+            return
+        self._begin()
+        self._db.executemany(sql, rows)
+        self._open.append((sql, rows))
+
+    def _begin(self) -> None:
+        if self._db.in_transaction:
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for sql, rows in self._open:
+                self._db.executemany(sql, rows)
+        except BaseException:
+            self.roll_back()
+            raise
+
+    def roll_back(self) -> None:
+        """Take back what is in the database of the open transaction, to be done again."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    def restore(self) -> None:
+        """Do again what SQLite has rolled back, if it lets us now; else a later call does."""
+        if self._open:
+            with contextlib.suppress(sqlite3.Error):
+                self._begin()
+
+    @property
+    def uncommitted(self) -> bool:
+        return bool(self._open)
+
+    def is_synced(self, change: int) -> bool:
+        """Whether *change* is on the medium (a database in memory has none to wait for)."""
+        return self._path is None or change <= self._synced
+
+    def commit(self, change: int) -> int:
+        """End the transaction; *change*, the newest in it, now survives a crash of the process.
+
+        Returns it.  When it fails, the transaction stays open.
+        """
+        self.check()
+        if self._open:
+            self._begin()
+            try:
+                self._db.execute("COMMIT")
+            except sqlite3.Error:
+                self.restore()
+                raise
+            self._open.clear()
+        self.committed = change
+        return change
+
+    def check(self) -> None:
+        """Raise ``StorageError`` when a sync has failed."""
+        if self._failed:
+            raise StorageError(self._failed)
+
+    def sync(self, change: int) -> None:
+        """Wait until the committed *change* is on the medium.
+
+        Raises:
+            StorageError: the medium refused, now or before; the kernel reports such a failure
+                only once, so no later sync may claim success.
+        """
+        if self.is_synced(change):
+            return
+        with self._sync_lock:
+            if self.is_synced(change):
+                return  # another's sync covered ours
+            self.check()
+            latest = self.committed
+            try:
+                os.fdatasync(self._wal)
+            except OSError as error:
+                self._failed = (
+                    f"catalogue {self._path}: a sync failed ({error.strerror}); what was"
+                    " written since the last persist may be lost. Close the target, check the"
+                    " medium, reopen it"
+                )
+                raise StorageError(self._failed) from error
+            self._synced = max(self._synced, latest)
+
+    def close(self) -> None:
+        """Let go of the WAL."""
+        if self._wal >= 0:
+            let_go(self._wal)
+            self._wal = -1
+
+
+def let_go(fd: int) -> None:
+    """Close a descriptor.  A failure is no news: what is to be durable was synced before."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def sync_directory(path: Path | str) -> None:
+    """Put a directory's entries on the medium."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

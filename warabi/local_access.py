@@ -1,0 +1,69 @@
+"""Direct access of a provider's own process: the same as a guest's, without a connection."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from warabi import errors
+from warabi.guest import Access, Guest
+from warabi.region import RegionID
+
+if TYPE_CHECKING:
+    from warabi import grants
+    from warabi.provider import ProviderCore
+    from warabi.target import Target
+
+
+class LocalAccess(Access):
+    """Reads and writes regions as a :class:`Guest` does: False where the target has to be asked.
+
+    There is one for a provider, made when first needed, and it ends with the target.
+
+    Args:
+        core: whose target.
+    """
+
+    def __init__(self, core: ProviderCore) -> None:
+        super().__init__()
+        self._core = core
+        self._lock = threading.Lock()  # held by who asks; others meanwhile use the target
+        self._target: Target | None = None  # that was joined
+        self._board: grants.Guest | None = None
+        self._accesses = 0
+
+    def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            target = self._core.target
+            guest = self._guest
+            if target is not self._target:
+                self._accesses += 1
+                guest = self._guest = self._join(target) if self._accesses > 1 else None
+            if guest is None or self._board is None or not guest.wants(region, size):
+                return None
+            granted = target.grant(region, writable=target.shares_writes, wait=False)
+            if granted is None:
+                guest.add(region, None, [])
+            else:
+                guest.add(region, *granted.answer(self._board))
+            return guest
+        except (errors.Exception, errors.WouldBlock, OSError):
+            return None  # what the caller does next says what is wrong
+        finally:
+            self._lock.release()
+
+    def _join(self, target: Target) -> Guest | None:
+        self._target = target
+        joined = target.join()
+        if joined is None:
+            return None
+        self._board, shared = joined
+        marks = shared.marks if target.shares_writes else shared.table
+        # The table's first word is its own sign of life.
+        shown = (shared.table, shared.table, marks, self._board.board)
+        guest = Guest([0, 1, target.shares_writes], [os.dup(memory.fd) for memory in shown])
+        shared.on_withdraw, shared.on_forget = guest.let_go, guest.forget
+        return guest

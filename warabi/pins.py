@@ -1,0 +1,44 @@
+"""What one connection holds of a tree of names: inodes that must not go while it knows them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from warabi import errors
+from warabi.provider import ProviderCore
+
+log = logging.getLogger(__name__)
+
+
+class Pins:
+    """How often the connection has pinned which inode of which provider."""
+
+    def __init__(self) -> None:
+        self._held: Counter[tuple[int, int]] = Counter()
+
+    def check(self, provider_id: int, ino: int, count: int) -> None:
+        """Return if the connection may unpin *ino* so often.
+
+        Raises:
+            OutOfBounds: it holds it less often; others, who do, would lose it.
+        """
+        held = self._held[provider_id, ino]
+        if not 0 < count <= held:
+            raise errors.OutOfBounds(f"unpin of inode {ino}: {count} times, {held} are held")
+
+    def note(self, provider_id: int, ino: int, count: int) -> None:
+        """*ino* was pinned *count* times, or unpinned when that is negative."""
+        self._held[provider_id, ino] += count
+        if not self._held[provider_id, ino]:
+            del self._held[provider_id, ino]
+
+    def give_back(self, find: Callable[[int], ProviderCore]) -> None:
+        """Unpin everything; *find* gives the provider of an ID."""
+        for (provider_id, ino), count in self._held.items():
+            try:
+                find(provider_id).target.namespace.unpin(ino, count)
+            except errors.Exception as error:
+                log.debug("unpin of inode %d: %s", ino, error)
+        self._held.clear()

@@ -1,0 +1,124 @@
+"""What a provider is about to do for a request: which bytes, of which region, of which target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from warabi import errors, extents
+from warabi.extents import Extent
+from warabi.operations import OPERATIONS, checked_arguments
+from warabi.provider import ProviderCore
+from warabi.region import RegionID
+from warabi.target import Target
+from warabi.transfer import load, part
+
+UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
+DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
+
+
+@dataclass(slots=True)
+class Request:
+    """A request with checked arguments, for a target that exists."""
+
+    number: int
+    name: str
+    arguments: list[Any]
+    core: ProviderCore
+    target: Target
+    eager: bytes | None
+    payload: int  # bytes that follow
+    entered: bool = False  # it is a change, and inside the provider's gate
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which bytes of which region a transfer is about."""
+
+    region: RegionID
+    extents: list[Extent]
+    persist: bool = False
+    extend: bool = False
+    short: bool = False
+    created: bool = False
+
+
+def checked_header(header: Any) -> list[Any]:
+    """The five items of a request's header, of which only the arguments may be anything.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    if (
+        not isinstance(header, list)
+        or len(header) != 5
+        or not all(type(item) is int for item in header[:2])
+        or not isinstance(header[2], str)
+        or not isinstance(header[4], bytes | None)
+    ):
+        raise errors.ProtocolError(f"not a request: {header!r:.100}")
+    return header
+
+
+def checked_request(
+    number: int, core: ProviderCore, name: str, arguments: Any, eager: Any, payload: int
+) -> Request:
+    """A request for an operation that exists.
+
+    Raises:
+        ProtocolError: its arguments are not the operation's, or it has data that nobody wants.
+        TargetNotFound: the provider has none.
+    """
+    letters = UPLOADS.get(name) or DOWNLOADS.get(name) or OPERATIONS[name].arguments
+    if name not in UPLOADS and (payload or eager is not None):
+        raise errors.ProtocolError(f"{name}: takes no data")
+    checked = checked_arguments(name, letters, arguments)
+    return Request(number, name, checked, core, core.target, eager, payload)
+
+
+def memory(request: Request, limit: int) -> int:
+    """How many bytes, *limit* at most, a request beside others keeps in memory until its reply is
+    sent, which is for ever when the peer does not read."""
+    size = request.payload or len(request.eager or b"")
+    if request.name == "read":
+        size = request.arguments[2]
+    elif request.name == "read_vector":
+        size = limit
+    return min(max(size, 0), limit)
+
+
+def check_bounds(target: Target, plan: Plan, what: str) -> None:
+    """Refuse a transfer before memory for it is asked for."""
+    have = target.size(plan.region)
+    for offset, size in plan.extents:
+        if not plan.extend and (offset < 0 or offset + size > have):
+            raise errors.OutOfBounds(
+                f"{what} {plan.region!r}: {size} bytes at offset {offset} end beyond its"
+                f" {have} bytes"
+            )
+
+
+def plan_upload(request: Request) -> Plan:
+    """What to write where; what cannot be written is refused before its first chunk."""
+    target, size = request.target, request.payload
+    if request.name == "create_and_write":
+        region = target.create(size)
+        return Plan(region, [(0, size)], persist=request.arguments[0], created=True)
+    if request.name == "write":
+        region, offset, persist, extend = request.arguments
+        plan = Plan(region, [(offset, size)], persist, extend)
+    else:
+        region, packed, persist = request.arguments
+        plan = Plan(region, extents.unpack(packed, request.name), persist)
+        extents.check_total(plan.extents, size, request.name)
+    check_bounds(target, plan, request.name)
+    return plan
+
+
+async def load_chunk(
+    request: Request, plan: Plan, piece: tuple[int, int], view: memoryview
+) -> None:
+    """Load the bytes from the one to the other end of *piece*, of all that *plan* is about."""
+    start, end = piece
+    pieces = part(plan.extents, start, end)
+    await load(request.target, plan.region, pieces, view[: end - start], plan.short)

@@ -1,0 +1,348 @@
+"""A Trio client's target that outlives its connections.
+
+Rules of this module:
+
+* One task, :meth:`ReconnectingLink.run`, makes connections, one after the other.  A call takes
+  the link of the one that is there, or waits for it until the outage has lasted for ``patience``.
+* A call whose answer was lost is repeated on the next connection if that does no harm: when it
+  only looks, or sets what it sets again.  Of the others nobody knows whether they took effect,
+  so they raise.
+* What a connection holds at the provider ends with it: pins are taken again before the next
+  link is used.  An inode that went meanwhile stays gone, its region is invalid.
+* What was written and not synced may be lost when a provider ends otherwise than in order.  A
+  target's *epoch* tells: when another one comes back, the next sync of each file that had such
+  data fails, once, as it does on a disk that failed.
+* Between looking at a table and changing it there is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import trio
+
+from warabi import aio, errors
+from warabi.aio_link import Link
+from warabi.connection import TIMEOUT
+from warabi.extents import Extent
+from warabi.feed import Changes
+from warabi.inode import Attributes
+from warabi.operations import OPERATIONS
+from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Default seconds for which calls wait for a provider that went away."""
+_DELAYS = (0.05, 2.0)  # seconds between attempts to connect: the first ones, and the most
+_UNSYNCED = 65536  # files remembered, the latest ones, as having data that nobody synced
+_LOST = (errors.ConnectionLost, errors.TimedOut)
+_NOBODY_THERE = (*_LOST, errors.ConnectionFailed)
+_ONCE = frozenset(
+    "create create_and_write erase mknod mkdir symlink link unlink rmdir rename removexattr"
+    " link_name unlink_name update copy adopt graft shutdown".split()
+)
+"""Operations that must not be repeated when nobody knows whether they took effect."""
+_CHANGES_NAMES = frozenset(
+    "create erase mknod mkdir symlink link unlink rmdir rename link_name unlink_name".split()
+)
+_CHANGES_FILE = frozenset("resize setattr setxattr removexattr".split())
+_SYNCS_NAMES = frozenset("fsync persist persist_vector commit sync".split())
+_T = TypeVar("_T")
+
+
+class ReconnectingLink:
+    """The way to a target behind an engine, by one connection after the other.
+
+    Args:
+        open_target: connects; its argument is set when the connection has ended.
+        name: of the engine, for messages.
+        patience: seconds of an outage for which calls wait for its end.
+    """
+
+    def __init__(
+        self,
+        open_target: Callable[[trio.Event], AbstractAsyncContextManager[aio.Target]],
+        name: str,
+        patience: float,
+    ) -> None:
+        self._open_target = open_target
+        self._name = name
+        self._patience = patience
+        self._link: Link | None = None  # of the connection that is there
+        self._ended = trio.Event()  # that connection has, or shall
+        self._back = trio.Event()  # the next one is there
+        self._since = 0.0  # when the outage began, by Trio's clock
+        self._reason: errors.Exception = errors.ConnectionLost(f"{name}: not connected yet")
+        self._identity: tuple[str, str] | None = None  # uuid and epoch of the target
+        self._pins: Counter[int] = Counter()
+        self._generations: dict[int, int] = {}  # of pinned inodes: numbers may be used again
+        self._gone: set[int] = set()  # pinned ones that could not be pinned again
+        self._clock = itertools.count(1)  # numbers changes
+        self._unsynced: dict[RegionID, int] = {}  # the last change of each file, oldest first
+        self._names_changed = 0  # the last change of a name that was not synced
+        self._torn: set[RegionID] = set()  # files that may have lost what was written
+        self._names_torn = False
+
+    # Connections
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep a connection until cancelled; raises only when the first one cannot be made."""
+        delay, most = _DELAYS
+        while True:
+            ended = trio.Event()
+            try:
+                async with self._open_target(ended) as target:
+                    link = target._link
+                    await self._restore(link)
+                    self._link, self._ended = link, ended
+                    self._back.set()
+                    if delay != _DELAYS[0]:
+                        log.info("%s: connected again", self._name)
+                    delay = _DELAYS[0]
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                    await ended.wait()
+                    self._lose(link, errors.ConnectionLost(f"{self._name}: the connection ended"))
+            except errors.Exception as error:
+                if task_status is not trio.TASK_STATUS_IGNORED:
+                    raise
+                self._reason = error
+            await trio.sleep(delay)
+            delay = min(2 * delay, most)
+
+    async def _restore(self, link: Link) -> None:
+        """See who is there, and take again what the last connection held."""
+        found = (await link.call("uuid", ()), await link.call("epoch", ()))
+        if self._identity is not None and found[0] != self._identity[0]:
+            raise errors.ConnectionFailed(f"{self._name}: another target is served there now")
+        held: Counter[int] = Counter()
+        while missing := self._pins - held:  # calls that ended late may add to it meanwhile
+            for ino in missing.elements():
+                held[ino] += 1
+                if ino not in self._gone and not await self._pin_again(link, ino):
+                    self._gone.add(ino)
+        if self._identity is not None and found[1] != self._identity[1]:
+            self._tear()
+        self._identity = found
+
+    async def _pin_again(self, link: Link, ino: int) -> bool:
+        try:
+            found: Attributes = await link.call("pin", (ino,))
+            if found.generation == self._generations.get(ino, found.generation):
+                return True
+            await link.call("unpin", (ino, 1))
+        except (errors.InvalidRegion, errors.PathError):
+            pass
+        log.warning("%s: an open file, inode %d, is gone", self._name, ino)
+        return False
+
+    def _tear(self) -> None:
+        if self._unsynced or self._names_changed:
+            log.error(
+                "%s: the provider did not end in order: what was written to %d files and not synced"
+                " may be lost", self._name, len(self._unsynced),
+            )  # fmt: skip
+        self._torn |= self._unsynced.keys()
+        self._names_torn = self._names_torn or bool(self._names_changed)
+        self._unsynced.clear()
+        self._names_changed = 0
+
+    def _lose(self, link: Link, reason: errors.Exception) -> None:
+        if self._link is link:
+            log.warning("%s; calls wait up to %g s for it", reason, self._patience)
+            self._link = None
+            self._since = trio.current_time()
+            self._reason = reason
+            self._back = trio.Event()
+            self._ended.set()
+
+    async def _usable(self) -> Link:
+        if self._link is None:
+            with trio.move_on_at(self._since + self._patience):
+                while self._link is None:
+                    await self._back.wait()
+        if self._link is None:
+            reason = self._reason
+            kind = type(reason) if isinstance(reason, _NOBODY_THERE) else errors.ConnectionLost
+            raise kind(str(reason))
+        return self._link
+
+    async def _do(self, once: bool, work: Callable[[Link], Awaitable[_T]]) -> tuple[_T, Link]:
+        while True:
+            link = await self._usable()
+            try:
+                return await work(link), link
+            except _LOST as error:
+                self._lose(link, error)
+                if once:
+                    raise
+
+    # Calls
+
+    async def call(self, name: str, arguments: Sequence[Any]) -> Any:
+        arguments = tuple(arguments)
+        before = next(self._clock)
+        if name in _SYNCS_NAMES:
+            self._check_torn(name, arguments)
+        if name == "unpin" and arguments[0] in self._gone:
+            await self._count_pins(name, arguments, None, None)
+            return None
+        if name in _CHANGES_NAMES:
+            self._names_changed = before
+        result, link = await self._do(name in _ONCE, lambda link: link.call(name, arguments))
+        if name in _SYNCS_NAMES:
+            self._check_torn(name, arguments)  # torn while it was repeated
+            self._synced(name, arguments, before)
+        elif name in _CHANGES_NAMES:
+            self._names_changed = next(self._clock)
+        elif name in _CHANGES_FILE:
+            self._changed(arguments[0] if name == "resize" else getattr(result, "region", None))
+        await self._count_pins(name, arguments, result, link)
+        return result
+
+    async def _count_pins(
+        self, name: str, arguments: tuple[Any, ...], result: Any, link: Link | None
+    ) -> None:
+        operation = OPERATIONS.get(name)
+        pinned = operation.pins(arguments, result) if operation and operation.pins else None
+        if pinned is None:
+            return
+        ino, count = pinned
+        self._pins[ino] += count
+        if self._pins[ino] <= 0:
+            del self._pins[ino]
+            self._generations.pop(ino, None)
+            self._gone.discard(ino)
+            return
+        if isinstance(result, Attributes):
+            self._generations[ino] = result.generation
+        if count > 0 and self._link not in (link, None):  # it was pinned on one that ended since
+            with suppress(errors.InvalidRegion, errors.PathError):
+                await self._do(False, lambda link: link.call("pin", (ino,)))
+
+    def _changed(self, region: RegionID | None, persisted: bool = False) -> None:
+        if persisted:
+            return
+        if region is None:
+            self._names_changed = next(self._clock)
+            return
+        self._unsynced.pop(region, None)
+        self._unsynced[region] = next(self._clock)
+        if len(self._unsynced) > _UNSYNCED:
+            del self._unsynced[next(iter(self._unsynced))]
+
+    def _check_torn(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Say, once, that a sync comes too late.
+
+        Raises:
+            StorageError: what was written before may be lost.
+        """
+        if name == "commit":
+            torn, self._names_torn = self._names_torn, False
+        elif name == "sync":
+            torn = bool(self._torn) or self._names_torn
+            self._torn.clear()
+            self._names_torn = False
+        else:
+            torn = arguments[0] in self._torn
+            self._torn.discard(arguments[0])
+        if torn:
+            raise errors.StorageError(
+                f"{name}: {self._name} did not end in order, what was written before may be lost"
+            )
+
+    def _synced(self, name: str, arguments: tuple[Any, ...], before: int) -> None:
+        if self._names_changed < before:
+            self._names_changed = 0
+        if name == "fsync" and self._unsynced.get(arguments[0], before) < before:
+            del self._unsynced[arguments[0]]
+        elif name == "sync":
+            self._unsynced = {
+                region: change for region, change in self._unsynced.items() if change > before
+            }
+
+    async def changes(self, number: int, new_names: bool) -> Changes:
+        changes, _ = await self._do(False, lambda link: link.changes(number, new_names))
+        return changes
+
+    # Bytes
+
+    async def size(self, region: RegionID) -> int:
+        size, _ = await self._do(False, lambda link: link.size(region))
+        return size
+
+    async def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        # Before and after: the answer may come when another provider is there already.
+        self._changed(region, persist)
+        await self._do(False, lambda link: link.write(region, offset, data, persist, extend))
+        self._changed(region, persist)
+
+    async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        await self._do(False, lambda link: link.read_into(region, offset, place))
+
+    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
+        count, _ = await self._do(False, lambda link: link.read_some(region, offset, place))
+        return count
+
+    async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        region, _ = await self._do(True, lambda link: link.create_and_write(data, persist))
+        self._changed(region, persist)
+        return region
+
+    async def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        self._changed(region, persist)
+        await self._do(False, lambda link: link.write_vector(region, extents, data, persist))
+        self._changed(region, persist)
+
+    async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        await self._do(False, lambda link: link.read_vector(region, extents, place))
+
+
+@asynccontextmanager
+async def connect(
+    address: str,
+    provider_id: int,
+    *,
+    timeout: float = TIMEOUT,
+    patience: float = PATIENCE,
+    **settings: Any,
+) -> AsyncIterator[aio.Target]:
+    """As :func:`warabi.aio.connect`, of which the arguments and errors are; the target outlives
+    the end of its provider, if that comes back at the same address.
+
+    Args:
+        address: of the engine.
+        provider_id: of the provider.
+        timeout: seconds without a sign of life after which a connection counts as lost.
+        patience: seconds of an outage for which calls wait for its end; then they raise
+            ``ConnectionLost``, ``ConnectionFailed`` or ``TimedOut``.
+        settings: what else ``warabi.aio.connect`` takes, for every connection.
+    """
+    link = ReconnectingLink(
+        lambda ended: aio.connect(address, provider_id, timeout=timeout, ended=ended, **settings),
+        str(address),
+        patience,
+    )
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            await nursery.start(link.run)
+            yield aio.Target(link)
+        except Exception as error:  # kept out of the nursery, which would wrap it in a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+__all__ = ["PATIENCE", "ReconnectingLink", "connect"]

@@ -1,0 +1,117 @@
+"""The tables of a catalogue, their versions, and the way from an older version to this one.
+
+A change of the tables is a new version: ``SCHEMA`` makes it, ``_STEPS`` has the statements that
+make it of the version before, and a target of that version goes into ``tests/data``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import stat
+import time
+import uuid
+from pathlib import Path
+
+from warabi.inode import ROOT, Inode
+
+log = logging.getLogger(__name__)
+
+APPLICATION_ID = 0x57617261
+SCHEMA_VERSION = 2
+
+_CHECKSUMS = (
+    """
+CREATE TABLE checksum(
+    ino INTEGER NOT NULL,
+    block INTEGER NOT NULL,       -- number of the block in the region
+    sum INTEGER NOT NULL,         -- of its bytes when they were persisted
+    PRIMARY KEY(ino, block)
+) WITHOUT ROWID
+""",
+    """
+CREATE TABLE unsettled(
+    ino INTEGER PRIMARY KEY       -- a region that may have been written since its sums were made
+)
+""",
+)
+SCHEMA = f"""
+CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE inode(
+    ino INTEGER PRIMARY KEY,      -- the slot of a region's ID
+    generation INTEGER NOT NULL,  -- random, 63 bits
+    mode INTEGER NOT NULL,        -- file type and permissions
+    nlink INTEGER NOT NULL,       -- names; for a directory 2 + subdirectories
+    uid INTEGER NOT NULL,
+    gid INTEGER NOT NULL,
+    rdev INTEGER NOT NULL,
+    size INTEGER NOT NULL,        -- bytes
+    atime INTEGER NOT NULL,       -- nanoseconds since the epoch
+    mtime INTEGER NOT NULL,
+    ctime INTEGER NOT NULL,
+    anonymous INTEGER NOT NULL,   -- 1: never had a name, shown by its ID
+    target BLOB                   -- of a symlink
+);
+CREATE INDEX anonymous ON inode(ino) WHERE anonymous = 1;
+CREATE TABLE dentry(
+    parent INTEGER NOT NULL, name BLOB NOT NULL, ino INTEGER NOT NULL,
+    PRIMARY KEY(parent, name)
+) WITHOUT ROWID;
+CREATE INDEX dentry_ino ON dentry(ino);
+CREATE TABLE xattr(
+    ino INTEGER NOT NULL, name BLOB NOT NULL, value BLOB NOT NULL,
+    PRIMARY KEY(ino, name)
+) WITHOUT ROWID;
+{";".join(_CHECKSUMS)};
+"""
+COLUMNS = (
+    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target"
+)
+UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 13)})"
+_STEPS: dict[int, tuple[str, ...]] = {1: _CHECKSUMS}
+"""Statements that make the next version of a version's tables."""
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the tables of the catalogue at *path* to this version, at once or not at all.
+
+    The database itself has the new version when this returns, not only its WAL, so that an older
+    program refuses it.
+    """
+    found = version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version not in _STEPS:
+        return
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        while version in _STEPS:
+            for statement in _STEPS[version]:
+                db.execute(statement)
+            version += 1
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.execute("PRAGMA synchronous = NORMAL")
+    log.info("%s: schema %d became schema %d", path, found, version)
+
+
+def populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
+    """Fill empty tables: the root directory, the target's UUID, and *meta*."""
+    now = time.time_ns()
+    mode = stat.S_IFDIR | 0o755
+    root = Inode(ROOT, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
+    db.execute(UPSERT, root.row())
+    rows = {"uuid": str(uuid.uuid4()), "clean": 1, **meta}
+    db.executemany("INSERT INTO meta VALUES(?, ?)", rows.items())
+
+
+def make(db: sqlite3.Connection) -> None:
+    """Make the tables in an empty database."""
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.executescript(SCHEMA)

@@ -1,0 +1,139 @@
+"""Regions that other processes of the host may reach by themselves: see ``grants.py``."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from warabi.backends.base import Place
+from warabi.durability import GUESTS_PATIENCE, DurableRegions
+from warabi.errors import TargetBusy
+from warabi.grants import Grants, Guest
+from warabi.inode import Inode
+from warabi.region import RegionID
+from warabi.shared_memory import barrier
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A region that a guest may reach: where, and by which entry of the table."""
+
+    index: int
+    stamp: int
+    place: Place
+
+    def answer(self, guest: Guest) -> tuple[list[Any], list[int]]:
+        """What the guest is told, and the descriptors that go with it: a segment's only once."""
+        place = self.place
+        reply = [self.index, self.stamp, *place[1:]]
+        if place.segment in guest.segments:
+            os.close(place.fd)
+            return [*reply, False], []
+        if place.segment:
+            guest.segments.add(place.segment)
+        return [*reply, True], [place.fd]
+
+
+class SharedRegions(DurableRegions):
+    """Admits guests and grants them regions."""
+
+    _paused = False
+
+    def pause_sharing(self) -> None:
+        """End every grant, and give no new ones: until :meth:`resume_sharing` all changes come
+        through the provider.  What guests report as written before is there."""
+        with self._lock:
+            self._paused = True
+            grants = self._grants
+        if grants is not None:
+            self._revoke_all(grants)
+
+    def resume_sharing(self) -> None:
+        self._paused = False
+
+    def quieten(self, inode: Inode) -> None:
+        """End every grant of a region that this call has closed to others, and give accesses that
+        are under way a moment to end."""
+        with self._lock:
+            grants, share = self._grants, inode.share
+            if grants is None or share is None:
+                return
+            grants.revoke(inode)
+        deadline = time.monotonic() + GUESTS_PATIENCE
+        while not grants.quiet(share.index) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def _check_sharing(self) -> None:
+        if self._paused:
+            raise TargetBusy("share: the target is being migrated")
+
+    def join(self) -> tuple[Guest, Grants] | None:
+        """A new guest, and the memory that it shares; None where the system does not allow it.
+
+        Raises:
+            TargetNotFound: the target is closed.
+            TargetBusy: not now.
+        """
+        with self._guard:
+            self._check_sharing()
+            if self._grants is None:
+                try:
+                    barrier()
+                except (OSError, KeyError):
+                    return None
+                self._grants = Grants(self._catalogue, self._storage.wrote)
+                self.feed.nudge()  # from now on somebody has to look at what guests write
+            return self._grants.join(), self._grants
+
+    @property
+    def has_guests(self) -> bool:
+        """Whether other processes may be writing to regions by themselves."""
+        return self._grants is not None
+
+    def look_at_guests(self) -> None:
+        """Take over what guests wrote, and so tell those who watch the target."""
+        if self._grants is not None:
+            with self._lock:
+                if self._grants is not None:
+                    self._grants.settle_all()
+
+    def leave(self, guest: Guest) -> None:
+        """The guest's process is gone, or has promised to touch nothing more."""
+        with self._lock:
+            due = []
+            if self._grants is not None:
+                if self._grants.leave(guest):
+                    due, self._grants = self._grants.forget(), None
+                else:
+                    due = self._grants.due()
+        for free in due:
+            free()
+
+    def grant(self, region: RegionID, *, writable: bool, wait: bool = True) -> Granted | None:
+        """What a guest needs to reach the region; None when it has to go through the provider.
+
+        The descriptor in it is the caller's to close.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            TargetBusy: not now.
+            WouldBlock: without *wait*, while the region is being resized.
+        """
+        self._check_sharing()
+        inode = self._enter(region, "share", wait)
+        try:
+            place = self._storage.share(region, writable=writable)
+            if place is None:
+                return None
+            with self._lock:
+                granted = None
+                if self._grants is not None and not inode.dead and not self._paused:
+                    granted = self._grants.grant(inode)
+            if granted is None:
+                os.close(place.fd)
+                return None
+            return Granted(*granted, place)
+        finally:
+            self._leave(inode)

@@ -1,0 +1,149 @@
+"""How a blocking client comes to direct access: a connection of its own, for grants only."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from warabi import errors
+from warabi.connection import Connection
+from warabi.guest import Access, Guest
+from warabi.region import RegionID
+from warabi.request import Request
+
+_FIRST_SIZE = 64 * 1024
+"""Bytes of a transfer that is worth joining for at once; a smaller one is when it is not alone."""
+_MOST_WANTED = 1024
+_ASKING_PATIENCE = 0.5
+"""Seconds that a grant, being asked for, has to come when the client closes."""
+
+
+class SideChannel(Access):
+    """Direct access to one target, if its provider grants it.
+
+    Args:
+        connect: makes the connection, one that takes descriptors.
+        provider_id: whose target.
+        writable: whether regions are to be written.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Connection], provider_id: int, *, writable: bool = True
+    ) -> None:
+        super().__init__()
+        self._connect = connect
+        self._provider_id = provider_id
+        self._writable = writable
+        self._lock = threading.Lock()  # held by who asks; others meanwhile use the provider
+        self._connection: Connection | None = None
+        self._accesses = 0
+        self._wanted: dict[RegionID, None] = {}  # by callers that do not wait
+        self._beside = False  # a thread asks for them
+        self._over = False
+
+    def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        """The guest, if it was granted the region now; without *wait* that comes later.
+
+        Raises:
+            TimedOut: the provider does not answer.
+        """
+        if self._over:
+            return None
+        if wait:
+            return self._ask(what, region, size) if self._lock.acquire(blocking=False) else None
+        if self._guest is not None and not self._guest.wants(region, size):
+            return None
+        if len(self._wanted) < _MOST_WANTED:
+            self._wanted[region] = None
+        if not self._beside:
+            self._beside = True
+            thread = threading.Thread(
+                target=self._ask_beside, args=(what,), name="warabi-grant", daemon=True
+            )
+            thread.start()
+        return None
+
+    def _ask_beside(self, what: str) -> None:
+        """Ask for what is wanted, while that is anything, for callers that do not wait."""
+        try:
+            while self._wanted and not self._over:
+                region = next(iter(self._wanted))
+                self._lock.acquire()
+                with contextlib.suppress(errors.TimedOut):
+                    self._ask(what, region, _FIRST_SIZE)
+                self._wanted.pop(region, None)
+        finally:
+            self._beside = False
+
+    def _ask(self, what: str, region: RegionID, size: int) -> Guest | None:
+        """Ask for a grant; the lock is held, and released here."""
+        try:
+            guest = self._guest
+            if guest is None:
+                self._accesses += 1
+                if self._accesses > 1 or size >= _FIRST_SIZE:
+                    guest = self._guest = self._join(what)
+                    self._over = guest is None
+            if guest is None or not guest.wants(region, size):
+                return None
+            guest.add(region, *self._call(what, "grant", [region]))
+            return guest
+        except (errors.InvalidRegion, errors.TargetBusy):
+            return None  # what the caller does next says so too
+        except errors.TimedOut:
+            self._end()
+            raise
+        except (errors.Exception, OSError):
+            self._end()
+            return None
+        finally:
+            self._lock.release()
+
+    def _join(self, what: str) -> Guest | None:
+        self._connection = self._connect()
+        joined, descriptors = self._call(what, "join", [self._writable])
+        return None if joined is None else Guest(joined, descriptors)
+
+    def _call(self, what: str, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
+        assert self._connection is not None
+        request = Request(what)
+        request.connection = self._connection
+        self._connection.submit(request, [self._provider_id, name, arguments, None])
+        result = self._connection.wait(request)
+        return result, self._connection.take_descriptors()
+
+    def _end(self) -> None:
+        """No direct access any more."""
+        self._over = True
+        if self._guest is not None:
+            self._guest.close()
+        if self._connection is not None:
+            self._connection.close(0.0)
+
+    def forget(self) -> None:
+        """In a forked child: all of it is the parent's."""
+        self._over = True
+        self._lock = threading.Lock()
+        if self._guest is not None:
+            self._guest.forget()
+        if self._connection is not None:
+            self._connection.forget()
+
+    def close(self) -> None:
+        """Touch nothing any more, and say so."""
+        if not self._lock.acquire(timeout=_ASKING_PATIENCE):
+            # Whoever asks waits for a provider that does not answer.
+            self._over = True
+            if self._connection is not None:
+                self._connection.close(0.0)
+            self._lock.acquire()
+        try:
+            if self._guest is not None and not self._over:
+                self._guest.close()
+                with contextlib.suppress(errors.Exception):
+                    self._call("leave", "leave", [])
+            self._end()
+        finally:
+            self._lock.release()

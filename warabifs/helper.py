@@ -1,0 +1,19 @@
+"""What mount(8) and umount(8) call: ``python -m warabifs.helper mount|umount ARGUMENT...``."""
+
+from __future__ import annotations
+
+import sys
+
+from warabifs import entry, unmount
+
+
+def main(arguments: list[str]) -> None:
+    """Ends the process with the exit status that mount(8) and umount(8) pass on."""
+    what, *rest = arguments
+    if what == "umount":
+        sys.exit(unmount.main(rest))
+    entry.mount(rest, helper=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
