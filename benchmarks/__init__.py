@@ -1,0 +1,1 @@
+"""Measures this project beside its peers; ``tools/bench`` runs it."""
