@@ -314,7 +314,12 @@ async def _mount_and_serve(
 ) -> BaseException | None:
     """Returns what ended the mount, other than being unmounted."""
     try:
-        async with _open(source, local, options) as target:
+        # From before the kernel knows of the mount until all is persisted: a signal that finds no
+        # receiver ends the process on the spot.
+        async with (
+            _signals() as signals,
+            _open(source, local, options) as target,
+        ):
             alone = source.embedded or options.exclusive
             # Others change what an engine serves: each use of a file's name asks anew, which also
             # brings the size that reading and appending after an open rely on (close-to-open).
@@ -355,7 +360,7 @@ async def _mount_and_serve(
             try:
                 with Watchdog(device_number(mountpoint)):
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_end_on_signal, mountpoint, follower)
+                        nursery.start_soon(_end_on_signal, signals, mountpoint, follower)
                         nursery.start_soon(_read_ahead, operations, device)
                         if not alone:
                             nursery.start_soon(follower.run)
@@ -410,20 +415,39 @@ async def _read_ahead(operations: Operations, device: Device) -> None:
     device.read_ahead()
 
 
-async def _end_on_signal(mountpoint: str, follower: Follower) -> None:
-    """Unmount on SIGTERM or SIGINT: the kernel hands over what it holds, then the session ends."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async for number in signals:
-            log.info("ending on %s", signal.Signals(number).name)
-            if await _run("fusermount3", "-u", mountpoint) == 0:
-                return
-            # Busy: programs have files open.  Let go of the tree, and take over dirty pages before
-            # that and after it, for they go on writing.
-            await _run("sync", "-f", mountpoint)
-            if await _run("sh", "-c", _LET_GO, "sh", mountpoint) == 0:
-                await follower.stop()
-                pyfuse3.terminate()
-                return
+@asynccontextmanager
+async def _signals() -> AsyncIterator[trio.MemoryReceiveChannel[signal.Signals]]:
+    """The signals that ask for an end; those that nobody takes are passed over."""
+    sending, receiving = trio.open_memory_channel[signal.Signals](1)
+
+    async def receive(task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                with contextlib.suppress(trio.WouldBlock):
+                    sending.send_nowait(signal.Signals(number))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(receive)
+        yield receiving
+        nursery.cancel_scope.cancel()
+
+
+async def _end_on_signal(
+    signals: trio.MemoryReceiveChannel[signal.Signals], mountpoint: str, follower: Follower
+) -> None:
+    """Unmount on a signal: the kernel hands over what it holds, then the session ends."""
+    async for number in signals:
+        log.info("ending on %s", number.name)
+        if await _run("fusermount3", "-u", mountpoint) == 0:
+            return
+        # Busy: programs have files open.  Let go of the tree, and take over dirty pages before
+        # that and after it, for they go on writing.
+        await _run("sync", "-f", mountpoint)
+        if await _run("sh", "-c", _LET_GO, "sh", mountpoint) == 0:
+            await follower.stop()
+            pyfuse3.terminate()
+            return
 
 
 async def _run(*command: str) -> int:
