@@ -19,7 +19,7 @@ import click
 import warabi
 from warabi.errors import ConfigError
 from warabifs import doctor as examination
-from warabifs import entry, install, unmount
+from warabifs import install, unmount
 
 
 class _Commands(click.Group):
@@ -41,7 +41,9 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def mount(arguments: tuple[str, ...]) -> None:
     """Mount a target; takes the arguments of mount.warabifs."""
-    entry.mount(arguments)
+    from warabifs.mount import main  # not earlier: the other commands need none of it
+
+    main(arguments)
 
 
 @main.command()

@@ -1,71 +1,62 @@
-"""Mounting with mount(2) where that is allowed, instead of by libfuse.
-
-It gives what libfuse and pyfuse3 have no option for: with ``MS_POSIXACL`` the kernel leaves the
-umask to the file system, which alone knows the default access control list that comes before it
-(umask(2), acl(5)).  An unprivileged mount, which ``fusermount3`` makes, goes without: there the
-umask limits also what a default list would give.
-"""
+"""Mounting: with mount(2) where that is allowed, else by ``fusermount3``, which lets every user."""
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
-import errno
 import os
-import re
 import select
+import socket
+import subprocess
 
-import pyfuse3
-
+from warabi.errors import ConfigError
 from warabifs.ending import mounted_on
 
 _FLAGS = {
     "ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "sync": 0x10, "dirsync": 0x80,
     "noatime": 0x400, "nodiratime": 0x800,
 }  # fmt: skip
-_POSIXACL = 0x10000
 _DETACH = 2
 _READ_AHEAD = 512
 """KiB; the kernel's own value is 128, four requests in the place of one."""
-_DEFAULT = frozenset(("nosuid", "nodev"))  # as libfuse and fusermount3 have it
+_DEFAULT = frozenset(("nosuid", "nodev"))  # as fusermount3 has it
 _FOR_KERNEL = ("default_permissions", "allow_other")
+_KIND = "fuse.warabifs"
+_PATIENCE = 30.0  # seconds for fusermount3
 
 
 class Device:
-    """The kernel's end of a mount that is served by pyfuse3.
+    """``/dev/fuse``, opened and mounted.
 
     Args:
-        operations: what serves it.
         mountpoint: an existing directory, absolute.
         name: the source that mount(8) and df show.
-        options: of libfuse, but for the names of source and type.
+        options: the kernel's, and those of fuse(4) that have no value of ours; labels with their
+            value as it is.
+
+    Attributes:
+        fd: the descriptor by which the mount is served.
 
     Raises:
-        RuntimeError: libfuse could not mount, and said why on stderr.
-        OSError: mount(2) failed, not for want of rights.
+        ConfigError: it cannot be mounted; the message says what the kernel or fusermount3 said.
     """
 
-    def __init__(
-        self, operations: pyfuse3.Operations, mountpoint: str, name: str, options: set[str]
-    ) -> None:
+    def __init__(self, mountpoint: str, name: str, options: set[str]) -> None:
         self._mountpoint = mountpoint
-        self._fd = _mount(mountpoint, name, options)
-        place = mountpoint if self._fd is None else f"/dev/fd/{self._fd}"
-        escaped = name.encode("ascii", "replace").decode()
-        for special in "\\,":
-            escaped = escaped.replace(special, "\\" + special)
         try:
-            pyfuse3.init(operations, place, {f"fsname={escaped}", "subtype=warabifs", *options})
-        except BaseException:
-            if self._fd is not None:
-                os.close(self._fd)
-                self._unmount()
-            raise
+            self.fd = _mount(mountpoint, name, options)
+            self._by_us = True
+        except PermissionError:
+            self.fd = _fusermount(mountpoint, name, options)
+            self._by_us = False
+        except OSError as error:
+            raise _failed(mountpoint, error.strerror or str(error)) from error
 
     def read_ahead(self) -> None:
         """Have the kernel read ahead in larger requests, where this user may set that.
 
-        To be called once the kernel has been answered for the first time, which sets it too.
+        To be called once the session has begun, which sets it too.
         """
         mount = mounted_on(self._mountpoint)
         path = f"/sys/class/bdi/{mount.device if mount else None}/read_ahead_kb"
@@ -74,16 +65,25 @@ class Device:
                 file.write(str(_READ_AHEAD))
 
     def close(self, *, unmount: bool) -> None:
-        """End the session; with *unmount* the mount too, if it is still there."""
-        ours = unmount and self._fd is not None and not _ended(self._fd)
+        """Let go of the kernel; with *unmount* the mount ends too, if it is still there."""
+        still_ours = unmount and not _ended(self.fd)
         # First of all the descriptor: unmounting would wait for somebody to read from it.
-        pyfuse3.close(unmount=unmount)
-        if ours:
-            self._unmount()
+        os.close(self.fd)
+        if not still_ours:
+            return
+        if self._by_us:
+            with contextlib.suppress(OSError):
+                _check(_libc().umount2(os.fsencode(self._mountpoint), _DETACH))
+        else:
+            command = ["fusermount3", "-u", "-q", "-z", "--", self._mountpoint]
+            subprocess.run(command, capture_output=True, timeout=_PATIENCE)
 
-    def _unmount(self) -> None:
-        with contextlib.suppress(OSError):
-            _check(_libc().umount2(os.fsencode(self._mountpoint), _DETACH))
+
+def _failed(mountpoint: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"mount point {mountpoint}: the mount failed ({why}); is /dev/fuse usable, and may this"
+        " user mount there?"
+    )
 
 
 def _ended(fd: int) -> bool:
@@ -103,27 +103,57 @@ def _check(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _mount(mountpoint: str, name: str, options: set[str]) -> int | None:
-    """Mount; the descriptor that libfuse is to serve, or None where mount(2) is not allowed."""
-    try:
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None  # libfuse says more
+def _mount(mountpoint: str, name: str, options: set[str]) -> int:
+    """Mount with mount(2); the descriptor."""
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     wanted = (_DEFAULT | options) - {"no" + option for option in options}
-    flags = _POSIXACL | sum(flag for option, flag in _FLAGS.items() if option in wanted)
+    flags = sum(flag for option, flag in _FLAGS.items() if option in wanted)
     data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
     data += "".join("," + option for option in _FOR_KERNEL if option in options)
-    for option in options:  # labels, with commas and backslashes escaped for libfuse
+    for option in options:  # labels, which may have commas
         key, has_value, value = option.partition("=")
         if has_value:
-            plain = re.sub(r"\\(.)", r"\1", value)
-            data += f',{key}="{plain}"'
-    arguments = (os.fsencode(name), os.fsencode(mountpoint), b"fuse.warabifs")
+            data += f',{key}="{value}"'
+    arguments = (os.fsencode(name), os.fsencode(mountpoint), _KIND.encode())
     try:
-        _check(_libc().mount(*arguments, ctypes.c_ulong(flags), data.encode()))
-    except OSError as error:
+        _check(_libc().mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)))
+    except BaseException:
         os.close(fd)
-        if error.errno in (errno.EPERM, errno.EACCES):
-            return None
         raise
     return fd
+
+
+def _fusermount(mountpoint: str, name: str, options: set[str]) -> int:
+    """Have ``fusermount3`` mount; it hands over the descriptor.
+
+    Raises:
+        ConfigError: it does not, or is not there.
+    """
+    shown = name.encode("ascii", "replace").decode()
+    items = [f"fsname={shown}", "subtype=warabifs", *sorted(options)]
+    settings = ",".join(item.replace("\\", "\\\\").replace(",", "\\,") for item in items)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, its:
+        try:
+            done = subprocess.run(
+                ["fusermount3", "-o", settings, "--", mountpoint],
+                pass_fds=[its.fileno()],
+                env={**os.environ, "_FUSE_COMMFD": str(its.fileno())},
+                stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE,
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise _failed(mountpoint, "fusermount3 is not in PATH") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise _failed(mountpoint, f"fusermount3: {error}") from None
+        if done.returncode:
+            raise _failed(mountpoint, done.stderr.decode(errors="replace").strip())
+        its.close()
+        fds = array.array("i")
+        size = socket.CMSG_LEN(fds.itemsize)
+        _, messages, _, _ = ours.recvmsg(1, size, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in messages:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    if not fds:
+        raise _failed(mountpoint, "fusermount3 handed over no descriptor")
+    return fds[0]

@@ -7,7 +7,6 @@ with a limit in time.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import resource
@@ -41,15 +40,6 @@ class Finding:
     level: Level
     text: str
     remedy: str = ""
-
-
-def _pyfuse3() -> Iterator[Finding]:
-    if importlib.util.find_spec("pyfuse3"):
-        yield Finding("ok", "the Python package pyfuse3 is installed")
-    else:
-        yield Finding(
-            "fault", "the Python package pyfuse3 is missing", "pip install 'warabifs[mount]'"
-        )
 
 
 def _kernel() -> Iterator[Finding]:
@@ -262,7 +252,7 @@ def _mounts() -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _pyfuse3, _kernel, _device, _fusermount, _privileges, _configuration, _limits,
+    _kernel, _device, _fusermount, _privileges, _configuration, _limits,
     _runtime_directory, _helpers, _log, _namespaces, _mounts,
 )  # fmt: skip
 

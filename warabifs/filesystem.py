@@ -1,6 +1,6 @@
 """File semantics over a target: what the kernel's requests mean.
 
-Knows nothing of pyfuse3; raises the library's exceptions and ``OSError``.
+Knows nothing of the kernel's protocol; raises the library's exceptions and ``OSError``.
 
 The kernel keeps *lookup counts*: an inode number that was handed out may be used in requests
 until it is forgotten, even when its last name is gone.  So a removed inode stays pinned in the
@@ -29,14 +29,13 @@ from warabi.inode import ROOT, Attributes
 from warabi.region import RegionID
 from warabi.target import Target as LocalTarget
 from warabi.tree import RENAME_EXCHANGE, region_of_name
-from warabifs.handles import Directory, Entry, File, Known, Outdated
+from warabifs.handles import Directory, Entry, File, Known, Outdated, without_setid
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
 """What the kernel asks for before each write to a file, because the write would remove it."""
 _PAGE = 128  # directory entries fetched at a time
 _ABSENT = 10_000  # names that the kernel may believe to mean nothing
-_VIEWED = 64 * 1024  # from this size on, bytes are handed to the kernel where they are
 _REMEMBERED = 200_000  # names of an open directory, of which the gone ones are kept at a rewind
 
 
@@ -49,19 +48,27 @@ class FileSystem:
         attr_timeout: seconds for which what was read of an inode may be believed.
         local: *target* itself, when it is in this process: bytes go to and fro directly.
         drop_name: makes the kernel let go of a name in a directory, later.
+        drop_attributes: makes the kernel forget what it believes of an inode, later.
         remember_names: the kernel believes not only names of directories for a while.
+
+    Attributes:
+        openless: files need no opening.  What is removed while it is open stays as long as the
+            kernel knows it, and nobody else is there to remove it.
     """
 
     def __init__(
         self, target: Target, *, exclusive: bool, attr_timeout: float,
-        drop_name: Callable[[int, bytes], None], local: LocalTarget | None = None,
-        remember_names: bool = False,
+        drop_name: Callable[[int, bytes], None],
+        drop_attributes: Callable[[int], None] = lambda ino: None,
+        local: LocalTarget | None = None, remember_names: bool = False,
     ) -> None:  # fmt: skip
         self._target = target
         self._attr_timeout = attr_timeout
         self._local = local
         self._exclusive = exclusive
+        self.openless = exclusive and local is not None
         self._drop_name = drop_name
+        self._drop_attributes = drop_attributes
         self._remember_names = remember_names
         # Names that the kernel believes: what they mean, what means it, and, the oldest first,
         # which mean nothing.
@@ -200,8 +207,13 @@ class FileSystem:
 
     async def setattr(
         self, ino: int, *, size: int | None, mode: int | None, uid: int | None, gid: int | None,
-        atime_ns: int | None, mtime_ns: int | None,
+        atime_ns: int | None, mtime_ns: int | None, kill_setid: bool = False,
     ) -> Attributes:  # fmt: skip
+        """Change what is not None; with *kill_setid* the change takes the set-ID bits away."""
+        if mode is not None and ino in self._known:
+            self._known[ino].harmless = 0.0
+        if kill_setid:
+            mode = without_setid(mode or (await self.getattr(ino)).mode)
         if size is not None:
             await self._target.resize(self._region(ino), size)
         changes = (mode, uid, gid, atime_ns, mtime_ns)
@@ -271,18 +283,24 @@ class FileSystem:
         self._handles[number] = handle
         return number
 
-    def _file(self, handle: int) -> File:
+    def _region_of(self, ino: int, handle: int) -> RegionID:
+        """The region of an open file; where the kernel opens files by itself, the inode tells."""
+        if not handle:
+            return self._region(ino)
         found = self._handles[handle]
         assert isinstance(found, File)
-        return found
+        return found.region
 
     async def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
     ) -> tuple[int, Attributes]:
-        """Make and open a file; returns its handle."""
+        """Make and open a file; returns its handle, 0 with *openless*."""
+        pin = not self.openless
         try:
-            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
+            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, pin, umask)
             self._new(made, parent, name)
+            if not pin:
+                return 0, made
         except errors.PathError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
@@ -294,6 +312,20 @@ class FileSystem:
             self._count(made, parent, name)
         return self._add_handle(File(made.ino, made.region)), made
 
+    async def _kill_setid(self, ino: int) -> None:
+        """Take the set-ID bits away from a file that somebody who may not keep them writes to."""
+        now, known = time.monotonic(), self._known.get(ino)
+        if known is not None and now < known.harmless:
+            return
+        mode = (await self.getattr(ino)).mode
+        if mode != without_setid(mode):
+            changes = (without_setid(mode), None, None, None, None)
+            await self._target.call("setattr", ino, *changes)
+            self._drop_attributes(ino)  # it believes the old mode for as long as it may
+        known = self._known.get(ino)
+        if known is not None:
+            known.harmless = now + self._attr_timeout
+
     async def _emptied(self, attributes: Attributes, *, keep_setid: bool) -> Attributes:
         """Truncate a pinned file that is being opened; the kernel leaves ``O_TRUNC`` to us.
 
@@ -301,9 +333,7 @@ class FileSystem:
         """
         try:
             await self._target.resize(attributes.region, 0)
-            mode = attributes.mode & ~stat.S_ISUID
-            if mode & stat.S_IXGRP:
-                mode &= ~stat.S_ISGID
+            mode = without_setid(attributes.mode)
             if mode == attributes.mode or keep_setid:
                 return await self.getattr(attributes.ino)
             changes = (mode, None, None, None, None)
@@ -326,19 +356,19 @@ class FileSystem:
         self._stamps[ino] = stamp
         return self._add_handle(File(ino, attributes.region)), fresh
 
-    async def read(self, handle: int, offset: int, size: int) -> memoryview:
+    async def read(self, ino: int, handle: int, offset: int, size: int) -> memoryview:
         """Up to *size* bytes, fewer only at the end of the file.
 
         The result is valid until the caller's task waits for anything.
         """
-        region = self._file(handle).region
-        if self._buffer_busy or size > len(self._buffer):
-            buffer = memoryview(bytearray(size))
-            return buffer[: await self._read_some(region, offset, buffer)]
-        if self._local is not None and size >= _VIEWED:
+        region = self._region_of(ino, handle)
+        if self._local is not None:
             view = self._local.view(region, offset, size)
             if view is not None:
                 return view
+        if self._buffer_busy or size > len(self._buffer):
+            buffer = memoryview(bytearray(size))
+            return buffer[: await self._read_some(region, offset, buffer)]
         self._buffer_busy = True
         try:
             buffer = self._buffer[:size]
@@ -353,10 +383,15 @@ class FileSystem:
                 return local.read_into(region, offset, buffer, short=True, wait=not local.blocking)
         return await self._target.read_some(region, offset, buffer)
 
-    async def write(self, handle: int, offset: int, data: Any) -> int:
-        file = self._file(handle)
-        await self._write(file.region, offset, data)
-        self._stamps.pop(file.ino, None)  # the next open fetches the new one
+    async def write(
+        self, ino: int, handle: int, offset: int, data: Any, *, kill_setid: bool = False
+    ) -> int:
+        """Store *data*, all of them; with *kill_setid* that takes the set-ID bits away."""
+        region = self._region_of(ino, handle)
+        if kill_setid:
+            await self._kill_setid(ino)
+        await self._write(region, offset, data)
+        self._stamps.pop(ino, None)  # the next open fetches the new one
         return len(data)
 
     async def _write(self, region: RegionID, offset: int, data: Any) -> None:
@@ -367,12 +402,13 @@ class FileSystem:
                 return
         await self._target.write(region, offset, data, extend=True)
 
-    async def fsync(self, handle: int, datasync: bool) -> None:
-        await self._target.fsync(self._file(handle).region, times=not datasync)
+    async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
+        await self._target.fsync(self._region_of(ino, handle), times=not datasync)
 
     async def release(self, handle: int) -> None:
-        file = self._handles.pop(handle)
-        await self._target.call("unpin", file.ino, 1)
+        if handle:
+            file = self._handles.pop(handle)
+            await self._target.call("unpin", file.ino, 1)
 
     # Directories
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ class Known:
     count: int = 0
     held: int = 0  # pins that end when the kernel forgets
     aliased: bool = False  # the kernel has a name for it that spells its ID
-    incapable: float = 0.0  # until when, on the monotonic clock, it counts as without CAPABILITY
+    # Until when, on the monotonic clock, it counts as without CAPABILITY, and without set-ID bits.
+    incapable: float = 0.0
+    harmless: float = 0.0
 
 
 @dataclass(slots=True)
@@ -77,3 +80,9 @@ class Outdated(NamedTuple):
 
     inodes: dict[int, bool]
     names: dict[tuple[int, bytes], int]
+
+
+def without_setid(mode: int) -> int:
+    """What a change leaves of a file's mode; a set-group-ID bit counts with group execution."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

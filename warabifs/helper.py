@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from warabifs import entry, unmount
+from warabifs import unmount
 
 
 def main(arguments: list[str]) -> None:
@@ -12,7 +12,9 @@ def main(arguments: list[str]) -> None:
     what, *rest = arguments
     if what == "umount":
         sys.exit(unmount.main(rest))
-    entry.mount(rest, helper=True)
+    from warabifs.mount import main as mount  # not earlier: unmounting needs none of it
+
+    mount(rest, helper=True)
 
 
 if __name__ == "__main__":

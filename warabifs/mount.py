@@ -16,12 +16,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, NoReturn
 
-import pyfuse3
 import trio
 
 import warabi
@@ -34,10 +33,10 @@ from warabifs.device import Device
 from warabifs.ending import Ending, device_number
 from warabifs.filesystem import FileSystem
 from warabifs.following import Follower
-from warabifs.operations import Operations, drop_name, forget_inode, forget_name
+from warabifs.operations import Operations
 from warabifs.options import Options, Source, help_text, parse_options, parse_source
-from warabifs.pace import install
 from warabifs.remount import remount
+from warabifs.session import Session
 from warabifs.shown import ShownLink
 from warabifs.unmount import find
 from warabifs.watchdog import Watchdog
@@ -244,7 +243,6 @@ def _log_to(options: Options, *, foreground: bool) -> None:
     stamped = "%(asctime)s " + form if options.log_file or foreground else form
     handler.setFormatter(logging.Formatter(stamped))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
 
 
 def _serve(source: Source, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
@@ -328,19 +326,22 @@ async def _mount_and_serve(
             if options.entry_timeout is not None:
                 names = directories = options.entry_timeout
             negative = names if options.negative_timeout is None else options.negative_timeout
+            device = _mount(source, mountpoint, options)
+            session = Session(device.fd)
             files = FileSystem(
                 target,
                 exclusive=alone,
                 attr_timeout=attributes,
-                drop_name=drop_name,
+                drop_name=session.drop_name,
+                drop_attributes=session.drop_attributes,
                 local=local,
                 remember_names=names > 0,
             )
             follower = Follower(
                 target,
                 files,
-                forget_inode=forget_inode,
-                forget_name=forget_name,
+                forget_inode=session.forget_inode,
+                forget_name=session.forget_name,
                 new_names=bool(negative),
             )
             operations = Operations(
@@ -351,23 +352,24 @@ async def _mount_and_serve(
                 negative_timeout=negative,
                 direct_io=options.direct_io,
                 writeback=options.exclusive,
-                pace=install(),
             )
-            device = _init(operations, source, mountpoint, options)
-            if not ending.announce(mountpoint):
-                log.warning("unmounting %s will not wait until this process ends", mountpoint)
             unmount = True
             try:
+                operations.features = session.begin(operations.features)
+                device.read_ahead()
+                if not ending.announce(mountpoint):
+                    log.warning("unmounting %s will not wait until this process ends", mountpoint)
                 with Watchdog(device_number(mountpoint)):
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_end_on_signal, signals, mountpoint, follower)
-                        nursery.start_soon(_read_ahead, operations, device)
+                        nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
                         if not alone:
                             nursery.start_soon(follower.run)
                         ready()
-                        await pyfuse3.main()
+                        await session.serve(operations)
                         unmount = False  # the kernel ended the session: it is unmounted already
                         nursery.cancel_scope.cancel()
+            except (ValueError, TimeoutError) as error:
+                raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
             finally:
                 ending.gather()
                 await follower.stop()
@@ -381,38 +383,13 @@ async def _mount_and_serve(
     return None
 
 
-def _init(operations: Operations, source: Source, mountpoint: str, options: Options) -> Device:
+def _mount(source: Source, mountpoint: str, options: Options) -> Device:
     fuse = {"default_permissions", *options.fuse}
     if options.read_only:
         fuse.add("ro")
     if options.allow_other:
         fuse.add("allow_other")
-    with _stderr_of_libfuse() as said:
-        try:
-            return Device(operations, mountpoint, options.fsname or source.text, fuse)
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(
-                f"mount point {mountpoint}: the mount failed ({said() or error}); is /dev/fuse"
-                " usable, and may this user mount there?"
-            ) from error
-
-
-@contextlib.contextmanager
-def _stderr_of_libfuse() -> Iterator[Callable[[], str]]:
-    """Collect what is written to descriptor 2, where libfuse says why a mount failed."""
-    kept, collected = os.dup(2), os.memfd_create("stderr")
-    os.dup2(collected, 2)
-    try:
-        yield lambda: os.pread(collected, 1000, 0).decode(errors="replace").strip()
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(collected)
-
-
-async def _read_ahead(operations: Operations, device: Device) -> None:
-    await operations.answered.wait()
-    device.read_ahead()
+    return Device(mountpoint, options.fsname or source.text, fuse)
 
 
 @asynccontextmanager
@@ -434,7 +411,10 @@ async def _signals() -> AsyncIterator[trio.MemoryReceiveChannel[signal.Signals]]
 
 
 async def _end_on_signal(
-    signals: trio.MemoryReceiveChannel[signal.Signals], mountpoint: str, follower: Follower
+    signals: trio.MemoryReceiveChannel[signal.Signals],
+    mountpoint: str,
+    follower: Follower,
+    session: Session,
 ) -> None:
     """Unmount on a signal: the kernel hands over what it holds, then the session ends."""
     async for number in signals:
@@ -446,7 +426,7 @@ async def _end_on_signal(
         await _run("sync", "-f", mountpoint)
         if await _run("sh", "-c", _LET_GO, "sh", mountpoint) == 0:
             await follower.stop()
-            pyfuse3.terminate()
+            session.stop()
             return
 
 

@@ -1,42 +1,29 @@
-"""The pyfuse3 adapter, and the only place where an exception becomes an errno.
+"""The kernel's requests, taken apart, and the only place where an exception becomes an errno.
 
-An exception that leaves a handler ends the whole mount.  So every handler here is wrapped:
-what the library raises becomes its errno, what nobody expected becomes ``EIO`` with a
-traceback in the log, and ``trio.Cancelled``, which is no ``Exception``, passes.
+What the library raises becomes its errno, what nobody expected becomes ``EIO`` with a traceback in
+the log, and ``trio.Cancelled``, which is no ``Exception``, passes.
+
+What follows a request's header lies in a buffer that is used again after the answer.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import logging
+import re
 import stat
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar, cast
-
-import pyfuse3
-import trio
-from pyfuse3 import (
-    EntryAttributes,
-    FileHandleT,
-    FileInfo,
-    FileNameT,
-    FlagT,
-    FUSEError,
-    InodeT,
-    ModeT,
-    ReaddirToken,
-    RequestContext,
-    SetattrFields,
-    StatvfsData,
-    XAttrNameT,
-)
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
 
 from warabi import errors
 from warabi.inode import Attributes
 from warabi.tree import NAME_MAX
+from warabifs import protocol
 from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
-from warabifs.pace import Pace
+from warabifs.protocol import Feature, Header, Opcode, Open, Valid
+from warabifs.session import Answer
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +47,23 @@ _ERRNO: dict[type[errors.Exception], int] = {
 }
 _QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
 
-_NOTHING_TO_FLUSH = FUSEError(errno.ENOSYS)
+_SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
+"""Requests that are not answered."""
+_SECOND = 1_000_000_000
+_NAME = b"\0"  # ends a name
+_CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
 
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+Handler = Callable[["Operations", Header, memoryview], Coroutine[Any, Any, Answer]]
+_HANDLERS: dict[int, Handler] = {}
+
+
+def _handles(*opcodes: Opcode) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        for opcode in opcodes:
+            _HANDLERS[opcode] = handler
+        return handler
+
+    return register
 
 
 def errno_of(error: Exception, what: str) -> int:
@@ -78,50 +79,46 @@ def errno_of(error: Exception, what: str) -> int:
     return number
 
 
-def _handler(function: Handler) -> Handler:
-    name = function.__name__
-
-    @functools.wraps(function)
-    async def wrapped(self: Operations, *args: Any) -> Any:
-        pace = self._pace
-        pace.serving += 1
-        try:
-            return await function(self, *args)
-        except FUSEError:
-            raise
-        except Exception as error:
-            raise FUSEError(errno_of(error, name)) from None
-        finally:
-            pace.serving -= 1
-
-    return cast(Handler, wrapped)
-
-
-def drop_name(directory: int, name: bytes) -> None:
-    """Make the kernel let go of a name; it does so after the request that is being served."""
-    pyfuse3.invalidate_entry_async(InodeT(directory), FileNameT(name), ignore_enoent=True)
-
-
-def forget_inode(ino: int, attributes_only: bool) -> None:
-    """Make the kernel forget an inode's attributes and bytes; waits for requests that concern it.
-
-    Raises:
-        FileNotFoundError: it does not know it.
-    """
-    pyfuse3.invalidate_inode(InodeT(ino), attr_only=attributes_only)
-
-
-def forget_name(directory: int, name: bytes) -> None:
-    """As :func:`forget_inode`, for what a name means."""
-    pyfuse3.invalidate_entry(InodeT(directory), FileNameT(name))
-
-
-def _groups(ctx: RequestContext) -> Callable[[], set[int]] | None:
+def _groups(header: Header) -> Callable[[], set[int]] | None:
     """What tells the groups of who makes a request; None for root."""
-    return None if ctx.uid == 0 else lambda: {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)}
+    return None if header.uid == 0 else lambda: {header.gid, *_supplementary(header.pid)}
 
 
-class Operations(pyfuse3.Operations):
+def _supplementary(pid: int) -> list[int]:
+    """The supplementary groups of a process; none when it is gone, or of another namespace."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return []
+    found = re.search(r"^Groups:(.*)$", status, re.MULTILINE)
+    return [int(group) for group in found[1].split()] if found else []
+
+
+def _seconds(timeout: float) -> tuple[int, int]:
+    """Whole seconds, and the rest in ns."""
+    return divmod(int(timeout * _SECOND), _SECOND)
+
+
+def _last(body: memoryview, start: int = 0) -> bytes:
+    """The name that a request ends with, after its first *start* bytes."""
+    return bytes(body[start:-1])
+
+
+def _packed(attributes: Attributes) -> bytes:
+    ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime = attributes
+    return protocol.pack_attributes(
+        ino, size, -(-size // 512) if stat.S_ISREG(mode) else 0,
+        atime // _SECOND, mtime // _SECOND, ctime // _SECOND,
+        atime % _SECOND, mtime % _SECOND, ctime % _SECOND,
+        mode, nlink, uid, gid, rdev & 0xFFFFFFFF, BLOCK, 0,
+    )  # fmt: skip
+
+
+_NO_ATTRIBUTES = bytes(protocol.ATTRIBUTES_SIZE)
+_NO_ENTRY = bytes(protocol.ENTRY_SIZE)
+
+
+class Operations:
     """Requests of the kernel, handed to a :class:`FileSystem`.
 
     Args:
@@ -132,246 +129,329 @@ class Operations(pyfuse3.Operations):
         negative_timeout: seconds for which it may believe that a name does not exist.
         direct_io: whether reads and writes bypass the page cache.
         writeback: whether the kernel may hold back writes, until a file is closed or synced.
-        pace: is told of requests that are being served.
     """
-
-    supports_dot_lookup = True
-    enable_acl = True  # the kernel obeys the lists, the target keeps them true to the modes
 
     def __init__(
         self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
-        attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool, pace: Pace,
+        attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.answered = trio.Event()
-        """Set when the kernel has been told what this file system can."""
         self._files = files
-        self._pace = pace
-        self._entry_timeout = entry_timeout
-        self._directory_timeout = directory_timeout
-        self._attr_timeout = attr_timeout
-        self._negative_timeout = negative_timeout
-        self._direct_io = direct_io
-        self.enable_writeback_cache = writeback
+        self._entry_valid = _seconds(entry_timeout)
+        self._directory_valid = _seconds(directory_timeout)
+        self._attr_valid = _seconds(attr_timeout)
+        self._negative_valid = _seconds(negative_timeout)
+        self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
+        self._openless = files.openless and not direct_io  # which is said of each open file
+        self.features = (
+            Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
+            | Feature.AUTO_INVAL_DATA | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO
+            | Feature.PARALLEL_DIROPS | Feature.MAX_PAGES | Feature.INIT_EXT
+            # The kernel obeys the lists, the target keeps them true to the modes.
+            | Feature.POSIX_ACL
+            # Whose writes take set-ID bits away is told with them, instead of asking before each
+            # whether there is a capability to take away.
+            | Feature.HANDLE_KILLPRIV_V2
+        )  # fmt: skip
+        """What the kernel is asked for; once it was, what it agreed to."""
+        if not self._openless:
+            self.features |= Feature.ATOMIC_O_TRUNC
+        if writeback:
+            self.features |= Feature.WRITEBACK_CACHE
 
-    def init(self) -> None:
-        self.answered.set()
+    def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
+        """Handle a request.
 
-    def _entry(self, attributes: Attributes) -> EntryAttributes:
-        entry = EntryAttributes()
-        entry.st_ino = InodeT(attributes.ino)
-        entry.generation = 0  # slots are not used twice within a mount
+        A view that is returned is valid until the caller's task waits for anything.
+        """
+        return _HANDLERS.get(header.opcode, _unknown)(self, header, body)
+
+    def refusal(self, header: Header, error: Exception) -> Answer:
+        """The answer to a request whose handler raised *error*."""
+        number = errno_of(error, Opcode(header.opcode).name.lower())
+        return None if header.opcode in _SILENT else number
+
+    def _entry(self, attributes: Attributes) -> bytes:
         directory = stat.S_ISDIR(attributes.mode)
-        entry.entry_timeout = self._directory_timeout if directory else self._entry_timeout
-        entry.attr_timeout = self._attr_timeout
-        entry.st_mode = ModeT(attributes.mode)
-        entry.st_nlink = attributes.nlink
-        entry.st_uid = attributes.uid
-        entry.st_gid = attributes.gid
-        entry.st_rdev = attributes.rdev
-        entry.st_size = attributes.size
-        entry.st_blksize = BLOCK
-        entry.st_blocks = -(-attributes.size // 512) if stat.S_ISREG(attributes.mode) else 0
-        entry.st_atime_ns = attributes.atime_ns
-        entry.st_mtime_ns = attributes.mtime_ns
-        entry.st_ctime_ns = attributes.ctime_ns
-        return entry
+        valid, rest = self._directory_valid if directory else self._entry_valid
+        attr_valid, attr_rest = self._attr_valid
+        # Generation 0: slots are not used twice within a mount.
+        start = protocol.pack_entry(attributes.ino, 0, valid, attr_valid, rest, attr_rest)
+        return start + _packed(attributes)
 
-    def _info(self, handle: int, keep_cache: bool) -> FileInfo:
-        return FileInfo(fh=FileHandleT(handle), direct_io=self._direct_io, keep_cache=keep_cache)
+    def _attributes(self, attributes: Attributes) -> bytes:
+        return protocol.pack_validity(*self._attr_valid) + _packed(attributes)
+
+    def _opened(self, handle: int, keep_cache: bool) -> bytes:
+        return protocol.opened(handle, self._open_flags | keep_cache * Open.KEEP_CACHE)
 
     # Inodes
 
-    @_handler
-    async def lookup(
-        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
-    ) -> EntryAttributes:
+    @_handles(Opcode.LOOKUP)
+    async def lookup(self, header: Header, body: memoryview) -> Answer:
+        name = _last(body)
         try:
-            return self._entry(await self._files.lookup(parent_inode, name))
+            return self._entry(await self._files.lookup(header.node, name))
         except errors.PathError as error:
-            if error.errno != errno.ENOENT or not self._negative_timeout:
+            if error.errno != errno.ENOENT or self._negative_valid == (0, 0):
                 raise
-            if not self._files.note_absent(parent_inode, name):
+            if not self._files.note_absent(header.node, name):
                 raise
-            absent = EntryAttributes()
-            absent.st_ino = InodeT(0)
-            absent.entry_timeout = self._negative_timeout
-            return absent
+            valid, rest = self._negative_valid
+            return protocol.pack_entry(0, 0, valid, 0, rest, 0) + _NO_ATTRIBUTES
 
-    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        try:
-            await self._files.forget(inode_list)
-        except Exception as error:  # nobody waits for an answer
-            errno_of(error, "forget")
+    @_handles(Opcode.FORGET)
+    async def forget(self, header: Header, body: memoryview) -> Answer:
+        await self._files.forget([(header.node, protocol.FORGET.unpack_from(body)[0])])
+        return None
 
-    @_handler
-    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self._files.getattr(inode))
+    @_handles(Opcode.BATCH_FORGET)
+    async def forget_many(self, header: Header, body: memoryview) -> Answer:
+        count, _ = protocol.FORGET_COUNT.unpack_from(body)
+        items = body[protocol.FORGET_COUNT.size :][: count * protocol.FORGET_ONE.size]
+        await self._files.forget(list(protocol.FORGET_ONE.iter_unpack(items)))
+        return None
 
-    @_handler
-    async def setattr(
-        self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields,
-        fh: FileHandleT | None, ctx: RequestContext,
-    ) -> EntryAttributes:  # fmt: skip
+    @_handles(Opcode.NOTIFY_REPLY)
+    async def notify_reply(self, header: Header, body: memoryview) -> Answer:
+        return None  # nothing was asked
+
+    @_handles(Opcode.DESTROY)
+    async def destroy(self, header: Header, body: memoryview) -> Answer:
+        return b""
+
+    @_handles(Opcode.GETATTR)
+    async def getattr(self, header: Header, body: memoryview) -> Answer:
+        return self._attributes(await self._files.getattr(header.node))
+
+    @_handles(Opcode.SETATTR)
+    async def setattr(self, header: Header, body: memoryview) -> Answer:
+        (
+            valid, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
+        ) = protocol.SETATTR.unpack_from(body)  # fmt: skip
+        now = time.time_ns()
+        new_atime = now if valid & Valid.ATIME_NOW else atime * _SECOND + atime_ns
+        new_mtime = now if valid & Valid.MTIME_NOW else mtime * _SECOND + mtime_ns
         changed = await self._files.setattr(
-            inode,
-            size=attr.st_size if fields.update_size else None,
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            header.node,
+            size=size if valid & Valid.SIZE else None,
+            mode=mode if valid & Valid.MODE else None,
+            uid=uid if valid & Valid.UID else None,
+            gid=gid if valid & Valid.GID else None,
+            atime_ns=new_atime if valid & Valid.ATIME else None,
+            mtime_ns=new_mtime if valid & Valid.MTIME else None,
+            kill_setid=bool(valid & Valid.KILL_SUIDGID),
         )
-        return self._entry(changed)
+        return self._attributes(changed)
 
-    @_handler
-    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        return FileNameT(await self._files.readlink(inode))
+    @_handles(Opcode.READLINK)
+    async def readlink(self, header: Header, body: memoryview) -> Answer:
+        return await self._files.readlink(header.node)
 
-    @_handler
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+    @_handles(Opcode.STATFS)
+    async def statfs(self, header: Header, body: memoryview) -> Answer:
         total, available, count = await self._files.statfs()
-        data = StatvfsData()
-        data.f_bsize = data.f_frsize = BLOCK
-        data.f_blocks = total // BLOCK
-        data.f_bfree = data.f_bavail = available // BLOCK
-        data.f_ffree = data.f_favail = max(0, available // BLOCK)
-        data.f_files = count + data.f_ffree
-        data.f_namemax = NAME_MAX
-        return data
+        free = max(0, available // BLOCK)
+        return protocol.pack_statfs(
+            total // BLOCK, free, free, count + free, free, BLOCK, NAME_MAX, BLOCK, 0
+        )
 
     # Names
 
-    @_handler
-    async def mknod(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
-    ) -> EntryAttributes:
-        made = await self._files.mknod(parent_inode, name, mode, ctx.uid, ctx.gid, rdev, ctx.umask)
+    @_handles(Opcode.MKNOD)
+    async def mknod(self, header: Header, body: memoryview) -> Answer:
+        mode, rdev, umask, _ = protocol.MKNOD.unpack_from(body)
+        name = _last(body, protocol.MKNOD.size)
+        made = await self._files.mknod(header.node, name, mode, header.uid, header.gid, rdev, umask)
         return self._entry(made)
 
-    @_handler
-    async def mkdir(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
-    ) -> EntryAttributes:
-        made = await self._files.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid, ctx.umask)
+    @_handles(Opcode.MKDIR)
+    async def mkdir(self, header: Header, body: memoryview) -> Answer:
+        mode, umask = protocol.MKDIR.unpack_from(body)
+        name = _last(body, protocol.MKDIR.size)
+        made = await self._files.mkdir(header.node, name, mode, header.uid, header.gid, umask)
         return self._entry(made)
 
-    @_handler
-    async def symlink(
-        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
-    ) -> EntryAttributes:
-        return self._entry(await self._files.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+    @_handles(Opcode.SYMLINK)
+    async def symlink(self, header: Header, body: memoryview) -> Answer:
+        name, _, target = _last(body).partition(_NAME)
+        made = await self._files.symlink(header.node, name, target, header.uid, header.gid)
+        return self._entry(made)
 
-    @_handler
-    async def link(
-        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
-    ) -> EntryAttributes:
-        return self._entry(await self._files.link(inode, new_parent_inode, new_name))
+    @_handles(Opcode.LINK)
+    async def link(self, header: Header, body: memoryview) -> Answer:
+        (ino,) = protocol.LINK.unpack_from(body)
+        name = _last(body, protocol.LINK.size)
+        return self._entry(await self._files.link(ino, header.node, name))
 
-    @_handler
-    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self._files.unlink(parent_inode, name)
+    @_handles(Opcode.UNLINK)
+    async def unlink(self, header: Header, body: memoryview) -> Answer:
+        await self._files.unlink(header.node, _last(body))
+        return b""
 
-    @_handler
-    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self._files.rmdir(parent_inode, name)
+    @_handles(Opcode.RMDIR)
+    async def rmdir(self, header: Header, body: memoryview) -> Answer:
+        await self._files.rmdir(header.node, _last(body))
+        return b""
 
-    @_handler
-    async def rename(
-        self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT,
-        name_new: FileNameT, flags: FlagT, ctx: RequestContext,
-    ) -> None:  # fmt: skip
-        await self._files.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+    @_handles(Opcode.RENAME)
+    async def rename(self, header: Header, body: memoryview) -> Answer:
+        (directory,) = protocol.RENAME.unpack_from(body)
+        return await self._rename(header.node, directory, 0, _last(body, protocol.RENAME.size))
+
+    @_handles(Opcode.RENAME2)
+    async def rename_with_flags(self, header: Header, body: memoryview) -> Answer:
+        directory, flags, _ = protocol.RENAME2.unpack_from(body)
+        names = _last(body, protocol.RENAME2.size)
+        return await self._rename(header.node, directory, flags, names)
+
+    async def _rename(self, old: int, new: int, flags: int, names: bytes) -> Answer:
+        name, _, new_name = names.partition(_NAME)
+        await self._files.rename(old, name, new, new_name, flags)
+        return b""
 
     # Files
 
-    @_handler
-    async def create(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
+    @_handles(Opcode.CREATE)
+    async def create(self, header: Header, body: memoryview) -> Answer:
+        flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
+        name = _last(body, protocol.CREATE.size)
         handle, made = await self._files.create(
-            parent_inode, name, mode, ctx.uid, ctx.gid, flags, ctx.umask
+            header.node, name, mode, header.uid, header.gid, flags, umask
         )
-        return self._info(handle, True), self._entry(made)
+        return self._entry(made) + self._opened(handle, True)
 
-    @_handler
-    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return self._info(*await self._files.open(inode, flags, keep_setid=ctx.uid == 0))
+    @_handles(Opcode.OPEN)
+    async def open(self, header: Header, body: memoryview) -> Answer:
+        if self._openless:
+            return errno.ENOSYS  # the kernel opens this and all other files by itself
+        flags, more = protocol.OPEN.unpack_from(body)
+        if self.features & Feature.HANDLE_KILLPRIV_V2:
+            keep_setid = not more & protocol.OPEN_KILL_SUIDGID
+        else:
+            keep_setid = header.uid == 0
+        return self._opened(*await self._files.open(header.node, flags, keep_setid=keep_setid))
 
-    @_handler
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        # pyfuse3 takes any buffer, and hands it to the kernel before this task waits again.
-        return cast(bytes, await self._files.read(fh, off, size))
+    @_handles(Opcode.READ)
+    async def read(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size = protocol.READ.unpack_from(body)
+        return await self._files.read(header.node, handle, offset, size)
 
-    @_handler
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        return await self._files.write(fh, off, buf)
+    @_handles(Opcode.WRITE)
+    async def write(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size, flags, _, _, _ = protocol.WRITE.unpack_from(body)
+        data = body[protocol.WRITE.size :][:size]
+        kill_setid = bool(flags & protocol.WRITE_KILL_SUIDGID)
+        return protocol.written(
+            await self._files.write(header.node, handle, offset, data, kill_setid=kill_setid)
+        )
 
-    async def flush(self, fh: FileHandleT) -> None:
+    @_handles(Opcode.FLUSH)
+    async def flush(self, header: Header, body: memoryview) -> Answer:
         """Nothing is held back: every write has reached the target when it returned.
 
         Told so in this way, the kernel asks only once, and not at each close.
         """
-        raise _NOTHING_TO_FLUSH
+        return errno.ENOSYS
 
-    @_handler
-    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self._files.fsync(fh, datasync)
+    @_handles(Opcode.FSYNC)
+    async def fsync(self, header: Header, body: memoryview) -> Answer:
+        handle, flags = protocol.HANDLE.unpack_from(body)
+        await self._files.fsync(header.node, handle, bool(flags & protocol.FSYNC_DATA))
+        return b""
 
-    @_handler
-    async def release(self, fh: FileHandleT) -> None:
-        await self._files.release(fh)
+    @_handles(Opcode.RELEASE)
+    async def release(self, header: Header, body: memoryview) -> Answer:
+        await self._files.release(protocol.HANDLE.unpack_from(body)[0])
+        return b""
 
     # Directories
 
-    @_handler
-    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        return FileHandleT(self._files.opendir(inode))
+    @_handles(Opcode.OPENDIR)
+    async def opendir(self, header: Header, body: memoryview) -> Answer:
+        return protocol.opened(self._files.opendir(header.node), 0)
 
-    @_handler
-    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        cookie = start_id
-        while entries := await self._files.readdir(fh, cookie):
+    @_handles(Opcode.READDIRPLUS)
+    async def readdir(self, header: Header, body: memoryview) -> Answer:
+        """Entries with their attributes, as many as there is room for."""
+        handle, cookie, room = protocol.READ.unpack_from(body)
+        files = self._files
+        found: list[bytes] = []
+        while entries := await files.readdir(handle, cookie):
             for entry in entries:
-                attributes = self._entry(entry.attributes)
-                taken = pyfuse3.readdir_reply(
-                    token, FileNameT(entry.name), attributes, entry.next_cookie
-                )
-                if not taken:
-                    return
-                if not entry.dot:
-                    self._files.count_entry(fh, entry)
-                cookie = entry.next_cookie
+                room -= protocol.ENTRY_SIZE + protocol.direntry_size(entry.name)
+                if room < 0:
+                    return b"".join(found)
+                name, attributes, cookie = entry
+                if entry.dot:
+                    # The kernel keeps no count of these, and may not be told of them so.
+                    found.append(_NO_ENTRY)
+                else:
+                    found.append(self._entry(attributes))
+                    files.count_entry(handle, entry)
+                found.append(protocol.pack_direntry(attributes.ino, cookie, attributes.mode, name))
+        return b"".join(found)
 
-    @_handler
-    async def releasedir(self, fh: FileHandleT) -> None:
-        self._files.releasedir(fh)
+    @_handles(Opcode.RELEASEDIR)
+    async def releasedir(self, header: Header, body: memoryview) -> Answer:
+        self._files.releasedir(protocol.HANDLE.unpack_from(body)[0])
+        return b""
 
-    @_handler
-    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+    @_handles(Opcode.FSYNCDIR)
+    async def fsyncdir(self, header: Header, body: memoryview) -> Answer:
         await self._files.fsyncdir()
+        return b""
 
     # Extended attributes
 
-    @_handler
-    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        if name == CAPABILITY and self._files.is_incapable(inode):
-            raise FUSEError(errno.ENODATA)
-        return await self._files.getxattr(inode, name)
+    @_handles(Opcode.GETXATTR)
+    async def getxattr(self, header: Header, body: memoryview) -> Answer:
+        size, _ = protocol.SIZE.unpack_from(body)
+        name = _last(body, protocol.SIZE.size)
+        if name == CAPABILITY and self._files.is_incapable(header.node):
+            return errno.ENODATA
+        return _fitting(await self._files.getxattr(header.node, name), size)
 
-    @_handler
-    async def setxattr(
-        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
-    ) -> None:
-        await self._files.setxattr(inode, name, value, _groups(ctx))
+    @_handles(Opcode.SETXATTR)
+    async def setxattr(self, header: Header, body: memoryview) -> Answer:
+        size, flags = protocol.SETXATTR.unpack_from(body)
+        name, _, rest = bytes(body[protocol.SETXATTR.size :]).partition(_NAME)
+        if flags and await self._has_xattr(header.node, name) == bool(flags & _CREATE):
+            return errno.EEXIST if flags & _CREATE else errno.ENODATA
+        await self._files.setxattr(header.node, name, rest[:size], _groups(header))
+        return b""
 
-    @_handler
-    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        await self._files.removexattr(inode, name, _groups(ctx))
+    async def _has_xattr(self, ino: int, name: bytes) -> bool:
+        try:
+            await self._files.getxattr(ino, name)
+        except errors.PathError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return False
+        return True
 
-    @_handler
-    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        names = await self._files.listxattr(inode)
-        if ctx.uid != 0:  # the kernel lets nobody else read these, and hides them nowhere but here
+    @_handles(Opcode.REMOVEXATTR)
+    async def removexattr(self, header: Header, body: memoryview) -> Answer:
+        await self._files.removexattr(header.node, _last(body), _groups(header))
+        return b""
+
+    @_handles(Opcode.LISTXATTR)
+    async def listxattr(self, header: Header, body: memoryview) -> Answer:
+        size, _ = protocol.SIZE.unpack_from(body)
+        names = await self._files.listxattr(header.node)
+        if (
+            header.uid != 0
+        ):  # the kernel lets nobody else read these, and hides them nowhere but here
             names = [name for name in names if not name.startswith(b"trusted.")]
-        return [XAttrNameT(name) for name in names]
+        return _fitting(b"".join(name + _NAME for name in names), size)
+
+
+def _fitting(value: bytes, room: int) -> Answer:
+    """A value, or only its size for who has no room for it yet."""
+    if not room:
+        return protocol.written(len(value))
+    return value if len(value) <= room else errno.ERANGE
+
+
+async def _unknown(operations: Operations, header: Header, body: memoryview) -> Answer:
+    """The kernel asks no more then, and falls back to what it can do itself."""
+    return errno.ENOSYS

@@ -246,7 +246,7 @@ def _items(group: str) -> Iterator[str]:
 def _label(name: str, value: str) -> str:
     if not Path("/sys/fs/selinux/enforce").exists():
         raise ConfigError(f"option {name}={value}: SELinux is not enabled here")
-    return f"{name}={value}".replace("\\", "\\\\").replace(",", "\\,")
+    return f"{name}={value}"
 
 
 def _unknown(name: str) -> str:

@@ -499,16 +499,24 @@ KILLED_IN_AN_UNLUCKY_MOMENT = """
 import sys, threading, trio
 from warabifs import mount
 from warabifs.filesystem import FileSystem
-from warabifs.operations import drop_name
 
 async def create(self, parent, *rest):
     # The program that creates holds the directory's lock, which this waits for in the kernel.
-    drop_name(parent, b"anything")
+    self._drop_name(parent, b"anything")
     print("now", flush=True)
     await trio.sleep_forever()
 
 FileSystem.create = create
 mount.main(["--foreground", *sys.argv[1:]])
+"""
+
+REFUSED = """
+from warabifs import device
+
+def refused(*arguments):
+    raise PermissionError
+
+device._mount = refused
 """
 
 
@@ -517,7 +525,7 @@ def test_nobody_waits_for_a_mount_that_was_killed_and_cannot_end(place: Path, ki
     (path := place / "mnt").mkdir()
     script = KILLED_IN_AN_UNLUCKY_MOMENT
     if kind == "fusermount3":
-        script = "from warabifs import device; device._mount = lambda *_: None\n" + script
+        script = REFUSED + script
     with another_python(script, "memory:", path) as process:
         wait_until(lambda: is_mounted(path), "it is mounted")
         creating = subprocess.Popen(["touch", path / "new"], stderr=subprocess.PIPE, text=True)

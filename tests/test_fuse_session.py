@@ -1,0 +1,179 @@
+"""The loop that serves the kernel, with a socket in the kernel's place: what mounts rarely show."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from warabifs import protocol
+from warabifs.protocol import Feature, Header, Opcode
+from warabifs.session import Answer, Session
+
+INIT = struct.Struct("=IIIII44x")  # with the fields that Linux 6 has
+OUT = struct.Struct("=IiQ")
+
+
+class Kernel:
+    """The other end: sends requests, receives answers."""
+
+    def __init__(self) -> None:
+        self.here, self._there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.here.setblocking(False)
+        self.session = Session(self._there.fileno())
+
+    def send(self, opcode: int, unique: int, body: bytes = b"") -> None:
+        size = protocol.HEADER.size + len(body)
+        self.here.send(protocol.HEADER.pack(size, opcode, unique, 1, 0, 0, 1, 0) + body)
+
+    async def answer(self) -> tuple[int, int, bytes]:
+        """Which request was answered, the errno, and what follows."""
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(self.here)
+        data = self.here.recv(protocol.BUFFER)
+        size, error, unique = OUT.unpack_from(data)
+        assert size == len(data)
+        return unique, -error, data[OUT.size :]
+
+    def begin(self, major: int, minor: int, features: int, upper: int = 0) -> None:
+        self.send(Opcode.INIT, 2, INIT.pack(major, minor, 131072, features, upper))
+
+    def close(self) -> None:
+        self.here.close()
+        self._there.close()
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    kernel = Kernel()
+    try:
+        yield kernel
+    finally:
+        kernel.close()
+
+
+class Handlers:
+    """Requests, each handled by one function; an exception's answer is EIO."""
+
+    def __init__(self, handler: Callable[[Header, memoryview], Coroutine[Any, Any, Answer]]):
+        self.handle = handler
+
+    def refusal(self, header: Header, error: Exception) -> Answer:
+        return errno.EIO
+
+
+async def test_what_both_sides_know_is_agreed_on(kernel: Kernel) -> None:
+    kernel.begin(7, 45, Feature.INIT_EXT | Feature.ASYNC_READ | Feature.POSIX_ACL)
+    wanted = Feature.INIT_EXT | Feature.POSIX_ACL | Feature.WRITEBACK_CACHE
+    assert kernel.session.begin(wanted) == Feature.INIT_EXT | Feature.POSIX_ACL
+    unique, error, body = await kernel.answer()
+    assert (unique, error, len(body)) == (2, 0, 64)
+    major, minor, readahead, features = struct.unpack_from("=IIII", body)
+    assert (major, minor, readahead) == (7, protocol.MINOR, 131072)
+    assert features == Feature.INIT_EXT | Feature.POSIX_ACL
+    assert struct.unpack_from("=IIH", body, 20) == (protocol.MAX_WRITE, 1, 256)
+
+
+async def test_a_newer_protocol_is_asked_for_this_one(kernel: Kernel) -> None:
+    kernel.begin(8, 1, Feature.POSIX_ACL)
+    kernel.begin(7, 40, Feature.POSIX_ACL)
+    assert kernel.session.begin(Feature.POSIX_ACL) == Feature.POSIX_ACL
+    for _ in range(2):
+        _, error, body = await kernel.answer()
+        assert (error, struct.unpack_from("=I", body)) == (0, (7,))
+
+
+@pytest.mark.parametrize("version", [(7, 30), (6, 40)])
+def test_a_kernel_that_is_too_old_is_refused(kernel: Kernel, version: tuple[int, int]) -> None:
+    kernel.begin(*version, Feature.POSIX_ACL)
+    with pytest.raises(ValueError, match=r"FUSE 7\.30|FUSE 6\.40"):
+        kernel.session.begin(Feature.POSIX_ACL)
+
+
+async def test_who_waits_keeps_nobody_waiting(kernel: Kernel) -> None:
+    done = trio.Event()
+
+    async def handle(header: Header, body: memoryview) -> Answer:
+        if header.opcode == Opcode.READ:
+            await done.wait()
+            return bytes(body)  # nobody has used the buffer meanwhile
+        return bytes(body[:1])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.session.serve, Handlers(handle))
+        kernel.send(Opcode.READ, 4, b"waits")
+        for unique in range(6, 60, 2):
+            kernel.send(Opcode.GETATTR, unique, b"gets an answer")
+            assert await kernel.answer() == (unique, 0, b"g")
+        done.set()
+        assert await kernel.answer() == (4, 0, b"waits")
+        kernel.session.stop()
+
+
+async def test_more_requests_wait_than_there_are_workers(kernel: Kernel) -> None:
+    done = trio.Event()
+    kernel.here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+
+    async def handle(header: Header, body: memoryview) -> Answer:
+        await done.wait()
+        return b"done"
+
+    count = 250
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.session.serve, Handlers(handle))
+        for unique in range(count):
+            kernel.send(Opcode.READ, unique)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        done.set()
+        answers = {await kernel.answer() for _ in range(count)}
+        assert answers == {(unique, 0, b"done") for unique in range(count)}
+        kernel.send(Opcode.READ, count)
+        assert await kernel.answer() == (count, 0, b"done")
+        kernel.session.stop()
+
+
+async def test_what_is_under_way_at_the_end_is_answered(kernel: Kernel) -> None:
+    ended, done, began = trio.Event(), trio.Event(), trio.Event()
+
+    async def handle(header: Header, body: memoryview) -> Answer:
+        began.set()
+        await done.wait()
+        return b"done"
+
+    async def serve() -> None:
+        await kernel.session.serve(Handlers(handle))
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        kernel.send(Opcode.RELEASE, 2)
+        with trio.fail_after(10):
+            await began.wait()
+        kernel.session.stop()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert not ended.is_set()
+        done.set()
+        assert await kernel.answer() == (2, 0, b"done")
+        with trio.fail_after(10):
+            await ended.wait()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_an_exception_is_an_answer(kernel: Kernel, late: bool) -> None:
+    async def handle(header: Header, body: memoryview) -> Answer:
+        if late:
+            await trio.lowlevel.checkpoint()
+        raise RuntimeError("a defect")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.session.serve, Handlers(handle))
+        for unique in (2, 4):
+            kernel.send(Opcode.LOOKUP, unique)
+            assert await kernel.answer() == (unique, errno.EIO, b"")
+        kernel.session.stop()

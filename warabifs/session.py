@@ -1,0 +1,278 @@
+"""The loop that takes requests from ``/dev/fuse`` and answers them.
+
+Workers are Trio tasks.  One of them leads: it takes a request and handles it, then the next one.
+Most handlers come to their end without waiting, so that a request costs no turn of Trio's loop:
+a look whether it is there, one read, and one write.  Only when a handler waits, for the medium or
+for a provider, another worker becomes the leader.
+
+The leader waits for the next request in the kernel, for a moment, while no other request is being
+served: whoever sends one request after the other is answered without Trio.  Other tasks wait no
+longer for that than ``_STREAK`` requests and moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import queue
+import select
+import threading
+import types
+from collections.abc import Coroutine, Generator
+from typing import Any, Protocol
+
+import trio
+
+from warabifs import protocol
+from warabifs.protocol import HEADER, Header, Opcode
+
+log = logging.getLogger(__name__)
+
+_MOMENT = 5
+"""Milliseconds for which the loop may stand still when nothing is under way.
+
+Shorter than the kernel's clock ticks, it would have to set a timer each time, which costs more
+than all else that it does for a request.
+"""
+_STREAK = 16
+"""Requests that may be taken between two turns of Trio's loop."""
+_WORKERS = 100
+"""Requests that may wait at the same time; each may hold a buffer for its bytes."""
+_IDLE = 8
+"""Workers that are kept for later."""
+_SMALL = 16 * 1024
+"""Bytes up to which an answer is copied together rather than gathered."""
+_OVER = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EBADF)
+_HEADER_SIZE = HEADER.size
+_unpack_header = HEADER.unpack_from
+_HELLO = 30_000  # milliseconds for the kernel to say that a mount begins
+
+Answer = bytes | memoryview | int | None
+"""Of a handler: what the kernel gets, or an errno; None for what is not answered.
+
+A view has to be valid until the handler's task waits for anything.
+"""
+
+
+class Requests(Protocol):
+    """What handles the kernel's requests."""
+
+    def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
+        """Handle a request, given its header and what follows, which is valid until the answer."""
+
+    def refusal(self, header: Header, error: Exception) -> Answer:
+        """The answer to a request whose handler raised *error*."""
+
+
+class Session:
+    """A mount's connection to the kernel.
+
+    Args:
+        fd: ``/dev/fuse``, as it was mounted; the caller closes it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_blocking(fd, False)
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        self._streak = 0
+        self._over = False
+        self._led = False  # a worker leads, or is about to
+        self._busy = 0  # requests whose handlers wait
+        self._workers = 0
+        self._idle: list[trio.Event] = []
+        self._nursery: trio.Nursery | None = None
+        self._requests: Requests | None = None
+        self._notices: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._telling: threading.Thread | None = None
+
+    def begin(self, wanted: int) -> int:
+        """Agree with the kernel on features; returns those of *wanted* that it has.
+
+        Raises:
+            OSError: the mount was over before it began.
+            ValueError: the kernel is too old.
+            TimeoutError: it says nothing.
+        """
+        buffer = memoryview(bytearray(protocol.BUFFER))
+        while True:
+            if not self._poll.poll(_HELLO):
+                raise TimeoutError(errno.ETIMEDOUT, "the kernel does not begin the mount")
+            count = os.readv(self._fd, [buffer])
+            header = Header._make(_unpack_header(buffer))
+            if header.opcode != Opcode.INIT:
+                os.write(self._fd, protocol.refusal(header.unique, errno.EIO))
+                continue
+            agreed, reply = protocol.init_answer(buffer[_HEADER_SIZE:count], wanted)
+            os.write(self._fd, protocol.answer(header.unique, len(reply)) + reply)
+            if agreed:
+                return agreed
+
+    async def serve(self, requests: Requests) -> None:
+        """Serve until the file system is unmounted or :meth:`stop` is called.
+
+        What is being served then is carried to its end.
+        """
+        self._requests = requests
+        async with trio.open_nursery() as self._nursery:
+            self._lead_on()
+
+    def stop(self) -> None:
+        """Take no more requests; :meth:`serve` returns when those under way are answered."""
+        self._over = True
+        trio.lowlevel.notify_closing(self._fd)
+        for idle in self._idle:
+            idle.set()
+        self._idle.clear()
+
+    # Workers
+
+    def _lead_on(self) -> None:
+        """Have another worker lead, if there may be another one."""
+        if self._idle:
+            self._led = True
+            self._idle.pop().set()
+        elif self._workers < _WORKERS:
+            assert self._nursery is not None
+            self._led = True
+            self._workers += 1
+            self._nursery.start_soon(self._work)
+        else:
+            self._led = False  # the first that is done will
+
+    async def _work(self) -> None:
+        buffer = memoryview(bytearray(protocol.BUFFER))
+        requests = self._requests
+        assert requests is not None
+        try:
+            while not self._over:
+                if not self._due():
+                    await self._wait_for_request()
+                count = self._take(buffer)
+                if not count:
+                    continue
+                header = Header._make(_unpack_header(buffer))
+                handler = requests.handle(header, buffer[_HEADER_SIZE:count])
+                # Begun right here: few have to wait for anything.
+                try:
+                    step = handler.send(None)
+                except StopIteration as done:
+                    self._send(header.unique, done.value)
+                    continue
+                except Exception as error:
+                    self._send(header.unique, requests.refusal(header, error))
+                    continue
+                self._busy += 1
+                self._lead_on()
+                try:
+                    answer = await _continued(handler, step)
+                except Exception as error:
+                    answer = requests.refusal(header, error)
+                finally:
+                    self._busy -= 1
+                self._send(header.unique, answer)
+                if not self._led:
+                    self._led = True
+                elif not self._over:
+                    if len(self._idle) >= _IDLE:
+                        return
+                    idle = trio.Event()
+                    self._idle.append(idle)
+                    await idle.wait()
+        finally:
+            self._workers -= 1
+
+    def _due(self) -> bool:
+        """Whether a request came, now or within a moment; False when others have to get a turn."""
+        if self._streak < _STREAK:
+            self._streak += 1
+            return bool(self._poll.poll(0 if self._busy else _MOMENT))
+        return False
+
+    async def _wait_for_request(self) -> None:
+        self._streak = 0
+        with contextlib.suppress(trio.ClosedResourceError, OSError):
+            await trio.lowlevel.wait_readable(self._fd)
+
+    def _take(self, buffer: memoryview) -> int:
+        """Take a request; its size, or 0 when there is none after all."""
+        try:
+            return os.readv(self._fd, (buffer,))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno in _OVER:
+                self.stop()
+            elif error.errno != errno.ENOENT:  # taken back before it was read
+                raise
+        return 0
+
+    def _send(self, unique: int, answer: Answer) -> None:
+        if answer is None:
+            return
+        try:
+            if isinstance(answer, int):
+                os.write(self._fd, protocol.refusal(unique, answer))
+            elif len(answer) <= _SMALL:
+                os.write(self._fd, protocol.answer(unique, len(answer)) + answer)
+            else:
+                os.writev(self._fd, (protocol.answer(unique, len(answer)), answer))
+        except OSError as error:
+            if error.errno == errno.EFAULT:  # the file behind a view became shorter
+                self._send(unique, errno.EIO)
+            elif error.errno not in (*_OVER, errno.ENOENT):  # nobody waits for it any more
+                log.error("the kernel refused an answer: %s", error)
+
+    # What the kernel is told unasked
+
+    def forget_inode(self, ino: int, attributes_only: bool) -> None:
+        """Make the kernel forget an inode's attributes and bytes.
+
+        Waits for requests that concern it, so it must not be called where they are served.
+
+        Raises:
+            FileNotFoundError: it does not know it.
+        """
+        os.write(self._fd, protocol.forget_inode(ino, -1 if attributes_only else 0))
+
+    def forget_name(self, directory: int, name: bytes) -> None:
+        """As :meth:`forget_inode`, for what a name means."""
+        os.write(self._fd, protocol.forget_name(directory, name))
+
+    def drop_name(self, directory: int, name: bytes) -> None:
+        """Make the kernel let go of a name, in a thread, soon."""
+        self._tell(protocol.forget_name(directory, name))
+
+    def drop_attributes(self, ino: int) -> None:
+        """Make the kernel forget an inode's attributes, in a thread, soon."""
+        self._tell(protocol.forget_inode(ino, -1))
+
+    def _tell(self, notice: bytes) -> None:
+        if self._telling is None:
+            self._telling = threading.Thread(target=self._tell_all, daemon=True)
+            self._telling.start()
+        self._notices.put(notice)
+
+    def _tell_all(self) -> None:
+        while True:
+            notice = self._notices.get()
+            with contextlib.suppress(OSError):  # it does not know it, or the mount is over
+                os.write(self._fd, notice)
+
+
+@types.coroutine
+def _continued(coroutine: Coroutine[Any, Any, Answer], step: Any) -> Generator[Any, Any, Answer]:
+    """Await the rest of *coroutine*, which this task began, and which waits for *step*."""
+    while True:
+        failure: BaseException | None = None
+        try:
+            received = yield step
+        except BaseException as error:
+            failure = error
+        try:
+            step = coroutine.send(received) if failure is None else coroutine.throw(failure)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
