@@ -29,13 +29,13 @@ from warabi.inode import ROOT, Attributes
 from warabi.region import RegionID
 from warabi.target import Target as LocalTarget
 from warabi.tree import RENAME_EXCHANGE, region_of_name
+from warabifs.believed import BelievedNames
 from warabifs.handles import Directory, Entry, File, Known, Outdated, without_setid
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
 """What the kernel asks for before each write to a file, because the write would remove it."""
 _PAGE = 128  # directory entries fetched at a time
-_ABSENT = 10_000  # names that the kernel may believe to mean nothing
 _REMEMBERED = 200_000  # names of an open directory, of which the gone ones are kept at a rewind
 
 
@@ -70,11 +70,7 @@ class FileSystem:
         self._drop_name = drop_name
         self._drop_attributes = drop_attributes
         self._remember_names = remember_names
-        # Names that the kernel believes: what they mean, what means it, and, the oldest first,
-        # which mean nothing.
-        self._names: dict[tuple[int, bytes], int] = {}
-        self._names_of: dict[int, set[tuple[int, bytes]]] = {}
-        self._absent: dict[tuple[int, bytes], None] = {}
+        self._names = BelievedNames(drop_name)
         self._known: dict[int, Known] = {}
         self._handles: dict[int, File | Directory] = {}
         self._next_handle = itertools.count(1)
@@ -121,8 +117,7 @@ class FileSystem:
             if known.count <= 0:
                 del self._known[ino]
                 self._stamps.pop(ino, None)
-                for key in self._names_of.pop(ino, ()):
-                    self._names.pop(key, None)
+                self._names.forget(ino)
                 if known.held:
                     await self._target.call("unpin", ino, known.held)
 
@@ -130,14 +125,7 @@ class FileSystem:
         """The kernel knows that a name means *ino* now; 0: that it must ask."""
         if self._exclusive:
             return  # nobody needs to be told
-        key = (parent, name)
-        self._absent.pop(key, None)
-        before = self._names.pop(key, 0)
-        if before:
-            self._names_of[before].discard(key)
-        if ino:
-            self._names[key] = ino
-            self._names_of.setdefault(ino, set()).add(key)
+        self._names.set(parent, name, ino)
 
     def note_absent(self, parent: int, name: bytes) -> bool:
         """The kernel may believe for a while that a name means nothing; whether it may."""
@@ -145,11 +133,7 @@ class FileSystem:
             return True
         if parent == ROOT and region_of_name(name) is not None:
             return False  # regions that are made without a name are not told of
-        self._absent[parent, name] = None
-        if len(self._absent) > _ABSENT:
-            oldest = next(iter(self._absent))
-            del self._absent[oldest]
-            self._drop_name(*oldest)
+        self._names.set_absent(parent, name)
         return True
 
     def is_directory(self, ino: int) -> bool:
@@ -161,9 +145,7 @@ class FileSystem:
         """What of *changes* concerns the kernel."""
         if changes.everything:
             self._stamps.clear()
-            names = {**dict.fromkeys(self._absent, 0), **self._names}
-            self._absent.clear()
-            return Outdated(dict.fromkeys((ROOT, *self._known), False), names)
+            return Outdated(dict.fromkeys((ROOT, *self._known), False), self._names.all())
         inodes = {}
         for ino, what in changes.inodes.items():
             if ino in self._known or ino == ROOT:
@@ -172,10 +154,10 @@ class FileSystem:
                     self._stamps.pop(ino, None)
         names = {}
         for (parent, name), ino in changes.names.items():
-            believed = self._names.get((parent, name), 0)
+            believed = self._names.get(parent, name)
             if (parent in self._known or parent == ROOT) and not 0 < ino == believed:
                 names[parent, name] = believed
-                self._absent.pop((parent, name), None)
+                self._names.forget_absent(parent, name)
         return Outdated(inodes, names)
 
     def _region(self, ino: int) -> RegionID:
@@ -270,8 +252,8 @@ class FileSystem:
         replaced = await self._target.call(
             "rename", parent, name, new_parent, new_name, flags, True
         )
-        moved = self._names.get((parent, name), 0)
-        exchanged = self._names.get((new_parent, new_name), 0) if flags & RENAME_EXCHANGE else 0
+        moved = self._names.get(parent, name)
+        exchanged = self._names.get(new_parent, new_name) if flags & RENAME_EXCHANGE else 0
         self._means(parent, name, exchanged)
         self._means(new_parent, new_name, moved)
         await self._released(replaced)
