@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from warabi import errors, layout
+from warabi import dentries, errors, layout
 from warabi.config import FileConfig, MemoryConfig
 from warabi.inode import ROOT, Attributes
 from warabi.namespace import Namespace
@@ -660,3 +661,35 @@ def test_an_erased_region_takes_names_that_were_not_written_back(
         with fails(errno.ENOENT):
             names.lookup(ROOT, name)
     assert mkfile(names, ROOT, b"a").ino != file.ino
+
+
+def test_absent_names_are_told_from_names_that_memory_let_go_of(
+    target: Target, names: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dentries, "_KEPT", 20)
+    new = names.mkdir(ROOT, b"new", 0o755, 1, 2).ino
+    with fails(errno.ENOENT):
+        names.lookup(new, b"file 0")
+    for number in range(50):
+        mkfile(names, new, b"file %d" % number)
+        target.sync()
+    old = names.mkdir(ROOT, b"old", 0o755, 1, 2).ino
+    for directory in (new, old):
+        for number in range(50):
+            with fails(errno.EEXIST) if directory == new else contextlib.nullcontext():
+                mkfile(names, directory, b"file %d" % number)
+        with fails(errno.ENOENT):
+            names.lookup(directory, b"file 50")
+        assert len(listing(names, directory)) == 50
+    for number in range(0, 50, 2):
+        names.unlink(new, b"file %d" % number)
+    found = [number for number in range(50) if exists(names, new, b"file %d" % number)]
+    assert found == list(range(1, 50, 2))
+
+
+def exists(names: Namespace, directory: int, name: bytes) -> bool:
+    try:
+        names.lookup(directory, name)
+    except errors.PathError as error:
+        return error.errno != errno.ENOENT
+    return True

@@ -134,6 +134,7 @@ class Catalogue:
             self._db.execute("PRAGMA journal_mode = OFF")
             make(self._db)
             populate(self._db)
+            self._dentries.made(ROOT)
             return
         # Exclusive locking before WAL: no -shm file, no lock calls; the target's own lock
         # already keeps others out.  NORMAL: a commit does not wait for the medium, `sync` does.
@@ -222,6 +223,8 @@ class Catalogue:
             size, now, now, now, int(anonymous), target,
         )  # fmt: skip
         self._remember(inode)
+        if stat.S_ISDIR(mode):
+            self._dentries.made(ino)
         if stat.S_ISREG(mode):
             self.count += 1
             self.used += size
@@ -277,6 +280,7 @@ class Catalogue:
         self._cache.pop(inode.ino, None)
         self.by_rid.pop(inode.rid, None)
         self._dirty.pop(inode.ino, None)
+        self._dentries.removed(inode.ino)
         if stat.S_ISREG(inode.mode):
             self.count -= 1
             self.used -= inode.size

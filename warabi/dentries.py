@@ -29,6 +29,8 @@ class Dentries:
         self._journal = journal
         # By directory and name.  What is in it is the truth; the rows follow at the next `flush`.
         self._known: dict[tuple[int, bytes], int] = {}
+        # Directories all of whose names are in it: what is not there, is nowhere.
+        self._whole: set[int] = set()
         self.dirty: dict[tuple[int, bytes], None] = {}
         """The names whose rows are not up to date, longest first."""
 
@@ -36,12 +38,22 @@ class Dentries:
         """The inode number that *name* means in directory *parent*, or None."""
         ino = self._known.get((parent, name))
         if ino is None:
+            if parent in self._whole:
+                return None
             row = self._db.execute(
                 "SELECT ino FROM dentry WHERE parent = ? AND name = ?", (parent, name)
             ).fetchone()
             ino = _ABSENT if row is None else int(row[0])
             self._known[parent, name] = ino
         return ino or None
+
+    def made(self, directory: int) -> None:
+        """There is a new directory, without names."""
+        self._whole.add(directory)
+
+    def removed(self, directory: int) -> None:
+        """A directory without names is gone."""
+        self._whole.discard(directory)
 
     def set(self, parent: int, name: bytes, ino: int | None) -> None:
         """Make *name* mean *ino*, instead of what it meant, or nothing."""
@@ -85,6 +97,7 @@ class Dentries:
     def trim(self) -> None:
         """Drop what is known of some names when there are too many."""
         if len(self._known) > _KEPT:
+            self._whole.clear()
             for key in list(self._known)[: _KEPT // 2]:
                 if key not in self.dirty:
                     del self._known[key]
