@@ -164,6 +164,24 @@ async def test_what_is_under_way_at_the_end_is_answered(kernel: Kernel) -> None:
             await ended.wait()
 
 
+async def test_what_is_told_goes_out_until_silence(kernel: Kernel) -> None:
+    session = kernel.session
+    session.drop_name(7, b"name")
+    unique, _, body = await kernel.answer()
+    assert (unique, body) == (0, struct.pack("=QII", 7, 4, 0) + b"name\0")
+    session.drop_attributes(8)
+    assert (await kernel.answer())[2] == struct.pack("=Qqq", 8, -1, 0)
+    session.forget_inode(9, False)
+    assert (await kernel.answer())[2] == struct.pack("=Qqq", 9, 0, 0)
+    session.silence()
+    with pytest.raises(OSError, match="No such device"):
+        session.forget_name(7, b"name")
+    session.drop_name(7, b"other")
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    with pytest.raises(BlockingIOError):
+        kernel.here.recv(100)
+
+
 @pytest.mark.parametrize("late", [False, True])
 async def test_an_exception_is_an_answer(kernel: Kernel, late: bool) -> None:
     async def handle(header: Header, body: memoryview) -> Answer:

@@ -373,6 +373,7 @@ async def _mount_and_serve(
             finally:
                 ending.gather()
                 await follower.stop()
+                session.silence()
                 device.close(unmount=unmount)
                 with trio.CancelScope(shield=True):
                     await target.call("sync")

@@ -40,6 +40,8 @@ _STREAK = 16
 """Requests that may be taken between two turns of Trio's loop."""
 _WORKERS = 100
 """Requests that may wait at the same time; each may hold a buffer for its bytes."""
+_IN_KERNEL = 0.5
+"""Seconds after which a thread that tells the kernel something must have got there."""
 _IDLE = 8
 """Workers that are kept for later."""
 _SMALL = 16 * 1024
@@ -88,6 +90,8 @@ class Session:
         self._requests: Requests | None = None
         self._notices: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._telling: threading.Thread | None = None
+        self._notifying = threading.Lock()
+        self._silent = False
 
     def begin(self, wanted: int) -> int:
         """Agree with the kernel on features; returns those of *wanted* that it has.
@@ -236,11 +240,26 @@ class Session:
         Raises:
             FileNotFoundError: it does not know it.
         """
-        os.write(self._fd, protocol.forget_inode(ino, -1 if attributes_only else 0))
+        self._notify(protocol.forget_inode(ino, -1 if attributes_only else 0))
 
     def forget_name(self, directory: int, name: bytes) -> None:
         """As :meth:`forget_inode`, for what a name means."""
-        os.write(self._fd, protocol.forget_name(directory, name))
+        self._notify(protocol.forget_name(directory, name))
+
+    def _notify(self, notice: bytes) -> None:
+        with self._notifying:
+            if self._silent:
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+            os.write(self._fd, notice)
+
+    def silence(self) -> None:
+        """Tell the kernel nothing any more, since the descriptor is about to be closed.
+
+        A thread that is in the kernel by now keeps the file, and does no harm.
+        """
+        self._silent = True
+        if self._notifying.acquire(timeout=_IN_KERNEL):
+            self._notifying.release()
 
     def drop_name(self, directory: int, name: bytes) -> None:
         """Make the kernel let go of a name, in a thread, soon."""
@@ -260,7 +279,7 @@ class Session:
         while True:
             notice = self._notices.get()
             with contextlib.suppress(OSError):  # it does not know it, or the mount is over
-                os.write(self._fd, notice)
+                self._notify(notice)
 
 
 @types.coroutine
