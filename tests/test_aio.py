@@ -364,7 +364,7 @@ async def test_killed_provider_wakes_all_who_wait(transport: str) -> None:
 
 async def test_stopped_provider_times_out_and_is_usable_again(tmp_path: Path) -> None:
     with provider_process("na+sm", file_config(tmp_path / "target")) as served:
-        async with aio.connect(served.address, 1, timeout=0.2) as target:
+        async with aio.connect(served.address, 1, timeout=1.0) as target:
             region = await target.create_and_write(b"1234")
             served.stop()
             buffer = bytearray(4)
