@@ -24,7 +24,7 @@ from warabi.server import Provider
 
 hypothesis.settings.register_profile("warabi", deadline=None, database=None)
 hypothesis.settings.load_profile("warabi")
-_GRACE = 5.0
+_GRACE = 30.0
 """Seconds that threads and processes, which were told to end, have for it."""
 
 

@@ -492,7 +492,7 @@ def test_the_mount_answers_while_its_medium_is_busy(kept: Mount) -> None:
         wait_until(lambda: (kept.path / "big").exists(), "dd")
         for number in range(100):
             (kept.path / f"small{number}").write_bytes(b"data")
-        assert process.wait(60) == 0
+        assert process.wait(100) == 0
     assert len(os.listdir(kept.path)) == 101
 
 
