@@ -249,12 +249,17 @@ def test_signals_end_wait_for_finalize(tmp_path: Path, number: signal.Signals) -
 
 def test_a_signal_that_comes_again_does_not_cut_the_end_short() -> None:
     script = """
-import os, signal, threading
+import os, signal, threading, time
 from warabi.engine import Engine
+before = signal.getsignal(signal.SIGINT)
+def send(number):
+    while signal.getsignal(signal.SIGINT) is before:  # it does not wait yet
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
 for number in (signal.SIGTERM, signal.SIGINT):
     engine = Engine("na+sm")
     engine.on_prefinalize(lambda: os.kill(os.getpid(), number))
-    threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
+    threading.Thread(target=send, args=[number]).start()
     engine.wait_for_finalize()
     print(engine.listening)
 """
