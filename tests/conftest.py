@@ -22,9 +22,15 @@ from warabi.client import TargetHandle
 from warabi.engine import Engine, client
 from warabi.server import Provider
 
-hypothesis.settings.register_profile("warabi", deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "warabi",
+    deadline=None,
+    database=None,
+    # How long it takes to think of an example is a matter of what else the machine does.
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("warabi")
-_GRACE = 5.0
+_GRACE = 30.0
 """Seconds that threads and processes, which were told to end, have for it."""
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
+import time
 
 from warabi.engine import Engine, server
 from warabi.server import Provider
@@ -28,8 +30,16 @@ def main() -> None:
             pass
         engine.finalize()
 
+    before = signal.getsignal(signal.SIGINT)
+
+    def announce() -> None:
+        """Once a signal ends the process in order: who reads the address may send one."""
+        while signal.getsignal(signal.SIGINT) is before:
+            time.sleep(0.001)
+        print(engine.addr(), flush=True)
+
     threading.Thread(target=finalize_at_end_of_input, daemon=True).start()
-    print(engine.addr(), flush=True)
+    threading.Thread(target=announce, daemon=True).start()
     engine.wait_for_finalize()
     del providers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from tests.helpers import (
     MEMORY,
     PATIENCE,
     Served,
+    eventually,
     file_config,
     half_reply,
     pattern,
     provider_process,
 )
-from warabi import aio, errors, layout
+from warabi import aio, errors, layout, transport
 from warabi.config import FileConfig, MemoryConfig
 from warabi.region import RegionID
 from warabi.target import Target as LocalTarget
@@ -320,6 +322,33 @@ async def test_errors_of_the_block_come_out_as_they_are(local_process: Served) -
         assert caught.value is error
 
 
+async def test_a_connection_that_is_there_only_after_the_cancellation_is_closed(
+    local_process: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = transport.connect
+    made: list[socket.socket] = []
+    go_on = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        found = connect(*arguments)
+        made.append(found[0])
+        assert go_on.wait(PATIENCE)
+        return found
+
+    async def connects() -> None:
+        async with aio.connect(local_process.address, 1):
+            pytest.fail("connected")
+
+    monkeypatch.setattr(transport, "connect", slow)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connects)
+            await trio.to_thread.run_sync(eventually, lambda: made)
+            scope.cancel()
+    go_on.set()
+    eventually(lambda: made[0].fileno() == -1)
+
+
 async def test_cancelled_block(local_process: Served) -> None:
     with trio.move_on_after(0.05) as scope:
         async with aio.connect(local_process.address, 1) as target:
@@ -364,7 +393,7 @@ async def test_killed_provider_wakes_all_who_wait(transport: str) -> None:
 
 async def test_stopped_provider_times_out_and_is_usable_again(tmp_path: Path) -> None:
     with provider_process("na+sm", file_config(tmp_path / "target")) as served:
-        async with aio.connect(served.address, 1, timeout=0.2) as target:
+        async with aio.connect(served.address, 1, timeout=1.0) as target:
             region = await target.create_and_write(b"1234")
             served.stop()
             buffer = bytearray(4)

@@ -261,10 +261,15 @@ def test_from_a_file(tmp_path: Path) -> None:
 )
 def test_wait_for_finalize(send: str) -> None:
     done = run_python(
-        "import os, signal, threading\n"
+        "import os, signal, threading, time\n"
         "from warabi.bedrock import Server\n"
         "server = Server('na+sm', {})\n"
-        f"threading.Timer(0.2, lambda: {send}).start()\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "def send():\n"
+        "    while signal.getsignal(signal.SIGINT) is before:  # it does not wait yet\n"
+        "        time.sleep(0.001)\n"
+        f"    {send}\n"
+        "threading.Thread(target=send).start()\n"
         "server.wait_for_finalize()\n"
         "print(server.engine.listening)\n"
     )

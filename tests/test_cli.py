@@ -29,6 +29,7 @@ from tests.helpers import (
     run_python,
 )
 from warabi import errors
+from warabi.channel import STALL_PATIENCE
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client
 
@@ -320,9 +321,7 @@ def test_the_end_during_traffic(tmp_path: Path, transport: str) -> None:
         for thread in threads:
             thread.start()
         eventually(lambda: len(acknowledged) > 50)
-        start = time.monotonic()
         service.end()
-        assert time.monotonic() - start < 20
         for thread in threads:
             thread.join(PATIENCE)
     assert not wrong
@@ -360,7 +359,7 @@ def test_a_peer_that_takes_no_replies_does_not_hold_up_the_end(client_engine: En
                 peer.send([number, 0, "read", [region, 0, 4 << 20, False, False], None])
             start = time.monotonic()
             service.end()
-            assert time.monotonic() - start < 20
+            assert time.monotonic() - start < STALL_PATIENCE - 10
 
 
 # Looking into a target

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 import warabi.aio
+from tests.helpers import PATIENCE
 from warabi.backends.direct import DirectFileStorage, supports_direct_io
 from warabi.client import Client, TargetHandle
 from warabi.config import AbtIoConfig, FileConfig
@@ -168,11 +170,14 @@ async def test_the_thread_pool_is_as_large_as_configured(tmp_path: Path) -> None
     )
     inside: list[int] = []
     most: list[int] = []
+    two = threading.Barrier(2, timeout=PATIENCE)
 
     def slow() -> None:
         inside.append(1)
+        two.wait()
+        time.sleep(0.02)  # in which a third one could come
         most.append(len(inside))
-        time.sleep(0.02)
+        two.wait()
         inside.pop()
 
     with open_file(config) as local:

@@ -668,6 +668,25 @@ def test_dev_full_is_no_target() -> None:
         open_target(Path("/dev/full"))
 
 
+def test_child_of_a_killed_owner_is_waited_for(path: Path) -> None:
+    """Between fork(2) and execve(2) it has what its parent had open."""
+    script = """
+import os, signal, sys, time
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+if os.fork() == 0:
+    time.sleep(0.5)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], env=environment(), timeout=PATIENCE, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    open_target(path).close()
+
+
 def test_process_that_holds_the_lock_is_named_though_stopped(path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)],

@@ -104,6 +104,7 @@ while True:
     if gone.count(False) <= int(sys.argv[2]) or time.monotonic() > deadline:
         break
     time.sleep(0.01)
+gone = [ended(one) for one in crowd]  # all of one time: those that went while the others were asked
 print(*map(int, gone), flush=True)
 sys.stdin.readline()
 """
@@ -165,24 +166,24 @@ def test_handshake_a_byte_at_a_time(
     secured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A byte now and then does not renew its time."""
-    monkeypatch.setattr(channel, "OPENING_PATIENCE", 0.3)
     first = b"\x16\x03\x01\x02\x00" + bytes(200) if secured else wire.opening(wire.Limits())
     with (
         Engine("tcp", config=secured) as engine,
         Provider(engine, 1, MEMORY),
         _bystander(str(engine.addr()), secured),
-        raw_connection(str(engine.addr())) as slow,
     ):
-        deadline = time.monotonic() + PATIENCE
-        for byte in first[:-1]:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                slow.sendall(bytes([byte]))
-            if _ended(slow):
-                break
-            slow.settimeout(PATIENCE)
-            time.sleep(0.02)
-        assert time.monotonic() < deadline
-        eventually(lambda: _ended(slow))
+        monkeypatch.setattr(channel, "OPENING_PATIENCE", 0.3)
+        with raw_connection(str(engine.addr())) as slow:
+            deadline = time.monotonic() + PATIENCE
+            for byte in first[:-1]:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    slow.sendall(bytes([byte]))
+                if _ended(slow):
+                    break
+                slow.settimeout(PATIENCE)
+                time.sleep(0.02)
+            assert time.monotonic() < deadline
+            eventually(lambda: _ended(slow))
 
 
 # Too many

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,21 +29,23 @@ from warabi.engine import Engine, client
 CLIENTS = 200
 PROCESSES = 8
 KILLED = 3
+SECONDS = 2.0
+"""For which those that live go on."""
 
 WORK = """
-import random, sys, threading, time
+import random, sys, threading
 from warabi.client import Client
 from warabi.engine import Engine, Mode
 
 address, seed, count, share = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
-stop = time.monotonic() + 3.0
+stop = threading.Event()
 
 def work(number):
     numbers = random.Random(number)
     with Engine(address.split("://")[0], Mode.CLIENT, config={"share": share}) as engine:
         handle = Client(engine).make_target_handle(address, 1)
         mine = {}
-        while time.monotonic() < stop:
+        while not stop.is_set():
             size = numbers.choice([0, 10, 2048, 2049, 70_000, 300_000])
             data = numbers.randbytes(16) * (size // 16 + 1)
             data = data[:size]
@@ -70,6 +73,8 @@ def guarded(number):
 threads = [threading.Thread(target=guarded, args=(seed * 1000 + i,)) for i in range(count)]
 print("ready", flush=True)
 for thread in threads: thread.start()
+sys.stdin.readline()
+stop.set()
 for thread in threads: thread.join()
 for failure in failures[:1]: raise failure
 """
@@ -99,7 +104,8 @@ def test_memory_descriptors_and_answers_stay_right(served: Served) -> None:
             subprocess.Popen(
                 [sys.executable, "-c", WORK, served.address, str(seed),
                  str(CLIENTS // PROCESSES), str(share and seed % 2 == 0)],
-                env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                env=environment(), cwd=ROOT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )
             for seed in range(PROCESSES)
         ]  # fmt: skip
@@ -111,6 +117,11 @@ def test_memory_descriptors_and_answers_stay_right(served: Served) -> None:
             for victim in victims:
                 handle.read(kept, 0, 4)  # some time, in which it gets into its work
                 os.kill(victim.pid, signal.SIGKILL)
+            time.sleep(SECONDS)
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.close()
+                process.stdin = None
             for process in processes:
                 expected = -signal.SIGKILL if process in victims else 0
                 assert process.wait(PATIENCE) == expected

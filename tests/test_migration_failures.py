@@ -447,7 +447,7 @@ def test_a_destination_that_is_finalized_lets_go(engine: Engine, tmp_path: Path)
 def test_a_destination_that_stops_times_out(tmp_path: Path) -> None:
     with (
         provider_process("na+sm", {}) as destination,
-        Engine("na+sm", config={"timeout": 1.0}) as engine,
+        Engine("na+sm", config={"timeout": 2.0}) as engine,
     ):
         source = Provider(engine, 1, MEMORY)
         target = handle(engine, str(engine.addr()), 1)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -280,12 +279,14 @@ def test_the_asker_may_go(tmp_path: Path, client_engine: Engine) -> None:
         target.create_and_write(pattern(3_000_000))
         expected = contents(target)
         destination.stop()
+        before = source.descriptors()
         arguments = [source.address, "1", destination.address, "1"]
         with subprocess.Popen(
             [sys.executable, "-c", "from warabi.cli import main; main()", "migrate", *arguments],
             env=environment(), stderr=subprocess.DEVNULL,
         ) as command:  # fmt: skip
-            time.sleep(1.0)
+            # The asker's connection, and the one to the destination: it is under way.
+            eventually(lambda: source.descriptors() >= before + 2)
             command.kill()
         destination.signal(signal.SIGCONT)
         there = handle(client_engine, destination.address, 1)

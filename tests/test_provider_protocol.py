@@ -377,7 +377,7 @@ def resident(process: Served) -> int:
 
 def test_many_silent_peers(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who connects and says nothing is shown the door."""
-    monkeypatch.setattr(channel_module, "OPENING_PATIENCE", 0.2)
+    monkeypatch.setattr(channel_module, "OPENING_PATIENCE", 1.0)
     with contextlib.ExitStack() as stack:
         silent = [
             stack.enter_context(raw_connection(served.address, served.config)) for _ in range(30)
@@ -389,10 +389,10 @@ def test_many_silent_peers(served: Place, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_peer_that_opened_may_be_idle(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "OPENING_PATIENCE", 0.1)
+    monkeypatch.setattr(channel_module, "OPENING_PATIENCE", 1.0)
     with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
-        time.sleep(0.3)
+        time.sleep(1.2)
         assert peer.call([1, 1, "ping", [], None]) == [1, None]
 
 

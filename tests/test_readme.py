@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.support import processes_of, wait_until
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -37,6 +39,7 @@ def checkout() -> Iterator[Path]:
         yield ROOT
     finally:
         unmount(mnt)
+        wait_until(lambda: not processes_of(data), "the end of what persists there")
         subprocess.run(["rm", "-rf", data], check=True, timeout=60)
         if aside.exists():
             aside.rename(data)

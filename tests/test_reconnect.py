@@ -88,10 +88,10 @@ async def test_calls_fail_when_the_outage_outlasts_their_patience_and_work_again
             first.kill()
             with pytest.raises((errors.ConnectionLost, errors.ConnectionFailed)):
                 await target.size(region)
-            started = trio.current_time()
-            with pytest.raises((errors.ConnectionLost, errors.ConnectionFailed)):
-                await target.size(region)  # the outage has lasted long enough already
-            assert trio.current_time() - started < 0.2
+            with trio.fail_after(30):
+                for _ in range(200):  # which do not wait: it has lasted long enough already
+                    with pytest.raises((errors.ConnectionLost, errors.ConnectionFailed)):
+                        await target.size(region)
             with served(tmp_path, port), trio.fail_after(PATIENCE):
                 while True:
                     try:
@@ -104,7 +104,7 @@ async def test_calls_fail_when_the_outage_outlasts_their_patience_and_work_again
 async def test_a_silent_provider_is_an_outage_too(tmp_path: Path) -> None:
     """As after a suspension of the machine: the socket is there, and nothing comes."""
     with served(tmp_path) as process:
-        async with reconnect.connect(process.address, 1, timeout=0.5, patience=1.0) as target:
+        async with reconnect.connect(process.address, 1, timeout=2.0, patience=1.0) as target:
             region = await target.create(3)
             process.stop()
             with pytest.raises((errors.TimedOut, errors.ConnectionLost)):
@@ -115,7 +115,7 @@ async def test_a_silent_provider_is_an_outage_too(tmp_path: Path) -> None:
                     try:
                         assert await target.size(region) == 3
                         break
-                    except (errors.TimedOut, errors.ConnectionLost):
+                    except (errors.TimedOut, errors.ConnectionLost, errors.ConnectionFailed):
                         await trio.sleep(0.05)
 
 
@@ -242,11 +242,14 @@ async def test_an_open_file_without_a_name_ends_with_the_connection(relayed: Rel
         made = await target.call("mknod", ROOT, b"file", REG, 0, 0, 0, True, 0)
         await target.call("unlink", ROOT, b"file", False)
         assert await other.size(made.region) == 0
+        engine, relayed.engine = relayed.engine, ""  # or the next connection could be there first
         relayed.cut()
+        with trio.fail_after(PATIENCE), pytest.raises(errors.InvalidRegion):
+            while True:
+                await other.size(made.region)
+        relayed.engine = engine
         with pytest.raises(errors.InvalidRegion):
             await target.size(made.region)
-        with pytest.raises(errors.InvalidRegion):
-            await other.size(made.region)
         await target.call("unpin", made.ino, 1)  # as the kernel's release of it does
         assert await target.call("getattr", ROOT)
 

@@ -180,7 +180,7 @@ assert handle.read(region, 0, 2) == b"AB"
 def test_stopped_provider_times_out_and_is_usable_again(tls: dict[str, Any]) -> None:
     with (
         provider_process("tcp", MEMORY, engine=tls) as served,
-        Engine("tcp", client, config={**tls, "timeout": 0.4}) as engine,
+        Engine("tcp", client, config={**tls, "timeout": 1.0}) as engine,
     ):
         handle = Client(engine).make_target_handle(served.address, 1)
         region = handle.create_and_write(b"1234")

@@ -155,13 +155,14 @@ def test_server_that_closes_at_once(tls: dict[str, Any], connect: Connect) -> No
 
 
 def test_handshake_that_does_not_come(tls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "OPENING_PATIENCE", 0.2)
-    with serving(tls) as address:
+    with serving(tls) as address, monkeypatch.context() as patch:
+        patch.setattr(channel, "OPENING_PATIENCE", 0.2)
         for first in (b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"):
             with raw_connection(address) as silent:
                 silent.settimeout(AT_ONCE)
                 silent.sendall(first)
                 assert silent.recv(1000) == b""
+        patch.undo()
         blocking(address, tls)
 
 

@@ -11,6 +11,7 @@ connection ends or another request on it has been answered.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -253,9 +254,7 @@ async def connect(
     limit = min(timeout, _CONNECT_TIMEOUT)
 
     async def opened(*, descriptors: bool = False) -> Connection:
-        plain, over = await trio.to_thread.run_sync(
-            transport.connect, endpoint, limit, shown, abandon_on_cancel=True
-        )
+        plain, over = await _connected(endpoint, limit, shown)
         plain.setblocking(False)
         connection = Connection(
             trio.socket.from_stdlib_socket(plain),
@@ -297,6 +296,29 @@ async def connect(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _connected(
+    endpoint: _address.Endpoint, limit: float, shown: security.Security
+) -> tuple[socket.socket, transport.Transport]:
+    """As :func:`transport.connect`, in a thread; one that is abandoned closes what it makes."""
+    made: list[socket.socket] = []
+    abandoned = False
+
+    def connect() -> tuple[socket.socket, transport.Transport]:
+        plain, over = transport.connect(endpoint, limit, shown)
+        made.append(plain)
+        if abandoned:
+            plain.close()
+        return plain, over
+
+    try:
+        return await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
+    except BaseException:
+        abandoned = True
+        for plain in made:
+            plain.close()
+        raise
 
 
 async def _run(connection: Connection, ended: trio.Event | None) -> None:

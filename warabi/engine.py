@@ -343,18 +343,21 @@ class Engine:
 
     def wait_for_finalize(self) -> None:
         """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM."""
-        if threading.current_thread() is threading.main_thread():
-            with Ending() as ending:
-                self._state.wakers.append(ending.come)
-                try:
-                    if not self._state.wanted.is_set():
-                        ending.wait()
-                finally:
-                    self._state.wakers.remove(ending.come)
-        else:
+        if threading.current_thread() is not threading.main_thread():
             self._state.wanted.wait()
-        self._state.finalize()
-        self._state.finalized.wait()
+            self._state.finalize()
+            self._state.finalized.wait()
+            return
+        # To the end: another signal would find the default handler, before all is persisted.
+        with Ending() as ending:
+            self._state.wakers.append(ending.come)
+            try:
+                if not self._state.wanted.is_set():
+                    ending.wait()
+            finally:
+                self._state.wakers.remove(ending.come)
+            self._state.finalize()
+            self._state.finalized.wait()
 
     def __enter__(self) -> Engine:
         return self

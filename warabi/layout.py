@@ -31,6 +31,9 @@ from warabi.target import Target
 
 _CLOSING_PATIENCE = 60.0
 """Seconds to wait for an owner that has begun to close, when asked to wait at all."""
+_DEAD_PATIENCE = 5.0
+"""Seconds to wait where the owner is dead, and a child that it was just starting still has its
+descriptors: until that runs its own program."""
 
 
 class _Plan(NamedTuple):
@@ -311,6 +314,16 @@ def owned(path: Path) -> Iterator[tuple[Path, Path]]:
         lock.release()
 
 
+def _is_dead(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return state in "ZX"
+
+
 class _Lock:
     """Ownership of a target, for as long as this object or its process lives."""
 
@@ -319,6 +332,7 @@ class _Lock:
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + patience
         closing_deadline = time.monotonic() + (_CLOSING_PATIENCE if patience else 0.0)
+        dead_deadline = time.monotonic() + max(patience, _DEAD_PATIENCE)
         while True:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -329,6 +343,8 @@ class _Lock:
                     raise
             owner = os.pread(self._fd, 100, 0).decode(errors="replace").strip()
             limit = closing_deadline if owner.endswith("closing") else deadline
+            if _is_dead(owner.partition(",")[0]):
+                limit = dead_deadline
             if time.monotonic() >= limit:
                 let_go(self._fd)
                 raise TargetBusy(f"target {path}: already open in process {owner or 'unknown'}")

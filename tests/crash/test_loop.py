@@ -23,7 +23,8 @@ from tests.helpers import PATIENCE, environment
 
 _FICLONE = 0x40049409
 SNAPSHOTS = 8
-OPERATIONS = 3000
+OPERATIONS = 1_000_000
+"""More than there is time for: it is killed after the last snapshot."""
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 
 

@@ -15,7 +15,7 @@ from tests.crash import powerloss
 from tests.crash.disk import Disk
 from tests.crash.oracle import Found
 from tests.crash.targets import BACKENDS, opened
-from tests.crash.trace import Event
+from tests.crash.trace import Event, Reader
 from tests.crash.workload import on_target
 
 BEGIN = """
@@ -126,6 +126,32 @@ die()
         elif said == "new":
             assert (names, content) == ({}, [b"new"])
     assert kinds == {"old", "new"}
+
+
+def test_a_descriptor_that_is_another_files_before_its_close_was_seen_to_end(
+    tmp_path: Path,
+) -> None:
+    """The kernel gives a number away while strace(1) has yet to hear that the close returned."""
+
+    def text(name: str) -> str:
+        return '"' + "".join(f"\\x{byte:02x}" for byte in name.encode()) + '"'
+
+    log = tmp_path / "log"
+    log.write_text(
+        f"1 openat(AT_FDCWD, {text('/d/a')}, O_RDWR|O_CREAT, 0600) = 7\n"
+        "1 close(7 <unfinished ...>\n"
+        f"2 openat(AT_FDCWD, {text('/d/b')}, O_RDWR|O_CREAT, 0600) = 7\n"
+        "1 <... close resumed>) = 0\n"
+        f"2 pwrite64(7, {text('x')}, 1, 0) = 1\n"
+        "2 fdatasync(7) = 0\n"
+    )
+    assert list(Reader(Path("/d")).events(log)) == [
+        Event("create", "/d/a"),
+        Event("create", "/d/b"),
+        Event("write", "/d/b", data=b"x"),
+        Event("sync", "/d/b", thread=2),
+        Event("synced", thread=2),
+    ]
 
 
 def test_the_model_of_the_medium(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ class Call(NamedTuple):
     arguments: list[str]
     result: int | None
     """None when it has only begun."""
+    resumed: bool = False
+    """Its first half was told before."""
 
 
 class Event(NamedTuple):
@@ -78,12 +80,13 @@ def calls(log: Path) -> Iterator[Call]:
                 name, _, arguments = unfinished[1].partition("(")
                 yield Call(thread, name, _split(arguments), None)
                 continue
-            if resumed := _RESUMED.fullmatch(text):
+            resumed = _RESUMED.fullmatch(text)
+            if resumed:
                 text = begun.pop(thread) + resumed[2]
             call = _CALL.fullmatch(text)
             assert call, text[:200]
             result = -1 if call[3] == "?" else int(call[3], 0)
-            yield Call(thread, call[1], _split(call[2]), result)
+            yield Call(thread, call[1], _split(call[2]), result, resumed is not None)
 
 
 def _split(text: str) -> list[str]:
@@ -147,8 +150,8 @@ class Reader:
             yield Event("truncate", path, size=0)
 
     def _close(self, call: Call) -> Iterator[Event]:
-        # It does not exist for others once it was begun.
-        if call.arguments[0].isdigit():
+        # It does not exist for others once it was begun; at its end the number may be another's.
+        if call.arguments[0].isdigit() and not call.resumed:
             self._open.pop(int(call.arguments[0]), None)
         yield from ()
 
@@ -209,7 +212,8 @@ class Reader:
         yield from ()
 
     def _munmap(self, call: Call) -> Iterator[Event]:
-        self._maps.pop(int(call.arguments[0], 0), None)
+        if not call.resumed:
+            self._maps.pop(int(call.arguments[0], 0), None)
         yield from ()
 
     def _msync(self, call: Call) -> Iterator[Event]:

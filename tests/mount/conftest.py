@@ -18,6 +18,7 @@ from tests.mount.support import (
     processes_of,
     run,
     source_of,
+    wait_until,
     watchdog,
 )
 from warabifs import install
@@ -47,6 +48,8 @@ def disposable(parent: str) -> Iterator[Path]:
         left = [line for line in (path, *path.glob("*")) if is_mounted(line)]
         for mountpoint in left:
             run("fusermount3", "-u", "-z", mountpoint, check=False)
+        with contextlib.suppress(AssertionError):  # the processes are told below
+            wait_until(lambda: not processes_of(path), "the end of what persists there")
         processes = processes_of(path)
         shutil.rmtree(path, ignore_errors=True)
     assert not left, f"left mounted: {left}"

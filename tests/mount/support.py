@@ -75,9 +75,15 @@ def another_python(script: str, *arguments: str | Path) -> Iterator[subprocess.P
 def line_of(process: subprocess.Popen[str]) -> str:
     """The next line that *process* prints."""
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-    assert ready, "the process does not answer"
-    return process.stdout.readline().rstrip("\n")
+    fd, line = process.stdout.fileno(), b""
+    while not line.endswith(b"\n"):
+        # Byte by byte: what the file object reads ahead, select(2) does not see.
+        ready, _, _ = select.select([fd], [], [], PATIENCE)
+        assert ready, "the process does not answer"
+        byte = os.read(fd, 1)
+        assert byte, f"the process has ended, its last word: {line!r}"
+        line += byte
+    return line.decode().rstrip("\n")
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -263,13 +269,19 @@ def _cmdline(pid: int) -> bytes:
     return b""
 
 
+# Who reads the address may end the process, so that comes when a signal does it in order.
 _SERVE = """
-import sys
+import signal, sys, threading, time
 from warabi.engine import Engine
 from warabi.server import Provider
 transport, provider_id, config, settings = sys.argv[1:]
-with Engine(transport, config=settings) as engine, Provider(engine, int(provider_id), config):
+before = signal.getsignal(signal.SIGINT)
+def announce():
+    while signal.getsignal(signal.SIGINT) is before:
+        time.sleep(0.001)
     print(engine.addr(), flush=True)
+with Engine(transport, config=settings) as engine, Provider(engine, int(provider_id), config):
+    threading.Thread(target=announce, daemon=True).start()
     engine.wait_for_finalize()
 """
 

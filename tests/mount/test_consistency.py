@@ -358,11 +358,28 @@ def test_an_exclusive_mount_hands_over_at_close_sync_and_unmount(place: Path) ->
     ):
         target = Client(engine).make_target_handle(provider.address, PROVIDER_ID)
         path = mount.path / "file"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+
+        def held_back() -> bool:
+            """Write to a new file; whether the target does not know of it yet."""
+            path.unlink(missing_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT)
+            try:
+                os.write(fd, b"held back")
+                assert os.fstat(fd).st_size == 9
+                return target.size(id_of(fd)) == 0
+            finally:
+                os.close(fd)
+
+        # The kernel may write back whenever it likes, but does not do so each time at once.
+        wait_until(held_back, "a write that is held back")
+        assert path.read_bytes() == b"held back"
+        fd = os.open(path, os.O_RDWR)
         region = id_of(fd)
-        os.write(fd, b"held back")
-        assert target.size(region) == 0
-        assert os.fstat(fd).st_size == 9
+        assert target.read(region, 0, 9) == b"held back"
+        os.pwrite(fd, b"synced", 0)
+        os.fsync(fd)
+        assert target.read(region, 0, 9) == b"syncedack"
+        os.pwrite(fd, b"held back", 0)
         os.fsync(fd)
         assert target.read(region, 0, 9) == b"held back"
         os.pwrite(fd, b"HELD", 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.conftest import disposable, limit_of
-from tests.mount.support import MIB, mounting, wait_until
+from tests.mount.support import MIB, mounting, serving, wait_until
 from tests.mount.together import OPTIONS, Together, emptied, erased, region_of, together
 from warabi.region import RegionID
 
@@ -246,15 +246,21 @@ def held(path: Path) -> tuple[int, RegionID]:
     return fd, region
 
 
-def test_a_dead_mount_keeps_no_region(both: Together, place: Path) -> None:
-    with mounting(both.provider.address, place, *OPTIONS) as third:
-        fd, region = held(third.path / "file")
-        assert both.target.size(region) == MIB
-        full = os.statvfs(both.first.path).f_bavail
-        third.kill()
-        wait_until(lambda: erased(both.target, region), "the end of the region")
+def test_a_dead_mount_keeps_no_region(place: Path) -> None:
+    room = {"type": "memory", "config": {"capacity": 8 * MIB}}  # that nobody else uses
+    for name in ("other", "dies"):
+        (place / name).mkdir()
+    with (
+        serving("na+sm", room) as provider,
+        mounting(provider.address, place / "other", *OPTIONS) as other,
+        mounting(provider.address, place / "dies", *OPTIONS) as dies,
+    ):
+        empty = os.statvfs(other.path).f_bavail
+        fd, _ = held(dies.path / "file")
+        assert os.statvfs(other.path).f_bavail < empty
+        dies.kill()
+        wait_until(lambda: os.statvfs(other.path).f_bavail == empty, "its room")
         os.close(fd)
-    wait_until(lambda: os.statvfs(both.first.path).f_bavail > full, "its room")
 
 
 def test_who_has_a_file_open_keeps_it_when_another_mount_dies(both: Together, place: Path) -> None:
@@ -291,8 +297,11 @@ def test_a_mount_that_dies_in_the_middle_leaves_a_whole_tree(both: Together, pla
         thread = threading.Thread(target=churn)
         thread.start()
         try:
+            fd, last = held(third.path / "held")
             assert done.wait(60)
             third.kill()
+            os.close(fd)
+            wait_until(lambda: erased(both.target, last), "the end of its connection")
         finally:
             thread.join()
         for path in paths(both):

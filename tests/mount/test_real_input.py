@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
+import struct
 import sysconfig
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +24,9 @@ def library() -> Iterator[Path]:
     """A copy of the standard library that nobody changes meanwhile."""
     with disposable("/tmp") as path:
         source = sysconfig.get_path("stdlib")
-        run("rsync", "-a", "--exclude=/site-packages", f"{source}/", path / "lib", timeout=LONG)
+        copy = ("rsync", "-a", "--exclude=/site-packages", f"{source}/", path / "lib")
+        # 24: a file was gone, such as one under a temporary name that a Python was compiling.
+        assert run(*copy, timeout=LONG, check=False).returncode in (0, 24)
         yield path / "lib"
 
 
@@ -64,30 +66,29 @@ def test_a_real_tree_survives_a_remount(place: Path, library: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def gibibyte() -> Iterator[tuple[Path, str]]:
-    """A file of 1 GiB of random bytes, and its SHA-256."""
+def gibibyte() -> Iterator[Path]:
+    """A file of 1 GiB, no two pages of which are the same."""
     with disposable("/tmp") as path:
-        digest = hashlib.sha256()
+        block = bytearray(os.urandom(16 * MIB))
         with open(path / "random", "wb") as file:
-            for _ in range(GIB // (16 * MIB)):
-                block = os.urandom(16 * MIB)
-                digest.update(block)
+            for start in range(0, GIB, len(block)):
+                for page in range(0, len(block), 4096):
+                    struct.pack_into("<Q", block, page, start + page)
                 file.write(block)
-        yield path / "random", digest.hexdigest()
+        yield path / "random"
 
 
 @pytest.mark.timeout(LONG)
 def test_a_file_of_1_gib_goes_in_and_out_with_dd(
-    mounted: Mount, place: Path, gibibyte: tuple[Path, str]
+    mounted: Mount, place: Path, gibibyte: Path
 ) -> None:
-    original, digest = gibibyte
     big, back = mounted.path / "big", place / "back"
-    run("dd", f"if={original}", f"of={big}", "bs=1M", timeout=LONG)
+    run("dd", f"if={gibibyte}", f"of={big}", "bs=1M", timeout=LONG)
     assert big.stat().st_size == GIB
     # O_DIRECT, so that the bytes come from the mount and not from the page cache.
     run("dd", f"if={big}", f"of={back}", "bs=1M", "iflag=direct", timeout=LONG)
-    assert _lines("sha256sum", back)[0].split()[0] == digest
-    run("cmp", big, back, timeout=LONG)
+    run("cmp", gibibyte, back, timeout=LONG)
+    run("cmp", gibibyte, big, timeout=LONG)
     big.unlink()
     assert os.listdir(mounted.path) == []
 

@@ -355,7 +355,7 @@ def test_fsync_survives_kill_9_of_the_provider(place: Path, transport: str) -> N
     data = os.urandom(1_000_000)
     with (
         serving(transport, target) as provider,
-        mounting(provider.address, place, *OPTIONS) as mount,
+        mounting(provider.address, place, *OPTIONS, "reconnect=0") as mount,  # nobody comes back
     ):
         with open(mount.path / "file", "wb") as file:
             file.write(data)

@@ -111,6 +111,7 @@ def test_directories_count_their_subdirectories(where: Path) -> None:
 
 def test_statfs_tells_the_room_of_the_target(place: Path) -> None:
     capacity = 64 * MIB
+    filled = b"x" * MIB  # pages that were never touched are handed on one by one
     config = {"type": "memory", "config": {"capacity": capacity}}
     with (
         serving("na+sm", config) as provider,
@@ -122,13 +123,13 @@ def test_statfs_tells_the_room_of_the_target(place: Path) -> None:
             return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
         assert room() == (capacity, capacity)
-        path = file(mount.path / "file", bytes(20 * MIB))
+        path = file(mount.path / "file", filled * 20)
         assert room() == (capacity, 44 * MIB)
         with opened(path) as fd, fails_with(errno.ENOSPC):
             os.pwrite(fd, b"x", capacity)
         with open(mount.path / "more", "wb", buffering=0) as more, fails_with(errno.ENOSPC):
             while True:
-                more.write(bytes(MIB))
+                more.write(filled)
         assert room() == (capacity, 0)
         (mount.path / "more").unlink()
         # FUSE lets go of a closed file when it comes to it.
