@@ -40,7 +40,7 @@ class DurableRegions(RegionGate):
     Args:
         catalogue: which regions exist; recovered if it was not closed.
         storage: where their bytes are.
-        on_closing: called once when the target begins to close.
+        on_closing: called when the target begins to close, or is about to.
         on_close: called once after the target was closed.
     """
 
@@ -175,6 +175,10 @@ class DurableRegions(RegionGate):
                 catalogue.path, orphaned, resized, lost,
             )  # fmt: skip
 
+    def will_close(self) -> None:
+        """Say that :meth:`close` will come soon: whoever wants to open the target waits for it."""
+        self._on_closing()
+
     def close(self) -> None:
         """Persist everything and let go of the medium.  Idempotent; never deletes a region.
 
@@ -188,7 +192,7 @@ class DurableRegions(RegionGate):
             self._closed = True
             while self._inside:
                 self._wait(True)
-        self._on_closing()
+        self.will_close()
         if self._grants is not None:
             self._close_grants(self._grants)
         self._stop.set()

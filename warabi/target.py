@@ -44,7 +44,7 @@ class Target(SharedRegions):
         threads: how many calls of Trio programs may wait for the medium at once; None for Trio's
             own limit.
         instead: settings that the storage has instead of those that were asked for.
-        on_closing: called once when the target begins to close.
+        on_closing: called when the target begins to close, or is about to.
         on_close: called once after the target was closed.
     """
 

@@ -372,6 +372,8 @@ async def _mount_and_serve(
                 raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
             finally:
                 ending.gather()
+                if local is not None:
+                    local.will_close()
                 await follower.stop()
                 session.silence()
                 device.close(unmount=unmount)
