@@ -179,6 +179,9 @@ class Catalogue:
         try:
             db = sqlite3.connect(fresh, isolation_level=None)
             try:
+                # It is nobody's before it is renamed, and put on the medium as a whole.
+                db.execute("PRAGMA journal_mode = OFF")
+                db.execute("PRAGMA synchronous = OFF")
                 make(db)
                 populate(db, backend=backend, capacity=capacity, clean=None)
             finally:
