@@ -23,11 +23,11 @@ import os
 import random
 import sqlite3
 import stat
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from warabi.clock import Clock
 from warabi.dentries import Dentries
 from warabi.errors import (
     ConfigError,
@@ -80,6 +80,7 @@ class Catalogue:
         self._dirty: dict[int, Inode] = {}
         self.change = 0  # counts changes
         self.feed = Feed()
+        self.clock = Clock()
         try:
             self._db = sqlite3.connect(
                 str(path or ":memory:"), isolation_level=None, check_same_thread=False
@@ -210,7 +211,7 @@ class Catalogue:
         Raises:
             InvalidRegion: *rid* cannot be a region's, or its slot is taken.
         """
-        now = time.time_ns()
+        now = self.clock.exact()
         ino, generation = self._next_ino, self._random.getrandbits(63)
         if rid is not None:
             ino, generation = rid.slot, rid.generation
@@ -271,9 +272,10 @@ class Catalogue:
             inode.changed = self.change
 
     def resize(self, inode: Inode, size: int) -> None:
+        """Note a region's size; what is durable of it is the storage's."""
         self.used += size - inode.size
         inode.size = size
-        self.touch(inode, durable=True)
+        self.touch(inode, durable=False)
 
     def remove(self, inode: Inode) -> None:
         """Forget *inode* and its xattrs; its names are gone already, but for an erased region's."""
@@ -427,6 +429,10 @@ class Catalogue:
     def is_synced(self, change: int) -> bool:
         """Whether *change* is on the medium (a catalogue in memory has none to wait for)."""
         return self._journal.is_synced(change)
+
+    def check(self) -> None:
+        """Raise ``StorageError`` when a sync has failed."""
+        self._journal.check()
 
     def commit(self, unsettled: RegionID | None = None) -> int:
         """End the transaction; what it holds survives a crash of the process.

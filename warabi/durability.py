@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from warabi.backends import Storage
+from warabi.backends.times import Times
 from warabi.catalogue import Catalogue, translate
 from warabi.errors import TargetNotFound
 from warabi.gate import RegionGate
@@ -56,6 +57,7 @@ class DurableRegions(RegionGate):
         self._on_close = on_close
         self._pid = os.getpid()
         self._stop = threading.Event()
+        self._keeping = threading.Lock()  # taken before the target's, if both are
         if not catalogue.clean:
             self._recover()
         self._committer: threading.Thread | None = None
@@ -106,6 +108,22 @@ class DurableRegions(RegionGate):
         if self._freed:
             self._reap()
 
+    def _keep_times(self, inode: Inode) -> bool:
+        """Put a region's times where the sync of its bytes makes them durable; False where they
+        have to be committed."""
+        with self._keeping:  # or the times of who was earlier could be put there last
+            with self._lock:
+                if inode.share is not None:
+                    inode.share.settle(inode)
+                if not self._catalogue.is_synced(inode.changed):
+                    return False  # a commit is due, and has the times, too
+                times = Times(inode.mtime, inode.ctime)
+            if times.ctime != inode.kept:
+                if not self._storage.keep_times(inode.rid, times):
+                    return False
+                inode.kept = times.ctime
+            return True
+
     def sync(self) -> None:
         """Make everything written so far durable: data first, then the catalogue."""
         with self._kept_open():
@@ -151,11 +169,16 @@ class DurableRegions(RegionGate):
                 # Never persisted, or erased: the catalogue on the medium knows nothing of it.
                 self._storage.erase(rid)
                 orphaned += 1
-            elif found.size != size and not (
-                size < found.size and self._storage.attests(found, size)
-            ):
-                catalogue.resize(found, size)
-                resized += 1
+            else:
+                if found.size != size and not (
+                    size < found.size and self._storage.attests(found, size)
+                ):
+                    catalogue.resize(found, size)
+                    resized += 1
+                times = self._storage.kept_times(rid)
+                if times is not None and times.ctime > found.ctime:
+                    found.mtime, found.ctime = times
+                    catalogue.touch(found, durable=False)
             catalogue.trim()
         for rid in sorted(missing):
             found = catalogue.region(rid)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-import time
 from collections import deque
 from functools import partial
 from types import TracebackType
@@ -189,7 +188,7 @@ class RegionGate:
     def _touch(self, inode: Inode) -> None:
         if inode.share is not None:
             inode.share.settle(inode)
-        inode.mtime = inode.ctime = time.time_ns()
+        self._catalogue.clock.wrote(inode)
         feed = self._catalogue.feed
         self._catalogue.touch(inode, durable=False, tell=False)
         if feed.watched:

@@ -311,9 +311,12 @@ class Target(SharedRegions):
             self._leave(inode)
 
     def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
-        self._storage.persist(inode.rid, offset, size)
-        if times or not self._catalogue.is_synced(inode.changed):
+        kept = times and self._keep_times(inode)
+        self._storage.persist(inode.rid, offset, size, times=kept)
+        if (times and not kept) or not self._catalogue.is_synced(inode.changed):
             self._commit()
+        else:
+            self._catalogue.check()
 
     def fsync(self, region: RegionID, times: bool = True) -> None:
         """Persist the whole region; with *times* its timestamps too, as fsync(2) promises and

@@ -18,7 +18,7 @@ _FILE_CALLS = (
     "openat,open,creat,close,write,pwrite64,pwritev,pwritev2,writev,ftruncate,truncate,fallocate,"
     "fsync,fdatasync,syncfs,sync,sync_file_range,msync,mmap,munmap,rename,renameat,renameat2,"
     "unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat,dup,dup2,dup3,fcntl,"
-    "copy_file_range,sendfile,splice"
+    "copy_file_range,sendfile,splice,setxattr,lsetxattr,fsetxattr,removexattr,fremovexattr"
 )
 _LINE = re.compile(r"(\d+) +(.*)")
 _CALL = re.compile(r"(\w+)\((.*)\) += (-?\w+)(?: .*)?")
@@ -174,6 +174,11 @@ class Reader:
             end = int(call.arguments[2]) + int(call.arguments[3])
             yield Event("extend", file.path, size=end)
 
+    def _fsetxattr(self, call: Call) -> Iterator[Event]:
+        if call.result is not None and (file := self._open.get(int(call.arguments[0]))):
+            name, value = (_bytes(argument) for argument in call.arguments[1:3])
+            yield Event("attribute", file.path, os.fsdecode(name), data=value)
+
     def _synced(self, call: Call, begin: Event, end: str) -> Iterator[Event]:
         """A sync covers what was done before it began, and covers it when it has returned."""
         if self._waiting.pop(call.thread, "") == "":
@@ -188,7 +193,8 @@ class Reader:
         file = self._open.get(int(call.arguments[0]))
         path = waiting or (file.path if file else "")
         if path:
-            yield from self._synced(call, Event("sync", path, thread=call.thread), "synced")
+            what = "data" if call.name == "fdatasync" else ""
+            yield from self._synced(call, Event("sync", path, what, thread=call.thread), "synced")
 
     _fdatasync = _fsync
 

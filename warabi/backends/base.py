@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
+from warabi.backends.times import Times
 from warabi.inode import Inode
 from warabi.region import RegionID
 
@@ -124,9 +125,19 @@ class Storage(ABC):
     def settle(self) -> None:  # noqa: B027  # most put nothing off
         """Called from time to time, before a commit: do what was put off."""
 
+    def keep_times(self, rid: RegionID, times: Times) -> bool:
+        """Put a region's times where ``persist`` with *times* makes them durable, instead of what
+        was there; False, and nothing done, where there is no such place."""
+        return False
+
+    def kept_times(self, rid: RegionID) -> Times | None:
+        """What ``keep_times`` was told last, as far as it is known."""
+        return None
+
     @abstractmethod
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
-        """Return when the extent, and the region's existence, are on the medium."""
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        """Return when the extent, and the region's existence, are on the medium; with *times*,
+        for a whole region, what was kept of its times as well."""
 
     @abstractmethod
     def persist_all(self) -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from warabi import errors
+from warabi.backends import times as filetimes
 from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
 from warabi.journal import let_go, sync_directory
@@ -68,6 +70,7 @@ class FileStorage(Storage):
         self._swept_shards: set[str] = set()
         self._lost_shards: set[str] = set()
         self._failed: dict[bytes, str] = {}  # a sync failed: what was written may be gone
+        self._keeps_times = True  # until the file system refuses
         with os.scandir(root) as entries:
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
         # Open all the time: the kernel tells each descriptor once of what it could not write.
@@ -221,17 +224,35 @@ class FileStorage(Storage):
             self._check_end(rid, source, "copy", size)
             copy_file(source, target, size)
 
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
-        self._persist_file(rid)
+    def keep_times(self, rid: RegionID, times: Times) -> bool:
+        if not self._keeps_times:
+            return False
+        with self._translated(rid, "persist"), self._borrow(rid) as fd:
+            try:
+                filetimes.put(fd, times)
+            except OSError as error:
+                self._keeps_times = error.errno != errno.EOPNOTSUPP
+                return False
+            return True
 
-    def _persist_file(self, rid: bytes) -> None:
-        """Put the whole file on the medium, and its name."""
+    def kept_times(self, rid: RegionID) -> Times | None:
+        with self._translated(rid, "recovery of"):
+            return filetimes.get(self._path(rid))
+
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        self._persist_file(rid, times=times)
+
+    def _persist_file(self, rid: bytes, *, times: bool = False) -> None:
+        """Put the whole file on the medium, and its name; with *times* its attributes, too."""
         self._check_failed(rid)
         # Even when nothing seems dirty: another persist of the region may still be waiting for
         # the medium, and this one may not return before it.
         self._dirty.discard(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd, self._remembered(rid):
-            os.fdatasync(fd)
+            if times:
+                os.fsync(fd)
+            else:
+                os.fdatasync(fd)
         self._persist_name(rid)
 
     def _check_failed(self, rid: bytes) -> None:
@@ -311,8 +332,9 @@ class FileStorage(Storage):
             try:
                 self._set_size(new, size)
                 copy_file(fd, new, min(size, os.fstat(fd).st_size))
+                filetimes.copy(fd, new)
                 # Before it takes the place of bytes that may have been persisted.
-                os.fdatasync(new)
+                os.fsync(new)
                 os.rename(fresh, path)
             except BaseException:
                 let_go(new)

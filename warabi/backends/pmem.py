@@ -78,7 +78,7 @@ class PmemStorage(FileStorage):
 
     write_beyond = Storage.write_beyond  # space is reserved before anything is written
 
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._check_failed(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd:
             length = self._check_length(rid, fd, "persist", offset + size)
@@ -89,9 +89,12 @@ class PmemStorage(FileStorage):
             if size == length:
                 self._dirty.discard(rid)
             with self._remembered(rid):
-                if unsettled and not isinstance(mapping, PageCacheMapping):
+                cached = isinstance(mapping, PageCacheMapping)
+                if times:
+                    os.fsync(fd)
+                elif unsettled and not cached:
                     os.fdatasync(fd)  # what msync would do with the file's metadata
-                if mapping is not None:
+                if mapping is not None and not (times and cached):
                     mapping.flush(offset, size)
             self._unsettled.discard(rid)
         self._persist_name(rid)
