@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from warabi.extents import Extent
 from warabi.operations import Operation
 from warabi.region import RegionID
 from warabi.target import Target
+from warabi.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -
             limiters = WeakKeyDictionary()
             _limiters.set(limiters)
         limiter = limiters.setdefault(target, trio.CapacityLimiter(target.threads))
-    return await trio.to_thread.run_sync(call, *arguments, limiter=limiter)
+    return await in_thread(partial(call, *arguments), limiter)
 
 
 async def execute(
