@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from warabi.backends import Storage
+from warabi.backends.base import Flush
 from warabi.backends.times import Times
 from warabi.catalogue import Catalogue, translate
-from warabi.errors import TargetNotFound
+from warabi.errors import TargetNotFound, WouldBlock
 from warabi.gate import RegionGate
 from warabi.grants import Grants
 from warabi.inode import Inode
@@ -108,10 +109,33 @@ class DurableRegions(RegionGate):
         if self._freed:
             self._reap()
 
-    def _keep_times(self, inode: Inode) -> bool:
+    def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
+        """Persist an extent of a region that the caller is in, and with *times* its times."""
+        kept = times and self._keep_times(inode)
+        self._storage.persist(inode.rid, offset, size, times=kept)
+        if (times and not kept) or not self._catalogue.is_synced(inode.changed):
+            self._commit()
+        else:
+            self._catalogue.check()
+
+    @contextlib.contextmanager
+    def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
+        """As :meth:`_persist_inside` of the whole region, when it is one flush of a file, which is
+        to be waited for within the block; raises ``WouldBlock`` when it is more."""
+        if not self._catalogue.is_synced(inode.changed):
+            raise WouldBlock
+        if times and not self._keep_times(inode, wait=False):
+            raise WouldBlock
+        with self._storage.flushing(inode.rid, times=times) as flush:
+            yield flush
+        self._catalogue.check()
+
+    def _keep_times(self, inode: Inode, *, wait: bool = True) -> bool:
         """Put a region's times where the sync of its bytes makes them durable; False where they
-        have to be committed."""
-        with self._keeping:  # or the times of who was earlier could be put there last
+        have to be committed, or without *wait* while others are about to do so."""
+        if not self._keeping.acquire(wait):
+            return False
+        try:  # one at a time, or the times of who was earlier could be put there last
             with self._lock:
                 if inode.share is not None:
                     inode.share.settle(inode)
@@ -123,6 +147,8 @@ class DurableRegions(RegionGate):
                     return False
                 inode.kept = times.ctime
             return True
+        finally:
+            self._keeping.release()
 
     def sync(self) -> None:
         """Make everything written so far durable: data first, then the catalogue."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 import outcome
@@ -33,12 +35,15 @@ class Signals:
     def take(self) -> int:
         return self._idle.pop() if self._idle else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    def put_back(self, fd: int) -> None:
+        self._idle.append(fd)
+
     async def wait(self, fd: int) -> None:
         """Return when *fd* was written to, also when the task is cancelled; ends its use."""
         with trio.CancelScope(shield=True):
             await trio.lowlevel.wait_readable(fd)
         os.eventfd_read(fd)
-        self._idle.append(fd)
+        self.put_back(fd)
 
 
 _signals: trio.lowlevel.RunVar[Signals] = trio.lowlevel.RunVar("warabi-signals")
@@ -57,7 +62,8 @@ def signals() -> Signals:
 async def in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter | None = None) -> _T:
     """Run *call* in a worker thread, beside as many others as *limiter* or Trio's default allows.
 
-    A call that was begun runs to its end, and is waited for, also when the task is cancelled.
+    It has the task's context.  One that was begun runs to its end, and is waited for, also when
+    the task is cancelled.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     async with limited(limiter or trio.to_thread.current_default_thread_limiter()):
@@ -69,7 +75,7 @@ async def in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter | None
             done.append(result)
             os.eventfd_write(fd, 1)
 
-        trio.lowlevel.start_thread_soon(call, deliver)
+        trio.lowlevel.start_thread_soon(partial(copy_context().run, call), deliver)
         await ours.wait(fd)
         return done[0].unwrap()
 

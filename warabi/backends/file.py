@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi.backends import times as filetimes
-from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends.base import Flush, Place, Storage, pread_full, pwrite_full
 from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
@@ -244,16 +244,23 @@ class FileStorage(Storage):
 
     def _persist_file(self, rid: bytes, *, times: bool = False) -> None:
         """Put the whole file on the medium, and its name; with *times* its attributes, too."""
+        with self._flushing(rid, times) as flush:
+            flush.wait()
+        self._persist_name(rid)
+
+    @contextlib.contextmanager
+    def _flushing(self, rid: bytes, times: bool) -> Iterator[Flush]:
         self._check_failed(rid)
         # Even when nothing seems dirty: another persist of the region may still be waiting for
         # the medium, and this one may not return before it.
         self._dirty.discard(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd, self._remembered(rid):
-            if times:
-                os.fsync(fd)
-            else:
-                os.fdatasync(fd)
-        self._persist_name(rid)
+            yield Flush(fd, data=not times)
+
+    def flushing(self, rid: RegionID, *, times: bool) -> contextlib.AbstractContextManager[Flush]:
+        if rid in self._fresh:
+            raise WouldBlock
+        return self._flushing(rid, times)
 
     def _check_failed(self, rid: bytes) -> None:
         if failed := self._failed.get(rid):

@@ -99,6 +99,8 @@ class PmemStorage(FileStorage):
             self._unsettled.discard(rid)
         self._persist_name(rid)
 
+    flushing = Storage.flushing  # ranges are flushed, by mappings
+
     def _mapping(self, rid: bytes, fd: int, length: int) -> Mapping:
         with self._lock:
             mapping = self._mappings.get(rid)
