@@ -692,8 +692,9 @@ def test_process_that_holds_the_lock_is_named_though_stopped(path: Path) -> None
 
 FLUSHES = """
 import os, sys
-from warabi import layout
+from warabi import durability, layout
 from warabi.config import FileConfig
+durability.COMMIT_INTERVAL = 3600
 target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
 region = target.create_and_write(bytes(9000), persist=True)
 target.fsync(region)

@@ -29,8 +29,9 @@ def opened(path: Path) -> Target:
 
 PERSISTS = """
 import os, sys, trio
-from warabi import aio, layout
+from warabi import aio, durability, layout
 from warabi.config import FileConfig
+durability.COMMIT_INTERVAL = 3600
 async def main():
     target = aio.attach(layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True)))
     region = await target.create_and_write(bytes(9000), True)
@@ -145,7 +146,7 @@ async def test_nobody_waits_for_it_but_who_asked(
         return await real(self, flush)
 
     monkeypatch.setattr(Flusher, "flush", stall)
-    ended = []
+    ended: list[str] = []
 
     async def persist() -> None:
         await trio_target.fsync(region)
@@ -157,6 +158,9 @@ async def test_nobody_waits_for_it_but_who_asked(
         await trio_target.fsync(other)
         await trio_target.write(region, 0, b"x" * 100, persist=True)
         assert await trio_target.read(region, 0, 100) == b"x" * 100
+        for wait in (target.close, lambda: target.resize(region, 5)):  # would be for ever
+            with pytest.raises(errors.TargetBusy, match="let it end first"):
+                wait()
         await trio_target.erase(region)
         await trio_target.call("commit")
         assert not ended

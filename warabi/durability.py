@@ -126,8 +126,13 @@ class DurableRegions(RegionGate):
             raise WouldBlock
         if times and not self._keep_times(inode, wait=False):
             raise WouldBlock
-        with self._storage.flushing(inode.rid, times=times) as flush:
-            yield flush
+        thread = threading.get_ident()
+        self._flushes[thread] += 1
+        try:
+            with self._storage.flushing(inode.rid, times=times) as flush:
+                yield flush
+        finally:
+            self._flushes[thread] -= 1
         self._catalogue.check()
 
     def _keep_times(self, inode: Inode, *, wait: bool = True) -> bool:
@@ -228,12 +233,16 @@ class DurableRegions(RegionGate):
         """Persist everything and let go of the medium.  Idempotent; never deletes a region.
 
         Waits for calls in flight.  Later calls raise ``TargetNotFound``.
+
+        Raises:
+            TargetBusy: a Trio task of this thread is persisting; nothing was done.
         """
         if os.getpid() != self._pid:
             return  # a forked child holds copies of things that are its parent's
         with self._lock:
             if self._closed:
                 return
+            self._check_waiting()
             self._closed = True
             while self._inside:
                 self._wait(True)

@@ -17,13 +17,13 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from types import TracebackType
 
 from warabi.backends import Storage
 from warabi.catalogue import Catalogue, translate
-from warabi.errors import Exception, InvalidRegion, TargetNotFound, WouldBlock
+from warabi.errors import Exception, InvalidRegion, TargetBusy, TargetNotFound, WouldBlock
 from warabi.feed import CONTENT, Feed
 from warabi.grants import Grants, Share
 from warabi.inode import Inode
@@ -87,6 +87,7 @@ class RegionGate:
         self._waiters = 0
         self._inside = 0  # calls in any region, for close
         self._closed = False
+        self._flushes: Counter[int] = Counter()  # of event loops, by their threads
         self._changed = threading.Event()  # the catalogue has something to commit
         self._guard = Guard(self._lock, catalogue, self._changed)
         # For the storage, which still has something to do when others are refused.
@@ -175,11 +176,20 @@ class RegionGate:
     def _wait(self, wait: bool) -> None:
         if not wait:
             raise WouldBlock
+        self._check_waiting()
         self._waiters += 1
         try:
             self._idle.wait()
         finally:
             self._waiters -= 1
+
+    def _check_waiting(self) -> None:
+        """Refuse to wait where an event loop would, for what only that loop brings to its end."""
+        if self._flushes[threading.get_ident()]:
+            raise TargetBusy(
+                "a task of this thread is persisting, and cannot end while the thread waits here:"
+                " let it end first, or wait by warabi.aio"
+            )
 
     def _check_alive(self, inode: Inode, what: str) -> None:
         if inode.dead:

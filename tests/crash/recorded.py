@@ -13,7 +13,7 @@ import sys
 
 from tests.crash.oracle import Oracle
 from tests.crash.targets import opened
-from tests.crash.workload import REGION_KINDS, next_op, on_target, promised_times
+from tests.crash.workload import REGION_KINDS, TrioSurface, next_op, on_target, promised_times
 from warabi import durability
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     say("opening")
     target = opened(backend, path)
     say("open")
-    surface = on_target(target)
+    surface = TrioSurface(target) if backend == "trio" else on_target(target)
     for number in range(int(operations)):
         op = next_op(rng, oracle, REGION_KINDS)
         region = oracle.regions.get(op.key)

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import trio
+
 from tests.crash.oracle import Found, Op, Oracle
+from warabi import aio
 from warabi.backends.times import Times
 from warabi.client import TargetHandle
 from warabi.inode import ROOT
@@ -181,6 +184,29 @@ def on_target(target: Target) -> RegionSurface:
     from warabi.operations import OPERATIONS
 
     return RegionSurface(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+
+
+class TrioSurface(RegionSurface):
+    """A target of this process, reached from a Trio program where that waits for the medium."""
+
+    def __init__(self, target: Target) -> None:
+        from warabi.operations import OPERATIONS
+
+        super().__init__(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+        self._trio = aio.attach(target)
+
+    def run(self, op: Op, rid: bytes | None) -> bytes | None:
+        region = RegionID(rid or bytes(16))
+        match op.kind:
+            case "persist":
+                trio.run(self._trio.persist, region, op.offset, op.size)
+            case "write_persist":
+                trio.run(self._trio.write, region, op.offset, op.data, True)
+            case "fsync":
+                trio.run(self._trio.fsync, region)
+            case _:
+                return super().run(op, rid)
+        return None
 
 
 def on_handle(handle: TargetHandle) -> RegionSurface:
