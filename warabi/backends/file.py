@@ -21,6 +21,7 @@ from typing import ClassVar
 from warabi import errors
 from warabi.backends import times as filetimes
 from warabi.backends.base import Flush, Place, Storage, pread_full, pwrite_full
+from warabi.backends.borrowed import Borrowed, OpenFile, Translated
 from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
@@ -35,16 +36,6 @@ _NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
-
-
-class OpenFile:
-    """An open region file and how many calls are using it."""
-
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
 
 
 class FileStorage(Storage):
@@ -79,18 +70,14 @@ class FileStorage(Storage):
     def _path(self, rid: bytes) -> str:
         return f"{self.root}/{_shard(rid)}/{rid.hex()}"
 
-    @contextlib.contextmanager
-    def _translated(self, rid: bytes, what: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise CorruptTarget(f"{what}: the file of region {rid.hex()} is missing") from error
-        except OSError as error:
-            raise errors.from_os(error, f"{what} region {rid.hex()}") from error
+    def _translated(self, rid: bytes, what: str) -> Translated:
+        return Translated(rid, what)
 
-    @contextlib.contextmanager
-    def _borrow(self, rid: bytes) -> Iterator[int]:
+    def _borrow(self, rid: bytes) -> Borrowed:
         """The region's descriptor, open while the block runs."""
+        return Borrowed(rid, self._take, self._give_back)
+
+    def _take(self, rid: bytes) -> OpenFile:
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
@@ -98,13 +85,13 @@ class FileStorage(Storage):
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
-        try:
-            yield held.fd
-        finally:
-            with self._lock:
-                held.users -= 1
-                if not held.users and self._descriptors.get(rid) is not held:
-                    self._close(rid, held)  # erased meanwhile
+            return held
+
+    def _give_back(self, rid: bytes, held: OpenFile) -> None:
+        with self._lock:
+            held.users -= 1
+            if not held.users and self._descriptors.get(rid) is not held:
+                self._close(rid, held)  # erased meanwhile
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         """Let go of a descriptor that nobody uses; ``_lock`` is held."""

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from warabi.backends.base import Storage, pwrite_full
-from warabi.backends.file import FileStorage, OpenFile
+from warabi.backends.borrowed import OpenFile
+from warabi.backends.file import FileStorage
 from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
 from warabi.errors import CorruptTarget
 from warabi.region import RegionID
