@@ -13,6 +13,7 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Iterator
 
 import trio
 
@@ -31,8 +32,8 @@ _MOST = 128
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
-class Flusher:
-    """Flushes of one run of Trio.
+class Flushes:
+    """Flushes that the kernel carries out beside the caller, who is told by a descriptor.
 
     Raises:
         OSError: the system does not offer it.
@@ -45,12 +46,10 @@ class Flusher:
         self._context = ctypes.c_ulong(0)
         self._call(_SETUP, ctypes.c_uint(_MOST), ctypes.byref(self._context))
         self._next = itertools.count(1)
-        self._results: dict[int, int] = {}
         self._request = ctypes.create_string_buffer(_REQUEST.size)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._events = ctypes.create_string_buffer(_EVENT.size * _MOST)
         self._at_once = (ctypes.c_long * 2)(0, 0)
-        trio.lowlevel.spawn_system_task(self._end)
 
     def _call(self, which: int, *arguments: object) -> int:
         result: int = _syscall(ctypes.c_long(self._numbers[which]), *arguments)
@@ -59,11 +58,47 @@ class Flusher:
             raise OSError(number, os.strerror(number))
         return result
 
+    def begin(self, flush: Flush, signal: int) -> int:
+        """Begin a flush, at whose end the eventfd *signal* is written to; returns its number.
+
+        Raises:
+            OSError: it did not begin, because there are too many or the file has no such thing.
+        """
+        number = next(self._next)
+        kind = _FDSYNC if flush.data else _FSYNC
+        _REQUEST.pack_into(
+            self._request, 0, number, 0, 0, kind, 0, flush.fd, 0, 0, 0, 0, _RESFD, signal
+        )  # fmt: skip
+        self._call(_SUBMIT, self._context, ctypes.c_long(1), self._requests)
+        return number
+
+    def ended(self) -> Iterator[tuple[int, int]]:
+        """Number of each flush that has ended since the last call, and its errno, 0 for none."""
+        count = self._call(
+            _GETEVENTS, self._context, ctypes.c_long(0), ctypes.c_long(_MOST), self._events,
+            self._at_once,
+        )  # fmt: skip
+        for number, _, result, _ in _EVENT.iter_unpack(self._events.raw[: count * _EVENT.size]):
+            yield number, -result
+
+    def close(self) -> None:
+        """Wait for those that are under way, and end."""
+        self._call(_DESTROY, self._context)
+
+
+class Flusher:
+    """Flushes of one run of Trio; raises as :class:`Flushes`."""
+
+    def __init__(self) -> None:
+        self._flushes = Flushes()
+        self._results: dict[int, int] = {}
+        trio.lowlevel.spawn_system_task(self._end)
+
     async def _end(self) -> None:
         try:
             await trio.sleep_forever()
         finally:
-            self._call(_DESTROY, self._context)
+            self._flushes.close()
 
     async def flush(self, flush: Flush) -> bool:
         """Return when that is on the medium; False, at once, where a thread has to do it.
@@ -71,33 +106,20 @@ class Flusher:
         Raises:
             OSError: the medium refused.
         """
-        number, ours = next(self._next), signals()
+        ours = signals()
         fd = ours.take()
-        kind = _FDSYNC if flush.data else _FSYNC
-        _REQUEST.pack_into(
-            self._request, 0, number, 0, 0, kind, 0, flush.fd, 0, 0, 0, 0, _RESFD, fd
-        )  # fmt: skip
         try:
-            self._call(_SUBMIT, self._context, ctypes.c_long(1), self._requests)
+            number = self._flushes.begin(flush, fd)
         except OSError:
             ours.put_back(fd)
             return False
         await ours.wait(fd)
         while number not in self._results:  # who else waits may have fetched it
-            self._fetch()
+            self._results.update(self._flushes.ended())
         result = self._results.pop(number)
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
+        if result:
+            raise OSError(result, os.strerror(result))
         return True
-
-    def _fetch(self) -> None:
-        """Note the results that have come."""
-        count = self._call(
-            _GETEVENTS, self._context, ctypes.c_long(0), ctypes.c_long(_MOST), self._events,
-            self._at_once,
-        )  # fmt: skip
-        for number, _, result, _ in _EVENT.iter_unpack(self._events.raw[: count * _EVENT.size]):
-            self._results[number] = result
 
 
 _flusher: trio.lowlevel.RunVar[Flusher | None] = trio.lowlevel.RunVar("warabi-flusher")
