@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 from tests.helpers import PATIENCE, environment, file_config, pattern, python_process, run_python
 from warabi import errors, layout
+from warabi.backends import times
 from warabi.client import Client, TargetHandle
 from warabi.config import FileConfig, parse
 from warabi.engine import Engine
@@ -701,3 +704,175 @@ def test_process_that_holds_the_lock_is_named_though_stopped(path: Path) -> None
         finally:
             process.kill()
     open_target(path).close()
+
+
+# How much is waited for
+
+
+FLUSHES = """
+import os, sys
+from warabi import durability, layout
+from warabi.config import FileConfig
+durability.COMMIT_INTERVAL = 3600
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+region = target.create_and_write(bytes(9000), persist=True)
+target.fsync(region)
+actions = {
+    "fsync": lambda: (target.write(region, 0, b"x" * 4096), target.fsync(region)),
+    "seen": lambda: (target.write(region, 0, b"x"), target.fsync(region), target.stat(region)),
+    "fdatasync": lambda: (target.write(region, 9, b"x"), target.fsync(region, times=False)),
+    "persist": lambda: target.write(region, 99, b"x" * 4096, persist=True),
+    "append": lambda: (
+        target.write(region, target.size(region), b"x" * 4096, extend=True), target.fsync(region)),
+    "resize": lambda: (target.resize(region, 50), target.persist(region, 0, 50)),
+}
+for _ in range(20):
+    actions[sys.argv[2]]()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["fsync", "seen", "fdatasync", "persist", "append", "resize"])
+def test_one_flush_is_enough(kind: str, path: Path) -> None:
+    """What is durable already costs no flush again: the catalogue is left alone."""
+    log = path.with_name("log")
+    command = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=fsync,fdatasync,msync,syncfs"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", FLUSHES, str(path), kind],
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in log.read_text().splitlines() if "<" in line]
+    flushed = [line.split("<")[1].split(">")[0] for line in lines]
+    last = flushed[-20:]
+    assert len(set(last)) == 1, last
+    assert last[0].startswith(f"{path}.regions/"), last
+    assert flushed.count(last[0]) <= 20 + 2  # and what was done before
+
+
+# Times
+
+
+TIMES = """
+import json, os, signal, sys
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+space, past, future = target.namespace, 10**9, 1 << 62
+
+def utime(region, when):
+    space.setattr(region.slot, mtime_ns=when)
+
+def write(region, data=b"x"):
+    target.write(region, 0, data)
+
+told = {}
+def promise(name, region):
+    target.fsync(region)
+    found = target.stat(region)
+    told[name] = region.hex(), found.mtime_ns, found.ctime_ns
+
+regions = {name: target.create_and_write(bytes(9000), persist=True) for name in (
+    "written", "again", "past", "past, written", "written, past", "future", "future, written",
+    "mode", "resized", "grown", "replaced", "linked")}
+for name, region in regions.items():
+    steps = {
+        "past": [lambda: utime(region, past)],
+        "past, written": [lambda: utime(region, past), lambda: write(region)],
+        "written, past": [lambda: write(region), lambda: utime(region, past)],
+        "future": [lambda: utime(region, future)],
+        "future, written": [lambda: utime(region, future), lambda: write(region)],
+        "mode": [lambda: write(region), lambda: space.setattr(region.slot, mode=0o600)],
+        "resized": [lambda: target.resize(region, 100)],
+        "grown": [lambda: target.write(region, 9000, b"x", extend=True)],
+        "linked": [lambda: write(region), lambda: space.link_name(region, "/linked")],
+    }.get(name, [lambda: write(region)])
+    for step in steps:  # what is promised after one step must not outlive the next
+        step()
+        promise(name, region)
+    if name == "again":
+        for _ in range(50):
+            write(region)
+            promise(name, region)
+    if name == "replaced":
+        target._storage.replace(region, 9000)
+print(json.dumps(told))
+sys.stdout.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def told_times(target: Target, told: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """As ``TIMES`` tells them."""
+    found = {}
+    for name, (region, _, _) in told.items():
+        stat = target.stat(RegionID(bytes.fromhex(region)))
+        found[name] = [region, stat.mtime_ns, stat.ctime_ns]
+    return found
+
+
+def test_times_that_were_synced_survive(path: Path) -> None:
+    """Exactly, whatever they are, and also when the next process is killed or closes in order."""
+    done = run_python(TIMES, str(path))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    told = json.loads(done.stdout)
+    assert len(told) == 12
+    recover = """
+import os, signal, sys
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_python(recover, str(path)).returncode == -signal.SIGKILL
+    for _ in range(2):
+        with existing(path) as target:
+            assert told_times(target, told) == told
+
+
+def test_times_that_were_set_after_a_sync_are_those_that_count(path: Path) -> None:
+    """Neither a crash nor the file brings back older ones."""
+    with open_target(path) as target:
+        region = target.create_and_write(bytes(100), persist=True)
+        for number in range(20):
+            target.write(region, 0, b"%d" % number)
+            target.fsync(region)
+    script = """
+import os, signal, sys
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1]))
+(region,) = target.list()
+target.write(region, 0, b"x")
+target.fsync(region)
+target.namespace.setattr(region.slot, mtime_ns=5)
+target.commit()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_python(script, str(path)).returncode == -signal.SIGKILL
+    with existing(path) as target:
+        assert target.stat(region).mtime_ns == 5
+
+
+def test_a_file_system_without_extended_attributes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are committed there."""
+    calls = []
+
+    def refuse(*args: Any) -> None:
+        calls.append(args)
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(times, "put", refuse)
+    with open_target(path) as target:
+        region = target.create_and_write(bytes(100), persist=True)
+        for _ in range(3):
+            target.write(region, 0, b"x")
+            target.fsync(region)
+            assert not target._catalogue.uncommitted
+        shutil.copytree(path.parent, path.parent.with_name("copy"))  # as a crash leaves it
+        told = target.stat(region)
+    with existing(path.parent.with_name("copy") / path.name) as target:
+        assert target.stat(region) == told
+    assert len(calls) == 1

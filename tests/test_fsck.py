@@ -319,6 +319,36 @@ def test_a_crash_is_no_damage(kind: str, tmp_path: Path) -> None:
         assert target.read(hot, 2 * BLOCK, 9) == b"persisted"
 
 
+def test_times_after_a_crash(tmp_path: Path) -> None:
+    """Those that a sync left in a region's file are taken over, as opening the target does."""
+    path = tmp_path / "target"
+    with open_target("file", path, checksums=False) as target:
+        target.create_and_write(b"old")
+    done = run_python(SYNCED, str(path))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    mtime, ctime = map(int, done.stdout.split())
+    for options, text in (((), "its times were kept"), (("--repair",), "believed them")):
+        status, output = fsck(path, *options)
+        assert (status, text in output) == (0, True), output
+    with open_target("file", path, checksums=False) as target:
+        found = target.stat(target.list()[0])
+        assert (found.mtime_ns, found.ctime_ns) == (mtime, ctime)
+
+
+SYNCED = """
+import os, signal, sys
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1]))
+(region,) = target.list()
+target.write(region, 0, b"new")
+target.fsync(region)
+found = target.stat(region)
+print(found.mtime_ns, found.ctime_ns, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_a_cut_off_file_after_a_crash(tmp_path: Path) -> None:
     """Without checksums it is taken for one that was never persisted; with them it is not."""
     path = tmp_path / "target"

@@ -17,29 +17,24 @@ Rules of this module:
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import random
 import sqlite3
 import stat
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from warabi.clock import Clock
 from warabi.dentries import Dentries
 from warabi.errors import (
     ConfigError,
     CorruptTarget,
-    Exception,
     InvalidRegion,
-    StorageError,
-    StorageFull,
 )
 from warabi.feed import ATTRIBUTES, CONTENT, Feed
 from warabi.inode import ROOT, Attributes, Inode
-from warabi.journal import Journal, Row, sync_directory
+from warabi.journal import Journal, Row, sync_directory, translate
 from warabi.region import RegionID
 from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
 
@@ -48,23 +43,12 @@ _FLUSH_AT = 16384
 _FLUSH = 256  # so many at a time, for it keeps everybody waiting
 
 
-def translate(error: sqlite3.Error, path: Path | None) -> Exception:
-    """The library's exception for a failed catalogue statement."""
-    name = getattr(error, "sqlite_errorname", "")
-    text = f"catalogue {path or 'in memory'}: {error}"
-    if name.startswith("SQLITE_FULL"):
-        return StorageFull(text)
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return CorruptTarget(text)
-    return StorageError(text)
-
-
 class Catalogue:
     """The catalogue at *path*, or one in memory that dies with its process.
 
     Args:
         path: the database, or None.
-        backend: what :meth:`create` was told; catalogues older than that record have ``file``.
+        backend: what it was made for; catalogues older than that record have ``file``.
 
     Raises:
         ConfigError: it is another backend's; nothing was changed.
@@ -80,6 +64,7 @@ class Catalogue:
         self._dirty: dict[int, Inode] = {}
         self.change = 0  # counts changes
         self.feed = Feed()
+        self.clock = Clock()
         try:
             self._db = sqlite3.connect(
                 str(path or ":memory:"), isolation_level=None, check_same_thread=False
@@ -159,43 +144,6 @@ class Catalogue:
         self._journal.open_wal()
         sync_directory(path.parent)
 
-    @staticmethod
-    def create(path: Path, backend: str = "file", capacity: int | None = None) -> None:
-        """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
-
-        *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.  It is
-        not marked as closed, so whatever lies where its regions would be is removed at open.
-        """
-        fresh = Path(f"{path}.new")
-        for leftover in (fresh, Path(f"{fresh}-journal")):
-            leftover.unlink(missing_ok=True)
-        # What is there gets whole without its WAL, so that a crash leaves either it or the new one.
-        there = f"{path.absolute().as_uri()}?mode=rw"
-        with (
-            contextlib.suppress(sqlite3.Error),
-            contextlib.closing(sqlite3.connect(there, uri=True)) as old,
-        ):
-            old.execute("PRAGMA locking_mode = EXCLUSIVE")
-            old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        try:
-            db = sqlite3.connect(fresh, isolation_level=None)
-            try:
-                make(db)
-                populate(db, backend=backend, capacity=capacity, clean=None)
-            finally:
-                db.close()
-            with open(fresh, "rb") as file:
-                os.fsync(file.fileno())
-            # SQLite would play what another database left here into this one.
-            for leftover in (Path(f"{path}-wal"), Path(f"{path}-journal")):
-                leftover.unlink(missing_ok=True)
-            sync_directory(path.parent)
-            fresh.replace(path)
-            sync_directory(path.parent)
-        except sqlite3.Error as error:
-            fresh.unlink(missing_ok=True)
-            raise translate(error, path) from error
-
     # Inodes
 
     def add(self, mode: int, uid: int, gid: int, *, size: int = 0, rdev: int = 0,
@@ -208,7 +156,7 @@ class Catalogue:
         Raises:
             InvalidRegion: *rid* cannot be a region's, or its slot is taken.
         """
-        now = time.time_ns()
+        now = self.clock.exact()
         ino, generation = self._next_ino, self._random.getrandbits(63)
         if rid is not None:
             ino, generation = rid.slot, rid.generation
@@ -271,9 +219,10 @@ class Catalogue:
             inode.changed = self.change
 
     def resize(self, inode: Inode, size: int) -> None:
+        """Note a region's size; what is durable of it is the storage's."""
         self.used += size - inode.size
         inode.size = size
-        self.touch(inode, durable=True)
+        self.touch(inode, durable=False)
 
     def remove(self, inode: Inode) -> None:
         """Forget *inode* and its xattrs; its names are gone already, but for an erased region's."""
@@ -428,6 +377,10 @@ class Catalogue:
     def is_synced(self, change: int) -> bool:
         """Whether *change* is on the medium (a catalogue in memory has none to wait for)."""
         return self._journal.is_synced(change)
+
+    def check(self) -> None:
+        """Raise ``StorageError`` when a sync has failed."""
+        self._journal.check()
 
     def commit(self, unsettled: RegionID | None = None) -> int:
         """End the transaction; what it holds survives a crash of the process.

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import trio
 
 from warabi import errors
+from warabi.buffers import readable
 from warabi.errors import WouldBlock
 from warabi.extents import Extent
-from warabi.operations import Operation
+from warabi.flushing import flushed
+from warabi.operations import OPERATIONS, Operation
 from warabi.region import RegionID
 from warabi.target import Target
+from warabi.threads import in_thread, limited
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +35,21 @@ _limiters: trio.lowlevel.RunVar[WeakKeyDictionary[Target, trio.CapacityLimiter]]
 _limiters = trio.lowlevel.RunVar("warabi-limiters")
 
 
+def _limiter(target: Target) -> trio.CapacityLimiter:
+    """How many calls may wait for the medium at once, as the target's settings allow."""
+    if target.threads is None:
+        return trio.to_thread.current_default_thread_limiter()
+    try:
+        limiters = _limiters.get()
+    except LookupError:
+        limiters = WeakKeyDictionary()
+        _limiters.set(limiters)
+    return limiters.setdefault(target, trio.CapacityLimiter(target.threads))
+
+
 async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -> _T:
-    """Run *call* in a worker thread, beside as many others as the target's settings allow."""
-    limiter = None
-    if target.threads is not None:
-        try:
-            limiters = _limiters.get()
-        except LookupError:
-            limiters = WeakKeyDictionary()
-            _limiters.set(limiters)
-        limiter = limiters.setdefault(target, trio.CapacityLimiter(target.threads))
-    return await trio.to_thread.run_sync(call, *arguments, limiter=limiter)
+    """Run *call* in a worker thread, beside others as far as the limiter allows."""
+    return await in_thread(partial(call, *arguments), _limiter(target))
 
 
 async def execute(
@@ -48,6 +57,12 @@ async def execute(
 ) -> Any:
     """The result of *operation* on *target*."""
     if operation.waits and target.blocking:
+        if operation.flushing is not None:
+            with suppress(WouldBlock):
+                async with limited(_limiter(target)):
+                    with operation.flushing(target, *arguments) as flush:
+                        await flushed(flush)
+                return None
         return await _in_thread(target, operation.call, target, *arguments)
     return operation.call(target, *arguments)
 
@@ -56,13 +71,14 @@ async def write(
     target: Target, region: RegionID, offset: int, data: Any, persist: bool, extend: bool
 ) -> None:
     """As ``Target.write``."""
-    if not (persist and target.blocking):
-        try:
-            target.write(region, offset, data, persist, extend=extend, wait=not target.blocking)
-            return
-        except WouldBlock:
-            pass
-    await _in_thread(target, lambda: target.write(region, offset, data, persist, extend=extend))
+    try:
+        target.write(region, offset, data, extend=extend, wait=not target.blocking)
+    except WouldBlock:
+        await _in_thread(target, lambda: target.write(region, offset, data, extend=extend))
+    if persist:
+        await execute(
+            target, OPERATIONS["persist"], (region, offset, len(readable(data, "write: data")))
+        )
 
 
 async def read_into(

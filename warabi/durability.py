@@ -20,11 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 
 from warabi.backends import Storage
-from warabi.catalogue import Catalogue, translate
-from warabi.errors import TargetNotFound
+from warabi.backends.base import Flush
+from warabi.backends.times import Times
+from warabi.catalogue import Catalogue
+from warabi.errors import TargetNotFound, WouldBlock
 from warabi.gate import RegionGate
 from warabi.grants import Grants
 from warabi.inode import Inode
+from warabi.journal import translate
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class DurableRegions(RegionGate):
         self._on_close = on_close
         self._pid = os.getpid()
         self._stop = threading.Event()
+        self._keeping = threading.Lock()  # taken before the target's, if both are
         if not catalogue.clean:
             self._recover()
         self._committer: threading.Thread | None = None
@@ -106,6 +110,52 @@ class DurableRegions(RegionGate):
         if self._freed:
             self._reap()
 
+    def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
+        """Persist an extent of a region that the caller is in, and with *times* its times."""
+        kept = times and self._keep_times(inode)
+        self._storage.persist(inode.rid, offset, size, times=kept)
+        if (times and not kept) or not self._catalogue.is_synced(inode.changed):
+            self._commit()
+        else:
+            self._catalogue.check()
+
+    @contextlib.contextmanager
+    def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
+        """As :meth:`_persist_inside` of the whole region, when it is one flush of a file, which is
+        to be waited for within the block; raises ``WouldBlock`` when it is more."""
+        if not self._catalogue.is_synced(inode.changed):
+            raise WouldBlock
+        if times and not self._keep_times(inode, wait=False):
+            raise WouldBlock
+        thread = threading.get_ident()
+        self._flushes[thread] += 1
+        try:
+            with self._storage.flushing(inode.rid, times=times) as flush:
+                yield flush
+        finally:
+            self._flushes[thread] -= 1
+        self._catalogue.check()
+
+    def _keep_times(self, inode: Inode, *, wait: bool = True) -> bool:
+        """Put a region's times where the sync of its bytes makes them durable; False where they
+        have to be committed, or without *wait* while others are about to do so."""
+        if not self._keeping.acquire(wait):
+            return False
+        try:  # one at a time, or the times of who was earlier could be put there last
+            with self._lock:
+                if inode.share is not None:
+                    inode.share.settle(inode)
+                if not self._catalogue.is_synced(inode.changed):
+                    return False  # a commit is due, and has the times, too
+                times = Times(inode.mtime, inode.ctime)
+            if times.ctime != inode.kept:
+                if not self._storage.keep_times(inode.rid, times):
+                    return False
+                inode.kept = times.ctime
+            return True
+        finally:
+            self._keeping.release()
+
     def sync(self) -> None:
         """Make everything written so far durable: data first, then the catalogue."""
         with self._kept_open():
@@ -151,11 +201,16 @@ class DurableRegions(RegionGate):
                 # Never persisted, or erased: the catalogue on the medium knows nothing of it.
                 self._storage.erase(rid)
                 orphaned += 1
-            elif found.size != size and not (
-                size < found.size and self._storage.attests(found, size)
-            ):
-                catalogue.resize(found, size)
-                resized += 1
+            else:
+                if found.size != size and not (
+                    size < found.size and self._storage.attests(found, size)
+                ):
+                    catalogue.resize(found, size)
+                    resized += 1
+                times = self._storage.kept_times(rid)
+                if times is not None and times.ctime > found.ctime:
+                    found.mtime, found.ctime = times
+                    catalogue.touch(found, durable=False)
             catalogue.trim()
         for rid in sorted(missing):
             found = catalogue.region(rid)
@@ -183,12 +238,16 @@ class DurableRegions(RegionGate):
         """Persist everything and let go of the medium.  Idempotent; never deletes a region.
 
         Waits for calls in flight.  Later calls raise ``TargetNotFound``.
+
+        Raises:
+            TargetBusy: a Trio task of this thread is persisting; nothing was done.
         """
         if os.getpid() != self._pid:
             return  # a forked child holds copies of things that are its parent's
         with self._lock:
             if self._closed:
                 return
+            self._check_waiting()
             self._closed = True
             while self._inside:
                 self._wait(True)

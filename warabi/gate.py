@@ -17,17 +17,17 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-import time
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from types import TracebackType
 
 from warabi.backends import Storage
-from warabi.catalogue import Catalogue, translate
-from warabi.errors import Exception, InvalidRegion, TargetNotFound, WouldBlock
+from warabi.catalogue import Catalogue
+from warabi.errors import Exception, InvalidRegion, TargetBusy, TargetNotFound, WouldBlock
 from warabi.feed import CONTENT, Feed
 from warabi.grants import Grants, Share
 from warabi.inode import Inode
+from warabi.journal import translate
 from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class RegionGate:
         self._waiters = 0
         self._inside = 0  # calls in any region, for close
         self._closed = False
+        self._flushes: Counter[int] = Counter()  # of event loops, by their threads
         self._changed = threading.Event()  # the catalogue has something to commit
         self._guard = Guard(self._lock, catalogue, self._changed)
         # For the storage, which still has something to do when others are refused.
@@ -176,11 +177,20 @@ class RegionGate:
     def _wait(self, wait: bool) -> None:
         if not wait:
             raise WouldBlock
+        self._check_waiting()
         self._waiters += 1
         try:
             self._idle.wait()
         finally:
             self._waiters -= 1
+
+    def _check_waiting(self) -> None:
+        """Refuse to wait where an event loop would, for what only that loop brings to its end."""
+        if self._flushes[threading.get_ident()]:
+            raise TargetBusy(
+                "a task of this thread is persisting, and cannot end while the thread waits here:"
+                " let it end first, or wait by warabi.aio"
+            )
 
     def _check_alive(self, inode: Inode, what: str) -> None:
         if inode.dead:
@@ -189,7 +199,7 @@ class RegionGate:
     def _touch(self, inode: Inode) -> None:
         if inode.share is not None:
             inode.share.settle(inode)
-        inode.mtime = inode.ctime = time.time_ns()
+        self._catalogue.clock.wrote(inode)
         feed = self._catalogue.feed
         self._catalogue.touch(inode, durable=False, tell=False)
         if feed.watched:

@@ -24,7 +24,6 @@ Every call is made with the target's lock held.
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 
 from warabi.catalogue import Catalogue
@@ -188,8 +187,7 @@ class Grants:
         if mark == share.seen:
             return False
         share.seen = mark
-        inode.mtime = min(mark, time.time_ns())
-        inode.ctime = max(inode.ctime, inode.mtime)
+        self._catalogue.clock.wrote_at(inode, mark)
         self._catalogue.touch(inode, durable=False, tell=False)
         if self._catalogue.feed.watched:
             self._catalogue.feed.inode(inode.ino, max(mark, CONTENT))

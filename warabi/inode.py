@@ -39,8 +39,8 @@ class Inode:
 
     __slots__ = (
         "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "generation", "gid", "ino",
-        "mode", "mtime", "nlink", "pins", "rdev", "rid", "share", "size", "stored", "target", "uid",
-        "users",
+        "kept", "mode", "mtime", "nlink", "pins", "rdev", "rid", "seen", "share", "size", "stored",
+        "target", "uid", "users",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +63,8 @@ class Inode:
         self.rid = RegionID.from_parts(ino, generation)
         self.stored = False  # has a row, perhaps an old one
         self.changed = 0  # the change that a persist must have made durable
+        self.kept = -1  # the change time that was put where a sync of the bytes makes it durable
+        self.seen = ctime  # the change time when somebody was told last
         # The target's: who is inside, and whether the region is going or gone.
         self.users = 0
         self.exclusive = False
@@ -76,10 +78,18 @@ class Inode:
             self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
         )  # fmt: skip
 
+    def changed_at(self, now: int) -> None:
+        """Set the change time, which never goes back."""
+        self.ctime = now if now > self.ctime else self.ctime + 1
+
     def attributes(self) -> Attributes:
         if self.share is not None:
             self.share.settle(self)
-        return Attributes(
-            self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink, self.uid,
-            self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
-        )  # fmt: skip
+        while True:
+            seen = self.seen = self.ctime
+            attributes = Attributes(
+                self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink,
+                self.uid, self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
+            )  # fmt: skip
+            if self.ctime == seen:  # not every caller holds the lock
+                return attributes

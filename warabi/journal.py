@@ -17,9 +17,22 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from warabi.errors import StorageError
+from warabi.errors import CorruptTarget, Exception, StorageError, StorageFull
 
 Row = Sequence[int | str | bytes | None]
+
+_AHEAD = bytes(256 * 1024)
+
+
+def translate(error: sqlite3.Error, path: Path | None) -> Exception:
+    """The library's exception for a failed catalogue statement."""
+    name = getattr(error, "sqlite_errorname", "")
+    text = f"catalogue {path or 'in memory'}: {error}"
+    if name.startswith("SQLITE_FULL"):
+        return StorageFull(text)
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return CorruptTarget(text)
+    return StorageError(text)
 
 
 class Journal:
@@ -40,11 +53,25 @@ class Journal:
         self._sync_lock = threading.Lock()  # taken without the target's lock, never before it
         self._failed = ""  # why nothing can be promised any more
         self._wal = -1
+        self._wal_size = 0
 
     def open_wal(self) -> None:
         """From now on ``sync`` waits for the WAL, which a first commit has made."""
-        self._wal = os.open(f"{self._path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        self._wal = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
+        self._go_ahead()
         os.fdatasync(self._wal)
+
+    def _go_ahead(self) -> None:
+        """When the WAL has grown, have it grow further, by zeros, which mean its end to SQLite.
+
+        A sync of what does not grow is one flush; else the file system commits its own journal.
+        SQLite begins the WAL anew, and lets it have its size, when it is 16 MiB long.
+        """
+        size = os.lseek(self._wal, 0, os.SEEK_END)
+        if size > self._wal_size:
+            with contextlib.suppress(OSError):
+                size += os.pwrite(self._wal, _AHEAD, size)
+            self._wal_size = size
 
     def write(self, sql: str, rows: Sequence[Row]) -> None:
         """Do *sql* for each of *rows*, in the open transaction."""
@@ -99,6 +126,8 @@ class Journal:
                 self.restore()
                 raise
             self._open.clear()
+            if self._wal >= 0:
+                self._go_ahead()
         self.committed = change
         return change
 

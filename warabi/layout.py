@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warabi import errors
+from warabi import errors, schema
 from warabi.backends import FileStorage, MemoryStorage, PmemStorage
 from warabi.backends.direct import open_storage
 from warabi.backends.summed import storage_with_sums
@@ -230,7 +230,7 @@ def _open_locked(path: Path, plan: _Plan, patience: float) -> Target:
                     f" warabi fsck --repair {path}, or remove them"
                 )
             # The catalogue first: what a crash leaves of the regions is removed at the next open.
-            Catalogue.create(path, plan.backend, plan.pool)
+            schema.create(path, plan.backend, plan.pool)
             clear(path, regions)
         return _open_holding(path, plan, regions, lock)
     except BaseException:

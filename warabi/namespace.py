@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-import time
 from collections.abc import Iterator
 
 from warabi import acl
@@ -72,7 +71,7 @@ class Namespace(Tree):
                     inode.mode &= ~stat.S_ISGID
                 kept = entries if acl.extended(entries) else []
             self._catalogue.set_xattr(inode, name, acl.pack(kept) if kept else None)
-            inode.ctime = time.time_ns()
+            inode.changed_at(self._catalogue.clock.exact())
 
     def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
         with self._guard:
@@ -87,7 +86,7 @@ class Namespace(Tree):
                     return  # as Linux has it: nothing was to be removed
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             self._catalogue.set_xattr(inode, name, value)
-            inode.ctime = time.time_ns()
+            inode.changed_at(self._catalogue.clock.exact())
 
     @staticmethod
     def _check_space(name: bytes) -> None:

@@ -9,10 +9,12 @@ arguments: they travel beside them (``write``, ``create_and_write``, ``read``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from warabi import migration
+from warabi.backends.base import Flush
 from warabi.backup.graft import adopt, graft
 from warabi.backup.survey import copy, survey
 from warabi.errors import ProtocolError
@@ -57,6 +59,10 @@ def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
     return found._replace(names=found.names[:PAGE])
 
 
+def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextManager[Flush]:
+    return target.persisting(region, 0, 0, times=times)
+
+
 def _verified(value: Any) -> Verified:
     return Verified(*value)
 
@@ -71,6 +77,8 @@ class Operation:
             ``b`` bytes, ``s`` text, ``?`` truth value.
         access: what it takes to be let; it is asked for with ``security.permit``.
         waits: whether it may wait for the medium, and so keep an event loop waiting.
+        flushing: does the same where it is no more than the flush of a file that it gives; raises
+            ``WouldBlock`` where it is.
         decode: turns the result's msgpack form into what *call* returned.
         data: ``in`` when bytes of regions travel with the request, as the last argument of
             *call*; ``out`` when they travel with the reply, that argument being their place.
@@ -81,6 +89,7 @@ class Operation:
     arguments: str
     access: Access
     waits: bool = False
+    flushing: Callable[..., AbstractContextManager[Flush]] | None = None
     decode: Callable[[Any], Any] = _same
     data: Literal["", "in", "out"] = ""
     pins: Callable[[Sequence[Any], Any], tuple[int, int] | None] | None = None
@@ -121,7 +130,7 @@ OPERATIONS: dict[str, Operation] = {
         READ,
         decode=_regions,
     ),
-    "persist": Operation(Target.persist, "rii", READ, waits=True),
+    "persist": Operation(Target.persist, "rii", READ, waits=True, flushing=Target.persisting),
     "write_vector": Operation(
         lambda target, region, packed, persist, data: target.write_vector(
             region, unpack(packed, "write_vector"), data, persist
@@ -148,7 +157,7 @@ OPERATIONS: dict[str, Operation] = {
         READ,
         waits=True,
     ),
-    "fsync": Operation(Target.fsync, "r?", READ, waits=True),
+    "fsync": Operation(Target.fsync, "r?", READ, waits=True, flushing=_fsyncing),
     "commit": Operation(Target.commit, "", READ, waits=True),
     "sync": Operation(Target.sync, "", READ, waits=True),
     "room": Operation(Target.room, "", READ, decode=tuple),

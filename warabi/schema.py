@@ -6,6 +6,7 @@ make it of the version before, and a target of that version goes into ``tests/da
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -15,6 +16,7 @@ import uuid
 from pathlib import Path
 
 from warabi.inode import ROOT, Inode
+from warabi.journal import sync_directory, translate
 
 log = logging.getLogger(__name__)
 
@@ -115,3 +117,43 @@ def make(db: sqlite3.Connection) -> None:
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     db.executescript(SCHEMA)
+
+
+def create(path: Path, backend: str = "file", capacity: int | None = None) -> None:
+    """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
+
+    *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.  It is
+    not marked as closed, so whatever lies where its regions would be is removed at open.
+    """
+    fresh = Path(f"{path}.new")
+    for leftover in (fresh, Path(f"{fresh}-journal")):
+        leftover.unlink(missing_ok=True)
+    # What is there gets whole without its WAL, so that a crash leaves either it or the new one.
+    there = f"{path.absolute().as_uri()}?mode=rw"
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(there, uri=True)) as old,
+    ):
+        old.execute("PRAGMA locking_mode = EXCLUSIVE")
+        old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    try:
+        db = sqlite3.connect(fresh, isolation_level=None)
+        try:
+            # It is nobody's before it is renamed, and put on the medium as a whole.
+            db.execute("PRAGMA journal_mode = OFF")
+            db.execute("PRAGMA synchronous = OFF")
+            make(db)
+            populate(db, backend=backend, capacity=capacity, clean=None)
+        finally:
+            db.close()
+        with open(fresh, "rb") as file:
+            os.fsync(file.fileno())
+        # SQLite would play what another database left here into this one.
+        for leftover in (Path(f"{path}-wal"), Path(f"{path}-journal")):
+            leftover.unlink(missing_ok=True)
+        sync_directory(path.parent)
+        fresh.replace(path)
+        sync_directory(path.parent)
+    except sqlite3.Error as error:
+        fresh.unlink(missing_ok=True)
+        raise translate(error, path) from error

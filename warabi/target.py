@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from warabi.backends import Storage
+from warabi.backends.base import Flush
 from warabi.buffers import checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Catalogue
 from warabi.errors import OutOfBounds, StorageFull, TargetNotFound, WouldBlock
@@ -310,10 +312,21 @@ class Target(SharedRegions):
         finally:
             self._leave(inode)
 
-    def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
-        self._storage.persist(inode.rid, offset, size)
-        if times or not self._catalogue.is_synced(inode.changed):
-            self._commit()
+    @contextmanager
+    def persisting(
+        self, region: RegionID, offset: int, size: int, *, times: bool = False
+    ) -> Iterator[Flush]:
+        """As :meth:`persist`, and with *times* as :meth:`fsync`, where that is one flush of a file,
+        which is to be waited for within the block; raises ``WouldBlock`` where it is more."""
+        offset = checked_size(offset, "persist: offset")
+        size = checked_size(size, "persist: size")
+        inode = self._enter(region, "persist", False)
+        try:
+            self._bounds(inode, "persist", offset, size)
+            with self._flushing_inside(inode, times=times) as flush:
+                yield flush
+        finally:
+            self._leave(inode)
 
     def fsync(self, region: RegionID, times: bool = True) -> None:
         """Persist the whole region; with *times* its timestamps too, as fsync(2) promises and

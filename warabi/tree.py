@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -119,9 +118,9 @@ class Tree:
     # Changing; the guard is held
 
     def _changed(self, *inodes: Inode) -> None:
-        now = time.time_ns()
+        now = self._catalogue.clock.exact()
         for inode in inodes:
-            inode.ctime = now
+            inode.changed_at(now)
             if stat.S_ISDIR(inode.mode):
                 inode.mtime = now
             self._catalogue.touch(inode, durable=True)
@@ -150,8 +149,7 @@ class Tree:
                 parent.nlink -= 1
             else:
                 inode.nlink -= 1
-        now = time.time_ns()
-        inode.ctime = now
+        inode.changed_at(self._catalogue.clock.exact())
         self._catalogue.touch(inode, durable=True)
         self._changed(parent)
         if inode.nlink == 0:
@@ -239,7 +237,7 @@ class Tree:
             inode.gid = inode.gid if gid is None else gid
             inode.atime = inode.atime if atime_ns is None else atime_ns
             inode.mtime = inode.mtime if mtime_ns is None else mtime_ns
-            inode.ctime = time.time_ns()
+            inode.changed_at(self._catalogue.clock.exact())
             self._catalogue.touch(inode, durable=True)
             return inode.attributes()
 
@@ -437,8 +435,7 @@ class Tree:
         if stat.S_ISDIR(inode.mode):
             source.nlink -= 1
             into.nlink += 1
-        now = time.time_ns()
-        inode.ctime = now
+        inode.changed_at(self._catalogue.clock.exact())
         self._changed(source, into)
 
     def _exchange(
@@ -453,7 +450,9 @@ class Tree:
         moved = stat.S_ISDIR(inode.mode) - stat.S_ISDIR(victim.mode)
         source.nlink -= moved
         into.nlink += moved
-        inode.ctime = victim.ctime = time.time_ns()
+        now = self._catalogue.clock.exact()
+        inode.changed_at(now)
+        victim.changed_at(now)
         self._changed(source, into)
 
     def readdir(

@@ -2,7 +2,8 @@
 
 What is legal here is what POSIX allows, which is more than any one file system does: until a
 file is synced each of its writes may be there or not, sector by sector of 512 bytes; a change
-of its size may be there or not; until a directory is synced each change of its entries may be.
+of its size may be there or not; a change of an extended attribute may be, also when only the data
+was synced; until a directory is synced each change of its entries may be.
 Syncing a file does not sync its name, and nothing has an order.
 """
 
@@ -30,6 +31,8 @@ class Change:
     size: int | None = None
     """Of a truncation or extension; with *only_grow* it never shrinks the file."""
     only_grow: bool = False
+    attribute: str = ""
+    """Which extended attribute *data* are the value of."""
     entries: list[tuple[Directory, str, Node | None]] = field(default_factory=list)
     """Names and what they mean from then on; a rename has two, which go together."""
 
@@ -37,6 +40,7 @@ class Change:
 @dataclass(eq=False)
 class File:
     durable: bytearray = field(default_factory=bytearray)
+    attributes: dict[str, bytes] = field(default_factory=dict)
     pending: list[Change] = field(default_factory=list)
 
 
@@ -64,7 +68,10 @@ def _apply_entries(directory: Directory, entries: dict[str, Node], change: Chang
                 entries[name] = node
 
 
-def _apply(image: bytearray, change: Change) -> None:
+def _apply(image: bytearray, attributes: dict[str, bytes], change: Change) -> None:
+    if change.attribute:
+        attributes[change.attribute] = change.data or b""
+        return
     if change.size is not None:
         if change.size < len(image):
             if not change.only_grow:
@@ -168,7 +175,7 @@ class Disk:
         file = self._file(event.path)
         file.pending.append(Change(file, event.offset, event.data))
         if event.sync:
-            for change in list(file.pending):
+            for change in [change for change in file.pending if not change.attribute]:
                 self._sync_range(file, change, event.offset, len(event.data))
         return True
 
@@ -182,13 +189,22 @@ class Disk:
         file.pending.append(Change(file, size=event.size, only_grow=True))
         return True
 
+    def _attribute(self, event: Event) -> bool:
+        file = self._file(event.path)
+        file.pending.append(Change(file, data=event.data, attribute=event.other))
+        return True
+
     def _sync(self, event: Event) -> bool:
         try:
             nodes = list(self._nodes()) if event.other == "all" else [self._find(event.path)]
         except KeyError:
             nodes = []  # unlinked meanwhile
         part = (event.offset, event.size) if event.other == "range" else None
-        self._begun[event.thread] = [(node, list(node.pending), part) for node in nodes]
+        only_data = event.other in ("data", "range")
+        self._begun[event.thread] = [
+            (node, [c for c in node.pending if not (only_data and c.attribute)], part)
+            for node in nodes
+        ]
         return False
 
     def _synced(self, event: Event) -> bool:
@@ -206,7 +222,7 @@ class Disk:
                             other.pending.remove(change)
                     node.pending.remove(change)
                 elif part is None:
-                    _apply(node.durable, change)
+                    _apply(node.durable, node.attributes, change)
                     node.pending.remove(change)
                 else:
                     self._sync_range(node, change, *part)
@@ -220,11 +236,11 @@ class Disk:
         """
         where = file.pending.index(change)
         if change.size is not None:
-            _apply(file.durable, change)
+            _apply(file.durable, file.attributes, change)
             del file.pending[where]
             if not change.only_grow:
                 for earlier in file.pending[:where]:
-                    if earlier.data is not None:
+                    if earlier.data is not None and not earlier.attribute:
                         earlier.data = earlier.data[: max(0, change.size - earlier.offset)]
             return
         assert change.data is not None
@@ -233,7 +249,7 @@ class Disk:
         if first >= last:
             return
         low, high = first - change.offset, last - change.offset
-        _apply(file.durable, Change(file, first, change.data[low:high]))
+        _apply(file.durable, file.attributes, Change(file, first, change.data[low:high]))
         rest = [
             Change(file, offset, data)
             for offset, data in ((change.offset, change.data[:low]), (last, change.data[high:]))
@@ -267,22 +283,27 @@ class Disk:
             if isinstance(node, Directory):
                 self._rebuild(node, place / name, kept, rng, told)
             else:
-                image = self._image(node, kept, rng)
+                image, attributes = self._image(node, kept, rng)
                 told(hashlib.sha256(image).digest())
                 (place / name).write_bytes(image)
+                for attribute, value in attributes.items():
+                    told(f"{attribute}={value.hex()}".encode())
+                    os.setxattr(place / name, attribute, value)
 
     @staticmethod
-    def _image(file: File, kept: dict[int, float], rng: random.Random) -> bytes:
-        image = bytearray(file.durable)
+    def _image(
+        file: File, kept: dict[int, float], rng: random.Random
+    ) -> tuple[bytes, dict[str, bytes]]:
+        image, attributes = bytearray(file.durable), dict(file.attributes)
         for change in file.pending:
             share = kept[id(change)]
-            if share >= 1 or (share > 0 and change.data is None):
-                _apply(image, change)
+            if share >= 1 or (share > 0 and (change.data is None or change.attribute)):
+                _apply(image, attributes, change)
             elif share > 0:
                 for piece in _sectors(change):
                     if rng.random() < share:
-                        _apply(image, piece)
-        return bytes(image)
+                        _apply(image, attributes, piece)
+        return bytes(image), attributes
 
 
 def _sectors(change: Change) -> Iterator[Change]:

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from warabi import journal, layout
-from warabi.backends import base, direct, file, mapping, pmem
+from warabi.backends import base, direct, file, mapping, pmem, times
 
-MODULES = (base, file, pmem, direct, journal, layout)
+MODULES = (base, file, pmem, direct, times, journal, layout)
 CALLS = {
     "open", "close", "pwrite", "pread", "preadv", "ftruncate", "posix_fallocate", "fstat",
     "statvfs", "fsync", "fdatasync", "unlink", "makedirs", "scandir", "rename", "copy_file_range",
+    "setxattr", "getxattr",
 }  # fmt: skip
 """Those that may fail because of the medium."""
 SYNCS = {"fsync", "fdatasync", "syncfs", "msync"}

@@ -217,6 +217,7 @@ def shares(oracles: list[Oracle], found: Found) -> list[Found]:
             Found(
                 {rid: data for rid, data in found.regions.items() if owner[rid] == number},
                 {name: rid for name, rid in found.names.items() if owner[rid] == number},
+                {rid: times for rid, times in found.times.items() if owner[rid] == number},
             )
             for number in range(len(oracles))
         ]

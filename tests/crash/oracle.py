@@ -9,15 +9,20 @@ regions and names of their own, takes one for each.
   since the bytes were promised, so that bytes of another region are always found out; and its
   size one of those that it had, or one on the way there.
 * A region that was never persisted may be missing, or shorter.
+* Its times are those at the last ``fsync``, or later ones if it was changed since.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+
+from warabi.backends.times import Times
 
 
 class Op(NamedTuple):
@@ -36,10 +41,17 @@ class Op(NamedTuple):
         return random.Random(self.seed).randbytes(self.size)
 
     @property
+    def mtime_ns(self) -> int:
+        return self.seed * 10**9 + self.seed
+
+    @property
     def extents(self) -> list[tuple[int, int]]:
         """The two extents of a vector operation, with a gap between them."""
         half = self.size // 2
         return [(self.offset, half), (self.offset + half + 1, self.size - half)]
+
+
+_CHANGE_NO_TIMES = {"persist", "fsync", "fdatasync"}
 
 
 @dataclass
@@ -52,6 +64,10 @@ class Region:
     rid: bytes | None = None
     """Its ID; None as long as nobody told."""
     persisted: bool = False
+    times: Times | None = None
+    """Those that were promised."""
+    changed: bool = False
+    """Whether it may have got others since."""
 
     @property
     def content(self) -> bytes:
@@ -68,6 +84,13 @@ class Region:
         if len(set(self.images)) == 1:
             del self.images[1:]
         self.persisted = True
+
+    def check_times(self, found: Times) -> str:
+        """What is wrong with *found* as its times; empty when nothing is."""
+        due = self.times
+        if due is None or found == due or (self.changed and found.ctime > due.ctime):
+            return ""
+        return f"{found}, not {due}{' or later' if self.changed else ''}"
 
     def check(self, found: bytes) -> str:
         """What is wrong with *found* as its content; empty when nothing is."""
@@ -99,10 +122,11 @@ class State(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a target holds: content by ID, and ID by name."""
+    """What a target holds: content by ID, ID by name, and times by ID."""
 
     regions: dict[bytes, bytes]
     names: dict[str, bytes]
+    times: Mapping[bytes, Times] = MappingProxyType({})
 
 
 @dataclass
@@ -140,10 +164,13 @@ class Oracle:
 
     def begin(self, op: Op) -> None:
         """*op* is about to be done: from now on it may have been, in part or in whole."""
+        if op.key in self.regions and op.kind not in _CHANGE_NO_TIMES:
+            self.regions[op.key].changed = True
         getattr(self, f"_begin_{op.kind}")(op)
 
-    def end(self, op: Op, rid: bytes | None = None) -> None:
-        """*op* has returned; *rid* is the ID of the region that it made."""
+    def end(self, op: Op, rid: bytes | None = None, times: Times | None = None) -> None:
+        """*op* has returned; *rid* is the ID of the region that it made, *times* are those that
+        it made durable."""
         if rid is not None:
             self.regions[op.key].rid = rid
         if self.resident and op.key in self.regions:
@@ -151,6 +178,8 @@ class Oracle:
             region.images = [region.content]
         if self.promising and (promise := getattr(self, f"_end_{op.kind}", None)) is not None:
             promise(op)
+        if self.promising and times is not None:
+            self.regions[op.key].times, self.regions[op.key].changed = times, False
 
     def _change(self, names: dict[str, int], alive: frozenset[int], nameless: frozenset[int],
                 *touched: int) -> None:  # fmt: skip
@@ -189,9 +218,6 @@ class Oracle:
         end = op.offset + op.size
         grown = _sized(old, max(len(old), end))
         self._image(op.key, grown[: op.offset] + op.data + grown[end:])
-        if end > len(old):
-            names, alive, nameless = self.now
-            self._change(names, alive, nameless, op.key)
 
     _begin_write_persist = _begin_write
 
@@ -228,8 +254,9 @@ class Oracle:
 
     def _begin_resize(self, op: Op) -> None:
         self._image(op.key, _sized(self.content(op.key), op.size))
-        names, alive, nameless = self.now
-        self._change(names, alive, nameless, op.key)
+
+    def _begin_utime(self, op: Op) -> None:
+        pass
 
     def _begin_erase(self, op: Op) -> None:
         names, alive, nameless = self.now
@@ -256,6 +283,7 @@ class Oracle:
 
     def _drop(self, names: dict[str, int], key: int, *touched: int) -> None:
         """*key* lost a name, and goes with its last one."""
+        self.regions[key].changed = True
         alive = self.now.alive if key in names.values() else self.now.alive - {key}
         self._change(names, alive, self.now.nameless, key, *touched)
 
@@ -317,7 +345,10 @@ class Oracle:
                 return f"region {key} is missing"
         for key, rid in pairs.items():
             region = self.regions[key]
-            if wrong := region.check(found.regions[rid]):
+            wrong = region.check(found.regions[rid])
+            if rid in found.times:
+                wrong = wrong or region.check_times(found.times[rid])
+            if wrong:
                 return f"region {key}: {wrong}"
         return ""
 
@@ -331,7 +362,7 @@ class Oracle:
             if region.rid is None and new:
                 region.rid = new.pop(0)
         self.regions = {
-            key: Region(key, [found.regions[rid]], rid, region.persisted)
+            key: Region(key, [found.regions[rid]], rid, region.persisted, found.times.get(rid))
             for key, region in self.regions.items()
             if (rid := region.rid) is not None and rid in found.regions
         }

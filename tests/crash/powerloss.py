@@ -17,6 +17,7 @@ from tests.crash.targets import files_of, opened
 from tests.crash.trace import Event, Reader, record
 from tests.crash.workload import REGION_KINDS, next_op, on_target
 from tests.helpers import environment
+from warabi.backends.times import Times
 
 _ENUMERATED = 4
 """Up to so many pending changes all their subsets are tried."""
@@ -61,8 +62,10 @@ class Promises:
             self._op = next_op(self._rng, self.oracle, REGION_KINDS)
             self.oracle.begin(self._op)
         elif word == "end":
-            rid = rest.partition(" ")[2]
-            self.oracle.end(self._op, bytes.fromhex(rid) if rid else None)
+            told = rest.split()[1:]
+            rid = bytes.fromhex(told[0]) if len(told) == 1 else None
+            times = Times(int(told[0]), int(told[1])) if len(told) == 2 else None
+            self.oracle.end(self._op, rid, times)
         else:
             self.phase = word
         if word == "closed":

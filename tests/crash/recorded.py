@@ -1,6 +1,7 @@
 """A workload for strace: ``recorded.py BACKEND PATH SEED OPERATIONS``.
 
-Prints a line before and after each step.  Whoever runs the same operations of the same seed
+Prints a line before and after each step, with the ID of a new region, or the times that an
+``fsync`` promises.  Whoever runs the same operations of the same seed
 against an oracle knows what each line promised.
 """
 
@@ -12,7 +13,7 @@ import sys
 
 from tests.crash.oracle import Oracle
 from tests.crash.targets import opened
-from tests.crash.workload import REGION_KINDS, next_op, on_target
+from tests.crash.workload import REGION_KINDS, TrioSurface, next_op, on_target, promised_times
 from warabi import durability
 
 
@@ -28,15 +29,17 @@ def main() -> None:
     say("opening")
     target = opened(backend, path)
     say("open")
-    surface = on_target(target)
+    surface = TrioSurface(target) if backend == "trio" else on_target(target)
     for number in range(int(operations)):
         op = next_op(rng, oracle, REGION_KINDS)
         region = oracle.regions.get(op.key)
         oracle.begin(op)
         say(f"begin {number}")
         rid = surface.run(op, region.rid if region else None)
-        oracle.end(op, rid)
-        say(f"end {number} {rid.hex() if rid else ''}")
+        times = promised_times(op, surface, region.rid if region else None)
+        oracle.end(op, rid, times)
+        told = rid.hex() if rid else f"{times.mtime} {times.ctime}" if times else ""
+        say(f"end {number} {told}")
     say("closing")
     target.close()
     say("closed")

@@ -8,8 +8,9 @@ from warabi import layout
 from warabi.config import FileConfig, PmemConfig
 from warabi.target import Target
 
-BACKENDS = ("file", "pmem", "sync", "direct")
-"""What is tried: the two storages, and the settings that change what a write waits for."""
+BACKENDS = ("file", "pmem", "sync", "direct", "trio")
+"""What is tried: the two storages, the settings that change what a write waits for, and ``file``
+for a Trio program."""
 POOL = 64 << 20
 
 

@@ -20,11 +20,12 @@ from tests.crash import faults
 from tests.crash.faults import MODULES, MSYNC, SYNCFS, SYNCS, Injector, Site, fails, short
 from tests.crash.oracle import Found, Oracle
 from tests.crash.targets import files_of, opened
-from tests.crash.workload import REGION_KINDS, next_op, on_target
+from tests.crash.workload import REGION_KINDS, next_op, on_target, promised_times
 from tests.helpers import PATIENCE, environment
 from warabi import errors, journal, layout
-from warabi.backends import FileStorage, PmemStorage, file
+from warabi.backends import FileStorage, PmemStorage, base, file
 from warabi.backends.memory import OWN_DESCRIPTOR
+from warabi.backends.times import Times
 from warabi.config import MemoryConfig
 from warabi.region import RegionID
 from warabi.target import Target
@@ -75,7 +76,9 @@ def work(
             op = next_op(rng, oracle, REGION_KINDS)
             region = oracle.regions.get(op.key)
             oracle.begin(op)
-            oracle.end(op, surface.run(op, region.rid if region else None))
+            rid = region.rid if region else None
+            made = surface.run(op, rid)
+            oracle.end(op, made, promised_times(op, surface, rid))
         many(target)
         found = surface.look()
     except errors.Exception as error:
@@ -128,7 +131,7 @@ UNREACHED = {
     ("warabi.backends.base", "pwrite"): "goes on after a short write",
     ("warabi.backends.file", "scandir"): "after a crash, for which there is a test of its own",
     # Of regions that other processes map, which are replaced rather than resized
-    ("warabi.backends.file", "fdatasync"): "a region's new file",
+    ("warabi.backends.file", "fsync"): "a region's new file",
     ("warabi.backends.file", "rename"): "a region's new file",
     ("warabi.backends.file", "copy_file_range"): "into a region's new file",
     ("warabi.backends.file", "open"): "a region's new file, and the descriptor to share",
@@ -137,11 +140,12 @@ UNREACHED = {
     ("warabi.backends.file", "unlink"): "takes back a region that could not be made",
     ("warabi.backends.pmem", "ftruncate"): "takes back what could not be reserved",
     ("warabi.backends.pmem", "fdatasync"): "with libpmem only",
+    ("warabi.backends.times", "getxattr"): "after a crash, and for a region's new file",
     ("warabi.layout", "pread"): "reads who has the target open, when somebody does",
 }
 SILENT = {("journal", "close"), ("file", "unlink"), ("layout", "fstat"), ("layout", "ftruncate"),
-          ("layout", "pwrite")}  # fmt: skip
-"""Nobody waits for these, or they are tried again."""
+          ("layout", "pwrite"), ("journal", "pwrite"), ("times", "setxattr")}  # fmt: skip
+"""Nobody waits for these, or they are tried again, or there is another way."""
 
 
 @pytest.fixture(params=["file", "pmem", "direct", "summed"])
@@ -185,7 +189,8 @@ def test_a_fault_at_every_call(backend: str, place: Path, injector: Injector) ->
     print(f"{backend}: {number} faults at {len(counts)} call sites")
 
 
-REPLACING = {"open", "fstat", "ftruncate", "posix_fallocate", "fdatasync", "rename"}
+REPLACING = {"open", "fstat", "ftruncate", "posix_fallocate", "getxattr", "setxattr", "fsync",
+             "rename"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [FileStorage, PmemStorage])
@@ -197,6 +202,8 @@ def test_a_fault_while_a_region_gets_another_file(
     rid, data = RegionID.from_parts(2, 3), random.Random(1).randbytes(50_000)
     storage.create(rid, len(data))
     storage.write(rid, 0, memoryview(data))
+    times = Times(1, 2)
+    assert storage.keep_times(rid, times)
 
     def content(size: int) -> bytes:
         place = bytearray(size)
@@ -222,7 +229,8 @@ def test_a_fault_while_a_region_gets_another_file(
             injector.site = None
             size = 50_000 if failed else 60_000
             assert content(size) == data + bytes(size - 50_000)
-            if site.call == "fsync":
+            assert storage.kept_times(rid) == times
+            if site.call == "fsync" and not failed:  # of the directory
                 with pytest.raises(errors.StorageError, match="Write it to a new region"):
                     storage.persist(rid, 0, size)
             storage._failed.clear()
@@ -270,7 +278,7 @@ def test_a_directory_that_cannot_be_read_when_a_target_recovers(
 
 def fsync_of(module: ModuleType, call: str) -> Site:
     found = [site for site in faults.sites(module) if site.call == call]
-    return min(found) if module is file else max(found)  # that of a persist
+    return max(found)  # that of a persist
 
 
 def test_a_failed_sync_of_the_file_system_is_remembered(tmp_path: Path, injector: Injector) -> None:
@@ -295,7 +303,7 @@ def test_a_failed_sync_of_the_file_system_is_remembered(tmp_path: Path, injector
 def test_a_region_that_was_lost_and_erased_is_forgotten(tmp_path: Path, injector: Injector) -> None:
     with opened("file", tmp_path / "a") as target:
         region = target.create_and_write(b"lost")
-        injector.arm(fsync_of(file, "fdatasync"), 1, fails(errno.EIO))
+        injector.arm(fsync_of(base, "fdatasync"), 1, fails(errno.EIO))
         with pytest.raises(errors.StorageError, match="to a new region"):
             target.persist(region, 0, 4)
         target.erase(region)  # closing has nothing to complain of
@@ -328,6 +336,10 @@ def test_a_failed_sync_of_the_catalogue_is_remembered(tmp_path: Path, injector: 
     for _ in range(2):
         with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
             target.create_and_write(b"lost", persist=True)
+    with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
+        target.persist(kept, 0, 4)
+    with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
+        target.fsync(kept)
     assert target.read(kept, 0, 4) == b"kept"
     with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
         target.close()
@@ -368,7 +380,7 @@ def test_a_slow_disk_keeps_those_waiting_who_persist(tmp_path: Path, injector: I
 
     with opened("file", tmp_path / "a") as target:
         region = target.create_and_write(b"first")
-        for module in (file, journal):
+        for module in (base, journal):
             slow.clear()
             waiting.clear()
             injector.arm(fsync_of(module, "fdatasync"), 1, stall)

@@ -16,14 +16,16 @@ from typing import NamedTuple
 
 _FILE_CALLS = (
     "openat,open,creat,close,write,pwrite64,pwritev,pwritev2,writev,ftruncate,truncate,fallocate,"
-    "fsync,fdatasync,syncfs,sync,sync_file_range,msync,mmap,munmap,rename,renameat,renameat2,"
+    "fsync,fdatasync,io_submit,io_getevents,syncfs,sync,sync_file_range,msync,mmap,munmap,rename,renameat,renameat2,"
     "unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat,dup,dup2,dup3,fcntl,"
-    "copy_file_range,sendfile,splice"
+    "copy_file_range,sendfile,splice,setxattr,lsetxattr,fsetxattr,removexattr,fremovexattr"
 )
 _LINE = re.compile(r"(\d+) +(.*)")
 _CALL = re.compile(r"(\w+)\((.*)\) += (-?\w+)(?: .*)?")
 _UNFINISHED = re.compile(r"(.*) <unfinished \.\.\.>")
 _RESUMED = re.compile(r"<\.\.\. (\w+) resumed>(.*)")
+_SUBMITTED = re.compile(r"aio_data=(\w+), aio_lio_opcode=IOCB_CMD_(FDSYNC|FSYNC), aio_fildes=(\d+)")
+_ENDED = re.compile(r"data=(\w+), obj=\w+, res=(-?\w+)")
 _NO_EFFECT = {"fcntl", "dup", "dup2", "dup3"}
 
 
@@ -177,6 +179,11 @@ class Reader:
             end = int(call.arguments[2]) + int(call.arguments[3])
             yield Event("extend", file.path, size=end)
 
+    def _fsetxattr(self, call: Call) -> Iterator[Event]:
+        if call.result is not None and (file := self._open.get(int(call.arguments[0]))):
+            name, value = (_bytes(argument) for argument in call.arguments[1:3])
+            yield Event("attribute", file.path, os.fsdecode(name), data=value)
+
     def _synced(self, call: Call, begin: Event, end: str) -> Iterator[Event]:
         """A sync covers what was done before it began, and covers it when it has returned."""
         if self._waiting.pop(call.thread, "") == "":
@@ -191,9 +198,24 @@ class Reader:
         file = self._open.get(int(call.arguments[0]))
         path = waiting or (file.path if file else "")
         if path:
-            yield from self._synced(call, Event("sync", path, thread=call.thread), "synced")
+            what = "data" if call.name == "fdatasync" else ""
+            yield from self._synced(call, Event("sync", path, what, thread=call.thread), "synced")
 
     _fdatasync = _fsync
+
+    def _io_submit(self, call: Call) -> Iterator[Event]:
+        found = _SUBMITTED.search(", ".join(call.arguments))
+        if call.result is not None and found and (file := self._open.get(int(found[3]))):
+            what = "data" if found[2] == "FDSYNC" else ""
+            number = -int(found[1], 16)  # where a thread's number is otherwise
+            self._waiting[number] = file.path
+            yield Event("sync", file.path, what, thread=number)
+
+    def _io_getevents(self, call: Call) -> Iterator[Event]:
+        for number, result in _ENDED.findall(", ".join(call.arguments)):
+            assert result == "0", call
+            if call.result is not None and self._waiting.pop(-int(number, 16), ""):
+                yield Event("synced", thread=-int(number, 16))
 
     def _syncfs(self, call: Call) -> Iterator[Event]:
         yield from self._synced(

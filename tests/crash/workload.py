@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import trio
+
 from tests.crash.oracle import Found, Op, Oracle
+from warabi import aio
+from warabi.backends.times import Times
 from warabi.client import TargetHandle
 from warabi.inode import ROOT
 from warabi.region import RegionID
@@ -22,12 +26,12 @@ _SIZES = (0, 1, 511, 512, 513, 4095, 4096, 4097, 9000, 20_000)
 REGION_KINDS = {
     "create": 4, "create_and_write": 5, "create_and_persist": 4, "write": 10, "write_persist": 5,
     "write_vector": 4, "write_vector_persist": 2, "persist": 6, "fsync": 3, "resize": 6,
-    "erase": 4, "link": 5, "unlink": 3, "rename": 4, "commit": 2, "sync": 1,
+    "erase": 4, "link": 5, "unlink": 3, "rename": 4, "commit": 2, "sync": 1, "utime": 2,
 }  # fmt: skip
 """Operations of a target and how often they come, beside each other."""
 FILE_KINDS = {
     "create": 6, "write": 14, "fsync": 5, "fdatasync": 4, "resize": 5, "link": 4, "unlink": 4,
-    "rename": 6, "commit": 3,
+    "rename": 6, "commit": 3, "utime": 3,
 }  # fmt: skip
 """Those of a mount, where every region has a name and a write may make it grow."""
 
@@ -67,6 +71,8 @@ def _fill(kind: str, rng: random.Random, oracle: Oracle, files: bool, prefix: st
     key = rng.choice(alive)
     if kind in ("erase", "fsync", "fdatasync"):
         return Op(kind, key)
+    if kind == "utime":
+        return Op(kind, key, seed=rng.choice((1, seed)))
     if kind == "link":
         return None if fresh in oracle.now.names else Op(kind, key, name=fresh)
     if kind == "resize":
@@ -95,6 +101,9 @@ class Surface(Protocol):
 
     def run(self, op: Op, rid: bytes | None) -> bytes | None:
         """Carry out *op* on the region *rid*; the ID of the region that it made."""
+
+    def times(self, rid: bytes) -> Times:
+        """A region's times."""
 
     def look(self) -> Found:
         """Everything that is there."""
@@ -135,6 +144,8 @@ class RegionSurface:
                 target.resize(region, op.size)
             case "erase":
                 target.erase(region)
+            case "utime":
+                self._call("setattr", region.slot, None, None, None, None, op.mtime_ns)
             case "link":
                 self._call("link_name", region, f"/{op.name}")
             case "unlink":
@@ -147,6 +158,10 @@ class RegionSurface:
             case _:
                 raise AssertionError(op)
         return None
+
+    def times(self, rid: bytes) -> Times:
+        found = self._target.stat(RegionID(rid))
+        return Times(found.mtime_ns, found.ctime_ns)
 
     def look(self) -> Found:
         target = self._target
@@ -161,7 +176,7 @@ class RegionSurface:
             name: bytes(self._call("open_name", f"/{name}")) for name in entries
             if name not in hexes
         }  # fmt: skip
-        return Found(regions, names)
+        return Found(regions, names, {rid: self.times(rid) for rid in regions})
 
 
 def on_target(target: Target) -> RegionSurface:
@@ -169,6 +184,29 @@ def on_target(target: Target) -> RegionSurface:
     from warabi.operations import OPERATIONS
 
     return RegionSurface(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+
+
+class TrioSurface(RegionSurface):
+    """A target of this process, reached from a Trio program where that waits for the medium."""
+
+    def __init__(self, target: Target) -> None:
+        from warabi.operations import OPERATIONS
+
+        super().__init__(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+        self._trio = aio.attach(target)
+
+    def run(self, op: Op, rid: bytes | None) -> bytes | None:
+        region = RegionID(rid or bytes(16))
+        match op.kind:
+            case "persist":
+                trio.run(self._trio.persist, region, op.offset, op.size)
+            case "write_persist":
+                trio.run(self._trio.write, region, op.offset, op.data, True)
+            case "fsync":
+                trio.run(self._trio.fsync, region)
+            case _:
+                return super().run(op, rid)
+        return None
 
 
 def on_handle(handle: TargetHandle) -> RegionSurface:
@@ -193,6 +231,9 @@ class FileSurface:
                     return bytes.fromhex(os.getxattr(fd, b"user.warabi.region").decode())
                 finally:
                     os.close(fd)
+            case "utime":
+                assert rid is not None
+                os.utime(self._name_of(rid), ns=(0, op.mtime_ns))
             case "write" | "fsync" | "fdatasync" | "resize":
                 assert rid is not None
                 fd = os.open(self._name_of(rid), os.O_RDWR)
@@ -225,14 +266,19 @@ class FileSurface:
                 raise AssertionError(op)
         return None
 
+    def times(self, rid: bytes) -> Times:
+        info = self._name_of(rid).stat()
+        return Times(info.st_mtime_ns, info.st_ctime_ns)
+
     def look(self) -> Found:
-        regions, names = {}, {}
+        regions, names, times = {}, {}, {}
         for entry in os.scandir(self._path):
             rid = bytes.fromhex(os.getxattr(entry.path, b"user.warabi.region").decode())
             regions[rid] = Path(entry.path).read_bytes()
+            times[rid] = self.times(rid)
             if entry.name != rid.hex():
                 names[entry.name] = rid
-        return Found(regions, names)
+        return Found(regions, names, times)
 
 
 def step(rng: random.Random, oracle: Oracle, kinds: dict[str, int], surface: Surface,
@@ -242,5 +288,11 @@ def step(rng: random.Random, oracle: Oracle, kinds: dict[str, int], surface: Sur
     region = oracle.regions.get(op.key)
     rid = region.rid if region else None
     oracle.begin(op)
-    oracle.end(op, surface.run(op, rid))
+    made = surface.run(op, rid)
+    oracle.end(op, made, promised_times(op, surface, rid))
     return op
+
+
+def promised_times(op: Op, surface: Surface, rid: bytes | None) -> Times | None:
+    """The times that *op*, which has returned, promised to keep."""
+    return surface.times(rid) if op.kind == "fsync" and rid is not None else None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import ClassVar, NamedTuple
 
+from warabi.backends.times import Times
+from warabi.errors import WouldBlock
 from warabi.inode import Inode
 from warabi.region import RegionID
 
@@ -30,6 +33,20 @@ class Place(NamedTuple):
     segment: int
     mapped: bool
     waits: bool = False
+
+
+class Flush(NamedTuple):
+    """What is to be put on the medium: a file, or only its *data* as by fdatasync(2)."""
+
+    fd: int
+    data: bool
+
+    def wait(self) -> None:
+        """Return when it is there."""
+        if self.data:
+            os.fdatasync(self.fd)
+        else:
+            os.fsync(self.fd)
 
 
 class Storage(ABC):
@@ -124,9 +141,28 @@ class Storage(ABC):
     def settle(self) -> None:  # noqa: B027  # most put nothing off
         """Called from time to time, before a commit: do what was put off."""
 
+    def keep_times(self, rid: RegionID, times: Times) -> bool:
+        """Put a region's times where ``persist`` with *times* makes them durable, instead of what
+        was there; False, and nothing done, where there is no such place."""
+        return False
+
+    def kept_times(self, rid: RegionID) -> Times | None:
+        """What ``keep_times`` was told last, as far as it is known."""
+        return None
+
     @abstractmethod
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
-        """Return when the extent, and the region's existence, are on the medium."""
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        """Return when the extent, and the region's existence, are on the medium; with *times*,
+        for a whole region, what was kept of its times as well."""
+
+    def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]:
+        """As ``persist`` of the whole region, where one flush of a file is all that it takes: that
+        is given, to be waited for within the block, which raises what comes of it.
+
+        Raises:
+            WouldBlock: it takes something else, too; nothing was done.
+        """
+        raise WouldBlock
 
     @abstractmethod
     def persist_all(self) -> None:

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends import times as filetimes
+from warabi.backends.base import Flush, Place, Storage, pread_full, pwrite_full
+from warabi.backends.borrowed import Borrowed, OpenFile, Translated
+from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
 from warabi.journal import let_go, sync_directory
@@ -33,16 +36,6 @@ _NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
-
-
-class OpenFile:
-    """An open region file and how many calls are using it."""
-
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
 
 
 class FileStorage(Storage):
@@ -68,6 +61,7 @@ class FileStorage(Storage):
         self._swept_shards: set[str] = set()
         self._lost_shards: set[str] = set()
         self._failed: dict[bytes, str] = {}  # a sync failed: what was written may be gone
+        self._keeps_times = True  # until the file system refuses
         with os.scandir(root) as entries:
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
         # Open all the time: the kernel tells each descriptor once of what it could not write.
@@ -76,18 +70,14 @@ class FileStorage(Storage):
     def _path(self, rid: bytes) -> str:
         return f"{self.root}/{_shard(rid)}/{rid.hex()}"
 
-    @contextlib.contextmanager
-    def _translated(self, rid: bytes, what: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise CorruptTarget(f"{what}: the file of region {rid.hex()} is missing") from error
-        except OSError as error:
-            raise errors.from_os(error, f"{what} region {rid.hex()}") from error
+    def _translated(self, rid: bytes, what: str) -> Translated:
+        return Translated(rid, what)
 
-    @contextlib.contextmanager
-    def _borrow(self, rid: bytes) -> Iterator[int]:
+    def _borrow(self, rid: bytes) -> Borrowed:
         """The region's descriptor, open while the block runs."""
+        return Borrowed(rid, self._take, self._give_back)
+
+    def _take(self, rid: bytes) -> OpenFile:
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
@@ -95,13 +85,13 @@ class FileStorage(Storage):
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
-        try:
-            yield held.fd
-        finally:
-            with self._lock:
-                held.users -= 1
-                if not held.users and self._descriptors.get(rid) is not held:
-                    self._close(rid, held)  # erased meanwhile
+            return held
+
+    def _give_back(self, rid: bytes, held: OpenFile) -> None:
+        with self._lock:
+            held.users -= 1
+            if not held.users and self._descriptors.get(rid) is not held:
+                self._close(rid, held)  # erased meanwhile
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         """Let go of a descriptor that nobody uses; ``_lock`` is held."""
@@ -221,18 +211,43 @@ class FileStorage(Storage):
             self._check_end(rid, source, "copy", size)
             copy_file(source, target, size)
 
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
-        self._persist_file(rid)
+    def keep_times(self, rid: RegionID, times: Times) -> bool:
+        if not self._keeps_times:
+            return False
+        with self._translated(rid, "persist"), self._borrow(rid) as fd:
+            try:
+                filetimes.put(fd, times)
+            except OSError as error:
+                self._keeps_times = error.errno != errno.EOPNOTSUPP
+                return False
+            return True
 
-    def _persist_file(self, rid: bytes) -> None:
-        """Put the whole file on the medium, and its name."""
+    def kept_times(self, rid: RegionID) -> Times | None:
+        with self._translated(rid, "recovery of"):
+            return filetimes.get(self._path(rid))
+
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        self._persist_file(rid, times=times)
+
+    def _persist_file(self, rid: bytes, *, times: bool = False) -> None:
+        """Put the whole file on the medium, and its name; with *times* its attributes, too."""
+        with self._flushing(rid, times) as flush:
+            flush.wait()
+        self._persist_name(rid)
+
+    @contextlib.contextmanager
+    def _flushing(self, rid: bytes, times: bool) -> Iterator[Flush]:
         self._check_failed(rid)
         # Even when nothing seems dirty: another persist of the region may still be waiting for
         # the medium, and this one may not return before it.
         self._dirty.discard(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd, self._remembered(rid):
-            os.fdatasync(fd)
-        self._persist_name(rid)
+            yield Flush(fd, data=not times)
+
+    def flushing(self, rid: RegionID, *, times: bool) -> contextlib.AbstractContextManager[Flush]:
+        if rid in self._fresh:
+            raise WouldBlock
+        return self._flushing(rid, times)
 
     def _check_failed(self, rid: bytes) -> None:
         if failed := self._failed.get(rid):
@@ -311,8 +326,9 @@ class FileStorage(Storage):
             try:
                 self._set_size(new, size)
                 copy_file(fd, new, min(size, os.fstat(fd).st_size))
+                filetimes.copy(fd, new)
                 # Before it takes the place of bytes that may have been persisted.
-                os.fdatasync(new)
+                os.fsync(new)
                 os.rename(fresh, path)
             except BaseException:
                 let_go(new)

@@ -229,7 +229,7 @@ class MemoryStorage(Storage):
         except OSError as error:
             raise errors.from_os(error, f"write of {len(data)} bytes") from error
 
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         """Memory is as durable as it gets."""
 
     def persist_all(self) -> None:

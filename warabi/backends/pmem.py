@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from warabi.backends.base import Storage, pwrite_full
-from warabi.backends.file import FileStorage, OpenFile
+from warabi.backends.borrowed import OpenFile
+from warabi.backends.file import FileStorage
 from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
 from warabi.errors import CorruptTarget
 from warabi.region import RegionID
@@ -78,7 +79,7 @@ class PmemStorage(FileStorage):
 
     write_beyond = Storage.write_beyond  # space is reserved before anything is written
 
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._check_failed(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd:
             length = self._check_length(rid, fd, "persist", offset + size)
@@ -89,12 +90,17 @@ class PmemStorage(FileStorage):
             if size == length:
                 self._dirty.discard(rid)
             with self._remembered(rid):
-                if unsettled and not isinstance(mapping, PageCacheMapping):
+                cached = isinstance(mapping, PageCacheMapping)
+                if times:
+                    os.fsync(fd)
+                elif unsettled and not cached:
                     os.fdatasync(fd)  # what msync would do with the file's metadata
-                if mapping is not None:
+                if mapping is not None and not (times and cached):
                     mapping.flush(offset, size)
             self._unsettled.discard(rid)
         self._persist_name(rid)
+
+    flushing = Storage.flushing  # ranges are flushed, by mappings
 
     def _mapping(self, rid: bytes, fd: int, length: int) -> Mapping:
         with self._lock:

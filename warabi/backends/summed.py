@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 from warabi.backends.base import Place, Storage
+from warabi.backends.times import Times
 from warabi.catalogue import Catalogue
 from warabi.errors import CorruptTarget
 from warabi.inode import Inode
@@ -163,7 +164,7 @@ class SummedStorage(Storage):
 
     # Persisting
 
-    def persist(self, rid: RegionID, offset: int, size: int) -> None:
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         # Whole blocks: a sum must not speak of bytes that are not on the medium.
         start = offset // BLOCK * BLOCK
         end = min(-(-(offset + size) // BLOCK) * BLOCK, self._size(rid))
@@ -348,6 +349,9 @@ class SummedStorage(Storage):
 
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
         self._inner.clone(rid, copy, size)
+
+    def kept_times(self, rid: RegionID) -> Times | None:
+        return self._inner.kept_times(rid)  # of a time without checksums
 
     def attests(self, inode: Inode, size: int) -> bool:
         return self._rows.attests(inode, size)

@@ -179,5 +179,7 @@ class _Graft:
         inode.uid, inode.gid = entry.uid, entry.gid
         for name, value in entry.xattrs:
             self._catalogue.set_xattr(inode, name, value)
-        inode.atime, inode.mtime, inode.ctime = entry.atime_ns, entry.mtime_ns, entry.ctime_ns
+        inode.atime, inode.mtime = entry.atime_ns, entry.mtime_ns
+        # Not before times that were kept beside its bytes while it was being brought.
+        inode.ctime = max(entry.ctime_ns, inode.kept + 1) if inode.kept >= 0 else entry.ctime_ns
         self._catalogue.touch(inode, durable=True)

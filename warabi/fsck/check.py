@@ -12,13 +12,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from warabi import layout
-from warabi.catalogue import translate
 from warabi.errors import ConfigError
 from warabi.fsck.files import FileCheck
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.salvage import salvage
 from warabi.fsck.tree import TreeCheck
-from warabi.journal import sync_directory
+from warabi.journal import sync_directory, translate
 from warabi.schema import APPLICATION_ID, SCHEMA_VERSION, migrate
 
 _INDEX_ONLY = re.compile(

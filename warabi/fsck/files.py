@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from warabi.backends import times as filetimes
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.tree import TreeCheck
 from warabi.journal import sync_directory
@@ -81,6 +82,8 @@ class FileCheck:
             self._db.execute("INSERT INTO present VALUES(?)", (file.rid.slot,))
             if row[0] != file.info.st_size:
                 self._size(file, row[0])
+            if not self._clean and (times := filetimes.get(str(file.path))) is not None:
+                self._times(file.rid, *times)
         self._missing()
 
     def _at_its_place(self, file: RegionFile) -> RegionFile | None:
@@ -127,6 +130,17 @@ class FileCheck:
             wanted = self._report.note(text, "believed the file, as opening the target does")
         if wanted:
             self._set_size(ino, have)
+
+    def _times(self, rid: RegionID, mtime: int, ctime: int) -> None:
+        ino = rid.slot
+        row = self._db.execute("SELECT ctime FROM inode WHERE ino = ?", (ino,)).fetchone()
+        if ctime > row[0] and self._report.note(
+            f"region {rid.hex()}: its times were kept in its file",
+            "believed them, as opening the target does",
+        ):
+            self._db.execute(
+                "UPDATE inode SET mtime = ?, ctime = ? WHERE ino = ?", (mtime, ctime, ino)
+            )
 
     def _names(self, ino: int) -> str:
         paths = self._tree.paths(ino)

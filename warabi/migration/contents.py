@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from warabi.catalogue import translate
+from warabi.journal import translate
 from warabi.migration.records import TABLES
 from warabi.region import RegionID
 from warabi.target import Target

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from warabi import errors, layout, schema
 from warabi.backends import MemoryStorage, Storage
-from warabi.catalogue import Catalogue, translate
+from warabi.catalogue import Catalogue
 from warabi.config import FileTarget, MemoryConfig, MemoryTarget, PmemTarget
 from warabi.dentries import Dentries
 from warabi.errors import ConfigError
-from warabi.journal import Journal, sync_directory
+from warabi.journal import Journal, sync_directory, translate
 from warabi.target import Target
 
 
@@ -126,7 +126,7 @@ class FilePlace(Place):
             self._check_free()  # again, now that nobody else can change it
             layout.clear(self._path, self._regions)
             self.storage = self._plan.make(self._regions)[0]
-            Catalogue.create(self._staged, self._plan.backend, quota)
+            schema.create(self._staged, self._plan.backend, quota)
             self.db = sqlite3.connect(self._staged, isolation_level=None, check_same_thread=False)
             # Until it is sealed nothing in it is worth saving.
             self.db.execute("PRAGMA journal_mode = OFF")
