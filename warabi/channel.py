@@ -267,10 +267,10 @@ class Stream:
             await self._channel._sending.acquire()
         return self
 
-    async def send(self, part: Part) -> None:
-        """Send all of *part*, however long it takes within the patience."""
-        with trio.fail_after(_scaled(self._patience, len(part))):
-            await self._channel._send([part])
+    async def send(self, *parts: Part) -> None:
+        """Send all of *parts*, however long it takes within the patience."""
+        with trio.fail_after(_scaled(self._patience, sum(map(len, parts)))):
+            await self._channel._send(parts)
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

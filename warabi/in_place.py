@@ -11,7 +11,6 @@ Not for TLS, which stores and loads by itself, where only system calls may.
 from __future__ import annotations
 
 import errno
-import math
 
 from warabi import errors, wire
 from warabi.channel import Channel
@@ -85,7 +84,7 @@ async def send(channel: Channel, request: Request, plan: Plan, buffer: memoryvie
         return False
     offset, size = plan.extents[0]
     frame = wire.frame([request.number, None], size)
-    async with channel.stream(math.inf) as stream:
+    async with channel.stream(request.core.transfers.patience) as stream:
         with request.target.lend(plan.region, offset, size) as loan:
             if loan.place is None:
                 return False
@@ -93,8 +92,6 @@ async def send(channel: Channel, request: Request, plan: Plan, buffer: memoryvie
             done = max(0, sent - len(frame))
             if done < size:
                 loan.load(offset + done, buffer[done:])
-        if sent < len(frame):
-            await stream.send(frame[sent:])
         if done < size:
-            await stream.send(buffer[done:])
+            await stream.send(frame[sent:], buffer[done:])
     return True

@@ -414,7 +414,8 @@ class Session:
             try:
                 if not await in_place.send(self._channel, request, plan, view):
                     await load(request.target, plan.region, plan.extents, view, plan.short)
-                    await self._channel.send([wire.frame([request.number, None], size), view])
+                    async with self._channel.stream(transfers.patience) as stream:
+                        await stream.send(wire.frame([request.number, None], size), view)
             finally:
                 transfers.release(view)
         else:
