@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.helpers import MEMORY, PATIENCE, Served, pattern, provider_process
+from tests.helpers import MEMORY, PATIENCE, RawPeer, Served, pattern, provider_process
 from warabi import aio, errors, lull
 
 LARGE = 3 << 20
@@ -22,6 +23,7 @@ LARGE = 3 << 20
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment without an end, so that nothing here depends on times."""
     monkeypatch.setattr(lull, "MOMENT", int(PATIENCE * 1000))
+    monkeypatch.setattr(lull, "LONGEST", int(PATIENCE * 1000))
 
 
 @pytest.fixture(params=["na+sm", "tcp"])
@@ -162,6 +164,48 @@ async def test_a_provider_that_ends_meanwhile(served: Served, patient: None) -> 
             with pytest.raises(errors.ConnectionLost):
                 await target.size(region)
         ending.join(PATIENCE)
+
+
+def _chatter(listener: socket.socket, stop: threading.Event) -> None:
+    """A provider that answers a ping, and anything else with answers to what nobody asked."""
+    accepted, _ = listener.accept()
+    with accepted, contextlib.suppress(EOFError, ConnectionError):
+        peer = RawPeer(accepted)
+        number, _, name, _, _ = peer.reply()
+        while name == "ping":
+            peer.send([number, None])
+            number, _, name, _, _ = peer.reply()
+        while not stop.is_set():
+            peer.send([number + 1000, None])
+        peer.send([number, 5])
+
+
+async def test_a_provider_that_never_stops_talking_keeps_nobody_waiting() -> None:
+    turns, stop = Turns(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        talking = threading.Thread(target=_chatter, args=(listener, stop))
+        talking.start()
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            async with (
+                aio.connect(address, 1) as target,
+                _serving(),
+                trio.open_nursery() as nursery,
+            ):
+
+                async def end() -> None:
+                    while turns.count < 10:
+                        await trio.lowlevel.checkpoint()
+                    stop.set()
+
+                nursery.start_soon(turns.run)
+                nursery.start_soon(end)
+                with trio.fail_after(PATIENCE):
+                    assert await target.call("size", b"r" * 16) == 5
+                nursery.cancel_scope.cancel()
+        finally:
+            stop.set()
+            await trio.to_thread.run_sync(talking.join)
 
 
 async def test_a_provider_that_is_silent_times_out(served: Served) -> None:

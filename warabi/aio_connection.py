@@ -217,6 +217,7 @@ class Connection(Replies):
         The task that reads the connection finds nothing then: it is between two messages, or
         between two pieces of one, whenever it waits.
         """
+        lull.begin()
         try:
             while not request.done and not self._unsent and lull.wait():
                 self._receive()

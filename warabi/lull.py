@@ -9,13 +9,17 @@ come otherwise is in the descriptors that it serves: those are waited for too, a
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import trio
 
 MOMENT = 2
-"""Milliseconds for which a loop stands still at most; its other tasks wait for so long."""
+"""Milliseconds for which a loop stands still when nothing comes."""
+LONGEST = 10
+"""Milliseconds after which it does not wait for the next piece of a reply, though one comes after
+the other; its other tasks wait for so long at most."""
 
 _served: trio.lowlevel.RunVar[tuple[int, ...]] = trio.lowlevel.RunVar("warabi-served", ())
 
@@ -41,12 +45,17 @@ class Lull:
         fd: where replies come.
     """
 
-    __slots__ = ("_fd", "_poll", "_served")
+    __slots__ = ("_end", "_fd", "_poll", "_served")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._end = 0.0
         self._served: tuple[int, ...] = ()
         self._poll = select.poll()
+
+    def begin(self) -> None:
+        """A request was sent."""
+        self._end = time.monotonic() + LONGEST / 1000
 
     def wait(self) -> bool:
         """Whether there is something to receive, within a moment and before anything else comes.
@@ -59,6 +68,6 @@ class Lull:
             for fd in (self._fd, *served):
                 self._poll.register(fd, select.POLLIN)
             self._served = served
-        if not served:
+        if not served or time.monotonic() > self._end:
             return False
         return [fd for fd, _ in self._poll.poll(MOMENT)] == [self._fd]
