@@ -33,7 +33,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
 
 
 class Turns:
-    """Counts the turns that a task beside gets."""
+    """Counts the turns that a task beside gets: many, while others wait in the loop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -61,15 +61,17 @@ async def test_a_request_takes_no_turn_of_the_loop(served: Served, patient: None
     ):
         nursery.start_soon(turns.run)
         await trio.lowlevel.checkpoint()
-        before = turns.count
+        before, requests = turns.count, 3
         region = await target.create(LARGE)
         for size in (0, 1, 5000, 65_536):
             await target.write(region, 0, pattern(size))
             assert await target.read(region, 0, size) == pattern(size)
+            requests += 2
         assert await target.read(region, 65_536, LARGE - 65_536) == bytes(LARGE - 65_536)
         with pytest.raises(errors.OutOfBounds):
             await target.read(region, LARGE, 1)
-        assert turns.count == before
+        # None to wait for the reply; one before a request would do no harm.
+        assert turns.count - before <= requests
         nursery.cancel_scope.cancel()
 
 
@@ -83,7 +85,7 @@ async def test_who_serves_nothing_never_stands_still(served: Served, patient: No
         await trio.lowlevel.checkpoint()
         before = turns.count
         await target.create(1)
-        assert turns.count > before
+        assert turns.count > before + 1
         nursery.cancel_scope.cancel()
 
 
@@ -148,7 +150,7 @@ async def test_who_waits_for_changes_does_not_count(served: Served, patient: Non
             await trio.lowlevel.checkpoint()
             before = turns.count
             assert await target.read(region, 0, 1000) == pattern(1000)
-            assert turns.count == before
+            assert turns.count - before <= 1
         nursery.cancel_scope.cancel()
 
 
