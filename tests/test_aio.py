@@ -411,3 +411,16 @@ async def test_attached_target_that_is_closed() -> None:
     local.close()
     with pytest.raises(errors.TargetNotFound):
         await target.read(region, 0, 1)
+
+
+async def test_a_connection_that_comes_too_late_is_closed(local_process: Served) -> None:
+    async def connect() -> None:
+        async with aio.connect(local_process.address, 1):
+            await trio.sleep_forever()
+
+    for steps in (*range(20), 40, 80):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()

@@ -314,14 +314,18 @@ def test_uploads_that_do_not_come(secured: dict[str, Any], large: bool) -> None:
         assert resident(served) - before < (10 * 4 + 24) * MIB
 
 
-@pytest.fixture
+@pytest.fixture(params=["memory", "file"])
 def shared_buffer(
-    secured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    secured: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[str]:
     """Of a provider with one buffer for all its clients, from which it takes who dawdles."""
     for module in (channel, transfer):
         monkeypatch.setattr(module, "STALL_PATIENCE", 0.4)
-    config = {**file_config(tmp_path / "target"), "transfer_manager": PIPELINE}
+    target = MEMORY if request.param == "memory" else file_config(tmp_path / "target")
+    config = {**target, "transfer_manager": PIPELINE}
     with Engine("tcp", config=secured) as engine, Provider(engine, 1, config):
         yield str(engine.addr())
 
@@ -351,14 +355,18 @@ def test_sender_of_a_byte_now_and_then(shared_buffer: str, secured: dict[str, An
         assert peer.closed()
 
 
-def test_reader_of_a_byte_now_and_then(shared_buffer: str, secured: dict[str, Any]) -> None:
+@pytest.mark.parametrize("size", [60_000, 4 * MIB])
+def test_reader_of_a_byte_now_and_then(
+    shared_buffer: str, secured: dict[str, Any], size: int
+) -> None:
+    """Of replies that fill the buffer, or go through it in pieces."""
     with Engine("tcp", client, config=secured) as engine:
         handle = Client(engine).make_target_handle(shared_buffer, 1)
         region = handle.create_and_write(bytes(4 * MIB))
         with raw_connection(shared_buffer, secured) as slow:
             RawPeer(slow)
-            header = [1, 1, "read", [region.to_bytes(), 0, 4 * MIB, False, False], None]
-            slow.sendall(wire.frame(header) * 10)
+            header = [1, 1, "read", [region.to_bytes(), 0, size, False, False], None]
+            slow.sendall(wire.frame(header) * (40 * MIB // size))
             stop = threading.Event()
 
             def dawdle() -> None:

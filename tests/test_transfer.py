@@ -15,7 +15,7 @@ from warabi.engine import Engine, client
 from warabi.errors import ConfigError, InvalidRegion, OutOfBounds
 from warabi.extents import Extent, total
 from warabi.server import Provider
-from warabi.transfer import PipelineTransfers, part
+from warabi.transfer import DefaultTransfers, PipelineTransfers, part
 
 PIPELINES: list[dict[str, int]] = [
     # One buffer for everybody; a thousand bytes at a time.
@@ -157,3 +157,20 @@ def test_part_is_a_slice(extents: list[Extent], start: int, length: int) -> None
     assert [byte for offset, size in found for byte in range(offset, offset + size)] == (
         covered[start : start + length]
     )
+
+
+def test_the_default_keeps_a_few_buffers_for_the_next_transfers() -> None:
+    transfers = DefaultTransfers()
+    first = transfers.acquire_nowait(1_000_000)
+    assert first is not None
+    assert len(first) == 1_000_000
+    transfers.release(first)
+    again = transfers.acquire_nowait(700_000)
+    assert again is not None
+    assert again.obj is first.obj
+    assert len(again) == 700_000
+    held = [transfers.acquire_nowait(4 << 20) for _ in range(5)]
+    for view in [again, *held]:
+        assert view is not None
+        transfers.release(view)
+    assert sum(map(len, transfers._spare)) <= 8 << 20

@@ -348,3 +348,60 @@ def test_mutated_streams_give_protocol_errors_only(
 def test_unpack_gives_protocol_errors_only(body: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         wire.unpack(body)
+
+
+def test_a_payload_may_be_used_where_it_came_and_its_place_taken_back() -> None:
+    connection = Connection(Limits())
+    payload = bytes(range(200)) * 10
+    stream = OPENING + wire.frame([1], len(payload)) + payload + wire.frame([2])
+
+    def feed(count: int) -> None:
+        nonlocal stream
+        buffer = connection.buffer()
+        count = min(count, len(buffer), len(stream))
+        buffer[:count] = stream[:count]
+        connection.received(count)
+        stream = stream[count:]
+
+    feed(len(OPENING))
+    assert isinstance(connection.next_event(), Opened)
+    feed(len(wire.frame([1], len(payload))) + 500)
+    assert connection.next_event() == Message([1], len(payload))
+    found = bytearray(connection.arrived())
+    assert found == payload[:500]
+    connection.skip(500)
+    assert len(connection.arrived()) == 0
+    place = memoryview(bytearray(1000))
+    connection.accept_payload(place)
+    assert connection.next_event() is NEED_DATA
+    feed(300)
+    assert connection.next_event() is NEED_DATA
+    assert connection.take_back() == 700
+    found += place[:300]
+    with pytest.raises(RuntimeError):
+        connection.take_back()
+    feed(10)  # as long as there is no place, to where headers go
+    assert connection.arrived() == payload[800:810]
+    rest = memoryview(bytearray(1200))
+    connection.accept_payload(rest)
+    while (event := connection.next_event()) is NEED_DATA:
+        feed(400)
+    assert event is PAYLOAD_DONE
+    assert found + rest == payload
+    while (event := connection.next_event()) is NEED_DATA:
+        feed(400)
+    assert event == Message([2], 0)
+
+
+def test_a_payload_that_came_whole_with_its_header() -> None:
+    connection = Connection(Limits())
+    data = OPENING + wire.frame([1], 300) + b"p" * 300 + wire.frame([2])
+    connection.buffer()[: len(data)] = data
+    connection.received(len(data))
+    assert isinstance(connection.next_event(), Opened)
+    assert connection.next_event() == Message([1], 300)
+    assert connection.arrived() == b"p" * 300
+    connection.skip(300)
+    assert connection.next_event() == Message([2], 0)
+    with pytest.raises(RuntimeError):
+        connection.arrived()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -22,6 +23,7 @@ import trio
 
 from warabi import address as _address
 from warabi import arrays, errors, security, transport
+from warabi.address import Endpoint
 from warabi.aio_connection import Connection
 from warabi.aio_link import DirectLink, Link, WireLink
 from warabi.aio_readonly import ReadOnlyLink
@@ -34,6 +36,7 @@ from warabi.operations import PAGE
 from warabi.region import RegionID
 from warabi.target import RegionStat
 from warabi.target import Target as LocalTarget
+from warabi.transport import Transport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
@@ -254,7 +257,7 @@ async def connect(
     limit = min(timeout, _CONNECT_TIMEOUT)
 
     async def opened(*, descriptors: bool = False) -> Connection:
-        plain, over = await _connected(endpoint, limit, shown)
+        plain, over = await _in_thread(endpoint, limit, shown)
         plain.setblocking(False)
         connection = Connection(
             trio.socket.from_stdlib_socket(plain),
@@ -298,26 +301,29 @@ async def connect(
         raise failure
 
 
-async def _connected(
-    endpoint: _address.Endpoint, limit: float, shown: security.Security
-) -> tuple[socket.socket, transport.Transport]:
-    """As :func:`transport.connect`, in a thread; one that is abandoned closes what it makes."""
+async def _in_thread(
+    endpoint: Endpoint, limit: float, shown: security.Security
+) -> tuple[socket.socket, Transport]:
+    """As ``transport.connect``; a connection that comes after a cancellation is closed."""
+    lock = threading.Lock()
     made: list[socket.socket] = []
-    abandoned = False
+    given_up = False
 
-    def connect() -> tuple[socket.socket, transport.Transport]:
-        plain, over = transport.connect(endpoint, limit, shown)
-        made.append(plain)
-        if abandoned:
-            plain.close()
-        return plain, over
+    def make() -> tuple[socket.socket, Transport]:
+        found = transport.connect(endpoint, limit, shown)
+        with lock:
+            if given_up:
+                found[0].close()
+            made.append(found[0])
+        return found
 
     try:
-        return await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
-    except BaseException:
-        abandoned = True
-        for plain in made:
-            plain.close()
+        return await trio.to_thread.run_sync(make, abandon_on_cancel=True)
+    except trio.Cancelled:
+        with lock:
+            given_up = True
+            for sock in made:
+                sock.close()
         raise
 
 

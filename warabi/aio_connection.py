@@ -19,13 +19,17 @@ import trio
 from warabi import address as _address
 from warabi import errors, greeting, wire
 from warabi.errors import ConnectionLost, TimedOut
+from warabi.lull import Lull
 from warabi.request import Replies, Request
 from warabi.security import Security
-from warabi.transport import Transport
+from warabi.transport import Plain, Transport
 from warabi.wire import NEED_DATA, Limits
 
 _CONNECT_TIMEOUT = 10.0
 _IN_FLIGHT = 64  # requests of one connection that wait for their replies
+_PATIENT = "watch"  # is answered when something happens
+_TURN = 1024 * 1024
+"""Bytes that may be received before other tasks get a turn; a call counts as a sixteenth."""
 
 
 class Connection(Replies):
@@ -61,9 +65,14 @@ class Connection(Replies):
         self._timeout = timeout
         self._heard = 0.0  # when something last came, by Trio's clock
         self._asked = False  # a sign of life was asked for since then
+        self._busy = trio.Event()  # requests wait for replies
+        self._patient = 0  # of them, those whose replies nobody waits for
+        # With TLS the socket does not tell whether there is something.
+        self._lull = Lull(sock.fileno()) if isinstance(transport, Plain) else None
         self.limits = Limits()
         self._ids = itertools.count(1)
         self._slots = trio.Semaphore(_IN_FLIGHT)
+        self._unyielding = 0  # bytes that were received since other tasks had a turn
         self._unsent: deque[memoryview] = deque()
         self._has_unsent = trio.Event()
         self._running = trio.CancelScope()
@@ -103,6 +112,7 @@ class Connection(Replies):
             with self._running:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._send_unsent)
+                    nursery.start_soon(self._watch_silence)
                     while True:
                         self._take(await self._next_event())
         except* errors.Exception as group:
@@ -121,20 +131,26 @@ class Connection(Replies):
 
     async def _next_event(self) -> wire.Event:
         while (event := self._wire.next_event()) is NEED_DATA:
+            if self._unyielding >= _TURN:
+                self._unyielding = 0
+                await trio.lowlevel.checkpoint()
             try:
-                # At once or not at all: in a wait between buffer() and the receiving, a request
-                # may be cancelled, whose buffer is its caller's again.
-                count = self._recv_into(self._wire.buffer())
+                self._unyielding += max(self._receive(), _TURN // 16)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._socket)
-                continue
-            if count == 0 and self._wire.between_messages:
-                raise ConnectionResetError("the provider closed the connection")
-            self._wire.received(count)
-            self._heard = trio.current_time()
-            self._asked = False
-            await trio.lowlevel.checkpoint()
+                self._unyielding = 0
         return event
+
+    def _receive(self) -> int:
+        # At once or not at all: in a wait between buffer() and the receiving, a request may be
+        # cancelled, whose buffer is its caller's again.
+        count = self._recv_into(self._wire.buffer())
+        if count == 0 and self._wire.between_messages:
+            raise ConnectionResetError("the provider closed the connection")
+        self._wire.received(count)
+        self._heard = trio.current_time()
+        self._asked = False
+        return count
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
@@ -153,45 +169,95 @@ class Connection(Replies):
         self, request: Request, header: Sequence[Any], payload: memoryview | None = None
     ) -> Any:
         """Send *request* and return its result, or raise its error."""
-        async with self._slots:
-            if self._lost is not None:
-                raise self._lost_error(request.what)
-            request_id = next(self._ids)
-            size = 0 if payload is None else len(payload)
-            frame = wire.frame([request_id, *header], size, self.limits)
-            request.event = trio.Event()
-            self._requests[request_id] = request
-            self._send([frame, payload])
-            try:
-                await self._wait(request)
-            finally:
-                if not request.done:
-                    self._abandon(request_id, request)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            await self._slots.acquire()
+        try:
+            return await self._exchange(request, header, payload)
+        finally:
+            self._slots.release()
+
+    async def _exchange(
+        self, request: Request, header: Sequence[Any], payload: memoryview | None
+    ) -> Any:
+        if self._lost is not None:
+            raise self._lost_error(request.what)
+        request_id = next(self._ids)
+        size = 0 if payload is None else len(payload)
+        frame = wire.frame([request_id, *header], size, self.limits)
+        request.event = trio.Event()
+        request.since = trio.current_time()
+        self._requests[request_id] = request
+        self._busy.set()
+        self._send([frame, payload])
+        if self._lull and len(self._requests) - self._patient == 1 and request.what != _PATIENT:
+            self._receive_in_lull(request, self._lull)
+        try:
             if not request.done:
-                raise TimedOut(
-                    f"{request.what}: no answer from {self._name} in {self._timeout:g} s"
-                )
-            return request.outcome()
+                await self._wait(request)
+        finally:
+            if not request.done:
+                self._abandon(request_id, request)
+        if not request.done:
+            raise TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+        return request.outcome()
 
     async def _wait(self, request: Request) -> None:
-        """Until the request is done or the provider has been silent for too long.
+        self._patient += request.what == _PATIENT
+        try:
+            await request.event.wait()
+        finally:
+            self._patient -= request.what == _PATIENT
 
-        After half of that a sign of life is asked for, which a provider that is busy with the
+    def _receive_in_lull(self, request: Request, lull: Lull) -> None:
+        """Take the reply of the only request that is under way, as long as nothing else comes.
+
+        The task that reads the connection finds nothing then: it is between two messages, or
+        between two pieces of one, whenever it waits.
+        """
+        lull.begin()
+        try:
+            while not request.done and not self._unsent and lull.wait():
+                self._receive()
+                while (event := self._wire.next_event()) is not NEED_DATA:
+                    self._take(event)
+        except BlockingIOError:
+            pass
+        except errors.Exception as error:
+            self._fail(type(error), str(error))
+            self.close()
+        except OSError as error:
+            self._fail(ConnectionLost, str(error))
+            self.close()
+
+    async def _watch_silence(self) -> None:
+        """Give up on requests when the provider has been silent for too long.
+
+        After half of that a sign of life is asked for, which a provider that is busy with a
         request gives, and one that is stopped or unreachable does not.
         """
-        since = trio.current_time()
-        while not request.done:
-            silent = trio.current_time() - max(since, self._heard)
-            if silent >= self._timeout:
-                return
-            if silent >= self._timeout / 2 and not self._asked:
-                self._asked = True
-                self._send([wire.frame([next(self._ids), 0, "ping", [], None])])
-            with trio.move_on_after(self._timeout / 2 - silent % (self._timeout / 2)):
-                await request.event.wait()
+        while True:
+            await self._busy.wait()
+            now = trio.current_time()
+            since = max(self._heard, min((r.since for r in self._requests.values()), default=now))
+            if now - since >= self._timeout:
+                for request in list(self._requests.values()):
+                    if now - max(self._heard, request.since) >= self._timeout:
+                        request.event.set()
+                await trio.lowlevel.checkpoint()  # they take themselves off the table
+            elif not self._requests:
+                self._busy = trio.Event()
+            else:
+                if now - since >= self._timeout / 2 and not self._asked:
+                    self._asked = True
+                    self._send([wire.frame([next(self._ids), 0, "ping", [], None])])
+                await trio.sleep_until(since + self._timeout / (1 if self._asked else 2))
 
     def _abandon(self, request_id: int, request: Request) -> None:
         request.into = None
+        self._requests.pop(request_id, None)  # its late answer is nobody's
         if self._message is not None and self._message.header[0] == request_id:
             self._wire.drop_payload()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import math
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -149,6 +150,37 @@ class Channel:
         if event not in (PAYLOAD_DONE, PLACE_FULL):
             raise ProtocolError("the peer closed the connection within a payload")
 
+    async def readable(self) -> None:
+        """Return when there is something to receive, or the peer has gone."""
+        await trio.lowlevel.wait_readable(self._socket)
+
+    @property
+    def plain(self) -> bool:
+        """Whether bytes go to and from the socket as they are."""
+        return isinstance(self._transport, Plain)
+
+    def arrived(self) -> memoryview:
+        """As :meth:`warabi.wire.Connection.arrived`."""
+        return self._connection.arrived()
+
+    def skip(self, count: int) -> None:
+        """As :meth:`warabi.wire.Connection.skip`."""
+        self._connection.skip(count)
+
+    def fill_nowait(self, place: memoryview) -> int:
+        """As :meth:`fill`, without waiting; returns how many bytes were there to be received."""
+        connection = self._connection
+        connection.accept_payload(place)
+        try:
+            while connection.next_event() is NEED_DATA:
+                connection.received(self._transport.recv_into(connection.buffer()))
+        except BaseException as error:
+            done = len(place) - connection.take_back()
+            if isinstance(error, BlockingIOError) or (done and isinstance(error, OSError)):
+                return done
+            raise
+        return len(place)
+
     async def drop_payload(self) -> None:
         """Receive what is left of the current payload into nothing."""
         self._connection.accept_payload(None)
@@ -181,9 +213,27 @@ class Channel:
         except (OSError, ProtocolError, PermissionDenied):
             self._deaf = True
 
-    def stream(self) -> Stream:
-        """A frame whose parts are sent one by one: ``async with channel.stream() as stream``."""
-        return Stream(self)
+    def send_nowait(self, parts: Sequence[Part]) -> int:
+        """Send what the socket takes at once, in a :meth:`stream`; returns how many bytes.
+
+        Parts that cannot be read are not sent.
+        """
+        plain: socket.socket = self._socket._sock  # type: ignore[attr-defined]
+        try:
+            return 0 if self._deaf else plain.sendmsg(parts)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._deaf = error.errno != errno.EFAULT
+            return 0
+
+    def stream(self, patience: float = STALL_PATIENCE) -> Stream:
+        """A frame whose parts are sent one by one: ``async with channel.stream() as stream``.
+
+        Sending a part raises ``trio.TooSlowError`` when the peer takes less than ``STALL_SIZE``
+        bytes in *patience* seconds.
+        """
+        return Stream(self, patience)
 
     def close(self) -> None:
         """End the connection; replies that were sent arrive.
@@ -206,18 +256,21 @@ def _scaled(patience: float, size: int) -> float:
 class Stream:
     """The right to send, held for several parts; one that is left half way ends the connection."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, patience: float) -> None:
         self._channel = channel
+        self._patience = patience
 
     async def __aenter__(self) -> Stream:
-        await self._channel._sending.acquire()
+        try:
+            self._channel._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._channel._sending.acquire()
         return self
 
-    async def send(self, part: Part) -> None:
-        """Raises ``trio.TooSlowError`` when the peer takes less than ``STALL_SIZE`` bytes in
-        ``STALL_PATIENCE``."""
-        with trio.fail_after(_scaled(STALL_PATIENCE, len(part))):
-            await self._channel._send([part])
+    async def send(self, *parts: Part) -> None:
+        """Send all of *parts*, however long it takes within the patience."""
+        with trio.fail_after(_scaled(self._patience, sum(map(len, parts)))):
+            await self._channel._send(parts)
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -72,6 +72,57 @@ class Guard:
             raise translate(error, self._catalogue.path) from error
 
 
+class Loan:
+    """Bytes of a region where they are, for a block that hands them to system calls.
+
+    Nobody resizes the region or frees its bytes before the end of the block, which must not wait.
+
+    Attributes:
+        place: the bytes; None, without a reason, where that cannot be, now or at all: who reads or
+            writes the usual way finds out why.  A load or store here would be killed if
+            somebody who was granted the region had cut off its memory; a system call fails.
+    """
+
+    __slots__ = ("_gate", "_inode", "_wanted", "place")
+
+    def __init__(
+        self, gate: RegionGate, region: RegionID, offset: int, size: int, *, writable: bool
+    ) -> None:
+        self._gate = gate
+        self._wanted = (region, offset, size, writable)
+        self._inode: Inode | None = None
+        self.place: memoryview | None = None
+
+    def __enter__(self) -> Loan:
+        region, offset, size, writable = self._wanted
+        gate = self._gate
+        try:
+            self._inode = gate._enter(region, "lend", False)
+        except (Exception, WouldBlock):
+            return self
+        try:
+            if offset >= 0 and offset + size <= self._inode.size:
+                self.place = gate._storage.view(region, offset, size, writable=writable)
+        except BaseException:
+            gate._leave(self._inode)
+            raise
+        return self
+
+    def load(self, offset: int, out: memoryview) -> None:
+        """Fill *out* from *offset* of the region, within what was lent."""
+        self._gate._storage.read_into(self._wanted[0], offset, out)
+
+    def store(self, offset: int, data: memoryview) -> None:
+        """Write *data* at *offset* of the region, within what was lent."""
+        self._gate._storage.write(self._wanted[0], offset, data)
+
+    def __exit__(self, *_: object) -> None:
+        wrote = self._wanted[3] and self.place is not None
+        self.place = None
+        if self._inode is not None:
+            self._gate._leave(self._inode, wrote=wrote)
+
+
 class RegionGate:
     """Lets calls into regions and out again.
 
@@ -144,6 +195,10 @@ class RegionGate:
                 self._idle.notify_all()
         if self._freed:
             self._reap()
+
+    def lend(self, region: RegionID, offset: int, size: int, *, writable: bool = False) -> Loan:
+        """*size* bytes at *offset* where they are: ``with target.lend(...) as loan``."""
+        return Loan(self, region, offset, size, writable=writable)
 
     def _enter_exclusive(self, region: RegionID, what: str, wait: bool) -> Inode:
         with self._lock:

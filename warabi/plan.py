@@ -122,3 +122,17 @@ async def load_chunk(
     start, end = piece
     pieces = part(plan.extents, start, end)
     await load(request.target, plan.region, pieces, view[: end - start], plan.short)
+
+
+async def load_ahead(
+    request: Request,
+    plan: Plan,
+    piece: tuple[int, int],
+    view: memoryview,
+    failures: list[Exception],
+) -> None:
+    """As :func:`load_chunk`, beside others: what it raises is added to *failures*."""
+    try:
+        await load_chunk(request, plan, piece, view)
+    except Exception as error:
+        failures.append(error)

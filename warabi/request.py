@@ -23,13 +23,14 @@ class Request:
         size: how many bytes a read asked for; its result is how many came.
         short: whether fewer may come, because the region ends.
         done: whether *result* or *error* is there.
+        since: when it was sent, by a Trio client's clock.
         event: set by whoever finishes the request or wants its waiter to look again.
     """
 
     __slots__ = (
         "buffers", "connection", "decode", "done", "error", "event", "into", "result",
-        "short", "size",
-        "what",
+        "short", "since",
+        "size", "what",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +48,7 @@ class Request:
         self.buffers = buffers
         self.short = short
         self.connection: Any = None
+        self.since = 0.0
         self.done = False
         self.result: Any = None
         self.error: errors.Exception | None = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, extents, feed, hosting, migration, wire
+from warabi import dispatch, errors, extents, feed, hosting, in_place, migration, wire
 from warabi.admission import Budget
 from warabi.channel import Channel
 from warabi.hosting import Host
@@ -34,6 +34,7 @@ from warabi.plan import (
     check_bounds,
     checked_header,
     checked_request,
+    load_ahead,
     load_chunk,
     memory,
     plan_upload,
@@ -299,6 +300,9 @@ class Session:
             beside = request.target.blocking
             await self._start(request, beside, nursery, lambda r: self._store(r, data))
         elif request.payload <= transfers.chunk:
+            if await in_place.receive(self._channel, request):
+                await self._reply(request.number, None)
+                return
             view = await transfers.acquire(request.payload)
             try:
                 await self._channel.fill(view, transfers.patience)
@@ -408,8 +412,10 @@ class Session:
         elif size <= transfers.chunk:
             view = await transfers.acquire(size)
             try:
-                await load(request.target, plan.region, plan.extents, view, plan.short)
-                await self._channel.send([wire.frame([request.number, None], size), view])
+                if not await in_place.send(self._channel, request, plan, view):
+                    await load(request.target, plan.region, plan.extents, view, plan.short)
+                    async with self._channel.stream(transfers.patience) as stream:
+                        await stream.send(wire.frame([request.number, None], size), view)
             finally:
                 transfers.release(view)
         else:
@@ -459,7 +465,7 @@ class Session:
                     async with trio.open_nursery() as nursery:
                         if following and ahead is not None:
                             nursery.start_soon(
-                                self._load_ahead, request, plan, following, ahead, failures
+                                load_ahead, request, plan, following, ahead, failures
                             )
                         try:
                             await stream.send(view[: end - start])
@@ -474,19 +480,6 @@ class Session:
                         await load_chunk(request, plan, following, view)
         finally:
             transfers.release(view)
-
-    async def _load_ahead(
-        self,
-        request: Request,
-        plan: Plan,
-        piece: tuple[int, int],
-        view: memoryview,
-        failures: list[Exception],
-    ) -> None:
-        try:
-            await load_chunk(request, plan, piece, view)
-        except Exception as error:
-            failures.append(error)
 
     # Replies
 

@@ -25,8 +25,8 @@ from warabi.region import RegionID
 from warabi.target import Target
 from warabi.wire import Limits
 
-_SPARE_SIZE = 1024 * 1024  # buffers of the default manager up to this size are used again
-_SPARE_COUNT = 4
+_SPARE = 8 * 1024 * 1024  # bytes of buffers that the default manager keeps, at most
+_SPARE_COUNT = 16  # how many these may be
 
 
 class Transfers(ABC):
@@ -60,26 +60,29 @@ class Transfers(ABC):
 
 
 class DefaultTransfers(Transfers):
-    """A buffer for every transfer, a few of them kept for the next one of the same size."""
+    """A buffer for every transfer, the last ones kept for the next of about the same size."""
 
     def __init__(self) -> None:
         self.chunk = Limits().payload
         self.patience = math.inf  # such a peer keeps nobody else waiting
-        self._spare: list[memoryview] = []
+        self._spare: list[bytearray] = []  # the latest last; their sizes are powers of two
 
     def acquire_nowait(self, size: int) -> memoryview | None:
-        for index, view in enumerate(self._spare):
-            if len(view) == size:
-                return self._spare.pop(index)
-        return memoryview(bytearray(size))
+        room = 1 << (size - 1).bit_length() if size > 1 else 1
+        for index, buffer in enumerate(self._spare):
+            if len(buffer) == room:
+                return memoryview(self._spare.pop(index))[:size]
+        return memoryview(bytearray(room))[:size]
 
     async def _wait(self) -> None:
         raise AssertionError("there is always a buffer")
 
     def release(self, view: memoryview) -> None:
-        if len(view) <= _SPARE_SIZE:
-            self._spare.insert(0, view)
-            del self._spare[_SPARE_COUNT:]
+        owner = view.obj
+        assert isinstance(owner, bytearray)
+        self._spare.append(owner)
+        while len(self._spare) > _SPARE_COUNT or sum(map(len, self._spare)) > _SPARE:
+            self._spare.pop(0)
 
 
 class PipelineTransfers(Transfers):

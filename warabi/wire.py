@@ -31,7 +31,7 @@ _PREFIX = struct.Struct("<IQ")
 _MAX_OPENING = 4096
 _TLS = (b"\x15", b"\x16")  # how an alert and a handshake begin
 _MAX_ITEMS = 1024  # in one msgpack array: bounds what a header can make the parser allocate
-_BUFFER = 64 * 1024
+_BUFFER = 68 * 1024  # a payload of 64 KiB comes whole with its header
 
 Buffer = bytes | bytearray | memoryview
 
@@ -298,6 +298,32 @@ class Connection:
             raise ValueError(f"a payload of {self._left} bytes, a place of {len(place)}")
         self._place = place
         self._state = _State.PAYLOAD
+
+    def arrived(self) -> memoryview:
+        """The bytes of the payload that came with its header; valid until more is received."""
+        if self._state is not _State.PLACE:
+            raise RuntimeError("no payload waits for a place")
+        return self._view[self._start : min(self._end, self._start + self._left)]
+
+    def skip(self, count: int) -> None:
+        """*count* bytes of :meth:`arrived` need no place any more."""
+        self._start += count
+        self._left -= count
+        if not self._left:
+            self._state = _State.PREFIX
+
+    def take_back(self) -> int:
+        """The place of a payload that is arriving is no longer valid, and the rest needs another.
+
+        Returns how many bytes of it are still empty.
+        """
+        if self._state is not _State.PAYLOAD or self._place is None:
+            raise RuntimeError("no payload is arriving")
+        empty = len(self._place)
+        self._place = None
+        self._direct = False
+        self._state = _State.PLACE
+        return empty
 
     def drop_payload(self) -> None:
         """Let what is still to come of the payload go nowhere: its place is no longer valid."""

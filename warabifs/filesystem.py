@@ -36,6 +36,8 @@ BLOCK = 4096
 CAPABILITY = b"security.capability"
 """What the kernel asks for before each write to a file, because the write would remove it."""
 _PAGE = 128  # directory entries fetched at a time
+_LARGEST_READ = 1024 * 1024  # bytes that the kernel asks for at once
+_SPARE_BUFFERS = 8  # of that size, for reads side by side; to make one takes as long as a read
 _REMEMBERED = 200_000  # names of an open directory, of which the gone ones are kept at a rewind
 
 
@@ -76,9 +78,8 @@ class FileSystem:
         self._next_handle = itertools.count(1)
         self._xattr_changes = 0
         self._stamps: dict[int, tuple[int, int]] = {}  # of what the page cache holds
-        # One request's data at a time is copied out before the next task runs (see `read`).
-        self._buffer = memoryview(bytearray(1024 * 1024))
-        self._buffer_busy = False
+        # Taken for a read, and given back when its data are about to be copied out (see `read`).
+        self._buffers = [memoryview(bytearray(_LARGEST_READ))]
 
     # What the kernel knows
 
@@ -348,15 +349,13 @@ class FileSystem:
             view = self._local.view(region, offset, size)
             if view is not None:
                 return view
-        if self._buffer_busy or size > len(self._buffer):
-            buffer = memoryview(bytearray(size))
-            return buffer[: await self._read_some(region, offset, buffer)]
-        self._buffer_busy = True
+        spare = self._buffers.pop() if self._buffers else memoryview(bytearray(_LARGEST_READ))
+        buffer = spare if size <= len(spare) else memoryview(bytearray(size))
         try:
-            buffer = self._buffer[:size]
-            return buffer[: await self._read_some(region, offset, buffer)]
+            return buffer[: await self._read_some(region, offset, buffer[:size])]
         finally:
-            self._buffer_busy = False
+            if len(self._buffers) < _SPARE_BUFFERS:
+                self._buffers.append(spare)
 
     async def _read_some(self, region: RegionID, offset: int, buffer: memoryview) -> int:
         local = self._local

@@ -24,7 +24,7 @@ from typing import IO, NoReturn
 import trio
 
 import warabi
-from warabi import aio, layout, reconnect
+from warabi import aio, layout, lull, reconnect
 from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.security import config_of
@@ -365,7 +365,8 @@ async def _mount_and_serve(
                         if not alone:
                             nursery.start_soon(follower.run)
                         ready()
-                        await session.serve(operations)
+                        with lull.serving(device.fd):
+                            await session.serve(operations)
                         unmount = False  # the kernel ended the session: it is unmounted already
                         nursery.cancel_scope.cancel()
             except (ValueError, TimeoutError) as error:

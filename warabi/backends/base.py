@@ -91,10 +91,13 @@ class Storage(ABC):
     def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
         """As ``read_into``; raises ``WouldBlock`` rather than wait, *out* then being undefined."""
 
-    def view(self, rid: RegionID, offset: int, size: int) -> memoryview | None:
+    def view(
+        self, rid: RegionID, offset: int, size: int, *, writable: bool = False
+    ) -> memoryview | None:
         """*size* bytes at *offset* where they are, until the region is resized or erased.
 
         None where they are in no memory that the process may touch, or it would have to be made.
+        Who is to write there hands it to a system call, which fails where a store would kill.
         """
         return None
 

@@ -10,6 +10,7 @@ slot.  Growing inside a slot and handing one out need no clearing then.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -28,6 +29,8 @@ _SEGMENT = 4 * 1024 * 1024
 _SMALLEST = 64
 _COPY = 1024 * 1024
 _SPARE_DESCRIPTORS = 256
+_MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of all kinds
+_MADV_POPULATE_READ = 22
 
 
 class _Segment:
@@ -83,6 +86,34 @@ class _Slot:
         return self.segment.view[self.offset : self.offset + self.size]
 
 
+class _Mapping:
+    """A large region's memory in this process; who has a view of it keeps it."""
+
+    __slots__ = ("_mmap", "_ready", "_view")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._mmap = mmap.mmap(fd, size)
+        self._view = memoryview(self._mmap)
+        self._ready = 0  # so many bytes can be touched without a fault
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def view(self, offset: int, end: int) -> memoryview:
+        if end > self._ready:
+            self._prepare(max(offset, self._ready), end)
+            if offset <= self._ready:
+                self._ready = end
+        return self._view[offset:end]
+
+    def _prepare(self, start: int, end: int) -> None:
+        """Map all pages at once.  The first write to each would be a fault otherwise, which takes
+        longer than writing the page; as if for reading, because faults for that map many pages."""
+        start -= start % mmap.PAGESIZE
+        with contextlib.suppress(OSError):  # older kernels map them one by one
+            self._mmap.madvise(_MADV_POPULATE_READ, start, end - start)
+
+
 class _Own:
     """A large region: a memfd, mapped once it is to be seen.
 
@@ -95,19 +126,12 @@ class _Own:
         self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC)
         self.size = size
         self.filled = 0
-        self.mapping: memoryview | None = None
+        self.mapping: _Mapping | None = None
         try:
             os.ftruncate(self.fd, size)
         except BaseException:
             os.close(self.fd)
             raise
-
-    def view(self, offset: int, size: int) -> memoryview | None:
-        if offset + size > self.filled:
-            return None
-        if self.mapping is None or len(self.mapping) < offset + size:
-            self.mapping = memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
-        return self.mapping[offset : offset + size]
 
 
 def _read(item: _Slot | _Own, offset: int, out: memoryview) -> None:
@@ -140,7 +164,10 @@ class MemoryStorage(Storage):
         self._open: dict[int, list[_Segment]] = {}  # segments with free slots, by slot size
         self._numbers = itertools.count(1)
         self._own = 0
-        self._own_limit = max(64, _descriptor_limit() - _SPARE_DESCRIPTORS)
+        limit = _descriptor_limit()
+        self._most_mappings = min(_MAPPINGS, limit // 8)
+        self._mappings: dict[_Own, None] = {}  # the oldest first; each takes a descriptor, too
+        self._own_limit = max(64, limit - _SPARE_DESCRIPTORS - self._most_mappings)
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._lock:
@@ -172,6 +199,7 @@ class MemoryStorage(Storage):
     def _free(self, item: _Slot | _Own) -> None:
         if isinstance(item, _Own):
             self._own -= 1
+            self._unmap(item)
             os.ftruncate(item.fd, 0)  # another process may still have it mapped
             os.close(item.fd)
             return
@@ -200,7 +228,7 @@ class MemoryStorage(Storage):
                 item.size = size
                 item.filled = min(item.filled, size)
                 if item.mapping is not None and size < len(item.mapping):
-                    item.mapping = None
+                    self._unmap(item)
             elif size <= item.segment.slot_size:
                 if size < item.size:
                     item.view()[size:] = bytes(item.size - size)
@@ -214,14 +242,35 @@ class MemoryStorage(Storage):
 
     read_into_nowait = read_into
 
-    def view(self, rid: RegionID, offset: int, size: int) -> memoryview | None:
-        item = self._regions[rid]
+    def view(
+        self, rid: RegionID, offset: int, size: int, *, writable: bool = False
+    ) -> memoryview | None:
+        item, end = self._regions[rid], offset + size
         if isinstance(item, _Slot):
-            return item.view()[offset : offset + size]
-        try:
-            return item.view(offset, size)
-        except OSError:  # no room for another mapping
+            found = item.view()[offset:end]
+        elif end > item.filled or (mapping := self._mapped(item, end)) is None:
             return None
+        else:
+            found = mapping.view(offset, end)
+        return found if writable else found.toreadonly()
+
+    def _mapped(self, item: _Own, end: int) -> _Mapping | None:
+        """A region's mapping, of its first *end* bytes at least; None when that cannot be."""
+        mapping = item.mapping
+        if mapping is None or len(mapping) < end:
+            with self._lock:
+                try:
+                    item.mapping = mapping = _Mapping(item.fd, item.size)
+                except OSError:
+                    return None
+                self._mappings[item] = None
+                if len(self._mappings) > self._most_mappings:
+                    self._unmap(next(iter(self._mappings)))
+        return mapping
+
+    def _unmap(self, item: _Own) -> None:
+        item.mapping = None
+        self._mappings.pop(item, None)
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
         try:
@@ -297,6 +346,7 @@ class MemoryStorage(Storage):
                 if isinstance(item, _Own):
                     os.close(item.fd)
             self._regions.clear()
+            self._mappings.clear()
             self._open.clear()
 
     destroy = close

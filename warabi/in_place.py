@@ -1,0 +1,97 @@
+"""Payloads between socket and region without a buffer, where a region's bytes are in memory.
+
+The kernel copies them once, as if they were in this process's own buffers.  What is to be moved is
+lent by the target for moments in which nothing waits (``RegionGate.lend``), so a peer that stops
+half way keeps nobody from resizing the region; for the same reason a large write that ends half way
+has written half, as one of a client that reaches the region itself.
+
+Not for TLS, which stores and loads by itself, where only system calls may.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from warabi import errors, wire
+from warabi.channel import Channel
+from warabi.plan import Plan, Request
+
+WHOLE = 64 * 1024
+"""Bytes of the largest write that is stored when all of it has come, or not at all."""
+
+
+async def receive(channel: Channel, request: Request) -> bool:
+    """Receive what can be of a write's payload into its place; whether that was all of it.
+
+    The request is left with what is still to be received, for which there is no such place, or
+    not any more.
+    """
+    if request.name != "write" or request.target.blocking or not channel.plain:
+        return False
+    if request.payload <= WHOLE and len(channel.arrived()) < request.payload:
+        return False
+    while not request.arguments[2] and request.core.changes.enter_nowait():  # nothing to persist
+        try:
+            if not _receive_now(channel, request):
+                break
+        finally:
+            request.core.changes.leave()
+        if not request.payload:
+            return True
+        await channel.readable()
+    return False
+
+
+def _receive_now(channel: Channel, request: Request) -> bool:
+    """Receive what is there; False when it has to go another way."""
+    region, offset = request.arguments[:2]
+    try:
+        target = request.core.target
+    except errors.Exception:
+        return False
+    with target.lend(region, offset, request.payload, writable=True) as loan:
+        if loan.place is None:
+            return False
+        if arrived := len(view := channel.arrived()):
+            try:
+                loan.store(offset, view)
+            except errors.Exception:
+                return False
+            channel.skip(arrived)
+            _advance(request, arrived)
+        if request.payload:
+            try:
+                with loan.place[arrived:] as rest:  # not kept by the traceback of an error
+                    _advance(request, channel.fill_nowait(rest))
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                return False
+    return True
+
+
+def _advance(request: Request, count: int) -> None:
+    request.arguments[1] += count
+    request.payload -= count
+
+
+async def send(channel: Channel, request: Request, plan: Plan, buffer: memoryview) -> bool:
+    """Answer a read of as many bytes as *buffer* has from where they are; False if that cannot be.
+
+    What the socket does not take at once is copied to *buffer*, and does not hold up the region.
+    """
+    if request.target.blocking or not channel.plain or len(plan.extents) != 1:
+        return False
+    offset, size = plan.extents[0]
+    frame = wire.frame([request.number, None], size)
+    async with channel.stream(request.core.transfers.patience) as stream:
+        with request.target.lend(plan.region, offset, size) as loan:
+            if loan.place is None:
+                return False
+            sent = channel.send_nowait([frame, loan.place])
+            done = max(0, sent - len(frame))
+            if done < size:
+                loan.load(offset + done, buffer[done:])
+        if done < size:
+            await stream.send(frame[sent:], buffer[done:])
+    return True
