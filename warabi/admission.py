@@ -91,9 +91,14 @@ class Budget:
     """
 
     def __init__(self, requests: int, outstanding: int) -> None:
-        self._requests = requests
+        self._most = self._requests = requests
         self._bytes = outstanding
         self._returned = trio.Event()
+
+    @property
+    def unused(self) -> bool:
+        """Whether nothing is under way."""
+        return self._requests == self._most
 
     async def acquire(self, size: int) -> None:
         """Return when another request, of *size* bytes at most ``outstanding``, may be started."""

@@ -52,7 +52,8 @@ def checked_header(header: Any) -> list[Any]:
     if (
         not isinstance(header, list)
         or len(header) != 5
-        or not all(type(item) is int for item in header[:2])
+        or type(header[0]) is not int
+        or type(header[1]) is not int
         or not isinstance(header[2], str)
         or not isinstance(header[4], bytes | None)
     ):

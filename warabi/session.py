@@ -23,6 +23,7 @@ from warabi.admission import Budget
 from warabi.channel import Channel
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
+from warabi.lookout import Attention
 from warabi.migration.exchange import BESIDE, Exchange
 from warabi.operations import OPERATIONS, READING, access, checked_arguments
 from warabi.pins import Pins
@@ -62,6 +63,7 @@ class Session:
         admit: called when the client has opened the connection; raises ``ConnectionFailed``.
         leave: called when the connection has ended.
         host: grants direct access to regions; None where the peer can have none.
+        attention: shared by all sessions of the loop.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Session:
         admit: Callable[[], None],
         leave: Callable[[], None],
         host: Host | None = None,
+        attention: Attention | None = None,
     ) -> None:
         self._host = host
-        self._channel = Channel(sock, limits.wire)
+        self._channel = Channel(sock, limits.wire, attention)
         self._exchange = Exchange(local, self._channel.close)
         self._find = find
         self._shutdown = shutdown
@@ -139,7 +142,7 @@ class Session:
             return
         self._admit()
         self._peer = peer
-        while (event := await self._channel.next_event()) is not None:
+        while (event := await self._channel.next_event(look=self._running.unused)) is not None:
             if isinstance(event, Message):
                 self._handling = True
                 await self._handle(event, nursery)
@@ -490,9 +493,9 @@ class Session:
 
     # Replies
 
-    async def _reply(self, number: int, result: Any, eager: Any = None) -> None:
+    def _reply(self, number: int, result: Any, eager: Any = None) -> Awaitable[None]:
         header = [number, result] if eager is None else [number, result, eager]
-        await self._channel.send([wire.frame(header, 0, self._channel.peer)])
+        return self._channel.send([wire.frame(header, 0, self._channel.peer)])
 
-    async def _fail(self, number: int, error: errors.Exception) -> None:
-        await self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])
+    def _fail(self, number: int, error: errors.Exception) -> Awaitable[None]:
+        return self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])
