@@ -123,18 +123,18 @@ class Channel:
 
     async def _receive(self, buffer: memoryview, look: bool) -> int:
         receive = self._transport.recv_into
-        began = now = perf_counter_ns()
+        began = perf_counter_ns()
+        alone = self._attention.alone(self, began)
         count = -1
-        if look and self._attention.alone(self, began):
-            count = self._lookout.look(receive, buffer, began)
-        while count < 0:
-            try:
+        if alone or self._encrypted:  # of what was received before, something may be left there
+            count = self._lookout.look(receive, buffer, began, wait=look and alone)
+        while count < 0:  # others get a turn
+            await trio.lowlevel.wait_readable(self._socket)
+            with contextlib.suppress(BlockingIOError):
                 count = receive(buffer, 0, 0)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._socket)
-                self._lookout.came(began)
-                now = self._turn = perf_counter_ns()
-        self._attention.give(self, now)
+            self._lookout.came(began)
+            self._turn = perf_counter_ns()
+        self._attention.give(self, perf_counter_ns())
         return count
 
     def drain(self) -> None:

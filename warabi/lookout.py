@@ -47,11 +47,12 @@ class Lookout:
             self.came(began)
         return count
 
-    def look(self, receive: Receive, place: memoryview, began: int) -> int:
-        """Receive what is there, or comes within a moment if that is to be expected; -1 when
-        nothing did.  *began* is the present time."""
-        before = began
-        until = began + _MOMENT if self._soon and began >= self._resume else began
+    def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
+        """Receive what is there or, with *wait*, what comes within a moment, if that is to be
+        expected; -1 when nothing did.  *began* is the present time."""
+        before = until = began
+        if wait and self._soon and began >= self._resume:
+            until += _MOMENT
         while True:
             try:
                 return receive(place, 0, socket.MSG_DONTWAIT)
