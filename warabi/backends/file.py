@@ -45,6 +45,47 @@ class OpenFile:
         self.users = 0
 
 
+class _Translated:
+    """What the system refuses in the block is raised as the library's own.
+
+    Written out, like ``_Borrowed``: each access to a file passes them, and as generators
+    they took longer than the access.
+    """
+
+    __slots__ = ("_rid", "_what")
+
+    def __init__(self, rid: bytes, what: str) -> None:
+        self._rid = rid
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError):
+            text = f"{self._what}: the file of region {self._rid.hex()} is missing"
+            raise CorruptTarget(text) from error
+        if isinstance(error, OSError):
+            raise errors.from_os(error, f"{self._what} region {self._rid.hex()}") from error
+
+
+class _Borrowed:
+    """A region's descriptor, which stays open while the block runs."""
+
+    __slots__ = ("_held", "_rid", "_storage")
+
+    def __init__(self, storage: FileStorage, rid: bytes) -> None:
+        self._storage = storage
+        self._rid = rid
+
+    def __enter__(self) -> int:
+        self._held = self._storage._take(self._rid)
+        return self._held.fd
+
+    def __exit__(self, *exc: object) -> None:
+        self._storage._give_back(self._rid, self._held)
+
+
 class FileStorage(Storage):
     """Regions as files below *root*, a directory that belongs to the target.
 
@@ -76,18 +117,14 @@ class FileStorage(Storage):
     def _path(self, rid: bytes) -> str:
         return f"{self.root}/{_shard(rid)}/{rid.hex()}"
 
-    @contextlib.contextmanager
-    def _translated(self, rid: bytes, what: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise CorruptTarget(f"{what}: the file of region {rid.hex()} is missing") from error
-        except OSError as error:
-            raise errors.from_os(error, f"{what} region {rid.hex()}") from error
+    def _translated(self, rid: bytes, what: str) -> _Translated:
+        return _Translated(rid, what)
 
-    @contextlib.contextmanager
-    def _borrow(self, rid: bytes) -> Iterator[int]:
+    def _borrow(self, rid: bytes) -> _Borrowed:
         """The region's descriptor, open while the block runs."""
+        return _Borrowed(self, rid)
+
+    def _take(self, rid: bytes) -> OpenFile:
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
@@ -95,13 +132,13 @@ class FileStorage(Storage):
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
-        try:
-            yield held.fd
-        finally:
-            with self._lock:
-                held.users -= 1
-                if not held.users and self._descriptors.get(rid) is not held:
-                    self._close(rid, held)  # erased meanwhile
+            return held
+
+    def _give_back(self, rid: bytes, held: OpenFile) -> None:
+        with self._lock:
+            held.users -= 1
+            if not held.users and self._descriptors.get(rid) is not held:
+                self._close(rid, held)  # erased meanwhile
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         """Let go of a descriptor that nobody uses; ``_lock`` is held."""
