@@ -266,6 +266,8 @@ class Catalogue:
         if durable:
             self.change += 1
             inode.changed = self.change
+            if inode.share is not None:
+                inode.share.loosen()
 
     def resize(self, inode: Inode, size: int) -> None:
         self.used += size - inode.size

@@ -169,7 +169,7 @@ class TargetHandle:
         Raises:
             InvalidRegion: unknown or erased.
         """
-        self._link.call("persist", *self._extent(region, offset, size))
+        self._link.persist(*self._extent(region, offset, size))
 
     def persist_async(self, region: RegionID, offset: int, size: int) -> AsyncRequest:
         """As :meth:`persist`, not waiting."""

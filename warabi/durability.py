@@ -112,7 +112,13 @@ class DurableRegions(RegionGate):
             with self._guard:
                 if self._grants is not None:
                     self._grants.settle_all(thorough=True)
-            self._storage.persist_all()
+            try:
+                self._storage.persist_all()
+            except BaseException:
+                with self._lock:
+                    if self._grants is not None:
+                        self._grants.loosen_all()
+                raise
             self._commit()
 
     def _commit_regularly(self) -> None:

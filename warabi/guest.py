@@ -21,7 +21,7 @@ from typing import Any
 
 from warabi import errors
 from warabi.backends.base import pread_full, pwrite_full
-from warabi.grants import ENTRIES, LANES
+from warabi.grants import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
 from warabi.shared_memory import Mapping, copy, register
 
@@ -80,7 +80,7 @@ class Guest:
             life, table, marks, board = descriptors
             self._mappings = [
                 Mapping(life, resource.getpagesize(), writable=False),
-                Mapping(table, 16 * ENTRIES, writable=False),
+                Mapping(table, TABLE, writable=False),
                 Mapping(marks, 8 * ENTRIES, writable=self._writable),
                 Mapping(board, 8 * LANES, writable=True),
             ]
@@ -266,6 +266,26 @@ class Guest:
             self._drop(region, grant)
         return size
 
+    def persist(self, region: RegionID, offset: int, size: int) -> bool:
+        """Put bytes within the region on the medium; False when the provider has to do it, also
+        when that failed: it must know, for the kernel says so only once."""
+        grant = self._grants.get(region)
+        if grant is None or grant.room < 0 or self._life[self._word] != self._alive:
+            return False
+        table, entry, stamp = self._table, grant.entry, grant.stamp
+        if (
+            not self.usable
+            or table[FIRM + grant.index] != stamp
+            or offset + size > table[entry + 1]
+        ):
+            return False
+        if grant.fd >= 0:
+            try:
+                os.fdatasync(grant.fd)
+            except OSError:
+                return False
+        return table[entry] == stamp
+
     @staticmethod
     def _read_file(fd: int, offset: int, place: memoryview, wait: bool) -> bool:
         try:
@@ -318,6 +338,10 @@ class Access(ABC):
     def size(self, region: RegionID) -> int:
         """As :meth:`Guest.size`."""
         return -1 if self._guest is None else self._guest.size(region)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> bool:
+        """As :meth:`Guest.persist`."""
+        return self._guest is not None and self._guest.persist(region, offset, size)
 
     def write(self, region: RegionID, offset: int, data: memoryview, *, wait: bool = True) -> bool:
         """As :meth:`Guest.write`."""

@@ -36,6 +36,7 @@ class Link(Protocol):
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None: ...
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
+    def persist(self, region: RegionID, offset: int, size: int) -> None: ...
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
@@ -94,7 +95,7 @@ class DirectLink:
     ) -> None:
         if self._core.direct.write(region, offset, data):
             if persist:
-                self._core.target.persist(region, offset, len(data))
+                self.persist(region, offset, len(data))
             return
         with self._core.changes:
             self._core.target.write(region, offset, data, persist, extend=extend)
@@ -102,6 +103,10 @@ class DirectLink:
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         if not self._core.direct.read_into(region, offset, place):
             self._core.target.read_into(region, offset, place)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        if not self._core.direct.persist(region, offset, size):
+            self._core.target.persist(region, offset, size)
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         with self._core.changes:
@@ -239,7 +244,7 @@ class WireLink:
     ) -> None:
         if self._side is not None and self._side.write(region, offset, data):
             if persist:
-                self.call("persist", region, offset, len(data))
+                self.persist(region, offset, len(data))
             return
         wait_all(self, self._write(region, offset, data, persist, extend))
 
@@ -283,6 +288,10 @@ class WireLink:
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         if self._side is None or not self._side.read_into(region, offset, place):
             wait_all(self, self._read(region, offset, place))
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        if self._side is None or not self._side.persist(region, offset, size):
+            self.call("persist", region, offset, size)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         if self._side is not None:

@@ -32,11 +32,11 @@ from warabi.plan import (
     UPLOADS,
     Plan,
     Request,
-    check_bounds,
     checked_header,
     checked_request,
     load_chunk,
     memory,
+    plan_download,
     plan_upload,
 )
 from warabi.provider import ProviderCore
@@ -401,7 +401,7 @@ class Session:
     # Downloads
 
     async def _download(self, request: Request) -> None:
-        plan, eager = self._plan_download(request)
+        plan, eager = plan_download(request, self._channel.limits, self._channel.peer)
         size = extents.total(plan.extents)
         transfers = request.core.transfers
         if eager:
@@ -417,29 +417,6 @@ class Session:
                 transfers.release(view)
         else:
             await self._download_in_chunks(request, plan, size)
-
-    def _plan_download(self, request: Request) -> tuple[Plan, bool]:
-        """What to read from where, and whether it is small enough for the reply's header."""
-        eager = False
-        short = False
-        if request.name == "read":
-            region, offset, size, eager, short = request.arguments
-            if short and size > 0:
-                size = min(size, max(0, request.target.size(region) - offset))
-            plan = Plan(region, [(offset, size)], short=short)
-        else:
-            region, packed = request.arguments
-            plan = Plan(region, extents.unpack(packed, request.name))
-            size = extents.total(plan.extents)
-        # The peer's limit may be anything; what is allocated here keeps to this side's too.
-        limit = min(self._channel.peer.payload, self._channel.limits.payload)
-        if not 0 <= size <= limit or (eager and size > self._channel.peer.header // 2):
-            raise errors.ProtocolError(
-                f"{request.name}: {size} bytes in one reply, the limit is {limit}"
-            )
-        if not short:
-            check_bounds(request.target, plan, request.name)
-        return plan, eager
 
     async def _download_in_chunks(self, request: Request, plan: Plan, size: int) -> None:
         """Load a chunk while the one before it is being sent.

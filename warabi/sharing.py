@@ -65,6 +65,17 @@ class SharedRegions(DurableRegions):
         while not grants.quiet(share.index) and time.monotonic() < deadline:
             time.sleep(0.001)
 
+    def _fasten(self, inode: Inode) -> None:
+        """Have guests persist the region by themselves, if that can be; the lock is held."""
+        share = inode.share
+        if (
+            share is not None
+            and share.grants is self._grants
+            and self._catalogue.is_synced(inode.changed)
+            and self._storage.firm(inode.rid)
+        ):
+            self._grants.fasten(share)
+
     def _check_sharing(self) -> None:
         if self._paused:
             raise TargetBusy("share: the target is being migrated")
@@ -131,6 +142,7 @@ class SharedRegions(DurableRegions):
                 granted = None
                 if self._grants is not None and not inode.dead and not self._paused:
                     granted = self._grants.grant(inode)
+                    self._fasten(inode)
             if granted is None:
                 os.close(place.fd)
                 return None

@@ -311,9 +311,18 @@ class Target(SharedRegions):
             self._leave(inode)
 
     def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
-        self._storage.persist(inode.rid, offset, size)
-        if times or not self._catalogue.is_synced(inode.changed):
-            self._commit()
+        try:
+            self._storage.persist(inode.rid, offset, size)
+            if times or not self._catalogue.is_synced(inode.changed):
+                self._commit()
+        except BaseException:
+            with self._lock:
+                if inode.share is not None:
+                    inode.share.loosen()
+            raise
+        if inode.share is not None:
+            with self._lock:
+                self._fasten(inode)
 
     def fsync(self, region: RegionID, times: bool = True) -> None:
         """Persist the whole region; with *times* its timestamps too, as fsync(2) promises and

@@ -157,6 +157,11 @@ class Storage(ABC):
     def share(self, rid: RegionID, *, writable: bool) -> Place | None:
         """Where the region's bytes are, for another process; None when it may not touch them."""
 
+    def firm(self, rid: RegionID) -> bool:
+        """Whether who syncs the descriptor that :meth:`share` gave has persisted the region, and
+        this storage hears of it by itself when that fails."""
+        return False
+
     @abstractmethod
     def room(self) -> tuple[int, int]:
         """Total and available bytes of the medium."""

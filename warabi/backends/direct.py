@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from warabi.backends.base import Place, pread_full, pwrite_full
-from warabi.backends.file import FileStorage, OpenFile
+from warabi.backends.descriptors import OpenFile
+from warabi.backends.file import FileStorage
 from warabi.errors import CorruptTarget, WouldBlock
 from warabi.journal import let_go
 from warabi.region import RegionID

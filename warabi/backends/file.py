@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends.descriptors import Borrowed, OpenFile, Translated
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
 from warabi.journal import let_go, sync_directory
@@ -33,57 +34,6 @@ _NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
-
-
-class OpenFile:
-    """An open region file and how many calls are using it."""
-
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
-
-
-class _Translated:
-    """What the system refuses in the block is raised as the library's own.
-
-    Written out, like ``_Borrowed``: each access to a file passes them, and as generators
-    they took longer than the access.
-    """
-
-    __slots__ = ("_rid", "_what")
-
-    def __init__(self, rid: bytes, what: str) -> None:
-        self._rid = rid
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            text = f"{self._what}: the file of region {self._rid.hex()} is missing"
-            raise CorruptTarget(text) from error
-        if isinstance(error, OSError):
-            raise errors.from_os(error, f"{self._what} region {self._rid.hex()}") from error
-
-
-class _Borrowed:
-    """A region's descriptor, which stays open while the block runs."""
-
-    __slots__ = ("_held", "_rid", "_storage")
-
-    def __init__(self, storage: FileStorage, rid: bytes) -> None:
-        self._storage = storage
-        self._rid = rid
-
-    def __enter__(self) -> int:
-        self._held = self._storage._take(self._rid)
-        return self._held.fd
-
-    def __exit__(self, *exc: object) -> None:
-        self._storage._give_back(self._rid, self._held)
 
 
 class FileStorage(Storage):
@@ -101,6 +51,9 @@ class FileStorage(Storage):
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # Of regions that guests may sync by themselves, a part of the limit: each descriptor is
+        # told of what could not be written, so one that stays open hears of it too.
+        self._kept: set[bytes] = set()
         self._dirty: set[bytes] = set()  # written since the last persist
         # Whose names may not be on the medium, oldest first, and directories: made, or where a
         # name was removed, since they were synced; those whose sync failed.
@@ -117,12 +70,13 @@ class FileStorage(Storage):
     def _path(self, rid: bytes) -> str:
         return f"{self.root}/{_shard(rid)}/{rid.hex()}"
 
-    def _translated(self, rid: bytes, what: str) -> _Translated:
-        return _Translated(rid, what)
+    @staticmethod
+    def _translated(rid: bytes, what: str) -> Translated:
+        return Translated(rid, what)
 
-    def _borrow(self, rid: bytes) -> _Borrowed:
+    def _borrow(self, rid: bytes) -> Borrowed:
         """The region's descriptor, open while the block runs."""
-        return _Borrowed(self, rid)
+        return Borrowed(rid, self._take, self._give_back)
 
     def _take(self, rid: bytes) -> OpenFile:
         with self._lock:
@@ -152,8 +106,11 @@ class FileStorage(Storage):
         if len(self._descriptors) < self._limit:
             return
         for rid in list(self._descriptors)[: self._limit // 8]:
-            if not self._descriptors[rid].users:
-                self._close(rid, self._descriptors.pop(rid))
+            held = self._descriptors.pop(rid)
+            if held.users or rid in self._kept:
+                self._descriptors[rid] = held
+            else:
+                self._close(rid, held)
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
@@ -181,6 +138,7 @@ class FileStorage(Storage):
     def erase(self, rid: RegionID) -> None:
         with self._lock:
             held = self._descriptors.pop(rid, None)
+            self._kept.discard(rid)
             self._dirty.discard(rid)
             self._fresh.pop(rid, None)
             self._failed.pop(rid, None)
@@ -414,9 +372,16 @@ class FileStorage(Storage):
         self._dirty.add(rid)
 
     def share(self, rid: RegionID, *, writable: bool) -> Place | None:
-        with self._translated(rid, "share"), self._borrow(rid) as fd:
-            mine = os.dup(fd) if writable else os.open(self._path(rid), os.O_RDONLY | os.O_CLOEXEC)
-            return Place(mine, 0, None, segment=0, mapped=False, waits=self.write_waits)
+        with self._translated(rid, "share"), self._borrow(rid):
+            # Not a copy of the one that is here, which the kernel would take for the same one.
+            flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC
+            fd = os.open(self._path(rid), flags)
+            if len(self._kept) < self._limit // 4:
+                self._kept.add(rid)
+            return Place(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
+
+    def firm(self, rid: RegionID) -> bool:
+        return rid in self._kept and rid not in self._fresh and rid not in self._failed
 
     def room(self) -> tuple[int, int]:
         try:

@@ -283,6 +283,10 @@ class MemoryStorage(Storage):
                 segment=segment.number, mapped=True,
             )  # fmt: skip
 
+    def firm(self, rid: RegionID) -> bool:
+        """Memory is as durable as it gets."""
+        return True
+
     def room(self) -> tuple[int, int]:
         with open("/proc/meminfo", encoding="ascii") as file:
             info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from warabi.backends.base import Storage, pwrite_full
-from warabi.backends.file import FileStorage, OpenFile
+from warabi.backends.descriptors import OpenFile
+from warabi.backends.file import FileStorage
 from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
 from warabi.errors import CorruptTarget
 from warabi.region import RegionID
@@ -95,6 +96,9 @@ class PmemStorage(FileStorage):
                     mapping.flush(offset, size)
             self._unsettled.discard(rid)
         self._persist_name(rid)
+
+    def firm(self, rid: RegionID) -> bool:
+        return False  # to flush a range takes less than to sync the file
 
     def _mapping(self, rid: bytes, fd: int, length: int) -> Mapping:
         with self._lock:
