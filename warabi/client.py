@@ -246,6 +246,8 @@ class TargetHandle:
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; with *persist*, durable.
 
+        A process that is killed meanwhile may leave a region with part of large *data*.
+
         Raises:
             InvalidBuffer: *data* has no contiguous buffer.
             StorageFull: no room; no region remains.

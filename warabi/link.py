@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -353,7 +354,20 @@ class WireLink:
         return found or [[]]
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
-        return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]
+        made = None if self._side is None else self._side.make(len(data))
+        if made is None:
+            return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]
+        region, fill = made
+        try:
+            if not fill(data):
+                wait_all(self, self._write(region, 0, data, False, False))
+            if persist:
+                self.persist(region, 0, len(data))
+        except BaseException:
+            with contextlib.suppress(errors.Exception):
+                self.call("erase", region)
+            raise
+        return region
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
         connection = self._connect()

@@ -199,7 +199,7 @@ OPERATIONS: dict[str, Operation] = {
 _BESIDE = {
     "read": READ, "write": CHANGE, "create_and_write": CHANGE, "ping": READ, "shutdown": CHANGE,
     # Direct access: a connection that may not change anything is granted none to write.
-    "join": READ, "grant": READ, "leave": READ,
+    "join": READ, "grant": READ, "leave": READ, "make": CHANGE,
     "watch": READ,
     # Who may do this, and to what, is a matter of the provider's configuration, too.
     **dict.fromkeys(migration.OPERATIONS, CHANGE), "migration_progress": READ,

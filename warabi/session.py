@@ -42,7 +42,6 @@ from warabi.plan import (
 from warabi.provider import ProviderCore
 from warabi.request import chunks
 from warabi.security import Peer, Security, permit
-from warabi.target import Target
 from warabi.transfer import load, part, store
 from warabi.watching import Watching
 from warabi.wire import Message
@@ -158,7 +157,7 @@ class Session:
                 await self._control(number, provider_id, name)
                 return
             if name in hosting.LETTERS:
-                await self._share(number, self._find(provider_id).target, name, arguments)
+                await self._share(number, self._find(provider_id), name, arguments)
                 return
             if name in migration.OPERATIONS:
                 await self._migrate(message, nursery)
@@ -192,13 +191,20 @@ class Session:
         with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
             await self._reply(number, None)
 
-    async def _share(self, number: int, target: Target, name: str, arguments: Any) -> None:
+    async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
         checked = checked_arguments(name, hosting.LETTERS[name], arguments)
         if name == "join":
             checked[0] = checked[0] and not self._peer.read_only
         if self._host is None:
             return await self._reply(number, None)
-        result, descriptors = await self._host.answer(target, name, checked)
+        target = core.target
+        if name == "make" and not core.changes.enter_nowait():
+            return await self._reply(number, None)  # an ordinary request waits
+        try:
+            result, descriptors = await self._host.answer(target, name, checked)
+        finally:
+            if name == "make":
+                core.changes.leave()
         try:
             await self._channel.send([wire.frame([number, result])], descriptors)
         finally:
