@@ -153,12 +153,20 @@ class Served:
         tasks = Path(f"/proc/{self.process.pid}/task")
         eventually(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
 
+    def _waits_for_its_end(self) -> bool:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1)
+
     def kill(self) -> None:
         """End it without a chance to clean up, and wait."""
         self.process.kill()
         self.process.wait(PATIENCE)
 
     def descriptors(self) -> int:
+        """How many it has open, those included by which it waits for its end, which it begins to
+        do after it has said where it is."""
+        eventually(self._waits_for_its_end)
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 

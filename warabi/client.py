@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from warabi import address as _address
 from warabi import arrays
+from warabi.answers import RegionStat
 from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
@@ -19,7 +20,6 @@ from warabi.operations import PAGE
 from warabi.readonly import ReadOnlyLink
 from warabi.region import RegionID
 from warabi.request import Request
-from warabi.target import RegionStat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import

@@ -15,9 +15,10 @@ from weakref import WeakKeyDictionary
 import trio
 
 from warabi import errors
+from warabi.calls import CALLS
 from warabi.errors import WouldBlock
 from warabi.extents import Extent
-from warabi.operations import Operation
+from warabi.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target import Target
 
@@ -43,13 +44,12 @@ async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -
     return await trio.to_thread.run_sync(call, *arguments, limiter=limiter)
 
 
-async def execute(
-    target: Target, operation: Operation, arguments: list[Any] | tuple[Any, ...]
-) -> Any:
-    """The result of *operation* on *target*."""
-    if operation.waits and target.blocking:
-        return await _in_thread(target, operation.call, target, *arguments)
-    return operation.call(target, *arguments)
+async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
+    """The result of the operation *name* on *target*."""
+    call = CALLS[name]
+    if OPERATIONS[name].waits and target.blocking:
+        return await _in_thread(target, call, target, *arguments)
+    return call(target, *arguments)
 
 
 async def write(

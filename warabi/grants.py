@@ -31,18 +31,9 @@ from collections.abc import Callable
 from warabi.catalogue import Catalogue
 from warabi.feed import CONTENT
 from warabi.inode import Inode
+from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory, barrier
-
-LANES = 64
-"""Accesses that one guest can have under way at once."""
-ENTRIES = 1 << 19
-"""Regions of a target that may be granted at once; the memory for them is taken when used."""
-
-FIRM = 2 * ENTRIES
-"""Where in the table, in words of 8 bytes, the stamps of firm regions begin."""
-TABLE = 8 * (FIRM + ENTRIES)
-"""Bytes of the table."""
 
 
 class Guest:

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from warabi import errors
-from warabi.backends.base import pread_full, pwrite_full
-from warabi.grants import ENTRIES, FIRM, LANES, TABLE
+from warabi.fileio import pread_full, pwrite_full
+from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
 from warabi.shared_memory import Mapping, copy, register
 

@@ -79,14 +79,17 @@ class DirectLink:
     eager_read = EAGER_THRESHOLD
 
     def __init__(self, core: ProviderCore) -> None:
+        from warabi.calls import CALLS  # which the clients of others do not need
+
+        self._calls = CALLS
         self._core = core
 
     def call(self, name: str, *arguments: Any) -> Any:
-        operation = OPERATIONS[name]
+        call = self._calls[name]
         if name in READING:
-            return operation.call(self._core.target, *arguments)
+            return call(self._core.target, *arguments)
         with self._core.changes:
-            return operation.call(self._core.target, *arguments)
+            return call(self._core.target, *arguments)
 
     def size(self, region: RegionID) -> int:
         return self._core.target.size(region)

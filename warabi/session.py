@@ -294,7 +294,7 @@ class Session:
         operation = OPERATIONS[request.name]
         if request.name == "unpin":
             self._pins.check(request.core.provider_id, *request.arguments)
-        result = await dispatch.execute(request.target, operation, request.arguments)
+        result = await dispatch.execute(request.target, request.name, request.arguments)
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)
@@ -346,8 +346,7 @@ class Session:
             region = await dispatch.create_and_write(target, data, request.arguments[0])
             await self._reply(request.number, region)
         else:
-            operation = OPERATIONS[request.name]
-            await dispatch.execute(target, operation, [*request.arguments, data])
+            await dispatch.execute(target, request.name, [*request.arguments, data])
             await self._reply(request.number, None)
 
     async def _upload_in_chunks(self, request: Request) -> None:
@@ -382,7 +381,7 @@ class Session:
         if plan.persist:
             await dispatch.execute(
                 request.target,
-                OPERATIONS["persist_vector"],
+                "persist_vector",
                 [plan.region, extents.pack(plan.extents)],
             )
         await self._reply(request.number, plan.region if plan.created else None)

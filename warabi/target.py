@@ -8,8 +8,9 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
+from warabi.answers import RegionStat
 from warabi.backends import Storage
 from warabi.buffers import checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Catalogue
@@ -19,16 +20,6 @@ from warabi.inode import Inode
 from warabi.namespace import Namespace
 from warabi.region import RegionID
 from warabi.sharing import SharedRegions
-
-
-class RegionStat(NamedTuple):
-    """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
-
-    size: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-    names: list[str]
 
 
 class Target(SharedRegions):

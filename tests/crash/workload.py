@@ -166,9 +166,9 @@ class RegionSurface:
 
 def on_target(target: Target) -> RegionSurface:
     """A target of this process."""
-    from warabi.operations import OPERATIONS
+    from warabi.calls import CALLS
 
-    return RegionSurface(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+    return RegionSurface(target, lambda name, *args: CALLS[name](target, *args))
 
 
 def on_handle(handle: TargetHandle) -> RegionSurface:

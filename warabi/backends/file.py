@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends.base import Place, Storage
 from warabi.backends.descriptors import Borrowed, OpenFile, Translated
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
+from warabi.fileio import pread_full, pwrite_full
 from warabi.journal import let_go, sync_directory
 from warabi.region import RegionID
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends.base import Place, Storage
+from warabi.fileio import pread_full, pwrite_full
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory
 

@@ -11,11 +11,12 @@ import errno
 import os
 from pathlib import Path
 
-from warabi.backends.base import Storage, pwrite_full
+from warabi.backends.base import Storage
 from warabi.backends.descriptors import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
 from warabi.errors import CorruptTarget
+from warabi.fileio import pwrite_full
 from warabi.region import RegionID
 
 _MOST_MAPPINGS = 16384
