@@ -52,6 +52,13 @@ async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, .
     return call(target, *arguments)
 
 
+def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether the upload *name* may wait, for the medium or for others."""
+    if name == "create_and_write":
+        return target.write_waits or (bool(arguments[0]) and target.blocking)
+    return target.blocking
+
+
 async def write(
     target: Target, region: RegionID, offset: int, data: Any, persist: bool, extend: bool
 ) -> None:
@@ -97,7 +104,7 @@ async def read_vector(
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:
     """As ``Target.create_and_write``."""
-    if target.write_waits or (persist and target.blocking):
+    if waits(target, "create_and_write", (persist,)):
         return await _in_thread(target, target.create_and_write, data, persist)
     return target.create_and_write(data, persist)
 

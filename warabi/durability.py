@@ -66,11 +66,11 @@ class DurableRegions(RegionGate):
             self._committer.start()
 
     @contextlib.contextmanager
-    def _kept_open(self, what: str = "persist") -> Iterator[None]:
+    def _kept_open(self) -> Iterator[None]:
         """Keep the target from closing while the block runs."""
         with self._lock:
             if self._closed:
-                raise TargetNotFound(f"{what}: {self._guard.reason}")
+                raise TargetNotFound(f"persist: {self._guard.reason}")
             self._inside += 1
         try:
             yield

@@ -305,7 +305,7 @@ class Session:
         transfers = request.core.transfers
         if not request.payload:
             data = request.eager or b""
-            beside = request.target.blocking
+            beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store(r, data))
         elif request.payload <= transfers.chunk:
             view = await transfers.acquire(request.payload)
@@ -320,7 +320,7 @@ class Session:
                 transfers.release(view)
                 await self._start(request, True, nursery, lambda r: self._store(r, own))
                 return
-            beside = request.target.blocking
+            beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
         elif request.core.changes.enter_nowait():
             request.entered = True

@@ -401,17 +401,24 @@ class Target(SharedRegions):
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; when anything fails, no region remains."""
         view = readable(data, "create_and_write: data")
-        with self._kept_open("create_and_write"):
-            region = self.create(len(view))
-            try:
-                self.write(region, 0, view, persist)
-            except BaseException:
-                with self._guard:  # not `erase`, which a target that is about to close refuses
-                    if (inode := self._catalogue.region(region)) is not None:
-                        self.namespace.forget_names(inode)
-                        self.discard(inode)
-                raise
-            return region
+        with self._guard:
+            inode = self.new_region(0o644, None, None, len(view), anonymous=True)
+            inode.users += 1  # from the start, so that the target does not close meanwhile
+            self._inside += 1
+        try:
+            if view:
+                self._storage.write(inode.rid, 0, view)
+            if persist:
+                self._persist_inside(inode, 0, len(view))
+        except BaseException:
+            with self._guard:  # not `erase`, which a target that is about to close refuses
+                if not inode.dead:
+                    self.namespace.forget_names(inode)
+                    self.discard(inode)
+            raise
+        finally:
+            self._leave(inode, wrote=bool(view))
+        return inode.rid
 
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.

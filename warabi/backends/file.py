@@ -47,6 +47,7 @@ class FileStorage(Storage):
 
     def __init__(self, root: Path, *, sync: bool = False) -> None:
         self.root = root
+        self._prefix = f"{root}/"
         self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DSYNC if sync else 0)
         self.write_waits = self.write_waits or sync
         self._lock = threading.Lock()
@@ -69,7 +70,8 @@ class FileStorage(Storage):
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _path(self, rid: bytes) -> str:
-        return f"{self.root}/{_shard(rid)}/{rid.hex()}"
+        name = rid.hex()
+        return f"{self._prefix}{name[-2:]}/{name}"
 
     @staticmethod
     def _translated(rid: bytes, what: str) -> Translated:
@@ -115,13 +117,13 @@ class FileStorage(Storage):
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
-            shard = _shard(rid)
+            path = self._path(rid)
+            shard = path[-2:]
             if shard not in self._shards:
                 os.makedirs(f"{self.root}/{shard}", exist_ok=True)
                 with self._lock:
                     self._shards.add(shard)
                     self._fresh_shards.add(shard)
-            path = self._path(rid)
             fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
             if size:
                 try:
