@@ -138,11 +138,15 @@ def python_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 class Served:
-    """Another process that serves providers."""
+    """Another process that serves providers, and has begun to wait for its end.
+
+    It says where it is before that; a signal to end would just kill it then.
+    """
 
     def __init__(self, process: subprocess.Popen[str], address: str) -> None:
         self.process = process
         self.address = address
+        eventually(self._waits_for_its_end)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -164,9 +168,6 @@ class Served:
         self.process.wait(PATIENCE)
 
     def descriptors(self) -> int:
-        """How many it has open, those included by which it waits for its end, which it begins to
-        do after it has said where it is."""
-        eventually(self._waits_for_its_end)
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 
