@@ -230,6 +230,29 @@ async def _check_checkpoints(target: aio.Target) -> None:
     assert await target.size(region) == 10
 
 
+async def test_who_never_stops_asking_lets_others_run(local_process: Served) -> None:
+    """And is answered although another request waits on the same connection."""
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with aio.connect(local_process.address, 1) as target, trio.open_nursery() as nursery:
+        number = (await target._link.changes(0, True)).number
+        nursery.start_soon(target._link.changes, number, True)
+        nursery.start_soon(count)
+        with trio.fail_after(PATIENCE):
+            while turns < 100:
+                before = turns
+                for _ in range(1000):
+                    await target.call("used")
+                assert turns > before
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("size", [100, 300_000, 9 << 20])
 async def test_cancelled_anywhere(target: aio.Target, size: int) -> None:
     """The connection stays usable, late replies touch no buffer, and no region is torn."""

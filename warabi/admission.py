@@ -96,9 +96,9 @@ class Budget:
         self._returned = trio.Event()
 
     @property
-    def unused(self) -> bool:
-        """Whether nothing is under way."""
-        return self._requests == self._most
+    def under_way(self) -> int:
+        """How many requests are."""
+        return self._most - self._requests
 
     async def acquire(self, size: int) -> None:
         """Return when another request, of *size* bytes at most ``outstanding``, may be started."""

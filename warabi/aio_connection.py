@@ -1,7 +1,9 @@
 """A Trio client's connection.
 
-One reader task.  Sending is synchronous as far as the socket takes it, and goes on in a task of
-its own where it does not, so that no cancelled caller leaves half a frame behind.
+One reader task.  The only request under way looks for its reply by itself for a moment, without a
+turn of Trio's loop, if replies come so soon.  Sending is synchronous as far as the socket takes
+it, and goes on in a task of its own where it does not, so that no cancelled caller leaves half a
+frame behind.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Sequence
+from time import perf_counter_ns
 from typing import Any
 
 import trio
@@ -19,12 +22,15 @@ import trio
 from warabi import address as _address
 from warabi import errors, greeting, wire
 from warabi.errors import ConnectionLost, TimedOut
+from warabi.lookout import Lookout
 from warabi.request import Replies, Request
 from warabi.security import Security
 from warabi.transport import Transport
 from warabi.wire import NEED_DATA, Limits
 
 _CONNECT_TIMEOUT = 10.0
+_TURN = 250_000
+"""Nanoseconds after which a task that does nothing but requests lets others run."""
 _IN_FLIGHT = 64  # requests of one connection that wait for their replies
 
 
@@ -61,6 +67,9 @@ class Connection(Replies):
         self._timeout = timeout
         self._heard = 0.0  # when something last came, by Trio's clock
         self._asked = False  # a sign of life was asked for since then
+        self._lookout = Lookout()
+        self._awaited = 0  # requests under way whose replies may come soon
+        self._turn = 0  # when others could last run
         self.limits = Limits()
         self._ids = itertools.count(1)
         self._slots = trio.Semaphore(_IN_FLIGHT)
@@ -130,11 +139,33 @@ class Connection(Replies):
                 continue
             if count == 0 and self._wire.between_messages:
                 raise ConnectionResetError("the provider closed the connection")
-            self._wire.received(count)
-            self._heard = trio.current_time()
-            self._asked = False
+            self._received(count)
             await trio.lowlevel.checkpoint()
         return event
+
+    def _received(self, count: int) -> None:
+        self._wire.received(count)
+        self._heard = trio.current_time()
+        self._asked = False
+
+    def _look_for(self, request: Request) -> None:
+        """Take the reply if it comes within a moment; the reader task sleeps meanwhile, and loses
+        nothing, for it receives as this does: at once or not at all."""
+        try:
+            while not request.done:
+                event = self._wire.next_event()
+                if event is not NEED_DATA:
+                    self._take(event)
+                    continue
+                place = self._wire.buffer()
+                count = self._lookout.look(self._recv_into, place, perf_counter_ns())
+                if count <= 0:  # an end is the reader's to see
+                    return
+                self._received(count)
+        except (errors.Exception, OSError) as error:
+            kind = type(error) if isinstance(error, errors.Exception) else ConnectionLost
+            self._fail(kind, str(error))
+            self.close()
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
@@ -150,28 +181,58 @@ class Connection(Replies):
         return kind(f"{what}: {reason}")
 
     async def request(
-        self, request: Request, header: Sequence[Any], payload: memoryview | None = None
+        self,
+        request: Request,
+        header: Sequence[Any],
+        payload: memoryview | None = None,
+        *,
+        soon: bool = True,
     ) -> Any:
-        """Send *request* and return its result, or raise its error."""
-        async with self._slots:
-            if self._lost is not None:
-                raise self._lost_error(request.what)
-            request_id = next(self._ids)
-            size = 0 if payload is None else len(payload)
-            frame = wire.frame([request_id, *header], size, self.limits)
-            request.event = trio.Event()
-            self._requests[request_id] = request
-            self._send([frame, payload])
-            try:
-                await self._wait(request)
-            finally:
-                if not request.done:
-                    self._abandon(request_id, request)
+        """Send *request* and return its result, or raise its error.
+
+        A reply that waits for something to happen does not come *soon*.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if perf_counter_ns() - self._turn > _TURN:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._turn = perf_counter_ns()
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            await self._slots.acquire()
+        self._awaited += soon
+        try:
+            return await self._request(request, header, payload, soon and self._awaited == 1)
+        finally:
+            self._awaited -= soon
+            self._slots.release()
+
+    async def _request(
+        self, request: Request, header: Sequence[Any], payload: memoryview | None, alone: bool
+    ) -> Any:
+        if self._lost is not None:
+            raise self._lost_error(request.what)
+        request_id = next(self._ids)
+        size = 0 if payload is None else len(payload)
+        frame = wire.frame([request_id, *header], size, self.limits)
+        request.event = trio.Event()
+        self._requests[request_id] = request
+        self._send([frame, payload])
+        if alone:
+            began = perf_counter_ns()
+            self._look_for(request)
+        try:
             if not request.done:
-                raise TimedOut(
-                    f"{request.what}: no answer from {self._name} in {self._timeout:g} s"
-                )
-            return request.outcome()
+                await self._wait(request)
+                self._turn = perf_counter_ns()
+                if alone:
+                    self._lookout.came(began)
+        finally:
+            if not request.done:
+                self._abandon(request_id, request)
+        if not request.done:
+            raise TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+        return request.outcome()
 
     async def _wait(self, request: Request) -> None:
         """Until the request is done or the provider has been silent for too long.

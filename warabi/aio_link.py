@@ -121,7 +121,8 @@ class WireLink:
         if data is not None and len(data) <= self.eager_write:
             eager, data = bytes(data), None
         header = (self._provider_id, request.what, arguments, eager)
-        return await self._connection.request(request, header, data)
+        soon = request.what != "watch"
+        return await self._connection.request(request, header, data, soon=soon)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         operation = OPERATIONS.get(name)

@@ -94,6 +94,7 @@ class Session:
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
         self._watching = Watching(self)
+        self._watchers = 0  # requests to watch that are under way
 
     async def run(self) -> None:
         """Serve until the peer goes, then give back what it held."""
@@ -141,7 +142,12 @@ class Session:
             return
         self._admit()
         self._peer = peer
-        while (event := await self._channel.next_event(look=self._running.unused)) is not None:
+        while True:
+            # Those that watch wait for others, who are served then.
+            idle = self._running.under_way == self._watchers
+            event = await self._channel.next_event(look=idle)
+            if event is None:
+                return
             if isinstance(event, Message):
                 self._handling = True
                 await self._handle(event, nursery)
@@ -164,6 +170,7 @@ class Session:
                 return
             if name == "watch":
                 await self._running.acquire(0)
+                self._watchers += 1
                 nursery.start_soon(self._watch, number, provider_id, arguments)
                 return
             request = checked_request(
@@ -220,6 +227,7 @@ class Session:
         except Exception as error:
             await self._report(number, "watch", error)
         finally:
+            self._watchers -= 1
             self._running.release(0)
 
     async def _migrate(self, message: Message, nursery: trio.Nursery) -> None:
