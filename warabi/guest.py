@@ -100,6 +100,11 @@ class Guest:
         self._most_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self.usable = True
 
+    @property
+    def writes(self) -> bool:
+        """Whether it may write to anything."""
+        return self.usable and self._writable
+
     # Asking for grants
 
     def wants(self, region: RegionID, size: int) -> bool:

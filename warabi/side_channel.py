@@ -118,7 +118,7 @@ class SideChannel(Access):
         try:
             guest = self._guest = self._guest or self._join(what)
             self._over = guest is None
-            if guest is None or not guest.usable:
+            if guest is None or not guest.writes:
                 return None
             made, descriptors = self._call(what, "make", [size])
             if made is None:
