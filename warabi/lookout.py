@@ -22,8 +22,8 @@ _SOON = 150_000
 """A message that woke a sleeper so soon, in nanoseconds, would have come within the moment."""
 _LATE = 500_000
 """A core that stays away for so long was given to somebody who does not only answer."""
-_PAUSE = 100_000_000
-"""Nanoseconds for which nothing is looked for then."""
+_PAUSE = (5_000_000, 160_000_000)
+"""Nanoseconds for which nothing is looked for then: at first, and at most if that happens again."""
 
 Receive = Callable[[memoryview, int, int], int]
 """``socket.recv_into``, or what stands for it."""
@@ -32,11 +32,12 @@ Receive = Callable[[memoryview, int, int], int]
 class Lookout:
     """What one side of a connection knows of when the next message comes."""
 
-    __slots__ = ("_resume", "_soon")
+    __slots__ = ("_pause", "_resume", "_soon")
 
     def __init__(self) -> None:
         self._soon = False
-        self._resume = 0
+        self._pause = 0
+        self._resume = 0  # when the pause ends
 
     def receive(self, receive: Receive, place: memoryview) -> int:
         """As *receive*, which may sleep; with a look or two before."""
@@ -62,7 +63,9 @@ class Lookout:
             os.sched_yield()
             now = perf_counter_ns()
             if now - before > _LATE:
-                self._resume = now + _PAUSE
+                again = now < self._resume + self._pause
+                self._pause = min(2 * self._pause, _PAUSE[1]) if again else _PAUSE[0]
+                self._resume = now + self._pause
             before = now
 
     def came(self, began: int) -> None:
