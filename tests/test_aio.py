@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -228,6 +229,17 @@ async def _check_checkpoints(target: aio.Target) -> None:
             await call()
             pytest.fail("went on in a cancelled scope")
     assert await target.size(region) == 10
+
+
+async def test_cancelled_while_it_connects(local_process: Served) -> None:
+    """No socket is left open, by whom it may be made."""
+    for steps in range(30):
+        with trio.move_on_after(steps / 10_000):
+            async with aio.connect(local_process.address, 1) as target:
+                region = await target.create_and_write(bytes(100_000))
+                await target.read(region, 0, 100_000)
+    await trio.sleep(0.1)
+    gc.collect()  # what nobody closed warns now
 
 
 async def test_who_never_stops_asking_lets_others_run(local_process: Served) -> None:

@@ -11,6 +11,8 @@ connection ends or another request on it has been answered.
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -253,9 +255,7 @@ async def connect(
     limit = min(timeout, _CONNECT_TIMEOUT)
 
     async def opened(*, descriptors: bool = False) -> Connection:
-        plain, over = await trio.to_thread.run_sync(
-            transport.connect, endpoint, limit, shown, abandon_on_cancel=True
-        )
+        plain, over = await _connected(endpoint, limit, shown)
         plain.setblocking(False)
         connection = Connection(
             trio.socket.from_stdlib_socket(plain),
@@ -297,6 +297,33 @@ async def connect(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _connected(
+    endpoint: _address.Endpoint, limit: float, shown: security.Security
+) -> tuple[socket.socket, transport.Transport]:
+    """As ``transport.connect``, in a thread; who is cancelled does not wait for it, and leaves no
+    socket open."""
+    lock = threading.Lock()  # of the two below
+    made: list[socket.socket] = []
+    given_up = False
+
+    def connect() -> tuple[socket.socket, transport.Transport]:
+        sock, over = transport.connect(endpoint, limit, shown)
+        with lock:
+            if given_up:
+                sock.close()
+            made.append(sock)
+        return sock, over
+
+    try:
+        return await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
+    except BaseException:
+        with lock:
+            given_up = True
+            for sock in made:
+                sock.close()
+        raise
 
 
 async def _run(connection: Connection, ended: trio.Event | None) -> None:

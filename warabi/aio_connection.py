@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -123,6 +124,8 @@ class Connection(Replies):
         finally:
             self._fail(ConnectionLost, "the connection was closed")
             self._socket.close()
+            for fd in self.take_descriptors():  # who asked for them was cancelled
+                os.close(fd)
 
     def close(self) -> None:
         """Have :meth:`run` end; the requests under way fail."""
