@@ -138,11 +138,15 @@ def python_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 class Served:
-    """Another process that serves providers."""
+    """Another process that serves providers, and has begun to wait for its end.
+
+    It says where it is before that; a signal to end would just kill it then.
+    """
 
     def __init__(self, process: subprocess.Popen[str], address: str) -> None:
         self.process = process
         self.address = address
+        eventually(self._waits_for_its_end)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -152,6 +156,11 @@ class Served:
         self.signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self.process.pid}/task")
         eventually(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
+
+    def _waits_for_its_end(self) -> bool:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1)
 
     def kill(self) -> None:
         """End it without a chance to clean up, and wait."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import socket
 import threading
@@ -230,6 +231,40 @@ async def _check_checkpoints(target: aio.Target) -> None:
             await call()
             pytest.fail("went on in a cancelled scope")
     assert await target.size(region) == 10
+
+
+async def test_cancelled_while_it_connects(local_process: Served) -> None:
+    """No socket is left open, by whom it may be made."""
+    for steps in range(30):
+        with trio.move_on_after(steps / 10_000):
+            async with aio.connect(local_process.address, 1) as target:
+                region = await target.create_and_write(bytes(100_000))
+                await target.read(region, 0, 100_000)
+    await trio.sleep(0.1)
+    gc.collect()  # what nobody closed warns now
+
+
+async def test_who_never_stops_asking_lets_others_run(local_process: Served) -> None:
+    """And is answered although another request waits on the same connection."""
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with aio.connect(local_process.address, 1) as target, trio.open_nursery() as nursery:
+        number = (await target._link.changes(0, True)).number
+        nursery.start_soon(target._link.changes, number, True)
+        nursery.start_soon(count)
+        with trio.fail_after(PATIENCE):
+            while turns < 100:
+                before = turns
+                for _ in range(1000):
+                    await target.call("used")
+                assert turns > before
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("size", [100, 300_000, 9 << 20])

@@ -26,7 +26,7 @@ from tests.helpers import (
 )
 from tests.test_cli import run
 from warabi import errors, layout
-from warabi.backends.summed import Verified
+from warabi.answers import Verified
 from warabi.client import Client
 from warabi.config import FileConfig, PmemConfig
 from warabi.engine import Engine

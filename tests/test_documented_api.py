@@ -265,7 +265,7 @@ def test_client_import_is_light() -> None:
 import sys
 import mochi.margo
 import mochi.warabi.client
-print(*({"trio", "pydantic", "numpy"} & sys.modules.keys()))
+print(*({"trio", "pydantic", "numpy", "sqlite3", "ssl"} & sys.modules.keys()))
 """
     done = run_python(script)
     assert (done.stdout.strip(), done.stderr) == ("", "")

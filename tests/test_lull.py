@@ -84,8 +84,11 @@ async def test_who_serves_nothing_never_stands_still(served: Served, patient: No
         nursery.start_soon(turns.run)
         await trio.lowlevel.checkpoint()
         before = turns.count
-        await target.create(1)
+        served.stop()
+        with trio.move_on_after(0.5):
+            await target.create(1)
         assert turns.count > before + 1
+        served.signal(signal.SIGCONT)
         nursery.cancel_scope.cancel()
 
 

@@ -23,6 +23,7 @@ from tests.helpers import (
     raw_connection,
 )
 from warabi import errors, greeting, wire
+from warabi.calls import CALLS
 from warabi.client import Client
 from warabi.engine import Engine, client
 from warabi.operations import OPERATIONS, Operation, access
@@ -328,6 +329,10 @@ def test_read_only_token_under_its_own_key(guarded: str) -> None:
 
 
 # The table, and the one question
+
+
+def test_every_operation_has_a_call() -> None:
+    assert CALLS.keys() == OPERATIONS.keys()
 
 
 def test_every_operation_says_what_it_takes() -> None:

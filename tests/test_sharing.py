@@ -264,7 +264,6 @@ def test_a_switch_that_is_none_is_refused() -> None:
 IN_THE_MIDDLE = """
 import sys
 import warabi.guest
-from warabi.backends import base
 from warabi.client import Client, RegionID
 from warabi.engine import Engine, client
 

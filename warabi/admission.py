@@ -91,9 +91,14 @@ class Budget:
     """
 
     def __init__(self, requests: int, outstanding: int) -> None:
-        self._requests = requests
+        self._most = self._requests = requests
         self._bytes = outstanding
         self._returned = trio.Event()
+
+    @property
+    def under_way(self) -> int:
+        """How many requests are."""
+        return self._most - self._requests
 
     async def acquire(self, size: int) -> None:
         """Return when another request, of *size* bytes at most ``outstanding``, may be started."""

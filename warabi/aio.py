@@ -28,13 +28,13 @@ from warabi.aio_connection import Connection
 from warabi.aio_link import DirectLink, Link, WireLink
 from warabi.aio_readonly import ReadOnlyLink
 from warabi.aio_side_channel import SideChannel
+from warabi.answers import RegionStat
 from warabi.buffers import checked_path, checked_size, readable, writable
 from warabi.connection import TIMEOUT
 from warabi.extents import EXTENTS, check_total, checked_extents, pack
 from warabi.feed import Changes
 from warabi.operations import PAGE
 from warabi.region import RegionID
-from warabi.target import RegionStat
 from warabi.target import Target as LocalTarget
 from warabi.transport import Transport
 

@@ -1,7 +1,9 @@
 """A Trio client's connection.
 
-One reader task.  Sending is synchronous as far as the socket takes it, and goes on in a task of
-its own where it does not, so that no cancelled caller leaves half a frame behind.
+One reader task.  The only request under way looks for its reply by itself for a moment, without a
+turn of Trio's loop, if replies come so soon.  Sending is synchronous as far as the socket takes
+it, and goes on in a task of its own where it does not, so that no cancelled caller leaves half a
+frame behind.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import socket
 from collections import deque
 from collections.abc import Sequence
+from time import perf_counter_ns
 from typing import Any
 
 import trio
@@ -19,6 +23,7 @@ import trio
 from warabi import address as _address
 from warabi import errors, greeting, wire
 from warabi.errors import ConnectionLost, TimedOut
+from warabi.lookout import Lookout
 from warabi.lull import Lull
 from warabi.request import Replies, Request
 from warabi.security import Security
@@ -26,9 +31,10 @@ from warabi.transport import Plain, Transport
 from warabi.wire import NEED_DATA, Limits
 
 _CONNECT_TIMEOUT = 10.0
+_TURN = 250_000
+"""Nanoseconds after which a task that does nothing but requests lets others run."""
 _IN_FLIGHT = 64  # requests of one connection that wait for their replies
-_PATIENT = "watch"  # is answered when something happens
-_TURN = 1024 * 1024
+_TURN_SIZE = 1024 * 1024
 """Bytes that may be received before other tasks get a turn; a call counts as a sixteenth."""
 
 
@@ -65,8 +71,10 @@ class Connection(Replies):
         self._timeout = timeout
         self._heard = 0.0  # when something last came, by Trio's clock
         self._asked = False  # a sign of life was asked for since then
+        self._lookout = Lookout()
+        self._awaited = 0  # requests under way whose replies may come soon
+        self._turn = 0  # when others could last run
         self._busy = trio.Event()  # requests wait for replies
-        self._patient = 0  # of them, those whose replies nobody waits for
         # With TLS the socket does not tell whether there is something.
         self._lull = Lull(sock.fileno()) if isinstance(transport, Plain) else None
         self.limits = Limits()
@@ -124,6 +132,8 @@ class Connection(Replies):
         finally:
             self._fail(ConnectionLost, "the connection was closed")
             self._socket.close()
+            for fd in self.take_descriptors():  # who asked for them was cancelled
+                os.close(fd)
 
     def close(self) -> None:
         """Have :meth:`run` end; the requests under way fail."""
@@ -131,11 +141,11 @@ class Connection(Replies):
 
     async def _next_event(self) -> wire.Event:
         while (event := self._wire.next_event()) is NEED_DATA:
-            if self._unyielding >= _TURN:
+            if self._unyielding >= _TURN_SIZE:
                 self._unyielding = 0
                 await trio.lowlevel.checkpoint()
             try:
-                self._unyielding += max(self._receive(), _TURN // 16)
+                self._unyielding += max(self._receive(), _TURN_SIZE // 16)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._socket)
                 self._unyielding = 0
@@ -147,10 +157,32 @@ class Connection(Replies):
         count = self._recv_into(self._wire.buffer())
         if count == 0 and self._wire.between_messages:
             raise ConnectionResetError("the provider closed the connection")
+        self._received(count)
+        return count
+
+    def _received(self, count: int) -> None:
         self._wire.received(count)
         self._heard = trio.current_time()
         self._asked = False
-        return count
+
+    def _look_for(self, request: Request) -> None:
+        """Take the reply if it comes within a moment; the reader task sleeps meanwhile, and loses
+        nothing, for it receives as this does: at once or not at all."""
+        try:
+            while not request.done:
+                event = self._wire.next_event()
+                if event is not NEED_DATA:
+                    self._take(event)
+                    continue
+                place = self._wire.buffer()
+                count = self._lookout.look(self._recv_into, place, perf_counter_ns())
+                if count <= 0:  # an end is the reader's to see
+                    return
+                self._received(count)
+        except (errors.Exception, OSError) as error:
+            kind = type(error) if isinstance(error, errors.Exception) else ConnectionLost
+            self._fail(kind, str(error))
+            self.close()
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
@@ -166,21 +198,34 @@ class Connection(Replies):
         return kind(f"{what}: {reason}")
 
     async def request(
-        self, request: Request, header: Sequence[Any], payload: memoryview | None = None
+        self,
+        request: Request,
+        header: Sequence[Any],
+        payload: memoryview | None = None,
+        *,
+        soon: bool = True,
     ) -> Any:
-        """Send *request* and return its result, or raise its error."""
+        """Send *request* and return its result, or raise its error.
+
+        A reply that waits for something to happen does not come *soon*.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
+        if perf_counter_ns() - self._turn > _TURN:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._turn = perf_counter_ns()
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
             await self._slots.acquire()
+        self._awaited += soon
         try:
-            return await self._exchange(request, header, payload)
+            return await self._request(request, header, payload, soon and self._awaited == 1)
         finally:
+            self._awaited -= soon
             self._slots.release()
 
-    async def _exchange(
-        self, request: Request, header: Sequence[Any], payload: memoryview | None
+    async def _request(
+        self, request: Request, header: Sequence[Any], payload: memoryview | None, alone: bool
     ) -> Any:
         if self._lost is not None:
             raise self._lost_error(request.what)
@@ -192,24 +237,24 @@ class Connection(Replies):
         self._requests[request_id] = request
         self._busy.set()
         self._send([frame, payload])
-        if self._lull and len(self._requests) - self._patient == 1 and request.what != _PATIENT:
-            self._receive_in_lull(request, self._lull)
+        if alone:
+            began = perf_counter_ns()
+            self._look_for(request)
+            if self._lull and not request.done:
+                self._receive_in_lull(request, self._lull)
+                self._lookout.came(began)
         try:
             if not request.done:
-                await self._wait(request)
+                await request.event.wait()
+                self._turn = perf_counter_ns()
+                if alone:
+                    self._lookout.came(began)
         finally:
             if not request.done:
                 self._abandon(request_id, request)
         if not request.done:
             raise TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
         return request.outcome()
-
-    async def _wait(self, request: Request) -> None:
-        self._patient += request.what == _PATIENT
-        try:
-            await request.event.wait()
-        finally:
-            self._patient -= request.what == _PATIENT
 
     def _receive_in_lull(self, request: Request, lull: Lull) -> None:
         """Take the reply of the only request that is under way, as long as nothing else comes.

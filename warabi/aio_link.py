@@ -11,6 +11,7 @@ import trio
 from warabi import dispatch, errors
 from warabi.aio_connection import Connection
 from warabi.aio_side_channel import SideChannel
+from warabi.calls import CALLS
 from warabi.extents import EXTENTS, Extent, groups, pack, total
 from warabi.feed import CONTENT, Changes, from_wire
 from warabi.operations import OPERATIONS
@@ -50,10 +51,10 @@ class DirectLink:
         self._watching = Watching(None)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        operation, target = OPERATIONS[name], self._target
-        if operation.waits and target.blocking:
-            return await dispatch.execute(target, operation, tuple(arguments))
-        return operation.call(target, *arguments)
+        target = self._target
+        if OPERATIONS[name].waits and target.blocking:
+            return await dispatch.execute(target, name, tuple(arguments))
+        return CALLS[name](target, *arguments)
 
     async def changes(self, number: int, new_names: bool) -> Changes:
         return await self._watching.changes(lambda: self._target, number, new_names)
@@ -120,7 +121,8 @@ class WireLink:
         if data is not None and len(data) <= self.eager_write:
             eager, data = bytes(data), None
         header = (self._provider_id, request.what, arguments, eager)
-        return await self._connection.request(request, header, data)
+        soon = request.what != "watch"
+        return await self._connection.request(request, header, data, soon=soon)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         operation = OPERATIONS.get(name)

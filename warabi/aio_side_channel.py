@@ -134,9 +134,12 @@ class SideChannel:
 
     async def _call(self, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
         assert self._connection is not None
-        header = (self._provider_id, name, arguments, None)
-        result = await self._connection.request(Request(name), header)
+        result = await self._request(self._connection, name, arguments)
         return result, self._connection.take_descriptors()
+
+    async def _request(self, connection: Connection, name: str, arguments: list[Any]) -> Any:
+        header = (self._provider_id, name, arguments, None)
+        return await connection.request(Request(name), header)
 
     def _end(self) -> None:
         """No direct access any more."""
@@ -148,8 +151,9 @@ class SideChannel:
 
     async def aclose(self) -> None:
         """Touch nothing any more, and say so."""
-        if self._guest is not None and not self._over:
+        if self._guest is not None and self._connection is not None and not self._over:
             self._guest.close()
+            # Descriptors that come meanwhile belong to who asks for a grant.
             with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
-                await self._call("leave", [])
+                await self._request(self._connection, "leave", [])
         self._end()

@@ -217,12 +217,16 @@ class Catalogue:
         if durable:
             self.change += 1
             inode.changed = self.change
+            if inode.share is not None:
+                inode.share.loosen()
 
     def resize(self, inode: Inode, size: int) -> None:
         """Note a region's size; what is durable of it is the storage's."""
         self.used += size - inode.size
         inode.size = size
         self.touch(inode, durable=False)
+        if inode.share is not None:
+            inode.share.loosen()
 
     def remove(self, inode: Inode) -> None:
         """Forget *inode* and its xattrs; its names are gone already, but for an erased region's."""

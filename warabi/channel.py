@@ -11,12 +11,14 @@ import contextlib
 import errno
 import math
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from time import perf_counter_ns
 
 import trio
 
 from warabi import greeting, wire
 from warabi.errors import PermissionDenied, ProtocolError
+from warabi.lookout import Attention, Lookout
 from warabi.security import Peer, Security
 from warabi.transport import NO_TLS, Part, Plain, Tls, Transport
 from warabi.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
@@ -26,6 +28,8 @@ OPENING_PATIENCE = 10.0
 STALL_PATIENCE = 60.0
 """Seconds that a peer may take for each ``STALL_SIZE`` bytes that go through shared buffers."""
 STALL_SIZE = 4 * 1024 * 1024
+_TURN = 250_000
+"""Nanoseconds for which a connection's requests are served before others get a turn."""
 _UNREAD = 64  # pieces of input that are thrown away at the end
 _UNREAD_PIECE = 256 * 1024
 
@@ -36,15 +40,27 @@ class Channel:
     One task receives.  Any number send; a frame, or a :meth:`stream` of several parts, is never
     mixed with another's.
 
+    What can be received and sent at once is, without a turn of Trio's loop, which would cost more
+    than most requests.  The loop gets one when there is nothing to do, and after ``_TURN``.
+
     Args:
         sock: the connected socket.
         limits: what this side receives from those whom it has let in.
+        attention: shared by all channels of the loop.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        limits: Limits | None = None,
+        attention: Attention | None = None,
+    ) -> None:
         self._socket = sock
         self._transport: Transport = Plain(sock._sock)  # type: ignore[attr-defined]
-        self._receive: Callable[[memoryview], Awaitable[int]] = sock.recv_into
+        self._encrypted = False
+        self._attention = attention or Attention()
+        self._lookout = Lookout()
+        self._turn = 0  # when this task last had one of Trio's loop
         self._limits = limits or Limits()
         self._connection = wire.Connection(greeting.STRANGER)
         self._sending = trio.Lock()
@@ -104,34 +120,45 @@ class Channel:
                 with contextlib.suppress(BlockingIOError):  # there was nothing, after all
                     tls.receive()
         self._transport = tls
-        self._receive = self._receive_encrypted
+        self._encrypted = True
 
-    async def _receive_encrypted(self, buffer: memoryview) -> int:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            try:
-                count = self._transport.recv_into(buffer)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._socket)
-                continue
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return count
+    async def _receive(self, buffer: memoryview, look: bool) -> int:
+        receive = self._transport.recv_into
+        began = perf_counter_ns()
+        alone = self._attention.alone(self, began)
+        count = -1
+        if alone or self._encrypted:  # of what was received before, something may be left there
+            count = self._lookout.look(receive, buffer, began, wait=look and alone)
+        while count < 0:  # others get a turn
+            await trio.lowlevel.wait_readable(self._socket)
+            with contextlib.suppress(BlockingIOError):
+                count = receive(buffer, 0, 0)
+            self._lookout.came(began)
+            self._turn = perf_counter_ns()
+        self._attention.give(self, perf_counter_ns())
+        return count
 
     def drain(self) -> None:
         """From now on :meth:`next_event` gives what has come in, and then None."""
         self._draining = True
 
-    async def next_event(self) -> wire.Event | None:
+    async def next_event(self, *, look: bool = False) -> wire.Event | None:
         """The next event, or None when the peer closed between two messages.
+
+        With *look* the loop may stand still for a moment, for nothing of this connection is under
+        way.
 
         Raises:
             ProtocolError: the peer broke a rule, or closed elsewhere.
             OSError: the connection broke.
         """
+        if perf_counter_ns() - self._turn > _TURN:
+            await trio.lowlevel.checkpoint()
+            self._turn = perf_counter_ns()
         while (event := self._connection.next_event()) is NEED_DATA:
             if self._draining and self._connection.between_messages:
                 return None
-            count = await self._receive(self._connection.buffer())
+            count = await self._receive(self._connection.buffer(), look)
             if count == 0 and self._connection.between_messages:
                 return None
             self._connection.received(count)
@@ -192,24 +219,54 @@ class Channel:
 
         Over a local socket *descriptors* go with the first of them.
         """
-        async with self._sending:
+        if not (descriptors or self._encrypted or self._sending.locked()):
+            # Most is sent with this, without the lock: nobody else has a turn meanwhile.
+            try:
+                parts = self._send_some(parts)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._deaf = True
+            if self._deaf or not parts:
+                return
+        if self._sending.locked():
+            await self._sending.acquire()
+        else:  # acquire() would let others go first, between what is sent already and the rest
+            self._sending.acquire_nowait()
+        try:
             await self._send(parts, descriptors)
+        finally:
+            self._sending.release()
+
+    def _send_some(
+        self, parts: Sequence[Part], rights: Sequence[tuple[int, int, array.array[int]]] = ()
+    ) -> Sequence[Part]:
+        """Send what the socket takes at once, and return the rest."""
+        sent: int = self._socket._sock.sendmsg(parts, rights)  # type: ignore[attr-defined]
+        rest: list[Part] = []
+        for part in parts:
+            if sent >= len(part):
+                sent -= len(part)
+            else:
+                rest.append(memoryview(part)[sent:])
+                sent = 0
+        return rest
 
     async def _send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
         if self._deaf:
             return
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        rights = []
+        if descriptors:
+            rights.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors)))
         try:
             for piece in self._transport.sealed(parts):
-                sent = await self._socket.sendmsg(piece, rights if descriptors else ())
-                for part in piece:
-                    if sent >= len(part):
-                        sent -= len(part)
-                        continue
-                    rest = memoryview(part)[sent:]
-                    sent = 0
-                    while rest:
-                        rest = rest[await self._socket.send(rest) :]
+                rest: Sequence[Part] = piece
+                while rest:
+                    try:
+                        rest = self._send_some(rest, rights)
+                        rights = []
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_writable(self._socket)
         except (OSError, ProtocolError, PermissionDenied):
             self._deaf = True
 

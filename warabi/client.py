@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from warabi import address as _address
 from warabi import arrays
+from warabi.answers import RegionStat
 from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
@@ -19,7 +20,6 @@ from warabi.operations import PAGE
 from warabi.readonly import ReadOnlyLink
 from warabi.region import RegionID
 from warabi.request import Request
-from warabi.target import RegionStat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
@@ -169,7 +169,7 @@ class TargetHandle:
         Raises:
             InvalidRegion: unknown or erased.
         """
-        self._link.call("persist", *self._extent(region, offset, size))
+        self._link.persist(*self._extent(region, offset, size))
 
     def persist_async(self, region: RegionID, offset: int, size: int) -> AsyncRequest:
         """As :meth:`persist`, not waiting."""
@@ -245,6 +245,8 @@ class TargetHandle:
 
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; with *persist*, durable.
+
+        A process that is killed meanwhile may leave a region with part of large *data*.
 
         Raises:
             InvalidBuffer: *data* has no contiguous buffer.

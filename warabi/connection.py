@@ -25,6 +25,7 @@ from typing import Any
 from warabi import address, errors, greeting, transport, wire
 from warabi.address import Endpoint
 from warabi.errors import ConnectionLost, TimedOut
+from warabi.lookout import Lookout
 from warabi.request import Replies, Request
 from warabi.security import Security
 from warabi.transport import Part
@@ -34,6 +35,7 @@ TIMEOUT = 60.0
 """Default seconds without a sign of life from the provider after which a call gives up."""
 _CONNECT_TIMEOUT = 10.0
 _LOOK_AROUND = 1.0  # seconds after which a blocked receive looks at its deadline
+_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # to add them up takes time
 
 
 class Connection(Replies):
@@ -71,6 +73,7 @@ class Connection(Replies):
         self._mutex = threading.Lock()
         self._reading = False
         self._lost: errors.Exception | None = None
+        self._lookout = Lookout()  # the reader's
         self._heard = 0.0  # when something last came, by the monotonic clock
         self._asked = False  # a sign of life was asked for since then
         security = security or Security()
@@ -172,13 +175,14 @@ class Connection(Replies):
             raise
 
     def _send_piece(self, parts: list[Part]) -> None:
-        deadline = time.monotonic() + self.timeout
+        since = 0.0  # nothing could be sent
         while parts:
             try:
-                sent = self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                deadline = time.monotonic() + self.timeout
+                sent = self._socket.sendmsg(parts, (), _AT_ONCE)
+                since = 0.0
             except BlockingIOError:
-                self._wait_for_room(deadline)
+                since = since or time.monotonic()
+                self._wait_for_room(since + self.timeout)
                 continue
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
@@ -217,7 +221,7 @@ class Connection(Replies):
                 elif request.event is None:
                     request.event = threading.Event()
             if reader:
-                self._read(lambda: request.done, since, request)
+                self._read(since, request)
             elif request.done:
                 break  # finished before it had an event to set
             elif request.event.wait(_LOOK_AROUND):
@@ -232,7 +236,7 @@ class Connection(Replies):
             if self._reading or self._lost is not None:
                 return False
             self._reading = True
-        self._read(None, 0.0, None)
+        self._read(0.0, None)
         return True
 
     def _check_silence(self, request: Request, since: float) -> None:
@@ -258,24 +262,24 @@ class Connection(Replies):
             finally:
                 self._send_lock.release()
 
-    def _read(
-        self, enough: Callable[[], bool] | None, since: float, request: Request | None
-    ) -> None:
-        """Be the reader until *enough*, or with None until nothing more is there."""
-        flags = 0 if enough else socket.MSG_DONTWAIT
+    def _read(self, since: float, request: Request | None) -> None:
+        """Be the reader until *request* is done, or with None until nothing more is there."""
         try:
-            while enough is None or not enough():
+            while request is None or not request.done:
                 event = self._wire.next_event()
                 if event is not NEED_DATA:
                     self._take(event)
                     continue
                 try:
-                    count = self._recv_into(self._wire.buffer(), 0, flags)
+                    place = self._wire.buffer()
+                    if request is None:
+                        count = self._recv_into(place, 0, socket.MSG_DONTWAIT)
+                    else:
+                        count = self._lookout.receive(self._recv_into, place)
                 except BlockingIOError:
-                    if enough is None:
+                    if request is None:
                         return
-                    if request is not None:
-                        self._check_silence(request, since)
+                    self._check_silence(request, since)
                     continue
                 if count == 0:
                     self._fail("the provider closed the connection")
@@ -293,10 +297,13 @@ class Connection(Replies):
             self._fail("interrupted while a reply was being received")
             raise
         finally:
+            successor = None
             with self._mutex:
                 self._reading = False
-                waiting = (r.event for r in self._requests.values() if r.event is not None)
-                successor = next(waiting, None)
+                for waiting in self._requests.values():
+                    if waiting.event is not None:
+                        successor = waiting.event
+                        break
                 if self._lost is not None:
                     self._socket.close()
             if successor is not None:

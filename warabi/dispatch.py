@@ -18,10 +18,11 @@ import trio
 
 from warabi import errors
 from warabi.buffers import readable
+from warabi.calls import CALLS, FLUSHING
 from warabi.errors import WouldBlock
 from warabi.extents import Extent
 from warabi.flushing import flushed
-from warabi.operations import OPERATIONS, Operation
+from warabi.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.threads import in_thread, limited
@@ -52,19 +53,25 @@ async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -
     return await in_thread(partial(call, *arguments), _limiter(target))
 
 
-async def execute(
-    target: Target, operation: Operation, arguments: list[Any] | tuple[Any, ...]
-) -> Any:
-    """The result of *operation* on *target*."""
-    if operation.waits and target.blocking:
-        if operation.flushing is not None:
-            with suppress(WouldBlock):
-                async with limited(_limiter(target)):
-                    with operation.flushing(target, *arguments) as flush:
-                        await flushed(flush)
-                return None
-        return await _in_thread(target, operation.call, target, *arguments)
-    return operation.call(target, *arguments)
+async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
+    """The result of the operation *name* on *target*."""
+    call = CALLS[name]
+    if not (OPERATIONS[name].waits and target.blocking):
+        return call(target, *arguments)
+    if name in FLUSHING:
+        with suppress(WouldBlock):
+            async with limited(_limiter(target)):
+                with FLUSHING[name](target, *arguments) as flush:
+                    await flushed(flush)
+            return None
+    return await _in_thread(target, call, target, *arguments)
+
+
+def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether the upload *name* may wait, for the medium or for others."""
+    if name == "create_and_write":
+        return target.write_waits or (bool(arguments[0]) and target.blocking)
+    return target.blocking
 
 
 async def write(
@@ -76,9 +83,7 @@ async def write(
     except WouldBlock:
         await _in_thread(target, lambda: target.write(region, offset, data, extend=extend))
     if persist:
-        await execute(
-            target, OPERATIONS["persist"], (region, offset, len(readable(data, "write: data")))
-        )
+        await execute(target, "persist", (region, offset, len(readable(data, "write: data"))))
 
 
 async def read_into(
@@ -113,7 +118,7 @@ async def read_vector(
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:
     """As ``Target.create_and_write``."""
-    if target.write_waits or (persist and target.blocking):
+    if waits(target, "create_and_write", (persist,)):
         return await _in_thread(target, target.create_and_write, data, persist)
     return target.create_and_write(data, persist)
 

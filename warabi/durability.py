@@ -70,11 +70,11 @@ class DurableRegions(RegionGate):
             self._committer.start()
 
     @contextlib.contextmanager
-    def _kept_open(self, what: str = "persist") -> Iterator[None]:
+    def _kept_open(self) -> Iterator[None]:
         """Keep the target from closing while the block runs."""
         with self._lock:
             if self._closed:
-                raise TargetNotFound(f"{what}: {self._guard.reason}")
+                raise TargetNotFound(f"persist: {self._guard.reason}")
             self._inside += 1
         try:
             yield
@@ -106,7 +106,13 @@ class DurableRegions(RegionGate):
             if self._grants is not None:
                 self._grants.settle_all()
             change = self._catalogue.commit(self._storage.oldest_fresh())
-        self._catalogue.sync(change)
+        try:
+            self._catalogue.sync(change)
+        except BaseException:
+            with self._lock:  # guests do not persist by themselves any more, either
+                if self._grants is not None:
+                    self._grants.loosen_all()
+            raise
         if self._freed:
             self._reap()
 
@@ -162,7 +168,13 @@ class DurableRegions(RegionGate):
             with self._guard:
                 if self._grants is not None:
                     self._grants.settle_all(thorough=True)
-            self._storage.persist_all()
+            try:
+                self._storage.persist_all()
+            except BaseException:
+                with self._lock:
+                    if self._grants is not None:
+                        self._grants.loosen_all()
+                raise
             self._commit()
 
     def _commit_regularly(self) -> None:

@@ -4,8 +4,9 @@ A *guest* is such a process, or one connection of it.  It is *granted* a region:
 that holds the bytes, and an index into memory that is shared with all guests:
 
 * the *table*, which only the provider writes: for each index, from 1 on, a *stamp* and the
-  region's size.  A
-  grant is good while the stamp is what it was; stamps are never used twice.
+  region's size.  A grant is good while the stamp is what it was; stamps are never used twice.
+  Behind those, for each index, the stamp once more while the region is *firm*: all of it but its
+  bytes is on the medium, and a guest that syncs its descriptor has persisted it.
 * the *marks*, which guests write: when the region of an index was last written.  Mark 0 is set
   together with every other one.
 * a *board* for each guest: *lanes*, in which it says what index it is about to touch.
@@ -29,13 +30,9 @@ from collections.abc import Callable
 from warabi.catalogue import Catalogue
 from warabi.feed import CONTENT
 from warabi.inode import Inode
+from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory, barrier
-
-LANES = 64
-"""Accesses that one guest can have under way at once."""
-ENTRIES = 1 << 19
-"""Regions of a target that may be granted at once; the memory for them is taken when used."""
 
 
 class Guest:
@@ -74,6 +71,10 @@ class Share:
         """Take over when guests last wrote; whether they did since the last time."""
         return self.grants.settle(self, inode)
 
+    def loosen(self) -> None:
+        """The region is not firm (any more): guests have the provider persist it."""
+        self.grants.loosen(self)
+
 
 class Grants:
     """The table, the marks and the guests of one target."""
@@ -81,7 +82,7 @@ class Grants:
     def __init__(self, catalogue: Catalogue, wrote: Callable[[bytes], None]) -> None:
         self._catalogue = catalogue
         self._wrote = wrote
-        self.table = SharedMemory("warabi-table", 16 * ENTRIES, mine=True)
+        self.table = SharedMemory("warabi-table", TABLE, mine=True)
         self.marks = SharedMemory("warabi-marks", 8 * ENTRIES)
         self._entries = self.table.view.cast("Q")
         self._marks = self.marks.view.cast("Q")
@@ -135,6 +136,19 @@ class Grants:
         """Let guests know the region's size; one that shrank was revoked before."""
         if inode.share is not None:
             self._entries[2 * inode.share.index + 1] = inode.size
+
+    def fasten(self, share: Share) -> None:
+        """The region is firm."""
+        self._entries[FIRM + share.index] = self._entries[2 * share.index]
+
+    def loosen(self, share: Share) -> None:
+        """As :meth:`Share.loosen`."""
+        self._entries[FIRM + share.index] = 0
+
+    def loosen_all(self) -> None:
+        """As :meth:`loosen`, of every region."""
+        for index in self._shared:
+            self._entries[FIRM + index] = 0
 
     def revoke(self, inode: Inode) -> bool:
         """End every grant of the region; whether no guest is in the middle of an access.

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from warabi import errors
-from warabi.backends.base import pread_full, pwrite_full
-from warabi.grants import ENTRIES, LANES
+from warabi.fileio import pread_full, pwrite_full
+from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
 from warabi.shared_memory import Mapping, copy, register
 
@@ -80,7 +80,7 @@ class Guest:
             life, table, marks, board = descriptors
             self._mappings = [
                 Mapping(life, resource.getpagesize(), writable=False),
-                Mapping(table, 16 * ENTRIES, writable=False),
+                Mapping(table, TABLE, writable=False),
                 Mapping(marks, 8 * ENTRIES, writable=self._writable),
                 Mapping(board, 8 * LANES, writable=True),
             ]
@@ -99,6 +99,11 @@ class Guest:
         self._files = 0
         self._most_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self.usable = True
+
+    @property
+    def writes(self) -> bool:
+        """Whether it may write to anything."""
+        return self.usable and self._writable
 
     # Asking for grants
 
@@ -181,7 +186,21 @@ class Guest:
             StorageFull, StorageError: the medium.
         """
         grant = self._grants.get(region)
-        if grant is None or not self._writable or (grant.waits and not wait):
+        if grant is None or (grant.waits and not wait):
+            return False
+        return self._write(grant, region, offset, data)
+
+    def fill(self, region: RegionID, granted: Sequence[Any], fd: int, data: memoryview) -> bool:
+        """Store *data* in a region that ``make`` made; as :meth:`write`.  The descriptor is closed.
+
+        By a system call: to map what nobody has touched would take longer than to copy.
+        """
+        grant = _Grant(granted[0], granted[1], 1 << 63)
+        grant.fd = fd
+        return self._write(grant, region, 0, data)
+
+    def _write(self, grant: _Grant, region: RegionID, offset: int, data: memoryview) -> bool:
+        if not self._writable:
             return False
         end = offset + len(data)
         if end > grant.room or self._life[self._word] != self._alive:
@@ -266,6 +285,26 @@ class Guest:
             self._drop(region, grant)
         return size
 
+    def persist(self, region: RegionID, offset: int, size: int) -> bool:
+        """Put bytes within the region on the medium; False when the provider has to do it, also
+        when that failed: it must know, for the kernel says so only once."""
+        grant = self._grants.get(region)
+        if grant is None or grant.room < 0 or self._life[self._word] != self._alive:
+            return False
+        table, entry, stamp = self._table, grant.entry, grant.stamp
+        if (
+            not self.usable
+            or table[FIRM + grant.index] != stamp
+            or offset + size > table[entry + 1]
+        ):
+            return False
+        if grant.fd >= 0:
+            try:
+                os.fdatasync(grant.fd)
+            except OSError:
+                return False
+        return table[entry] == stamp
+
     @staticmethod
     def _read_file(fd: int, offset: int, place: memoryview, wait: bool) -> bool:
         try:
@@ -318,6 +357,10 @@ class Access(ABC):
     def size(self, region: RegionID) -> int:
         """As :meth:`Guest.size`."""
         return -1 if self._guest is None else self._guest.size(region)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> bool:
+        """As :meth:`Guest.persist`."""
+        return self._guest is not None and self._guest.persist(region, offset, size)
 
     def write(self, region: RegionID, offset: int, data: memoryview, *, wait: bool = True) -> bool:
         """As :meth:`Guest.write`."""

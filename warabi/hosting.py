@@ -4,9 +4,10 @@ A guest's connection does nothing else.  It sends ``join [writable]`` and gets `
 value, writable]`` with four descriptors (life sign, table, marks or, when not writable, the table
 again, and its board), and then ``grant [region]``, which is answered by ``[index, stamp, offset,
 room, segment, mapped, waits, follows]``, of a :class:`~warabi.backends.base.Place`, and, if it
-*follows*, one descriptor.  Either is answered by
-``None`` where direct access is not to be had.  Numbers are bytes but for ``segment``, which names a
-descriptor that several regions share and that is sent once.
+*follows*, one descriptor.  ``make [size]`` creates a region and grants it: ``[region, ...]``, as
+for ``grant`` and with a descriptor of the region's own, or ``[region]`` where there is none.  Each
+is answered by ``None`` where direct access is not to be had.  Numbers are bytes but for
+``segment``, which names a descriptor that several regions share and that is sent once.
 
 A guest that says ``leave`` touches nothing any more.  One whose connection ends without that may
 still be in the middle of an access, so it counts as there until its process has ended.
@@ -31,7 +32,7 @@ from warabi.target import Target
 
 log = logging.getLogger(__name__)
 
-LETTERS = {"join": "?", "grant": "r", "leave": ""}
+LETTERS = {"join": "?", "grant": "r", "make": "i", "leave": ""}
 
 
 class Host:
@@ -54,7 +55,7 @@ class Host:
     async def answer(
         self, target: Target, name: str, arguments: list[Any]
     ) -> tuple[Any, list[int]]:
-        """The result of ``join`` or ``grant``, and descriptors for the caller to send and close."""
+        """The result of an operation, and descriptors for the caller to send and close."""
         if name == "join":
             return self._join(target, arguments[0])
         if self._guest is None or target is not self._target:
@@ -62,6 +63,8 @@ class Host:
         if name == "leave":
             self._leave()
             return None, []
+        if name == "make":
+            return self._make(target, self._guest, arguments[0])
         return await self._grant(target, self._guest, arguments[0])
 
     def _join(self, target: Target, writable: bool) -> tuple[Any, list[int]]:
@@ -94,6 +97,22 @@ class Host:
         if granted is None:
             return None, []
         return granted.answer(guest)
+
+    def _make(self, target: Target, guest: Guest, size: int) -> tuple[Any, list[int]]:
+        if not self._writable:
+            return None, []
+        region = target.create(size)
+        try:
+            granted = target.grant(region, writable=True, wait=False)
+        except (errors.Exception, WouldBlock):  # somebody found it, and was at it already
+            granted = None
+        if granted is not None and granted.place.segment:
+            os.close(granted.place.fd)
+            granted = None
+        if granted is None:
+            return [region], []
+        answer, descriptors = granted.answer(guest)
+        return [region, *answer], descriptors
 
     def _grant_slowly(self, target: Target, region: RegionID) -> Granted | None:
         return target.grant(region, writable=self._writable)

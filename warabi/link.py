@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +37,7 @@ class Link(Protocol):
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None: ...
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
+    def persist(self, region: RegionID, offset: int, size: int) -> None: ...
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
@@ -77,14 +79,17 @@ class DirectLink:
     eager_read = EAGER_THRESHOLD
 
     def __init__(self, core: ProviderCore) -> None:
+        from warabi.calls import CALLS  # which the clients of others do not need
+
+        self._calls = CALLS
         self._core = core
 
     def call(self, name: str, *arguments: Any) -> Any:
-        operation = OPERATIONS[name]
+        call = self._calls[name]
         if name in READING:
-            return operation.call(self._core.target, *arguments)
+            return call(self._core.target, *arguments)
         with self._core.changes:
-            return operation.call(self._core.target, *arguments)
+            return call(self._core.target, *arguments)
 
     def size(self, region: RegionID) -> int:
         return self._core.target.size(region)
@@ -94,7 +99,7 @@ class DirectLink:
     ) -> None:
         if self._core.direct.write(region, offset, data):
             if persist:
-                self._core.target.persist(region, offset, len(data))
+                self.persist(region, offset, len(data))
             return
         with self._core.changes:
             self._core.target.write(region, offset, data, persist, extend=extend)
@@ -102,6 +107,10 @@ class DirectLink:
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         if not self._core.direct.read_into(region, offset, place):
             self._core.target.read_into(region, offset, place)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        if not self._core.direct.persist(region, offset, size):
+            self._core.target.persist(region, offset, size)
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         with self._core.changes:
@@ -239,7 +248,7 @@ class WireLink:
     ) -> None:
         if self._side is not None and self._side.write(region, offset, data):
             if persist:
-                self.call("persist", region, offset, len(data))
+                self.persist(region, offset, len(data))
             return
         wait_all(self, self._write(region, offset, data, persist, extend))
 
@@ -283,6 +292,10 @@ class WireLink:
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         if self._side is None or not self._side.read_into(region, offset, place):
             wait_all(self, self._read(region, offset, place))
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        if self._side is None or not self._side.persist(region, offset, size):
+            self.call("persist", region, offset, size)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         if self._side is not None:
@@ -344,7 +357,20 @@ class WireLink:
         return found or [[]]
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
-        return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]
+        made = None if self._side is None else self._side.make(len(data))
+        if made is None:
+            return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]
+        region, fill = made
+        try:
+            if not fill(data):
+                wait_all(self, self._write(region, 0, data, False, False))
+            if persist:
+                self.persist(region, 0, len(data))
+        except BaseException:
+            with contextlib.suppress(errors.Exception):
+                self.call("erase", region)
+            raise
+        return region
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
         connection = self._connect()

@@ -1,30 +1,25 @@
 """The operations of a target: one table for every way to reach it.
 
-A client names an operation and gives positional arguments; the table says how a target
-carries it out, which arguments a provider lets through, and how the result, which crossed the
-wire as plain msgpack, becomes the object that the target returned.  Bytes of regions are no
-arguments: they travel beside them (``write``, ``create_and_write``, ``read``).
+A client names an operation and gives positional arguments; the table says which of them a
+provider lets through, and how the result, which crossed the wire as plain msgpack, becomes the
+object that the target returned.  Bytes of regions are no arguments: they travel beside them
+(``write``, ``create_and_write``, ``read``).
+
+How a target carries them out is in ``calls.py``, which a client does not need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from warabi import migration
-from warabi.backends.base import Flush
-from warabi.backup.graft import adopt, graft
-from warabi.backup.survey import copy, survey
+from warabi.answers import RegionStat, Verified
 from warabi.errors import ProtocolError
-from warabi.extents import unpack
 from warabi.inode import Attributes
-from warabi.namespace import Namespace
 from warabi.region import RegionID
 from warabi.security import Access
-from warabi.target import RegionStat, Target
-from warabi.verify import Verified, summed, update, verify
 
 PAGE = 1000
 """Most entries of a list in one reply."""
@@ -54,15 +49,6 @@ def _stat(value: Any) -> RegionStat:
     return RegionStat(*value)
 
 
-def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
-    found = target.stat(region)
-    return found._replace(names=found.names[:PAGE])
-
-
-def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextManager[Flush]:
-    return target.persisting(region, 0, 0, times=times)
-
-
 def _verified(value: Any) -> Verified:
     return Verified(*value)
 
@@ -72,24 +58,19 @@ class Operation:
     """One operation.
 
     Attributes:
-        call: carries it out on a target.
         arguments: a letter for each: ``r`` region, ``i`` integer, ``I`` integer or None,
             ``b`` bytes, ``s`` text, ``?`` truth value.
         access: what it takes to be let; it is asked for with ``security.permit``.
         waits: whether it may wait for the medium, and so keep an event loop waiting.
-        flushing: does the same where it is no more than the flush of a file that it gives; raises
-            ``WouldBlock`` where it is.
-        decode: turns the result's msgpack form into what *call* returned.
+        decode: turns the result's msgpack form into what the target returned.
         data: ``in`` when bytes of regions travel with the request, as the last argument of
-            *call*; ``out`` when they travel with the reply, that argument being their place.
+            the call; ``out`` when they travel with the reply, that argument being their place.
         pins: the inode, and by how much, that the result pinned for the caller.
     """
 
-    call: Callable[..., Any]
     arguments: str
     access: Access
     waits: bool = False
-    flushing: Callable[..., AbstractContextManager[Flush]] | None = None
     decode: Callable[[Any], Any] = _same
     data: Literal["", "in", "out"] = ""
     pins: Callable[[Sequence[Any], Any], tuple[int, int] | None] | None = None
@@ -110,105 +91,85 @@ def _held_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | 
     return held
 
 
-def _names(method: str) -> Callable[..., Any]:
-    function = getattr(Namespace, method)
-    return lambda target, *args: function(target.namespace, *args)
-
-
 READ, CHANGE = Access.READ, Access.CHANGE
 
 OPERATIONS: dict[str, Operation] = {
     # Regions; a client sends write, create_and_write and read through methods of their own.
-    "create": Operation(Target.create, "i", CHANGE, decode=RegionID),
-    "erase": Operation(Target.erase, "r", CHANGE),
-    "resize": Operation(Target.resize, "ri", CHANGE, waits=True),
-    "size": Operation(Target.size, "r", READ),
-    "stat": Operation(_stat_with_some_names, "r", READ, decode=_stat),
+    "create": Operation("i", CHANGE, decode=RegionID),
+    "erase": Operation("r", CHANGE),
+    "resize": Operation("ri", CHANGE, waits=True),
+    "size": Operation("r", READ),
+    "stat": Operation("r", READ, decode=_stat),
     "list": Operation(
-        lambda target, after, limit: target.list(after, min(limit, PAGE)),
         "ri",
         READ,
         decode=_regions,
     ),
-    "persist": Operation(Target.persist, "rii", READ, waits=True, flushing=Target.persisting),
+    "persist": Operation("rii", READ, waits=True),
     "write_vector": Operation(
-        lambda target, region, packed, persist, data: target.write_vector(
-            region, unpack(packed, "write_vector"), data, persist
-        ),
         "rb?",
         CHANGE,
         waits=True,
         data="in",
     ),
     "read_vector": Operation(
-        lambda target, region, packed, place: target.read_vector(
-            region, unpack(packed, "read_vector"), place
-        ),
         "rb",
         READ,
         waits=True,
         data="out",
     ),
     "persist_vector": Operation(
-        lambda target, region, packed: target.persist_vector(
-            region, unpack(packed, "persist_vector")
-        ),
         "rb",
         READ,
         waits=True,
     ),
-    "fsync": Operation(Target.fsync, "r?", READ, waits=True, flushing=_fsyncing),
-    "commit": Operation(Target.commit, "", READ, waits=True),
-    "sync": Operation(Target.sync, "", READ, waits=True),
-    "room": Operation(Target.room, "", READ, decode=tuple),
-    "uuid": Operation(lambda target: target.uuid, "", READ),
-    "epoch": Operation(lambda target: target.epoch, "", READ),
-    "used": Operation(lambda target: target.used, "", READ),
-    "summed": Operation(summed, "", READ),
-    "verify": Operation(verify, "rii", READ, waits=True, decode=_verified),
-    "update": Operation(update, "r", CHANGE, waits=True),
-    "survey": Operation(survey, "", CHANGE, waits=True, decode=_attributes, pins=_pinned),
-    "copy": Operation(copy, "r", CHANGE, waits=True, decode=_attributes, pins=_pinned),
-    "adopt": Operation(adopt, "ri", CHANGE, waits=True, decode=_attributes, pins=_pinned),
-    "graft": Operation(graft, "r", CHANGE, waits=True),
+    "fsync": Operation("r?", READ, waits=True),
+    "commit": Operation("", READ, waits=True),
+    "sync": Operation("", READ, waits=True),
+    "room": Operation("", READ, decode=tuple),
+    "uuid": Operation("", READ),
+    "epoch": Operation("", READ),
+    "used": Operation("", READ),
+    "summed": Operation("", READ),
+    "verify": Operation("rii", READ, waits=True, decode=_verified),
+    "update": Operation("r", CHANGE, waits=True),
+    "survey": Operation("", CHANGE, waits=True, decode=_attributes, pins=_pinned),
+    "copy": Operation("r", CHANGE, waits=True, decode=_attributes, pins=_pinned),
+    "adopt": Operation("ri", CHANGE, waits=True, decode=_attributes, pins=_pinned),
+    "graft": Operation("r", CHANGE, waits=True),
     # Names
-    "lookup": Operation(_names("lookup"), "ib", READ, decode=_attributes),
-    "getattr": Operation(_names("getattr"), "i", READ, decode=_attributes),
-    "setattr": Operation(_names("setattr"), "iIIIII", CHANGE, decode=_attributes),
-    "pin": Operation(
-        _names("pin"), "i", READ, decode=_attributes, pins=lambda args, result: (args[0], 1)
-    ),
-    "unpin": Operation(_names("unpin"), "ii", READ, pins=lambda args, result: (args[0], -args[1])),
-    "mknod": Operation(_names("mknod"), "ibiiii?i", CHANGE, decode=_attributes, pins=_pinned_if(6)),
-    "mkdir": Operation(_names("mkdir"), "ibiiii", CHANGE, decode=_attributes),
-    "symlink": Operation(_names("symlink"), "ibbii", CHANGE, decode=_attributes),
-    "readlink": Operation(_names("readlink"), "i", READ),
-    "link": Operation(_names("link"), "iib", CHANGE, decode=_attributes),
-    "unlink": Operation(_names("unlink"), "ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
-    "rmdir": Operation(_names("rmdir"), "ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
-    "rename": Operation(
-        _names("rename"), "ibibi?", CHANGE, decode=_optional_attributes, pins=_held_if(5)
-    ),
+    "lookup": Operation("ib", READ, decode=_attributes),
+    "getattr": Operation("i", READ, decode=_attributes),
+    "setattr": Operation("iIIIII", CHANGE, decode=_attributes),
+    "pin": Operation("i", READ, decode=_attributes, pins=lambda args, result: (args[0], 1)),
+    "unpin": Operation("ii", READ, pins=lambda args, result: (args[0], -args[1])),
+    "mknod": Operation("ibiiii?i", CHANGE, decode=_attributes, pins=_pinned_if(6)),
+    "mkdir": Operation("ibiiii", CHANGE, decode=_attributes),
+    "symlink": Operation("ibbii", CHANGE, decode=_attributes),
+    "readlink": Operation("i", READ),
+    "link": Operation("iib", CHANGE, decode=_attributes),
+    "unlink": Operation("ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
+    "rmdir": Operation("ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
+    "rename": Operation("ibibi?", CHANGE, decode=_optional_attributes, pins=_held_if(5)),
     "readdir": Operation(
-        lambda target, ino, after, limit: target.namespace.readdir(ino, after, min(limit, PAGE)),
         "ibi",
         READ,
         decode=_entries,
     ),
-    "getxattr": Operation(_names("getxattr"), "ib", READ),
-    "setxattr": Operation(_names("setxattr"), "ibb?", CHANGE),
-    "removexattr": Operation(_names("removexattr"), "ib", CHANGE),
-    "listxattr": Operation(_names("listxattr"), "i", READ),
-    "resolve": Operation(_names("resolve"), "s", READ, decode=_attributes),
-    "open_name": Operation(_names("open_name"), "s", READ, decode=RegionID),
-    "link_name": Operation(_names("link_name"), "rs", CHANGE),
-    "unlink_name": Operation(_names("unlink_name"), "s", CHANGE),
+    "getxattr": Operation("ib", READ),
+    "setxattr": Operation("ibb?", CHANGE),
+    "removexattr": Operation("ib", CHANGE),
+    "listxattr": Operation("i", READ),
+    "resolve": Operation("s", READ, decode=_attributes),
+    "open_name": Operation("s", READ, decode=RegionID),
+    "link_name": Operation("rs", CHANGE),
+    "unlink_name": Operation("s", CHANGE),
 }
 
 _BESIDE = {
     "read": READ, "write": CHANGE, "create_and_write": CHANGE, "ping": READ, "shutdown": CHANGE,
     # Direct access: a connection that may not change anything is granted none to write.
-    "join": READ, "grant": READ, "leave": READ,
+    "join": READ, "grant": READ, "leave": READ, "make": CHANGE,
     "watch": READ,
     # Who may do this, and to what, is a matter of the provider's configuration, too.
     **dict.fromkeys(migration.OPERATIONS, CHANGE), "migration_progress": READ,

@@ -12,6 +12,7 @@ from warabi.provider import ProviderCore
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.transfer import load, part
+from warabi.wire import Limits
 
 UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
 DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
@@ -52,7 +53,8 @@ def checked_header(header: Any) -> list[Any]:
     if (
         not isinstance(header, list)
         or len(header) != 5
-        or not all(type(item) is int for item in header[:2])
+        or type(header[0]) is not int
+        or type(header[1]) is not int
         or not isinstance(header[2], str)
         or not isinstance(header[4], bytes | None)
     ):
@@ -113,6 +115,35 @@ def plan_upload(request: Request) -> Plan:
         extents.check_total(plan.extents, size, request.name)
     check_bounds(target, plan, request.name)
     return plan
+
+
+def plan_download(request: Request, own: Limits, peer: Limits) -> tuple[Plan, bool]:
+    """What to read from where, and whether it is small enough for the reply's header.
+
+    Args:
+        request: whose reply it is.
+        own: limits of this side, which allocates what is read.
+        peer: those of the other one, which may be anything.
+    """
+    eager = False
+    short = False
+    if request.name == "read":
+        region, offset, size, eager, short = request.arguments
+        if short and size > 0:
+            size = min(size, max(0, request.target.size(region) - offset))
+        plan = Plan(region, [(offset, size)], short=short)
+    else:
+        region, packed = request.arguments
+        plan = Plan(region, extents.unpack(packed, request.name))
+        size = extents.total(plan.extents)
+    limit = min(peer.payload, own.payload)
+    if not 0 <= size <= limit or (eager and size > peer.header // 2):
+        raise errors.ProtocolError(
+            f"{request.name}: {size} bytes in one reply, the limit is {limit}"
+        )
+    if not short:
+        check_bounds(request.target, plan, request.name)
+    return plan, eager
 
 
 async def load_chunk(

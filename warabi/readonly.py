@@ -60,6 +60,9 @@ class ReadOnlyLink:
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         self._link.read_into(region, offset, place)
 
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        self._link.persist(region, offset, size)
+
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         refuse_change("create_and_write")
         raise AssertionError

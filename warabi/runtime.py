@@ -17,6 +17,7 @@ from warabi.address import Endpoint
 from warabi.admission import Admission, Visitor
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
+from warabi.lookout import Attention
 from warabi.provider import ProviderCore
 from warabi.security import Security
 from warabi.session import Session
@@ -68,6 +69,7 @@ class Runtime:
         self._security = security
         self._limits = limits
         self._admission = Admission(limits)
+        self._attention = Attention()
         self.providers: dict[int, ProviderCore] = {}
         self.remote_shutdown = False
         self._on_shutdown = on_shutdown
@@ -136,6 +138,7 @@ class Runtime:
             admit=lambda: self._admission.admit(visitor),
             leave=lambda: self._admission.leave(visitor),
             host=Host(self._life, pid) if self.endpoint.local and self._share else None,
+            attention=self._attention,
         )
         visitor = Visitor(host, session.drop)
         self._admission.arrive(visitor)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from warabi.answers import RegionStat, Verified
 from warabi.errors import ConfigError, InvalidRegion
 from warabi.link import Link
 from warabi.operations import PAGE
 from warabi.region import RegionID
 from warabi.sums import BLOCK
-from warabi.target import RegionStat
-from warabi.verify import STEP, Verified
+from warabi.verify import STEP
 
 
 @dataclass

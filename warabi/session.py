@@ -23,6 +23,7 @@ from warabi.admission import Budget
 from warabi.channel import Channel
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
+from warabi.lookout import Attention
 from warabi.migration.exchange import BESIDE, Exchange
 from warabi.operations import OPERATIONS, READING, access, checked_arguments
 from warabi.pins import Pins
@@ -31,18 +32,17 @@ from warabi.plan import (
     UPLOADS,
     Plan,
     Request,
-    check_bounds,
     checked_header,
     checked_request,
     load_ahead,
     load_chunk,
     memory,
+    plan_download,
     plan_upload,
 )
 from warabi.provider import ProviderCore
 from warabi.request import chunks
 from warabi.security import Peer, Security, permit
-from warabi.target import Target
 from warabi.transfer import load, part, store
 from warabi.watching import Watching
 from warabi.wire import Message
@@ -63,6 +63,7 @@ class Session:
         admit: called when the client has opened the connection; raises ``ConnectionFailed``.
         leave: called when the connection has ended.
         host: grants direct access to regions; None where the peer can have none.
+        attention: shared by all sessions of the loop.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class Session:
         admit: Callable[[], None],
         leave: Callable[[], None],
         host: Host | None = None,
+        attention: Attention | None = None,
     ) -> None:
         self._host = host
-        self._channel = Channel(sock, limits.wire)
+        self._channel = Channel(sock, limits.wire, attention)
         self._exchange = Exchange(local, self._channel.close)
         self._find = find
         self._shutdown = shutdown
@@ -93,6 +95,7 @@ class Session:
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
         self._watching = Watching(self)
+        self._watchers = 0  # requests to watch that are under way
 
     async def run(self) -> None:
         """Serve until the peer goes, then give back what it held."""
@@ -140,7 +143,12 @@ class Session:
             return
         self._admit()
         self._peer = peer
-        while (event := await self._channel.next_event()) is not None:
+        while True:
+            # Those that watch wait for others, who are served then.
+            idle = self._running.under_way == self._watchers
+            event = await self._channel.next_event(look=idle)
+            if event is None:
+                return
             if isinstance(event, Message):
                 self._handling = True
                 await self._handle(event, nursery)
@@ -156,13 +164,14 @@ class Session:
                 await self._control(number, provider_id, name)
                 return
             if name in hosting.LETTERS:
-                await self._share(number, self._find(provider_id).target, name, arguments)
+                await self._share(number, self._find(provider_id), name, arguments)
                 return
             if name in migration.OPERATIONS:
                 await self._migrate(message, nursery)
                 return
             if name == "watch":
                 await self._running.acquire(0)
+                self._watchers += 1
                 nursery.start_soon(self._watch, number, provider_id, arguments)
                 return
             request = checked_request(
@@ -190,13 +199,20 @@ class Session:
         with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
             await self._reply(number, None)
 
-    async def _share(self, number: int, target: Target, name: str, arguments: Any) -> None:
+    async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
         checked = checked_arguments(name, hosting.LETTERS[name], arguments)
         if name == "join":
             checked[0] = checked[0] and not self._peer.read_only
         if self._host is None:
             return await self._reply(number, None)
-        result, descriptors = await self._host.answer(target, name, checked)
+        target = core.target
+        if name == "make" and not core.changes.enter_nowait():
+            return await self._reply(number, None)  # an ordinary request waits
+        try:
+            result, descriptors = await self._host.answer(target, name, checked)
+        finally:
+            if name == "make":
+                core.changes.leave()
         try:
             await self._channel.send([wire.frame([number, result])], descriptors)
         finally:
@@ -212,6 +228,7 @@ class Session:
         except Exception as error:
             await self._report(number, "watch", error)
         finally:
+            self._watchers -= 1
             self._running.release(0)
 
     async def _migrate(self, message: Message, nursery: trio.Nursery) -> None:
@@ -286,7 +303,7 @@ class Session:
         operation = OPERATIONS[request.name]
         if request.name == "unpin":
             self._pins.check(request.core.provider_id, *request.arguments)
-        result = await dispatch.execute(request.target, operation, request.arguments)
+        result = await dispatch.execute(request.target, request.name, request.arguments)
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)
@@ -297,7 +314,7 @@ class Session:
         transfers = request.core.transfers
         if not request.payload:
             data = request.eager or b""
-            beside = request.target.blocking
+            beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store(r, data))
         elif request.payload <= transfers.chunk:
             if await in_place.receive(self._channel, request):
@@ -315,7 +332,7 @@ class Session:
                 transfers.release(view)
                 await self._start(request, True, nursery, lambda r: self._store(r, own))
                 return
-            beside = request.target.blocking
+            beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
         elif request.core.changes.enter_nowait():
             request.entered = True
@@ -341,8 +358,7 @@ class Session:
             region = await dispatch.create_and_write(target, data, request.arguments[0])
             await self._reply(request.number, region)
         else:
-            operation = OPERATIONS[request.name]
-            await dispatch.execute(target, operation, [*request.arguments, data])
+            await dispatch.execute(target, request.name, [*request.arguments, data])
             await self._reply(request.number, None)
 
     async def _upload_in_chunks(self, request: Request) -> None:
@@ -377,7 +393,7 @@ class Session:
         if plan.persist:
             await dispatch.execute(
                 request.target,
-                OPERATIONS["persist_vector"],
+                "persist_vector",
                 [plan.region, extents.pack(plan.extents)],
             )
         await self._reply(request.number, plan.region if plan.created else None)
@@ -402,7 +418,7 @@ class Session:
     # Downloads
 
     async def _download(self, request: Request) -> None:
-        plan, eager = self._plan_download(request)
+        plan, eager = plan_download(request, self._channel.limits, self._channel.peer)
         size = extents.total(plan.extents)
         transfers = request.core.transfers
         if eager:
@@ -420,29 +436,6 @@ class Session:
                 transfers.release(view)
         else:
             await self._download_in_chunks(request, plan, size)
-
-    def _plan_download(self, request: Request) -> tuple[Plan, bool]:
-        """What to read from where, and whether it is small enough for the reply's header."""
-        eager = False
-        short = False
-        if request.name == "read":
-            region, offset, size, eager, short = request.arguments
-            if short and size > 0:
-                size = min(size, max(0, request.target.size(region) - offset))
-            plan = Plan(region, [(offset, size)], short=short)
-        else:
-            region, packed = request.arguments
-            plan = Plan(region, extents.unpack(packed, request.name))
-            size = extents.total(plan.extents)
-        # The peer's limit may be anything; what is allocated here keeps to this side's too.
-        limit = min(self._channel.peer.payload, self._channel.limits.payload)
-        if not 0 <= size <= limit or (eager and size > self._channel.peer.header // 2):
-            raise errors.ProtocolError(
-                f"{request.name}: {size} bytes in one reply, the limit is {limit}"
-            )
-        if not short:
-            check_bounds(request.target, plan, request.name)
-        return plan, eager
 
     async def _download_in_chunks(self, request: Request, plan: Plan, size: int) -> None:
         """Load a chunk while the one before it is being sent.
@@ -483,9 +476,9 @@ class Session:
 
     # Replies
 
-    async def _reply(self, number: int, result: Any, eager: Any = None) -> None:
+    def _reply(self, number: int, result: Any, eager: Any = None) -> Awaitable[None]:
         header = [number, result] if eager is None else [number, result, eager]
-        await self._channel.send([wire.frame(header, 0, self._channel.peer)])
+        return self._channel.send([wire.frame(header, 0, self._channel.peer)])
 
-    async def _fail(self, number: int, error: errors.Exception) -> None:
-        await self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])
+    def _fail(self, number: int, error: errors.Exception) -> Awaitable[None]:
+        return self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from warabi.backends.base import Place
+from warabi.backends.base import Flush, Place
 from warabi.durability import GUESTS_PATIENCE, DurableRegions
-from warabi.errors import TargetBusy
+from warabi.errors import TargetBusy, WouldBlock
 from warabi.grants import Grants, Guest
 from warabi.inode import Inode
 from warabi.region import RegionID
@@ -64,6 +66,46 @@ class SharedRegions(DurableRegions):
         deadline = time.monotonic() + GUESTS_PATIENCE
         while not grants.quiet(share.index) and time.monotonic() < deadline:
             time.sleep(0.001)
+
+    def _fasten(self, inode: Inode) -> None:
+        """Have guests persist the region by themselves, if that can be; the lock is held."""
+        share = inode.share
+        if (
+            share is not None
+            and share.grants is self._grants
+            and self._catalogue.is_synced(inode.changed)
+            and self._storage.firm(inode.rid)
+        ):
+            self._grants.fasten(share)
+
+    def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
+        try:
+            super()._persist_inside(inode, offset, size, times=times)
+        except BaseException:
+            self._loosen(inode)
+            raise
+        if inode.share is not None:
+            with self._lock:
+                self._fasten(inode)
+
+    @contextmanager
+    def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
+        try:
+            with super()._flushing_inside(inode, times=times) as flush:
+                yield flush
+        except WouldBlock:
+            raise
+        except BaseException:
+            self._loosen(inode)
+            raise
+        if inode.share is not None:
+            with self._lock:
+                self._fasten(inode)
+
+    def _loosen(self, inode: Inode) -> None:
+        with self._lock:
+            if inode.share is not None:
+                inode.share.loosen()
 
     def _check_sharing(self) -> None:
         if self._paused:
@@ -131,6 +173,7 @@ class SharedRegions(DurableRegions):
                 granted = None
                 if self._grants is not None and not inode.dead and not self._paused:
                     granted = self._grants.grant(inode)
+                    self._fasten(inode)
             if granted is None:
                 os.close(place.fd)
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from warabi.request import Request
 
 _FIRST_SIZE = 64 * 1024
 """Bytes of a transfer that is worth joining for at once; a smaller one is when it is not alone."""
+_MADE_SIZE = 256 * 1024
+"""Bytes of a new region from which on they are better written past the provider."""
 _MOST_WANTED = 1024
 _ASKING_PATIENCE = 0.5
 """Seconds that a grant, being asked for, has to come when the client closes."""
@@ -96,6 +99,40 @@ class SideChannel(Access):
             self._end()
             raise
         except (errors.Exception, OSError):
+            self._end()
+            return None
+        finally:
+            self._lock.release()
+
+    def make(self, size: int) -> tuple[RegionID, Callable[[memoryview], bool]] | None:
+        """A new region of *size* bytes, and what writes all of them; None when an ordinary request
+        has to do it, False from the latter when one has to do that.
+
+        Raises:
+            StorageFull, StorageError, and what else there is to say of a region that is created.
+            TimedOut: the provider does not answer.
+        """
+        what = "create_and_write"
+        if size < _MADE_SIZE or self._over or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            guest = self._guest = self._guest or self._join(what)
+            self._over = guest is None
+            if guest is None or not guest.writes:
+                return None
+            made, descriptors = self._call(what, "make", [size])
+            if made is None:
+                return None
+            if not descriptors:
+                return RegionID(made[0]), lambda data: False
+            region = RegionID(made[0])
+            return region, functools.partial(guest.fill, region, made[1:], descriptors.pop())
+        except errors.TargetBusy:
+            return None
+        except errors.TimedOut:
+            self._end()
+            raise
+        except (errors.ConnectionLost, errors.ConnectionFailed, errors.ProtocolError, OSError):
             self._end()
             return None
         finally:

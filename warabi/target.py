@@ -9,8 +9,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
+from warabi.answers import RegionStat
 from warabi.backends import Storage
 from warabi.backends.base import Flush
 from warabi.buffers import checked_size, filled_bytes, readable, writable
@@ -21,16 +22,6 @@ from warabi.inode import Inode
 from warabi.namespace import Namespace
 from warabi.region import RegionID
 from warabi.sharing import SharedRegions
-
-
-class RegionStat(NamedTuple):
-    """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
-
-    size: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-    names: list[str]
 
 
 class Target(SharedRegions):
@@ -414,17 +405,24 @@ class Target(SharedRegions):
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; when anything fails, no region remains."""
         view = readable(data, "create_and_write: data")
-        with self._kept_open("create_and_write"):
-            region = self.create(len(view))
-            try:
-                self.write(region, 0, view, persist)
-            except BaseException:
-                with self._guard:  # not `erase`, which a target that is about to close refuses
-                    if (inode := self._catalogue.region(region)) is not None:
-                        self.namespace.forget_names(inode)
-                        self.discard(inode)
-                raise
-            return region
+        with self._guard:
+            inode = self.new_region(0o644, None, None, len(view), anonymous=True)
+            inode.users += 1  # from the start, so that the target does not close meanwhile
+            self._inside += 1
+        try:
+            if view:
+                self._storage.write(inode.rid, 0, view)
+            if persist:
+                self._persist_inside(inode, 0, len(view))
+        except BaseException:
+            with self._guard:  # not `erase`, which a target that is about to close refuses
+                if not inode.dead:
+                    self.namespace.forget_names(inode)
+                    self.discard(inode)
+            raise
+        finally:
+            self._leave(inode, wrote=bool(view))
+        return inode.rid
 
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.

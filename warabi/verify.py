@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from warabi.backends.summed import SummedStorage, Verified
+from warabi.answers import Verified
+from warabi.backends.summed import SummedStorage
 from warabi.buffers import checked_size
 from warabi.errors import ConfigError
 from warabi.region import RegionID

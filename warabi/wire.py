@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import struct
+import threading
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -99,9 +100,19 @@ class _State(enum.Enum):
     FAILED = enum.auto()
 
 
+class _Packers(threading.local):
+    """One for each thread: to make one takes longer than to use it."""
+
+    def __init__(self) -> None:
+        self.pack = msgpack.Packer(use_bin_type=True, unicode_errors="surrogateescape").pack
+
+
+_packers = _Packers()
+
+
 def pack(header: Any) -> bytes:
     """*header* as msgpack; text that came from file names keeps its undecodable bytes."""
-    packed: bytes = msgpack.packb(header, use_bin_type=True, unicode_errors="surrogateescape")
+    packed: bytes = _packers.pack(header)
     return packed
 
 
@@ -221,6 +232,8 @@ class Connection:
         Raises:
             ProtocolError: the peer broke a rule; so does every later call.
         """
+        if self._start == self._end and self._state is _State.PREFIX:
+            return NEED_DATA
         try:
             return self._next_event()
         except ProtocolError:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from warabi import journal, layout
+from warabi import fileio, journal, layout
 from warabi.backends import base, direct, file, mapping, pmem, times
 
-MODULES = (base, file, pmem, direct, times, journal, layout)
+MODULES = (fileio, base, file, pmem, direct, times, journal, layout)
 CALLS = {
     "open", "close", "pwrite", "pread", "preadv", "ftruncate", "posix_fallocate", "fstat",
     "statvfs", "fsync", "fdatasync", "unlink", "makedirs", "scandir", "rename", "copy_file_range",

@@ -128,7 +128,7 @@ def reached(backend: str, place: Path, injector: Injector) -> dict[Site, int]:
 
 ALL = sorted({*(site for module in MODULES for site in faults.sites(module)), MSYNC, SYNCFS})
 UNREACHED = {
-    ("warabi.backends.base", "pwrite"): "goes on after a short write",
+    ("warabi.fileio", "pwrite"): "goes on after a short write",
     ("warabi.backends.file", "scandir"): "after a crash, for which there is a test of its own",
     # Of regions that other processes map, which are replaced rather than resized
     ("warabi.backends.file", "fsync"): "a region's new file",

@@ -19,9 +19,13 @@ from pathlib import Path
 import pytest
 
 from tests.crash.powerloss import Promises, check
-from tests.helpers import PATIENCE, environment
+from tests.helpers import PATIENCE, environment, file_config, provider_process
+from warabi import errors
+from warabi.client import Client
+from warabi.engine import Engine, client
 
 _FICLONE = 0x40049409
+FAILED = (errors.StorageError, errors.StorageFull)
 SNAPSHOTS = 8
 OPERATIONS = 1_000_000
 """More than there is time for: it is killed after the last snapshot."""
@@ -108,3 +112,41 @@ def snapshots(backend: str, disk: Path, outer: Path) -> list[tuple[list[str], li
         process.kill()
         process.wait(PATIENCE)
     return told
+
+
+def test_what_a_client_could_not_sync_is_remembered(scratch: Path) -> None:
+    """By the provider, although each process syncs by itself what it has written."""
+    size = 8 << 20
+    run("mount", "-t", "tmpfs", "-o", "size=40m", "none", scratch)
+    try:
+        image = scratch / "image"
+        image.write_bytes(b"")
+        os.truncate(image, 200 << 20)
+        run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", image)
+        with (
+            mounted(image, scratch / "disk") as disk,
+            provider_process("na+sm", file_config(disk / "target")) as served,
+            contextlib.ExitStack() as stack,
+        ):
+            handles = []
+            for _ in range(2):
+                engine = stack.enter_context(Engine("na+sm", client))
+                handles.append(Client(engine).make_target_handle(served.address, 1))
+            region = handles[0].create(size)
+            handles[0].persist(region, 0, size)
+            for handle in handles:
+                handle.read(region, 0, size)
+            with contextlib.suppress(OSError), (scratch / "filler").open("wb", 0) as filler:
+                while True:  # what the disk is in has no room left for what it is to hold
+                    filler.write(bytes(1 << 16))
+            handles[0].write(region, 0, b"x" * size)
+            for _ in range(3):
+                for handle in handles:
+                    with pytest.raises(FAILED, match="a sync failed"):
+                        handle.persist(region, 0, size)
+            (scratch / "filler").unlink()
+            for handle in handles:
+                with pytest.raises(FAILED, match="Write it to a new region"):
+                    handle.persist(region, 0, size)
+    finally:
+        run("umount", "-l", scratch)

@@ -14,6 +14,7 @@ import trio
 from tests.crash.oracle import Found, Op, Oracle
 from warabi import aio
 from warabi.backends.times import Times
+from warabi.calls import CALLS
 from warabi.client import TargetHandle
 from warabi.inode import ROOT
 from warabi.region import RegionID
@@ -181,18 +182,14 @@ class RegionSurface:
 
 def on_target(target: Target) -> RegionSurface:
     """A target of this process."""
-    from warabi.operations import OPERATIONS
-
-    return RegionSurface(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+    return RegionSurface(target, lambda name, *args: CALLS[name](target, *args))
 
 
 class TrioSurface(RegionSurface):
     """A target of this process, reached from a Trio program where that waits for the medium."""
 
     def __init__(self, target: Target) -> None:
-        from warabi.operations import OPERATIONS
-
-        super().__init__(target, lambda name, *args: OPERATIONS[name].call(target, *args))
+        super().__init__(target, lambda name, *args: CALLS[name](target, *args))
         self._trio = aio.attach(target)
 
     def run(self, op: Op, rid: bytes | None) -> bytes | None:

@@ -196,6 +196,11 @@ class Storage(ABC):
     def share(self, rid: RegionID, *, writable: bool) -> Place | None:
         """Where the region's bytes are, for another process; None when it may not touch them."""
 
+    def firm(self, rid: RegionID) -> bool:
+        """Whether who syncs the descriptor that :meth:`share` gave has persisted the region, and
+        this storage hears of it by itself when that fails."""
+        return False
+
     @abstractmethod
     def room(self) -> tuple[int, int]:
         """Total and available bytes of the medium."""
@@ -211,21 +216,3 @@ class Storage(ABC):
     @abstractmethod
     def destroy(self) -> None:
         """Delete everything stored, and close."""
-
-
-def pread_full(fd: int, out: memoryview, offset: int, flags: int = 0) -> int:
-    """Fill *out* from *offset* of *fd*; returns how many bytes, fewer only at the file's end."""
-    done = 0
-    while done < len(out):
-        count = os.preadv(fd, [out[done:] if done else out], offset + done, flags)
-        if count == 0:
-            break
-        done += count
-    return done
-
-
-def pwrite_full(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of *data* at *offset* of *fd*."""
-    done = os.pwrite(fd, data, offset)
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

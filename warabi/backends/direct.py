@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warabi.backends.base import Place, pread_full, pwrite_full
+from warabi.backends.base import Place
 from warabi.backends.borrowed import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.errors import CorruptTarget, WouldBlock
+from warabi.fileio import pread_full, pwrite_full
 from warabi.journal import let_go
 from warabi.region import RegionID
 

@@ -20,11 +20,12 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi.backends import times as filetimes
-from warabi.backends.base import Flush, Place, Storage, pread_full, pwrite_full
+from warabi.backends.base import Flush, Place, Storage
 from warabi.backends.borrowed import Borrowed, OpenFile, Translated
 from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
+from warabi.fileio import pread_full, pwrite_full
 from warabi.journal import let_go, sync_directory
 from warabi.region import RegionID
 
@@ -48,11 +49,15 @@ class FileStorage(Storage):
 
     def __init__(self, root: Path, *, sync: bool = False) -> None:
         self.root = root
+        self._prefix = f"{root}/"
         self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DSYNC if sync else 0)
         self.write_waits = self.write_waits or sync
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # Of regions that guests may sync by themselves, a part of the limit: each descriptor is
+        # told of what could not be written, so one that stays open hears of it too.
+        self._kept: set[bytes] = set()
         self._dirty: set[bytes] = set()  # written since the last persist
         # Whose names may not be on the medium, oldest first, and directories: made, or where a
         # name was removed, since they were synced; those whose sync failed.
@@ -68,9 +73,11 @@ class FileStorage(Storage):
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _path(self, rid: bytes) -> str:
-        return f"{self.root}/{_shard(rid)}/{rid.hex()}"
+        name = rid.hex()
+        return f"{self._prefix}{name[-2:]}/{name}"
 
-    def _translated(self, rid: bytes, what: str) -> Translated:
+    @staticmethod
+    def _translated(rid: bytes, what: str) -> Translated:
         return Translated(rid, what)
 
     def _borrow(self, rid: bytes) -> Borrowed:
@@ -105,18 +112,21 @@ class FileStorage(Storage):
         if len(self._descriptors) < self._limit:
             return
         for rid in list(self._descriptors)[: self._limit // 8]:
-            if not self._descriptors[rid].users:
-                self._close(rid, self._descriptors.pop(rid))
+            held = self._descriptors.pop(rid)
+            if held.users or rid in self._kept:
+                self._descriptors[rid] = held
+            else:
+                self._close(rid, held)
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
-            shard = _shard(rid)
+            path = self._path(rid)
+            shard = path[-2:]
             if shard not in self._shards:
                 os.makedirs(f"{self.root}/{shard}", exist_ok=True)
                 with self._lock:
                     self._shards.add(shard)
                     self._fresh_shards.add(shard)
-            path = self._path(rid)
             fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
             if size:
                 try:
@@ -134,6 +144,7 @@ class FileStorage(Storage):
     def erase(self, rid: RegionID) -> None:
         with self._lock:
             held = self._descriptors.pop(rid, None)
+            self._kept.discard(rid)
             self._dirty.discard(rid)
             self._fresh.pop(rid, None)
             self._failed.pop(rid, None)
@@ -393,9 +404,16 @@ class FileStorage(Storage):
         self._dirty.add(rid)
 
     def share(self, rid: RegionID, *, writable: bool) -> Place | None:
-        with self._translated(rid, "share"), self._borrow(rid) as fd:
-            mine = os.dup(fd) if writable else os.open(self._path(rid), os.O_RDONLY | os.O_CLOEXEC)
-            return Place(mine, 0, None, segment=0, mapped=False, waits=self.write_waits)
+        with self._translated(rid, "share"), self._borrow(rid):
+            # Not a copy of the one that is here, which the kernel would take for the same one.
+            flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC
+            fd = os.open(self._path(rid), flags)
+            if len(self._kept) < self._limit // 4:
+                self._kept.add(rid)
+            return Place(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
+
+    def firm(self, rid: RegionID) -> bool:
+        return rid in self._kept and rid not in self._fresh and rid not in self._failed
 
     def room(self) -> tuple[int, int]:
         try:

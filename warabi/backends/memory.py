@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Place, Storage, pread_full, pwrite_full
+from warabi.backends.base import Place, Storage
+from warabi.fileio import pread_full, pwrite_full
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory
 
@@ -331,6 +332,10 @@ class MemoryStorage(Storage):
                 _duplicate(segment.fd, writable), item.offset, segment.slot_size,
                 segment=segment.number, mapped=True,
             )  # fmt: skip
+
+    def firm(self, rid: RegionID) -> bool:
+        """Memory is as durable as it gets."""
+        return True
 
     def room(self) -> tuple[int, int]:
         with open("/proc/meminfo", encoding="ascii") as file:

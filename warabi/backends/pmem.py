@@ -11,11 +11,12 @@ import errno
 import os
 from pathlib import Path
 
-from warabi.backends.base import Storage, pwrite_full
+from warabi.backends.base import Storage
 from warabi.backends.borrowed import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
 from warabi.errors import CorruptTarget
+from warabi.fileio import pwrite_full
 from warabi.region import RegionID
 
 _MOST_MAPPINGS = 16384
@@ -101,6 +102,9 @@ class PmemStorage(FileStorage):
         self._persist_name(rid)
 
     flushing = Storage.flushing  # ranges are flushed, by mappings
+
+    def firm(self, rid: RegionID) -> bool:
+        return False  # to flush a range takes less than to sync the file
 
     def _mapping(self, rid: bytes, fd: int, length: int) -> Mapping:
         with self._lock:

@@ -22,8 +22,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from warabi.answers import Verified
 from warabi.backends.base import Place, Storage
 from warabi.backends.times import Times
 from warabi.catalogue import Catalogue
@@ -31,15 +32,6 @@ from warabi.errors import CorruptTarget
 from warabi.inode import Inode
 from warabi.region import RegionID
 from warabi.sums import BLOCK, SumRows, digest
-
-
-class Verified(NamedTuple):
-    """What is known of some blocks of a region: how many are as they were persisted, how many
-    have no sum to compare with or were written since, and the numbers of those that differ."""
-
-    verified: int
-    unverified: int
-    rotten: list[int]
 
 
 class Owner(Protocol):

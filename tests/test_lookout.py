@@ -1,0 +1,164 @@
+"""Waiting for messages awake: when it is done, and that nobody else waits for it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import MEMORY, RawPeer, provider_process, raw_connection
+from warabi import wire
+from warabi.client import Client
+from warabi.engine import Engine, client
+from warabi.lookout import Attention, Lookout
+
+
+class Receiver:
+    """One end of a connection, which counts how often it is looked at."""
+
+    def __init__(self) -> None:
+        self.here, self.peer = socket.socketpair()
+        self.looks = 0
+        self.place = memoryview(bytearray(100))
+
+    def __call__(self, place: memoryview, size: int, flags: int) -> int:
+        self.looks += 1
+        return self.here.recv_into(place, size, flags)
+
+    def send_soon(self, seconds: float) -> None:
+        threading.Timer(seconds, self.peer.send, [b"late"]).start()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.here.close()
+    receiver.peer.close()
+
+
+def _expecting(receiver: Receiver) -> Lookout:
+    """A lookout to which the last message came at once."""
+    lookout = Lookout()
+    lookout.came(time.perf_counter_ns())
+    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert receiver.looks > 1
+    receiver.looks = 0
+    return lookout
+
+
+def test_what_is_there_is_taken(receiver: Receiver) -> None:
+    receiver.peer.send(b"here")
+    assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == 4
+    receiver.peer.send(b"here")
+    assert Lookout().receive(receiver, receiver.place) == 4
+    assert bytes(receiver.place[:4]) == b"here"
+
+
+def test_nothing_is_looked_for_at_first(receiver: Receiver) -> None:
+    assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert receiver.looks == 1
+    receiver.peer.send(b"here")
+    Lookout().receive(receiver, receiver.place)
+    assert receiver.looks == 2
+
+
+def test_what_came_late_is_slept_for(receiver: Receiver) -> None:
+    lookout = _expecting(receiver)
+    receiver.send_soon(0.02)
+    assert lookout.receive(receiver, receiver.place) == 4
+    assert receiver.looks > 1
+    receiver.looks = 0
+    receiver.send_soon(0.0)
+    assert lookout.receive(receiver, receiver.place) == 4
+    assert receiver.looks == 1
+
+
+def test_the_end_of_a_connection_is_seen_awake(receiver: Receiver) -> None:
+    lookout = _expecting(receiver)
+    receiver.peer.close()
+    assert lookout.receive(receiver, receiver.place) == 0
+    assert receiver.looks == 1
+
+
+def test_a_core_that_others_want_is_left_to_them(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookout = _expecting(receiver)
+    monkeypatch.setattr("os.sched_yield", lambda: time.sleep(0.002))
+    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    receiver.looks = 0
+    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert receiver.looks == 1
+
+
+def test_nobody_is_alone_among_others() -> None:
+    attention = Attention()
+    now = 10 * Attention.ALONE
+    attention.give("a", now)
+    assert not attention.alone("a", now)
+    assert attention.alone("a", now + 2 * Attention.ALONE)
+    assert not attention.alone("b", now + 2 * Attention.ALONE)
+    attention.give("b", now + 2 * Attention.ALONE)
+    attention.give("a", now + 2 * Attention.ALONE)
+    assert not attention.alone("a", now + 2 * Attention.ALONE)
+
+
+def test_who_never_stops_asking_keeps_nobody_waiting() -> None:
+    """Neither one that waits for each answer nor one that sends without end."""
+    with provider_process("na+sm", MEMORY) as served:
+        over = threading.Event()
+        asked = [0, 0]
+
+        def ask() -> None:
+            with Engine("na+sm", client) as engine:
+                handle = Client(engine).make_target_handle(served.address, 1)
+                while not over.is_set():
+                    handle.erase(handle.create(10))
+                    asked[0] += 1
+
+        def pour() -> None:
+            with raw_connection(served.address) as connection:
+                peer = RawPeer(connection)
+                while not over.is_set():
+                    connection.sendall(wire.frame([1, 1, "ping", [], None]) * 1000)
+                    for _ in range(1000):
+                        assert peer.reply() == [1, None]
+                    asked[1] += 1
+
+        threads = [threading.Thread(target=ask), threading.Thread(target=pour)]
+        for thread in threads:
+            thread.start()
+        try:
+            with Engine("na+sm", client) as engine:
+                handle = Client(engine).make_target_handle(served.address, 1)
+                while min(asked) < 10:
+                    handle.erase(handle.create_and_write(b"mine"))
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_who_has_nothing_to_do_sleeps() -> None:
+    """Also right after many calls one after another."""
+    with (
+        provider_process("na+sm", MEMORY) as served,
+        Engine("na+sm", client) as engine,
+    ):
+        handle = Client(engine).make_target_handle(served.address, 1)
+        for _ in range(500):
+            handle.erase(handle.create(10))
+
+        def used() -> int:
+            """Its processor time, in ticks of 10 ms."""
+            text = Path(f"/proc/{served.process.pid}/stat").read_text()
+            return sum(map(int, text.rpartition(")")[2].split()[11:13]))
+
+        before = used()
+        time.sleep(0.4)
+        assert used() - before < 20

@@ -1,0 +1,24 @@
+"""What operations answer, as both sides of the wire know it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class RegionStat(NamedTuple):
+    """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
+
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    names: list[str]
+
+
+class Verified(NamedTuple):
+    """What is known of some blocks of a region: how many are as they were persisted, how many
+    have no sum to compare with or were written since, and the numbers of those that differ."""
+
+    verified: int
+    unverified: int
+    rotten: list[int]

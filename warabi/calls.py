@@ -1,0 +1,98 @@
+"""How a target carries out the operations of ``operations.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from warabi.answers import RegionStat
+from warabi.backends.base import Flush
+from warabi.backup.graft import adopt, graft
+from warabi.backup.survey import copy, survey
+from warabi.extents import unpack
+from warabi.namespace import Namespace
+from warabi.operations import PAGE
+from warabi.region import RegionID
+from warabi.target import Target
+from warabi.verify import summed, update, verify
+
+
+def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
+    found = target.stat(region)
+    return found._replace(names=found.names[:PAGE])
+
+
+def _names(method: str) -> Callable[..., Any]:
+    function = getattr(Namespace, method)
+    return lambda target, *args: function(target.namespace, *args)
+
+
+def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextManager[Flush]:
+    return target.persisting(region, 0, 0, times=times)
+
+
+FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
+    "persist": Target.persisting,
+    "fsync": _fsyncing,
+}
+"""Operations that may be no more than the flush of a file, which these give; they raise
+``WouldBlock`` where it is more."""
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "create": Target.create,
+    "erase": Target.erase,
+    "resize": Target.resize,
+    "size": Target.size,
+    "stat": _stat_with_some_names,
+    "list": lambda target, after, limit: target.list(after, min(limit, PAGE)),
+    "persist": Target.persist,
+    "write_vector": lambda target, region, packed, persist, data: target.write_vector(
+        region, unpack(packed, "write_vector"), data, persist
+    ),
+    "read_vector": lambda target, region, packed, place: target.read_vector(
+        region, unpack(packed, "read_vector"), place
+    ),
+    "persist_vector": lambda target, region, packed: target.persist_vector(
+        region, unpack(packed, "persist_vector")
+    ),
+    "fsync": Target.fsync,
+    "commit": Target.commit,
+    "sync": Target.sync,
+    "room": Target.room,
+    "uuid": lambda target: target.uuid,
+    "epoch": lambda target: target.epoch,
+    "used": lambda target: target.used,
+    "summed": summed,
+    "verify": verify,
+    "update": update,
+    "survey": survey,
+    "copy": copy,
+    "adopt": adopt,
+    "graft": graft,
+    "lookup": _names("lookup"),
+    "getattr": _names("getattr"),
+    "setattr": _names("setattr"),
+    "pin": _names("pin"),
+    "unpin": _names("unpin"),
+    "mknod": _names("mknod"),
+    "mkdir": _names("mkdir"),
+    "symlink": _names("symlink"),
+    "readlink": _names("readlink"),
+    "link": _names("link"),
+    "unlink": _names("unlink"),
+    "rmdir": _names("rmdir"),
+    "rename": _names("rename"),
+    "readdir": lambda target, ino, after, limit: target.namespace.readdir(
+        ino, after, min(limit, PAGE)
+    ),
+    "getxattr": _names("getxattr"),
+    "setxattr": _names("setxattr"),
+    "removexattr": _names("removexattr"),
+    "listxattr": _names("listxattr"),
+    "resolve": _names("resolve"),
+    "open_name": _names("open_name"),
+    "link_name": _names("link_name"),
+    "unlink_name": _names("unlink_name"),
+}
+"""By name: what is called with a target and the arguments."""

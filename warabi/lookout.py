@@ -1,0 +1,99 @@
+"""Waiting for what is about to come, without going to sleep.
+
+A process that sleeps is woken on another core in 40 to 50 µs, which is more than most requests
+take.  So a side of a connection to which messages come shortly one after another looks for the next
+one for a moment, again and again, before it sleeps.  Between two looks it offers its core to others
+(sched_yield(2)), among them, where both sides have but one core, the one that it waits for.
+
+An offered core comes back late where others have much to do; then sleeping is better for a while,
+because who is woken goes before them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from time import perf_counter_ns
+
+_MOMENT = 100_000
+"""Nanoseconds for which to look at most."""
+_SOON = 150_000
+"""A message that woke a sleeper so soon, in nanoseconds, would have come within the moment."""
+_LATE = 500_000
+"""A core that stays away for so long was given to somebody who does not only answer."""
+_PAUSE = (5_000_000, 160_000_000)
+"""Nanoseconds for which nothing is looked for then: at first, and at most if that happens again."""
+
+Receive = Callable[[memoryview, int, int], int]
+"""``socket.recv_into``, or what stands for it."""
+
+
+class Lookout:
+    """What one side of a connection knows of when the next message comes."""
+
+    __slots__ = ("_pause", "_resume", "_soon")
+
+    def __init__(self) -> None:
+        self._soon = False
+        self._pause = 0
+        self._resume = 0  # when the pause ends
+
+    def receive(self, receive: Receive, place: memoryview) -> int:
+        """As *receive*, which may sleep; with a look or two before."""
+        began = perf_counter_ns()
+        count = self.look(receive, place, began) if self._soon else -1
+        if count < 0:
+            count = receive(place, 0, 0)
+            self.came(began)
+        return count
+
+    def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
+        """Receive what is there or, with *wait*, what comes within a moment, if that is to be
+        expected; -1 when nothing did.  *began* is the present time."""
+        before = until = began
+        if wait and self._soon and began >= self._resume:
+            until += _MOMENT
+        while True:
+            try:
+                return receive(place, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if before >= until:
+                    return -1
+            os.sched_yield()
+            now = perf_counter_ns()
+            if now - before > _LATE:
+                again = now < self._resume + self._pause
+                self._pause = min(2 * self._pause, _PAUSE[1]) if again else _PAUSE[0]
+                self._resume = now + self._pause
+            before = now
+
+    def came(self, began: int) -> None:
+        """Something came to who slept, and waited since *began*."""
+        self._soon = perf_counter_ns() - began < _SOON
+
+
+class Attention:
+    """Which of an event loop's connections the messages come from.
+
+    While one is looked at, nobody else is served; so that is done only for one that is alone.
+    """
+
+    __slots__ = ("_latest", "_since")
+
+    ALONE = 2_000_000
+    """Nanoseconds without a message from another connection."""
+
+    def __init__(self) -> None:
+        self._latest: object = None
+        self._since = 0
+
+    def give(self, connection: object, now: int) -> None:
+        """Something came from *connection*."""
+        if connection is not self._latest:
+            self._latest = connection
+            self._since = now
+
+    def alone(self, connection: object, now: int) -> bool:
+        """Whether nothing came from others lately."""
+        return connection is self._latest and now - self._since > self.ALONE
