@@ -149,7 +149,7 @@ def test_a_descriptor_that_is_another_files_before_its_close_was_seen_to_end(
         Event("create", "/d/a"),
         Event("create", "/d/b"),
         Event("write", "/d/b", data=b"x"),
-        Event("sync", "/d/b", thread=2),
+        Event("sync", "/d/b", "data", thread=2),
         Event("synced", thread=2),
     ]
 
