@@ -41,8 +41,15 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
 def _output(path: Path) -> Iterator[IO[bytes]]:
     """The file at *path*, which is there when it is complete, or standard output for ``-``."""
     if str(path) == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        try:
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        except BaseException:
+            # What is left in the buffer would be written, and fail again, when Python ends.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+            raise
         return
     part = path.with_name(f"{path.name}.part")
     try:
