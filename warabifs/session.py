@@ -5,8 +5,9 @@ Most handlers come to their end without waiting, so that a request costs no turn
 a look whether it is there, one read, and one write.  Only when a handler waits, for the medium or
 for a provider, another worker becomes the leader.
 
-The leader waits for the next request in the kernel, for a moment, while no other request is being
-served: whoever sends one request after the other is answered without Trio.  Other tasks wait no
+While no other request is being served, the leader looks for the next one for a moment, if the one
+before came so soon (``warabi/lookout.py``), and then waits for it in the kernel: whoever sends one
+request after the other is answered without Trio.  Other tasks wait no
 longer for that than ``_STREAK`` requests and moments.
 """
 
@@ -21,10 +22,12 @@ import select
 import threading
 import types
 from collections.abc import Coroutine, Generator
+from time import perf_counter_ns
 from typing import Any, Protocol
 
 import trio
 
+from warabi.lookout import Lookout
 from warabifs import protocol
 from warabifs.protocol import HEADER, Header, Opcode
 
@@ -81,6 +84,8 @@ class Session:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._streak = 0
+        self._lookout = Lookout()
+        self._began = 0  # when the wait for the next request did
         self._over = False
         self._led = False  # a worker leads, or is about to
         self._busy = 0  # requests whose handlers wait
@@ -153,10 +158,9 @@ class Session:
         assert requests is not None
         try:
             while not self._over:
-                if not self._due():
-                    await self._wait_for_request()
                 count = self._take(buffer)
                 if not count:
+                    await self._wait_for_request()
                     continue
                 header = Header._make(_unpack_header(buffer))
                 handler = requests.handle(header, buffer[_HEADER_SIZE:count])
@@ -189,22 +193,27 @@ class Session:
         finally:
             self._workers -= 1
 
-    def _due(self) -> bool:
-        """Whether a request came, now or within a moment; False when others have to get a turn."""
-        if self._streak < _STREAK:
-            self._streak += 1
-            return bool(self._poll.poll(0 if self._busy else _MOMENT))
-        return False
-
     async def _wait_for_request(self) -> None:
         self._streak = 0
         with contextlib.suppress(trio.ClosedResourceError, OSError):
             await trio.lowlevel.wait_readable(self._fd)
+        self._lookout.came(self._began)
 
     def _take(self, buffer: memoryview) -> int:
-        """Take a request; its size, or 0 when there is none after all."""
+        """Take a request that is there or comes within a moment; its size, or 0: others have to
+        get a turn."""
+        if self._streak >= _STREAK:
+            return 0
+        self._streak += 1
         try:
-            return os.readv(self._fd, (buffer,))
+            if self._busy:
+                return os.readv(self._fd, (buffer,))
+            self._began = began = perf_counter_ns()
+            count = self._lookout.look(self._receive, buffer, began)
+            if count < 0 and self._poll.poll(_MOMENT):
+                count = os.readv(self._fd, (buffer,))
+                self._lookout.came(began)
+            return max(count, 0)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -213,6 +222,10 @@ class Session:
             elif error.errno != errno.ENOENT:  # taken back before it was read
                 raise
         return 0
+
+    def _receive(self, buffer: memoryview, size: int, flags: int) -> int:
+        """As ``socket.recv_into``; never waits."""
+        return os.readv(self._fd, (buffer,))
 
     def _send(self, unique: int, answer: Answer) -> None:
         if answer is None:
