@@ -72,7 +72,7 @@ class Account:
                 self._section = path.removeprefix(MARK).strip("/")
                 self.sections += filter(None, [self._section])
                 return
-        if name == "sched_yield" or (name.startswith("recv") and "EAGAIN" in rest):
+        if name == "sched_yield" or (name.startswith(("recv", "readv")) and "EAGAIN" in rest):
             return  # a look for what has not come yet: how many is a matter of moments
         self.calls[self._section, int(thread), name] += 1
         of = _DESCRIPTOR.match(rest)
