@@ -22,7 +22,6 @@ import random
 import sqlite3
 import stat
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 from warabi.clock import Clock
@@ -446,10 +445,3 @@ class Catalogue:
         """Let go of the files as they are, as a crash would; the next to open them recovers."""
         self._journal.close()
         self._db.close()
-
-    def iterate_regions(self) -> Iterator[Attributes]:
-        """Every region, by slot."""
-        after = 0
-        while page := self.regions(after, 10000, anonymous=False):
-            yield from page
-            after = page[-1].ino

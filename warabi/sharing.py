@@ -79,33 +79,29 @@ class SharedRegions(DurableRegions):
             self._grants.fasten(share)
 
     def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
-        try:
+        with self._fastening(inode):
             super()._persist_inside(inode, offset, size, times=times)
-        except BaseException:
-            self._loosen(inode)
-            raise
-        if inode.share is not None:
-            with self._lock:
-                self._fasten(inode)
 
     @contextmanager
     def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
+        with self._fastening(inode), super()._flushing_inside(inode, times=times) as flush:
+            yield flush
+
+    @contextmanager
+    def _fastening(self, inode: Inode) -> Iterator[None]:
+        """The block persists a region, as guests may do after it; unless it fails."""
         try:
-            with super()._flushing_inside(inode, times=times) as flush:
-                yield flush
+            yield
         except WouldBlock:
             raise
         except BaseException:
-            self._loosen(inode)
+            with self._lock:
+                if inode.share is not None:
+                    inode.share.loosen()
             raise
         if inode.share is not None:
             with self._lock:
                 self._fasten(inode)
-
-    def _loosen(self, inode: Inode) -> None:
-        with self._lock:
-            if inode.share is not None:
-                inode.share.loosen()
 
     def _check_sharing(self) -> None:
         if self._paused:
