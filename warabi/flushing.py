@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import trio
 
 from warabi.backends.base import Flush
+from warabi.lull import Lull
 from warabi.threads import in_thread, signals
 
 _SETUP, _DESTROY, _GETEVENTS, _SUBMIT = range(4)
@@ -92,6 +93,8 @@ class Flusher:
     def __init__(self) -> None:
         self._flushes = Flushes()
         self._results: dict[int, int] = {}
+        self._under_way = 0
+        self._lulls: dict[int, Lull] = {}  # by the descriptors that are told
         trio.lowlevel.spawn_system_task(self._end)
 
     async def _end(self) -> None:
@@ -99,6 +102,14 @@ class Flusher:
             await trio.sleep_forever()
         finally:
             self._flushes.close()
+
+    def _ends_in_lull(self, fd: int) -> bool:
+        """Whether the only flush ends before there is anything else to do for the loop."""
+        lull = self._lulls.get(fd)
+        if lull is None:
+            lull = self._lulls[fd] = Lull(fd)
+        lull.begin()
+        return lull.wait()
 
     async def flush(self, flush: Flush) -> bool:
         """Return when that is on the medium; False, at once, where a thread has to do it.
@@ -113,7 +124,14 @@ class Flusher:
         except OSError:
             ours.put_back(fd)
             return False
-        await ours.wait(fd)
+        self._under_way += 1
+        try:
+            if self._under_way == 1 and self._ends_in_lull(fd):
+                ours.end(fd)
+            else:
+                await ours.wait(fd)
+        finally:
+            self._under_way -= 1
         while number not in self._results:  # who else waits may have fetched it
             self._results.update(self._flushes.ended())
         result = self._results.pop(number)

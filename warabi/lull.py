@@ -1,4 +1,5 @@
-"""Waiting for a reply in the kernel, and not in Trio's loop, while nothing else is to be done.
+"""Waiting for a reply, or for the medium, in the kernel, and not in Trio's loop, while nothing else
+is to be done.
 
 A request costs a turn of the loop for each task that takes part: who sent it, who reads the
 connection, and who would take the next request meanwhile.  A loop that serves one request after

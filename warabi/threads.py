@@ -42,6 +42,10 @@ class Signals:
         """Return when *fd* was written to, also when the task is cancelled; ends its use."""
         with trio.CancelScope(shield=True):
             await trio.lowlevel.wait_readable(fd)
+        self.end(fd)
+
+    def end(self, fd: int) -> None:
+        """End the use of *fd*, which was written to."""
         os.eventfd_read(fd)
         self.put_back(fd)
 
