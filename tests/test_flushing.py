@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from tests.helpers import PATIENCE, environment
-from warabi import aio, errors, layout
+from warabi import aio, errors, layout, lull
 from warabi.backends.base import Flush
 from warabi.config import FileConfig
 from warabi.flushing import Flusher, flushed
@@ -76,6 +76,53 @@ async def test_many_at_once(data: bool, tmp_path: Path) -> None:
             for _ in range(1000):
                 nursery.start_soon(one)
         assert done == 1000
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment without an end, so that nothing here depends on times."""
+    monkeypatch.setattr(lull, "MOMENT", int(PATIENCE * 1000))
+    monkeypatch.setattr(lull, "LONGEST", int(PATIENCE * 1000))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_loop_with_nothing_else_to_do_waits_in_the_kernel(
+    busy: bool, tmp_path: Path, patient: None
+) -> None:
+    here, there = os.pipe()
+    turned = False
+
+    async def turn() -> None:
+        nonlocal turned
+        turned = True
+
+    try:
+        with (tmp_path / "file").open("wb") as file, lull.serving(here):
+            flush = Flush(file.fileno(), True)
+            await flushed(flush)  # whatever has to be made is made
+            if busy:
+                os.write(there, b"a request")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(turn)
+                await flushed(flush)
+                assert turned == busy
+    finally:
+        os.close(here)
+        os.close(there)
+
+
+async def test_several_at_once_do_not_wait_for_each_other(tmp_path: Path, patient: None) -> None:
+    here, there = os.pipe()
+    try:
+        with (tmp_path / "file").open("wb") as file, lull.serving(here):
+            os.write(there, b"a request")
+            async with trio.open_nursery() as nursery:
+                for _ in range(100):
+                    nursery.start_soon(flushed, Flush(file.fileno(), True))
+                    await trio.lowlevel.checkpoint()
+    finally:
+        os.close(here)
+        os.close(there)
 
 
 async def test_errors_come_back() -> None:

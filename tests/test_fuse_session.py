@@ -14,7 +14,7 @@ import trio.testing
 
 from warabifs import protocol
 from warabifs.protocol import Feature, Header, Opcode
-from warabifs.session import Answer, Session
+from warabifs.session import Answer, Early, Session
 
 INIT = struct.Struct("=IIIII44x")  # with the fields that Linux 6 has
 OUT = struct.Struct("=IiQ")
@@ -194,4 +194,32 @@ async def test_an_exception_is_an_answer(kernel: Kernel, late: bool) -> None:
         for unique in (2, 4):
             kernel.send(Opcode.LOOKUP, unique)
             assert await kernel.answer() == (unique, errno.EIO, b"")
+        kernel.session.stop()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_an_early_answer_goes_out_before_the_rest_is_done(kernel: Kernel, late: bool) -> None:
+    log: list[tuple[str, bytes]] = []
+
+    async def handle(header: Header, body: memoryview) -> Answer:
+        if late:
+            await trio.lowlevel.checkpoint()
+
+        def rest() -> None:
+            answer = kernel.here.recv(protocol.BUFFER)
+            log.append(("rest", answer[OUT.size :] + bytes(body)))
+
+        if header.opcode == Opcode.WRITE:
+            return Early(b"certain: ", rest)
+        log.append(("next", b""))
+        return b"done"
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.session.serve, Handlers(handle))
+        kernel.send(Opcode.WRITE, 2, b"bytes")
+        if late:
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        kernel.send(Opcode.READ, 4)
+        assert await kernel.answer() == (4, 0, b"done")
+        assert log == [("rest", b"certain: bytes"), ("next", b"")]
         kernel.session.stop()

@@ -28,10 +28,12 @@ from warabi import errors
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.config import parse
 from warabi.engine import Engine, client, server
+from warabi.errors import WouldBlock
 from warabi.layout import open_memory, open_target
 from warabi.link import DirectLink
 from warabi.provider import ProviderCore
 from warabi.server import Provider
+from warabi.target import Target
 
 SIZES = [0, 1, 2047, 2048, 2049, 4097, 65535, 65536, 65537, 262_145]
 LARGE = [(4 << 20) - 1, 4 << 20, (4 << 20) + 1, 9 << 20]
@@ -51,12 +53,16 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
+def _opened(backend: Backend, path: Path) -> Target:
+    config = parse(backend[1](path)).target
+    assert config is not None
+    return open_memory(config.config) if config.type == "memory" else open_target(config)
+
+
 @contextlib.contextmanager
 def _bare(request: pytest.FixtureRequest, backend: Backend, path: Path) -> Iterator[TargetHandle]:
     """The target itself, without an engine."""
-    config = parse(backend[1](path)).target
-    assert config is not None
-    opened = open_memory(config.config) if config.type == "memory" else open_target(config)
+    opened = _opened(backend, path)
     core = ProviderCore(backend[0], opened)
     try:
         yield TargetHandle(DirectLink(core))
@@ -723,3 +729,51 @@ def test_closed_provider_is_no_target_any_more(engine: Engine, client_engine: En
         direct.create(1)
     with pytest.raises(errors.ProviderNotFound, match="provider 3"):
         remote.create(1)
+
+
+# Writes that are answered before they are done
+
+
+def test_a_write_that_is_begun_is_certain(tmp_path: Path) -> None:
+    with contextlib.closing(_opened(BACKENDS["memory"], tmp_path)) as target:
+        region = target.create_and_write(pattern(1 << 20))
+        before = target.stat(region)
+        write = target.begin_write(region, 4096, memoryview(b"x" * 100_000))
+        assert write is not None
+        with pytest.raises(WouldBlock):
+            target.resize(region, 0, wait=False)  # its memory stays where it is
+        write()
+        expected = bytearray(pattern(1 << 20))
+        expected[4096 : 4096 + 100_000] = b"x" * 100_000
+        assert target.read(region, 0, 1 << 20) == expected
+        assert target.stat(region).mtime_ns > before.mtime_ns
+        target.resize(region, 0, wait=False)
+
+
+def test_a_write_is_not_begun_where_it_could_fail_or_be_missed(
+    backend: Backend, tmp_path: Path
+) -> None:
+    with contextlib.closing(_opened(backend, tmp_path / "target")) as target:
+        full = target.create_and_write(pattern(1 << 20))
+        data = memoryview(bytes(4096))
+
+        def refused(region: RegionID, offset: int) -> bool:
+            return target.begin_write(region, offset, data) is None
+
+        memory = backend is BACKENDS["memory"]
+        if memory:
+            write = target.begin_write(full, 0, data)
+            assert write is not None
+            write()
+        else:  # what a call left behind outlives this process
+            assert refused(full, 0)
+        assert refused(full, (1 << 20) - 4095)  # it grows
+        assert refused(target.create(1 << 20), 1 << 19)  # a hole
+        erased = target.create_and_write(pattern(1 << 20))
+        target.erase(erased)
+        assert refused(erased, 0)
+        joined = target.join()  # others can cut it off
+        if joined is not None:
+            assert refused(full, 0)
+            target.leave(joined[0])
+        target.resize(full, 0, wait=False)  # nobody was left inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,28 @@ class SharedRegions(DurableRegions):
     def has_guests(self) -> bool:
         """Whether other processes may be writing to regions by themselves."""
         return self._grants is not None
+
+    def begin_write(
+        self, region: RegionID, offset: int, data: memoryview
+    ) -> Callable[[], None] | None:
+        """What writes *data*, to be called in any case, and soon; None where that might wait or
+        fail, or be missed by who survives this process: :meth:`write` does it or says why not.
+
+        So it is for memory that the region has, and that nobody else may cut off.
+        """
+        if self._storage.blocking or self.has_guests:
+            return None
+        loan = self.lend(region, offset, len(data), writable=True)
+        place = loan.__enter__().place
+        if place is None:
+            loan.__exit__()
+            return None
+
+        def write() -> None:
+            place[:] = data
+            loan.__exit__()
+
+        return write
 
     def look_at_guests(self) -> None:
         """Take over what guests wrote, and so tell those who watch the target."""

@@ -375,6 +375,15 @@ class FileSystem:
         self._stamps.pop(ino, None)  # the next open fetches the new one
         return len(data)
 
+    def begin_write(
+        self, ino: int, handle: int, offset: int, data: memoryview
+    ) -> Callable[[], None] | None:
+        """What stores *data*; None where that might wait or fail: then :meth:`write` does it."""
+        if self._local is None:
+            return None
+        self._stamps.pop(ino, None)
+        return self._local.begin_write(self._region_of(ino, handle), offset, data)
+
     async def _write(self, region: RegionID, offset: int, data: Any) -> None:
         local = self._local
         if local is not None:

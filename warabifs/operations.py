@@ -23,7 +23,7 @@ from warabi.tree import NAME_MAX
 from warabifs import protocol
 from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
 from warabifs.protocol import Feature, Header, Opcode, Open, Valid
-from warabifs.session import Answer
+from warabifs.session import Answer, Early
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
 """Requests that are not answered."""
 _SECOND = 1_000_000_000
 _NAME = b"\0"  # ends a name
+_LARGE = 64 * 1024
+"""Bytes from which on storing them takes longer than to have the program go on meanwhile."""
 _CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
 
 Handler = Callable[["Operations", Header, memoryview], Coroutine[Any, Any, Answer]]
@@ -341,6 +343,10 @@ class Operations:
         handle, offset, size, flags, _, _, _ = protocol.WRITE.unpack_from(body)
         data = body[protocol.WRITE.size :][:size]
         kill_setid = bool(flags & protocol.WRITE_KILL_SUIDGID)
+        if size >= _LARGE and not kill_setid:
+            rest = self._files.begin_write(header.node, handle, offset, data)
+            if rest is not None:
+                return Early(protocol.written(size), rest)
         return protocol.written(
             await self._files.write(header.node, handle, offset, data, kill_setid=kill_setid)
         )

@@ -21,9 +21,9 @@ import queue
 import select
 import threading
 import types
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
@@ -54,7 +54,16 @@ _HEADER_SIZE = HEADER.size
 _unpack_header = HEADER.unpack_from
 _HELLO = 30_000  # milliseconds for the kernel to say that a mount begins
 
-Answer = bytes | memoryview | int | None
+
+class Early(NamedTuple):
+    """An answer to what is not done yet, but cannot fail: done by *rest*, which does not wait and
+    raises nothing, while the program goes on.  Until then nothing else is handled."""
+
+    answer: bytes
+    rest: Callable[[], None]
+
+
+Answer = bytes | memoryview | int | Early | None
 """Of a handler: what the kernel gets, or an errno; None for what is not answered.
 
 A view has to be valid until the handler's task waits for anything.
@@ -233,6 +242,9 @@ class Session:
         try:
             if isinstance(answer, int):
                 os.write(self._fd, protocol.refusal(unique, answer))
+            elif isinstance(answer, Early):
+                self._send(unique, answer.answer)
+                answer.rest()
             elif len(answer) <= _SMALL:
                 os.write(self._fd, protocol.answer(unique, len(answer)) + answer)
             else:
