@@ -93,6 +93,12 @@ class DurableRegions(RegionGate):
             self._changed.set()
             raise translate(error, self._catalogue.path) from error
 
+    def _settle_all(self, *, thorough: bool = False) -> None:
+        """Take over what others did to regions by themselves, with *thorough* also what may have
+        gone unnoticed; the lock is held."""
+        if self._grants is not None:
+            self._grants.settle_all(thorough=thorough)
+
     def commit(self) -> None:
         """Make every change of the catalogue durable, and then free what erased regions held."""
         with self._kept_open():
@@ -103,8 +109,7 @@ class DurableRegions(RegionGate):
         """As :meth:`commit`, by a caller that keeps the target from closing, and does not mind
         that regions which nobody persisted may be lost."""
         with self._lock, self._errors_translated():
-            if self._grants is not None:
-                self._grants.settle_all()
+            self._settle_all()
             change = self._catalogue.commit(self._storage.oldest_fresh())
         try:
             self._catalogue.sync(change)
@@ -166,8 +171,7 @@ class DurableRegions(RegionGate):
         """Make everything written so far durable: data first, then the catalogue."""
         with self._kept_open():
             with self._guard:
-                if self._grants is not None:
-                    self._grants.settle_all(thorough=True)
+                self._settle_all(thorough=True)
             try:
                 self._storage.persist_all()
             except BaseException:
@@ -264,6 +268,8 @@ class DurableRegions(RegionGate):
             while self._inside:
                 self._wait(True)
         self.will_close()
+        with self._lock:
+            self._settle_all(thorough=True)
         if self._grants is not None:
             self._close_grants(self._grants)
         self._stop.set()

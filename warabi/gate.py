@@ -171,6 +171,8 @@ class RegionGate:
                 raise translate(error, self._catalogue.path) from error
             if inode is None:
                 raise InvalidRegion(f"{what}: no region {region!r} in this target")
+        if inode.exposed is not None:
+            inode.exposed.settle(inode)
         return inode
 
     def _enter(self, region: RegionID, what: str, wait: bool) -> Inode:

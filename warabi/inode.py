@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from warabi.region import RegionID
 
 if TYPE_CHECKING:
+    from warabi.exposed import Exposed
     from warabi.grants import Share
 
 ROOT = 1
@@ -38,9 +40,9 @@ class Inode:
     """A row of the catalogue in memory, with the target's book-keeping beside it."""
 
     __slots__ = (
-        "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "generation", "gid", "ino",
-        "kept", "mode", "mtime", "nlink", "pins", "rdev", "rid", "seen", "share", "size", "stored",
-        "target", "uid", "users",
+        "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "exposed", "generation",
+        "gid", "ino", "kept", "mode", "mtime", "nlink", "pins", "rdev", "rid", "seen", "share",
+        "size", "stored", "target", "uid", "users",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +73,7 @@ class Inode:
         self.pins = 0
         self.dead = False
         self.share: Share | None = None  # while other processes may reach its bytes directly
+        self.exposed: Exposed | None = None  # while somebody has its descriptor, and says nothing
 
     def row(self) -> tuple[int | bytes | None, ...]:
         return (
@@ -85,6 +88,8 @@ class Inode:
     def attributes(self) -> Attributes:
         if self.share is not None:
             self.share.settle(self)
+        if self.exposed is not None:
+            self.exposed.settle(self)
         while True:
             seen = self.seen = self.ctime
             attributes = Attributes(
@@ -93,3 +98,9 @@ class Inode:
             )  # fmt: skip
             if self.ctime == seen:  # not every caller holds the lock
                 return attributes
+
+
+def without_setid(mode: int) -> int:
+    """What a change leaves of a file's mode; a set-group-ID bit counts with group execution."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

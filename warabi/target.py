@@ -17,14 +17,14 @@ from warabi.backends.base import Flush
 from warabi.buffers import checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Catalogue
 from warabi.errors import OutOfBounds, StorageFull, TargetNotFound, WouldBlock
+from warabi.exposed import ExposedRegions
 from warabi.extents import Extent, check_total, checked_extents, views
 from warabi.inode import Inode
 from warabi.namespace import Namespace
 from warabi.region import RegionID
-from warabi.sharing import SharedRegions
 
 
-class Target(SharedRegions):
+class Target(ExposedRegions):
     """Regions and their names on one catalogue and one storage.
 
     Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it

@@ -65,6 +65,8 @@ class Tree:
         inode = self._catalogue.get(ino)
         if inode is None or inode.dead:
             raise path_error(errno.ESTALE, f"inode {ino}: no longer exists")
+        if inode.exposed is not None:
+            inode.exposed.settle(inode)
         return inode
 
     def _directory(self, ino: int) -> Inode:
@@ -214,7 +216,7 @@ class Tree:
     def getattr(self, ino: int) -> Attributes:
         """An inode's attributes; ESTALE when it is gone."""
         inode = self._catalogue.get_cached(ino)  # a single dict access needs no lock
-        if inode is not None and not inode.dead:
+        if inode is not None and not inode.dead and inode.exposed is None:
             return inode.attributes()
         with self._guard:
             return self._get(ino).attributes()

@@ -25,12 +25,12 @@ from warabi import acl, errors
 from warabi.aio import Target
 from warabi.errors import path_error
 from warabi.feed import ATTRIBUTES, Changes
-from warabi.inode import ROOT, Attributes
+from warabi.inode import ROOT, Attributes, without_setid
 from warabi.region import RegionID
 from warabi.target import Target as LocalTarget
 from warabi.tree import RENAME_EXCHANGE, region_of_name
 from warabifs.believed import BelievedNames
-from warabifs.handles import Directory, Entry, File, Known, Outdated, without_setid
+from warabifs.handles import Directory, Entry, File, Known, Outdated
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
@@ -52,6 +52,7 @@ class FileSystem:
         drop_name: makes the kernel let go of a name in a directory, later.
         drop_attributes: makes the kernel forget what it believes of an inode, later.
         remember_names: the kernel believes not only names of directories for a while.
+        opened: each use of a file begins with opening it, whatever the target is.
 
     Attributes:
         openless: files need no opening.  What is removed while it is open stays as long as the
@@ -62,13 +63,13 @@ class FileSystem:
         self, target: Target, *, exclusive: bool, attr_timeout: float,
         drop_name: Callable[[int, bytes], None],
         drop_attributes: Callable[[int], None] = lambda ino: None,
-        local: LocalTarget | None = None, remember_names: bool = False,
+        local: LocalTarget | None = None, remember_names: bool = False, opened: bool = False,
     ) -> None:  # fmt: skip
         self._target = target
         self._attr_timeout = attr_timeout
         self._local = local
         self._exclusive = exclusive
-        self.openless = exclusive and local is not None
+        self.openless = exclusive and local is not None and not opened
         self._drop_name = drop_name
         self._drop_attributes = drop_attributes
         self._remember_names = remember_names
@@ -326,8 +327,9 @@ class FileSystem:
             await self._target.call("unpin", attributes.ino, 1)
             raise
 
-    async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, bool]:
-        """Open a file; returns its handle, and whether the kernel's page cache is still true.
+    async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, RegionID, bool]:
+        """Open a file; returns its handle, its region, and whether the kernel's page cache is
+        still true.
 
         With *keep_setid* truncation (``O_TRUNC``) leaves the set-ID bits alone.
         """
@@ -337,7 +339,7 @@ class FileSystem:
         stamp = (attributes.mtime_ns, attributes.size)
         fresh = self._exclusive or self._stamps.get(ino) == stamp
         self._stamps[ino] = stamp
-        return self._add_handle(File(ino, attributes.region)), fresh
+        return self._add_handle(File(ino, attributes.region)), attributes.region, fresh
 
     async def read(self, ino: int, handle: int, offset: int, size: int) -> memoryview:
         """Up to *size* bytes, fewer only at the end of the file.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,9 +79,3 @@ class Outdated(NamedTuple):
 
     inodes: dict[int, bool]
     names: dict[tuple[int, bytes], int]
-
-
-def without_setid(mode: int) -> int:
-    """What a change leaves of a file's mode; a set-group-ID bit counts with group execution."""
-    mode &= ~stat.S_ISUID
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

@@ -35,6 +35,8 @@ from warabifs.filesystem import FileSystem
 from warabifs.following import Follower
 from warabifs.operations import Operations
 from warabifs.options import Options, Source, help_text, parse_options, parse_source
+from warabifs.passing import Passing
+from warabifs.protocol import Feature
 from warabifs.remount import remount
 from warabifs.session import Session
 from warabifs.shown import ShownLink
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
             _remount(parsed.mountpoint, options)
             return
         source = parse_source(parsed.source, create=options.create)
+        if options.passthrough and not source.embedded:
+            raise ConfigError("option passthrough: only for embedded targets, memory: or file:")
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
         if parsed.fake:
@@ -322,6 +326,8 @@ async def _mount_and_serve(
             # Others change what an engine serves: each use of a file's name asks anew, which also
             # brings the size that reading and appending after an open rely on (close-to-open).
             attributes, names, directories = (_DAY, _DAY, _DAY) if alone else (1.0, 0.0, 1.0)
+            if options.passthrough:
+                attributes = 1.0  # a file that is changed through a mapping has other times
             attributes = attributes if options.attr_timeout is None else options.attr_timeout
             if options.entry_timeout is not None:
                 names = directories = options.entry_timeout
@@ -336,6 +342,7 @@ async def _mount_and_serve(
                 drop_attributes=session.drop_attributes,
                 local=local,
                 remember_names=names > 0,
+                opened=options.passthrough,
             )
             follower = Follower(
                 target,
@@ -352,10 +359,13 @@ async def _mount_and_serve(
                 negative_timeout=negative,
                 direct_io=options.direct_io,
                 writeback=options.exclusive,
+                passing=Passing(local, session) if options.passthrough and local else None,
             )
             unmount = True
             try:
                 operations.features = session.begin(operations.features)
+                if options.passthrough and not operations.features & Feature.PASSTHROUGH:
+                    raise ConfigError("option passthrough: this kernel has none (Linux 6.14 has)")
                 device.read_ahead()
                 if not ending.announce(mountpoint):
                     log.warning("unmounting %s will not wait until this process ends", mountpoint)

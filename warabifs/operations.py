@@ -19,9 +19,11 @@ from typing import Any
 
 from warabi import errors
 from warabi.inode import Attributes
+from warabi.region import RegionID
 from warabi.tree import NAME_MAX
 from warabifs import protocol
 from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
+from warabifs.passing import Passing
 from warabifs.protocol import Feature, Header, Opcode, Open, Valid
 from warabifs.session import Answer, Early
 
@@ -131,13 +133,16 @@ class Operations:
         negative_timeout: seconds for which it may believe that a name does not exist.
         direct_io: whether reads and writes bypass the page cache.
         writeback: whether the kernel may hold back writes, until a file is closed or synced.
+        passing: the files that the kernel reads and writes by itself; None for none.
     """
 
     def __init__(
         self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
         attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool,
+        passing: Passing | None = None,
     ) -> None:  # fmt: skip
         self._files = files
+        self._passing = passing
         self._entry_valid = _seconds(entry_timeout)
         self._directory_valid = _seconds(directory_timeout)
         self._attr_valid = _seconds(attr_timeout)
@@ -159,6 +164,8 @@ class Operations:
             self.features |= Feature.ATOMIC_O_TRUNC
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
+        if passing is not None:
+            self.features |= Feature.PASSTHROUGH
 
     def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
         """Handle a request.
@@ -183,7 +190,12 @@ class Operations:
     def _attributes(self, attributes: Attributes) -> bytes:
         return protocol.pack_validity(*self._attr_valid) + _packed(attributes)
 
-    def _opened(self, handle: int, keep_cache: bool) -> bytes:
+    def _opened(self, handle: int, region: RegionID, keep_cache: bool) -> bytes:
+        if self._passing is not None:
+            backing = self._passing.open(region)
+            if backing:
+                return protocol.opened(handle, Open.PASSTHROUGH | Open.NOFLUSH, backing)
+            keep_cache = keep_cache and self._passing.is_cache_true(region.slot)
         return protocol.opened(handle, self._open_flags | keep_cache * Open.KEEP_CACHE)
 
     # Inodes
@@ -320,7 +332,7 @@ class Operations:
         handle, made = await self._files.create(
             header.node, name, mode, header.uid, header.gid, flags, umask
         )
-        return self._entry(made) + self._opened(handle, True)
+        return self._entry(made) + self._opened(handle, made.region, True)
 
     @_handles(Opcode.OPEN)
     async def open(self, header: Header, body: memoryview) -> Answer:
@@ -331,7 +343,8 @@ class Operations:
             keep_setid = not more & protocol.OPEN_KILL_SUIDGID
         else:
             keep_setid = header.uid == 0
-        return self._opened(*await self._files.open(header.node, flags, keep_setid=keep_setid))
+        opened = await self._files.open(header.node, flags, keep_setid=keep_setid)
+        return self._opened(*opened)
 
     @_handles(Opcode.READ)
     async def read(self, header: Header, body: memoryview) -> Answer:
@@ -367,6 +380,8 @@ class Operations:
 
     @_handles(Opcode.RELEASE)
     async def release(self, header: Header, body: memoryview) -> Answer:
+        if self._passing is not None:
+            self._passing.release(header.node)
         await self._files.release(protocol.HANDLE.unpack_from(body)[0])
         return b""
 

@@ -29,6 +29,7 @@ class Options:
     negative_timeout: float | None = None
     direct_io: bool = False
     exclusive: bool = False
+    passthrough: bool = False
     allow_other: bool = False
     fsname: str = ""
     log_file: str = ""
@@ -145,6 +146,11 @@ OPTIONS: dict[str, _Option] = {
         _flag("exclusive", True), "nobody else changes the target: writes are held back until a"
         " file is closed or synced, and what is known is believed for a day",
     ),
+    "passthrough": _Option(
+        _flag("passthrough", True), "embedded targets, root only, Linux 6.14: the kernel reads and"
+        " writes regions by itself, at their speed; to open and close a file takes longer; implies"
+        " nosuid",
+    ),
     "allow_other": _Option(
         _flag("allow_other", True), "let other users in, as permissions say (default for root)"
     ),
@@ -233,6 +239,15 @@ def parse_options(groups: list[str], *, root: bool, sloppy: bool = False) -> Opt
             raise ConfigError(_unknown(name))
     if options.exclusive and options.direct_io:
         raise ConfigError("options exclusive and direct_io: at most one of them")
+    if options.passthrough:
+        if not root:
+            raise ConfigError("option passthrough: only root may have the kernel use descriptors")
+        if options.exclusive or options.direct_io:
+            other = "exclusive" if options.exclusive else "direct_io"
+            raise ConfigError(f"options passthrough and {other}: at most one of them")
+        if "suid" in options.flags:
+            raise ConfigError("options passthrough and suid: nobody takes set-id bits away in time")
+        options.flags.add("nosuid")
     options.fuse |= options.flags & _TO_FUSE
     return options
 

@@ -14,6 +14,8 @@ MAJOR = 7
 OLDEST_MINOR = 31
 """Of Linux 5.4; from there on names and sizes of what is used here are as below."""
 MINOR = 38
+_TELLING_MINOR = 42
+"""Of Linux 6.14; since 6.13 the times of files tell each write from what was seen before it."""
 MAX_WRITE = 1024 * 1024
 """Bytes in one read or write."""
 BUFFER = MAX_WRITE + 4096
@@ -79,6 +81,7 @@ class Feature:
     MAX_PAGES = 1 << 22
     HANDLE_KILLPRIV_V2 = 1 << 28
     INIT_EXT = 1 << 30  # there are more than 32 flags
+    PASSTHROUGH = 1 << 37  # a descriptor may stand behind an open file
 
 
 class Open:
@@ -86,7 +89,9 @@ class Open:
 
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
+    NOFLUSH = 1 << 5
     PARALLEL_DIRECT_WRITES = 1 << 6
+    PASSTHROUGH = 1 << 7
 
 
 class Valid:
@@ -128,7 +133,7 @@ HEADER = struct.Struct("=IIQQIIII")
 _ANSWER = struct.Struct("=IiQ")  # length, negative errno, unique
 
 _INIT = struct.Struct("=IIIII")  # major, minor, readahead, features, and their upper half
-_INIT_ANSWER = struct.Struct("=IIIIHHIIHHI28x")
+_INIT_ANSWER = struct.Struct("=IIIIHHIIHHII24x")
 _OLD_INIT = struct.Struct("=II")
 
 FORGET = struct.Struct("=Q")  # how often it was looked up
@@ -157,6 +162,10 @@ _STATFS = struct.Struct("=QQQQQIIII24x")
 _DIRENT = struct.Struct("=QQII")
 _INVAL_INODE = struct.Struct("=Qqq")
 _INVAL_ENTRY = struct.Struct("=QII")
+_BACKING = struct.Struct("=iIQ")  # descriptor, (none)
+_BACKING_ID = struct.Struct("=I")
+BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502
+"""ioctl(2) requests of ``/dev/fuse``, for what the two functions here pack."""
 _NOTIFY_INVAL_INODE, _NOTIFY_INVAL_ENTRY = 2, 3
 
 pack_entry = _ENTRY.pack
@@ -198,15 +207,28 @@ def init_answer(body: memoryview, wanted: int) -> tuple[int, bytes]:
         return 0, _OLD_INIT.pack(MAJOR, MINOR) + bytes(_INIT_ANSWER.size - _OLD_INIT.size)
     _, _, readahead, lower, upper = _INIT.unpack_from(bytes(body).ljust(_INIT.size, b"\0"))
     offered = lower | (upper << 32 if lower & Feature.INIT_EXT else 0)
+    if minor < _TELLING_MINOR:
+        offered &= ~Feature.PASSTHROUGH
     agreed = wanted & offered
     return agreed, _INIT_ANSWER.pack(
-        MAJOR, MINOR, readahead, agreed & 0xFFFFFFFF, 0, 0, MAX_WRITE, 1, _PAGES, 0, agreed >> 32
+        MAJOR, MINOR, readahead, agreed & 0xFFFFFFFF, 0, 0, MAX_WRITE, 1, _PAGES, 0, agreed >> 32,
+        1 if agreed & Feature.PASSTHROUGH else 0,  # file systems like this one that may be below
     )  # fmt: skip
 
 
-def opened(handle: int, flags: int) -> bytes:
-    """The answer to an OPEN, and what ends that to a CREATE."""
-    return _OPENED.pack(handle, flags, 0)
+def opened(handle: int, flags: int, backing: int = 0) -> bytes:
+    """The answer to an OPEN, and what ends that to a CREATE; *backing* with ``PASSTHROUGH``."""
+    return _OPENED.pack(handle, flags, backing)
+
+
+def backing(fd: int) -> bytearray:
+    """What ``BACKING_OPEN`` takes, which returns a number for the descriptor."""
+    return bytearray(_BACKING.pack(fd, 0, 0))  # of bytes, fcntl.ioctl would return a copy
+
+
+def backing_id(number: int) -> bytearray:
+    """What ``BACKING_CLOSE`` takes."""
+    return bytearray(_BACKING_ID.pack(number))
 
 
 def written(size: int) -> bytes:

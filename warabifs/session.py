@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import queue
@@ -254,6 +255,22 @@ class Session:
                 self._send(unique, errno.EIO)
             elif error.errno not in (*_OVER, errno.ENOENT):  # nobody waits for it any more
                 log.error("the kernel refused an answer: %s", error)
+
+    # Descriptors that stand behind open files
+
+    def back(self, fd: int) -> int:
+        """Have the kernel keep *fd*; returns the number by which an answer to OPEN refers to it.
+
+        Raises:
+            OSError: the kernel refuses, or the mount is over.
+        """
+        number: int = fcntl.ioctl(self._fd, protocol.BACKING_OPEN, protocol.backing(fd))
+        return number
+
+    def let_go(self, number: int) -> None:
+        """No other answer will refer to that."""
+        with contextlib.suppress(OSError):  # the mount is over
+            fcntl.ioctl(self._fd, protocol.BACKING_CLOSE, protocol.backing_id(number))
 
     # What the kernel is told unasked
 

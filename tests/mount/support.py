@@ -24,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("memory", "file")
+PASSED = ("memory-passed", "file-passed")
+"""Embedded targets whose regions the kernel reads and writes by itself."""
 SOURCES = (*BACKENDS, "engine", "tcp")
 PROVIDER_ID = 7
 PATIENCE = 60.0  # seconds after which anything at all counts as hung
@@ -344,11 +346,13 @@ def serving(
 
 @contextlib.contextmanager
 def source_of(kind: str, place: Path) -> Iterator[tuple[str, list[str]]]:
-    """The source, and its options, of one of ``SOURCES``; its files are in *place*."""
+    """The source, and its options, of one of ``SOURCES`` and ``PASSED``; its files are in *place*."""
+    kind, _, passed = kind.partition("-")
+    options = ["passthrough"] if passed else []
     if kind == "memory":
-        yield "memory:", []
+        yield "memory:", options
     elif kind == "file":
-        yield f"file:{place}/target", []
+        yield f"file:{place}/target", options
     else:
         with serving({"engine": "na+sm", "tcp": "tcp"}[kind]) as provider:
             yield provider.address, [f"provider_id={PROVIDER_ID}"]

@@ -181,7 +181,9 @@ class Exerciser:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mounted", ["memory", "file", "engine"], indirect=True)
+@pytest.mark.parametrize(
+    "mounted", ["memory", "file", "engine", "memory-passed", "file-passed"], indirect=True
+)
 def test_a_file_used_at_random_holds_what_a_byte_array_holds(mounted: Mount) -> None:
     seed = int(os.environ.get("FSX_SEED", "20"))
     operations = OPERATIONS // 4 if "://" in mounted.source else OPERATIONS

@@ -14,9 +14,9 @@ import pytest
 
 from tests.mount.conftest import disposable, limit_of
 from tests.mount.conftest import place as place  # a fixture
-from tests.mount.support import BACKENDS, Mount, mounting, source_of, watchdog
+from tests.mount.support import BACKENDS, PASSED, Mount, mounting, source_of, watchdog
 
-MOUNTED = (*BACKENDS, "engine")
+MOUNTED = (*BACKENDS, "engine", *PASSED)
 
 
 @pytest.fixture(scope="package", params=["tmpfs", *MOUNTED])
@@ -32,6 +32,12 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Path | Mount]:
         mounting(source, path, *options) as mount,
     ):
         yield mount
+
+
+@pytest.fixture
+def passed(shared: Path | Mount) -> bool:
+    """Whether the kernel reads and writes large files, or all, by itself."""
+    return isinstance(shared, Mount) and "passthrough" in shared.options
 
 
 @pytest.fixture

@@ -192,6 +192,9 @@ class Storage(ABC):
     def wrote(self, rid: bytes) -> None:
         """Another process wrote to the place that :meth:`share` gave."""
 
+    def grew(self, rid: bytes, size: int) -> None:  # noqa: B027  # most ask the medium each time
+        """Another process made the region grow by the place that :meth:`share` gave."""
+
     @abstractmethod
     def share(self, rid: RegionID, *, writable: bool) -> Place | None:
         """Where the region's bytes are, for another process; None when it may not touch them."""

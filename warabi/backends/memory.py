@@ -288,6 +288,10 @@ class MemoryStorage(Storage):
     def wrote(self, rid: bytes) -> None:
         """Memory is as durable as it gets."""
 
+    def grew(self, rid: bytes, size: int) -> None:
+        with self._lock:
+            self._regions[rid].size = size
+
     def persist_names(self) -> None:
         """Memory is as durable as it gets."""
 

@@ -1,0 +1,135 @@
+"""Regions whose bytes somebody uses by a descriptor of their own, and says nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from warabi.catalogue import Catalogue
+from warabi.errors import TargetBusy
+from warabi.grants import Grants, Guest
+from warabi.inode import Inode, without_setid
+from warabi.region import RegionID
+from warabi.sharing import SharedRegions
+
+
+class Exposed:
+    """What is known of an exposed region: its descriptor, and what it was like the last time.
+
+    Others read and write by it, also behind the region's end, which grows then; nobody but the
+    target makes it shorter.
+
+    Args:
+        fd: a descriptor of the region's own file, whose end is the region's.
+        catalogue: where the region is noted.
+        grew: told the size of one that has grown.
+        wrote: told of a region that may have been written.
+    """
+
+    __slots__ = ("_catalogue", "_grew", "_mtime", "_wrote", "fd")
+
+    def __init__(
+        self,
+        fd: int,
+        catalogue: Catalogue,
+        grew: Callable[[bytes, int], None],
+        wrote: Callable[[bytes], None],
+    ) -> None:
+        self.fd = fd
+        self._catalogue = catalogue
+        self._grew = grew
+        self._wrote = wrote
+        self._mtime = os.fstat(fd).st_mtime_ns
+
+    def settle(self, inode: Inode, *, thorough: bool = False) -> None:
+        """Take over what became of the region, with *thorough* also if no time tells of it; the
+        target's lock is held."""
+        info = os.fstat(self.fd)
+        if info.st_size > inode.size:
+            self._grew(inode.rid, info.st_size)
+            self._catalogue.resize(inode, info.st_size)
+        if info.st_mtime_ns != self._mtime:
+            self._mtime = info.st_mtime_ns
+            self._catalogue.clock.wrote_at(inode, info.st_mtime_ns)
+            mode, inode.mode = inode.mode, without_setid(inode.mode)  # who wrote is not known
+            self._catalogue.touch(inode, durable=mode != inode.mode)
+            thorough = True
+        if thorough:
+            self._wrote(inode.rid)
+
+
+class ExposedRegions(SharedRegions):
+    """Exposes regions to those who use their descriptors without asking."""
+
+    _capacity: int | None = None
+
+    def __init__(self, *args: Any) -> None:
+        self._exposed: dict[RegionID, Inode] = {}
+        super().__init__(*args)
+
+    def expose(self, region: RegionID) -> int | None:
+        """A descriptor by which somebody may read and write the region, also beyond its end, until
+        :meth:`conceal`; the caller keeps the region from being erased meanwhile, and does not
+        close it.  None where the region has no file of its own, or somebody has to see to what
+        is written.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            StorageError: the medium.
+        """
+        inode = self._enter(region, "expose", True)
+        try:
+            storage = self._storage
+            if self._capacity is not None or not storage.shares_writes or storage.write_waits:
+                return None
+            with self._lock:
+                if self._paused or self._grants is not None or inode.exposed is not None:
+                    return None
+            place = storage.share(region, writable=True)
+            if place is None:
+                return None
+            if place.segment or place.offset or place.room is not None:
+                os.close(place.fd)
+                return None
+            with self._lock:
+                inode.exposed = Exposed(place.fd, self._catalogue, storage.grew, storage.wrote)
+                self._exposed[region] = inode
+            return place.fd
+        finally:
+            self._leave(inode)
+
+    def conceal(self, region: RegionID) -> None:
+        """Nobody uses an exposed region's descriptor any more; it is closed."""
+        with self._lock:
+            inode = self._exposed.pop(region, None)
+            if inode is None or inode.exposed is None:
+                return
+            exposed, inode.exposed = inode.exposed, None
+            try:
+                exposed.settle(inode, thorough=True)
+            finally:
+                os.close(exposed.fd)
+
+    def _settle_all(self, *, thorough: bool = False) -> None:
+        super()._settle_all(thorough=thorough)
+        for inode in self._exposed.values():
+            if inode.exposed is not None:
+                inode.exposed.settle(inode, thorough=thorough)
+
+    def join(self) -> tuple[Guest, Grants] | None:
+        # A guest could not be told how large an exposed region is.
+        return None if self._exposed else super().join()
+
+    def pause_sharing(self) -> None:
+        if self._exposed:
+            raise TargetBusy("files are open that are written without the target's knowing")
+        super().pause_sharing()
+
+    def close(self) -> None:
+        super().close()
+        if self._closed:
+            for inode in self._exposed.values():
+                if inode.exposed is not None:
+                    os.close(inode.exposed.fd)
+            self._exposed.clear()
