@@ -223,3 +223,14 @@ async def test_an_early_answer_goes_out_before_the_rest_is_done(kernel: Kernel, 
         assert await kernel.answer() == (4, 0, b"done")
         assert log == [("rest", b"certain: bytes"), ("next", b"")]
         kernel.session.stop()
+
+
+@pytest.mark.parametrize(("minor", "depth"), [(41, 0), (42, 1)])
+async def test_passing_through_wants_times_that_tell_every_write(
+    kernel: Kernel, minor: int, depth: int
+) -> None:
+    kernel.begin(7, minor, Feature.INIT_EXT, upper=Feature.PASSTHROUGH >> 32)
+    agreed = Feature.INIT_EXT | (Feature.PASSTHROUGH if depth else 0)
+    assert kernel.session.begin(Feature.INIT_EXT | Feature.PASSTHROUGH) == agreed
+    _, _, body = await kernel.answer()
+    assert struct.unpack_from("=II", body, 32) == (agreed >> 32, depth)

@@ -77,6 +77,7 @@ class ExposedRegions(SharedRegions):
         Raises:
             InvalidRegion: unknown or erased.
             StorageError: the medium.
+            OSError: there are too many descriptors.
         """
         inode = self._enter(region, "expose", True)
         try:

@@ -60,16 +60,11 @@ class Passing:
     def _back(self, region: RegionID) -> int:
         try:
             fd = self._target.expose(region)
-            if fd is None:
-                return 0
-            try:
-                return self._session.back(fd)
-            except OSError as error:
-                self._target.conceal(region)
-                log.warning("region %s is not passed through: %s", region.hex(), error.strerror)
-        except errors.Exception as error:
-            log.warning("not passed through: %s", error)
-        return 0
+            return 0 if fd is None else self._session.back(fd)
+        except (errors.Exception, OSError) as error:
+            self._target.conceal(region)
+            log.warning("region %s is not passed through: %s", region.hex(), error)
+            return 0
 
     def is_cache_true(self, ino: int) -> bool:
         """Whether the kernel's page cache is true of a file that is being opened the usual way:

@@ -346,7 +346,7 @@ def serving(
 
 @contextlib.contextmanager
 def source_of(kind: str, place: Path) -> Iterator[tuple[str, list[str]]]:
-    """The source, and its options, of one of ``SOURCES`` and ``PASSED``; its files are in *place*."""
+    """The source, and its options, of one of ``SOURCES`` or ``PASSED``, with files in *place*."""
     kind, _, passed = kind.partition("-")
     options = ["passthrough"] if passed else []
     if kind == "memory":

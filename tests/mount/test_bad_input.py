@@ -105,6 +105,9 @@ def test_a_refusal_creates_no_target(place: Path) -> None:
         ("attr_timeout=-1", "expected a number"),
         ("entry_timeout=1e99", "expected a number"),
         ("nocreate=1", "expected nocreate"),
+        ("passthrough,exclusive", "at most one of them"),
+        ("passthrough,direct_io", "at most one of them"),
+        ("passthrough,suid", "nobody takes set-id bits away"),
         ("log=/missing/directory/log", "/missing/directory/log"),
     ],
 )

@@ -1,0 +1,207 @@
+"""``-o passthrough``: the kernel reads and writes regions by itself."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import limit_of
+from tests.mount.support import (
+    MIB,
+    PASSED,
+    Mount,
+    fails_with,
+    is_mounted,
+    mounting,
+    run,
+    serving,
+    source_of,
+    wait_until,
+    watchdog,
+)
+
+EVERYWHERE = pytest.mark.parametrize("mounted", PASSED, indirect=True)
+ON_DISK = pytest.mark.parametrize("mounted", PASSED[1:], indirect=True)
+
+
+@contextmanager
+def stopped(mount: Mount) -> Iterator[None]:
+    """The mount's process does nothing, so whoever needs it waits for it."""
+    mount.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        mount.signal(signal.SIGCONT)
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@EVERYWHERE
+def test_an_open_file_needs_no_process(mounted: Mount) -> None:
+    path, data = mounted.path / "file", os.urandom(MIB)
+    path.write_bytes(data)
+    with opened(path) as fd, mmap.mmap(fd, MIB) as mapping:
+        os.pwrite(fd, data[:1], 0)  # before the first write the kernel asks for capabilities
+        with stopped(mounted):
+            assert os.pread(fd, MIB, 0) == data
+            assert mapping[5000:6000] == data[5000:6000]
+            assert os.pwrite(fd, b"by the kernel", MIB + 10) == 13
+            mapping[:6] = b"mapped"
+            mapping.flush()
+    expected = b"mapped" + data[6:] + bytes(10) + b"by the kernel"
+    assert path.stat().st_size == len(expected)
+    assert path.read_bytes() == expected
+
+
+@EVERYWHERE
+def test_sizes_and_times_are_known_to_who_did_not_open_it(mounted: Mount) -> None:
+    path = mounted.path / "file"
+    path.write_bytes(bytes(MIB))
+    os.utime(path, (1, 1))
+    with opened(path, os.O_RDWR | os.O_APPEND) as fd:
+        assert path.stat().st_mtime == 1
+        for count in range(1, 4):
+            os.write(fd, b"x" * 1000)
+            before = path.stat()
+            assert before.st_size == MIB + count * 1000
+            assert before.st_mtime > 1
+            assert [e.stat().st_size for e in os.scandir(mounted.path)] == [before.st_size]
+        os.utime(path, (2, 2))  # of what was written before, nothing is left to be told
+        assert path.stat().st_mtime == 2
+        os.truncate(path, 10)
+        os.write(fd, b"y")
+        assert path.read_bytes() == bytes(10) + b"y"
+    assert path.stat().st_size == 11
+
+
+@pytest.mark.parametrize("mounted", PASSED[:1], indirect=True)
+def test_a_file_that_is_open_the_usual_way_stays_so(mounted: Mount) -> None:
+    """Small regions of a memory target have no descriptor of their own."""
+    path = mounted.path / "file"
+    with opened(path) as first:
+        os.pwrite(first, b"a" * 100, 0)
+        assert os.pread(first, 200, 0) == b"a" * 100
+        os.pwrite(first, b"b" * MIB, 100)  # now it has one
+        with opened(path) as second:
+            assert os.pread(second, MIB, 50) == b"a" * 50 + b"b" * (MIB - 50)
+            os.pwrite(second, b"c" * 50, 0)
+            assert os.pread(first, 100, 0) == b"c" * 50 + b"a" * 50
+    with opened(path) as third:
+        os.pwrite(third, b"d" * 50, 50)
+        with stopped(mounted):
+            assert os.pread(third, 150, 0) == b"c" * 50 + b"d" * 50 + b"b" * 50
+    assert path.read_bytes() == b"c" * 50 + b"d" * 50 + b"b" * MIB
+
+
+@EVERYWHERE
+def test_when_descriptors_run_out_files_are_opened_the_usual_way(mounted: Mount) -> None:
+    paths = [mounted.path / f"file{number}" for number in range(60)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 20_000)
+    used = len(os.listdir(f"/proc/{mounted.pid}/fd"))
+    limits = resource.prlimit(mounted.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(mounted.pid, resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(path)) for path in paths]
+        resource.prlimit(mounted.pid, resource.RLIMIT_NOFILE, limits)
+        assert "not passed through" in mounted.new_log()
+        for path, fd in zip(paths, files, strict=True):
+            os.pwrite(fd, b"changed", 0)
+            expected = b"changed" + (path.name.encode() * 20_000)[7:]
+            with opened(path) as again:
+                assert os.pread(again, MIB, 0) == expected
+    for path in paths:
+        assert path.read_bytes()[:7] == b"changed"
+    wait_until(
+        lambda: len(os.listdir(f"/proc/{mounted.pid}/fd")) < used + 20 + len(paths),
+        "descriptors to be closed",
+    )
+
+
+@ON_DISK
+def test_what_was_synced_survives_a_kill(mounted: Mount) -> None:
+    data = os.urandom(3 * MIB)
+    with opened(mounted.path / "new") as fd:
+        os.write(fd, data)
+        os.fsync(fd)
+        os.write(fd, b"more")
+        os.fdatasync(fd)
+        mounted.kill()
+    run("fusermount3", "-u", "-z", mounted.path)
+    mounted.start()
+    assert (mounted.path / "new").read_bytes() == data + b"more"
+
+
+@ON_DISK
+def test_what_was_not_synced_survives_the_end(mounted: Mount) -> None:
+    data = {f"file{number}": os.urandom(number * 20_000) for number in range(20)}
+    for name, content in data.items():
+        (mounted.path / name).write_bytes(content)
+    with opened(mounted.path / "file5") as fd:
+        os.pwrite(fd, b"at the end", 100_000)
+    data["file5"] += b"at the end"
+    mounted.remount()
+    assert {e.name: Path(e).read_bytes() for e in os.scandir(mounted.path)} == data
+
+
+@EVERYWHERE
+def test_a_removed_file_can_be_used_until_it_is_closed(mounted: Mount) -> None:
+    path = mounted.path / "file"
+    path.write_bytes(b"x" * MIB)
+    with opened(path) as fd:
+        path.unlink()
+        os.pwrite(fd, b"y" * MIB, MIB)
+        assert os.fstat(fd).st_size == 2 * MIB
+        assert os.pread(fd, 2, MIB - 1) == b"xy"
+        with fails_with(errno.ENOENT):
+            path.stat()
+    assert os.listdir(mounted.path) == []
+
+
+@EVERYWHERE
+def test_the_mount_is_nosuid(mounted: Mount) -> None:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    (options,) = (line.split()[5] for line in lines if line.split()[4] == str(mounted.path))
+    assert "nosuid" in options.split(",")
+
+
+def test_an_engine_cannot_be_passed_through(place: Path) -> None:
+    with serving("na+sm") as provider:
+        mount = Mount(provider.address, place / "mnt", place / "log", "passthrough")
+        mount.path.mkdir()
+        done = run(*mount.command(), check=False)
+    assert done.returncode == 1
+    assert "only for embedded targets" in done.stderr
+    assert not is_mounted(mount.path)
+
+
+@pytest.mark.parametrize("kind", PASSED)
+def test_read_only(kind: str, place: Path, request: pytest.FixtureRequest) -> None:
+    with source_of(kind, place) as (source, options):
+        if kind == PASSED[1]:
+            with mounting(source, place, *options) as mount:
+                (mount.path / "file").write_bytes(b"z" * MIB)
+        with (
+            mounting(source, place, *options, "ro") as mount,
+            watchdog(mount, limit_of(request)),
+        ):
+            for entry in os.scandir(mount.path):
+                with opened(Path(entry), os.O_RDONLY) as fd, stopped(mount):
+                    assert os.pread(fd, 2 * MIB, 0) == b"z" * MIB
+            with fails_with(errno.EROFS):
+                (mount.path / "file").write_bytes(b"")

@@ -1,0 +1,176 @@
+"""Regions that somebody uses by a descriptor, and says nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import PATIENCE, environment, pattern
+from warabi import errors, layout
+from warabi.config import FileConfig, MemoryConfig, PmemConfig
+from warabi.target import Target
+
+LARGE = 1 << 20
+
+
+def _memory(path: Path, **settings: Any) -> Target:
+    return layout.open_memory(MemoryConfig(**settings))
+
+
+def _file(path: Path, **settings: Any) -> Target:
+    return layout.open_file(FileConfig(path=str(path), **{"create_if_missing": True, **settings}))
+
+
+def _pmem(path: Path) -> Target:
+    return layout.open_pmem(PmemConfig(path=str(path), create_if_missing_with_size=1 << 26))
+
+
+@pytest.fixture(params=[_memory, _file])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.closing(request.param(tmp_path / "target")) as target:
+        yield target
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_what_was_done_to_it_is_known(target: Target) -> None:
+    region = target.create_and_write(pattern(LARGE))
+    before = target.stat(region)
+    fd = target.expose(region)
+    assert fd is not None
+    assert os.pread(fd, LARGE, 0) == pattern(LARGE)
+    assert target.stat(region) == before
+    os.pwrite(fd, b"x" * 100, LARGE + 1000)
+    assert target.size(region) == LARGE + 1100
+    expected = pattern(LARGE) + bytes(1000) + b"x" * 100
+    assert target.read(region, 0, LARGE + 1100) == expected
+    assert target.stat(region).mtime_ns > before.mtime_ns
+    target.resize(region, 50)
+    assert os.fstat(fd).st_size == 50
+    os.pwrite(fd, b"y", 60)
+    target.write(region, 51, b"z")
+    assert target.read(region, 0, 61) == pattern(LARGE)[:50] + b"\0z" + bytes(8) + b"y"
+    os.pwrite(fd, b"!", 61)
+    target.conceal(region)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert target.size(region) == 62
+    target.conceal(region)  # has no effect
+    target.erase(region)
+
+
+def test_times_that_are_set_stay(target: Target) -> None:
+    namespace = target.namespace
+    made = namespace.mknod(1, b"file", 0o644, 0, 0)
+    target.write(made.region, 0, pattern(LARGE), extend=True)
+    fd = target.expose(made.region)
+    assert fd is not None
+    os.pwrite(fd, b"x", 0)
+    namespace.setattr(made.ino, mtime_ns=5)
+    assert namespace.getattr(made.ino).mtime_ns == 5
+    os.pwrite(fd, b"y", 0)
+    assert time.time_ns() - namespace.lookup(1, b"file").mtime_ns < PATIENCE * 1e9
+
+
+@pytest.mark.parametrize(
+    ("mode", "left"), [(0o6755, 0o755), (0o2745, 0o2745), (0o4711, 0o711), (0o755, 0o755)]
+)
+def test_writing_takes_set_id_bits_away(target: Target, mode: int, left: int) -> None:
+    namespace = target.namespace
+    made = namespace.mknod(1, b"file", 0o644, 0, 0)
+    target.write(made.region, 0, pattern(LARGE), extend=True)
+    fd = target.expose(made.region)
+    assert fd is not None
+    os.pwrite(fd, b"x", 0)
+    namespace.setattr(made.ino, mode=mode)
+    assert namespace.getattr(made.ino).mode & 0o7777 == mode  # what was written was before
+    os.pwrite(fd, b"y", 0)
+    target.conceal(made.region)
+    assert namespace.getattr(made.ino).mode & 0o7777 == left
+
+
+def test_guests_and_those_who_write_by_themselves_exclude_each_other(target: Target) -> None:
+    region = target.create_and_write(pattern(LARGE))
+    assert target.expose(region) is not None
+    assert target.expose(region) is None  # once
+    assert target.join() is None
+    with pytest.raises(errors.TargetBusy, match="without the target's knowing"):
+        target.pause_sharing()
+    target.conceal(region)
+    joined = target.join()
+    if joined is not None:
+        assert target.expose(region) is None
+        target.leave(joined[0])
+    target.pause_sharing()
+    assert target.expose(region) is None
+    target.resume_sharing()
+    assert target.expose(region) is not None
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Target], int]] = {
+    "small": (_memory, 1000),
+    "quota": (lambda path: _memory(path, capacity=1 << 30), LARGE),
+    "checksums": (lambda path: _file(path, checksums=True), LARGE),
+    "direct": (lambda path: _file(path, directio=True), LARGE),
+    "sync": (lambda path: _file(path, sync=True), LARGE),
+    "pmem": (_pmem, LARGE),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_region_of_which_somebody_has_to_know_is_not_exposed(case: str, tmp_path: Path) -> None:
+    make, size = REFUSED[case]
+    with contextlib.closing(make(tmp_path / "target")) as target:
+        region = target.create_and_write(pattern(size))
+        assert target.expose(region) is None
+        target.conceal(region)
+        target.erase(region)
+
+
+SYNCS = """
+import os, sys, time
+from warabi import durability, layout
+from warabi.config import FileConfig
+durability.COMMIT_INTERVAL = 3600
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+region = target.create_and_write(bytes(1 << 20), True)
+fd = target.expose(region)
+for how in (lambda: target.fsync(region), target.sync, lambda: target.conceal(region), target.sync):
+    os.pwrite(fd, b"x", 5)
+    target.stat(region)
+    os.pwrite(fd, b"y" * 10, os.fstat(fd).st_size)
+    os.write(1, b"begin")
+    how()
+    os.write(1, b"end")
+    if how is not target.sync and not target._exposed:
+        fd = os.open("/dev/null", os.O_RDWR)
+print(region.hex(), target.size(region), flush=True)
+os._exit(9)
+"""
+
+
+def test_what_was_written_unseen_is_synced_and_survives(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs,write",
+         sys.executable, "-c", SYNCS, str(tmp_path / "target")],
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    name, size = done.stdout.removeprefix("beginend" * 4).split()
+    parts = [part.partition('"end"')[0] for part in log.read_text().split('"begin"')[1:]]
+    synced = [f"{name}>" in part or "syncfs(" in part for part in parts]
+    assert synced == [True, True, False, True]
+    with contextlib.closing(_file(tmp_path / "target")) as target:  # it was killed
+        (region,) = target.list()
+        assert region.hex() == name
+        assert target.size(region) == int(size)
+        assert target.read(region, int(size) - 10, 10) == b"y" * 10
