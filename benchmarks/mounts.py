@@ -21,9 +21,11 @@ MB_S, PER_S, MICROSECONDS = "MB/s", "1/s", "µs"
 STREAMS = ("first write", "rewrite", "cold read", "warm read")
 _IN_MEMORY = (
     places.TMPFS, places.BINDFS, places.RCLONE, places.OURS, places.OURS_EXCLUSIVE,
+    places.OURS_PASSED,
 )  # fmt: skip
 _EVERYWHERE = (
-    *_IN_MEMORY, places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE, places.OURS_TCP,
+    *_IN_MEMORY, places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE,
+    places.OURS_FILE_PASSED, places.OURS_TCP,
 )  # fmt: skip
 _FIO_SECONDS = 1.5
 
@@ -164,7 +166,8 @@ def measure_mounts(disk: Path, rounds: int, sizes: Sizes, say: Progress) -> list
             ("small files", _EVERYWHERE, _load("small", sizes.files)),
             ("readdir with attributes", _IN_MEMORY, _load("listing", sizes.entries)),
             ("untar", _EVERYWHERE, _untar(archive, sizes.tree)),
-            ("fsync of 4 KiB", (places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE),
+            ("fsync of 4 KiB",
+             (places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE, places.OURS_FILE_PASSED),
              _load("synced", sizes.syncs)),
         ]  # fmt: skip
         for title, names, work in works:

@@ -21,6 +21,8 @@ OURS = "warabifs memory:"
 OURS_EXCLUSIVE = "warabifs memory:, exclusive"
 OURS_FILE = "warabifs file:"
 OURS_FILE_EXCLUSIVE = "warabifs file:, exclusive"
+OURS_PASSED = "warabifs memory:, passthrough"
+OURS_FILE_PASSED = "warabifs file:, passthrough"
 OURS_TCP = "warabifs over TCP"
 SHM = Path("/dev/shm")
 """A tmpfs, everywhere."""
@@ -107,8 +109,9 @@ def place(name: str, memory: Path, disk: Path) -> Iterator[Place]:
     with contextlib.ExitStack() as stack:
         inside = stack.enter_context(scratch(memory))
         mountpoint = inside / "mnt"
-        if "exclusive" in name and "exclusive" not in OPTIONS:
-            raise Failed("this version has no -o exclusive")
+        options = [word for word in ("exclusive", "passthrough") if word in name]
+        if unknown := [word for word in options if word not in OPTIONS]:
+            raise Failed(f"this version has no -o {unknown[0]}")
         if name == TMPFS:
             yield Place(name, inside)
             return
@@ -123,12 +126,11 @@ def place(name: str, memory: Path, disk: Path) -> Iterator[Place]:
             source.mkdir()
             command: list[str | Path] = [program, source, mountpoint]
             if name == RCLONE:
-                options = ["--vfs-cache-mode", "writes", "--cache-dir", str(inside / "cache")]
-                options += ["--config", str(inside / "none"), "--daemon"]
-                command = [program, "mount", source, mountpoint, *options]
+                words = ["--vfs-cache-mode", "writes", "--cache-dir", str(inside / "cache")]
+                words += ["--config", str(inside / "none"), "--daemon"]
+                command = [program, "mount", source, mountpoint, *words]
             yield stack.enter_context(mounted(name, mountpoint, *command))
             return
-        options = ["exclusive"] if "exclusive" in name else []
         if name == OURS_TCP:
             address, process = stack.enter_context(provider("tcp", [MEMORY]))
             ours = _ours(name, address, mountpoint, "provider_id=1", *options)
@@ -136,6 +138,6 @@ def place(name: str, memory: Path, disk: Path) -> Iterator[Place]:
             yield Place(name, found.path, (*found.pids, process.pid))
             return
         source_text = "memory:"
-        if name in (OURS_FILE, OURS_FILE_EXCLUSIVE):
+        if name in (OURS_FILE, OURS_FILE_EXCLUSIVE, OURS_FILE_PASSED):
             source_text = f"file:{stack.enter_context(scratch(disk))}/target"
         yield stack.enter_context(_ours(name, source_text, mountpoint, *options))

@@ -136,7 +136,7 @@ def test_a_region_of_which_somebody_has_to_know_is_not_exposed(case: str, tmp_pa
 
 
 SYNCS = """
-import os, sys, time
+import mmap, os, sys
 from warabi import durability, layout
 from warabi.config import FileConfig
 durability.COMMIT_INTERVAL = 3600
@@ -155,18 +155,42 @@ for how in (lambda: target.fsync(region), target.sync, lambda: target.conceal(re
 print(region.hex(), target.size(region), flush=True)
 os._exit(9)
 """
+MAPS = """
+import mmap, os, sys
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+region = target.create_and_write(bytes(1 << 20), True)
+mapping = mmap.mmap(target.expose(region), 1 << 20)
+target.conceal(region)
+target.sync()
+mapping[5] = 1
+os.write(1, b"begin")
+target.close()
+os.write(1, b"end")
+"""
+
+
+def _between(script: str, path: Path, status: int) -> tuple[str, list[str]]:
+    """What *script* prints, and which syncs it makes between each "begin" and "end"."""
+    log = path / "log"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs,write",
+         sys.executable, "-c", script, str(path / "target")],
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    return done.stdout, [p.partition('"end"')[0] for p in log.read_text().split('"begin"')[1:]]
+
+
+def test_what_is_written_to_a_mapping_is_synced_at_the_end(tmp_path: Path) -> None:
+    _, (part,) = _between(MAPS, tmp_path, 0)
+    assert "syncfs(" in part
 
 
 def test_what_was_written_unseen_is_synced_and_survives(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    done = subprocess.run(
-        ["strace", "-f", "-y", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs,write",
-         sys.executable, "-c", SYNCS, str(tmp_path / "target")],
-        env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 9, done.stderr
-    name, size = done.stdout.removeprefix("beginend" * 4).split()
-    parts = [part.partition('"end"')[0] for part in log.read_text().split('"begin"')[1:]]
+    printed, parts = _between(SYNCS, tmp_path, 9)
+    name, size = printed.removeprefix("beginend" * 4).split()
     synced = [f"{name}>" in part or "syncfs(" in part for part in parts]
     assert synced == [True, True, False, True]
     with contextlib.closing(_file(tmp_path / "target")) as target:  # it was killed

@@ -66,6 +66,7 @@ class ExposedRegions(SharedRegions):
 
     def __init__(self, *args: Any) -> None:
         self._exposed: dict[RegionID, Inode] = {}
+        self._were_exposed = False
         super().__init__(*args)
 
     def expose(self, region: RegionID) -> int | None:
@@ -101,8 +102,12 @@ class ExposedRegions(SharedRegions):
             self._leave(inode)
 
     def conceal(self, region: RegionID) -> None:
-        """Nobody uses an exposed region's descriptor any more; it is closed."""
+        """Nobody uses an exposed region's descriptor any more; it is closed.
+
+        Who has mapped its file meanwhile may go on writing there.
+        """
         with self._lock:
+            self._were_exposed = True
             inode = self._exposed.pop(region, None)
             if inode is None or inode.exposed is None:
                 return
@@ -128,7 +133,11 @@ class ExposedRegions(SharedRegions):
         super().pause_sharing()
 
     def close(self) -> None:
-        super().close()
+        try:
+            if self._were_exposed and not self._closed:
+                self._storage.sync_found()  # what was written to mappings, too
+        finally:
+            super().close()
         if self._closed:
             for inode in self._exposed.values():
                 if inode.exposed is not None:

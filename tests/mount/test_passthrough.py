@@ -174,6 +174,21 @@ def test_a_removed_file_can_be_used_until_it_is_closed(mounted: Mount) -> None:
 
 
 @EVERYWHERE
+def test_a_mapping_outlives_its_file(mounted: Mount) -> None:
+    path = mounted.path / "file"
+    path.write_bytes(b"x" * MIB)
+    with opened(path) as fd:
+        mapping = mmap.mmap(fd, MIB)
+    with mapping:
+        path.unlink()
+        (mounted.path / "other").write_bytes(b"y" * MIB)
+        run("sync", "-f", mounted.path)  # whatever is to be erased is
+        mapping[:MIB] = b"z" * MIB
+        assert mapping[5000:5010] == b"z" * 10
+    assert (mounted.path / "other").read_bytes() == b"y" * MIB
+
+
+@EVERYWHERE
 def test_the_mount_is_nosuid(mounted: Mount) -> None:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     (options,) = (line.split()[5] for line in lines if line.split()[4] == str(mounted.path))
