@@ -42,11 +42,12 @@ from warabi.engine import Engine, client
 WAYS = (
     ("file", "client"), ("pmem", "client"), ("file", "client"), ("pmem", "client"),
     ("sync", "client"), ("file", "mount"), ("file", "client"), ("pmem", "mount"),
+    ("file", "passing mount"),
 )  # fmt: skip
 """Backend and way to reach it, of one round after the other.
 
 A mount of a ``file`` target has it embedded, and is what is killed; one of a ``pmem`` target uses a
-provider, and that is killed.
+provider, and that is killed.  Past a passing mount the kernel reads and writes by itself.
 """
 _WORKERS = 3
 
@@ -114,6 +115,8 @@ def surface_of(
     mountpoint = path.parent / f"{path.name}-mnt"
     mountpoint.mkdir(exist_ok=True)
     source, options = f"file:{path}", f"log={path.parent}/log"
+    if way == "passing mount":
+        options += ",passthrough"
     if way == "client" or backend != "file":
         first.start("provider", json.dumps(config))
         if early():
@@ -163,7 +166,7 @@ def run_round(kind: Kind, backend: str, way: str, rng: random.Random, servers: l
     seeds = [rng.getrandbits(32) for _ in range(_WORKERS)]
     with surface_of(backend, way, kind.path, servers, early) as surface:
         if surface is not None:
-            kinds = FILE_KINDS if way == "mount" else REGION_KINDS
+            kinds = REGION_KINDS if way == "client" else FILE_KINDS
 
             def worker(number: int) -> None:
                 try:
@@ -241,7 +244,7 @@ def run(
         for number in range(first, first + rounds):
             backend, way = WAYS[number % len(WAYS)]
             oracles = [Oracle(resident=True) for _ in range(_WORKERS)]
-            path = place / f"{backend}-{way}"
+            path = place / f"{backend}-{way}".replace(" ", "-")
             kind = kinds.setdefault((backend, way), Kind(path, oracles))
             rng = random.Random(f"{seed}/{number}")
             try:
