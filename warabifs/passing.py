@@ -7,6 +7,7 @@ opened so, too.  What has just been closed may still count as open here, which i
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ from warabi.target import Target
 from warabifs.session import Session
 
 log = logging.getLogger(__name__)
+
+_IN_VAIN = {
+    errno.EPERM: "root of a container may not have the kernel use descriptors",
+    errno.ELOOP: "the target lies on a file system, such as overlayfs, that has others below",
+    errno.EINVAL: "the kernel does not take descriptors of the target's file system",
+    errno.EOPNOTSUPP: "the kernel does not take descriptors of the target's file system",
+}
+"""Why the kernel refuses this descriptor, and will refuse every other one."""
 
 
 @dataclass(slots=True)
@@ -41,6 +50,8 @@ class Passing:
         self._session = session
         self._passed: dict[int, _Passed] = {}  # by inode
         self._usual: Counter[int] = Counter()  # openings of other inodes
+        self._in_vain = False
+        self._told: set[int] = set()  # what has been logged, by errno
 
     def open(self, region: RegionID) -> int:
         """The kernel's number for what stands behind a file that is being opened and stays pinned;
@@ -50,7 +61,7 @@ class Passing:
         if passed is not None:
             passed.openings += 1
             return passed.backing
-        backing = 0 if self._usual[ino] else self._back(region)
+        backing = 0 if self._usual[ino] or self._in_vain else self._back(region)
         if backing:
             self._passed[ino] = _Passed(region, backing)
         else:
@@ -63,7 +74,11 @@ class Passing:
             return 0 if fd is None else self._session.back(fd)
         except (errors.Exception, OSError) as error:
             self._target.conceal(region)
-            log.warning("region %s is not passed through: %s", region.hex(), error)
+            number = error.errno or 0 if isinstance(error, OSError) else 0
+            self._in_vain = number in _IN_VAIN
+            if number not in self._told:
+                self._told.add(number)
+                log.warning("not passed through: %s", _IN_VAIN.get(number, error))
             return 0
 
     def is_cache_true(self, ino: int) -> bool:

@@ -195,6 +195,24 @@ def test_the_mount_is_nosuid(mounted: Mount) -> None:
     assert "nosuid" in options.split(",")
 
 
+def test_a_target_on_a_stacked_file_system_is_used_the_usual_way(place: Path) -> None:
+    lower, upper, work, merged = (place / name for name in ("lower", "upper", "work", "merged"))
+    for path in (lower, upper, work, merged):
+        path.mkdir()
+    parts = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    run("mount", "-t", "overlay", "overlay", "-o", parts, merged)
+    try:
+        with mounting(f"file:{merged}/target", place, "passthrough") as mount:
+            for number in range(3):
+                (mount.path / f"file{number}").write_bytes(b"w" * MIB)
+                assert (mount.path / f"file{number}").read_bytes() == b"w" * MIB
+            log = mount.new_log()
+            assert log.count("not passed through") == 1
+            assert "overlayfs" in log
+    finally:
+        run("umount", "-l", merged)
+
+
 def test_an_engine_cannot_be_passed_through(place: Path) -> None:
     with serving("na+sm") as provider:
         mount = Mount(provider.address, place / "mnt", place / "log", "passthrough")
