@@ -190,9 +190,9 @@ class Operations:
     def _attributes(self, attributes: Attributes) -> bytes:
         return protocol.pack_validity(*self._attr_valid) + _packed(attributes)
 
-    def _opened(self, handle: int, region: RegionID, keep_cache: bool) -> bytes:
+    def _opened(self, handle: int, region: RegionID, flags: int, keep_cache: bool) -> bytes:
         if self._passing is not None:
-            backing = self._passing.open(region)
+            backing = self._passing.open(region, flags)
             if backing:
                 return protocol.opened(handle, Open.PASSTHROUGH | Open.NOFLUSH, backing)
             keep_cache = keep_cache and self._passing.is_cache_true(region.slot)
@@ -332,7 +332,7 @@ class Operations:
         handle, made = await self._files.create(
             header.node, name, mode, header.uid, header.gid, flags, umask
         )
-        return self._entry(made) + self._opened(handle, made.region, True)
+        return self._entry(made) + self._opened(handle, made.region, flags, True)
 
     @_handles(Opcode.OPEN)
     async def open(self, header: Header, body: memoryview) -> Answer:
@@ -343,8 +343,8 @@ class Operations:
             keep_setid = not more & protocol.OPEN_KILL_SUIDGID
         else:
             keep_setid = header.uid == 0
-        opened = await self._files.open(header.node, flags, keep_setid=keep_setid)
-        return self._opened(*opened)
+        handle, region, fresh = await self._files.open(header.node, flags, keep_setid=keep_setid)
+        return self._opened(handle, region, flags, fresh)
 
     @_handles(Opcode.READ)
     async def read(self, header: Header, body: memoryview) -> Answer:

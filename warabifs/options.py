@@ -247,6 +247,8 @@ def parse_options(groups: list[str], *, root: bool, sloppy: bool = False) -> Opt
             raise ConfigError(f"options passthrough and {other}: at most one of them")
         if "suid" in options.flags:
             raise ConfigError("options passthrough and suid: nobody takes set-id bits away in time")
+        if "sync" in options.flags:
+            raise ConfigError("options passthrough and sync: the kernel would sync bytes alone")
         options.flags.add("nosuid")
     options.fuse |= options.flags & _TO_FUSE
     return options

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -53,15 +54,20 @@ class Passing:
         self._in_vain = False
         self._told: set[int] = set()  # what has been logged, by errno
 
-    def open(self, region: RegionID) -> int:
-        """The kernel's number for what stands behind a file that is being opened and stays pinned;
-        0 when it is opened the usual way."""
+    def open(self, region: RegionID, flags: int) -> int:
+        """The kernel's number for what stands behind a file that is being opened with the *flags*
+        of open(2), and stays pinned; 0 when it is opened the usual way.
+
+        So is one whose writes are to be synced: the kernel would sync bytes, and not what is needed
+        to find them.
+        """
         ino = region.slot
         passed = self._passed.get(ino)
         if passed is not None:
             passed.openings += 1
             return passed.backing
-        backing = 0 if self._usual[ino] or self._in_vain else self._back(region)
+        usual = self._in_vain or flags & os.O_DSYNC or self._usual[ino]
+        backing = 0 if usual else self._back(region)
         if backing:
             self._passed[ino] = _Passed(region, backing)
         else:

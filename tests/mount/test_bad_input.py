@@ -107,6 +107,7 @@ def test_a_refusal_creates_no_target(place: Path) -> None:
         ("nocreate=1", "expected nocreate"),
         ("passthrough,exclusive", "at most one of them"),
         ("passthrough,direct_io", "at most one of them"),
+        ("passthrough,sync", "sync bytes alone"),
         ("passthrough,suid", "nobody takes set-id bits away"),
         ("log=/missing/directory/log", "/missing/directory/log"),
     ],

@@ -148,6 +148,19 @@ def test_what_was_synced_survives_a_kill(mounted: Mount) -> None:
 
 
 @ON_DISK
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC])
+def test_a_write_that_was_to_be_synced_survives_a_kill(mounted: Mount, flag: int) -> None:
+    fd = os.open(mounted.path / "new", os.O_RDWR | os.O_CREAT | flag)
+    os.write(fd, b"synced")
+    mounted.kill()
+    with fails_with(errno.ENOTCONN):
+        os.close(fd)
+    run("fusermount3", "-u", "-z", mounted.path)
+    mounted.start()
+    assert (mounted.path / "new").read_bytes() == b"synced"
+
+
+@ON_DISK
 def test_what_was_not_synced_survives_the_end(mounted: Mount) -> None:
     data = {f"file{number}": os.urandom(number * 20_000) for number in range(20)}
     for name, content in data.items():
