@@ -277,13 +277,10 @@ class FileSystem:
     async def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
     ) -> tuple[int, Attributes]:
-        """Make and open a file; returns its handle, 0 with *openless*."""
-        pin = not self.openless
+        """Make and open a file; returns its handle."""
         try:
-            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, pin, umask)
+            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
             self._new(made, parent, name)
-            if not pin:
-                return 0, made
         except errors.PathError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
@@ -387,9 +384,8 @@ class FileSystem:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)
 
     async def release(self, handle: int) -> None:
-        if handle:
-            file = self._handles.pop(handle)
-            await self._target.call("unpin", file.ino, 1)
+        file = self._handles.pop(handle)
+        await self._target.call("unpin", file.ino, 1)
 
     # Directories
 
