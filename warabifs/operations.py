@@ -114,6 +114,13 @@ def _packed(attributes: Attributes) -> bytes:
     )  # fmt: skip
 
 
+# Looked up here, not in their class at each request.
+_SIZE, _MODE, _UID, _GID, _ATIME, _MTIME = (
+    Valid.SIZE, Valid.MODE, Valid.UID, Valid.GID, Valid.ATIME, Valid.MTIME
+)  # fmt: skip
+_ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = Valid.ATIME_NOW, Valid.MTIME_NOW, Valid.KILL_SUIDGID
+_NOW = _ATIME_NOW | _MTIME_NOW
+
 _NO_ATTRIBUTES = bytes(protocol.ATTRIBUTES_SIZE)
 _NO_ENTRY = bytes(protocol.ENTRY_SIZE)
 
@@ -228,18 +235,18 @@ class Operations:
         (
             valid, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
         ) = protocol.SETATTR.unpack_from(body)  # fmt: skip
-        now = time.time_ns()
-        new_atime = now if valid & Valid.ATIME_NOW else atime * _SECOND + atime_ns
-        new_mtime = now if valid & Valid.MTIME_NOW else mtime * _SECOND + mtime_ns
+        now = time.time_ns() if valid & _NOW else 0
+        new_atime = now if valid & _ATIME_NOW else atime * _SECOND + atime_ns
+        new_mtime = now if valid & _MTIME_NOW else mtime * _SECOND + mtime_ns
         changed = await self._files.setattr(
             header.node,
-            size=size if valid & Valid.SIZE else None,
-            mode=mode if valid & Valid.MODE else None,
-            uid=uid if valid & Valid.UID else None,
-            gid=gid if valid & Valid.GID else None,
-            atime_ns=new_atime if valid & Valid.ATIME else None,
-            mtime_ns=new_mtime if valid & Valid.MTIME else None,
-            kill_setid=bool(valid & Valid.KILL_SUIDGID),
+            size if valid & _SIZE else None,
+            mode if valid & _MODE else None,
+            uid if valid & _UID else None,
+            gid if valid & _GID else None,
+            new_atime if valid & _ATIME else None,
+            new_mtime if valid & _MTIME else None,
+            kill_setid=valid & _KILL_SUIDGID != 0,
         )
         return self._attributes(changed)
 
