@@ -151,8 +151,8 @@ class Operations:
         self._openless = files.openless and not direct_io  # which is said of each open file
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
-            | Feature.AUTO_INVAL_DATA | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO
-            | Feature.PARALLEL_DIROPS | Feature.MAX_PAGES | Feature.INIT_EXT
+            | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO | Feature.PARALLEL_DIROPS
+            | Feature.MAX_PAGES | Feature.INIT_EXT
             # The kernel obeys the lists, the target keeps them true to the modes.
             | Feature.POSIX_ACL
             # Whose writes take set-ID bits away is told with them, instead of asking before each
@@ -162,6 +162,10 @@ class Operations:
         """What the kernel is asked for; once it was, what it agreed to."""
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
+        if not files.openless:
+            # Else each read after a write asks for the attributes, finds that the file changed,
+            # and drops all pages of it, though nobody but this kernel can have changed it.
+            self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
 
