@@ -91,10 +91,8 @@ class FileSystem:
                 attributes.region, stat.S_ISDIR(attributes.mode)
             )
         known.count += 1
-        if self._exclusive or parent is None:
-            pass  # nobody else needs to be told
-        elif known.directory or self._remember_names:
-            self._names.set(parent, name, attributes.ino)
+        if parent is not None and (known.directory or self._remember_names):
+            self._means(parent, name, attributes.ino)
         if parent == ROOT and region_of_name(name) == known.region:
             known.aliased = True
         return attributes
@@ -104,7 +102,7 @@ class FileSystem:
         self._count(attributes, parent, name)
         known = self._known[attributes.ino]
         known.incapable = time.monotonic() + self._attr_timeout
-        if attributes.mode == without_setid(attributes.mode):
+        if self._exclusive and attributes.mode == without_setid(attributes.mode):
             known.harmless = known.incapable
         return attributes
 
