@@ -11,7 +11,7 @@ import trio
 from warabi import dispatch, errors
 from warabi.aio_connection import Connection
 from warabi.aio_side_channel import SideChannel
-from warabi.calls import CALLS
+from warabi.calls import bound
 from warabi.extents import EXTENTS, Extent, groups, pack, total
 from warabi.feed import CONTENT, Changes, from_wire
 from warabi.operations import OPERATIONS
@@ -49,12 +49,17 @@ class DirectLink:
     def __init__(self, target: LocalTarget) -> None:
         self._target = target
         self._watching = Watching(None)
+        self._at_once = {
+            name: call
+            for name, call in bound(target).items()
+            if not (target.blocking and OPERATIONS[name].waits)
+        }
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        target = self._target
-        if OPERATIONS[name].waits and target.blocking:
-            return await dispatch.execute(target, name, tuple(arguments))
-        return CALLS[name](target, *arguments)
+        call = self._at_once.get(name)
+        if call is None:
+            return await dispatch.execute(self._target, name, tuple(arguments))
+        return call(*arguments)
 
     async def changes(self, number: int, new_names: bool) -> Changes:
         return await self._watching.changes(lambda: self._target, number, new_names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from warabi.answers import RegionStat
@@ -31,6 +32,13 @@ def _names(method: str) -> Callable[..., Any]:
 def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextManager[Flush]:
     return target.persisting(region, 0, 0, times=times)
 
+
+_METHODS = (
+    "lookup", "getattr", "setattr", "pin", "unpin", "mknod", "mkdir", "symlink", "readlink", "link",
+    "unlink", "rmdir", "rename", "getxattr", "setxattr", "removexattr", "listxattr", "resolve",
+    "open_name", "link_name", "unlink_name",
+)  # fmt: skip
+"""Operations that are methods of a target's names."""
 
 FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
     "persist": Target.persisting,
@@ -70,29 +78,19 @@ CALLS: dict[str, Callable[..., Any]] = {
     "copy": copy,
     "adopt": adopt,
     "graft": graft,
-    "lookup": _names("lookup"),
-    "getattr": _names("getattr"),
-    "setattr": _names("setattr"),
-    "pin": _names("pin"),
-    "unpin": _names("unpin"),
-    "mknod": _names("mknod"),
-    "mkdir": _names("mkdir"),
-    "symlink": _names("symlink"),
-    "readlink": _names("readlink"),
-    "link": _names("link"),
-    "unlink": _names("unlink"),
-    "rmdir": _names("rmdir"),
-    "rename": _names("rename"),
     "readdir": lambda target, ino, after, limit: target.namespace.readdir(
         ino, after, min(limit, PAGE)
     ),
-    "getxattr": _names("getxattr"),
-    "setxattr": _names("setxattr"),
-    "removexattr": _names("removexattr"),
-    "listxattr": _names("listxattr"),
-    "resolve": _names("resolve"),
-    "open_name": _names("open_name"),
-    "link_name": _names("link_name"),
-    "unlink_name": _names("unlink_name"),
+    **{method: _names(method) for method in _METHODS},
 }
 """By name: what is called with a target and the arguments."""
+
+
+def bound(target: Target) -> dict[str, Callable[..., Any]]:
+    """The operations of one target, which are called with what follows it."""
+    calls: dict[str, Callable[..., Any]] = {
+        name: partial(call, target) for name, call in CALLS.items()
+    }
+    for method in _METHODS:
+        calls[method] = getattr(target.namespace, method)
+    return calls

@@ -220,12 +220,14 @@ class RegionGate:
                 raise
             return inode
 
-    def _leave_exclusive(self, inode: Inode) -> None:
+    def _leave_exclusive(self, inode: Inode, *, wrote: bool = False) -> None:
         with self._lock:
             inode.exclusive = False
             self._inside -= 1
             if inode.dead:
                 self._free(inode)
+            elif wrote:
+                self._touch(inode)
             if self._waiters:
                 self._idle.notify_all()
         if self._freed:

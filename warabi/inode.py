@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ROOT = 1
 """The inode number of the tree's root directory; FUSE's too."""
+_tuple = tuple.__new__  # a named tuple's own constructor takes twice as long
 
 
 class Attributes(NamedTuple):
@@ -92,10 +93,10 @@ class Inode:
             self.exposed.settle(self)
         while True:
             seen = self.seen = self.ctime
-            attributes = Attributes(
+            attributes = _tuple(Attributes, (
                 self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink,
                 self.uid, self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
-            )  # fmt: skip
+            ))  # fmt: skip
             if self.ctime == seen:  # not every caller holds the lock
                 return attributes
 

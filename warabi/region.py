@@ -35,7 +35,7 @@ class RegionID(bytes):
     @classmethod
     def from_parts(cls, slot: int, generation: int) -> RegionID:
         """The ID of *generation* in *slot*; both fit in 64 bits, unsigned."""
-        return super().__new__(cls, _PARTS.pack(slot, generation))
+        return bytes.__new__(cls, _PARTS.pack(slot, generation))
 
     @property
     def slot(self) -> int:

@@ -180,7 +180,7 @@ class Target(ExposedRegions):
 
     def _write_growing(self, region: RegionID, offset: int, view: memoryview, wait: bool) -> None:
         inode = self._enter_exclusive(region, "write", wait)
-        end = offset + len(view)
+        end, wrote = offset + len(view), False
         try:
             if end <= inode.size:  # somebody else made it grow meanwhile
                 self._storage.write(region, offset, view)
@@ -199,11 +199,9 @@ class Target(ExposedRegions):
                     self._storage.resize(region, inode.size)
                     raise
                 self._set_size(inode, end)
-            with self._lock:
-                if not inode.dead:
-                    self._touch(inode)
+            wrote = True
         finally:
-            self._leave_exclusive(inode)
+            self._leave_exclusive(inode, wrote=wrote)
 
     def _set_size(self, inode: Inode, size: int) -> None:
         with self._lock:
@@ -435,6 +433,7 @@ class Target(ExposedRegions):
         """
         size = checked_size(size, "resize: size")
         inode = self._enter_exclusive(region, "resize", wait)
+        resized = False
         try:
             if size != inode.size:
                 with self._lock:
@@ -442,11 +441,9 @@ class Target(ExposedRegions):
                 self._storage.check(region, inode.size)
                 self._resize_storage(inode, size)
                 self._set_size(inode, size)
-            with self._lock:
-                if not inode.dead:
-                    self._touch(inode)
+            resized = True
         finally:
-            self._leave_exclusive(inode)
+            self._leave_exclusive(inode, wrote=resized)
 
     def size(self, region: RegionID) -> int:
         """The region's size in bytes."""

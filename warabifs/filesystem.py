@@ -12,7 +12,6 @@ across one: look at ``_known`` again after an await instead of keeping an entry.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
@@ -102,7 +101,10 @@ class FileSystem:
     def _new(self, attributes: Attributes, parent: int, name: bytes) -> Attributes:
         """As :meth:`_count`, of an inode that was just made."""
         self._count(attributes, parent, name)
-        self._known[attributes.ino].incapable = time.monotonic() + self._attr_timeout
+        known = self._known[attributes.ino]
+        known.incapable = time.monotonic() + self._attr_timeout
+        if self._exclusive and attributes.mode == without_setid(attributes.mode):
+            known.harmless = known.incapable
         return attributes
 
     def count_entry(self, handle: int, entry: Entry) -> None:
@@ -190,20 +192,21 @@ class FileSystem:
         return attributes
 
     async def setattr(
-        self, ino: int, *, size: int | None, mode: int | None, uid: int | None, gid: int | None,
-        atime_ns: int | None, mtime_ns: int | None, kill_setid: bool = False,
+        self, ino: int, size: int | None, mode: int | None, uid: int | None, gid: int | None,
+        atime_ns: int | None, mtime_ns: int | None, *, kill_setid: bool = False,
     ) -> Attributes:  # fmt: skip
         """Change what is not None; with *kill_setid* the change takes the set-ID bits away."""
+        if kill_setid and not (mode is None and self._exclusive and self._is_harmless(ino)):
+            mode = without_setid(mode or (await self.getattr(ino)).mode)
         if mode is not None and ino in self._known:
             self._known[ino].harmless = 0.0
-        if kill_setid:
-            mode = without_setid(mode or (await self.getattr(ino)).mode)
         if size is not None:
             await self._target.resize(self._region(ino), size)
-        changes = (mode, uid, gid, atime_ns, mtime_ns)
-        if size is not None and all(change is None for change in changes):
-            return await self.getattr(ino)
-        attributes: Attributes = await self._target.call("setattr", ino, *changes)
+            if mode is uid is gid is atime_ns is mtime_ns is None:
+                return await self.getattr(ino)
+        attributes: Attributes = await self._target.call(
+            "setattr", ino, mode, uid, gid, atime_ns, mtime_ns
+        )
         return attributes
 
     async def readlink(self, ino: int) -> bytes:
@@ -278,13 +281,10 @@ class FileSystem:
     async def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
     ) -> tuple[int, Attributes]:
-        """Make and open a file; returns its handle, 0 with *openless*."""
-        pin = not self.openless
+        """Make and open a file; returns its handle."""
         try:
-            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, pin, umask)
+            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
             self._new(made, parent, name)
-            if not pin:
-                return 0, made
         except errors.PathError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
@@ -296,11 +296,16 @@ class FileSystem:
             self._count(made, parent, name)
         return self._add_handle(File(made.ino, made.region)), made
 
+    def _is_harmless(self, ino: int) -> bool:
+        """Whether it is known that a file has no set-ID bits."""
+        known = self._known.get(ino)
+        return known is not None and time.monotonic() < known.harmless
+
     async def _kill_setid(self, ino: int) -> None:
         """Take the set-ID bits away from a file that somebody who may not keep them writes to."""
-        now, known = time.monotonic(), self._known.get(ino)
-        if known is not None and now < known.harmless:
+        if self._is_harmless(ino):
             return
+        now = time.monotonic()
         mode = (await self.getattr(ino)).mode
         if mode != without_setid(mode):
             changes = (without_setid(mode), None, None, None, None)
@@ -362,8 +367,10 @@ class FileSystem:
     async def _read_some(self, region: RegionID, offset: int, buffer: memoryview) -> int:
         local = self._local
         if local is not None:
-            with contextlib.suppress(errors.WouldBlock):
+            try:
                 return local.read_into(region, offset, buffer, short=True, wait=not local.blocking)
+            except errors.WouldBlock:
+                pass
         return await self._target.read_some(region, offset, buffer)
 
     async def write(
@@ -389,18 +396,18 @@ class FileSystem:
     async def _write(self, region: RegionID, offset: int, data: Any) -> None:
         local = self._local
         if local is not None:
-            with contextlib.suppress(errors.WouldBlock):
-                local.write(region, offset, data, extend=True, wait=not local.blocking)
-                return
+            try:
+                return local.write(region, offset, data, extend=True, wait=not local.blocking)
+            except errors.WouldBlock:
+                pass
         await self._target.write(region, offset, data, extend=True)
 
     async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)
 
     async def release(self, handle: int) -> None:
-        if handle:
-            file = self._handles.pop(handle)
-            await self._target.call("unpin", file.ino, 1)
+        file = self._handles.pop(handle)
+        await self._target.call("unpin", file.ino, 1)
 
     # Directories
 

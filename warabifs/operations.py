@@ -118,6 +118,13 @@ def _packed(attributes: Attributes) -> bytes:
     )  # fmt: skip
 
 
+# Looked up here, not in their class at each request.
+_SIZE, _MODE, _UID, _GID, _ATIME, _MTIME = (
+    Valid.SIZE, Valid.MODE, Valid.UID, Valid.GID, Valid.ATIME, Valid.MTIME
+)  # fmt: skip
+_ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = Valid.ATIME_NOW, Valid.MTIME_NOW, Valid.KILL_SUIDGID
+_NOW = _ATIME_NOW | _MTIME_NOW
+
 _NO_ATTRIBUTES = bytes(protocol.ATTRIBUTES_SIZE)
 _NO_ENTRY = bytes(protocol.ENTRY_SIZE)
 
@@ -151,8 +158,8 @@ class Operations:
         self._openless = files.openless and not direct_io  # which is said of each open file
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
-            | Feature.AUTO_INVAL_DATA | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO
-            | Feature.PARALLEL_DIROPS | Feature.MAX_PAGES | Feature.INIT_EXT
+            | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO | Feature.PARALLEL_DIROPS
+            | Feature.MAX_PAGES | Feature.INIT_EXT
             # The kernel obeys the lists, the target keeps them true to the modes.
             | Feature.POSIX_ACL
             # Whose writes take set-ID bits away is told with them, instead of asking before each
@@ -162,6 +169,10 @@ class Operations:
         """What the kernel is asked for; once it was, what it agreed to."""
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
+        if not files.openless:
+            # Else each read after a write asks for the attributes, finds that the file changed,
+            # and drops all pages of it, though nobody but this kernel can have changed it.
+            self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
         if passing is not None:
@@ -242,18 +253,18 @@ class Operations:
         (
             valid, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
         ) = protocol.SETATTR.unpack_from(body)  # fmt: skip
-        now = time.time_ns()
-        new_atime = now if valid & Valid.ATIME_NOW else atime * _SECOND + atime_ns
-        new_mtime = now if valid & Valid.MTIME_NOW else mtime * _SECOND + mtime_ns
+        now = time.time_ns() if valid & _NOW else 0
+        new_atime = now if valid & _ATIME_NOW else atime * _SECOND + atime_ns
+        new_mtime = now if valid & _MTIME_NOW else mtime * _SECOND + mtime_ns
         changed = await self._files.setattr(
             header.node,
-            size=size if valid & Valid.SIZE else None,
-            mode=mode if valid & Valid.MODE else None,
-            uid=uid if valid & Valid.UID else None,
-            gid=gid if valid & Valid.GID else None,
-            atime_ns=new_atime if valid & Valid.ATIME else None,
-            mtime_ns=new_mtime if valid & Valid.MTIME else None,
-            kill_setid=bool(valid & Valid.KILL_SUIDGID),
+            size if valid & _SIZE else None,
+            mode if valid & _MODE else None,
+            uid if valid & _UID else None,
+            gid if valid & _GID else None,
+            new_atime if valid & _ATIME else None,
+            new_mtime if valid & _MTIME else None,
+            kill_setid=valid & _KILL_SUIDGID != 0,
         )
         return self._attributes(changed)
 
@@ -327,6 +338,9 @@ class Operations:
 
     @_handles(Opcode.CREATE)
     async def create(self, header: Header, body: memoryview) -> Answer:
+        if self._openless:
+            # The kernel has it made with MKNOD and opens it by itself, here too: no RELEASE.
+            return errno.ENOSYS
         flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
         name = _last(body, protocol.CREATE.size)
         handle, made = await self._files.create(

@@ -501,13 +501,13 @@ import sys, threading, trio
 from warabifs import mount
 from warabifs.filesystem import FileSystem
 
-async def create(self, parent, *rest):
+async def mknod(self, parent, *rest):
     # The program that creates holds the directory's lock, which this waits for in the kernel.
     self._drop_name(parent, b"anything")
     print("now", flush=True)
     await trio.sleep_forever()
 
-FileSystem.create = create
+FileSystem.mknod = mknod
 mount.main(["--foreground", *sys.argv[1:]])
 """
 

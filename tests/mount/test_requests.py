@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import signal
@@ -23,6 +24,7 @@ from tests.mount.support import (
     python,
     source_of,
 )
+from tests.posix.support import check, libc
 
 CAPABILITY = "security.capability"
 SOME = bytes.fromhex("0100000200040000000000000000000000000000")
@@ -41,6 +43,17 @@ READ_ALL = """if True:
         while file.read(1 << 20):
             pass
 """
+
+
+def cached(pages: mmap.mmap) -> int:
+    """How many pages of a mapping the kernel has in memory."""
+    found = (ctypes.c_ubyte * (len(pages) // mmap.PAGESIZE))()
+    start = ctypes.c_char.from_buffer(pages)
+    try:
+        check(libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(pages)), found))
+    finally:
+        del start  # else the mapping could not be closed
+    return sum(page & 1 for page in found)
 
 
 @contextlib.contextmanager
@@ -141,3 +154,17 @@ def test_the_kernel_reads_ahead_in_large_requests(mounted: Mount) -> None:
     device = os.stat(mounted.path).st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     assert int(setting.read_text()) >= 512
+
+
+def test_what_is_cached_stays_when_another_part_is_written(mounted: Mount) -> None:
+    """Nobody but the kernel changes an embedded target's files, and it knows what it did."""
+    path = mounted.path / "file"
+    path.write_bytes(os.urandom(MIB))
+    with path.open("r+b", buffering=0) as file:
+        file.read(MIB)
+        with mmap.mmap(file.fileno(), MIB) as pages:
+            for offset in range(0, MIB, MIB // 8):
+                os.pwrite(file.fileno(), b"new", offset)
+                assert os.pread(file.fileno(), 3, offset) == b"new"
+                assert path.stat().st_size == MIB
+            assert cached(pages) == MIB // mmap.PAGESIZE

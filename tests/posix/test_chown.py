@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.posix.support import (
     make,
     mode_of,
     opened,
+    umask,
     updated,
     user,
 )
@@ -93,6 +95,16 @@ def test_a_new_owner_or_group_takes_set_id_bits_away(where: Path, uid: int) -> N
     with user(uid, NOBODY, (10,)):
         os.chown(path, -1, 10)
     assert mode_of(path) == 0o2744
+
+
+def test_a_file_that_was_made_with_set_id_bits_loses_them_too(where: Path) -> None:
+    with umask(0):
+        os.mknod(where / "given", stat.S_IFREG | 0o6777)
+        os.mknod(where / "written", stat.S_IFREG | 0o6777)
+    os.chown(where / "given", -1, 10)
+    with user(), opened(where / "written", os.O_WRONLY) as fd:
+        os.write(fd, b"x")
+    assert (mode_of(where / "given"), mode_of(where / "written")) == (0o777, 0o777)
 
 
 def test_a_directory_keeps_its_bits_when_its_owner_changes(where: Path) -> None:

@@ -71,11 +71,38 @@ def test_the_mode_of_a_new_file_obeys_the_umask(where: Path) -> None:
         os.umask(before)
 
 
-def test_opening_for_writing_is_possible_in_a_file_without_write_permission_at_creation(
-    where: Path,
+@pytest.mark.parametrize("uid", [0, NOBODY])
+@pytest.mark.parametrize("mode", [0o444, 0o000])
+def test_who_makes_a_file_may_write_to_it_whatever_its_mode(
+    where: Path, mode: int, uid: int
 ) -> None:
-    with opened(where / "file", os.O_CREAT | os.O_RDWR, 0o444) as fd:
-        assert os.write(fd, b"data") == 4
+    where.chmod(0o777)
+    for flags in (os.O_EXCL, os.O_TRUNC, 0):
+        with user(uid, uid):
+            with opened(where / "file", os.O_CREAT | os.O_RDWR | flags, mode) as fd:
+                assert os.write(fd, b"data") == 4
+                os.ftruncate(fd, 2)
+                assert os.pread(fd, 10, 0) == b"da"
+                assert stat.S_IMODE(os.fstat(fd).st_mode) == mode
+            if uid:
+                with pytest.raises(PermissionError):
+                    os.open(where / "file", os.O_CREAT | os.O_RDWR)
+            (where / "file").unlink()
+
+
+def test_a_file_that_several_make_at_once_is_made_once(where: Path) -> None:
+    script = """
+import os, sys
+for number in range(100):
+    fd = os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.write(fd, b"x")
+    os.close(fd)
+"""
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(another_python(script, where)) for _ in range(4)]
+        assert [process.wait(60) for process in processes] == [0] * 4
+    assert {path.read_bytes() for path in where.iterdir()} == {b"xxxx"}
+    assert len(os.listdir(where)) == 100
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ When descriptors run out, larger regions go to segments too.
 
 Invariant: the bytes of a slot beyond its region's size are zero, and so are those of a free
 slot.  Growing inside a slot and handing one out need no clearing then.
+
+A region without bytes has a slot without bytes, for it is about to get its size.
 """
 
 from __future__ import annotations
@@ -187,7 +189,7 @@ class MemoryStorage(Storage):
             raise errors.from_os(error, f"memory region of {size} bytes") from error
 
     def _allocate_slot(self, size: int) -> _Slot:
-        slot_size = max(_SMALLEST, 1 << (size - 1).bit_length()) if size else _SMALLEST
+        slot_size = max(_SMALLEST, 1 << (size - 1).bit_length()) if size else 0
         segments = self._open.setdefault(slot_size, [])
         if not segments:
             segments.append(_Segment(slot_size, next(self._numbers)))
@@ -205,6 +207,8 @@ class MemoryStorage(Storage):
             os.close(item.fd)
             return
         segment = item.segment
+        if not segment.slot_size:
+            return
         item.view()[:] = bytes(item.size)
         segments = self._open.setdefault(segment.slot_size, [])
         if segment.full:
