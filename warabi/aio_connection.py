@@ -210,7 +210,8 @@ class Connection(Replies):
         A reply that waits for something to happen does not come *soon*.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if perf_counter_ns() - self._turn > _TURN:
+        turn = (self._lull and self._lull.turn) or _TURN
+        if perf_counter_ns() - self._turn > turn:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._turn = perf_counter_ns()
         try:

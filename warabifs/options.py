@@ -267,6 +267,11 @@ class Source:
     def embedded(self) -> bool:
         return not self.address
 
+    @property
+    def remote(self) -> bool:
+        """Whether it is behind a network, or may be."""
+        return bool(self.address) and not address.parse(self.address).local
+
 
 def parse_source(text: str, *, create: bool) -> Source:
     """The source that *text* names.
