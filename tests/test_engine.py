@@ -65,6 +65,45 @@ def test_addresses_that_others_can_connect_to(asked: str, got: str) -> None:
         assert handle.read(handle.create_and_write(b"x"), 0, 1) == b"x"
 
 
+def _congestion_control(connection: socket.socket) -> bytes:
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+def _ends(stack: contextlib.ExitStack, port: int) -> list[socket.socket]:
+    """This process's ends of connections to that port, until *stack* is closed."""
+    found = []
+    links = {name: f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")}
+    for name, link in links.items():
+        with contextlib.suppress(OSError):  # gone, or not connected
+            if not os.readlink(link).startswith("socket:"):
+                continue
+            end = stack.enter_context(socket.socket(fileno=os.dup(int(name))))
+            ports = {end.getsockname()[1:2], end.getpeername()[1:2]}
+            if end.family == socket.AF_INET and (port,) in ports:
+                found.append(end)
+    return found
+
+
+def test_a_connection_within_a_host_is_not_paced() -> None:
+    with Engine("tcp", server) as engine, Provider(engine, 1, MEMORY), Engine("tcp", client) as own:
+        text = str(engine.addr())
+        Client(own).make_target_handle(text, 1).create(1)
+        with contextlib.ExitStack() as stack:
+            ends = _ends(stack, int(text.rsplit(":", 1)[1]))
+            assert [_congestion_control(end) for end in ends] == [b"reno", b"reno"]
+
+
+def test_other_connections_have_what_the_system_has() -> None:
+    with (
+        socket.create_server(("127.0.0.2", 0)) as listener,
+        socket.create_connection(listener.getsockname(), source_address=("127.0.0.1", 0)) as end,
+    ):
+        before = _congestion_control(end)
+        address.prepare(end)
+        assert _congestion_control(end) == before
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize(
     "wrong",
     ["", "://", "nothing", "verbs://", "mlx5", "na+sm://x", "na+sm://1", "na+sm://../../x-1",

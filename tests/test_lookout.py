@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -96,6 +97,37 @@ def test_a_core_that_others_want_is_left_to_them(
     assert receiver.looks == 1
 
 
+def test_after_many_bytes_it_looks_longer(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
+    monkeypatch.setattr("warabi.lookout.perf_counter_ns", lambda: next(clock))
+    lookout = Lookout()
+    lookout.came(next(clock))
+
+    def looks() -> int:
+        receiver.looks = 0
+        assert lookout.look(receiver, receiver.place, next(clock)) == -1
+        return receiver.looks
+
+    assert looks() == pytest.approx(10, abs=2)
+    lookout.moved(300_000)
+    lookout.moved(200_000)
+    assert looks() == pytest.approx(60, abs=2)
+    lookout.moved(100_000_000)
+    assert looks() == pytest.approx(110, abs=2)
+    receiver.peer.send(b"here")
+    assert lookout.look(receiver, receiver.place, next(clock)) == 4
+    assert looks() == pytest.approx(10, abs=2)
+
+    lookout.moved(500_000)
+    began = next(clock)
+    for _ in range(50):  # it slept, and would have been awake
+        next(clock)
+    lookout.came(began)
+    assert looks() == pytest.approx(10, abs=2)
+
+
 def test_nobody_is_alone_among_others() -> None:
     attention = Attention()
     now = 10 * Attention.ALONE
@@ -144,15 +176,20 @@ def test_who_never_stops_asking_keeps_nobody_waiting() -> None:
                 thread.join()
 
 
-def test_who_has_nothing_to_do_sleeps() -> None:
-    """Also right after many calls one after another."""
+@pytest.mark.parametrize("transport", ["na+sm", "tcp"])
+def test_who_has_nothing_to_do_sleeps(transport: str) -> None:
+    """Also right after many calls one after another, and many bytes."""
     with (
-        provider_process("na+sm", MEMORY) as served,
-        Engine("na+sm", client) as engine,
+        provider_process(transport, MEMORY) as served,
+        Engine(transport, client) as engine,
     ):
         handle = Client(engine).make_target_handle(served.address, 1)
         for _ in range(500):
             handle.erase(handle.create(10))
+        data = bytes(1 << 20)
+        region = handle.create_and_write(data)
+        for _ in range(20):
+            handle.write(region, 0, data)
 
         def used() -> int:
             """Its processor time, in ticks of 10 ms."""

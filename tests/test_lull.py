@@ -21,7 +21,8 @@ LARGE = 3 << 20
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A moment without an end, so that nothing here depends on times."""
+    """Moments and turns without an end, so that nothing here depends on times."""
+    monkeypatch.setattr(lull, "TURN", int(PATIENCE * 1000))
     monkeypatch.setattr(lull, "MOMENT", int(PATIENCE * 1000))
     monkeypatch.setattr(lull, "LONGEST", int(PATIENCE * 1000))
 
@@ -61,17 +62,34 @@ async def test_a_request_takes_no_turn_of_the_loop(served: Served, patient: None
     ):
         nursery.start_soon(turns.run)
         await trio.lowlevel.checkpoint()
-        before, requests = turns.count, 3
+        before = turns.count
         region = await target.create(LARGE)
         for size in (0, 1, 5000, 65_536):
             await target.write(region, 0, pattern(size))
             assert await target.read(region, 0, size) == pattern(size)
-            requests += 2
         assert await target.read(region, 65_536, LARGE - 65_536) == bytes(LARGE - 65_536)
         with pytest.raises(errors.OutOfBounds):
             await target.read(region, LARGE, 1)
-        # None to wait for the reply; one before a request would do no harm.
-        assert turns.count - before <= requests
+        assert turns.count == before
+        nursery.cancel_scope.cancel()
+
+
+async def test_others_get_turns_between_requests(
+    served: Served, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lull, "TURN", 1)
+    turns = Turns()
+    async with (
+        aio.connect(served.address, 1, share=False) as target,
+        _serving(),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(turns.run)
+        region = await target.create(1)
+        before = turns.count
+        with trio.fail_after(PATIENCE):
+            while turns.count < before + 10:
+                assert await target.size(region) == 1
         nursery.cancel_scope.cancel()
 
 
@@ -153,7 +171,7 @@ async def test_who_waits_for_changes_does_not_count(served: Served, patient: Non
             await trio.lowlevel.checkpoint()
             before = turns.count
             assert await target.read(region, 0, 1000) == pattern(1000)
-            assert turns.count - before <= 1
+            assert turns.count == before
         nursery.cancel_scope.cancel()
 
 

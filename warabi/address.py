@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import itertools
 import os
 import re
@@ -183,7 +184,7 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
     try:
         if not endpoint.local:
             client = socket.create_connection((endpoint.host, endpoint.port), timeout)
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            prepare(client)
         else:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             # Not by settimeout(): where many connect at once a local socket, unlike one of TCP,
@@ -211,6 +212,16 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
         raise PermissionDenied(f"connect to {endpoint}: the peer is another user's process")
     client.settimeout(None)
     return client
+
+
+def prepare(connection: socket.socket) -> None:
+    """Set up a connection of TCP, on either side."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with contextlib.suppress(OSError):  # the peer is gone again: whoever uses it finds out
+        if connection.getsockname()[0] == connection.getpeername()[0]:
+            # Within a host nothing is congested.  What the system has for other connections may
+            # pace what is sent, as BBR does, with timers that cost more than the bytes.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def _set_send_timeout(connection: socket.socket, timeout: float) -> None:

@@ -155,34 +155,52 @@ class Connection(Replies):
         # At once or not at all: in a wait between buffer() and the receiving, a request may be
         # cancelled, whose buffer is its caller's again.
         count = self._recv_into(self._wire.buffer())
-        if count == 0 and self._wire.between_messages:
-            raise ConnectionResetError("the provider closed the connection")
         self._received(count)
         return count
 
     def _received(self, count: int) -> None:
+        if count == 0 and self._wire.between_messages:
+            raise ConnectionResetError("the provider closed the connection")
         self._wire.received(count)
         self._heard = trio.current_time()
         self._asked = False
 
-    def _look_for(self, request: Request) -> None:
-        """Take the reply if it comes within a moment; the reader task sleeps meanwhile, and loses
-        nothing, for it receives as this does: at once or not at all."""
+    def _receive_alone(self, request: Request) -> None:
+        """Take the reply of the only request that is under way, without a turn of Trio's loop.
+
+        It is looked for for a moment, and then waited for as long as nothing else comes.  The task
+        that reads the connection sleeps meanwhile, and loses nothing: it is between two messages,
+        or between two pieces of one, and receives as this does, at once or not at all.
+        """
+        began = perf_counter_ns()
+        asleep = False
+        lull = self._lull
         try:
             while not request.done:
                 event = self._wire.next_event()
                 if event is not NEED_DATA:
                     self._take(event)
-                    continue
-                place = self._wire.buffer()
-                count = self._lookout.look(self._recv_into, place, perf_counter_ns())
-                if count <= 0:  # an end is the reader's to see
-                    return
-                self._received(count)
+                elif asleep:
+                    if self._unsent or not (lull and lull.wait()):
+                        return
+                    self._receive()
+                else:
+                    place = self._wire.buffer()
+                    count = self._lookout.look(self._recv_into, place, perf_counter_ns())
+                    if count >= 0:
+                        self._received(count)
+                        continue
+                    asleep = True
+                    if lull:
+                        lull.begin()
+        except BlockingIOError:
+            return
         except (errors.Exception, OSError) as error:
             kind = type(error) if isinstance(error, errors.Exception) else ConnectionLost
             self._fail(kind, str(error))
             self.close()
+        if asleep:
+            self._lookout.came(began)
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
@@ -210,7 +228,8 @@ class Connection(Replies):
         A reply that waits for something to happen does not come *soon*.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if perf_counter_ns() - self._turn > _TURN:
+        turn = (self._lull and self._lull.turn) or _TURN
+        if perf_counter_ns() - self._turn > turn:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._turn = perf_counter_ns()
         try:
@@ -237,12 +256,9 @@ class Connection(Replies):
         self._requests[request_id] = request
         self._busy.set()
         self._send([frame, payload])
+        began = perf_counter_ns()
         if alone:
-            began = perf_counter_ns()
-            self._look_for(request)
-            if self._lull and not request.done:
-                self._receive_in_lull(request, self._lull)
-                self._lookout.came(began)
+            self._receive_alone(request)
         try:
             if not request.done:
                 await request.event.wait()
@@ -255,27 +271,6 @@ class Connection(Replies):
         if not request.done:
             raise TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
         return request.outcome()
-
-    def _receive_in_lull(self, request: Request, lull: Lull) -> None:
-        """Take the reply of the only request that is under way, as long as nothing else comes.
-
-        The task that reads the connection finds nothing then: it is between two messages, or
-        between two pieces of one, whenever it waits.
-        """
-        lull.begin()
-        try:
-            while not request.done and not self._unsent and lull.wait():
-                self._receive()
-                while (event := self._wire.next_event()) is not NEED_DATA:
-                    self._take(event)
-        except BlockingIOError:
-            pass
-        except errors.Exception as error:
-            self._fail(type(error), str(error))
-            self.close()
-        except OSError as error:
-            self._fail(ConnectionLost, str(error))
-            self.close()
 
     async def _watch_silence(self) -> None:
         """Give up on requests when the provider has been silent for too long.

@@ -134,6 +134,7 @@ class Channel:
             with contextlib.suppress(BlockingIOError):
                 count = receive(buffer, 0, 0)
             self._lookout.came(began)
+            self._lookout.moved(count)
             self._turn = perf_counter_ns()
         self._attention.give(self, perf_counter_ns())
         return count
@@ -200,7 +201,9 @@ class Channel:
         connection.accept_payload(place)
         try:
             while connection.next_event() is NEED_DATA:
-                connection.received(self._transport.recv_into(connection.buffer()))
+                count = self._transport.recv_into(connection.buffer())
+                connection.received(count)
+                self._lookout.moved(count)
         except BaseException as error:
             done = len(place) - connection.take_back()
             if isinstance(error, BlockingIOError) or (done and isinstance(error, OSError)):
@@ -243,6 +246,7 @@ class Channel:
     ) -> Sequence[Part]:
         """Send what the socket takes at once, and return the rest."""
         sent: int = self._socket._sock.sendmsg(parts, rights)  # type: ignore[attr-defined]
+        self._lookout.moved(sent)
         rest: list[Part] = []
         for part in parts:
             if sent >= len(part):
@@ -277,7 +281,9 @@ class Channel:
         """
         plain: socket.socket = self._socket._sock  # type: ignore[attr-defined]
         try:
-            return 0 if self._deaf else plain.sendmsg(parts)
+            sent = 0 if self._deaf else plain.sendmsg(parts)
+            self._lookout.moved(sent)
+            return sent
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:

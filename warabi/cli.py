@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from warabi.cli_common import authenticated, one_line, reaching, secured
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError, InvalidRegion
+from warabi.progress import overall_progress
 from warabi.region import RegionID
 from warabi.security import config_of
 
@@ -240,15 +240,9 @@ def migrate(
             ) from None
     where = (source, source_id), (destination, destination_id)
     scheme = source.split("://")[0]
-    with one_line(), Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine:
-        if not sys.stderr.isatty():
-            ask(engine, *where, options)
-            return
-        with click.progressbar(length=1, label="migrating", file=sys.stderr) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.length = max(1, total)
-                bar.update(done - bar.pos)
-
-            ask(engine, *where, options, show)
-            bar.update(max(0, (bar.length or 1) - bar.pos))
+    with (
+        one_line(),
+        Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine,
+        overall_progress("migrate") as show,
+    ):
+        ask(engine, *where, options, show)

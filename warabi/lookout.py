@@ -5,6 +5,9 @@ take.  So a side of a connection to which messages come shortly one after anothe
 one for a moment, again and again, before it sleeps.  Between two looks it offers its core to others
 (sched_yield(2)), among them, where both sides have but one core, the one that it waits for.
 
+After many bytes the moment is longer, for with those it is not the wake-up alone that counts: who
+is woken often finds himself on the waker's core, and begins to receive when all has been sent.
+
 An offered core comes back late where others have much to do; then sleeping is better for a while,
 because who is woken goes before them.
 """
@@ -18,6 +21,9 @@ from time import perf_counter_ns
 
 _MOMENT = 100_000
 """Nanoseconds for which to look at most."""
+_LONGEST = 1_000_000
+"""So much longer at most, a nanosecond for each byte that was moved since the last message came:
+what a stream of a GB/s takes from one message to the next."""
 _SOON = 150_000
 """A message that woke a sleeper so soon, in nanoseconds, would have come within the moment."""
 _LATE = 500_000
@@ -32,10 +38,11 @@ Receive = Callable[[memoryview, int, int], int]
 class Lookout:
     """What one side of a connection knows of when the next message comes."""
 
-    __slots__ = ("_pause", "_resume", "_soon")
+    __slots__ = ("_moved", "_pause", "_resume", "_soon")
 
     def __init__(self) -> None:
         self._soon = False
+        self._moved = 0  # bytes since the last message came
         self._pause = 0
         self._resume = 0  # when the pause ends
 
@@ -52,17 +59,21 @@ class Lookout:
         """Receive what is there or, with *wait*, what comes within a moment, if that is to be
         expected; -1 when nothing did.  *began* is the present time."""
         before = until = began
+        more = min(self._moved, _LONGEST)
         if wait and self._soon and began >= self._resume:
-            until += _MOMENT
+            until += _MOMENT + more
         while True:
             try:
-                return receive(place, 0, socket.MSG_DONTWAIT)
+                count = receive(place, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 if before >= until:
                     return -1
+            else:
+                self._moved = count
+                return count
             os.sched_yield()
             now = perf_counter_ns()
-            if now - before > _LATE:
+            if now - before > _LATE + more:
                 again = now < self._resume + self._pause
                 self._pause = min(2 * self._pause, _PAUSE[1]) if again else _PAUSE[0]
                 self._resume = now + self._pause
@@ -70,7 +81,12 @@ class Lookout:
 
     def came(self, began: int) -> None:
         """Something came to who slept, and waited since *began*."""
-        self._soon = perf_counter_ns() - began < _SOON
+        self._soon = perf_counter_ns() - began < _SOON + min(self._moved, _LONGEST)
+        self._moved = 0
+
+    def moved(self, count: int) -> None:
+        """So many bytes were received or sent otherwise than by :meth:`look`."""
+        self._moved += count
 
 
 class Attention:

@@ -19,6 +19,8 @@ import trio
 MOMENT = 5
 """Milliseconds for which a loop stands still when nothing comes: more than a tick of the kernel's
 clock, for a shorter limit sets a timer each time, which costs more than the rest of the call."""
+TURN = 5
+"""Milliseconds after which other tasks get a turn, while one request follows the other."""
 LONGEST = 10
 """Milliseconds after which it does not wait for the next piece of a reply, though one comes after
 the other; its other tasks wait for so long at most."""
@@ -54,6 +56,11 @@ class Lull:
         self._end = 0.0
         self._served: tuple[int, ...] = ()
         self._poll = select.poll()
+
+    @property
+    def turn(self) -> int:
+        """Nanoseconds for which a task may do nothing but requests; 0 where nothing is served."""
+        return TURN * 1_000_000 if _served.get() else 0
 
     def begin(self) -> None:
         """A request was sent."""

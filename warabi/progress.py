@@ -13,14 +13,29 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
     The block calls what it is given with the number of bytes that were done since the last call.
     """
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        show(done, total)
+
+    with overall_progress(what) as show:
+        show(0, total)
+        yield advance
+
+
+@contextmanager
+def overall_progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """As :func:`progress`; what the block calls takes the bytes that are done, and those of all."""
     if not sys.stderr.isatty():
-        yield lambda count: None
+        yield lambda done, total: None
         return
     try:
         from rich import progress as bars
         from rich.console import Console
     except ImportError:
-        yield lambda count: None
+        yield lambda done, total: None
         return
     columns = (
         bars.TextColumn("{task.description}"),
@@ -30,5 +45,5 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda count: shown.advance(task, count)
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

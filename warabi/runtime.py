@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 _DRAIN_PATIENCE = 2.0
 """Seconds that peers have, at the end, to send the rest of a request and to take their replies."""
 
-_TCP = (
-    ((socket.IPPROTO_TCP, socket.TCP_NODELAY), 1),
+_KEPT_ALIVE = (
     # The connection of a host that died ends within minutes, and with it what it holds here.
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
     ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
@@ -120,7 +119,8 @@ class Runtime:
                     connection.close()
                     continue
             else:
-                for option, value in _TCP:
+                address.prepare(connection)  # type: ignore[arg-type]  # has what it needs
+                for option, value in _KEPT_ALIVE:
                     connection.setsockopt(*option, value)
             where_from = "" if self.endpoint.local else str(where[0])
             self._receive(connection, where_from, pid, nursery)

@@ -18,8 +18,11 @@ _FLAGS = {
     "noatime": 0x400, "nodiratime": 0x800,
 }  # fmt: skip
 _DETACH = 2
-_READ_AHEAD = 512
-"""KiB; the kernel's own value is 128, four requests in the place of one."""
+READ_AHEAD = 512
+"""KiB; the kernel's own value is 128, four requests in the place of one.  More would leave the
+processor's caches before it is copied out."""
+READ_AHEAD_REMOTE = 4096
+"""What comes over a network has to be under way while what came before is taken."""
 _DEFAULT = frozenset(("nosuid", "nodev"))  # as fusermount3 has it
 _FOR_KERNEL = ("default_permissions", "allow_other")
 _KIND = "fuse.warabifs"
@@ -53,16 +56,16 @@ class Device:
         except OSError as error:
             raise _failed(mountpoint, error.strerror or str(error)) from error
 
-    def read_ahead(self) -> None:
-        """Have the kernel read ahead in larger requests, where this user may set that.
+    def read_ahead(self, size: int) -> None:
+        """Have the kernel read ahead by *size* KiB at least, where this user may set that.
 
         To be called once the session has begun, which sets it too.
         """
         mount = mounted_on(self._mountpoint)
         path = f"/sys/class/bdi/{mount.device if mount else None}/read_ahead_kb"
         with contextlib.suppress(OSError), open(path, "r+", encoding="ascii") as file:
-            if int(file.read()) < _READ_AHEAD:
-                file.write(str(_READ_AHEAD))
+            if int(file.read()) < size:
+                file.write(str(size))
 
     def close(self, *, unmount: bool) -> None:
         """Let go of the kernel; with *unmount* the mount ends too, if it is still there."""

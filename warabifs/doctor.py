@@ -7,6 +7,7 @@ with a limit in time.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,76 +32,78 @@ _DEVICE = Path("/dev/fuse")
 _ANSWER = 5.0  # seconds for a mount to answer
 _FILES = 4096  # open files that a target of many regions is comfortable with
 _SYS_ADMIN = 21  # the number of the capability
-Level = Literal["ok", "hint", "fault"]
 
 
 @dataclass(frozen=True)
 class Finding:
     """What a check found, and for what is not in order the remedy."""
 
-    level: Level
+    level: Literal["ok", "hint", "fault"]
     text: str
     remedy: str = ""
+
+
+_ok, _hint, _fault = (partial(Finding, level) for level in ("ok", "hint", "fault"))
 
 
 def _kernel() -> Iterator[Finding]:
     known = re.findall(r"\bfuse$", Path("/proc/filesystems").read_text(), re.MULTILINE)
     if known:
-        yield Finding("ok", "the kernel has FUSE")
+        yield _ok("the kernel has FUSE")
     else:
-        yield Finding("fault", "the kernel module fuse is not loaded", "modprobe fuse")
+        yield _fault("the kernel module fuse is not loaded", "modprobe fuse")
 
 
 def _device() -> Iterator[Finding]:
     try:
         info = _DEVICE.stat()
     except FileNotFoundError:
-        yield Finding(
-            "fault", f"{_DEVICE} does not exist",
+        yield _fault(
+            f"{_DEVICE} does not exist",
             f"modprobe fuse, or mknod -m 666 {_DEVICE} c 10 229; for a container: --device"
             f" {_DEVICE}",
-        )  # fmt: skip
+        )
         return
     if not stat.S_ISCHR(info.st_mode) or os.major(info.st_rdev) != 10:
-        yield Finding(
-            "fault", f"{_DEVICE} is not FUSE's device",
+        yield _fault(
+            f"{_DEVICE} is not FUSE's device",
             f"rm {_DEVICE} && mknod -m 666 {_DEVICE} c 10 229",
-        )  # fmt: skip
+        )
         return
     mode = stat.S_IMODE(info.st_mode)
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
-        yield Finding(
-            "fault", f"{_DEVICE} has mode {mode:04o}, and this user may not open it",
+        yield _fault(
+            f"{_DEVICE} has mode {mode:04o}, and this user may not open it",
             f"chmod 0666 {_DEVICE}",
-        )  # fmt: skip
+        )
     elif mode & 0o666 != 0o666:
-        yield Finding(
-            "hint", f"{_DEVICE} has mode {mode:04o}: other users cannot mount",
+        yield _hint(
+            f"{_DEVICE} has mode {mode:04o}: other users cannot mount",
             f"chmod 0666 {_DEVICE}",
-        )  # fmt: skip
+        )
     else:
-        yield Finding("ok", f"{_DEVICE} can be opened by every user")
+        yield _ok(f"{_DEVICE} can be opened by every user")
 
 
 def _fusermount() -> Iterator[Finding]:
     path = shutil.which("fusermount3")
-    level: Level = "hint" if _may_mount() else "fault"
+    unusable = _hint if _may_mount() else _fault
     if path is None:
-        yield Finding("fault", "fusermount3 is not in PATH", "apt-get install fuse3")
+        yield _fault("fusermount3 is not in PATH", "apt-get install fuse3")
         return
     info = os.stat(path)
     if info.st_uid != 0 or not info.st_mode & stat.S_ISUID:
-        yield Finding(
-            level, f"{path} is not set-uid root: only root can mount",
+        yield unusable(
+            f"{path} is not set-uid root: only root can mount",
             f"chown root {path} && chmod u+s {path}",
-        )  # fmt: skip
+        )
     elif os.statvfs(path).f_flag & os.ST_NOSUID:
-        yield Finding(
-            level, f"{path} is on a file system mounted nosuid: only root can mount",
+        yield unusable(
+            f"{path} is on a file system mounted nosuid: only root can mount",
             f"mount -o remount,suid on the file system of {path}",
-        )  # fmt: skip
+        )
     else:
-        yield Finding("ok", f"{path} is set-uid root")
+        yield _ok(f"{path} is set-uid root")
 
 
 def _status(name: str) -> str:
@@ -115,20 +119,20 @@ def _may_mount() -> bool:
 
 def _privileges() -> Iterator[Finding]:
     if _may_mount():
-        yield Finding("ok", "this process may mount by itself")
+        yield _ok("this process may mount by itself")
     elif os.geteuid() == 0:
-        yield Finding(
-            "fault", "root here may not mount: the container lacks CAP_SYS_ADMIN",
+        yield _fault(
+            "root here may not mount: the container lacks CAP_SYS_ADMIN",
             "start the container with --device /dev/fuse --cap-add SYS_ADMIN",
-        )  # fmt: skip
+        )
     elif _status("NoNewPrivs") == "1":
-        yield Finding(
-            "fault", "no_new_privs is set: fusermount3 gets no privileges from here",
+        yield _fault(
+            "no_new_privs is set: fusermount3 gets no privileges from here",
             "start the program without no_new_privs (systemd: NoNewPrivileges=no), or mount in a"
             " namespace of its own: unshare -Urm",
-        )  # fmt: skip
+        )
     else:
-        yield Finding("ok", "fusermount3 mounts for this user")
+        yield _ok("fusermount3 mounts for this user")
 
 
 def _configuration() -> Iterator[Finding]:
@@ -139,28 +143,28 @@ def _configuration() -> Iterator[Finding]:
     except OSError:
         text = ""
     if re.search(r"^\s*user_allow_other\s*$", text, re.MULTILINE):
-        yield Finding("ok", "users may give -o allow_other")
+        yield _ok("users may give -o allow_other")
     else:
-        yield Finding(
-            "hint", "/etc/fuse.conf has no user_allow_other: -o allow_other is for root only",
+        yield _hint(
+            "/etc/fuse.conf has no user_allow_other: -o allow_other is for root only",
             "echo user_allow_other >> /etc/fuse.conf",
-        )  # fmt: skip
+        )
 
 
 def _limits() -> Iterator[Finding]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < _FILES:
-        yield Finding(
-            "hint", f"a process may open {hard} files: large targets are slower than they could be",
-            f"raise nofile in /etc/security/limits.conf, systemd: LimitNOFILE={_FILES}",
-        )  # fmt: skip
-    elif soft != resource.RLIM_INFINITY and soft < _FILES:
-        yield Finding(
-            "hint", f"a process may open {soft} files: large targets are slower than they could be",
-            f"ulimit -n {_FILES}",
-        )  # fmt: skip
-    else:
-        yield Finding("ok", f"a process may open {soft} files")
+    soft, hard = (
+        math.inf if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if soft >= _FILES:
+        yield _ok(f"a process may open {soft} files")
+        return
+    yield _hint(
+        f"a process may open {soft} files: large targets are slower than they could be",
+        f"ulimit -n {_FILES}"
+        if hard >= _FILES
+        else f"raise nofile in /etc/security/limits.conf, systemd: LimitNOFILE={_FILES}",
+    )
 
 
 def _runtime_directory() -> Iterator[Finding]:
@@ -168,19 +172,17 @@ def _runtime_directory() -> Iterator[Finding]:
     try:
         info = path.lstat()
     except FileNotFoundError:
-        yield Finding("ok", f"{path}, for local sockets, is made when needed")
+        yield _ok(f"{path}, for local sockets, is made when needed")
         return
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        yield Finding(
-            "fault", f"{path}, for local sockets, is not a directory of this user",
+        yield _fault(
+            f"{path}, for local sockets, is not a directory of this user",
             f"rm -rf {path}, or set WARABI_RUNTIME_DIR",
-        )  # fmt: skip
-    elif info.st_mode & 0o077:
-        yield Finding(
-            "fault", f"{path}, for local sockets, can be used by others", f"chmod 0700 {path}"
         )
+    elif info.st_mode & 0o077:
+        yield _fault(f"{path}, for local sockets, can be used by others", f"chmod 0700 {path}")
     else:
-        yield Finding("ok", f"{path}, for local sockets, is this user's")
+        yield _ok(f"{path}, for local sockets, is this user's")
 
 
 def _helpers() -> Iterator[Finding]:
@@ -189,25 +191,23 @@ def _helpers() -> Iterator[Finding]:
     try:
         text = helper.read_text(errors="replace")
     except OSError:
-        yield Finding("hint", f"{helper} is missing: mount(8) and fstab do not know us", remedy)
+        yield _hint(f"{helper} is missing: mount(8) and fstab do not know us", remedy)
         return
     found = re.search(r"^exec (.+) -P -m warabifs.helper", text, re.MULTILINE)
     if install.MARK not in text or found is None:
-        yield Finding("hint", f"{helper} is not of this project", "rm it, then: " + remedy)
+        yield _hint(f"{helper} is not of this project", "rm it, then: " + remedy)
     elif not os.access(shlex.split(found[1])[0], os.X_OK):
-        yield Finding(
-            "fault", f"{helper} starts {found[1]}, which this user cannot run",
+        yield _fault(
+            f"{helper} starts {found[1]}, which this user cannot run",
             f"install warabifs where every user gets to, then: {remedy}",
-        )  # fmt: skip
+        )
     else:
-        yield Finding("ok", f"{helper} starts {found[1]}")
+        yield _ok(f"{helper} starts {found[1]}")
 
 
 def _log() -> Iterator[Finding]:
     if not Path("/dev/log").exists():
-        yield Finding(
-            "hint", "there is no /dev/log: mounts in the background log nowhere", "-o log=FILE"
-        )
+        yield _hint("there is no /dev/log: mounts in the background log nowhere", "-o log=FILE")
 
 
 def _namespaces() -> Iterator[Finding]:
@@ -221,10 +221,10 @@ def _namespaces() -> Iterator[Finding]:
     ):  # fmt: skip
         path = Path(name)
         if path.exists() and path.read_text().strip() == wrong:
-            yield Finding(
-                "hint", f"{name} is {wrong}: users cannot mount in a namespace of their own",
+            yield _hint(
+                f"{name} is {wrong}: users cannot mount in a namespace of their own",
                 f"sysctl {right}",
-            )  # fmt: skip
+            )
 
 
 def _mounts() -> Iterator[Finding]:
@@ -237,18 +237,18 @@ def _mounts() -> Iterator[Finding]:
                 env={**os.environ, "LC_ALL": "C"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            yield Finding(
-                "fault", f"{mount.path}: {mount.source} does not answer",
+            yield _fault(
+                f"{mount.path}: {mount.source} does not answer",
                 f"see its log; fusermount3 -u -z {mount.path} gives it up",
-            )  # fmt: skip
+            )
             continue
         if b"not connected" in done.stderr:
-            yield Finding(
-                "fault", f"{mount.path}: the process of {mount.source} has died",
+            yield _fault(
+                f"{mount.path}: the process of {mount.source} has died",
                 f"mount it again, or: fusermount3 -u {mount.path}",
-            )  # fmt: skip
+            )
         elif done.returncode == 0:
-            yield Finding("ok", f"{mount.path}: {mount.source} answers")
+            yield _ok(f"{mount.path}: {mount.source} answers")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

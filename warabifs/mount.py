@@ -29,7 +29,7 @@ from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.security import config_of
 from warabi.target import Target
-from warabifs.device import Device
+from warabifs.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
 from warabifs.ending import Ending, device_number
 from warabifs.filesystem import FileSystem
 from warabifs.following import Follower
@@ -366,7 +366,7 @@ async def _mount_and_serve(
                 operations.features = session.begin(operations.features)
                 if options.passthrough and not operations.features & Feature.PASSTHROUGH:
                     raise ConfigError("option passthrough: this kernel has none (Linux 6.14 has)")
-                device.read_ahead()
+                device.read_ahead(READ_AHEAD_REMOTE if source.remote else READ_AHEAD)
                 if not ending.announce(mountpoint):
                     log.warning("unmounting %s will not wait until this process ends", mountpoint)
                 with Watchdog(device_number(mountpoint)):

@@ -68,6 +68,11 @@ def _text(attribute: str) -> Callable[[Options, str], None]:
     return lambda options, text: setattr(options, attribute, text)
 
 
+def _path(attribute: str) -> Callable[[Options, str], None]:
+    # Absolute: the mount's process changes its directory.
+    return lambda options, text: setattr(options, attribute, text and str(Path(text).absolute()))
+
+
 def _seconds(name: str) -> Callable[[Options, str], None]:
     return lambda options, text: setattr(options, name, _number(name, text, 0, 1e9))
 
@@ -77,7 +82,6 @@ def _security(name: str) -> Callable[[Options, str], None]:
 
 
 def _file(name: str) -> Callable[[Options, str], None]:
-    # Absolute: the mount's process changes its directory.
     return lambda options, text: options.security.update({name: str(Path(text).absolute())})
 
 
@@ -172,7 +176,7 @@ OPTIONS: dict[str, _Option] = {
         " mounted (root only); the options of this list stay as they are",
     ),
     "fsname": _Option(_text("fsname"), "the source that mount(8) and df show", "NAME"),
-    "log": _Option(_text("log_file"), "log to this file instead of the system log", "FILE"),
+    "log": _Option(_path("log_file"), "log to this file instead of the system log", "FILE"),
 }  # fmt: skip
 
 KERNEL = {
@@ -283,6 +287,11 @@ class Source:
     @property
     def embedded(self) -> bool:
         return not self.address
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is behind a network, or may be."""
+        return bool(self.address) and not address.parse(self.address).local
 
 
 def parse_source(text: str, *, create: bool) -> Source:

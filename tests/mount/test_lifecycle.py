@@ -73,6 +73,16 @@ def test_the_command_prints_nothing_and_lets_go_of_its_terminal(kept: Mount) -> 
     kept.adopt()
     links = {os.readlink(f"/proc/{kept.pid}/fd/{number}") for number in (0, 1, 2)}
     assert links == {"/dev/null"}
+
+
+def test_the_log_is_where_the_command_was_started(kept: Mount, place: Path) -> None:
+    kept.log = Path("logs/of the mount")
+    (place / "logs").mkdir()
+    run(*kept.command(), cwd=place)
+    kept.adopt()
+    kept.log = place / kept.log
+    assert kept.log.exists()
+    assert os.readlink(f"/proc/{kept.pid}/cwd") == "/"
     assert os.readlink(f"/proc/{kept.pid}/cwd") == "/"
     assert os.getsid(kept.pid) == kept.pid
 

@@ -150,10 +150,12 @@ def test_reading_a_hole_takes_no_memory(place: Path) -> None:
         assert blocks[0] * 512 < MIB
 
 
-def test_the_kernel_reads_ahead_in_large_requests(mounted: Mount) -> None:
+@pytest.mark.parametrize(("mounted", "least"), [*zip(SOURCES, (512, 512, 512, 4096), strict=True)],
+                         indirect=["mounted"])  # fmt: skip
+def test_the_kernel_reads_ahead_in_large_requests(mounted: Mount, least: int) -> None:
     device = os.stat(mounted.path).st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-    assert int(setting.read_text()) >= 512
+    assert int(setting.read_text()) == least
 
 
 def test_what_is_cached_stays_when_another_part_is_written(mounted: Mount) -> None:

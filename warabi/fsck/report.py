@@ -84,11 +84,6 @@ class Report:
         self._lost.log(f"{what}: {remedy}{details and f': {details}'}")
         return True
 
-    def hopeless(self, what: str) -> None:
-        """Something is wrong that no repair here can put right."""
-        self.left += 1
-        self._say(what)
-
     def note(self, what: str, remedy: str = "") -> bool:
         """Something to know that is no damage; returns whether to do what *remedy* says."""
         doing = self._repair and bool(remedy)
