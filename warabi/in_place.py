@@ -1,5 +1,5 @@
-"""Payloads between socket and region without a buffer, where a region's bytes are in memory, or all
-of the payload came with its header.
+"""Payloads between socket and region without a buffer: where a region's bytes are in memory, or to
+be sent, in the page cache, and where all of what is to be written came with its header.
 
 The kernel copies them once, as if they were in this process's own buffers.  What is to be moved is
 lent by the target for moments in which nothing waits (``RegionGate.lend``), so a peer that stops
@@ -102,7 +102,7 @@ async def send(channel: Channel, request: Request, plan: Plan, buffer: memoryvie
 
     What the socket does not take at once is copied to *buffer*, and does not hold up the region.
     """
-    if request.target.blocking or not channel.plain or len(plan.extents) != 1:
+    if not channel.plain or len(plan.extents) != 1:
         return False
     offset, size = plan.extents[0]
     frame = wire.frame([request.number, None], size)
