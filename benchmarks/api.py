@@ -44,15 +44,16 @@ def _peers_of(row: Row, found: dict[str, tuple[Maker, Maker]]) -> dict[str, Call
     wanted: dict[str, Callable[[], Work]] = {}
     if row.moves or row.name.startswith("read "):
         for name, makers in found.items():
-            if name != peers.SYNCED and (name != peers.VM_READV or row.reads):
+            if name not in peers.KERNEL.values() and (name != peers.VM_READV or row.reads):
                 wanted[name] = making(makers[row.reads], row.size)
     else:
         wanted[peers.PING_UNIX] = ping(peers.COPY_UNIX)
         apart = ping(peers.COPY_UNIX)
         wanted[peers.PING_CORES] = lambda: peers.on_two_cores(apart())
         wanted[peers.PING_TCP] = ping(peers.COPY_TCP)
-    if row.name.startswith("persist"):
-        wanted[peers.SYNCED] = making(found[peers.SYNCED][0], row.size)
+    if row.operation in peers.KERNEL:
+        name = peers.KERNEL[row.operation]
+        wanted[name] = making(found[name][0], row.size)
     return wanted
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import socket
@@ -36,6 +37,11 @@ REDIS = "Redis, Unix socket"
 VM_READV = "process_vm_readv"
 FILE = "pread/pwrite"
 SYNCED = "pwrite + fdatasync"
+MADE = "open + ftruncate + close"
+FILLED = "open + pwrite + close"
+REMOVED = "unlink"
+KERNEL = {"create": MADE, "create_and_write": FILLED, "persist": SYNCED, "erase": REMOVED}
+"""By operation: the system calls that a region's file takes, whoever makes them."""
 
 Maker = Callable[[int], Work]
 """Makes the work of moving so many bytes."""
@@ -234,6 +240,53 @@ def file(directory: Path) -> Iterator[dict[str, tuple[Maker, Maker]]]:
 
             return Work(call)
 
-        yield {FILE: (write, read), SYNCED: (synced, read)}
+        made, filled = partial(_new_file, directory, False), partial(_new_file, directory, True)
+        removed = partial(_removed, directory)
+        yield {
+            FILE: (write, read), SYNCED: (synced, read),
+            MADE: (made, made), FILLED: (filled, filled), REMOVED: (removed, removed),
+        }  # fmt: skip
     finally:
         os.close(fd)
+
+
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def _new_file(directory: Path, filled: bool, size: int) -> Work:
+    """A new file of *size* bytes, made with *filled* by writing them; in 256 directories, as the
+    files of regions are."""
+    place = tempfile.mkdtemp(dir=directory)
+    shards = [f"{place}/{number:02x}" for number in range(256)]
+    for shard in shards:
+        os.mkdir(shard)
+    names = itertools.count()
+    data = _bytes(size)
+
+    def make() -> None:
+        name = next(names)
+        fd = os.open(f"{shards[name % 256]}/{name}", _NEW, 0o600)
+        if filled:
+            os.pwrite(fd, data, 0)
+        else:
+            os.ftruncate(fd, size)
+        os.close(fd)
+
+    def remove() -> None:
+        for shard in shards:
+            for name in os.listdir(shard):
+                os.unlink(f"{shard}/{name}")
+
+    return Work(make, after=remove, most=5000 if size < 1 << 20 else 100)
+
+
+def _removed(directory: Path, size: int) -> Work:
+    """A new file of *size* bytes, removed."""
+    path = f"{tempfile.mkdtemp(dir=directory)}/file"
+
+    def make() -> None:
+        fd = os.open(path, _NEW, 0o600)
+        os.ftruncate(fd, size)
+        os.close(fd)
+
+    return Work(partial(os.unlink, path), before=make)

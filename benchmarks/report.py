@@ -86,10 +86,11 @@ def _not_met(found: list[Verdict]) -> Iterator[str]:
     yield from _grid(["what", "measured", "goal", "which was", "short by"], rows)
 
 
-def _against(row: Row, way: str) -> str:
+def _against(row: Row, backend: str, way: str) -> str:
     """The peer that does the least of what the row does."""
-    if row.name.startswith("persist"):
-        return peers.SYNCED
+    alone = backend == "file" and way == WAYS[0]
+    if row.operation == "persist" or (alone and row.operation in peers.KERNEL):
+        return peers.KERNEL[row.operation]
     if row.moves or row.reads:
         return peers.COPY_TCP if way == "TCP" else peers.MEMCPY
     return peers.PING_TCP if way == "TCP" else peers.PING_UNIX
@@ -101,7 +102,8 @@ def _api(found: Table) -> Iterator[str]:
     yield "Medians of the rounds' medians, µs a call. “Spread” is from the fastest to the slowest"
     yield "round, as a part of the median. The figures of C++ are of another machine of this kind."
     yield "“× least” is the time as a multiple of that of the peer that does the least of it in the"
-    yield "same rounds: memcpy, a bare copy over TCP, ping-pong, or `pwrite` and `fdatasync`."
+    yield "same rounds: memcpy, a bare copy over TCP, ping-pong, `pwrite` and `fdatasync`, or,"
+    yield "in the same process, the system calls that make or remove a region's file."
     yield ""
     rows = []
     met = {each.what: each for each in goals.api(found)}
@@ -111,7 +113,7 @@ def _api(found: Table) -> Iterator[str]:
                 subject = f"{backend}, {way}"
                 if (series := found.get((row.name, subject))) is None:
                     continue
-                least = found.get((row.name, _against(row, way)))
+                least = found.get((row.name, _against(row, backend, way)))
                 verdict = met.get(f"{row.name}, {subject}")
                 goal = f"{verdict.goal} = {number(verdict.limit)}" if verdict else ""
                 if verdict and "×" not in verdict.goal:

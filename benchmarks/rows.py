@@ -45,6 +45,10 @@ class Row:
     goals: Mapping[str, Goal] = field(default_factory=dict)
 
     @property
+    def operation(self) -> str:
+        return self.name.split()[0]
+
+    @property
     def reads(self) -> bool:
         return self.name.startswith("read")
 

@@ -876,3 +876,30 @@ def test_a_file_system_without_extended_attributes(
     with existing(path.parent.with_name("copy") / path.name) as target:
         assert target.stat(region) == told
     assert len(calls) == 1
+
+
+# Where the file system puts them
+
+
+def test_regions_are_spread_over_the_block_groups_of_ext4(tmp_path: Path) -> None:
+    """Elsewhere they are where they are, which the other tests show."""
+    image, place = tmp_path / "disk", tmp_path / "mounted"
+    image.touch()
+    os.truncate(image, 64 << 20)
+    place.mkdir()
+    tools = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    groups, inodes = 8, 1024
+    shape = ["-b", "1024", "-N", str(groups * inodes), "-O", "^flex_bg"]  # groups of 8 MiB
+    command = ["mkfs.ext4", "-q", "-F", *shape, str(image)]
+    subprocess.run(command, check=True, env=tools, timeout=PATIENCE)
+    subprocess.run(["mount", "-o", "loop", image, place], check=True, timeout=PATIENCE)
+    try:
+        with open_target(place / "target") as target:
+            for _ in range(100):
+                target.create(1)
+        files = place.glob("target.regions/*/*")
+        found = {(file.stat().st_ino - 1) // inodes for file in files}
+        assert len(found) > groups // 2
+        shutil.rmtree(place / "target.regions")
+    finally:
+        subprocess.run(["umount", "-l", place], check=True, timeout=PATIENCE)

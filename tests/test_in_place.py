@@ -1,27 +1,36 @@
-"""Payloads that go straight between a socket and a region of memory: right, and nobody's hostage.
+"""Payloads that go straight between a socket and a region: right, and nobody's hostage.
 
 Over real sockets, with peers that stop half way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
 import warabi.aio
-from tests.helpers import MEMORY, PIPELINE, RawPeer, eventually, pattern, raw_connection
+from tests.helpers import (
+    MEMORY,
+    PIPELINE,
+    RawPeer,
+    eventually,
+    file_config,
+    pattern,
+    raw_connection,
+)
 from warabi import in_place, wire
 from warabi.backends import memory
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client
 from warabi.errors import InvalidRegion, OutOfBounds
 from warabi.server import Provider
-from warabi.target import Target
 
 MIB = 1 << 20
 LARGE = 4 * MIB
@@ -30,37 +39,40 @@ SIZES = [1, 2049, 65_535, 65_536, 65_537, 70_000, 300_000, MIB + 1, LARGE, LARGE
 
 
 class Served:
-    """A provider of memory in this process, a client on TCP, and the target itself."""
+    """A provider in this process, a client on TCP, and the target itself."""
 
-    def __init__(self, engine: Engine, handle: TargetHandle, target: Target) -> None:
+    def __init__(self, engine: Engine, handle: TargetHandle, provider: Provider) -> None:
         self.address = str(engine.addr())
         self.handle = handle
-        self.target = target
+        self.target = provider._core.target
+        self.changes = provider._core.changes
 
 
-@pytest.fixture(params=["default", "pipeline"])
-def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    config: dict[str, Any] = MEMORY
-    if request.param == "pipeline":
-        config = {**MEMORY, "transfer_manager": PIPELINE}
+@contextlib.contextmanager
+def _serving(config: dict[str, Any]) -> Iterator[Served]:
     with (
         Engine("tcp") as engine,
         Provider(engine, 1, config) as provider,
         Engine("tcp", client) as calling,
     ):
         handle = Client(calling).make_target_handle(str(engine.addr()), 1)
-        yield Served(engine, handle, provider._core.target)
+        yield Served(engine, handle, provider)
+
+
+@pytest.fixture(params=["memory", "memory, pipeline", "file", "file, pipeline"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    backend, _, piped = request.param.partition(", ")
+    config = MEMORY if backend == "memory" else file_config(tmp_path / "target")
+    if piped:
+        config = {**config, "transfer_manager": PIPELINE}
+    with _serving(config) as found:
+        yield found
 
 
 @pytest.fixture
 def plain() -> Iterator[Served]:
-    with (
-        Engine("tcp") as engine,
-        Provider(engine, 1, MEMORY) as provider,
-        Engine("tcp", client) as calling,
-    ):
-        handle = Client(calling).make_target_handle(str(engine.addr()), 1)
-        yield Served(engine, handle, provider._core.target)
+    with _serving(MEMORY) as found:
+        yield found
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -280,3 +292,50 @@ def test_mappings_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         for region in regions:
             handle.erase(region)
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before - len(regions))
+
+
+# Files: what can be answered at once is, and what cannot holds up nobody
+
+
+@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("size", [64, 4096, 60_000, 100_000])
+def test_who_waits_for_a_region_lets_those_behind_go_first(
+    size: int, piped: bool, tmp_path: Path
+) -> None:
+    """On one connection; a pipeline has two buffers of each size, and gets them back."""
+    config = file_config(tmp_path / "target")
+    if piped:
+        config |= {"transfer_manager": PIPELINE}
+    with _serving(config) as served, raw_connection(served.address) as connection:
+        old, new = pattern(size), random.Random(size).randbytes(size)
+        busy, free = (bytes(served.handle.create_and_write(old)) for _ in range(2))
+        peer = RawPeer(connection)
+        for writing in (False, True, False, True, True):
+            inode = served.target._enter_exclusive(RegionID(busy), "resize", True)
+            try:
+                for number, region in enumerate((busy, free)):
+                    if writing:
+                        peer.send([number, 1, "write", [region, 0, False, False], None], new)
+                    else:
+                        peer.send([number, 1, "read", [region, 0, size, False, False], None])
+                assert peer.reply() == [1, None]
+            finally:
+                served.target._leave_exclusive(inode)
+            assert peer.reply() == [0, None]
+        for region in (busy, free):
+            assert served.target.read(RegionID(region), 0, size) == new
+        served.changes.freeze(1.0, lambda: False)  # nobody has stayed inside
+        served.changes.thaw()
+
+
+@pytest.mark.parametrize("size", [64, 60_000, MIB])
+def test_what_is_not_in_the_page_cache_is_read_from_the_medium(size: int, tmp_path: Path) -> None:
+    """On a file system that says so, as that of the checkout does."""
+    with _serving(file_config(tmp_path / "target")) as served:
+        data = random.Random(size).randbytes(size)
+        region = served.handle.create_and_write(data, persist=True)
+        file = next(tmp_path.glob(f"target.regions/*/{region.hex()}"))
+        for _ in range(3):
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert served.handle.read(region, 0, size) == data

@@ -291,7 +291,7 @@ class Catalogue:
 
     def names(self, inode: Inode) -> list[tuple[int, bytes]]:
         """Every (parent, name) that means *inode*."""
-        return self._dentries.of(inode.ino)
+        return [] if inode.anonymous else self._dentries.of(inode.ino)
 
     def has_entries(self, ino: int) -> bool:
         return self._dentries.any_in(ino)

@@ -68,6 +68,18 @@ class AsyncCreateRequest(AsyncRequest):
         return region
 
 
+class _Nowhere:
+    """In the place of a link, for a handle without one: whatever is asked of it fails."""
+
+    def _fail(self, *_: object) -> Any:
+        raise TargetNotFound("the handle was made without a target; use make_target_handle()")
+
+    __getattr__ = __setattr__ = _fail
+
+
+_NOWHERE: Any = _Nowhere()
+
+
 class TargetHandle:
     """A target, wherever it is.  ``TargetHandle()`` is none: it is false and its calls fail.
 
@@ -80,17 +92,11 @@ class TargetHandle:
     """
 
     def __init__(self, link: Link | None = None, engine: Engine | None = None) -> None:
-        self._maybe_link = link
+        self._link: Link = _NOWHERE if link is None else link
         self._engine = engine  # lives as long as its handles
 
-    @property
-    def _link(self) -> Link:
-        if self._maybe_link is None:
-            raise TargetNotFound("the handle was made without a target; use make_target_handle()")
-        return self._maybe_link
-
     def __bool__(self) -> bool:
-        return self._maybe_link is not None
+        return self._link is not _NOWHERE
 
     # Regions
 

@@ -1,8 +1,9 @@
 """Carrying out operations from a Trio task without ever keeping its loop waiting.
 
 What memory or the page cache can answer is done at once; what has to wait for the medium goes
-to a worker thread.  Used by the provider and by Trio programs that hold a target themselves.
-A call that went to a thread runs to its end even when the task is cancelled meanwhile.
+to a worker thread, or without *wait* raises ``WouldBlock``, nothing having been done.  Used by the
+provider and by Trio programs that hold a target themselves.  A call that went to a thread runs to
+its end even when the task is cancelled meanwhile.
 """
 
 from __future__ import annotations
@@ -67,32 +68,42 @@ async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, .
     return await _in_thread(target, call, target, *arguments)
 
 
+_PERSIST = {"write": 2, "create_and_write": 0}
+"""Which argument says that what is written has to be on the medium."""
+
+
 def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether the upload *name* may wait, for the medium or for others."""
-    if name == "create_and_write":
-        return target.write_waits or (bool(arguments[0]) and target.blocking)
-    return target.blocking
+    """Whether the upload *name* is known to wait for the medium."""
+    if name == "write_vector":
+        return target.blocking
+    return target.write_waits or (target.blocking and bool(arguments[_PERSIST[name]]))
 
 
 async def write(
-    target: Target, region: RegionID, offset: int, data: Any, persist: bool, extend: bool
-) -> None:
+    target: Target, region: RegionID, offset: int, data: Any, persist: bool, extend: bool,
+    *, wait: bool = True,
+) -> None:  # fmt: skip
     """As ``Target.write``."""
     try:
         target.write(region, offset, data, extend=extend, wait=not target.blocking)
     except WouldBlock:
+        if not wait:
+            raise
         await _in_thread(target, lambda: target.write(region, offset, data, extend=extend))
     if persist:
         await execute(target, "persist", (region, offset, len(readable(data, "write: data"))))
 
 
 async def read_into(
-    target: Target, region: RegionID, offset: int, buffer: Any, *, short: bool = False
-) -> int:
+    target: Target, region: RegionID, offset: int, buffer: Any,
+    *, short: bool = False, wait: bool = True,
+) -> int:  # fmt: skip
     """As ``Target.read_into``."""
     try:
         return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
     except WouldBlock:
+        if not wait:
+            raise
         return await _in_thread(
             target, lambda: target.read_into(region, offset, buffer, short=short)
         )
@@ -107,10 +118,13 @@ async def write_vector(target: Target, region: RegionID, extents: list[Extent], 
 
 
 async def read_vector(
-    target: Target, region: RegionID, extents: list[Extent], place: memoryview
-) -> None:
+    target: Target, region: RegionID, extents: list[Extent], place: memoryview,
+    *, wait: bool = True,
+) -> None:  # fmt: skip
     """As ``Target.read_vector``."""
     if target.blocking:
+        if not wait:
+            raise WouldBlock
         await _in_thread(target, target.read_vector, region, extents, place)
     else:
         target.read_vector(region, extents, place)

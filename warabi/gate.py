@@ -271,7 +271,8 @@ class RegionGate:
         inode.share = None
         if self._holds:
             self._kept[inode.rid] = inode.size
-        self._changed.set()
+        if not self._changed.is_set():
+            self._changed.set()
 
     def _reap(self) -> None:
         """Erase from storage what the catalogue on the medium no longer mentions."""

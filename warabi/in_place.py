@@ -1,4 +1,5 @@
-"""Payloads between socket and region without a buffer, where a region's bytes are in memory.
+"""Payloads between socket and region without a buffer: where a region's bytes are in memory, or to
+be sent, in the page cache, and where all of what is to be written came with its header.
 
 The kernel copies them once, as if they were in this process's own buffers.  What is to be moved is
 lent by the target for moments in which nothing waits (``RegionGate.lend``), so a peer that stops
@@ -14,6 +15,7 @@ import errno
 
 from warabi import errors, wire
 from warabi.channel import Channel
+from warabi.errors import WouldBlock
 from warabi.plan import Plan, Request
 
 WHOLE = 64 * 1024
@@ -26,11 +28,13 @@ async def receive(channel: Channel, request: Request) -> bool:
     The request is left with what is still to be received, for which there is no such place, or
     not any more.
     """
-    if request.name != "write" or request.target.blocking or not channel.plain:
+    if request.name != "write" or request.arguments[2]:  # or it has to be persisted
         return False
-    if request.payload <= WHOLE and len(channel.arrived()) < request.payload:
+    if len(channel.arrived()) == request.payload:
+        return _store_whole(channel, request)
+    if request.payload <= WHOLE or request.target.blocking or not channel.plain:
         return False
-    while not request.arguments[2] and request.core.changes.enter_nowait():  # nothing to persist
+    while request.core.changes.enter_nowait():
         try:
             if not _receive_now(channel, request):
                 break
@@ -40,6 +44,24 @@ async def receive(channel: Channel, request: Request) -> bool:
             return True
         await channel.readable()
     return False
+
+
+def _store_whole(channel: Channel, request: Request) -> bool:
+    """Store a payload that came with its header; False when it has to go another way."""
+    region, offset, _, extend = request.arguments
+    if not request.core.changes.enter_nowait():
+        return False
+    try:
+        target = request.core.target
+        wait = not target.blocking
+        target.write(region, offset, channel.arrived(), extend=extend, wait=wait)
+    except (errors.Exception, WouldBlock):
+        return False
+    finally:
+        request.core.changes.leave()
+    channel.skip(request.payload)
+    request.payload = 0
+    return True
 
 
 def _receive_now(channel: Channel, request: Request) -> bool:
@@ -80,7 +102,7 @@ async def send(channel: Channel, request: Request, plan: Plan, buffer: memoryvie
 
     What the socket does not take at once is copied to *buffer*, and does not hold up the region.
     """
-    if request.target.blocking or not channel.plain or len(plan.extents) != 1:
+    if not channel.plain or len(plan.extents) != 1:
         return False
     offset, size = plan.extents[0]
     frame = wire.frame([request.number, None], size)

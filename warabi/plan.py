@@ -11,7 +11,6 @@ from warabi.operations import OPERATIONS, checked_arguments
 from warabi.provider import ProviderCore
 from warabi.region import RegionID
 from warabi.target import Target
-from warabi.transfer import load, part
 from warabi.wire import Limits
 
 UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
@@ -30,6 +29,7 @@ class Request:
     eager: bytes | None
     payload: int  # bytes that follow
     entered: bool = False  # it is a change, and inside the provider's gate
+    beside: bool = False  # it may wait for the medium, for others are answered meanwhile
 
 
 @dataclass(slots=True)
@@ -144,26 +144,3 @@ def plan_download(request: Request, own: Limits, peer: Limits) -> tuple[Plan, bo
     if not short:
         check_bounds(request.target, plan, request.name)
     return plan, eager
-
-
-async def load_chunk(
-    request: Request, plan: Plan, piece: tuple[int, int], view: memoryview
-) -> None:
-    """Load the bytes from the one to the other end of *piece*, of all that *plan* is about."""
-    start, end = piece
-    pieces = part(plan.extents, start, end)
-    await load(request.target, plan.region, pieces, view[: end - start], plan.short)
-
-
-async def load_ahead(
-    request: Request,
-    plan: Plan,
-    piece: tuple[int, int],
-    view: memoryview,
-    failures: list[Exception],
-) -> None:
-    """As :func:`load_chunk`, beside others: what it raises is added to *failures*."""
-    try:
-        await load_chunk(request, plan, piece, view)
-    except Exception as error:
-        failures.append(error)

@@ -1,8 +1,8 @@
 """What a provider does with its clients' requests: target operations, and replies.
 
 This is the only place where an exception becomes a failure reply.  One task reads a
-connection; what can be answered at once is answered by that task, what has to wait for a
-medium runs beside it, so replies may come in any order.  A peer that does not read its
+connection; what can be answered at once is answered by that task, what turns out to have to wait
+for a medium runs beside it, so replies may come in any order.  A peer that does not read its
 replies, or that breaks the protocol, stops only its own connection.
 
 Requests are ``[id, provider id, operation, arguments, eager data or None]``, replies ``[id,
@@ -14,13 +14,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, extents, feed, hosting, in_place, migration, wire
+from warabi import dispatch, errors, extents, feed, hosting, in_place, migration, piecemeal, wire
 from warabi.admission import Budget
 from warabi.channel import Channel
+from warabi.errors import WouldBlock
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
 from warabi.lookout import Attention
@@ -34,16 +36,12 @@ from warabi.plan import (
     Request,
     checked_header,
     checked_request,
-    load_ahead,
-    load_chunk,
     memory,
     plan_download,
-    plan_upload,
 )
 from warabi.provider import ProviderCore
-from warabi.request import chunks
 from warabi.security import Peer, Security, permit
-from warabi.transfer import load, part, store
+from warabi.transfer import load
 from warabi.watching import Watching
 from warabi.wire import Message
 
@@ -185,7 +183,7 @@ class Session:
         if name in UPLOADS:
             await self._upload(request, nursery)
         elif name in DOWNLOADS:
-            await self._start(request, request.target.blocking, nursery, self._download)
+            await self._start(request, False, nursery, self._download)
         else:
             waits = OPERATIONS[name].waits and request.target.blocking
             await self._start(request, waits, nursery, self._operate)
@@ -258,13 +256,15 @@ class Session:
         nursery: trio.Nursery,
         work: Callable[[Request], Awaitable[None]],
     ) -> None:
-        """Answer a request, *beside* the ones that follow if that may take a while."""
+        """Answer a request, *beside* the ones that follow if it has to wait for anything."""
         if request.name not in READING and not request.entered:
             request.entered = request.core.changes.enter_nowait()
             beside = beside or not request.entered
         if not beside:
-            await self._answer(request, work)
-            return
+            with suppress(WouldBlock):
+                await self._answer(request, work)
+                return
+        request.beside = True
         size = memory(request, self._channel.limits.payload)
         await self._running.acquire(size)
         nursery.start_soon(self._answer_beside, request, work, size)
@@ -278,17 +278,25 @@ class Session:
             self._running.release(size)
 
     async def _answer(self, request: Request, work: Callable[[Request], Awaitable[None]]) -> None:
-        """Do *work*, which replies, once the target may be changed, if it changes it."""
+        """Do *work*, which replies, once the target may be changed, if it changes it.
+
+        Raises:
+            WouldBlock: it has to be done beside others; it goes on to be inside the gate.
+        """
+        leave = True
         try:
             if not request.entered and request.name not in READING:
                 await request.core.changes.enter()
                 request.entered = True
                 request.target = request.core.target  # it may have gone meanwhile
             await work(request)
+        except WouldBlock:
+            leave = False
+            raise
         except Exception as error:
             await self._report(request.number, request.name, error)
         finally:
-            if request.entered:
+            if request.entered and leave:
                 request.core.changes.leave()
 
     async def _report(self, number: int, name: str, error: Exception) -> None:
@@ -336,23 +344,28 @@ class Session:
             await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
         elif request.core.changes.enter_nowait():
             request.entered = True
-            await self._answer(request, self._upload_in_chunks)
+            await self._answer(request, self._store_in_chunks)
         else:
             own = memoryview(bytearray(request.payload))
             await self._channel.fill(own, transfers.patience)
             await self._start(request, True, nursery, lambda r: self._store(r, own))
 
     async def _store_and_release(self, request: Request, view: memoryview) -> None:
+        release = True
         try:
             await self._store(request, view)
+        except WouldBlock:  # it is done once more
+            release = False
+            raise
         finally:
-            request.core.transfers.release(view)
+            if release:
+                request.core.transfers.release(view)
 
     async def _store(self, request: Request, data: bytes | memoryview) -> None:
         target = request.target
         if request.name == "write":
             region, offset, persist, extend = request.arguments
-            await dispatch.write(target, region, offset, data, persist, extend)
+            await dispatch.write(target, region, offset, data, persist, extend, wait=request.beside)
             await self._reply(request.number, None)
         elif request.name == "create_and_write":
             region = await dispatch.create_and_write(target, data, request.arguments[0])
@@ -361,59 +374,8 @@ class Session:
             await dispatch.execute(target, request.name, [*request.arguments, data])
             await self._reply(request.number, None)
 
-    async def _upload_in_chunks(self, request: Request) -> None:
-        """Receive a chunk while those before it are being stored."""
-        transfers = request.core.transfers
-        failures: list[Exception] = []
-        plan: Plan | None = None
-        try:
-            plan = plan_upload(request)
-        except errors.Exception as error:
-            failures.append(error)
-        if plan is None:
-            await self._channel.drop_payload()
-            raise failures[0]
-        broken: Exception | None = None
-        async with trio.open_nursery() as stores:
-            try:
-                for start, end in chunks(request.payload, transfers.chunk):
-                    view = await transfers.acquire(end - start)
-                    try:
-                        await self._channel.fill(view, transfers.patience)
-                    except BaseException:
-                        transfers.release(view)
-                        raise
-                    stores.start_soon(self._store_chunk, request, plan, start, end, view, failures)
-            except Exception as error:  # kept out of the nursery, which would wrap it in a group
-                broken = error
-        if plan.created and (broken or failures):
-            request.target.erase(plan.region)
-        if broken or failures:
-            raise broken or failures[0]
-        if plan.persist:
-            await dispatch.execute(
-                request.target,
-                "persist_vector",
-                [plan.region, extents.pack(plan.extents)],
-            )
-        await self._reply(request.number, plan.region if plan.created else None)
-
-    @staticmethod
-    async def _store_chunk(
-        request: Request,
-        plan: Plan,
-        start: int,
-        end: int,
-        view: memoryview,
-        failures: list[Exception],
-    ) -> None:
-        try:
-            pieces = part(plan.extents, start, end)
-            await store(request.target, plan.region, pieces, view, plan.extend)
-        except Exception as error:
-            failures.append(error)
-        finally:
-            request.core.transfers.release(view)
+    async def _store_in_chunks(self, request: Request) -> None:
+        await self._reply(request.number, await piecemeal.upload(self._channel, request))
 
     # Downloads
 
@@ -423,56 +385,27 @@ class Session:
         transfers = request.core.transfers
         if eager:
             data = memoryview(bytearray(size))
-            await load(request.target, plan.region, plan.extents, data, plan.short)
+            await self._load(request, plan, data)
             await self._reply(request.number, None, data.obj)
         elif size <= transfers.chunk:
             view = await transfers.acquire(size)
             try:
                 if not await in_place.send(self._channel, request, plan, view):
-                    await load(request.target, plan.region, plan.extents, view, plan.short)
+                    await self._load(request, plan, view)
                     async with self._channel.stream(transfers.patience) as stream:
                         await stream.send(wire.frame([request.number, None], size), view)
             finally:
                 transfers.release(view)
+        elif request.target.blocking and not request.beside:
+            raise WouldBlock
         else:
-            await self._download_in_chunks(request, plan, size)
+            await piecemeal.download(self._channel, request, plan, size)
 
-    async def _download_in_chunks(self, request: Request, plan: Plan, size: int) -> None:
-        """Load a chunk while the one before it is being sent.
-
-        The first chunk is loaded before anything is sent, so what is wrong from the start is a
-        failure reply; later only the end of the connection can say so.
-        """
-        transfers = request.core.transfers
-        pieces = list(chunks(size, transfers.chunk))
-        view = await transfers.acquire(transfers.chunk)
-        try:
-            await load_chunk(request, plan, pieces[0], view)
-            async with self._channel.stream() as stream:
-                await stream.send(wire.frame([request.number, None], size))
-                for index, (start, end) in enumerate(pieces):
-                    following = pieces[index + 1] if index + 1 < len(pieces) else None
-                    # Never wait for a second buffer while holding one: others may do the same.
-                    ahead = transfers.acquire_nowait(transfers.chunk) if following else None
-                    failures: list[Exception] = []
-                    async with trio.open_nursery() as nursery:
-                        if following and ahead is not None:
-                            nursery.start_soon(
-                                load_ahead, request, plan, following, ahead, failures
-                            )
-                        try:
-                            await stream.send(view[: end - start])
-                        except Exception as error:
-                            failures.append(error)
-                    if ahead is not None:
-                        transfers.release(view)
-                        view = ahead
-                    if failures:
-                        raise failures[0]
-                    if following and ahead is None:
-                        await load_chunk(request, plan, following, view)
-        finally:
-            transfers.release(view)
+    @staticmethod
+    async def _load(request: Request, plan: Plan, place: memoryview) -> None:
+        await load(
+            request.target, plan.region, plan.extents, place, plan.short, wait=request.beside
+        )
 
     # Replies
 

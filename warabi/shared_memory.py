@@ -224,6 +224,14 @@ def _address(view: memoryview, held: _Buffer) -> int:
     return held.buf or 0
 
 
+def address(view: memoryview) -> int:
+    """Where the bytes of *view* are, for as long as its owner keeps them there."""
+    held = _Buffer()
+    found = _address(view, held)
+    _release_buffer(held)
+    return found
+
+
 def copy(place: memoryview, data: memoryview) -> None:
     """Copy between views of bytes of the same size, without the interpreter's lock if large."""
     if len(data) < _LARGE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from time import perf_counter_ns
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,7 @@ from warabi.exposed import ExposedRegions
 from warabi.extents import Extent, check_total, checked_extents, views
 from warabi.inode import Inode
 from warabi.namespace import Namespace
+from warabi.pace import Pace
 from warabi.region import RegionID
 
 
@@ -59,12 +61,13 @@ class Target(ExposedRegions):
         self.blocking = storage.blocking
         self.threads = threads
         self.instead = instead
+        self._pace = Pace()
         self.namespace = Namespace(catalogue, self._guard, self)
 
     @property
     def write_waits(self) -> bool:
-        """Whether a write waits for the medium, and not only a persist."""
-        return self._storage.write_waits
+        """Whether a write waits for the medium, and not only a persist, or is likely to."""
+        return self._storage.write_waits or self._pace.slow(perf_counter_ns())
 
     @property
     def shares_writes(self) -> bool:
@@ -158,12 +161,12 @@ class Target(ExposedRegions):
             InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
             StorageFull, StorageError: the medium; the extent's content is then undefined.
         """
-        if not wait and self._storage.write_waits:
+        if not wait and self.write_waits:
             raise WouldBlock
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
         inode = self._enter(region, "write", wait)
-        wrote = False
+        began, wrote = perf_counter_ns(), False
         try:
             growing = extend and offset + len(view) > inode.size
             if not growing:
@@ -175,6 +178,8 @@ class Target(ExposedRegions):
             self._leave(inode, wrote=wrote)
         if growing:
             self._write_growing(region, offset, view, wait)
+        if not wait:
+            self._pace.wrote(len(view), began, perf_counter_ns())
         if persist:
             self.persist(region, offset, len(view))
 

@@ -162,15 +162,18 @@ async def store(
 
 
 async def load(
-    target: Target, region: RegionID, extents: list[Extent], place: memoryview, short: bool
-) -> None:
+    target: Target, region: RegionID, extents: list[Extent], place: memoryview, short: bool,
+    *, wait: bool = True,
+) -> None:  # fmt: skip
     """Fill *place* from *extents*, without keeping the loop waiting.
 
-    With *short*, of a single extent, what the region no longer has reads as zero.
+    With *short*, of a single extent, what the region no longer has reads as zero.  Without *wait*
+    ``WouldBlock`` is raised where the medium would have to be waited for.
     """
     if len(extents) == 1:
         offset = extents[0][0]
-        count = await dispatch.read_into(target, region, offset, place, short=short)
-        place[count:] = bytes(len(place) - count)
+        count = await dispatch.read_into(target, region, offset, place, short=short, wait=wait)
+        if count < len(place):
+            place[count:] = bytes(len(place) - count)
     else:
-        await dispatch.read_vector(target, region, extents, place)
+        await dispatch.read_vector(target, region, extents, place, wait=wait)

@@ -133,10 +133,10 @@ UNREACHED = {
     # Of regions that other processes map, which are replaced rather than resized
     ("warabi.backends.file", "fsync"): "a region's new file",
     ("warabi.backends.file", "rename"): "a region's new file",
-    ("warabi.backends.file", "copy_file_range"): "into a region's new file",
+    ("warabi.fileio", "copy_file_range"): "into a region's new file",
     ("warabi.backends.file", "open"): "a region's new file, and the descriptor to share",
     ("warabi.backends.file", "fstat"): "how much is to be copied",
-    ("warabi.backends.file", "pread"): "copies where the kernel does not",
+    ("warabi.fileio", "pread"): "copies where the kernel does not",
     ("warabi.backends.file", "unlink"): "takes back a region that could not be made",
     ("warabi.backends.pmem", "ftruncate"): "takes back what could not be reserved",
     ("warabi.backends.pmem", "fdatasync"): "with libpmem only",

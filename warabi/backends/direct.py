@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warabi.backends.base import Place
+from warabi.backends.base import Place, Storage
 from warabi.backends.borrowed import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.errors import CorruptTarget, WouldBlock
@@ -139,6 +139,8 @@ class DirectFileStorage(FileStorage):
                     pwrite_full(direct, bounce[: len(piece)], offset + start)
             finally:
                 self._dirty.add(rid)
+
+    view = Storage.view  # which has none
 
     def share(self, rid: RegionID, *, writable: bool) -> Place | None:
         return None  # another process would go through the page cache

@@ -6,9 +6,11 @@ descriptor is closed only while nobody uses it, so a number is never reused unde
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import resource
@@ -22,20 +24,22 @@ from warabi import errors
 from warabi.backends import times as filetimes
 from warabi.backends.base import Flush, Place, Storage
 from warabi.backends.borrowed import Borrowed, OpenFile, Translated
+from warabi.backends.pages import LEAST, Mapped
 from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
-from warabi.fileio import pread_full, pwrite_full
+from warabi.fileio import copy_file, pread_full, pwrite_full
 from warabi.journal import let_go, sync_directory
 from warabi.region import RegionID
 
 NEW = ".new"
 """What the name of a file ends in that is about to replace a region's."""
 _SHARD = re.compile("[0-9a-f]{2}")
-_NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
-"""Errors of file systems where the kernel does not copy from file to file."""
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
+"""Requests of ioctl_iflags(2), as most machines have them; elsewhere they are unknown."""
+_TOP_DIRECTORY = 0x20000  # FS_TOPDIR_FL
 _ADVICE = "what was written to it may be lost. Write it to a new region"
 
 
@@ -55,6 +59,7 @@ class FileStorage(Storage):
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._mapped = Mapped(self._limit // 8)
         # Of regions that guests may sync by themselves, a part of the limit: each descriptor is
         # told of what could not be written, so one that stays open hears of it too.
         self._kept: set[bytes] = set()
@@ -71,6 +76,7 @@ class FileStorage(Storage):
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
         # Open all the time: the kernel tells each descriptor once of what it could not write.
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _set_apart(self._root_fd)
 
     def _path(self, rid: bytes) -> str:
         name = rid.hex()
@@ -102,6 +108,7 @@ class FileStorage(Storage):
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         """Let go of a descriptor that nobody uses; ``_lock`` is held."""
+        self._mapped.drop(held.fd)
         let_go(held.fd)
 
     def _set_size(self, fd: int, size: int) -> None:
@@ -183,6 +190,15 @@ class FileStorage(Storage):
                 f"read region {rid.hex()}: its file ends at {offset + count} bytes,"
                 f" {len(out)} bytes at {offset} were expected"
             )
+
+    def view(
+        self, rid: RegionID, offset: int, size: int, *, writable: bool = False
+    ) -> memoryview | None:
+        if writable or size < LEAST:
+            return None
+        with contextlib.suppress(OSError), self._borrow(rid) as fd:
+            return self._mapped.show(fd, offset, size)
+        return None
 
     def _check_end(self, rid: bytes, fd: int, what: str, end: int) -> None:
         """Refuse a file that was cut off: a write behind its end would put zeros in its place."""
@@ -454,34 +470,23 @@ class FileStorage(Storage):
             self.close()
 
 
-def copy_file(source: int, target: int, size: int) -> None:
-    """Copy *size* bytes from file to file, but for holes; blocks are shared where the file system
-    can share them."""
-    offset = 0
-    while offset < size:
-        try:
-            offset = os.lseek(source, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
-                return
-            raise
-        end = min(size, os.lseek(source, offset, os.SEEK_HOLE))
-        while offset < end:
-            try:
-                count = os.copy_file_range(source, target, end - offset, offset, offset)
-            except OSError as error:
-                if error.errno not in _NOT_COPIED:
-                    raise
-                piece = os.pread(source, min(end - offset, 1 << 20), offset)
-                pwrite_full(target, memoryview(piece), offset)
-                count = len(piece)
-            if not count:
-                raise OSError(errno.EIO, "the file became shorter")
-            offset += count
-
-
 def _shard(rid: bytes) -> str:
     return f"{rid[-1]:02x}"
+
+
+def _set_apart(fd: int) -> None:
+    """Tell the file system that the directories in this one have nothing to do with each other.
+
+    ext2 to ext4 put them, and so the files in them, into block groups of their own then.  Else all
+    are in one or two, where without a journal the kernel looks at every inode that was deleted in
+    the last minutes before it makes a file.  Others do not know the attribute.
+    """
+    with contextlib.suppress(OSError):
+        flags = array.array("i", [0])
+        fcntl.ioctl(fd, _GET_FLAGS, flags)
+        if not flags[0] & _TOP_DIRECTORY:
+            flags[0] |= _TOP_DIRECTORY
+            fcntl.ioctl(fd, _SET_FLAGS, flags)
 
 
 def _sync_file_system(fd: int) -> None:

@@ -28,6 +28,7 @@ from warabi.shared_memory import SharedMemory
 
 OWN_DESCRIPTOR = 64 * 1024
 """From this size on, in bytes, a region has a descriptor of its own."""
+_ZEROS = memoryview(bytes(OWN_DESCRIPTOR))
 _SEGMENT = 4 * 1024 * 1024
 _SMALLEST = 64
 _COPY = 1024 * 1024
@@ -145,6 +146,11 @@ def _read(item: _Slot | _Own, offset: int, out: memoryview) -> None:
         pread_full(item.fd, out, offset)
 
 
+def _clear(view: memoryview) -> None:
+    size = len(view)
+    view[:] = _ZEROS[:size] if size <= OWN_DESCRIPTOR else bytes(size)
+
+
 def _write(item: _Slot | _Own, offset: int, data: memoryview) -> None:
     if isinstance(item, _Slot):
         start = item.offset + offset
@@ -209,7 +215,7 @@ class MemoryStorage(Storage):
         segment = item.segment
         if not segment.slot_size:
             return
-        item.view()[:] = bytes(item.size)
+        _clear(item.view())
         segments = self._open.setdefault(segment.slot_size, [])
         if segment.full:
             segments.append(segment)
@@ -236,7 +242,7 @@ class MemoryStorage(Storage):
                     self._unmap(item)
             elif size <= item.segment.slot_size:
                 if size < item.size:
-                    item.view()[size:] = bytes(item.size - size)
+                    _clear(item.view()[size:])
                 item.size = size
             else:
                 self._move(rid, size)

@@ -80,6 +80,8 @@ class PmemStorage(FileStorage):
 
     write_beyond = Storage.write_beyond  # space is reserved before anything is written
 
+    view = Storage.view  # which has none: persistent memory is no page cache
+
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._check_failed(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd:

@@ -1,0 +1,95 @@
+"""Region files where the page cache has them, mapped for system calls that send bytes from there.
+
+That is a copy less than by way of a buffer.  Who read such bytes himself could be killed: the file
+may have been cut off, or its medium may fail.  A system call fails then (EFAULT).  But at a page
+that the page cache does not have it would wait for the medium.  So bytes are shown only where
+mincore(2) says that it has all of them; what it gives up before the call, a moment later, is read
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+
+from warabi.shared_memory import address
+
+LEAST = 128 * 1024
+"""Bytes from which on asking for the pages takes less than a copy."""
+_MOST = 1024  # mapped files; each takes a descriptor
+_MADV_POPULATE_READ = 22
+_PAGE = mmap.PAGESIZE
+_mincore = ctypes.CDLL(None, use_errno=True).mincore
+_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+
+
+class Pages:
+    """A file as it is now, mapped; who has a view of it keeps it.
+
+    Raises:
+        OSError, ValueError: it cannot be mapped, or is empty.
+    """
+
+    __slots__ = ("_address", "_mmap", "_ready", "_view")
+
+    def __init__(self, fd: int) -> None:
+        self._mmap = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._view = memoryview(self._mmap)
+        self._address = address(self._view)
+        self._ready = 0  # so many bytes were mapped page by page once
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def show(self, offset: int, end: int) -> memoryview | None:
+        """The bytes from *offset* to *end*, unless some of them are not in the page cache."""
+        start = offset - offset % _PAGE
+        count = -(-(end - start) // _PAGE)
+        there = ctypes.create_string_buffer(count)
+        if _mincore(self._address + start, count * _PAGE, there) or b"\0" in there.raw:
+            return None
+        if end > self._ready:
+            with contextlib.suppress(OSError):  # older kernels do it at the first access
+                self._mmap.madvise(_MADV_POPULATE_READ, start, end - start)
+            if offset <= self._ready:
+                self._ready = end
+        return self._view[offset:end]
+
+
+class Mapped:
+    """Open files that are mapped, by their descriptors.  Thread-safe; the lock is innermost.
+
+    Args:
+        most: how many at once; then the one goes that was mapped first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = min(most, _MOST)
+        self._lock = threading.Lock()
+        self._files: dict[int, Pages] = {}
+
+    def show(self, fd: int, offset: int, size: int) -> memoryview | None:
+        """*size* bytes at *offset*, or None where that cannot be."""
+        end = offset + size
+        pages = self._files.get(fd)
+        if pages is None or len(pages) < end:
+            try:
+                pages = Pages(fd)
+            except (OSError, ValueError):
+                return None
+            with self._lock:
+                self._files[fd] = pages
+                if len(self._files) > self._most:
+                    del self._files[next(iter(self._files))]
+        # A large page of the cache may reach beyond the end of a file that was cut off.
+        if end > len(pages) or end > os.lseek(fd, 0, os.SEEK_END):
+            return None
+        return pages.show(offset, end)
+
+    def drop(self, fd: int) -> None:
+        """Do not keep the mapping of a file that is about to be closed."""
+        with self._lock:
+            self._files.pop(fd, None)
