@@ -51,9 +51,6 @@ class FileSystem:
         drop_name: makes the kernel let go of a name in a directory, later.
         drop_attributes: makes the kernel forget what it believes of an inode, later.
         remember_names: the kernel believes not only names of directories for a while.
-        opened: each use of a file begins with opening it, whatever the target is.
-
-    Attributes:
         openless: files need no opening.  What is removed while it is open stays as long as the
             kernel knows it, and nobody else is there to remove it.
     """
@@ -62,13 +59,13 @@ class FileSystem:
         self, target: Target, *, exclusive: bool, attr_timeout: float,
         drop_name: Callable[[int, bytes], None],
         drop_attributes: Callable[[int], None] = lambda ino: None,
-        local: LocalTarget | None = None, remember_names: bool = False, opened: bool = False,
+        local: LocalTarget | None = None, remember_names: bool = False, openless: bool = False,
     ) -> None:  # fmt: skip
         self._target = target
         self._attr_timeout = attr_timeout
         self._local = local
         self._exclusive = exclusive
-        self.openless = exclusive and local is not None and not opened
+        self.openless = openless
         self._drop_name = drop_name
         self._drop_attributes = drop_attributes
         self._remember_names = remember_names
@@ -406,8 +403,7 @@ class FileSystem:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)
 
     async def release(self, handle: int) -> None:
-        file = self._handles.pop(handle)
-        await self._target.call("unpin", file.ino, 1)
+        await self._target.call("unpin", self._handles.pop(handle).ino, 1)
 
     # Directories
 

@@ -342,7 +342,7 @@ async def _mount_and_serve(
                 drop_attributes=session.drop_attributes,
                 local=local,
                 remember_names=names > 0,
-                opened=options.passthrough,
+                openless=local is not None and not options.passthrough,
             )
             follower = Follower(
                 target,

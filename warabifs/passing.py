@@ -1,7 +1,7 @@
 """Files whose bytes the kernel reads and writes by itself, past this process: ``-o passthrough``.
 
-Behind an open file then stands the region's own descriptor (Linux 6.14, for root).  The kernel wants
-all openings of an inode to be alike: as long as one may be open the usual way, the next is
+Behind an open file then stands the region's own descriptor (Linux 6.14, for root).  The kernel
+wants all openings of an inode to be alike: as long as one may be open the usual way, the next is
 opened so, too.  What has just been closed may still count as open here, which is the safe side.
 """
 
