@@ -29,9 +29,10 @@ def opened(path: Path) -> Target:
 
 PERSISTS = """
 import os, sys, trio
-from warabi import aio, durability, layout
+from warabi import aio, durability, layout, pace
 from warabi.config import FileConfig
 durability.COMMIT_INTERVAL = 3600
+pace._SLOW = 10**12  # on a busy machine writes go to threads
 async def main():
     target = aio.attach(layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True)))
     region = await target.create_and_write(bytes(9000), True)
