@@ -390,7 +390,8 @@ def test_what_a_mount_reads_does_not_pass_through_the_provider() -> None:
     with (
         disposable("/tmp") as path,
         serving("na+sm") as provider,
-        mounting(provider.address, path, *OPTIONS) as mount,
+        # Attributes come from the provider: it is not asked for those meanwhile.
+        mounting(provider.address, path, *OPTIONS, "attr_timeout=600") as mount,
         warabi_engine.Engine("na+sm", warabi_engine.client) as engine,
     ):
         target = Client(engine).make_target_handle(provider.address, PROVIDER_ID)
