@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,30 @@ def test_every_size_comes_back(served: Served, size: int) -> None:
     assert served.handle.read(region, 0, size) == expected
     start = size // 5
     assert served.handle.read(region, start, size - start) == expected[start:]
+
+
+def _mapped() -> int:
+    """How many MiB of regions this process can touch without a fault."""
+    text = Path("/proc/self/smaps").read_text()
+    found = re.findall(r"warabi-region.*\n(?:\w+:.*\n)*?Rss: +(\d+) kB", text)
+    return sum(map(int, found)) * 1024 // MIB  # faults map a little more
+
+
+def test_what_comes_next_is_mapped_before_it_does(plain: Served) -> None:
+    region = plain.handle.create_and_write(bytes(5 * MIB))
+    for done, mapped in enumerate((1, 3, 4, 5, 5)):  # the second one follows the first
+        plain.handle.write(region, done * MIB, pattern(MIB))
+        assert plain.handle.size(region) == 5 * MIB  # the loop is done with the write
+        assert _mapped() == mapped
+    assert plain.handle.read(region, 0, 5 * MIB) == 5 * pattern(MIB)
+
+
+def test_only_what_comes_next_is_mapped(plain: Served) -> None:
+    region = plain.handle.create_and_write(bytes(6 * MIB))
+    for done in (0, 3, 1):
+        plain.handle.write(region, done * MIB, pattern(MIB))
+    assert plain.handle.size(region) == 6 * MIB
+    assert _mapped() == 3
 
 
 def test_regions_that_grow_shrink_and_have_holes(served: Served) -> None:

@@ -12,6 +12,7 @@ Not for TLS, which stores and loads by itself, where only system calls may.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 from warabi import errors, wire
 from warabi.channel import Channel
@@ -95,6 +96,25 @@ def _receive_now(channel: Channel, request: Request) -> bool:
 def _advance(request: Request, count: int) -> None:
     request.arguments[1] += count
     request.payload -= count
+
+
+class Sequence:
+    """Writes of one connection that follow each other."""
+
+    def __init__(self) -> None:
+        self._end: object = None  # region and offset at which the last one ended
+
+    def answered(self, request: Request, size: int) -> None:
+        """*request* has stored *size* bytes; what seems to come next is mapped before it does.
+
+        To be called once the client has its answer, and takes its time for the next request.
+        """
+        region, end = request.arguments[:2]
+        follows = self._end == (region, end - size)
+        self._end = region, end
+        if follows:
+            with suppress(errors.Exception), request.core.target.lend(region, end, size):
+                """To be lent it has to be mapped."""
 
 
 async def send(channel: Channel, request: Request, plan: Plan, buffer: memoryview) -> bool:

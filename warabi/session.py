@@ -90,6 +90,7 @@ class Session:
         self._peer = Peer(read_only=True)  # until it is known better
         self._reading = trio.CancelScope()
         self._handling = False  # a request, not waiting for one
+        self._writes = in_place.Sequence()
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
         self._watching = Watching(self)
@@ -325,8 +326,10 @@ class Session:
             beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store(r, data))
         elif request.payload <= transfers.chunk:
+            size = request.payload
             if await in_place.receive(self._channel, request):
                 await self._reply(request.number, None)
+                self._writes.answered(request, size)
                 return
             view = await transfers.acquire(request.payload)
             try:
