@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import logging
 import logging.handlers
 import os
@@ -273,6 +274,8 @@ def _serve_and_persist(
         local = layout.open_file(config, patience=_PATIENCE)
     elif source.embedded:
         local = layout.open_memory(MemoryConfig())
+    # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
+    gc.set_threshold(10_000)
     try:
         failure = trio.run(_mount_and_serve, source, local, mountpoint, options, ready, ending)
     finally:
