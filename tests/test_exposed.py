@@ -16,6 +16,7 @@ import pytest
 from tests.helpers import PATIENCE, environment, pattern
 from warabi import errors, layout
 from warabi.config import FileConfig, MemoryConfig, PmemConfig
+from warabi.inode import Attributes
 from warabi.target import Target
 
 LARGE = 1 << 20
@@ -67,12 +68,17 @@ def test_what_was_done_to_it_is_known(target: Target) -> None:
     target.erase(region)
 
 
-def test_times_that_are_set_stay(target: Target) -> None:
-    namespace = target.namespace
-    made = namespace.mknod(1, b"file", 0o644, 0, 0)
+def _file_in(target: Target) -> tuple[Attributes, int]:
+    """A file of some size, and the descriptor that exposes its region."""
+    made = target.namespace.mknod(1, b"file", 0o644, 0, 0)
     target.write(made.region, 0, pattern(LARGE), extend=True)
     fd = target.expose(made.region)
     assert fd is not None
+    return made, fd
+
+
+def test_times_that_are_set_stay(target: Target) -> None:
+    namespace, made, fd = target.namespace, *_file_in(target)
     os.pwrite(fd, b"x", 0)
     namespace.setattr(made.ino, mtime_ns=5)
     assert namespace.getattr(made.ino).mtime_ns == 5
@@ -84,11 +90,7 @@ def test_times_that_are_set_stay(target: Target) -> None:
     ("mode", "left"), [(0o6755, 0o755), (0o2745, 0o2745), (0o4711, 0o711), (0o755, 0o755)]
 )
 def test_writing_takes_set_id_bits_away(target: Target, mode: int, left: int) -> None:
-    namespace = target.namespace
-    made = namespace.mknod(1, b"file", 0o644, 0, 0)
-    target.write(made.region, 0, pattern(LARGE), extend=True)
-    fd = target.expose(made.region)
-    assert fd is not None
+    namespace, made, fd = target.namespace, *_file_in(target)
     os.pwrite(fd, b"x", 0)
     namespace.setattr(made.ino, mode=mode)
     assert namespace.getattr(made.ino).mode & 0o7777 == mode  # what was written was before
