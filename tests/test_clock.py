@@ -101,3 +101,22 @@ def test_each_content_that_was_seen_has_a_time_of_its_own(target: Target) -> Non
             mtime = target.stat(region).mtime_ns
             assert seen.setdefault(mtime, data) == data
         assert len(seen) == 300
+
+
+def test_a_file_that_says_when_it_was_written_says_it_by_a_coarse_clock(clock: Clock) -> None:
+    tick = 4_000_000
+    start = clock.exact() - 10 * 10**9
+    inode = made(start)
+    clock.file_wrote_at(inode, start + 5)
+    assert inode.mtime == start + 5
+    clock.file_wrote_at(inode, start + 5 - tick)  # later, within a tick
+    assert start + 5 < inode.mtime < start + tick
+    inode.mtime = now = clock.exact()
+    clock.file_wrote_at(inode, now - tick)
+    assert now < inode.mtime <= time.time_ns()
+    other = made(start)
+    clock.file_wrote_at(other, now - tick)  # and not before what was changed exactly
+    assert now <= other.mtime <= time.time_ns()
+    inode.mtime = now + 10**12  # somebody has set it
+    clock.file_wrote_at(inode, now)
+    assert now <= inode.mtime <= time.time_ns()

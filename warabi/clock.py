@@ -44,6 +44,15 @@ class Clock:
         inode.changed_at(when)
         inode.mtime = when
 
+    def file_wrote_at(self, inode: Inode, when: int) -> None:
+        """As :meth:`wrote_at`, as the region's file says, by the kernel's coarse clock: that may be
+        before times that were given earlier."""
+        if when < self._given < when + _SECOND:
+            when = self._given
+        if when <= inode.mtime < when + _SECOND:
+            when = inode.mtime + 1
+        self.wrote_at(inode, when)
+
     def wrote(self, inode: Inode) -> None:
         """The bytes of *inode* changed just now."""
         now = self._coarse()
