@@ -19,6 +19,8 @@ import socket
 from collections.abc import Callable
 from time import perf_counter_ns
 
+from warabi.pause import Pause
+
 _MOMENT = 100_000
 """Nanoseconds for which to look at most."""
 _LONGEST = 1_000_000
@@ -38,13 +40,12 @@ Receive = Callable[[memoryview, int, int], int]
 class Lookout:
     """What one side of a connection knows of when the next message comes."""
 
-    __slots__ = ("_moved", "_pause", "_resume", "_soon")
+    __slots__ = ("_moved", "_pause", "_soon")
 
     def __init__(self) -> None:
         self._soon = False
         self._moved = 0  # bytes since the last message came
-        self._pause = 0
-        self._resume = 0  # when the pause ends
+        self._pause = Pause(*_PAUSE)
 
     def receive(self, receive: Receive, place: memoryview) -> int:
         """As *receive*, which may sleep; with a look or two before."""
@@ -60,7 +61,7 @@ class Lookout:
         expected; -1 when nothing did.  *began* is the present time."""
         before = until = began
         more = min(self._moved, _LONGEST)
-        if wait and self._soon and began >= self._resume:
+        if wait and self._soon and began >= self._pause.end:
             until += _MOMENT + more
         while True:
             try:
@@ -74,9 +75,7 @@ class Lookout:
             os.sched_yield()
             now = perf_counter_ns()
             if now - before > _LATE + more:
-                again = now < self._resume + self._pause
-                self._pause = min(2 * self._pause, _PAUSE[1]) if again else _PAUSE[0]
-                self._resume = now + self._pause
+                self._pause.begin(now, now)
             before = now
 
     def came(self, began: int) -> None:

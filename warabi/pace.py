@@ -8,6 +8,8 @@ longer if the next one that it tries itself is slow, too.
 
 from __future__ import annotations
 
+from warabi.pause import Pause
+
 _SLOW = 5_000_000
 """Nanoseconds that no write takes which only copies a page or two, but on a very busy machine."""
 _COPYING = 5
@@ -19,19 +21,16 @@ _PAUSE = (50_000_000, 3_200_000_000)
 class Pace:
     """What an event loop knows of how long writes take.  Times are nanoseconds of one clock."""
 
-    __slots__ = ("_pause", "_resume")
+    __slots__ = ("_pause",)
 
     def __init__(self) -> None:
-        self._pause = 0
-        self._resume = 0
+        self._pause = Pause(*_PAUSE)
 
     def slow(self, now: int) -> bool:
         """Whether a write had better be made elsewhere."""
-        return now < self._resume
+        return now < self._pause.end
 
     def wrote(self, size: int, began: int, now: int) -> None:
         """A write of *size* bytes, made at once, took from *began* to *now*."""
         if now - began > _SLOW + _COPYING * size:
-            again = began < self._resume + self._pause
-            self._pause = min(2 * self._pause, _PAUSE[1]) if again else _PAUSE[0]
-            self._resume = now + self._pause
+            self._pause.begin(began, now)
