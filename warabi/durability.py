@@ -268,8 +268,6 @@ class DurableRegions(RegionGate):
             while self._inside:
                 self._wait(True)
         self.will_close()
-        with self._lock:
-            self._settle_all(thorough=True)
         if self._grants is not None:
             self._close_grants(self._grants)
         self._stop.set()

@@ -21,30 +21,34 @@ class Exposed:
     target makes it shorter.
 
     Args:
-        fd: a descriptor of the region's own file, whose end is the region's.
+        inode: the region's.
+        fd: a descriptor of its own file, whose end is the region's.
         catalogue: where the region is noted.
         grew: told the size of one that has grown.
         wrote: told of a region that may have been written.
     """
 
-    __slots__ = ("_catalogue", "_grew", "_mtime", "_wrote", "fd")
+    __slots__ = ("_catalogue", "_grew", "_inode", "_mtime", "_wrote", "fd")
 
     def __init__(
         self,
+        inode: Inode,
         fd: int,
         catalogue: Catalogue,
         grew: Callable[[bytes, int], None],
         wrote: Callable[[bytes], None],
     ) -> None:
+        self._inode = inode
         self.fd = fd
         self._catalogue = catalogue
         self._grew = grew
         self._wrote = wrote
         self._mtime = os.fstat(fd).st_mtime_ns
 
-    def settle(self, inode: Inode, *, thorough: bool = False) -> None:
+    def settle(self, *, thorough: bool = False) -> None:
         """Take over what became of the region, with *thorough* also if no time tells of it; the
         target's lock is held."""
+        inode = self._inode
         info = os.fstat(self.fd)
         if info.st_size > inode.size:
             self._grew(inode.rid, info.st_size)
@@ -58,6 +62,14 @@ class Exposed:
         if thorough:
             self._wrote(inode.rid)
 
+    def end(self) -> None:
+        """As :meth:`settle`, thoroughly, for the last time; the descriptor is closed."""
+        self._inode.exposed = None
+        try:
+            self.settle(thorough=True)
+        finally:
+            os.close(self.fd)
+
 
 class ExposedRegions(SharedRegions):
     """Exposes regions to those who use their descriptors without asking."""
@@ -65,7 +77,7 @@ class ExposedRegions(SharedRegions):
     _capacity: int | None = None
 
     def __init__(self, *args: Any) -> None:
-        self._exposed: dict[RegionID, Inode] = {}
+        self._exposed: dict[RegionID, Exposed] = {}
         self._were_exposed = False
         super().__init__(*args)
 
@@ -95,8 +107,9 @@ class ExposedRegions(SharedRegions):
                 os.close(place.fd)
                 return None
             with self._lock:
-                inode.exposed = Exposed(place.fd, self._catalogue, storage.grew, storage.wrote)
-                self._exposed[region] = inode
+                exposed = Exposed(inode, place.fd, self._catalogue, storage.grew, storage.wrote)
+                inode.exposed = self._exposed[region] = exposed
+                self._were_exposed = True
             return place.fd
         finally:
             self._leave(inode)
@@ -107,21 +120,14 @@ class ExposedRegions(SharedRegions):
         Who has mapped its file meanwhile may go on writing there.
         """
         with self._lock:
-            self._were_exposed = True
-            inode = self._exposed.pop(region, None)
-            if inode is None or inode.exposed is None:
-                return
-            exposed, inode.exposed = inode.exposed, None
-            try:
-                exposed.settle(inode, thorough=True)
-            finally:
-                os.close(exposed.fd)
+            exposed = self._exposed.pop(region, None)
+            if exposed is not None:
+                exposed.end()
 
     def _settle_all(self, *, thorough: bool = False) -> None:
         super()._settle_all(thorough=thorough)
-        for inode in self._exposed.values():
-            if inode.exposed is not None:
-                inode.exposed.settle(inode, thorough=thorough)
+        for exposed in self._exposed.values():
+            exposed.settle(thorough=thorough)
 
     def join(self) -> tuple[Guest, Grants] | None:
         # A guest could not be told how large an exposed region is.
@@ -139,7 +145,6 @@ class ExposedRegions(SharedRegions):
         finally:
             super().close()
         if self._closed:
-            for inode in self._exposed.values():
-                if inode.exposed is not None:
-                    os.close(inode.exposed.fd)
+            for exposed in self._exposed.values():
+                os.close(exposed.fd)
             self._exposed.clear()

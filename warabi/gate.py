@@ -172,7 +172,7 @@ class RegionGate:
             if inode is None:
                 raise InvalidRegion(f"{what}: no region {region!r} in this target")
         if inode.exposed is not None:
-            inode.exposed.settle(inode)
+            inode.exposed.settle()
         return inode
 
     def _enter(self, region: RegionID, what: str, wait: bool) -> Inode:

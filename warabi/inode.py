@@ -90,7 +90,7 @@ class Inode:
         if self.share is not None:
             self.share.settle(self)
         if self.exposed is not None:
-            self.exposed.settle(self)
+            self.exposed.settle()
         while True:
             seen = self.seen = self.ctime
             attributes = _tuple(Attributes, (
