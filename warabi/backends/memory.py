@@ -12,9 +12,7 @@ A region without bytes has a slot without bytes, for it is about to get its size
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi.backends.base import Place, Storage
+from warabi.backends.populated import Populated
 from warabi.fileio import pread_full, pwrite_full
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory
@@ -34,7 +33,6 @@ _SMALLEST = 64
 _COPY = 1024 * 1024
 _SPARE_DESCRIPTORS = 256
 _MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of all kinds
-_MADV_POPULATE_READ = 22
 
 
 class _Segment:
@@ -90,34 +88,6 @@ class _Slot:
         return self.segment.view[self.offset : self.offset + self.size]
 
 
-class _Mapping:
-    """A large region's memory in this process; who has a view of it keeps it."""
-
-    __slots__ = ("_mmap", "_ready", "_view")
-
-    def __init__(self, fd: int, size: int) -> None:
-        self._mmap = mmap.mmap(fd, size)
-        self._view = memoryview(self._mmap)
-        self._ready = 0  # so many bytes can be touched without a fault
-
-    def __len__(self) -> int:
-        return len(self._view)
-
-    def view(self, offset: int, end: int) -> memoryview:
-        if end > self._ready:
-            self._prepare(max(offset, self._ready), end)
-            if offset <= self._ready:
-                self._ready = end
-        return self._view[offset:end]
-
-    def _prepare(self, start: int, end: int) -> None:
-        """Map all pages at once.  The first write to each would be a fault otherwise, which takes
-        longer than writing the page; as if for reading, because faults for that map many pages."""
-        start -= start % mmap.PAGESIZE
-        with contextlib.suppress(OSError):  # older kernels map them one by one
-            self._mmap.madvise(_MADV_POPULATE_READ, start, end - start)
-
-
 class _Own:
     """A large region: a memfd, mapped once it is to be seen.
 
@@ -130,7 +100,7 @@ class _Own:
         self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC)
         self.size = size
         self.filled = 0
-        self.mapping: _Mapping | None = None
+        self.mapping: Populated | None = None
         try:
             os.ftruncate(self.fd, size)
         except BaseException:
@@ -265,13 +235,13 @@ class MemoryStorage(Storage):
             found = mapping.view(offset, end)
         return found if writable else found.toreadonly()
 
-    def _mapped(self, item: _Own, end: int) -> _Mapping | None:
+    def _mapped(self, item: _Own, end: int) -> Populated | None:
         """A region's mapping, of its first *end* bytes at least; None when that cannot be."""
         mapping = item.mapping
         if mapping is None or len(mapping) < end:
             with self._lock:
                 try:
-                    item.mapping = mapping = _Mapping(item.fd, item.size)
+                    item.mapping = mapping = Populated(item.fd, item.size, writable=True)
                 except OSError:
                     return None
                 self._mappings[item] = None

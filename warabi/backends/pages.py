@@ -9,40 +9,30 @@ again.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
 import threading
 
+from warabi.backends.populated import Populated
 from warabi.shared_memory import address
 
 LEAST = 128 * 1024
 """Bytes from which on asking for the pages takes less than a copy."""
 _MOST = 1024  # mapped files; each takes a descriptor
-_MADV_POPULATE_READ = 22
 _PAGE = mmap.PAGESIZE
 _mincore = ctypes.CDLL(None, use_errno=True).mincore
 _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
-class Pages:
-    """A file as it is now, mapped; who has a view of it keeps it.
+class Pages(Populated):
+    """A file as it is now."""
 
-    Raises:
-        OSError, ValueError: it cannot be mapped, or is empty.
-    """
-
-    __slots__ = ("_address", "_mmap", "_ready", "_view")
+    __slots__ = ("_address",)
 
     def __init__(self, fd: int) -> None:
-        self._mmap = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._view = memoryview(self._mmap)
+        super().__init__(fd, 0, writable=False)
         self._address = address(self._view)
-        self._ready = 0  # so many bytes were mapped page by page once
-
-    def __len__(self) -> int:
-        return len(self._view)
 
     def show(self, offset: int, end: int) -> memoryview | None:
         """The bytes from *offset* to *end*, unless some of them are not in the page cache."""
@@ -51,12 +41,7 @@ class Pages:
         there = ctypes.create_string_buffer(count)
         if _mincore(self._address + start, count * _PAGE, there) or b"\0" in there.raw:
             return None
-        if end > self._ready:
-            with contextlib.suppress(OSError):  # older kernels do it at the first access
-                self._mmap.madvise(_MADV_POPULATE_READ, start, end - start)
-            if offset <= self._ready:
-                self._ready = end
-        return self._view[offset:end]
+        return self.view(offset, end)
 
 
 class Mapped:
