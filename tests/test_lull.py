@@ -46,6 +46,17 @@ class Turns:
 
 
 @asynccontextmanager
+async def _counting() -> AsyncIterator[Turns]:
+    """The turns that another task gets meanwhile."""
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        await trio.lowlevel.checkpoint()
+        yield turns
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def _serving() -> AsyncIterator[socket.socket]:
     """As a loop does that serves requests; they come when the socket given is sent to."""
     here, there = socket.socketpair()
@@ -54,14 +65,11 @@ async def _serving() -> AsyncIterator[socket.socket]:
 
 
 async def test_a_request_takes_no_turn_of_the_loop(served: Served, patient: None) -> None:
-    turns = Turns()
     async with (
         aio.connect(served.address, 1, share=False) as target,
         _serving(),
-        trio.open_nursery() as nursery,
+        _counting() as turns,
     ):
-        nursery.start_soon(turns.run)
-        await trio.lowlevel.checkpoint()
         before = turns.count
         region = await target.create(LARGE)
         for size in (0, 1, 5000, 65_536):
@@ -71,43 +79,32 @@ async def test_a_request_takes_no_turn_of_the_loop(served: Served, patient: None
         with pytest.raises(errors.OutOfBounds):
             await target.read(region, LARGE, 1)
         assert turns.count == before
-        nursery.cancel_scope.cancel()
 
 
 async def test_others_get_turns_between_requests(
     served: Served, patient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lull, "TURN", 1)
-    turns = Turns()
     async with (
         aio.connect(served.address, 1, share=False) as target,
         _serving(),
-        trio.open_nursery() as nursery,
+        _counting() as turns,
     ):
-        nursery.start_soon(turns.run)
         region = await target.create(1)
         before = turns.count
         with trio.fail_after(PATIENCE):
             while turns.count < before + 10:
                 assert await target.size(region) == 1
-        nursery.cancel_scope.cancel()
 
 
 async def test_who_serves_nothing_never_stands_still(served: Served, patient: None) -> None:
-    turns = Turns()
-    async with (
-        aio.connect(served.address, 1, share=False) as target,
-        trio.open_nursery() as nursery,
-    ):
-        nursery.start_soon(turns.run)
-        await trio.lowlevel.checkpoint()
+    async with aio.connect(served.address, 1, share=False) as target, _counting() as turns:
         before = turns.count
         served.stop()
         with trio.move_on_after(0.5):
             await target.create(1)
         assert turns.count > before + 1
         served.signal(signal.SIGCONT)
-        nursery.cancel_scope.cancel()
 
 
 async def test_what_comes_meanwhile_ends_it(served: Served, patient: None) -> None:

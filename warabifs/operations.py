@@ -170,8 +170,8 @@ class Operations:
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
         if not files.openless:
-            # Else each read after a write asks for the attributes, finds that the file changed,
-            # and drops all pages of it, though nobody but this kernel can have changed it.
+            # With it each read after a write asks for the attributes, finds that the file changed,
+            # and drops all its pages: in vain where nobody but this kernel can have changed it.
             self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
