@@ -405,3 +405,72 @@ def test_a_payload_that_came_whole_with_its_header() -> None:
     assert connection.next_event() == Message([2], 0)
     with pytest.raises(RuntimeError):
         connection.arrived()
+
+
+def _expecting(limits: Limits) -> Connection:
+    """A connection between two messages."""
+    connection = Connection(limits)
+    _feed(connection, OPENING)
+    assert isinstance(connection.next_event(), Opened)
+    return connection
+
+
+@given(
+    messages=st.lists(
+        st.tuples(
+            st.one_of(st.none(), st.lists(st.one_of(st.integers(0, 1 << 40), st.binary()))),
+            st.binary(max_size=100),
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    cut=st.one_of(st.just(0), st.integers(0, 300)),
+    change=st.one_of(st.none(), st.tuples(st.integers(0, 40), st.integers(0, 255))),
+    limits=st.sampled_from([Limits(), Limits(header=20), Limits(payload=50)]),
+)
+def test_the_short_way_takes_what_the_long_one_would(
+    messages: list[tuple[Any, bytes]],
+    cut: int,
+    change: tuple[int, int] | None,
+    limits: Limits,
+) -> None:
+    """Whatever comes: a message as a whole is found, or nothing is and the long way goes on."""
+    data = bytearray()
+    for header, payload in messages:
+        data += wire.frame(header, len(payload)) + payload
+    del data[len(data) - cut :]
+    if change is not None and change[0] < len(data):
+        data[change[0]] = change[1]
+
+    expected: tuple[Any, bytes] | None = None
+    connection = _expecting(limits)
+    _feed(connection, bytes(data))
+    with contextlib.suppress(ProtocolError):
+        event = connection.next_event()
+        if isinstance(event, Message):
+            place = bytearray(event.payload)
+            whole = not event.payload
+            if event.payload:
+                connection.accept_payload(memoryview(place))
+                whole = connection.next_event() is PAYLOAD_DONE
+            if whole and connection.between_messages:
+                expected = event.header, bytes(place)
+
+    connection = _expecting(limits)
+    place_of_message = connection.vacant()
+    assert place_of_message is not None
+    place_of_message[: len(data)] = data
+    found = connection.whole(len(data))
+    assert (found and (found[0], bytes(found[1]))) == expected
+    if found is None and data:
+        connection.received(len(data))
+        assert connection.vacant() is None or not data
+
+
+def test_the_short_way_begins_between_messages_only() -> None:
+    connection = Connection(Limits())
+    assert connection.vacant() is None
+    connection = _expecting(Limits())
+    _feed(connection, STREAM[len(OPENING) :][:5])
+    assert connection.next_event() is NEED_DATA
+    assert connection.vacant() is None

@@ -68,11 +68,11 @@ class Connection(Replies):
         super().__init__()
         self.endpoint = endpoint
         self.timeout = timeout
+        self.lost: errors.Exception | None = None
         self._ids = itertools.count(1)
         self._send_lock = threading.Lock()
         self._mutex = threading.Lock()
         self._reading = False
-        self._lost: errors.Exception | None = None
         self._lookout = Lookout()  # the reader's
         self._heard = 0.0  # when something last came, by the monotonic clock
         self._asked = False  # a sign of life was asked for since then
@@ -133,7 +133,7 @@ class Connection(Replies):
 
     @property
     def usable(self) -> bool:
-        return self._lost is None
+        return self.lost is None
 
     # Sending
 
@@ -146,21 +146,23 @@ class Connection(Replies):
             ConnectionLost, TimedOut: it cannot be sent.
             ProtocolError: it is larger than the provider takes; nothing was sent.
         """
-        request_id = next(self._ids)
-        size = 0 if payload is None else len(payload)
-        parts: list[Part] = [wire.frame([request_id, *header], size, self.limits)]
+        request.connection = self
+        request.number = number = next(self._ids)
+        parts: list[Part] = []
+        if payload is None:
+            parts.append(wire.frame([number, *header], 0, self.limits))
+        else:
+            parts += wire.frame([number, *header], len(payload), self.limits), payload
         with self._mutex:
-            if self._lost is not None:
-                raise self._lost
-            self._requests[request_id] = request
-        if payload is not None:
-            parts.append(payload)
+            if self.lost is not None:
+                raise self.lost
+            self._requests[number] = request
         try:
             with self._send_lock:
                 self._send(parts, request)
         except BaseException:
             with self._mutex:
-                self._requests.pop(request_id, None)
+                self._requests.pop(number, None)
             raise
 
     def _send(self, parts: list[Part], request: Request) -> None:
@@ -214,15 +216,9 @@ class Connection(Replies):
         """
         since = time.monotonic()
         while not request.done:
-            with self._mutex:
-                reader = not self._reading
-                if reader:
-                    self._reading = True
-                elif request.event is None:
-                    request.event = threading.Event()
-            if reader:
-                self._read(since, request)
-            elif request.done:
+            if self._read(since, request):
+                continue
+            if request.done:
                 break  # finished before it had an event to set
             elif request.event.wait(_LOOK_AROUND):
                 request.event.clear()
@@ -232,12 +228,7 @@ class Connection(Replies):
 
     def poll(self) -> bool:
         """Take the replies that have arrived, without waiting; False when another thread reads."""
-        with self._mutex:
-            if self._reading or self._lost is not None:
-                return False
-            self._reading = True
-        self._read(0.0, None)
-        return True
+        return self.lost is None and self._read(0.0, None)
 
     def _check_silence(self, request: Request, since: float) -> None:
         """Ask for a sign of life after half the timeout without one, give up after the whole.
@@ -262,9 +253,22 @@ class Connection(Replies):
             finally:
                 self._send_lock.release()
 
-    def _read(self, since: float, request: Request | None) -> None:
-        """Be the reader until *request* is done, or with None until nothing more is there."""
+    def _read(self, since: float, request: Request | None) -> bool:
+        """Be the reader until *request* is done, or with None until nothing more is there.
+
+        False when another thread reads; *request* then has an event to wait for.
+        """
+        reading = False
+        number = 0
         try:
+            with self._mutex:
+                if self._reading:
+                    if request is not None and request.event is None:
+                        request.event = threading.Event()
+                    return False
+                self._reading = reading = True
+            if request is not None and self._take_whole(since, request):
+                number = request.number
             while request is None or not request.done:
                 event = self._wire.next_event()
                 if event is not NEED_DATA:
@@ -278,12 +282,12 @@ class Connection(Replies):
                         count = self._lookout.receive(self._recv_into, place)
                 except BlockingIOError:
                     if request is None:
-                        return
+                        break
                     self._check_silence(request, since)
                     continue
                 if count == 0:
                     self._fail("the provider closed the connection")
-                    return
+                    break
                 self._wire.received(count)
                 self._heard = time.monotonic()
                 self._asked = False
@@ -294,20 +298,47 @@ class Connection(Replies):
         except OSError as error:
             self._fail(error.strerror or str(error))
         except BaseException:
-            self._fail("interrupted while a reply was being received")
+            if reading:
+                self._fail("interrupted while a reply was being received")
             raise
         finally:
             successor = None
-            with self._mutex:
-                self._reading = False
-                for waiting in self._requests.values():
-                    if waiting.event is not None:
-                        successor = waiting.event
-                        break
-                if self._lost is not None:
-                    self._socket.close()
+            if reading:
+                with self._mutex:
+                    self._reading = False
+                    if number:
+                        self._requests.pop(number, None)
+                    for waiting in self._requests.values():
+                        if waiting.event is not None:
+                            successor = waiting.event
+                            break
+                    if self.lost is not None:
+                        self._socket.close()
             if successor is not None:
                 successor.set()
+        return True
+
+    def _take_whole(self, since: float, request: Request) -> bool:
+        """Receive *request*'s reply, if it comes next and in one piece, in as few steps as that
+        takes; else False, and what has come is left to the ordinary way."""
+        place = self._wire.vacant()
+        if place is None:
+            return False
+        try:
+            count = self._lookout.receive(self._recv_into, place)
+        except BlockingIOError:
+            self._check_silence(request, since)
+            return False
+        if not count:
+            return False  # the end, which comes again
+        self._heard = time.monotonic()
+        self._asked = False
+        if (message := self._wire.whole(count)) is not None:
+            header, payload = message
+            if request.take_whole(header, payload):
+                return True
+        self._wire.received(count)
+        return False
 
     def _pop(self, number: int) -> Request | None:
         with self._mutex:
@@ -326,9 +357,9 @@ class Connection(Replies):
     def _fail(self, reason: str, kind: type[errors.Exception] = ConnectionLost) -> errors.Exception:
         """Give up the connection: every request on it fails."""
         with self._mutex:
-            if self._lost is None:
-                self._lost = kind(f"{self.endpoint}: {reason}")
-            lost = self._lost
+            if self.lost is None:
+                self.lost = kind(f"{self.endpoint}: {reason}")
+            lost = self.lost
             failed, self._requests = list(self._requests.values()), {}
             if not self._reading:
                 self._socket.close()
@@ -341,7 +372,7 @@ class Connection(Replies):
 
     def forget(self) -> None:
         """In a forked child: let go of the socket, without a word, for the parent uses it."""
-        self._lost = ConnectionLost(f"{self.endpoint}: the connection is the parent process's")
+        self.lost = ConnectionLost(f"{self.endpoint}: the connection is the parent process's")
         self._socket.close()
 
     def close(self, patience: float = 5.0) -> None:

@@ -208,11 +208,18 @@ class WireLink:
         provider_id: int,
         side: SideChannel | None = None,
     ) -> None:
-        self._connect = connect
+        self._reach = connect
+        self._connection: Connection | None = None  # that was used last
         self._side = side
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
+
+    def _connect(self) -> Connection:
+        connection = self._connection
+        if connection is None or connection.lost is not None:
+            connection = self._connection = self._reach()
+        return connection
 
     def _submit(
         self,
@@ -226,9 +233,8 @@ class WireLink:
             eager = bytes(data)
         elif data is not None:
             payload = data
-        name = request.what
-        request.connection = connection
-        connection.submit(request, [self._provider_id, name, arguments, eager], payload)
+        header = [self._provider_id, request.what, arguments, eager]
+        connection.submit(request, header, payload)
 
     def call(self, name: str, *arguments: Any) -> Any:
         return self.wait(self.start(name, *arguments)[0])
@@ -250,7 +256,11 @@ class WireLink:
             if persist:
                 self.persist(region, offset, len(data))
             return
-        wait_all(self, self._write(region, offset, data, persist, extend))
+        connection = self._connect()
+        if len(data) <= connection.limits.payload:
+            connection.wait(self._write_piece(connection, region, offset, data, persist, extend))
+        else:
+            wait_all(self, self._write(region, offset, data, persist, extend))
 
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
@@ -276,10 +286,23 @@ class WireLink:
         requests = []
         for start, end in list(chunks(len(data), limit)) or [(0, 0)]:
             piece = data[start:end]
-            request = Request("write", buffers=piece)
-            self._submit(connection, request, (region, offset + start, persist, extend), piece)
-            requests.append(request)
+            requests.append(
+                self._write_piece(connection, region, offset + start, piece, persist, extend)
+            )
         return requests
+
+    def _write_piece(
+        self,
+        connection: Connection,
+        region: RegionID,
+        offset: int,
+        piece: memoryview,
+        persist: bool,
+        extend: bool,
+    ) -> Request:
+        request = Request("write", buffers=piece)
+        self._submit(connection, request, (region, offset, persist, extend), piece)
+        return request
 
     def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
         """Refuse a transfer in pieces as a whole, before its first piece."""
@@ -290,7 +313,12 @@ class WireLink:
             )
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        if self._side is None or not self._side.read_into(region, offset, place):
+        if self._side is not None and self._side.read_into(region, offset, place):
+            return
+        connection = self._connect()
+        if len(place) <= connection.limits.payload:
+            connection.wait(self._read_piece(connection, region, offset, place))
+        else:
             wait_all(self, self._read(region, offset, place))
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
@@ -313,11 +341,19 @@ class WireLink:
             self._check_end(region, checked_size(offset, "read: offset"), len(place), "read")
         requests = []
         for start, end in list(chunks(len(place), limit)) or [(0, 0)]:
-            request = Request("read", into=place[start:end])
-            eager = end - start <= min(self.eager_read, connection.own_limits.header // 2)
-            self._submit(connection, request, (region, offset + start, end - start, eager, False))
-            requests.append(request)
+            piece = place[start:end]
+            requests.append(self._read_piece(connection, region, offset + start, piece))
         return requests
+
+    def _read_piece(
+        self, connection: Connection, region: RegionID, offset: int, piece: memoryview
+    ) -> Request:
+        size = len(piece)
+        eager = size <= self.eager_read and size <= connection.own_limits.header // 2
+        request = Request("read", None, piece)
+        arguments = (region, offset, size, eager, False)
+        connection.submit(request, [self._provider_id, "read", arguments, None])
+        return request
 
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool

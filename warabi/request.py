@@ -18,7 +18,7 @@ class Request:
     Keeps the caller's buffers alive until it is done.
 
     Attributes:
-        connection: the client's connection that it was sent on.
+        connection: the client's connection that it was sent on, and *number* its ID there.
         into: where a read's bytes go; None when they are not wanted (any more).
         size: how many bytes a read asked for; its result is how many came.
         short: whether fewer may come, because the region ends.
@@ -27,11 +27,13 @@ class Request:
         event: set by whoever finishes the request or wants its waiter to look again.
     """
 
-    __slots__ = (
-        "buffers", "connection", "decode", "done", "error", "event", "into", "result",
-        "short", "since",
-        "size", "what",
-    )  # fmt: skip
+    connection: Any = None
+    number = 0
+    since = 0.0
+    done = False
+    result: Any = None
+    error: errors.Exception | None = None
+    event: Any = None  # threading.Event or trio.Event
 
     def __init__(
         self,
@@ -47,12 +49,6 @@ class Request:
         self.size = 0 if into is None else len(into)
         self.buffers = buffers
         self.short = short
-        self.connection: Any = None
-        self.since = 0.0
-        self.done = False
-        self.result: Any = None
-        self.error: errors.Exception | None = None
-        self.event: Any = None  # threading.Event or trio.Event
 
     def finish(self, result: Any = None, error: errors.Exception | None = None) -> None:
         if self.done:
@@ -81,6 +77,24 @@ class Request:
         if count > self.size or (count < self.size and not self.short):
             raise errors.ProtocolError(f"{self.what}: {count} bytes came, not {self.size}")
         return self.into[:count]
+
+    def take_whole(self, header: Any, payload: memoryview) -> bool:
+        """Finish with a message that has arrived as a whole, if it is the usual reply: no failure,
+        and all the bytes that were asked for, beside it.  Any other is for :meth:`take_reply`."""
+        if type(header) is not list or len(header) != 2 or len(payload) != self.size:
+            return False
+        if header[0] != self.number or type(header[0]) is not int:
+            return False
+        if self.into is not None:
+            self.into[:] = payload
+            self.finish(self.size)
+            return True
+        try:
+            result = self.decode(header[1]) if self.decode else header[1]
+        except Exception:  # which take_reply() tells of
+            return False
+        self.finish(result)
+        return True
 
     def take_reply(self, message: Message) -> None:
         """Finish with a reply whose payload, if any, has arrived.
@@ -160,7 +174,11 @@ class Replies:
     def _finish(self, message: Message) -> None:
         request = self._pop(message.header[0])
         if request is not None:
-            request.take_reply(message)
+            try:
+                request.take_reply(message)
+            except errors.Exception as error:  # it is no longer among those that will fail
+                request.finish(error=error)
+                raise
 
     def _pop(self, number: int) -> Request | None:
         return self._requests.pop(number, None)

@@ -148,13 +148,14 @@ def frame(header: Any, payload: int = 0, limits: Limits | None = None) -> bytes:
         ProtocolError: the header is larger than *limits*, the receiver's, allow, or an array
             in it longer than any receiver takes.
     """
-    body = pack(header)
+    body: bytes = _packers.pack(header)
     if limits is not None:
         if len(body) > limits.header:
             raise ProtocolError(f"a header of {len(body)} bytes, the limit is {limits.header}")
-        for item in header:
-            if isinstance(item, list) and len(item) > _MAX_ITEMS:
-                raise ProtocolError(f"an array of {len(item)} items, the limit is {_MAX_ITEMS}")
+        if len(body) > _MAX_ITEMS:  # each item takes a byte at least
+            for item in header:
+                if isinstance(item, list) and len(item) > _MAX_ITEMS:
+                    raise ProtocolError(f"an array of {len(item)} items, the limit is {_MAX_ITEMS}")
     return _PREFIX.pack(len(body), payload) + body
 
 
@@ -206,6 +207,32 @@ class Connection:
         store[:count] = self._store[self._start : self._end]
         self._store, self._view = store, memoryview(store)
         self._start, self._end = 0, count
+
+    def vacant(self) -> memoryview | None:
+        """As :meth:`buffer`, if a message is about to begin there, for :meth:`whole`; else None."""
+        if self._start != self._end or self._state is not _State.PREFIX:
+            return None
+        self._direct = False
+        self._start = self._end = 0
+        return self._view
+
+    def whole(self, count: int) -> tuple[Any, memoryview] | None:
+        """The header and the payload of the message that *count* bytes are, which were put at the
+        front of :meth:`vacant`; None when they are not just one message.
+
+        It stands for :meth:`received` and the events that follow: a short way for what is most
+        likely, which leaves everything else to them.  The payload is valid until more is received.
+        """
+        if count < _PREFIX.size:
+            return None
+        need, left = _PREFIX.unpack_from(self._store)
+        start = _PREFIX.size + need
+        if start + left != count or need > self.limits.header or left > self.limits.payload:
+            return None
+        try:
+            return unpack(self._view[_PREFIX.size : start]), self._view[start:count]
+        except ProtocolError:
+            return None
 
     def received(self, count: int) -> None:
         """*count* bytes were put at the front of the last :meth:`buffer`.
