@@ -14,12 +14,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, extents, feed, hosting, in_place, migration, piecemeal, wire
+from warabi import dispatch, errors, feed, hosting, in_place, migration, piecemeal, wire
 from warabi.admission import Budget
 from warabi.channel import Channel
 from warabi.crowd import LEAVES, MORE, STAYS, Crowd, Next
@@ -31,6 +30,7 @@ from warabi.operations import OPERATIONS, READING, access, checked_arguments
 from warabi.pins import Pins
 from warabi.plan import (
     DOWNLOADS,
+    SMALL,
     UPLOADS,
     Plan,
     Request,
@@ -290,9 +290,10 @@ class Session:
             request.entered = request.core.changes.enter_nowait()
             beside = beside or not request.entered
         if not beside:
-            with suppress(WouldBlock):
-                await self._answer(request, work)
-                return
+            try:
+                return await self._answer(request, work)
+            except WouldBlock:
+                pass
         request.beside = True
         size = memory(request, self._channel.limits.payload)
         await self._running.acquire(size)
@@ -413,13 +414,15 @@ class Session:
     # Downloads
 
     async def _download(self, request: Request) -> None:
-        plan, eager = plan_download(request, self._channel.limits, self._channel.peer)
-        size = extents.total(plan.extents)
+        plan, size, eager = plan_download(request, self._channel.limits, self._channel.peer)
         transfers = request.core.transfers
-        if eager:
-            data = memoryview(bytearray(size))
-            await self._load(request, plan, data)
-            await self._reply(request.number, None, data.obj)
+        if eager or size <= SMALL:  # to lend the region would cost more than to copy this
+            data = bytearray(size)
+            await self._load(request, plan, memoryview(data))
+            if eager:
+                await self._reply(request.number, None, data)
+            else:
+                await self._channel.send([wire.frame([request.number, None], size), data])
         elif size <= transfers.chunk:
             view = await transfers.acquire(size)
             try:
@@ -435,8 +438,8 @@ class Session:
             await piecemeal.download(self._channel, request, plan, size)
 
     @staticmethod
-    async def _load(request: Request, plan: Plan, place: memoryview) -> None:
-        await load(
+    def _load(request: Request, plan: Plan, place: memoryview) -> Awaitable[None]:
+        return load(
             request.target, plan.region, plan.extents, place, plan.short, wait=request.beside
         )
 
