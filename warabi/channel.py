@@ -17,8 +17,8 @@ from time import perf_counter_ns
 import trio
 
 from warabi import greeting, wire
+from warabi.crowd import TURN, Crowd, Serve
 from warabi.errors import PermissionDenied, ProtocolError
-from warabi.lookout import Attention, Lookout
 from warabi.security import Peer, Security
 from warabi.transport import NO_TLS, Part, Plain, Tls, Transport
 from warabi.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
@@ -28,8 +28,6 @@ OPENING_PATIENCE = 10.0
 STALL_PATIENCE = 60.0
 """Seconds that a peer may take for each ``STALL_SIZE`` bytes that go through shared buffers."""
 STALL_SIZE = 4 * 1024 * 1024
-_TURN = 250_000
-"""Nanoseconds for which a connection's requests are served before others get a turn."""
 _UNREAD = 64  # pieces of input that are thrown away at the end
 _UNREAD_PIECE = 256 * 1024
 
@@ -37,31 +35,32 @@ _UNREAD_PIECE = 256 * 1024
 class Channel:
     """A connected socket and the protocol on it.
 
-    One task receives.  Any number send; a frame, or a :meth:`stream` of several parts, is never
-    mixed with another's.
+    One task receives, or the crowd's leader for it.  Any number send; a frame, or a :meth:`stream`
+    of several parts, is never mixed with another's.
 
     What can be received and sent at once is, without a turn of Trio's loop, which would cost more
-    than most requests.  The loop gets one when there is nothing to do, and after ``_TURN``.
+    than most requests.  The loop gets one when there is nothing to do, and after ``TURN``.
 
     Args:
         sock: the connected socket.
         limits: what this side receives from those whom it has let in.
-        attention: shared by all channels of the loop.
+        crowd: where all channels of the loop stand while nothing is under way on them.
     """
 
     def __init__(
         self,
         sock: trio.socket.SocketType,
-        limits: Limits | None = None,
-        attention: Attention | None = None,
+        limits: Limits,
+        crowd: Crowd,
     ) -> None:
         self._socket = sock
         self._transport: Transport = Plain(sock._sock)  # type: ignore[attr-defined]
         self._encrypted = False
-        self._attention = attention or Attention()
-        self._lookout = Lookout()
+        self._crowd = crowd
+        self._attention = self._crowd.attention
+        self._lookout = self._crowd.lookout
         self._turn = 0  # when this task last had one of Trio's loop
-        self._limits = limits or Limits()
+        self._limits = limits
         self._connection = wire.Connection(greeting.STRANGER)
         self._sending = trio.Lock()
         self._draining = False
@@ -122,48 +121,93 @@ class Channel:
         self._transport = tls
         self._encrypted = True
 
-    async def _receive(self, buffer: memoryview, look: bool) -> int:
-        receive = self._transport.recv_into
+    def _look(self, buffer: memoryview, look: bool) -> int:
+        """Receive what comes without a turn for others; -1 when they have to get one."""
         began = perf_counter_ns()
         alone = self._attention.alone(self, began)
         count = -1
         if alone or self._encrypted:  # of what was received before, something may be left there
-            count = self._lookout.look(receive, buffer, began, wait=look and alone)
-        while count < 0:  # others get a turn
+            count = self._lookout.look(
+                self._transport.recv_into, buffer, began, wait=look and alone
+            )
+        if count >= 0:
+            self._attention.give(self, perf_counter_ns())
+        return count
+
+    async def _receive(self, buffer: memoryview) -> int:
+        began = perf_counter_ns()
+        count = -1
+        while count < 0:
             await trio.lowlevel.wait_readable(self._socket)
             with contextlib.suppress(BlockingIOError):
-                count = receive(buffer, 0, 0)
-            self._lookout.came(began)
-            self._lookout.moved(count)
-            self._turn = perf_counter_ns()
-        self._attention.give(self, perf_counter_ns())
+                count = self._transport.recv_into(buffer, 0, 0)
+        self._lookout.came(began)
+        self._lookout.moved(count)
+        self._turn = now = perf_counter_ns()
+        self._attention.give(self, now)
         return count
 
     def drain(self) -> None:
         """From now on :meth:`next_event` gives what has come in, and then None."""
         self._draining = True
 
-    async def next_event(self, *, look: bool = False) -> wire.Event | None:
+    async def next_event(self, *, look: bool = False, wait: bool = True) -> wire.Event | None:
         """The next event, or None when the peer closed between two messages.
 
         With *look* the loop may stand still for a moment, for nothing of this connection is under
-        way.
+        way.  Without *wait* it is ``NEED_DATA`` if others had better get a turn before it comes.
 
         Raises:
             ProtocolError: the peer broke a rule, or closed elsewhere.
             OSError: the connection broke.
         """
-        if perf_counter_ns() - self._turn > _TURN:
+        if perf_counter_ns() - self._turn > TURN:
             await trio.lowlevel.checkpoint()
             self._turn = perf_counter_ns()
         while (event := self._connection.next_event()) is NEED_DATA:
             if self._draining and self._connection.between_messages:
                 return None
-            count = await self._receive(self._connection.buffer(), look)
+            buffer = self._connection.buffer()
+            count = self._look(buffer, look)
+            if count < 0 and not wait:
+                return event
+            if count < 0:
+                count = await self._receive(buffer)
             if count == 0 and self._connection.between_messages:
                 return None
             self._connection.received(count)
         return event
+
+    def event_nowait(self) -> wire.Event | None:
+        """The next event in what is there, ``NEED_DATA`` if it is not whole; as
+        :meth:`next_event`."""
+        connection = self._connection
+        event = connection.next_event()
+        if event is NEED_DATA:
+            if self._draining and connection.between_messages:
+                return None
+            try:
+                count = self._transport.recv_into(connection.buffer())
+            except BlockingIOError:
+                return event
+            self._lookout.message(count)
+            self._attention.give(self, perf_counter_ns())
+            if count == 0 and connection.between_messages:
+                return None
+            connection.received(count)
+            event = connection.next_event()
+        return event
+
+    async def stand(self, serve: Serve) -> None:
+        """As :meth:`warabi.crowd.Crowd.stand`; only on a connection that is :attr:`plain`."""
+        if self._socket.fileno() < 0:
+            raise trio.ClosedResourceError
+        await self._crowd.stand(self._socket.fileno(), serve)
+
+    @property
+    def between_messages(self) -> bool:
+        """As of :class:`warabi.wire.Connection`."""
+        return self._connection.between_messages
 
     async def fill(self, place: memoryview, patience: float = math.inf) -> None:
         """Receive the next bytes of the current payload into *place*, all of it.
@@ -308,6 +352,7 @@ class Channel:
             for _ in range(_UNREAD):
                 if not self._socket._sock.recv(_UNREAD_PIECE):  # type: ignore[attr-defined]
                     break
+        self._crowd.closing(self._socket.fileno())
         self._socket.close()
 
 

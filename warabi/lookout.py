@@ -59,10 +59,8 @@ class Lookout:
     def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
         """Receive what is there or, with *wait*, what comes within a moment, if that is to be
         expected; -1 when nothing did.  *began* is the present time."""
-        before = until = began
-        more = min(self._moved, _LONGEST)
-        if wait and self._soon and began >= self._pause.end:
-            until += _MOMENT + more
+        before = began
+        until = self.until(began) if wait else began
         while True:
             try:
                 count = receive(place, 0, socket.MSG_DONTWAIT)
@@ -72,16 +70,30 @@ class Lookout:
             else:
                 self._moved = count
                 return count
-            os.sched_yield()
-            now = perf_counter_ns()
-            if now - before > _LATE + more:
-                self._pause.begin(now, now)
-            before = now
+            before = self.offer(before)
+
+    def until(self, began: int) -> int:
+        """Until when to look for what is to be expected; *began*, the present, if nothing is."""
+        if self._soon and began >= self._pause.end:
+            return began + _MOMENT + min(self._moved, _LONGEST)
+        return began
+
+    def offer(self, before: int) -> int:
+        """Offer the core to others, after a look at the time *before*; returns the present time."""
+        os.sched_yield()
+        now = perf_counter_ns()
+        if now - before > _LATE + min(self._moved, _LONGEST):
+            self._pause.begin(now, now)
+        return now
 
     def came(self, began: int) -> None:
         """Something came to who slept, and waited since *began*."""
         self._soon = perf_counter_ns() - began < _SOON + min(self._moved, _LONGEST)
         self._moved = 0
+
+    def message(self, count: int) -> None:
+        """A message came, of which so many bytes were received otherwise than by :meth:`look`."""
+        self._moved = count
 
     def moved(self, count: int) -> None:
         """So many bytes were received or sent otherwise than by :meth:`look`."""

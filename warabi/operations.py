@@ -196,13 +196,14 @@ READING = frozenset({"read", *(name for name, o in OPERATIONS.items() if o.acces
 ``pin`` and ``unpin`` concern inodes without names, which stay behind.
 """
 
-_TYPES: dict[str, Any] = {
-    "i": int,
+_TYPES: dict[str, tuple[type, ...]] = {
+    "i": (int,),
     "I": (int, type(None)),
-    "b": bytes,
-    "s": str,
-    "?": bool,
+    "b": (bytes,),
+    "s": (str,),
+    "?": (bool,),
 }
+"""What the values on the wire are, exactly."""
 
 
 def checked_arguments(name: str, letters: str, arguments: Any) -> list[Any]:
@@ -215,13 +216,14 @@ def checked_arguments(name: str, letters: str, arguments: Any) -> list[Any]:
         raise ProtocolError(f"{name}: expected {len(letters)} arguments")
     checked = []
     for letter, value in zip(letters, arguments, strict=True):
+        kind = type(value)
         if letter == "r":
-            if not isinstance(value, bytes) or len(value) != 16:
+            if kind is not bytes or len(value) != 16:
                 raise ProtocolError(f"{name}: {value!r:.100} is no region ID")
             value = RegionID(value)
-        elif not isinstance(value, _TYPES[letter]) or (letter in "iI" and isinstance(value, bool)):
-            raise ProtocolError(f"{name}: an argument of type {type(value).__name__}")
-        elif type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        elif kind not in _TYPES[letter]:
+            raise ProtocolError(f"{name}: an argument of type {kind.__name__}")
+        elif kind is int and not -(1 << 63) <= value < 1 << 63:
             raise ProtocolError(f"{name}: the number {value} is out of range")
         checked.append(value)
     return checked

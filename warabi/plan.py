@@ -14,6 +14,8 @@ from warabi.target import Target
 from warabi.wire import Limits
 
 UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
+SMALL = 16 * 1024
+"""Bytes of a read that is simply tried, into memory of its own."""
 DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
 
 
@@ -117,8 +119,8 @@ def plan_upload(request: Request) -> Plan:
     return plan
 
 
-def plan_download(request: Request, own: Limits, peer: Limits) -> tuple[Plan, bool]:
-    """What to read from where, and whether it is small enough for the reply's header.
+def plan_download(request: Request, own: Limits, peer: Limits) -> tuple[Plan, int, bool]:
+    """What to read from where, how many bytes, and whether these go into the reply's header.
 
     Args:
         request: whose reply it is.
@@ -141,6 +143,6 @@ def plan_download(request: Request, own: Limits, peer: Limits) -> tuple[Plan, bo
         raise errors.ProtocolError(
             f"{request.name}: {size} bytes in one reply, the limit is {limit}"
         )
-    if not short:
+    if not short and (size > SMALL or request.name != "read"):
         check_bounds(request.target, plan, request.name)
-    return plan, eager
+    return plan, size, eager

@@ -15,9 +15,9 @@ import trio
 from warabi import address, errors
 from warabi.address import Endpoint
 from warabi.admission import Admission, Visitor
+from warabi.crowd import Crowd
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
-from warabi.lookout import Attention
 from warabi.provider import ProviderCore
 from warabi.security import Security
 from warabi.session import Session
@@ -68,7 +68,7 @@ class Runtime:
         self._security = security
         self._limits = limits
         self._admission = Admission(limits)
-        self._attention = Attention()
+        self._crowd = Crowd()
         self.providers: dict[int, ProviderCore] = {}
         self.remote_shutdown = False
         self._on_shutdown = on_shutdown
@@ -95,7 +95,7 @@ class Runtime:
         self._token = trio.lowlevel.current_trio_token()
         listener = trio.socket.from_stdlib_socket(self._listener)
         with self._scope:
-            async with trio.open_nursery() as nursery:
+            async with self._crowd.served(), trio.open_nursery() as nursery:
                 with listener, self._accepting:
                     self._started.set()
                     await self._accept(listener, nursery)
@@ -138,7 +138,7 @@ class Runtime:
             admit=lambda: self._admission.admit(visitor),
             leave=lambda: self._admission.leave(visitor),
             host=Host(self._life, pid) if self.endpoint.local and self._share else None,
-            attention=self._attention,
+            crowd=self._crowd,
         )
         visitor = Visitor(host, session.drop)
         self._admission.arrive(visitor)

@@ -14,23 +14,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, extents, feed, hosting, in_place, migration, piecemeal, wire
+from warabi import dispatch, errors, feed, hosting, in_place, migration, piecemeal, wire
 from warabi.admission import Budget
 from warabi.channel import Channel
+from warabi.crowd import LEAVES, MORE, STAYS, Crowd, Next
 from warabi.errors import WouldBlock
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
-from warabi.lookout import Attention
 from warabi.migration.exchange import BESIDE, Exchange
 from warabi.operations import OPERATIONS, READING, access, checked_arguments
 from warabi.pins import Pins
 from warabi.plan import (
     DOWNLOADS,
+    SMALL,
     UPLOADS,
     Plan,
     Request,
@@ -43,7 +43,7 @@ from warabi.provider import ProviderCore
 from warabi.security import Peer, Security, permit
 from warabi.transfer import load
 from warabi.watching import Watching
-from warabi.wire import Message
+from warabi.wire import NEED_DATA, Message
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Session:
         admit: called when the client has opened the connection; raises ``ConnectionFailed``.
         leave: called when the connection has ended.
         host: grants direct access to regions; None where the peer can have none.
-        attention: shared by all sessions of the loop.
+        crowd: where all sessions of the loop stand while nothing is under way on them.
     """
 
     def __init__(
@@ -75,11 +75,12 @@ class Session:
         local: bool,
         admit: Callable[[], None],
         leave: Callable[[], None],
-        host: Host | None = None,
-        attention: Attention | None = None,
+        host: Host | None,
+        crowd: Crowd,
     ) -> None:
         self._host = host
-        self._channel = Channel(sock, limits.wire, attention)
+        self._crowd = crowd
+        self._channel = Channel(sock, limits.wire, crowd)
         self._exchange = Exchange(local, self._channel.close)
         self._find = find
         self._shutdown = shutdown
@@ -90,6 +91,8 @@ class Session:
         self._peer = Peer(read_only=True)  # until it is known better
         self._reading = trio.CancelScope()
         self._handling = False  # a request, not waiting for one
+        self._nursery: trio.Nursery | None = None
+        self._held: wire.Event | None = NEED_DATA  # what the crowd's leader left to this task
         self._writes = in_place.Sequence()
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
@@ -142,16 +145,41 @@ class Session:
             return
         self._admit()
         self._peer = peer
+        self._nursery = nursery
+        channel = self._channel
         while True:
             # Those that watch wait for others, who are served then.
             idle = self._running.under_way == self._watchers
-            event = await self._channel.next_event(look=idle)
+            event = await channel.next_event(look=idle, wait=not channel.plain)
+            if event is NEED_DATA:
+                self._handling = False
+                await channel.stand(self._serve_at_once)
+                event, self._held = self._held, NEED_DATA
             if event is None:
                 return
             if isinstance(event, Message):
                 self._handling = True
                 await self._handle(event, nursery)
                 self._handling = False
+
+    async def _serve_at_once(self) -> Next:
+        """Answer a request that has come, whole, while this connection stands in the crowd."""
+        channel = self._channel
+        event = channel.event_nowait()
+        if event is NEED_DATA:
+            self._handling = False
+            return STAYS
+        self._handling = True
+        if not isinstance(event, Message) or (
+            event.payload and event.payload > len(channel.arrived())
+        ):
+            self._held = event
+            return LEAVES
+        assert self._nursery is not None
+        feed.ORIGIN.set(self)
+        await self._handle(event, self._nursery)
+        self._handling = not channel.between_messages
+        return MORE if self._handling else STAYS
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
         number, provider_id, name, arguments, eager = checked_header(message.header)
@@ -262,12 +290,14 @@ class Session:
             request.entered = request.core.changes.enter_nowait()
             beside = beside or not request.entered
         if not beside:
-            with suppress(WouldBlock):
-                await self._answer(request, work)
-                return
+            try:
+                return await self._answer(request, work)
+            except WouldBlock:
+                pass
         request.beside = True
         size = memory(request, self._channel.limits.payload)
         await self._running.acquire(size)
+        self._crowd.beside += 1
         nursery.start_soon(self._answer_beside, request, work, size)
 
     async def _answer_beside(
@@ -276,6 +306,7 @@ class Session:
         try:
             await self._answer(request, work)
         finally:
+            self._crowd.beside -= 1
             self._running.release(size)
 
     async def _answer(self, request: Request, work: Callable[[Request], Awaitable[None]]) -> None:
@@ -383,13 +414,15 @@ class Session:
     # Downloads
 
     async def _download(self, request: Request) -> None:
-        plan, eager = plan_download(request, self._channel.limits, self._channel.peer)
-        size = extents.total(plan.extents)
+        plan, size, eager = plan_download(request, self._channel.limits, self._channel.peer)
         transfers = request.core.transfers
-        if eager:
-            data = memoryview(bytearray(size))
-            await self._load(request, plan, data)
-            await self._reply(request.number, None, data.obj)
+        if eager or size <= SMALL:  # to lend the region would cost more than to copy this
+            data = bytearray(size)
+            await self._load(request, plan, memoryview(data))
+            if eager:
+                await self._reply(request.number, None, data)
+            else:
+                await self._channel.send([wire.frame([request.number, None], size), data])
         elif size <= transfers.chunk:
             view = await transfers.acquire(size)
             try:
@@ -405,8 +438,8 @@ class Session:
             await piecemeal.download(self._channel, request, plan, size)
 
     @staticmethod
-    async def _load(request: Request, plan: Plan, place: memoryview) -> None:
-        await load(
+    def _load(request: Request, plan: Plan, place: memoryview) -> Awaitable[None]:
+        return load(
             request.target, plan.region, plan.extents, place, plan.short, wait=request.beside
         )
 

@@ -21,13 +21,13 @@ import os
 import queue
 import select
 import threading
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from time import perf_counter_ns
 from typing import Any, NamedTuple, Protocol
 
 import trio
 
+from warabi.begun import continued
 from warabi.lookout import Lookout
 from warabifs import protocol
 from warabifs.protocol import HEADER, Header, Opcode
@@ -186,7 +186,7 @@ class Session:
                 self._busy += 1
                 self._lead_on()
                 try:
-                    answer = await _continued(handler, step)
+                    answer = await continued(handler, step)
                 except Exception as error:
                     answer = requests.refusal(header, error)
                 finally:
@@ -322,18 +322,3 @@ class Session:
             notice = self._notices.get()
             with contextlib.suppress(OSError):  # it does not know it, or the mount is over
                 self._notify(notice)
-
-
-@types.coroutine
-def _continued(coroutine: Coroutine[Any, Any, Answer], step: Any) -> Generator[Any, Any, Answer]:
-    """Await the rest of *coroutine*, which this task began, and which waits for *step*."""
-    while True:
-        failure: BaseException | None = None
-        try:
-            received = yield step
-        except BaseException as error:
-            failure = error
-        try:
-            step = coroutine.send(received) if failure is None else coroutine.throw(failure)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
