@@ -272,13 +272,13 @@ def halt(place, *rest):
     sys.stdin.readline()
     return real[rest and type(rest[-1]) is int](place, *rest)
 
-real = {False: warabi.guest.copy, True: warabi.guest.pwrite_full}
+real = {False: warabi.guest.copy, True: warabi.guest.pwrite}
 address, number, region = sys.argv[1], int(sys.argv[2]), RegionID(bytes.fromhex(sys.argv[3]))
 with Engine("na+sm", client) as engine:
     handle = Client(engine).make_target_handle(address, number)
     for _ in range(3):
         handle.read(region, 0, 1)
-    warabi.guest.copy = warabi.guest.pwrite_full = halt
+    warabi.guest.copy = warabi.guest.pwrite = halt
     try:
         handle.write(region, 10, b"late" * 20)
         print("written", flush=True)

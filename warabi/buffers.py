@@ -16,6 +16,8 @@ MAX_SIZE = (1 << 63) - 1
 """The largest size and offset, in bytes: what a Linux ``off_t`` holds."""
 PATH_LIMIT = 64 * 1024
 """Bytes in a path; far more than system calls take, and less than a message holds."""
+_FLAT = (bytes, bytearray)
+"""Whose views are flat, whatever they hold; told apart at once, because most buffers are such."""
 
 
 def readable(data: Any, what: str) -> memoryview:
@@ -24,7 +26,7 @@ def readable(data: Any, what: str) -> memoryview:
     Raises:
         InvalidBuffer: *data* has no buffer, or its elements are not C-contiguous.
     """
-    if type(data) is bytes:
+    if type(data) in _FLAT:
         return memoryview(data)
     try:
         view = memoryview(data)
@@ -54,7 +56,7 @@ def writable(data: Any, what: str) -> memoryview:
     Raises:
         InvalidBuffer: as :func:`readable`, or *data* is read-only.
     """
-    view = readable(data, what)
+    view = memoryview(data) if type(data) is bytearray else readable(data, what)
     if view.readonly:
         raise InvalidBuffer(f"{what}: the destination buffer is read-only")
     return view
@@ -66,17 +68,18 @@ def checked_size(value: Any, what: str) -> int:
     Raises:
         OutOfBounds: not an integer, negative, or beyond 2**63 - 1.
     """
-    if type(value) is not int:
-        # NumPy integers count; a bool or a float is somebody's mistake.
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            value = operator.index(value)
-        except TypeError:
-            raise OutOfBounds(f"{what} must be an integer number of bytes, got {value!r}") from None
-    if not 0 <= value <= MAX_SIZE:
-        raise OutOfBounds(f"{what} must be between 0 and {MAX_SIZE} bytes, got {value}")
-    return int(value)
+    if type(value) is int and 0 <= value <= MAX_SIZE:
+        return value
+    # NumPy integers count; a bool or a float is somebody's mistake.
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        size = int(operator.index(value))
+    except TypeError:
+        raise OutOfBounds(f"{what} must be an integer number of bytes, got {value!r}") from None
+    if not 0 <= size <= MAX_SIZE:
+        raise OutOfBounds(f"{what} must be between 0 and {MAX_SIZE} bytes, got {size}")
+    return size
 
 
 def checked_path(value: Any, what: str) -> str:
