@@ -322,8 +322,7 @@ def shared_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[str]:
     """Of a provider with one buffer for all its clients, from which it takes who dawdles."""
-    for module in (channel, transfer):
-        monkeypatch.setattr(module, "STALL_PATIENCE", 0.4)
+    monkeypatch.setattr(transfer, "STALL_PATIENCE", 1.0)
     target = MEMORY if request.param == "memory" else file_config(tmp_path / "target")
     config = {**target, "transfer_manager": PIPELINE}
     with Engine("tcp", config=secured) as engine, Provider(engine, 1, config):

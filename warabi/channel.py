@@ -334,8 +334,8 @@ class Channel:
             self._deaf = error.errno != errno.EFAULT
             return 0
 
-    def stream(self, patience: float = STALL_PATIENCE) -> Stream:
-        """A frame whose parts are sent one by one: ``async with channel.stream() as stream``.
+    def stream(self, patience: float) -> Stream:
+        """A frame whose parts are sent one by one: ``async with channel.stream(...) as stream``.
 
         Sending a part raises ``trio.TooSlowError`` when the peer takes less than ``STALL_SIZE``
         bytes in *patience* seconds.

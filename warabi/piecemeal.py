@@ -72,7 +72,7 @@ async def download(channel: Channel, request: Request, plan: Plan, size: int) ->
     view = await transfers.acquire(transfers.chunk)
     try:
         await _load_chunk(request, plan, pieces[0], view)
-        async with channel.stream() as stream:
+        async with channel.stream(transfers.patience) as stream:
             await stream.send(wire.frame([request.number, None], size))
             for index, (start, end) in enumerate(pieces):
                 following = pieces[index + 1] if index + 1 < len(pieces) else None

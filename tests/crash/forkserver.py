@@ -91,7 +91,8 @@ class Server:
             if self._mountpoint:
                 # A thread that was just telling the kernel of a name waits in there for a user of
                 # the mount, who waits for the mount: only this ends them.
-                subprocess.run(["umount", "-f", self._mountpoint], capture_output=True, timeout=60)
+                command = ["umount", "-i", "-f", self._mountpoint]
+                subprocess.run(command, capture_output=True, timeout=60)
             ended, _, _ = select.select([self._child], [], [], PATIENCE)
             assert ended, "a killed process does not end"
 

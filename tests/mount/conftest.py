@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -57,7 +59,22 @@ def disposable(parent: str) -> Iterator[Path]:
 
 
 @pytest.fixture
-def helpers() -> Iterator[None]:
+def machine() -> Iterator[None]:
+    """What the machine has once is this test's, until it ends: the mode of ``/dev/fuse``,
+    ``/etc/fuse.conf``, and the helpers in ``/sbin``.
+
+    For those who change it, or look at it, while tests run in several processes.
+    """
+    lock = os.open("/etc", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@pytest.fixture
+def helpers(machine: None) -> Iterator[None]:
     """The helpers of this checkout, where mount(8) looks; what was there comes back."""
     before = {
         path: path.read_bytes() for path in install._files(Path("/")) if path.exists()

@@ -554,6 +554,6 @@ def test_nobody_waits_for_a_mount_that_was_killed_and_cannot_end(place: Path, ki
             _, said = creating.communicate(timeout=PATIENCE)
             assert "not connected" in said or "abort" in said
         finally:
-            run("umount", "-f", "-l", path, check=False)
+            run("umount", "-i", "-f", "-l", path, check=False)
             creating.kill()
             creating.communicate()

@@ -21,6 +21,7 @@ USER = pwd.getpwnam("nobody").pw_uid
 OTHER = pwd.getpwnam("games").pw_uid
 MOUNT = "warabifs.mount"
 WARABIFS = "import sys; from warabifs.cli import main; main()"
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 class User:
@@ -53,7 +54,7 @@ def device_mode(mode: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def user() -> Iterator[User]:
+def user(machine: None) -> Iterator[User]:
     with device_mode(0o666):
         yield User()
 

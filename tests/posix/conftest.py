@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.mount.conftest import disposable, limit_of
-from tests.mount.conftest import place as place  # a fixture
+from tests.mount.conftest import machine as machine  # a fixture
+from tests.mount.conftest import place as place  # another
 from tests.mount.support import BACKENDS, PASSED, Mount, mounting, source_of, watchdog
 
 MOUNTED = (*BACKENDS, "engine", *PASSED)

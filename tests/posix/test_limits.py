@@ -275,7 +275,7 @@ warabifs.mount.main(sys.argv[1:])
 
 
 @pytest.fixture
-def fuse_for_all() -> Iterator[None]:
+def fuse_for_all(machine: None) -> Iterator[None]:
     """``/dev/fuse`` as udev makes it, also where it is root's alone."""
     mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
     os.chmod("/dev/fuse", 0o666)
