@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from contextvars import ContextVar
 
@@ -100,3 +102,21 @@ def test_nothing_is_left_behind() -> None:
 
     for _ in range(3):
         trio.run(main)
+
+
+def _signals() -> int:
+    """Descriptors of this process by which tasks can be woken."""
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            count += os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    return count
+
+
+async def test_descriptors_of_a_busy_moment_are_given_back() -> None:
+    before, together = _signals(), threading.Barrier(50)
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(in_thread, together.wait, trio.CapacityLimiter(50))
+    assert _signals() - before <= 16
+    assert await in_thread(lambda: "again") == "again"

@@ -16,10 +16,12 @@ import outcome
 import trio
 
 _T = TypeVar("_T")
+_KEPT = 16
+"""Descriptors for who waits next, of which every moment of many waiters would leave more."""
 
 
 class Signals:
-    """Descriptors that wake a task, each used by one at a time; they last as long as Trio runs."""
+    """Descriptors that wake a task, each used by one at a time; some are kept for the next."""
 
     def __init__(self) -> None:
         self._idle: list[int] = []
@@ -36,7 +38,10 @@ class Signals:
         return self._idle.pop() if self._idle else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def put_back(self, fd: int) -> None:
-        self._idle.append(fd)
+        if len(self._idle) < _KEPT:
+            self._idle.append(fd)
+        else:
+            os.close(fd)
 
     async def wait(self, fd: int) -> None:
         """Return when *fd* was written to, also when the task is cancelled; ends its use."""
