@@ -30,6 +30,9 @@ STALL_PATIENCE = 60.0
 STALL_SIZE = 4 * 1024 * 1024
 _TURN = 250_000
 """Nanoseconds for which a connection's requests are served before others get a turn."""
+_PIECES = 2_000_000
+"""Nanoseconds after which others get a turn while the pieces of a payload are looked for."""
+_ONE = memoryview(bytearray(1))  # what is looked at goes there, and is received later
 _UNREAD = 64  # pieces of input that are thrown away at the end
 _UNREAD_PIECE = 256 * 1024
 
@@ -124,20 +127,40 @@ class Channel:
 
     async def _receive(self, buffer: memoryview, look: bool) -> int:
         receive = self._transport.recv_into
-        began = perf_counter_ns()
+        within = not self._connection.between_messages
+        began = await self._turn_within() if within else perf_counter_ns()
         alone = self._attention.alone(self, began)
         count = -1
         if alone or self._encrypted:  # of what was received before, something may be left there
-            count = self._lookout.look(receive, buffer, began, wait=look and alone)
+            if within:
+                count = self._lookout.piece(receive, buffer, began, wait=alone)
+                self._lookout.moved(max(0, count))
+            else:
+                count = self._lookout.look(receive, buffer, began, wait=look and alone)
         while count < 0:  # others get a turn
             await trio.lowlevel.wait_readable(self._socket)
             with contextlib.suppress(BlockingIOError):
                 count = receive(buffer, 0, 0)
-            self._lookout.came(began)
+            self._came(began, within)
             self._lookout.moved(count)
-            self._turn = perf_counter_ns()
         self._attention.give(self, perf_counter_ns())
         return count
+
+    def _came(self, began: int, within: bool) -> None:
+        """Something came after a sleep, since *began*: a message, or within one, a piece."""
+        if within:
+            self._lookout.piece_came(began)
+        else:
+            self._lookout.came(began)
+        self._turn = perf_counter_ns()
+
+    async def _turn_within(self) -> int:
+        """Let others have a turn after many pieces of a message; returns the present time."""
+        now = perf_counter_ns()
+        if now - self._turn > _PIECES:
+            await trio.lowlevel.checkpoint()
+            self._turn = now = perf_counter_ns()
+        return now
 
     def drain(self) -> None:
         """From now on :meth:`next_event` gives what has come in, and then None."""
@@ -179,8 +202,18 @@ class Channel:
             raise ProtocolError("the peer closed the connection within a payload")
 
     async def readable(self) -> None:
-        """Return when there is something to receive, or the peer has gone."""
-        await trio.lowlevel.wait_readable(self._socket)
+        """Return when the next piece of a payload is there, or the peer has gone.
+
+        Only without TLS, with which the socket does not tell.
+        """
+        began = await self._turn_within()
+        alone = self._attention.alone(self, began)
+        if self._lookout.piece(self._peek, _ONE, began, wait=alone) < 0:
+            await trio.lowlevel.wait_readable(self._socket)
+            self._came(began, True)
+
+    def _peek(self, place: memoryview, size: int, flags: int) -> int:
+        return self._transport.recv_into(place, size, flags | socket.MSG_PEEK)
 
     @property
     def plain(self) -> bool:
