@@ -325,6 +325,37 @@ async def test_cancelled_half_way_through_its_payload() -> None:
             assert buffer == bytes(100_000)
 
 
+async def test_a_place_is_asked_for_when_its_bytes_come() -> None:
+    """And not while other replies come; what is cancelled then touches it no more."""
+    size = 100_000
+    buffers = [bytearray(size), bytearray(size)]
+    asked: list[int] = []
+    scopes = [trio.CancelScope(), trio.CancelScope()]
+
+    async def read(target: aio.Target, number: int) -> None:
+        def place() -> memoryview:
+            asked.append(number)
+            return memoryview(buffers[number])
+
+        with scopes[number]:
+            assert await target.read_later(RegionID(), 0, size, place) == size
+
+    with half_reply() as (text, provider):
+        async with aio.connect(text, 1) as target, trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(read, target, number)
+                await trio.testing.wait_all_tasks_blocked()
+            while not buffers[0].startswith(b"r"):  # noqa: ASYNC110  a buffer has no event
+                await trio.sleep(0.01)
+            assert asked == [0]
+            scopes[0].cancel()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            buffers[0][:] = bytes(size)
+            provider.send_rest()
+    assert asked == [0, 1]
+    assert buffers == [bytes(size), b"r" * size]
+
+
 # Connections
 
 

@@ -11,11 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import MEMORY, RawPeer, provider_process, raw_connection
+from tests.helpers import (
+    MEMORY,
+    RawPeer,
+    file_config,
+    pattern,
+    provider_process,
+    raw_connection,
+)
 from warabi import wire
 from warabi.client import Client
 from warabi.engine import Engine, client
 from warabi.lookout import Attention, Lookout
+from warabi.server import Provider
 
 
 class Receiver:
@@ -126,6 +134,75 @@ def test_after_many_bytes_it_looks_longer(
         next(clock)
     lookout.came(began)
     assert looks() == pytest.approx(10, abs=2)
+
+
+def test_the_pieces_of_a_message_are_looked_for(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether messages come soon or not, until a piece was late."""
+    clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
+    monkeypatch.setattr("warabi.lookout.perf_counter_ns", lambda: next(clock))
+    lookout = Lookout()
+
+    def looks(wait: bool = True) -> int:
+        receiver.looks = 0
+        assert lookout.piece(receiver, receiver.place, next(clock), wait=wait) == -1
+        return receiver.looks
+
+    assert looks() == pytest.approx(10, abs=2)
+    assert looks(wait=False) == 1
+    receiver.peer.send(b"here")
+    assert lookout.piece(receiver, receiver.place, next(clock)) == 4
+    began = next(clock)
+    for _ in range(50):
+        next(clock)
+    lookout.piece_came(began)
+    assert looks() == 1
+    lookout.piece_came(next(clock))
+    assert looks() == pytest.approx(10, abs=2)
+
+
+@pytest.mark.parametrize("backend", ["memory", "file"])
+def test_a_payload_that_never_stops_coming_keeps_nobody_waiting(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it goes to its place or through a buffer, and however long pieces are looked for."""
+    for name in ("_MOMENT", "_LATE"):
+        monkeypatch.setattr(f"warabi.lookout.{name}", 1 << 60)
+    monkeypatch.setattr(Lookout, "came", lambda self, began: None)  # for messages it sleeps
+    monkeypatch.setattr(Attention, "alone", lambda self, connection, now: True)
+    config = MEMORY if backend == "memory" else file_config(tmp_path / "target")
+    with (
+        Engine("tcp") as own,
+        Provider(own, 1, config),
+        Engine("tcp", client) as engine,
+        raw_connection(str(own.addr())) as connection,
+    ):
+        handle = Client(engine).make_target_handle(str(own.addr()), 1)
+        data = pattern(4 << 20)
+        region = handle.create_and_write(bytes(len(data)))
+        peer = RawPeer(connection)
+        header = [7, 1, "write", [bytes(region), 0, False, False], None]
+        peer.socket.sendall(wire.frame(header, len(data)) + data[:100_000])
+        answered = threading.Event()
+
+        def send() -> None:
+            sent = 100_000
+            while not answered.is_set():
+                peer.socket.sendall(data[sent : sent + 1])
+                sent += 1
+            peer.socket.sendall(data[sent:])
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        try:
+            for _ in range(10):
+                assert handle.size(region) == len(data)
+        finally:
+            answered.set()
+            sending.join()
+        assert peer.reply() == [7, None]
+        assert handle.read(region, 0, len(data)) == data
 
 
 def test_nobody_is_alone_among_others() -> None:

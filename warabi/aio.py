@@ -25,7 +25,7 @@ from warabi import address as _address
 from warabi import arrays, errors, security, transport
 from warabi.address import Endpoint
 from warabi.aio_connection import Connection
-from warabi.aio_link import DirectLink, Link, WireLink
+from warabi.aio_link import DirectLink, Link, Place, WireLink
 from warabi.aio_readonly import ReadOnlyLink
 from warabi.aio_side_channel import SideChannel
 from warabi.answers import RegionStat
@@ -98,9 +98,16 @@ class Target:
         *buffer* is at most as large as the provider's limit on a payload.
         """
         view = writable(buffer, "read_some: buffer")
-        return await self._link.read_some(
-            _id(region), checked_size(offset, "read_some: offset"), view
-        )
+        return await self.read_later(region, offset, len(view), lambda: view)
+
+    async def read_later(self, region: RegionID, offset: int, size: int, place: Place) -> int:
+        """As :meth:`read_some`, of *size* bytes into the view of as many that *place* gives.
+
+        It is asked when they come, or not at all, so that who waits for many replies needs no
+        buffer for each; and again, for the same view, when the connection was lost meanwhile.
+        """
+        offset = checked_size(offset, "read_some: offset")
+        return await self._link.read_some(_id(region), offset, size, place)
 
     async def persist(self, region: RegionID, offset: int, size: int) -> None:
         offset = checked_size(offset, "persist: offset")

@@ -21,6 +21,9 @@ from warabi.target import Target as LocalTarget
 from warabi.watching import Watching
 
 _ERASE_PATIENCE = 10.0  # seconds to take back a region that could not be filled
+_LATER = memoryview(b"")
+Place = Callable[[], memoryview]
+"""Gives the place of bytes when they are there: the same one when it is asked again."""
 
 
 class Link(Protocol):
@@ -33,7 +36,7 @@ class Link(Protocol):
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None: ...
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
-    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int: ...
+    async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int: ...
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
@@ -75,8 +78,8 @@ class DirectLink:
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         await dispatch.read_into(self._target, region, offset, place)
 
-    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
-        return await dispatch.read_into(self._target, region, offset, place, short=True)
+    async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
+        return await dispatch.read_into(self._target, region, offset, place(), short=True)
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         return await dispatch.create_and_write(self._target, data, persist)
@@ -105,6 +108,22 @@ async def _pieces() -> AsyncIterator[Callable[..., None]]:
         yield lambda call, *arguments: nursery.start_soon(guarded, call, *arguments)
     if failures:
         raise failures[0]
+
+
+class _Read(Request):
+    """A read of up to *size* bytes, whose place is asked for when they come."""
+
+    __slots__ = ("_place",)
+
+    def __init__(self, size: int, place: Place) -> None:
+        super().__init__("read", into=_LATER, short=True)
+        self.size = size
+        self._place = place
+
+    def place(self, count: int) -> memoryview:
+        if self.into is _LATER:
+            self.into = self._place()
+        return super().place(count)
 
 
 class WireLink:
@@ -181,26 +200,27 @@ class WireLink:
             if done == len(place):
                 return
         if len(place) <= limit:
-            await self._read_piece(region, offset, place, False)
+            await self._read(Request("read", into=place), region, offset)
             return
         await self._check_end(region, offset, len(place), "read")
         async with _pieces() as start_soon:
             for start, end in chunks(len(place), limit):
-                start_soon(self._read_piece, region, offset + start, place[start:end], False)
+                start_soon(
+                    self._read, Request("read", into=place[start:end]), region, offset + start
+                )
 
-    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
+    async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
         if self._side is not None:
-            count = await self._side.read_some(region, offset, place)
+            count = await self._side.read_some(region, offset, place())
             if count >= 0:
                 return count
-        return await self._read_piece(region, offset, place, True)
+        return await self._read(_Read(size, place), region, offset)
 
-    async def _read_piece(
-        self, region: RegionID, offset: int, place: memoryview, short: bool
-    ) -> int:
-        eager = len(place) <= self.eager_read
-        request = Request("read", into=place, short=short)
-        count: int = await self._request(request, (region, offset, len(place), eager, short))
+    async def _read(self, request: Request, region: RegionID, offset: int) -> int:
+        size, short = request.size, request.short
+        count: int = await self._request(
+            request, (region, offset, size, size <= self.eager_read, short)
+        )
         return count
 
     async def write_vector(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from warabi.aio_link import Link
+from warabi.aio_link import Link, Place
 from warabi.extents import Extent
 from warabi.feed import Changes
 from warabi.readonly import refuse_change
@@ -36,8 +36,8 @@ class ReadOnlyLink:
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         await self._link.read_into(region, offset, place)
 
-    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
-        return await self._link.read_some(region, offset, place)
+    async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
+        return await self._link.read_some(region, offset, size, place)
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         refuse_change("create_and_write")

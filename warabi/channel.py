@@ -28,6 +28,9 @@ OPENING_PATIENCE = 10.0
 STALL_PATIENCE = 60.0
 """Seconds that a peer may take for each ``STALL_SIZE`` bytes that go through shared buffers."""
 STALL_SIZE = 4 * 1024 * 1024
+_PIECES = 2_000_000
+"""Nanoseconds after which others get a turn while the pieces of a payload are looked for."""
+_ONE = memoryview(bytearray(1))  # what is looked at goes there, and is received later
 _UNREAD = 64  # pieces of input that are thrown away at the end
 _UNREAD_PIECE = 256 * 1024
 
@@ -121,31 +124,48 @@ class Channel:
         self._transport = tls
         self._encrypted = True
 
-    def _look(self, buffer: memoryview, look: bool) -> int:
+    def _look(self, buffer: memoryview, began: int, look: bool, within: bool) -> int:
         """Receive what comes without a turn for others; -1 when they have to get one."""
-        began = perf_counter_ns()
+        receive = self._transport.recv_into
         alone = self._attention.alone(self, began)
         count = -1
         if alone or self._encrypted:  # of what was received before, something may be left there
-            count = self._lookout.look(
-                self._transport.recv_into, buffer, began, wait=look and alone
-            )
+            if within:
+                count = self._lookout.piece(receive, buffer, began, wait=alone)
+                self._lookout.moved(max(0, count))
+            else:
+                count = self._lookout.look(receive, buffer, began, wait=look and alone)
         if count >= 0:
             self._attention.give(self, perf_counter_ns())
         return count
 
-    async def _receive(self, buffer: memoryview) -> int:
+    async def _receive(self, buffer: memoryview, within: bool) -> int:
         began = perf_counter_ns()
         count = -1
         while count < 0:
             await trio.lowlevel.wait_readable(self._socket)
             with contextlib.suppress(BlockingIOError):
                 count = self._transport.recv_into(buffer, 0, 0)
-        self._lookout.came(began)
+        self._came(began, within)
         self._lookout.moved(count)
-        self._turn = now = perf_counter_ns()
-        self._attention.give(self, now)
+        self._attention.give(self, self._turn)
         return count
+
+    def _came(self, began: int, within: bool) -> None:
+        """Something came after a sleep, since *began*: a message, or within one, a piece."""
+        if within:
+            self._lookout.piece_came(began)
+        else:
+            self._lookout.came(began)
+        self._turn = perf_counter_ns()
+
+    async def _turn_within(self) -> int:
+        """Let others have a turn after many pieces of a message; returns the present time."""
+        now = perf_counter_ns()
+        if now - self._turn > _PIECES:
+            await trio.lowlevel.checkpoint()
+            self._turn = now = perf_counter_ns()
+        return now
 
     def drain(self) -> None:
         """From now on :meth:`next_event` gives what has come in, and then None."""
@@ -167,12 +187,14 @@ class Channel:
         while (event := self._connection.next_event()) is NEED_DATA:
             if self._draining and self._connection.between_messages:
                 return None
+            within = not self._connection.between_messages
+            began = await self._turn_within() if within else perf_counter_ns()
             buffer = self._connection.buffer()
-            count = self._look(buffer, look)
+            count = self._look(buffer, began, look, within)
             if count < 0 and not wait:
                 return event
             if count < 0:
-                count = await self._receive(buffer)
+                count = await self._receive(buffer, within)
             if count == 0 and self._connection.between_messages:
                 return None
             self._connection.received(count)
@@ -223,8 +245,18 @@ class Channel:
             raise ProtocolError("the peer closed the connection within a payload")
 
     async def readable(self) -> None:
-        """Return when there is something to receive, or the peer has gone."""
-        await trio.lowlevel.wait_readable(self._socket)
+        """Return when the next piece of a payload is there, or the peer has gone.
+
+        Only without TLS, with which the socket does not tell.
+        """
+        began = await self._turn_within()
+        alone = self._attention.alone(self, began)
+        if self._lookout.piece(self._peek, _ONE, began, wait=alone) < 0:
+            await trio.lowlevel.wait_readable(self._socket)
+            self._came(began, True)
+
+    def _peek(self, place: memoryview, size: int, flags: int) -> int:
+        return self._transport.recv_into(place, size, flags | socket.MSG_PEEK)
 
     @property
     def plain(self) -> bool:

@@ -7,6 +7,8 @@ one for a moment, again and again, before it sleeps.  Between two looks it offer
 
 After many bytes the moment is longer, for with those it is not the wake-up alone that counts: who
 is woken often finds himself on the waker's core, and begins to receive when all has been sent.
+So a receiver that is quicker than the sender looks for the next piece of a message, too: else it
+would sleep, and be woken, for each 64 KiB.
 
 An offered core comes back late where others have much to do; then sleeping is better for a while,
 because who is woken goes before them.
@@ -40,10 +42,11 @@ Receive = Callable[[memoryview, int, int], int]
 class Lookout:
     """What one side of a connection knows of when the next message comes."""
 
-    __slots__ = ("_moved", "_pause", "_soon")
+    __slots__ = ("_flows", "_moved", "_pause", "_soon")
 
     def __init__(self) -> None:
         self._soon = False
+        self._flows = True  # the next piece of a message comes soon
         self._moved = 0  # bytes since the last message came
         self._pause = Pause(*_PAUSE)
 
@@ -59,18 +62,29 @@ class Lookout:
     def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
         """Receive what is there or, with *wait*, what comes within a moment, if that is to be
         expected; -1 when nothing did.  *began* is the present time."""
-        before = began
+        more = min(self._moved, _LONGEST)
         until = self.until(began) if wait else began
+        count = self._look(receive, place, began, until, _LATE + more)
+        if count >= 0:
+            self._moved = count
+        return count
+
+    def piece(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
+        """As :meth:`look`, in the middle of a message: the sender is at it, unless it has been
+        slow before."""
+        until = began
+        if wait and self._flows and began >= self._pause.end:
+            until += _MOMENT
+        return self._look(receive, place, began, until, _LATE)
+
+    def _look(self, receive: Receive, place: memoryview, before: int, until: int, late: int) -> int:
         while True:
             try:
-                count = receive(place, 0, socket.MSG_DONTWAIT)
+                return receive(place, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 if before >= until:
                     return -1
-            else:
-                self._moved = count
-                return count
-            before = self.offer(before)
+            before = self._offer(before, late)
 
     def until(self, began: int) -> int:
         """Until when to look for what is to be expected; *began*, the present, if nothing is."""
@@ -80,9 +94,12 @@ class Lookout:
 
     def offer(self, before: int) -> int:
         """Offer the core to others, after a look at the time *before*; returns the present time."""
+        return self._offer(before, _LATE + min(self._moved, _LONGEST))
+
+    def _offer(self, before: int, late: int) -> int:
         os.sched_yield()
         now = perf_counter_ns()
-        if now - before > _LATE + min(self._moved, _LONGEST):
+        if now - before > late:
             self._pause.begin(now, now)
         return now
 
@@ -94,6 +111,10 @@ class Lookout:
     def message(self, count: int) -> None:
         """A message came, of which so many bytes were received otherwise than by :meth:`look`."""
         self._moved = count
+
+    def piece_came(self, began: int) -> None:
+        """The next piece of a message came to who slept, and waited since *began*."""
+        self._flows = perf_counter_ns() - began < _SOON
 
     def moved(self, count: int) -> None:
         """So many bytes were received or sent otherwise than by :meth:`look`."""

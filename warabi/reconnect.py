@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import trio
 
 from warabi import aio, errors
-from warabi.aio_link import Link
+from warabi.aio_link import Link, Place
 from warabi.connection import TIMEOUT
 from warabi.extents import Extent
 from warabi.feed import Changes
@@ -288,8 +288,8 @@ class ReconnectingLink:
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         await self._do(False, lambda link: link.read_into(region, offset, place))
 
-    async def read_some(self, region: RegionID, offset: int, place: memoryview) -> int:
-        count, _ = await self._do(False, lambda link: link.read_some(region, offset, place))
+    async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
+        count, _ = await self._do(False, lambda link: link.read_some(region, offset, size, place))
         return count
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:

@@ -18,6 +18,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from typing import Any
 
 from warabi import acl, errors
@@ -29,14 +30,13 @@ from warabi.region import RegionID
 from warabi.target import Target as LocalTarget
 from warabi.tree import RENAME_EXCHANGE, region_of_name
 from warabifs.believed import BelievedNames
+from warabifs.buffers import Buffers
 from warabifs.handles import Directory, Entry, File, Known, Outdated
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
 """What the kernel asks for before each write to a file, because the write would remove it."""
 _PAGE = 128  # directory entries fetched at a time
-_LARGEST_READ = 1024 * 1024  # bytes that the kernel asks for at once
-_SPARE_BUFFERS = 8  # of that size, for reads side by side; to make one takes as long as a read
 _REMEMBERED = 200_000  # names of an open directory, of which the gone ones are kept at a rewind
 
 
@@ -75,8 +75,7 @@ class FileSystem:
         self._next_handle = itertools.count(1)
         self._xattr_changes = 0
         self._stamps: dict[int, tuple[int, int]] = {}  # of what the page cache holds
-        # Taken for a read, and given back when its data are about to be copied out (see `read`).
-        self._buffers = [memoryview(bytearray(_LARGEST_READ))]
+        self._buffers = Buffers()
 
     # What the kernel knows
 
@@ -353,22 +352,19 @@ class FileSystem:
             view = self._local.view(region, offset, size)
             if view is not None:
                 return view
-        spare = self._buffers.pop() if self._buffers else memoryview(bytearray(_LARGEST_READ))
-        buffer = spare if size <= len(spare) else memoryview(bytearray(size))
-        try:
-            return buffer[: await self._read_some(region, offset, buffer[:size])]
-        finally:
-            if len(self._buffers) < _SPARE_BUFFERS:
-                self._buffers.append(spare)
+        with self._buffers.loan(size) as loan:
+            count = await self._read_some(region, offset, size, loan.place)
+            return loan.taken[:count]
 
-    async def _read_some(self, region: RegionID, offset: int, buffer: memoryview) -> int:
+    async def _read_some(
+        self, region: RegionID, offset: int, size: int, place: Callable[[], memoryview]
+    ) -> int:
         local = self._local
         if local is not None:
-            try:
-                return local.read_into(region, offset, buffer, short=True, wait=not local.blocking)
-            except errors.WouldBlock:
-                pass
-        return await self._target.read_some(region, offset, buffer)
+            with suppress(errors.WouldBlock):
+                wait = not local.blocking
+                return local.read_into(region, offset, place(), short=True, wait=wait)
+        return await self._target.read_later(region, offset, size, place)
 
     async def write(
         self, ino: int, handle: int, offset: int, data: Any, *, kill_setid: bool = False
