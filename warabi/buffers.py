@@ -17,6 +17,9 @@ MAX_SIZE = (1 << 63) - 1
 PATH_LIMIT = 64 * 1024
 """Bytes in a path; far more than system calls take, and less than a message holds."""
 
+_FLAT = frozenset({bytes, bytearray})
+"""What has no other view than a flat one of bytes."""
+
 
 def readable(data: Any, what: str) -> memoryview:
     """A flat, contiguous byte view of *data*, without a copy.
@@ -24,7 +27,7 @@ def readable(data: Any, what: str) -> memoryview:
     Raises:
         InvalidBuffer: *data* has no buffer, or its elements are not C-contiguous.
     """
-    if type(data) is bytes:
+    if type(data) in _FLAT:
         return memoryview(data)
     try:
         view = memoryview(data)
