@@ -19,6 +19,9 @@ PATH_LIMIT = 64 * 1024
 _FLAT = (bytes, bytearray)
 """Whose views are flat, whatever they hold; told apart at once, because most buffers are such."""
 
+_FLAT = frozenset({bytes, bytearray})
+"""What has no other view than a flat one of bytes."""
+
 
 def readable(data: Any, what: str) -> memoryview:
     """A flat, contiguous byte view of *data*, without a copy.

@@ -78,12 +78,19 @@ class Request:
             raise errors.ProtocolError(f"{self.what}: {count} bytes came, not {self.size}")
         return self.into[:count]
 
-    def take_whole(self, header: Any, payload: memoryview) -> bool:
+    def take_whole(self, header: Any, payload: memoryview | bytes) -> bool:
         """Finish with a message that has arrived as a whole, if it is the usual reply: no failure,
-        and all the bytes that were asked for, beside it.  Any other is for :meth:`take_reply`."""
-        if type(header) is not list or len(header) != 2 or len(payload) != self.size:
+        and all the bytes that were asked for, if any were.  Any other is for :meth:`take_reply`.
+        """
+        if type(header) is not list or not 2 <= len(header) <= 3:
             return False
         if header[0] != self.number or type(header[0]) is not int:
+            return False
+        if len(header) == 3:
+            if payload or type(header[2]) is not bytes:
+                return False
+            payload = header[2]
+        if len(payload) != self.size:
             return False
         if self.into is not None:
             self.into[:] = payload
