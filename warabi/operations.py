@@ -214,16 +214,16 @@ def checked_arguments(name: str, letters: str, arguments: Any) -> list[Any]:
     """
     if not isinstance(arguments, list) or len(arguments) != len(letters):
         raise ProtocolError(f"{name}: expected {len(letters)} arguments")
-    checked = []
-    for letter, value in zip(letters, arguments, strict=True):
+    checked = arguments.copy()
+    for index, letter in enumerate(letters):
+        value = arguments[index]
         kind = type(value)
         if letter == "r":
             if kind is not bytes or len(value) != 16:
                 raise ProtocolError(f"{name}: {value!r:.100} is no region ID")
-            value = RegionID(value)
+            checked[index] = RegionID(value)
         elif kind not in _TYPES[letter]:
             raise ProtocolError(f"{name}: an argument of type {kind.__name__}")
         elif kind is int and not -(1 << 63) <= value < 1 << 63:
             raise ProtocolError(f"{name}: the number {value} is out of range")
-        checked.append(value)
     return checked
