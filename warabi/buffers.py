@@ -17,10 +17,7 @@ MAX_SIZE = (1 << 63) - 1
 PATH_LIMIT = 64 * 1024
 """Bytes in a path; far more than system calls take, and less than a message holds."""
 _FLAT = (bytes, bytearray)
-"""Whose views are flat, whatever they hold; told apart at once, because most buffers are such."""
-
-_FLAT = frozenset({bytes, bytearray})
-"""What has no other view than a flat one of bytes."""
+"""What has no other view than a flat one of bytes, and what most buffers are."""
 
 
 def readable(data: Any, what: str) -> memoryview:
