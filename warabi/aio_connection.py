@@ -121,8 +121,7 @@ class Connection(Replies):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._send_unsent)
                     nursery.start_soon(self._watch_silence)
-                    while True:
-                        self._take(await self._next_event())
+                    await self._read()
         except* errors.Exception as group:
             error = _first(group)
             assert isinstance(error, errors.Exception)
@@ -134,6 +133,19 @@ class Connection(Replies):
             self._socket.close()
             for fd in self.take_descriptors():  # who asked for them was cancelled
                 os.close(fd)
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._take(await self._next_event())
+        except (errors.Exception, OSError) as error:
+            self._end(error)  # before anybody else finds that there is no more to come
+
+    def _end(self, error: errors.Exception | OSError) -> None:
+        """The connection is of no more use, for that reason."""
+        kind = type(error) if isinstance(error, errors.Exception) else ConnectionLost
+        self._fail(kind, str(error))
+        self.close()
 
     def close(self) -> None:
         """Have :meth:`run` end; the requests under way fail."""
@@ -164,6 +176,20 @@ class Connection(Replies):
         self._wire.received(count)
         self._heard = trio.current_time()
         self._asked = False
+
+    def _hear_out(self) -> None:
+        """Take what has come by now."""
+        try:
+            while True:
+                event = self._wire.next_event()
+                if event is NEED_DATA:
+                    self._receive()
+                else:
+                    self._take(event)
+        except BlockingIOError:
+            return
+        except (errors.Exception, OSError) as error:
+            self._end(error)
 
     def _receive_alone(self, request: Request) -> None:
         """Take the reply of the only request that is under way, without a turn of Trio's loop.
@@ -196,9 +222,7 @@ class Connection(Replies):
         except BlockingIOError:
             return
         except (errors.Exception, OSError) as error:
-            kind = type(error) if isinstance(error, errors.Exception) else ConnectionLost
-            self._fail(kind, str(error))
-            self.close()
+            self._end(error)
         if asleep:
             self._lookout.came(began)
 
@@ -311,7 +335,8 @@ class Connection(Replies):
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                self._fail(ConnectionLost, error.strerror or str(error))
+                self._hear_out()  # what the provider said before it closed tells more
+                self._end(error)
                 return
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
