@@ -267,6 +267,12 @@ class Channel:
         """As :meth:`warabi.wire.Connection.arrived`."""
         return self._connection.arrived()
 
+    @property
+    def alone(self) -> bool:
+        """Whether the next message is worth looking for at this connection only."""
+        now = perf_counter_ns()
+        return self._attention.alone(self, now) and self._lookout.until(now) > now
+
     def skip(self, count: int) -> None:
         """As :meth:`warabi.wire.Connection.skip`."""
         self._connection.skip(count)

@@ -179,7 +179,9 @@ class Session:
         feed.ORIGIN.set(self)
         await self._handle(event, self._nursery)
         self._handling = not channel.between_messages
-        return MORE if self._handling else STAYS
+        if self._handling:
+            return MORE
+        return LEAVES if channel.alone else STAYS
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
         number, provider_id, name, arguments, eager = checked_header(message.header)
