@@ -27,6 +27,7 @@ from tests.helpers import (
 from tests.test_cli import run
 from warabi import errors, layout
 from warabi.answers import Verified
+from warabi.backends.summed import SummedStorage
 from warabi.client import Client
 from warabi.config import FileConfig, PmemConfig
 from warabi.engine import Engine
@@ -234,6 +235,39 @@ def test_writers_and_a_scrub_side_by_side(kind: str, path: Path) -> None:
         assert seen(target, region) == Verified(8, 0, [])
     with open_target(kind, path) as target:
         assert seen(target, region) == Verified(8, 0, [])
+
+
+def test_of_two_persists_the_later_one_s_sum_counts(kind: str, path: Path) -> None:
+    """Also when the earlier one, which has summed older bytes, is the last to store its sum."""
+    with open_target(kind, path) as target:
+        region = target.create_and_write(pattern(BLOCK, 1), persist=True)
+        target.write(region, 0, pattern(BLOCK, 2))
+        storage = target._storage
+        assert isinstance(storage, SummedStorage)
+        digest, summed, go_on = storage._digest, threading.Event(), threading.Event()
+
+        def held_up(data: memoryview) -> int:
+            value = digest(data)
+            summed.set()
+            assert go_on.wait(PATIENCE)
+            return value
+
+        storage._digest = held_up
+        earlier = threading.Thread(target=target.persist, args=(region, 0, BLOCK))
+        earlier.start()
+        try:
+            assert summed.wait(PATIENCE)
+            storage._digest = digest
+            target.write(region, 0, pattern(BLOCK, 3))
+            target.persist(region, 0, BLOCK)
+        finally:
+            go_on.set()
+            earlier.join()
+        assert seen(target, region) == Verified(1, 0, [])
+        target.sync()
+    with open_target(kind, path) as target:
+        assert target.read(region, 0, BLOCK) == pattern(BLOCK, 3)
+        assert seen(target, region) == Verified(1, 0, [])
 
 
 # The setting

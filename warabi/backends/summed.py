@@ -7,9 +7,10 @@ were summed.  What is true when:
   its bytes change.
 * Before the bytes of a region that has sums change, its *unsettled* mark is on the medium
   (:mod:`warabi.sums`), so that a sum which a crash leaves behind is not believed.
-* A persist first puts the bytes on the medium, then sums the blocks that were dirty, then stores
-  the sums of those that did not become dirty again meanwhile.  The commit that follows in the
-  target makes them durable.
+* A persist *claims* the blocks that were dirty.  It first puts the bytes on the medium, then sums
+  these blocks, then stores the sums of those that it still claims: whoever writes to a block takes
+  it out of all claims, so that of several persists only the last one's sum counts.  The commit
+  that follows in the target makes them durable.
 * The mark is removed later, when nothing is dirty: regions that are written and persisted all the
   time pay for a mark every few seconds, not with every persist.
 
@@ -48,18 +49,24 @@ class Owner(Protocol):
 class _State:
     """What this process did to a region's blocks; ``_lock`` guards it."""
 
-    __slots__ = ("dirty", "marked_at", "sumless", "summing", "writing")
+    __slots__ = ("claims", "dirty", "marked_at", "sumless", "writing")
 
     def __init__(self, *, sumless: bool = False) -> None:
         self.sumless = sumless  # made by this process and never summed: needs no mark
         self.marked_at: int | None = None  # the change of the catalogue that set the mark
         self.dirty: set[int] = set()
         self.writing: list[range] = []  # blocks, one entry for each write that goes on
-        self.summing = 0  # persists between taking dirty blocks and storing their sums
+        self.claims: list[set[int]] = []  # of persists that have not stored their sums yet
 
     @property
     def idle(self) -> bool:
-        return not (self.dirty or self.writing or self.summing)
+        return not (self.dirty or self.writing or self.claims)
+
+    def soil(self, blocks: Iterable[int]) -> None:
+        """The bytes of *blocks* are about to change."""
+        self.dirty.update(blocks)
+        for claim in self.claims:
+            claim.difference_update(blocks)
 
 
 class SummedStorage(Storage):
@@ -99,7 +106,7 @@ class SummedStorage(Storage):
         with self._lock:
             state = self._state(rid)
             state.writing.append(blocks)
-            state.dirty.update(blocks)
+            state.soil(blocks)
             marked = state.sumless or (
                 state.marked_at is not None and self._catalogue.is_synced(state.marked_at)
             )
@@ -143,7 +150,8 @@ class SummedStorage(Storage):
                 first = -(-size // BLOCK)
                 with self._lock:
                     state = self._state(rid)
-                    state.dirty = {block for block in state.dirty if block < first}
+                    for blocks in (state.dirty, *state.claims):
+                        blocks.difference_update([b for b in blocks if b >= first])
                 with self._guard:
                     if (inode := self._catalogue.region(rid)) is not None:
                         self._rows.drop_from(inode, first)
@@ -160,70 +168,67 @@ class SummedStorage(Storage):
         # Whole blocks: a sum must not speak of bytes that are not on the medium.
         start = offset // BLOCK * BLOCK
         end = min(-(-(offset + size) // BLOCK) * BLOCK, self._size(rid))
-        taken = self._take(rid, _blocks(start, end) if size else range(0))
+        claim = self._claim(rid, _blocks(start, end) if size else range(0))
         try:
             self._inner.persist(rid, start, max(0, end - start) if size else 0)
-            self._sum(rid, taken)
-            taken = set()
+            self._sum(rid, claim)
         finally:
-            self._give_back(rid, taken)
+            self._give_back(rid, claim)
 
     def persist_all(self) -> None:
         with self._lock:
             regions = [rid for rid, state in self._states.items() if state.dirty]
-        taken = {rid: self._take(rid, None) for rid in regions}
+        claims = {rid: self._claim(rid, None) for rid in regions}
         try:
             self._inner.persist_all()
-            for rid in regions:
+            for rid, claim in claims.items():
                 with suppress(CorruptTarget):  # erased meanwhile
-                    self._sum(RegionID(rid), taken[rid])
-                    taken[rid] = set()
+                    self._sum(RegionID(rid), claim)
         finally:
-            for rid, blocks in taken.items():
-                self._give_back(rid, blocks)
+            for rid, claim in claims.items():
+                self._give_back(rid, claim)
         self.settle()
 
-    def _take(self, rid: bytes, blocks: range | None) -> set[int]:
+    def _claim(self, rid: bytes, blocks: range | None) -> set[int]:
         """Dirty blocks, of those given, that nobody is writing; they are not dirty any more.
 
-        The caller ends with :meth:`_give_back`, of what got no sums.
+        The caller ends with :meth:`_give_back`.
         """
         with self._lock:
             state = self._state(rid)
             if blocks is None:
-                taken = set(state.dirty)
+                claim = set(state.dirty)
             elif len(blocks) < len(state.dirty):
-                taken = state.dirty.intersection(blocks)
+                claim = state.dirty.intersection(blocks)
             else:
-                taken = {block for block in state.dirty if block in blocks}
+                claim = {block for block in state.dirty if block in blocks}
             for writing in state.writing:
-                taken.difference_update(writing)
-            state.dirty -= taken
-            state.summing += 1
-            return taken
+                claim.difference_update(writing)
+            state.dirty -= claim
+            state.claims.append(claim)
+            return claim
 
-    def _give_back(self, rid: bytes, blocks: set[int]) -> None:
+    def _give_back(self, rid: bytes, claim: set[int]) -> None:
+        """End a claim; what is left of it got no sums."""
         with self._lock:
             if (state := self._states.get(rid)) is not None:  # else erased meanwhile
-                state.dirty |= blocks
-                state.summing -= 1
+                state.dirty |= claim
+                state.claims = [other for other in state.claims if other is not claim]
 
-    def _sum(self, rid: RegionID, blocks: set[int]) -> None:
-        """Store the sums of *blocks*, which are on the medium."""
-        if not blocks:
-            return
-        size = self._size(rid)
-        sums = dict(self._sums(rid, sorted(blocks), size))
+    def _sum(self, rid: RegionID, claim: set[int]) -> None:
+        """Store the sums of the claimed blocks, which are on the medium, and end the claim."""
+        with self._lock:
+            blocks = sorted(claim)
+        sums = dict(self._sums(rid, blocks, self._size(rid))) if blocks else {}
         with self._guard:
             inode = self._catalogue.region(rid)
-            if inode is None or inode.dead:
-                return
+            gone = inode is None or inode.dead
             with self._lock:
-                state = self._state(rid)
-                good = {b: value for b, value in sums.items() if b not in state.dirty}
+                good = {} if gone else {b: value for b, value in sums.items() if b in claim}
                 if good:
-                    state.sumless = False
-            if good:
+                    self._state(rid).sumless = False
+                claim.clear()
+            if inode is not None and good:
                 self._rows.put(inode, good)
 
     def _sums(self, rid: RegionID, blocks: Iterable[int], size: int) -> Iterator[tuple[int, int]]:
@@ -287,7 +292,7 @@ class SummedStorage(Storage):
                 return True
             with self._lock:
                 state = self._states.get(rid)
-                if state is not None and (state.summing or block in state.dirty):
+                if state is not None and (state.claims or block in state.dirty):
                     return True
             return self._rows.get(inode, block, 1) != {block: value}
 
