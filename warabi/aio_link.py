@@ -113,8 +113,6 @@ async def _pieces() -> AsyncIterator[Callable[..., None]]:
 class _Read(Request):
     """A read of up to *size* bytes, whose place is asked for when they come."""
 
-    __slots__ = ("_place",)
-
     def __init__(self, size: int, place: Place) -> None:
         super().__init__("read", into=_LATER, short=True)
         self.size = size
