@@ -349,6 +349,24 @@ def test_requests_that_have_come_in_are_answered(tmp_path: Path, client_engine: 
         assert service.process.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("transport", ["na+sm", "tcp"])
+def test_what_was_sent_before_the_end_is_answered(transport: str) -> None:
+    """Also what nobody has looked at by then."""
+    for _ in range(5):
+        with serving("-t", "memory:", "-a", transport) as service:
+            with raw_connection(service.address) as connection:
+                peer = RawPeer(connection)
+                peer.call([1, 0, "create", [8], None])
+                service.process.send_signal(signal.SIGSTOP)
+                for number in range(2, 52):
+                    peer.send([number, 0, "create", [8], None])
+                service.process.terminate()
+                service.process.send_signal(signal.SIGCONT)
+                assert [peer.reply()[0] for _ in range(50)] == list(range(2, 52))
+                assert peer.closed()
+            assert service.process.wait(PATIENCE) == 0
+
+
 def test_a_peer_that_takes_no_replies_does_not_hold_up_the_end(client_engine: Engine) -> None:
     with serving("-t", "memory:") as service:
         address = service.address

@@ -48,6 +48,9 @@ class Channel:
         sock: the connected socket.
         limits: what this side receives from those whom it has let in.
         crowd: where all channels of the loop stand while nothing is under way on them.
+
+    Attributes:
+        draining: no more is taken than has come in.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Channel:
         self._limits = limits
         self._connection = wire.Connection(greeting.STRANGER)
         self._sending = trio.Lock()
-        self._draining = False
+        self.draining = False
         self._deaf = False  # the peer no longer takes replies; its requests still count
         self.peer = Limits()
 
@@ -169,7 +172,7 @@ class Channel:
 
     def drain(self) -> None:
         """From now on :meth:`next_event` gives what has come in, and then None."""
-        self._draining = True
+        self.draining = True
 
     async def next_event(self, *, look: bool = False, wait: bool = True) -> wire.Event | None:
         """The next event, or None when the peer closed between two messages.
@@ -185,8 +188,11 @@ class Channel:
             await trio.lowlevel.checkpoint()
             self._turn = perf_counter_ns()
         while (event := self._connection.next_event()) is NEED_DATA:
-            if self._draining and self._connection.between_messages:
-                return None
+            if self.draining and self._connection.between_messages:
+                last = self.event_nowait()
+                if last is not NEED_DATA:
+                    return last
+                continue  # a part of a message, whose rest is waited for
             within = not self._connection.between_messages
             began = await self._turn_within() if within else perf_counter_ns()
             buffer = self._connection.buffer()
@@ -206,12 +212,10 @@ class Channel:
         connection = self._connection
         event = connection.next_event()
         if event is NEED_DATA:
-            if self._draining and connection.between_messages:
-                return None
             try:
                 count = self._transport.recv_into(connection.buffer())
             except BlockingIOError:
-                return event
+                return None if self.draining and connection.between_messages else event
             self._lookout.message(count)
             self._attention.give(self, perf_counter_ns())
             if count == 0 and connection.between_messages:

@@ -133,6 +133,8 @@ class Session:
         try:
             with self._reading:
                 await self._read_requests(nursery)
+            if self._reading.cancelled_caught and self._nursery is not None:
+                await self._take_requests(nursery)  # those that have come, and were not looked at
         except errors.Exception as error:  # one that answers no request ends the connection
             log.warning("connection refused: %s", error)
             await self._fail(0, error)
@@ -146,6 +148,9 @@ class Session:
         self._admit()
         self._peer = peer
         self._nursery = nursery
+        await self._take_requests(nursery)
+
+    async def _take_requests(self, nursery: trio.Nursery) -> None:
         channel = self._channel
         while True:
             # Those that watch wait for others, who are served then.
@@ -181,7 +186,7 @@ class Session:
         self._handling = not channel.between_messages
         if self._handling:
             return MORE
-        return LEAVES if channel.alone else STAYS
+        return LEAVES if channel.alone or channel.draining else STAYS
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
         number, provider_id, name, arguments, eager = checked_header(message.header)
