@@ -122,12 +122,6 @@ class Connection(Replies):
                     nursery.start_soon(self._send_unsent)
                     nursery.start_soon(self._watch_silence)
                     await self._read()
-        except* errors.Exception as group:
-            error = _first(group)
-            assert isinstance(error, errors.Exception)
-            self._fail(type(error), str(error))
-        except* OSError as group:
-            self._fail(ConnectionLost, str(_first(group)))
         finally:
             self._fail(ConnectionLost, "the connection was closed")
             self._socket.close()
@@ -143,8 +137,10 @@ class Connection(Replies):
 
     def _end(self, error: errors.Exception | OSError) -> None:
         """The connection is of no more use, for that reason."""
-        kind = type(error) if isinstance(error, errors.Exception) else ConnectionLost
-        self._fail(kind, str(error))
+        if isinstance(error, errors.Exception):
+            self._fail(type(error), str(error))
+        else:
+            self._fail(ConnectionLost, error.strerror or str(error))
         self.close()
 
     def close(self) -> None:
@@ -177,8 +173,8 @@ class Connection(Replies):
         self._heard = trio.current_time()
         self._asked = False
 
-    def _hear_out(self) -> None:
-        """Take what has come by now."""
+    def _not_sent(self, error: OSError) -> None:
+        """Nothing can be sent any more; what the provider said before it closed tells more."""
         try:
             while True:
                 event = self._wire.next_event()
@@ -187,9 +183,9 @@ class Connection(Replies):
                 else:
                     self._take(event)
         except BlockingIOError:
-            return
-        except (errors.Exception, OSError) as error:
             self._end(error)
+        except (errors.Exception, OSError) as said:
+            self._end(said)
 
     def _receive_alone(self, request: Request) -> None:
         """Take the reply of the only request that is under way, without a turn of Trio's loop.
@@ -335,8 +331,7 @@ class Connection(Replies):
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                self._hear_out()  # what the provider said before it closed tells more
-                self._end(error)
+                self._not_sent(error)
                 return
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
@@ -350,16 +345,13 @@ class Connection(Replies):
         while True:
             await self._has_unsent.wait()
             while self._unsent:
-                sent = await self._socket.send(self._unsent[0])
+                try:
+                    sent = await self._socket.send(self._unsent[0])
+                except OSError as error:
+                    self._not_sent(error)
+                    return
                 if sent == len(self._unsent[0]):
                     self._unsent.popleft()
                 else:
                     self._unsent[0] = self._unsent[0][sent:]
             self._has_unsent = trio.Event()
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
