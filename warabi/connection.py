@@ -68,11 +68,11 @@ class Connection(Replies):
         super().__init__()
         self.endpoint = endpoint
         self.timeout = timeout
-        self.lost: errors.Exception | None = None
         self._ids = itertools.count(1)
         self._send_lock = threading.Lock()
         self._mutex = threading.Lock()
         self._reading = False
+        self._lost: errors.Exception | None = None
         self._lookout = Lookout()  # the reader's
         self._heard = 0.0  # when something last came, by the monotonic clock
         self._asked = False  # a sign of life was asked for since then
@@ -133,7 +133,7 @@ class Connection(Replies):
 
     @property
     def usable(self) -> bool:
-        return self.lost is None
+        return self._lost is None
 
     # Sending
 
@@ -148,14 +148,13 @@ class Connection(Replies):
         """
         request.connection = self
         request.number = number = next(self._ids)
-        parts: list[Part] = []
-        if payload is None:
-            parts.append(wire.frame([number, *header], 0, self.limits))
-        else:
-            parts += wire.frame([number, *header], len(payload), self.limits), payload
+        size = 0 if payload is None else len(payload)
+        parts: list[Part] = [wire.frame([number, *header], size, self.limits)]
+        if payload is not None:
+            parts.append(payload)
         with self._mutex:
-            if self.lost is not None:
-                raise self.lost
+            if self._lost is not None:
+                raise self._lost
             self._requests[number] = request
         try:
             with self._send_lock:
@@ -228,7 +227,7 @@ class Connection(Replies):
 
     def poll(self) -> bool:
         """Take the replies that have arrived, without waiting; False when another thread reads."""
-        return self.lost is None and self._read(0.0, None)
+        return self.usable and self._read(0.0, None)
 
     def _check_silence(self, request: Request, since: float) -> None:
         """Ask for a sign of life after half the timeout without one, give up after the whole.
@@ -312,7 +311,7 @@ class Connection(Replies):
                         if waiting.event is not None:
                             successor = waiting.event
                             break
-                    if self.lost is not None:
+                    if self._lost is not None:
                         self._socket.close()
             if successor is not None:
                 successor.set()
@@ -357,9 +356,9 @@ class Connection(Replies):
     def _fail(self, reason: str, kind: type[errors.Exception] = ConnectionLost) -> errors.Exception:
         """Give up the connection: every request on it fails."""
         with self._mutex:
-            if self.lost is None:
-                self.lost = kind(f"{self.endpoint}: {reason}")
-            lost = self.lost
+            if self._lost is None:
+                self._lost = kind(f"{self.endpoint}: {reason}")
+            lost = self._lost
             failed, self._requests = list(self._requests.values()), {}
             if not self._reading:
                 self._socket.close()
@@ -372,7 +371,7 @@ class Connection(Replies):
 
     def forget(self) -> None:
         """In a forked child: let go of the socket, without a word, for the parent uses it."""
-        self.lost = ConnectionLost(f"{self.endpoint}: the connection is the parent process's")
+        self._lost = ConnectionLost(f"{self.endpoint}: the connection is the parent process's")
         self._socket.close()
 
     def close(self, patience: float = 5.0) -> None:

@@ -208,18 +208,11 @@ class WireLink:
         provider_id: int,
         side: SideChannel | None = None,
     ) -> None:
-        self._reach = connect
-        self._connection: Connection | None = None  # that was used last
+        self._connect = connect
         self._side = side
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
-
-    def _connect(self) -> Connection:
-        connection = self._connection
-        if connection is None or connection.lost is not None:
-            connection = self._connection = self._reach()
-        return connection
 
     def _submit(
         self,
