@@ -14,9 +14,9 @@ from warabi.target import Target
 from warabi.wire import Limits
 
 UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
+DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
 SMALL = 16 * 1024
 """Bytes of a read that is simply tried, into memory of its own."""
-DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
 
 
 @dataclass(slots=True)
