@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from warabi.inode import Attributes
+
 
 class RegionStat(NamedTuple):
     """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
@@ -13,6 +15,15 @@ class RegionStat(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     names: list[str]
+
+
+class Opened(NamedTuple):
+    """What an inode is like that was pinned, and the version of its bytes: the same number the next
+    time if nobody has changed them but who asks, over the same connection; 0 if nobody else ever
+    has."""
+
+    attributes: Attributes
+    version: int
 
 
 class Verified(NamedTuple):

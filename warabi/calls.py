@@ -34,9 +34,9 @@ def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextM
 
 
 _METHODS = (
-    "lookup", "getattr", "setattr", "pin", "unpin", "mknod", "mkdir", "symlink", "readlink", "link",
-    "unlink", "rmdir", "rename", "getxattr", "setxattr", "removexattr", "listxattr", "resolve",
-    "open_name", "link_name", "unlink_name",
+    "lookup", "getattr", "setattr", "pin", "open", "unpin", "mknod", "mkdir", "symlink", "readlink",
+    "link", "unlink", "rmdir", "rename", "getxattr", "setxattr", "removexattr", "listxattr",
+    "resolve", "open_name", "link_name", "unlink_name",
 )  # fmt: skip
 """Operations that are methods of a target's names."""
 

@@ -31,7 +31,7 @@ from warabi.errors import (
     CorruptTarget,
     InvalidRegion,
 )
-from warabi.feed import ATTRIBUTES, CONTENT, Feed
+from warabi.feed import ATTRIBUTES, CONTENT, ORIGIN, Feed
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.journal import Journal, Row, sync_directory, translate
 from warabi.region import RegionID
@@ -169,6 +169,7 @@ class Catalogue:
             ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
             size, now, now, now, int(anonymous), target,
         )  # fmt: skip
+        inode.writer = ORIGIN.get()
         self._remember(inode)
         if stat.S_ISDIR(mode):
             self._dentries.made(ino)

@@ -55,6 +55,7 @@ class Exposed:
             self._catalogue.resize(inode, info.st_size)
         if info.st_mtime_ns != self._mtime:
             self._mtime = info.st_mtime_ns
+            inode.written_by(None)
             self._catalogue.clock.file_wrote_at(inode, info.st_mtime_ns)
             mode, inode.mode = inode.mode, without_setid(inode.mode)  # who wrote is not known
             self._catalogue.touch(inode, durable=mode != inode.mode)

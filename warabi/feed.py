@@ -11,12 +11,23 @@ the write: a guest knows when it last wrote.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-ORIGIN: ContextVar[object | None] = ContextVar("warabi-origin", default=None)
+
+class Origin:
+    """Somebody who changes a target, for as long as a connection lasts."""
+
+    __slots__ = ("salt",)
+
+    def __init__(self) -> None:
+        self.salt = secrets.randbits(62)  # tells its versions from those of other connections
+
+
+ORIGIN: ContextVar[Origin | None] = ContextVar("warabi-origin", default=None)
 """On whose behalf the target is being changed."""
 ATTRIBUTES = 0
 """Of an inode: its attributes changed, and its bytes did not."""

@@ -24,7 +24,7 @@ from types import TracebackType
 from warabi.backends import Storage
 from warabi.catalogue import Catalogue
 from warabi.errors import Exception, InvalidRegion, TargetBusy, TargetNotFound, WouldBlock
-from warabi.feed import CONTENT, Feed
+from warabi.feed import CONTENT, ORIGIN, Feed
 from warabi.grants import Grants, Share
 from warabi.inode import Inode
 from warabi.journal import translate
@@ -258,6 +258,7 @@ class RegionGate:
     def _touch(self, inode: Inode) -> None:
         if inode.share is not None:
             inode.share.settle(inode)
+        inode.written_by(ORIGIN.get())
         self._catalogue.clock.wrote(inode)
         feed = self._catalogue.feed
         self._catalogue.touch(inode, durable=False, tell=False)

@@ -201,6 +201,7 @@ class Grants:
         if mark == share.seen:
             return False
         share.seen = mark
+        inode.written_by(None)
         self._catalogue.clock.wrote_at(inode, mark)
         self._catalogue.touch(inode, durable=False, tell=False)
         if self._catalogue.feed.watched:

@@ -9,6 +9,7 @@ from warabi.region import RegionID
 
 if TYPE_CHECKING:
     from warabi.exposed import Exposed
+    from warabi.feed import Origin
     from warabi.grants import Share
 
 ROOT = 1
@@ -41,9 +42,9 @@ class Inode:
     """A row of the catalogue in memory, with the target's book-keeping beside it."""
 
     __slots__ = (
-        "anonymous", "atime", "changed", "ctime", "dead", "exclusive", "exposed", "generation",
-        "gid", "ino", "kept", "mode", "mtime", "nlink", "pins", "rdev", "rid", "seen", "share",
-        "size", "stored", "target", "uid", "users",
+        "anonymous", "atime", "before", "changed", "ctime", "dead", "exclusive", "exposed",
+        "generation", "gid", "ino", "kept", "mode", "mtime", "nlink", "pins", "rdev", "rid", "seen",
+        "share", "size", "stored", "target", "uid", "users", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +69,8 @@ class Inode:
         self.changed = 0  # the change that a persist must have made durable
         self.kept = -1  # the change time that was put where a sync of the bytes makes it durable
         self.seen = ctime  # the change time when somebody was told last
+        self.writer: Origin | None = None  # on whose behalf the bytes changed last, if it is known
+        self.before = 0  # the change time when that one began; 0: they were its own from the start
         # The target's: who is inside, and whether the region is going or gone.
         self.users = 0
         self.exclusive = False
@@ -85,6 +88,18 @@ class Inode:
     def changed_at(self, now: int) -> None:
         """Set the change time, which never goes back."""
         self.ctime = now if now > self.ctime else self.ctime + 1
+
+    def written_by(self, origin: Origin | None) -> None:
+        """The bytes changed on behalf of *origin*; the change time is still the one before."""
+        if origin is not self.writer:
+            self.before, self.writer = self.ctime, origin
+
+    def version(self, origin: Origin) -> int:
+        """Of the bytes, as *origin* tells it: the same for as long as nobody else changes them,
+        and another one afterwards; 0 while nobody else ever has.  Somebody has to be told the
+        attributes just before, or a later change might have the same change time."""
+        began = self.before if origin is self.writer else self.ctime
+        return began ^ origin.salt if began else 0
 
     def attributes(self) -> Attributes:
         if self.share is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from warabi import migration
-from warabi.answers import RegionStat, Verified
+from warabi.answers import Opened, RegionStat, Verified
 from warabi.errors import ProtocolError
 from warabi.inode import Attributes
 from warabi.region import RegionID
@@ -47,6 +47,11 @@ def _regions(value: Any) -> list[RegionID]:
 
 def _stat(value: Any) -> RegionStat:
     return RegionStat(*value)
+
+
+def _opened(value: Any) -> Opened:
+    attributes, version = value
+    return Opened(Attributes(*attributes), version)
 
 
 def _verified(value: Any) -> Verified:
@@ -142,6 +147,7 @@ OPERATIONS: dict[str, Operation] = {
     "getattr": Operation("i", READ, decode=_attributes),
     "setattr": Operation("iIIIII", CHANGE, decode=_attributes),
     "pin": Operation("i", READ, decode=_attributes, pins=lambda args, result: (args[0], 1)),
+    "open": Operation("i", READ, decode=_opened, pins=lambda args, result: (args[0], 1)),
     "unpin": Operation("ii", READ, pins=lambda args, result: (args[0], -args[1])),
     "mknod": Operation("ibiiii?i", CHANGE, decode=_attributes, pins=_pinned_if(6)),
     "mkdir": Operation("ibiiii", CHANGE, decode=_attributes),

@@ -28,6 +28,7 @@ import trio
 
 from warabi import aio, errors
 from warabi.aio_link import Link, Place
+from warabi.answers import Opened
 from warabi.connection import TIMEOUT
 from warabi.extents import Extent
 from warabi.feed import Changes
@@ -220,8 +221,9 @@ class ReconnectingLink:
             self._generations.pop(ino, None)
             self._gone.discard(ino)
             return
-        if isinstance(result, Attributes):
-            self._generations[ino] = result.generation
+        found = result.attributes if isinstance(result, Opened) else result
+        if isinstance(found, Attributes):
+            self._generations[ino] = found.generation
         if count > 0 and self._link not in (link, None):  # it was pinned on one that ended since
             with suppress(errors.InvalidRegion, errors.PathError):
                 await self._do(False, lambda link: link.call("pin", (ino,)))

@@ -96,12 +96,13 @@ class Session:
         self._writes = in_place.Sequence()
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
-        self._watching = Watching(self)
+        self._origin = feed.Origin()  # inodes remember who wrote to them, and outlive a session
+        self._watching = Watching(self._origin)
         self._watchers = 0  # requests to watch that are under way
 
     async def run(self) -> None:
         """Serve until the peer goes, then give back what it held."""
-        feed.ORIGIN.set(self)
+        feed.ORIGIN.set(self._origin)
         try:
             async with trio.open_nursery() as nursery:
                 try:
@@ -181,7 +182,7 @@ class Session:
             self._held = event
             return LEAVES
         assert self._nursery is not None
-        feed.ORIGIN.set(self)
+        feed.ORIGIN.set(self._origin)
         await self._handle(event, self._nursery)
         self._handling = not channel.between_messages
         if self._handling:

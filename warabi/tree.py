@@ -19,8 +19,10 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from warabi import acl
+from warabi.answers import Opened
 from warabi.catalogue import Catalogue
 from warabi.errors import path_error
+from warabi.feed import ORIGIN, Origin
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
 
@@ -29,6 +31,7 @@ NAME_MAX = 255
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
+_NOBODY = Origin()  # who changes a target in its own process
 _RENAMES = (
     0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, RENAME_NOREPLACE | RENAME_WHITEOUT,
 )  # fmt: skip
@@ -246,9 +249,19 @@ class Tree:
     def pin(self, ino: int) -> Attributes:
         """Keep an inode for an open file even when its last name goes; see :meth:`unpin`."""
         with self._guard:
+            return self._pinned(self._get(ino))
+
+    def open(self, ino: int) -> Opened:
+        """As :meth:`pin`; tells, too, whether what the caller keeps of the bytes is still true."""
+        origin = ORIGIN.get() or _NOBODY
+        with self._guard:
             inode = self._get(ino)
-            inode.pins += 1
-            return inode.attributes()
+            return Opened(self._pinned(inode), inode.version(origin))
+
+    @staticmethod
+    def _pinned(inode: Inode) -> Attributes:
+        inode.pins += 1
+        return inode.attributes()
 
     def unpin(self, ino: int, count: int = 1) -> None:
         """End *count* pins; the last one lets a nameless inode go.  Of a gone inode: no effect."""

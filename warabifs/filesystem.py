@@ -32,6 +32,7 @@ from warabi.tree import RENAME_EXCHANGE, region_of_name
 from warabifs.believed import BelievedNames
 from warabifs.buffers import Buffers
 from warabifs.handles import Directory, Entry, File, Known, Outdated
+from warabifs.pages import Pages
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
@@ -74,7 +75,7 @@ class FileSystem:
         self._handles: dict[int, File | Directory] = {}
         self._next_handle = itertools.count(1)
         self._xattr_changes = 0
-        self._stamps: dict[int, tuple[int, int]] = {}  # of what the page cache holds
+        self.pages = Pages(target, alone=exclusive)
         self._buffers = Buffers()
 
     # What the kernel knows
@@ -97,6 +98,7 @@ class FileSystem:
     def _new(self, attributes: Attributes, parent: int, name: bytes) -> Attributes:
         """As :meth:`_count`, of an inode that was just made."""
         self._count(attributes, parent, name)
+        self.pages.made(attributes.ino)
         known = self._known[attributes.ino]
         known.incapable = time.monotonic() + self._attr_timeout
         if self._exclusive and attributes.mode == without_setid(attributes.mode):
@@ -116,7 +118,7 @@ class FileSystem:
             known.count -= count
             if known.count <= 0:
                 del self._known[ino]
-                self._stamps.pop(ino, None)
+                self.pages.forget(ino)
                 self._names.forget(ino)
                 if known.held:
                     await self._target.call("unpin", ino, known.held)
@@ -144,14 +146,14 @@ class FileSystem:
     def outdated(self, changes: Changes) -> Outdated:
         """What of *changes* concerns the kernel."""
         if changes.everything:
-            self._stamps.clear()
+            self.pages.forget_all()
             return Outdated(dict.fromkeys((ROOT, *self._known), False), self._names.all())
         inodes = {}
         for ino, what in changes.inodes.items():
             if ino in self._known or ino == ROOT:
                 inodes[ino] = what == ATTRIBUTES
                 if what != ATTRIBUTES:
-                    self._stamps.pop(ino, None)
+                    self.pages.forget(ino)
         names = {}
         for (parent, name), ino in changes.names.items():
             believed = self._names.get(parent, name)
@@ -272,25 +274,25 @@ class FileSystem:
             return self._region(ino)
         found = self._handles[handle]
         assert isinstance(found, File)
+        self.pages.used(found)
         return found.region
 
     async def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
-    ) -> tuple[int, Attributes]:
-        """Make and open a file; returns its handle."""
+    ) -> tuple[int, bool, Attributes]:
+        """Make and open a file; returns as :meth:`open`."""
         try:
             made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
-            self._new(made, parent, name)
         except errors.PathError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
             # Somebody else was faster than the kernel's lookup.
             found = await self._target.call("lookup", parent, name)
-            made = await self._target.call("pin", found.ino)
-            if flags & os.O_TRUNC:
-                made = await self._emptied(made, keep_setid=uid == 0)
-            self._count(made, parent, name)
-        return self._add_handle(File(made.ino, made.region)), made
+            opened = await self.open(found.ino, flags, keep_setid=uid == 0)
+            self._count(opened[2], parent, name)
+            return opened
+        self._new(made, parent, name)
+        return self._add_handle(File(made.ino, made.region)), True, made
 
     def _is_harmless(self, ino: int) -> bool:
         """Whether it is known that a file has no set-ID bits."""
@@ -328,19 +330,17 @@ class FileSystem:
             await self._target.call("unpin", attributes.ino, 1)
             raise
 
-    async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, RegionID, bool]:
-        """Open a file; returns its handle, its region, and whether the kernel's page cache is
-        still true.
+    async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, bool, Attributes]:
+        """Open a file; returns its handle, whether the kernel's page cache is still true, and the
+        file's attributes.
 
         With *keep_setid* truncation (``O_TRUNC``) leaves the set-ID bits alone.
         """
-        attributes: Attributes = await self._target.call("pin", ino)
+        attributes, version = await self.pages.pin(ino)
         if flags & os.O_TRUNC:
             attributes = await self._emptied(attributes, keep_setid=keep_setid)
-        stamp = (attributes.mtime_ns, attributes.size)
-        fresh = self._exclusive or self._stamps.get(ino) == stamp
-        self._stamps[ino] = stamp
-        return self._add_handle(File(ino, attributes.region)), attributes.region, fresh
+        file = File(ino, attributes.region)
+        return self._add_handle(file), self.pages.opened(file, version), attributes
 
     async def read(self, ino: int, handle: int, offset: int, size: int) -> memoryview:
         """Up to *size* bytes, fewer only at the end of the file.
@@ -374,7 +374,6 @@ class FileSystem:
         if kill_setid:
             await self._kill_setid(ino)
         await self._write(region, offset, data)
-        self._stamps.pop(ino, None)  # the next open fetches the new one
         return len(data)
 
     def begin_write(
@@ -383,7 +382,6 @@ class FileSystem:
         """What stores *data*; None where that might wait or fail: then :meth:`write` does it."""
         if self._local is None:
             return None
-        self._stamps.pop(ino, None)
         return self._local.begin_write(self._region_of(ino, handle), offset, data)
 
     async def _write(self, region: RegionID, offset: int, data: Any) -> None:
@@ -399,7 +397,10 @@ class FileSystem:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)
 
     async def release(self, handle: int) -> None:
-        await self._target.call("unpin", self._handles.pop(handle).ino, 1)
+        file = self._handles.pop(handle)
+        if isinstance(file, File) and file.ino in self._known:
+            self.pages.used(file)
+        await self._target.call("unpin", file.ino, 1)
 
     # Directories
 

@@ -25,10 +25,16 @@ class Known:
 
 @dataclass(slots=True)
 class File:
-    """An open file."""
+    """An open file.
+
+    Attributes:
+        version: of the bytes that the page cache has not seen an older one of, once the kernel has
+            taken note of the opening, as it has when it uses the file; None after that.
+    """
 
     ino: int
     region: RegionID
+    version: int | None = None
 
 
 @dataclass(slots=True)

@@ -169,9 +169,10 @@ class Operations:
         """What the kernel is asked for; once it was, what it agreed to."""
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
-        if not files.openless:
+        if not files.openless and not (files.pages.told and attr_timeout):
             # With it each read after a write asks for the attributes, finds that the file changed,
-            # and drops all its pages: in vain where nobody but this kernel can have changed it.
+            # and drops all its pages: in vain where nobody but this kernel can have changed it, or
+            # where it is told who has; unless somebody wants to be asked each time.
             self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
@@ -343,10 +344,10 @@ class Operations:
             return errno.ENOSYS
         flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
         name = _last(body, protocol.CREATE.size)
-        handle, made = await self._files.create(
+        handle, fresh, made = await self._files.create(
             header.node, name, mode, header.uid, header.gid, flags, umask
         )
-        return self._entry(made) + self._opened(handle, made.region, flags, True)
+        return self._entry(made) + self._opened(handle, made.region, flags, fresh)
 
     @_handles(Opcode.OPEN)
     async def open(self, header: Header, body: memoryview) -> Answer:
@@ -357,8 +358,8 @@ class Operations:
             keep_setid = not more & protocol.OPEN_KILL_SUIDGID
         else:
             keep_setid = header.uid == 0
-        handle, region, fresh = await self._files.open(header.node, flags, keep_setid=keep_setid)
-        return self._opened(handle, region, flags, fresh)
+        handle, fresh, found = await self._files.open(header.node, flags, keep_setid=keep_setid)
+        return self._opened(handle, found.region, flags, fresh)
 
     @_handles(Opcode.READ)
     async def read(self, header: Header, body: memoryview) -> Answer:

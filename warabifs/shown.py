@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warabi.aio_link import Link
+from warabi.answers import Opened
 from warabi.errors import path_error
 from warabi.inode import Attributes
 
@@ -107,6 +108,8 @@ class ShownLink:
         result = await self._link.call(name, arguments)
         if isinstance(result, Attributes):
             return self._shown.attributes(result)
+        if isinstance(result, Opened):
+            return result._replace(attributes=self._shown.attributes(result.attributes))
         if name == "readdir":
             return [(entry, self._shown.attributes(found)) for entry, found in result]
         return result
