@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import trio
+import trio.testing
 
 import warabi.aio
 from tests.helpers import (
@@ -21,11 +24,12 @@ from tests.helpers import (
 )
 from warabi import errors, feed
 from warabi.client import Client, TargetHandle
-from warabi.engine import Engine
+from warabi.engine import Engine, client
 from warabi.feed import ATTRIBUTES, CONTENT, Changes
 from warabi.inode import ROOT
 from warabi.region import RegionID
 from warabi.server import Provider
+from warabi.target import Target
 
 _SECONDS = 30.0
 
@@ -198,6 +202,44 @@ async def test_writes_past_the_provider_are_told_to_the_others(served: Served) -
         await trio.sleep(0.2)
         await there(writer, served.target)
         assert writer.inodes == {}
+
+
+def test_a_look_at_guests_that_has_to_wait_is_soon_followed_by_the_next() -> None:
+    held = threading.Event()
+
+    def hold(lock: AbstractContextManager[object]) -> None:
+        with lock:
+            held.set()
+            time.sleep(0.5)
+
+    async def watch(local: Target, guest: TargetHandle) -> None:
+        region = guest.create_and_write(b"w" * 1_000_000)
+        async with aclosing(warabi.aio.attach(local).changes()) as changes:
+            assert (await anext(changes)).everything
+            guest.write(region, 0, b"by itself")
+            assert local.has_guests
+            assert (await anext(changes)).inodes.keys() == {region.slot}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(anext, changes)
+                await trio.testing.wait_all_tasks_blocked()
+                holder = threading.Thread(target=hold, args=[local._lock])
+                holder.start()
+                held.wait()
+                await trio.sleep(0.1)  # a look waits for the lock
+                holder.join()
+                guest.write(region, 0, b"again")
+                nursery.cancel_scope.deadline = trio.current_time() + 1
+            assert not nursery.cancel_scope.cancelled_caught
+
+    with (
+        Engine("na+sm") as engine,
+        Provider(engine, 1, MEMORY) as provider,
+        Engine("na+sm", client) as other,
+    ):
+        guest = Client(other).make_target_handle(str(engine.addr()), 1)
+        # The clock stands still for as long as a look takes.
+        clock = trio.testing.MockClock(autojump_threshold=0)
+        trio.run(watch, provider._core.target, guest, clock=clock)
 
 
 @run

@@ -12,8 +12,8 @@ from warabi.feed import Changes, Subscription
 from warabi.target import Target
 
 _LOOK = 0.05
-"""Seconds between looks at what guests wrote, of which nobody tells; several times what a look
-took, if that is more."""
+"""Seconds between looks at what guests wrote, of which nobody tells; ``_SHARE`` times what a look
+took of the processor, if that is more.  How long it had to wait says nothing about the next."""
 _CHECK = 1.0
 """Seconds between looks whether it is still the same target, while there are no guests."""
 _SHARE = 20
@@ -64,9 +64,9 @@ class Watching:
             self._woken = trio.Event()
             with trio.move_on_after(max(_LOOK, pause) if target.has_guests else _CHECK):
                 await self._woken.wait()
-            started = time.monotonic()
+            began = time.thread_time()
             target.look_at_guests()
-            pause = _SHARE * (time.monotonic() - started)
+            pause = _SHARE * (time.thread_time() - began)
         return Changes(self._number, False, {}, {})
 
     def _subscribed(self, target: Target, new_names: bool) -> Subscription:
