@@ -14,9 +14,9 @@ from benchmarks.api import Progress
 from benchmarks.mounts import make_tree
 from benchmarks.places import place
 from benchmarks.processes import line_of, provider, run, run_module, running, scratch
-from benchmarks.strace import Account, account, traced
+from benchmarks.strace import EVENTFD, Account, account, traced
 from benchmarks.subjects import BACKENDS, MEMORY, file_config
-from benchmarks.traced import TIMES
+from benchmarks.traced import RESTED, TIMES
 
 Counts = dict[str, float]
 """By what was counted, such as "API, memory, TCP: erase: messages", for one operation."""
@@ -25,13 +25,22 @@ GROSS = 2.0
 SLACK = 0.5
 """A count that is more than GROSS times its baseline, and by more than SLACK, is a regression."""
 _SENDS = ("sendmsg", "sendto", "send")
+_WAITS = ("epoll_wait", "epoll_ctl", "futex", EVENTFD)
+"""Calls of who sleeps until something comes, and of who wakes him.
+
+Where requests follow one another it is a matter of moments whether anybody sleeps.  So they count
+only where each request comes to a sleeper.
+"""
 
 
 def _of_section(done: Account, section: str, pid: int) -> Counter[str]:
     """System calls of a process in a section; its threads are those that are not traced alone."""
+    leave_out = () if section.endswith(RESTED) else _WAITS
     found: Counter[str] = Counter()
     for (where, thread, name), count in done.calls.items():
-        if where == section and (thread == pid or Path(f"/proc/{pid}/task/{thread}").exists()):
+        if where != section or name in leave_out:
+            continue
+        if thread == pid or Path(f"/proc/{pid}/task/{thread}").exists():
             found[name] += count
     return found
 
@@ -45,7 +54,8 @@ def _ways(directory: Path) -> Iterator[list[tuple[str, list[str], list[int]]]]:
             found.append((f"{backend}, same process", [backend, str(directory)], []))
         for way, transport in (("two processes", "na+sm"), ("TCP", "tcp")):
             configs = [MEMORY, file_config(directory / transport)]
-            address, process = stack.enter_context(provider(transport, configs))
+            serving = provider(transport, configs, "benchmarks.steady")
+            address, process = stack.enter_context(serving)
             for number, backend in enumerate(BACKENDS, 1):
                 words = [backend, str(directory), address, str(number)]
                 found.append((f"{backend}, {way}", words, [process.pid]))

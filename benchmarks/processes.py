@@ -90,9 +90,13 @@ def line_of(process: subprocess.Popen[str], patience: float = PATIENCE) -> str:
 
 @contextlib.contextmanager
 def provider(
-    transport: str, configs: Sequence[dict[str, Any]]
+    transport: str, configs: Sequence[dict[str, Any]], command: str = "warabi.cli"
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Address and process of ``warabi serve`` with providers 1, 2, ... of these configurations."""
+    """Address and process of ``warabi serve`` with providers 1, 2, ... of these configurations.
+
+    Args:
+        command: the module whose ``main`` is the command ``warabi``.
+    """
     with tempfile.TemporaryDirectory(prefix="warabi-bench") as directory:
         service = Path(directory, "service.json")
         providers = [
@@ -100,9 +104,9 @@ def provider(
             for i, config in enumerate(configs, 1)
         ]
         service.write_text(json.dumps({"providers": providers}))
-        serve = "from warabi.cli import main; main()"
-        command = [sys.executable, "-c", serve, "serve", "-a", transport, str(service)]
-        with running(command) as process:
+        serve = f"from {command} import main; main()"
+        words = [sys.executable, "-c", serve, "serve", "-a", transport, str(service)]
+        with running(words) as process:
             yield line_of(process), process
 
 

@@ -1,6 +1,7 @@
 """Counts of system calls and of FUSE requests, from strace's account of processes at work.
 
-Counts do not depend on how fast or how busy the machine is.
+Counts are to depend on what the code decides, and not on how fast or how busy the machine is.  So
+looks that find nothing are not counted: how many there are is a matter of moments.
 """
 
 from __future__ import annotations
@@ -26,8 +27,19 @@ _OPCODES = {
 }  # fmt: skip
 _CALL = re.compile(r"^(\d+) +(\w+)\((.*)$")
 _RESUMED = re.compile(r"^(\d+) +<\.\.\. (\w+) resumed>(.*)$")
+_UNFINISHED = "<unfinished ...>"
 _DESCRIPTOR = re.compile(r"^\d+<((?:\\x[0-9a-f]{2})+)>")
 _HEAD = re.compile(r'"((?:\\x[0-9a-f]{2}){8})')
+_NOTHING_THERE = {
+    "epoll_wait": re.compile(r", 0\) += 0\b"),
+    "poll": re.compile(r", 0\) += 0\b"),
+    **dict.fromkeys(("recvfrom", "recvmsg", "readv"), re.compile(r"= -1 EAGAIN\b")),
+}
+"""How calls that look for something end where it has not come yet; those with a time to wait for
+it are no looks."""
+_IDLE = ("sched_yield", "clock_nanosleep")
+EVENTFD = "eventfd"
+"""What reads and writes of an eventfd(2) are counted as."""
 MARK = "/warabi-benchmarks"
 """Where a file is asked for that is not there: a traced process says so where it is."""
 
@@ -45,7 +57,7 @@ class Account:
     """What strace wrote, counted.
 
     Attributes:
-        calls: by section, process and system call.
+        calls: by section, thread and system call, which is counted where it began.
         requests: FUSE requests by their kind, of every section.
         sections: their names, those without system calls too.
     """
@@ -54,38 +66,42 @@ class Account:
         self.calls: Counter[tuple[str, int, str]] = Counter()
         self.requests: Counter[str] = Counter()
         self.sections: list[str] = []
-        self._section = ""
-        self._reading: set[str] = set()  # threads in the middle of a read of /dev/fuse
+        section = ""
+        begun: dict[str, tuple[str, str, str]] = {}  # by thread: section, name and arguments
         for line in lines:
             if called := _CALL.match(line):
-                self._called(*called.groups())
-            elif resumed := _RESUMED.match(line):
-                thread, _, rest = resumed.groups()
-                if thread in self._reading:
-                    self._reading.discard(thread)
-                    self._request(rest)
+                thread, name, rest = called.groups()
+                if (marked := _marked(name, rest)) is not None:
+                    section = marked
+                    self.sections += filter(None, [section])
+                elif rest.endswith(_UNFINISHED):
+                    begun[thread] = section, name, rest.removesuffix(_UNFINISHED)
+                else:
+                    self._called(section, thread, name, rest)
+            elif (resumed := _RESUMED.match(line)) and resumed[1] in begun:
+                of, name, rest = begun.pop(resumed[1])
+                self._called(of, resumed[1], name, rest + resumed[3])
+        for thread, (of, name, rest) in begun.items():
+            self._called(of, thread, name, rest)
 
-    def _called(self, thread: str, name: str, rest: str) -> None:
-        if marked := re.search(r'"((?:\\x[0-9a-f]{2})+)"', rest) if "access" in name else None:
-            path = _text(marked[1])
-            if path.startswith(MARK):
-                self._section = path.removeprefix(MARK).strip("/")
-                self.sections += filter(None, [self._section])
-                return
-        if name == "sched_yield" or (name.startswith(("recv", "readv")) and "EAGAIN" in rest):
-            return  # a look for what has not come yet: how many is a matter of moments
-        self.calls[self._section, int(thread), name] += 1
+    def _called(self, section: str, thread: str, name: str, rest: str) -> None:
+        if name in _IDLE or ((nothing := _NOTHING_THERE.get(name)) and nothing.search(rest)):
+            return
         of = _DESCRIPTOR.match(rest)
-        if name in ("read", "readv") and of and _text(of[1]) == "/dev/fuse":
-            if "<unfinished" in rest:
-                self._reading.add(thread)
-            else:
-                self._request(rest)
-
-    def _request(self, rest: str) -> None:
-        if head := _HEAD.search(rest):  # else there was nothing to read
+        file = _text(of[1]) if of else ""
+        if name in ("read", "write") and file == "anon_inode:[eventfd]":
+            name = EVENTFD
+        self.calls[section, int(thread), name] += 1
+        if name in ("read", "readv") and file == "/dev/fuse" and (head := _HEAD.search(rest)):
             opcode = int.from_bytes(bytes.fromhex(head[1].replace("\\x", ""))[4:8], "little")
             self.requests[_OPCODES.get(opcode, f"opcode {opcode}")] += 1
+
+
+def _marked(name: str, rest: str) -> str | None:
+    """The section that a call begins, if it is a mark."""
+    path = re.search(r'"((?:\\x[0-9a-f]{2})+)"', rest) if "access" in name else None
+    text = _text(path[1]) if path else ""
+    return text.removeprefix(MARK).strip("/") if text.startswith(MARK) else None
 
 
 @contextlib.contextmanager

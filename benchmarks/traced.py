@@ -1,7 +1,8 @@
 """What strace counts of the API: ``python -m benchmarks.traced BACKEND DIRECTORY [ADDRESS ID]``.
 
 Without an address, the target is in this process.  Says that it is ready, waits for a line on its
-standard input, and does each operation :data:`TIMES` times, marking where it begins.
+standard input, and does each operation :data:`TIMES` times, marking where it begins.  Some are done
+again, :data:`RESTED`, with so much time before each that whoever serves it sleeps by then.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.rows import KIB, MIB, copies, outstanding
+from benchmarks.steady import steady
 from benchmarks.strace import mark
 from benchmarks.subjects import MEMORY, file_config
 from warabi.client import Client, RegionID, TargetHandle
@@ -20,13 +23,21 @@ from warabi.engine import Engine, client
 from warabi.server import Provider
 
 TIMES = 64
+RESTED = " after a rest"
+"""The end of the name of what is done to a sleeper."""
+_REST = 0.002
+"""Seconds; nobody looks for the next message for so long."""
 Call = Callable[[], object]
 
 
 def operations(target: TargetHandle) -> Iterator[tuple[str, Call]]:
     """Names and calls, in an order in which they can be made."""
     made: list[RegionID] = []
-    yield "create", lambda: made.append(target.create(4 * KIB))
+
+    def create() -> None:
+        made.append(target.create(4 * KIB))
+
+    yield "create", create
     yield "create_and_write 64 B", lambda: made.append(target.create_and_write(b"c" * 64))
     yield "erase", lambda: target.erase(made.pop())
     for size in (64, 4 * KIB, 64 * KIB, MIB):
@@ -40,6 +51,9 @@ def operations(target: TargetHandle) -> Iterator[tuple[str, Call]]:
 
     yield "write and persist 4 KiB", persist
     yield "64 outstanding writes", outstanding(4 * KIB, 64, target).call
+    yield f"create{RESTED}", create
+    for row in copies(64):
+        yield f"{row.name}{RESTED}", row.make(target).call
 
 
 @contextlib.contextmanager
@@ -56,6 +70,7 @@ def _target() -> Iterator[TargetHandle]:
 
 
 def main() -> None:
+    steady()
     with _target() as target:
         calls = list(operations(target))
         print("ready", flush=True)
@@ -63,6 +78,8 @@ def main() -> None:
         for name, call in calls:
             os.access(mark(name), os.F_OK)
             for _ in range(TIMES):
+                if name.endswith(RESTED):
+                    time.sleep(_REST)
                 call()
             os.access(mark(""), os.F_OK)
         print("done", flush=True)

@@ -17,7 +17,7 @@ from benchmarks.goals import Verdict
 from benchmarks.quick import compare
 from benchmarks.rows import ROWS, Goal, shown
 from benchmarks.stats import Round, Series, Work, measure, percentile
-from benchmarks.strace import MARK, Account
+from benchmarks.strace import EVENTFD, MARK, Account
 from tests.helpers import PATIENCE, ROOT, environment
 
 BASELINE = ROOT / "benchmarks" / "baseline.json"
@@ -117,6 +117,40 @@ def test_an_account_knows_sections_processes_and_requests() -> None:
     assert found.calls["write", 10, "sendmsg"] == 1
     assert found.calls["write", 12, "read"] == 4
     assert found.calls.total() == 8
+
+
+def test_an_account_leaves_out_looks_that_found_nothing() -> None:
+    socket, poll = escaped("socket:[1]"), escaped("anon_inode:[eventpoll]")
+    event = "{events=EPOLLIN, data={u32=4, u64=4}}"
+    lines = [
+        f'10 recvfrom(4<{socket}>, 0x7f, 100, MSG_DONTWAIT, NULL, NULL) = -1 EAGAIN (Resource)',
+        f'10 recvfrom(4<{socket}>,  <unfinished ...>',
+        f'11 epoll_wait(5<{poll}>, [], 3, 0) = 0',
+        '10 <... recvfrom resumed>0x7f, 100, MSG_DONTWAIT, NULL, NULL) = -1 EAGAIN (Resource)',
+        f'11 epoll_wait(5<{poll}>,  <unfinished ...>',
+        '10 sched_yield() = 0',
+        '11 <... epoll_wait resumed>[], 3, 0) = 0',
+        '10 poll([{fd=4, events=POLLIN}], 1, 0) = 0 (Timeout)',
+        '10 clock_nanosleep(CLOCK_MONOTONIC, 0, {tv_sec=0, tv_nsec=2000000}, NULL) = 0',
+    ]  # fmt: skip
+    assert not Account(lines).calls
+    lines = [
+        f'10 recvfrom(4<{socket}>,  <unfinished ...>',
+        f'11 epoll_wait(5<{poll}>, [{event}], 3, 0) = 1',
+        f'11 epoll_wait(5<{poll}>, [], 3, 10) = 0',
+        f'11 epoll_wait(5<{poll}>,  <unfinished ...>',
+        f'10 access("{escaped(f"{MARK}/later")}", F_OK) = -1 ENOENT',
+        '10 <... recvfrom resumed>"x", 100, 0, NULL, NULL) = 1',
+        f'11 <... epoll_wait resumed>[{event}], 3, 86400000) = 1',
+        f'12 write(6<{escaped("anon_inode:[eventfd]")}>, "{escaped("abcdefgh")}", 8) = 8',
+        f'12 epoll_wait(5<{poll}>,  <unfinished ...>',
+    ]  # fmt: skip
+    assert Account(lines).calls == {
+        ("", 10, "recvfrom"): 1,
+        ("", 11, "epoll_wait"): 3,
+        ("later", 12, EVENTFD): 1,
+        ("later", 12, "epoll_wait"): 1,
+    }
 
 
 def test_only_gross_growth_of_a_count_is_a_regression(capsys: pytest.CaptureFixture[str]) -> None:
