@@ -61,32 +61,41 @@ def disposable(parent: str) -> Iterator[Path]:
 @pytest.fixture
 def machine() -> Iterator[None]:
     """What the machine has once is this test's, until it ends: the mode of ``/dev/fuse``,
-    ``/etc/fuse.conf``, and the helpers in ``/sbin``.
+    ``/etc/fuse.conf``, and the helpers in ``/sbin``, of which there are none.
 
     For those who change it, or look at it, while tests run in several processes.
     """
     lock = os.open("/etc", os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        with _helpers_aside():
+            yield
     finally:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def _helpers_aside() -> Iterator[None]:
+    """No helpers of another checkout while the block runs; what was there comes back."""
+    before = {path: path.read_bytes() for path in install._files(Path("/")) if install._ours(path)}
+    for path in before:
+        path.unlink()
+    try:
+        yield
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+            path.chmod(0o644 if path.suffix == ".8" else 0o755)
+
+
 @pytest.fixture
 def helpers(machine: None) -> Iterator[None]:
-    """The helpers of this checkout, where mount(8) looks; what was there comes back."""
-    before = {
-        path: path.read_bytes() for path in install._files(Path("/")) if path.exists()
-    }  # of another checkout
+    """The helpers of this checkout, where mount(8) looks."""
     list(install.install(Path("/")))
     try:
         yield
     finally:
         list(install.uninstall(Path("/")))
-        for path, content in before.items():
-            path.write_bytes(content)
-            path.chmod(0o644 if path.suffix == ".8" else 0o755)
 
 
 @pytest.fixture(params=BACKENDS)
