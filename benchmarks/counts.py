@@ -16,7 +16,7 @@ from benchmarks.places import place
 from benchmarks.processes import line_of, provider, run, run_module, running, scratch
 from benchmarks.strace import EVENTFD, Account, account, traced
 from benchmarks.subjects import BACKENDS, MEMORY, file_config
-from benchmarks.traced import RESTED, TIMES
+from benchmarks.traced import RESTED, times
 
 Counts = dict[str, float]
 """By what was counted, such as "API, memory, TCP: erase: messages", for one operation."""
@@ -84,13 +84,14 @@ def count_api(directory: Path, say: Progress) -> Counts:
                     # In how many pieces TCP hands over what is large is a matter of moments.
                     steady = not (name.endswith("TCP") and section.endswith(("KiB", "MiB")))
                     if steady:
-                        counts[f"{key}: system calls"] = calls.total() / TIMES
+                        counts[f"{key}: system calls"] = calls.total() / times(section)
                     for other in others:
                         if steady:
                             served = _of_section(done, section, other)
-                            counts[f"{key}: system calls of the provider"] = served.total() / TIMES
+                            total = served.total() / times(section)
+                            counts[f"{key}: system calls of the provider"] = total
                         sent = sum(calls[each] for each in _SENDS)
-                        counts[f"{key}: messages"] = sent / TIMES
+                        counts[f"{key}: messages"] = sent / times(section)
     return counts
 
 

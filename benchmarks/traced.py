@@ -1,7 +1,7 @@
 """What strace counts of the API: ``python -m benchmarks.traced BACKEND DIRECTORY [ADDRESS ID]``.
 
 Without an address, the target is in this process.  Says that it is ready, waits for a line on its
-standard input, and does each operation :data:`TIMES` times, marking where it begins.  Some are done
+standard input, and does each operation :func:`times` times, marking where it begins.  Some are done
 again, :data:`RESTED`, with so much time before each that whoever serves it sleeps by then.
 """
 
@@ -22,12 +22,17 @@ from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client
 from warabi.server import Provider
 
-TIMES = 64
+_OUTSTANDING = "64 outstanding writes"
 RESTED = " after a rest"
 """The end of the name of what is done to a sleeper."""
 _REST = 0.002
 """Seconds; nobody looks for the next message for so long."""
 Call = Callable[[], object]
+
+
+def times(name: str) -> int:
+    """How often the operation *name* is done."""
+    return 8 if name == _OUTSTANDING else 64
 
 
 def operations(target: TargetHandle) -> Iterator[tuple[str, Call]]:
@@ -50,7 +55,7 @@ def operations(target: TargetHandle) -> Iterator[tuple[str, Call]]:
         target.persist(region, 0, 4 * KIB)
 
     yield "write and persist 4 KiB", persist
-    yield "64 outstanding writes", outstanding(4 * KIB, 64, target).call
+    yield _OUTSTANDING, outstanding(4 * KIB, 64, target).call
     yield f"create{RESTED}", create
     for row in copies(64):
         yield f"{row.name}{RESTED}", row.make(target).call
@@ -77,7 +82,7 @@ def main() -> None:
         sys.stdin.readline()
         for name, call in calls:
             os.access(mark(name), os.F_OK)
-            for _ in range(TIMES):
+            for _ in range(times(name)):
                 if name.endswith(RESTED):
                     time.sleep(_REST)
                 call()
