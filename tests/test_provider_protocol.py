@@ -272,6 +272,17 @@ def test_payload_that_an_operation_does_not_want(served: Place) -> None:
         assert peer.call([4, 1, "read", [created[1], 0, 5, True, False], None])[2] == b"lie\0\0"
 
 
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_payload_of_what_is_no_operation_on_a_target(served: Place, size: int) -> None:
+    with raw_connection(served.address, served.config) as connection:
+        peer = RawPeer(connection)
+        for name in ("ping", "shutdown", "join", "grant", "make", "leave", "watch"):
+            refused = peer.call([1, 1, name, [], None], bytes(size))
+            assert refused[3][0] == "protocol"
+            assert "takes no data" in refused[3][1]
+        assert peer.call([2, 1, "ping", [], None]) == [2, None]
+
+
 @pytest.mark.parametrize("said", [0, 5, 99])
 def test_payload_that_is_longer_than_it_says(served: Place, said: int) -> None:
     """What is too much is taken for the next message, which it is not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from warabi import errors, extents
+from warabi import errors, extents, migration
 from warabi.extents import Extent
 from warabi.operations import OPERATIONS, checked_arguments
 from warabi.provider import ProviderCore
@@ -64,18 +64,27 @@ def checked_header(header: Any) -> list[Any]:
     return header
 
 
+def check_data(name: str, eager: Any, payload: int) -> None:
+    """Refuse data that nobody wants, of an operation that exists.
+
+    Raises:
+        ProtocolError: there are some.
+    """
+    wanted = name in UPLOADS or name in migration.OPERATIONS
+    if not wanted and (payload or eager is not None):
+        raise errors.ProtocolError(f"{name}: takes no data")
+
+
 def checked_request(
     number: int, core: ProviderCore, name: str, arguments: Any, eager: Any, payload: int
 ) -> Request:
-    """A request for an operation that exists.
+    """A request for an operation on a target.
 
     Raises:
-        ProtocolError: its arguments are not the operation's, or it has data that nobody wants.
+        ProtocolError: its arguments are not the operation's.
         TargetNotFound: the provider has none.
     """
     letters = UPLOADS.get(name) or DOWNLOADS.get(name) or OPERATIONS[name].arguments
-    if name not in UPLOADS and (payload or eager is not None):
-        raise errors.ProtocolError(f"{name}: takes no data")
     checked = checked_arguments(name, letters, arguments)
     return Request(number, name, checked, core, core.target, eager, payload)
 

@@ -34,6 +34,7 @@ from warabi.plan import (
     UPLOADS,
     Plan,
     Request,
+    check_data,
     checked_header,
     checked_request,
     memory,
@@ -195,6 +196,7 @@ class Session:
         try:
             permit(self._peer, name, access(name))
             permitted = True
+            check_data(name, eager, message.payload)
             if name in ("ping", "shutdown"):
                 await self._control(number, provider_id, name)
                 return
