@@ -476,6 +476,32 @@ def test_a_client_that_has_left_leaves_nothing(served: Served) -> None:
     eventually(lambda: served.descriptors() <= before + 1)  # a segment for regions of that size
 
 
+def test_a_trio_client_that_is_cancelled_leaves_nothing(
+    served: Served, handle: TargetHandle, provider_id: int
+) -> None:
+    """In whatever it is doing, from joining to reaching its region."""
+    region = handle.create(100_000)
+
+    async def cancelled_after(turns: int) -> None:
+        with trio.CancelScope() as scope:
+            async with (
+                warabi.aio.connect(served.address, provider_id) as target,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(target.read, region, 0, 100_000)
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+    async def main() -> None:
+        for turns in range(60):
+            await cancelled_after(turns)
+
+    before = served.descriptors()
+    trio.run(main)
+    eventually(lambda: served.descriptors() <= before + 1)
+
+
 def test_guests_that_break_the_rules(served: Served) -> None:
     with raw_connection(served.address) as connection:
         peer = RawPeer(connection)

@@ -278,7 +278,10 @@ async def connect(
         except BaseException:
             plain.close()
             raise
-        nursery.start_soon(_run, connection, None if descriptors else ended)
+        if descriptors:
+            nursery.start_soon(_run_until_closed, connection)
+        else:
+            nursery.start_soon(_run, connection, ended)
         return connection
 
     failure: Exception | None = None
@@ -340,6 +343,12 @@ async def _run(connection: Connection, ended: trio.Event | None) -> None:
     finally:
         if ended is not None:
             ended.set()
+
+
+async def _run_until_closed(connection: Connection) -> None:
+    """Whoever is cancelled: there is a last word to say."""
+    with trio.CancelScope(shield=True):
+        await connection.run()
 
 
 def attach(target: LocalTarget) -> Target:

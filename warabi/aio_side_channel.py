@@ -27,7 +27,8 @@ class SideChannel:
 
     Args:
         nursery: where asking goes on when who asked is cancelled.
-        connect: makes the connection, one that takes descriptors.
+        connect: makes the connection, one that takes descriptors and runs until it is closed, also
+            where everything is cancelled.
         provider_id: whose target.
         writable: whether regions are to be written.
     """
@@ -115,7 +116,7 @@ class SideChannel:
         try:
             if self._guest is None:
                 self._guest = await self._join()
-                self._over = self._guest is None
+                self._over = self._over or self._guest is None
                 if self._guest is None or not self._guest.wants(region, size):
                     return
             self._guest.add(region, *await self._call("grant", [region]))
@@ -129,8 +130,14 @@ class SideChannel:
 
     async def _join(self) -> Guest | None:
         self._connection = await self._connect()
+        if self._over:  # closed meanwhile
+            self._connection.close()
+            return None
         joined, descriptors = await self._call("join", [self._writable])
-        return None if joined is None else Guest(joined, descriptors)
+        guest = None if joined is None else Guest(joined, descriptors)
+        if guest is not None and self._over:
+            guest.close()
+        return guest
 
     async def _call(self, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
         assert self._connection is not None
@@ -150,10 +157,17 @@ class SideChannel:
             self._connection.close()
 
     async def aclose(self) -> None:
-        """Touch nothing any more, and say so."""
-        if self._guest is not None and self._connection is not None and not self._over:
+        """Touch nothing any more, and say so.
+
+        Also where who joined was cancelled before the answer: the provider counts a guest then.
+        """
+        over, self._over = self._over, True
+        if self._guest is not None:
             self._guest.close()
-            # Descriptors that come meanwhile belong to who asks for a grant.
-            with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
-                await self._request(self._connection, "leave", [])
-        self._end()
+        try:
+            if self._connection is not None and not over:
+                # Descriptors that come meanwhile belong to who asks for a grant.
+                with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
+                    await self._request(self._connection, "leave", [])
+        finally:
+            self._end()
