@@ -5,7 +5,6 @@ Locks, and who may be where: ``gate.py``.  What is on the medium when: ``durabil
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter_ns
@@ -17,16 +16,16 @@ from warabi.backends import Storage
 from warabi.backends.base import Flush
 from warabi.buffers import checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Catalogue
-from warabi.errors import OutOfBounds, StorageFull, TargetNotFound, WouldBlock
-from warabi.exposed import ExposedRegions
+from warabi.errors import OutOfBounds, WouldBlock
 from warabi.extents import Extent, check_total, checked_extents, views
 from warabi.inode import Inode
+from warabi.making import MadeRegions
 from warabi.namespace import Namespace
 from warabi.pace import Pace
 from warabi.region import RegionID
 
 
-class Target(ExposedRegions):
+class Target(MadeRegions):
     """Regions and their names on one catalogue and one storage.
 
     Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it
@@ -96,58 +95,7 @@ class Target(ExposedRegions):
                 f" {inode.size} bytes"
             )
 
-    def _reserve(self, extra: int, what: str) -> None:
-        """Refuse growth beyond the quota; the lock is held."""
-        if self._capacity is not None and self._catalogue.used + extra > self._capacity:
-            raise StorageFull(
-                f"{what}: {extra} more bytes do not fit, {self._catalogue.used} of"
-                f" {self._capacity} bytes are used"
-            )
-
     # Regions
-
-    def create(self, size: int) -> RegionID:
-        """A new region of *size* zero bytes, without a name.
-
-        Raises:
-            OutOfBounds: *size* is no integer of at least 0.
-            StorageFull: it exceeds the quota, or could never fit on the medium.
-        """
-        size = checked_size(size, "create: size")
-        with self._guard:
-            return self.new_region(0o644, None, None, size, anonymous=True).rid
-
-    def new_region(
-        self, mode: int, uid: int | None, gid: int | None, size: int = 0, *,
-        anonymous: bool = False, rid: RegionID | None = None,
-    ) -> Inode:  # fmt: skip
-        """As :meth:`create`, for callers that hold the guard and are about to name the region.
-
-        With *rid* it gets that ID; raises as ``Catalogue.add``.
-        """
-        if self._closed:
-            raise TargetNotFound(f"create: {self._guard.reason}")
-        self._reserve(size, "create")
-        if size > self._largest:
-            raise StorageFull(
-                f"create: {size} bytes can never fit, the medium has {self._largest} bytes in all"
-            )
-        root = self._catalogue.get(1)
-        owner = (0, 0) if root is None else (root.uid, root.gid)
-        inode = self._catalogue.add(
-            stat.S_IFREG | stat.S_IMODE(mode),
-            owner[0] if uid is None else uid,
-            owner[1] if gid is None else gid,
-            size=size,
-            anonymous=anonymous,
-            rid=rid,
-        )
-        try:
-            self._storage.create(inode.rid, size)
-        except BaseException:
-            self._catalogue.remove(inode)
-            raise
-        return inode
 
     def write(
         self, region: RegionID, offset: int, data: Any, persist: bool = False,
@@ -404,28 +352,6 @@ class Target(ExposedRegions):
             self.namespace.forget_names(inode)
             self.discard(inode)
         self._reap()
-
-    def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
-        """A new region of just *data*; when anything fails, no region remains."""
-        view = readable(data, "create_and_write: data")
-        with self._guard:
-            inode = self.new_region(0o644, None, None, len(view), anonymous=True)
-            inode.users += 1  # from the start, so that the target does not close meanwhile
-            self._inside += 1
-        try:
-            if view:
-                self._storage.write(inode.rid, 0, view)
-            if persist:
-                self._persist_inside(inode, 0, len(view))
-        except BaseException:
-            with self._guard:  # not `erase`, which a target that is about to close refuses
-                if not inode.dead:
-                    self.namespace.forget_names(inode)
-                    self.discard(inode)
-            raise
-        finally:
-            self._leave(inode, wrote=bool(view))
-        return inode.rid
 
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.
