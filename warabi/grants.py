@@ -24,6 +24,7 @@ Every call is made with the target's lock held.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable
 
@@ -39,11 +40,15 @@ class Guest:
     """Somebody who may hold grants.
 
     Attributes:
+        number: of no other one, ever.
         board: its lanes.
         segments: which shared descriptors it was given.
     """
 
+    _numbers = itertools.count(1)
+
     def __init__(self) -> None:
+        self.number = next(self._numbers)
         self.board = SharedMemory("warabi-board", 8 * LANES)
         self.segments: set[int] = set()
         self._lanes = self.board.view.cast("Q")

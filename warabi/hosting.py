@@ -91,9 +91,9 @@ class Host:
 
     async def _grant(self, target: Target, guest: Guest, region: RegionID) -> tuple[Any, list[int]]:
         try:
-            granted = target.grant(region, writable=self._writable, wait=False)
+            granted = target.grant(region, guest.number, writable=self._writable, wait=False)
         except WouldBlock:
-            granted = await trio.to_thread.run_sync(self._grant_slowly, target, region)
+            granted = await trio.to_thread.run_sync(self._grant_slowly, target, guest, region)
         if granted is None:
             return None, []
         return granted.answer(guest)
@@ -101,9 +101,9 @@ class Host:
     def _make(self, target: Target, guest: Guest, size: int) -> tuple[Any, list[int]]:
         if not self._writable:
             return None, []
-        region = target.create(size)
+        region = target.make(size, guest.number)
         try:
-            granted = target.grant(region, writable=True, wait=False)
+            granted = target.grant(region, guest.number, writable=True, wait=False)
         except (errors.Exception, WouldBlock):  # somebody found it, and was at it already
             granted = None
         if granted is not None and granted.place.segment:
@@ -114,8 +114,8 @@ class Host:
         answer, descriptors = granted.answer(guest)
         return [region, *answer], descriptors
 
-    def _grant_slowly(self, target: Target, region: RegionID) -> Granted | None:
-        return target.grant(region, writable=self._writable)
+    def _grant_slowly(self, target: Target, guest: Guest, region: RegionID) -> Granted | None:
+        return target.grant(region, guest.number, writable=self._writable)
 
     def _leave(self) -> None:
         if self._guest is not None and self._target is not None:
@@ -127,7 +127,8 @@ class Host:
         """The connection has ended: return when the guest can touch nothing more, or at
         :meth:`drain`, when the target's end takes care of it."""
         try:
-            if self._guest is not None:
+            if self._guest is not None and self._target is not None:
+                self._target.asks_no_more(self._guest)
                 with self._waiting:
                     if self._process < 0:
                         await trio.sleep_forever()

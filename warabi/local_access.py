@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from warabi import errors
+from warabi.backends.base import THIS_PROCESS
 from warabi.guest import Access, Guest
 from warabi.region import RegionID
 
@@ -44,7 +45,7 @@ class LocalAccess(Access):
                 guest = self._guest = self._join(target) if self._accesses > 1 else None
             if guest is None or self._board is None or not guest.wants(region, size):
                 return None
-            granted = target.grant(region, writable=target.shares_writes, wait=False)
+            granted = target.grant(region, THIS_PROCESS, writable=target.shares_writes, wait=False)
             if granted is None:
                 guest.add(region, None, [])
             else:

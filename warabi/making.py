@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from typing import Any
 
+from warabi.backends.base import Fresh
 from warabi.buffers import checked_size, readable
 from warabi.errors import StorageFull, TargetNotFound
 from warabi.exposed import ExposedRegions
@@ -35,16 +36,37 @@ class MadeRegions(ExposedRegions):
             StorageFull: it exceeds the quota, or could never fit on the medium.
         """
         size = checked_size(size, "create: size")
-        with self._guard:
-            return self.new_region(0o644, None, None, size, anonymous=True).rid
+        return self._new(size, None).rid
+
+    def make(self, size: int, guest: int) -> RegionID:
+        """As :meth:`create`, for the guest of that number, which may write, is granted the region
+        next, and fills it."""
+        size = checked_size(size, "create: size")
+        return self._new(size, self._storage.cleared(size, guest)).rid
+
+    def _new(self, size: int, fresh: Fresh | None, *, entered: bool = False) -> Inode:
+        """A new region without a name, of *fresh* bytes if there are any; with *entered* the
+        caller is in it, from the start, so that the target does not close meanwhile."""
+        try:
+            with self._guard:
+                inode = self.new_region(0o644, None, None, size, anonymous=True, fresh=fresh)
+                if entered:
+                    inode.users += 1
+                    self._inside += 1
+                return inode
+        except BaseException:
+            if fresh is not None:
+                fresh.discard()
+            raise
 
     def new_region(
         self, mode: int, uid: int | None, gid: int | None, size: int = 0, *,
-        anonymous: bool = False, rid: RegionID | None = None,
+        anonymous: bool = False, rid: RegionID | None = None, fresh: Fresh | None = None,
     ) -> Inode:  # fmt: skip
         """As :meth:`create`, for callers that hold the guard and are about to name the region.
 
-        With *rid* it gets that ID; raises as ``Catalogue.add``.
+        With *rid* it gets that ID; raises as ``Catalogue.add``.  With *fresh*, which stay the
+        caller's if anything fails, it gets these bytes.
         """
         if self._closed:
             raise TargetNotFound(f"create: {self._guard.reason}")
@@ -64,7 +86,10 @@ class MadeRegions(ExposedRegions):
             rid=rid,
         )
         try:
-            self._storage.create(inode.rid, size)
+            if fresh is None:
+                self._storage.create(inode.rid, size)
+            else:
+                fresh.become(inode.rid)
         except BaseException:
             self._catalogue.remove(inode)
             raise
@@ -73,12 +98,10 @@ class MadeRegions(ExposedRegions):
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """A new region of just *data*; when anything fails, no region remains."""
         view = readable(data, "create_and_write: data")
-        with self._guard:
-            inode = self.new_region(0o644, None, None, len(view), anonymous=True)
-            inode.users += 1  # from the start, so that the target does not close meanwhile
-            self._inside += 1
+        fresh = self._storage.written(view)
+        inode = self._new(len(view), fresh, entered=True)
         try:
-            if view:
+            if view and fresh is None:
                 self._storage.write(inode.rid, 0, view)
             if persist:
                 self._persist_inside(inode, 0, len(view))

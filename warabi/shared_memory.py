@@ -24,6 +24,7 @@ _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, Linux 5.1, which Python does n
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _GLOBAL_EXPEDITED = 1 << 1
 _REGISTER_GLOBAL_EXPEDITED = 1 << 2
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones map page by page
 _MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -80,6 +81,10 @@ class Mapping:
         self.address = address
         self.size = size
         self.view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+    def populate(self) -> None:
+        """Map all pages at once, for writing, which is quicker than one by one."""
+        _libc.madvise(self.address, self.size, _MADV_POPULATE_WRITE)
 
     def __del__(self, unmap: Callable[[int, int], int] = _munmap) -> None:
         # A default, because at the interpreter's end the module's names may be gone.

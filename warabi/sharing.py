@@ -159,8 +159,13 @@ class SharedRegions(DurableRegions):
                 if self._grants is not None:
                     self._grants.settle_all()
 
+    def asks_no_more(self, guest: Guest) -> None:
+        """The guest makes no regions any more: nothing is kept for those."""
+        self._storage.left(guest.number)
+
     def leave(self, guest: Guest) -> None:
         """The guest's process is gone, or has promised to touch nothing more."""
+        self.asks_no_more(guest)
         with self._lock:
             due = []
             if self._grants is not None:
@@ -171,10 +176,13 @@ class SharedRegions(DurableRegions):
         for free in due:
             free()
 
-    def grant(self, region: RegionID, *, writable: bool, wait: bool = True) -> Granted | None:
+    def grant(
+        self, region: RegionID, holder: int, *, writable: bool, wait: bool = True
+    ) -> Granted | None:
         """What a guest needs to reach the region; None when it has to go through the provider.
 
-        The descriptor in it is the caller's to close.
+        The descriptor in it is the caller's to close, and *holder*'s to use: a guest, by its
+        number, or ``THIS_PROCESS``.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -184,7 +192,7 @@ class SharedRegions(DurableRegions):
         self._check_sharing()
         inode = self._enter(region, "share", wait)
         try:
-            place = self._storage.share(region, writable=writable)
+            place = self._storage.share(region, writable=writable, holder=holder)
             if place is None:
                 return None
             with self._lock:

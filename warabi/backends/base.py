@@ -6,12 +6,17 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from warabi.backends.times import Times
 from warabi.errors import WouldBlock
 from warabi.inode import Inode
 from warabi.region import RegionID
+
+THIS_PROCESS: Final = 0
+STRANGERS: Final = -1
+"""Holders of places, who otherwise are guests, by their numbers: who is granted regions in the
+provider's own process, and those of whom nobody will tell when they have left."""
 
 
 class Place(NamedTuple):
@@ -33,6 +38,18 @@ class Place(NamedTuple):
     segment: int
     mapped: bool
     waits: bool = False
+
+
+class Fresh(ABC):
+    """The bytes of a region that is about to be made."""
+
+    @abstractmethod
+    def become(self, rid: RegionID) -> None:
+        """As :meth:`Storage.create`, of these bytes."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Give them back, unless they became a region's."""
 
 
 class Flush(NamedTuple):
@@ -74,6 +91,16 @@ class Storage(ABC):
     @abstractmethod
     def create(self, rid: RegionID, size: int) -> None:
         """Make a region of *size* zero bytes."""
+
+    def written(self, data: memoryview) -> Fresh | None:
+        """*data* as the bytes of a new region, where that is quicker than to make one and to
+        write; None where it is not."""
+        return None
+
+    def cleared(self, size: int, holder: int) -> Fresh | None:
+        """*size* zero bytes of a new region, where *holder*, who is to be given their place, fills
+        them more quickly than those of another one; None where that is not so."""
+        return None
 
     @abstractmethod
     def erase(self, rid: RegionID) -> None:
@@ -196,8 +223,14 @@ class Storage(ABC):
         """Another process made the region grow by the place that :meth:`share` gave."""
 
     @abstractmethod
-    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
-        """Where the region's bytes are, for another process; None when it may not touch them."""
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+        """Where the region's bytes are, for another process; None when it may not touch them.
+
+        *holder* is who gets it.
+        """
+
+    def left(self, holder: int) -> None:  # noqa: B027  # most do not care who it was
+        """A guest makes no regions any more, whatever it may still touch."""
 
     def firm(self, rid: RegionID) -> bool:
         """Whether who syncs the descriptor that :meth:`share` gave has persisted the region, and

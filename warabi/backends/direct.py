@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from warabi.backends.base import Place, Storage
+from warabi.backends.base import STRANGERS, Place, Storage
 from warabi.backends.borrowed import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.errors import CorruptTarget, WouldBlock
@@ -142,7 +142,7 @@ class DirectFileStorage(FileStorage):
 
     view = Storage.view  # which has none
 
-    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
         return None  # another process would go through the page cache
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi.backends import times as filetimes
-from warabi.backends.base import Flush, Place, Storage
+from warabi.backends.base import STRANGERS, Flush, Place, Storage
 from warabi.backends.borrowed import Borrowed, OpenFile, Translated
 from warabi.backends.pages import LEAST, Mapped
 from warabi.backends.times import Times
@@ -419,7 +419,7 @@ class FileStorage(Storage):
     def wrote(self, rid: bytes) -> None:
         self._dirty.add(rid)
 
-    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
         with self._translated(rid, "share"), self._borrow(rid):
             # Not a copy of the one that is here, which the kernel would take for the same one.
             flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC

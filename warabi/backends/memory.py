@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import Place, Storage
+from warabi.backends.base import STRANGERS, THIS_PROCESS, Fresh, Place, Storage
+from warabi.backends.own import Own, Spare, machine_memory
 from warabi.backends.populated import Populated
-from warabi.fileio import pread_full, pwrite_full
+from warabi.fileio import pread_full
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory
 
@@ -88,27 +89,7 @@ class _Slot:
         return self.segment.view[self.offset : self.offset + self.size]
 
 
-class _Own:
-    """A large region: a memfd, mapped once it is to be seen.
-
-    Invariant: its first *filled* bytes are no hole, which would be filled by touching it.
-    """
-
-    __slots__ = ("fd", "filled", "mapping", "size")
-
-    def __init__(self, size: int) -> None:
-        self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC)
-        self.size = size
-        self.filled = 0
-        self.mapping: Populated | None = None
-        try:
-            os.ftruncate(self.fd, size)
-        except BaseException:
-            os.close(self.fd)
-            raise
-
-
-def _read(item: _Slot | _Own, offset: int, out: memoryview) -> None:
+def _read(item: _Slot | Own, offset: int, out: memoryview) -> None:
     if isinstance(item, _Slot):
         start = item.offset + offset
         out[:] = item.segment.view[start : start + len(out)]
@@ -121,14 +102,32 @@ def _clear(view: memoryview) -> None:
     view[:] = _ZEROS[:size] if size <= OWN_DESCRIPTOR else bytes(size)
 
 
-def _write(item: _Slot | _Own, offset: int, data: memoryview) -> None:
+def _write(item: _Slot | Own, offset: int, data: memoryview) -> None:
     if isinstance(item, _Slot):
         start = item.offset + offset
         item.segment.view[start : start + len(data)] = data
     else:
-        pwrite_full(item.fd, data, offset)
-        if offset <= item.filled < offset + len(data):
-            item.filled = offset + len(data)
+        item.write(offset, data)
+
+
+class _Fresh(Fresh):
+    """A large region that is not there yet."""
+
+    __slots__ = ("_own", "_storage")
+
+    def __init__(self, storage: MemoryStorage, own: Own) -> None:
+        self._storage = storage
+        self._own: Own | None = own
+
+    def become(self, rid: RegionID) -> None:
+        if self._own is not None:
+            self._storage._put(rid, self._own)
+            self._own = None
+
+    def discard(self) -> None:
+        if self._own is not None:
+            self._own.discard()
+            self._own = None
 
 
 class MemoryStorage(Storage):
@@ -137,25 +136,59 @@ class MemoryStorage(Storage):
     blocking: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self._regions: dict[bytes, _Slot | _Own] = {}
+        self._regions: dict[bytes, _Slot | Own] = {}
         # Guards the slots' book-keeping; the bytes of a region need no lock (see Storage).
         self._lock = threading.Lock()
         self._open: dict[int, list[_Segment]] = {}  # segments with free slots, by slot size
         self._numbers = itertools.count(1)
-        self._own = 0
+        self._own = 0  # large regions
+        self._spare = Spare()
         limit = _descriptor_limit()
         self._most_mappings = min(_MAPPINGS, limit // 8)
-        self._mappings: dict[_Own, None] = {}  # the oldest first; each takes a descriptor, too
+        self._mappings: dict[Own, None] = {}  # the oldest first; each takes a descriptor, too
         self._own_limit = max(64, limit - _SPARE_DESCRIPTORS - self._most_mappings)
 
     def create(self, rid: RegionID, size: int) -> None:
         with self._lock:
             self._regions[rid] = self._allocate(size)
 
-    def _allocate(self, size: int) -> _Slot | _Own:
+    def written(self, data: memoryview) -> Fresh | None:
+        return self._fresh(len(data), THIS_PROCESS, lambda own: own.replace(data))
+
+    def cleared(self, size: int, holder: int) -> Fresh | None:
+        return self._fresh(size, holder, Own.clear)
+
+    def _fresh(self, size: int, holder: int, fill: Callable[[Own], None]) -> Fresh | None:
+        """Spare memory, as *fill* leaves it; None where there is none."""
+        if size < OWN_DESCRIPTOR:
+            return None
+        try:
+            with self._lock:
+                own = self._spare.take(size, holder)
+            if own is None:
+                return None
+            try:
+                fill(own)
+            except BaseException:
+                own.discard()
+                raise
+        except OSError:
+            return None  # new memory will do
+        return _Fresh(self, own)
+
+    def _put(self, rid: RegionID, own: Own) -> None:
+        with self._lock:
+            self._regions[rid] = own
+            self._own += 1
+            self._note_mapped(own)
+
+    def _allocate(self, size: int) -> _Slot | Own:
         try:
             if size >= OWN_DESCRIPTOR and self._own < self._own_limit:
-                own = _Own(size)
+                self._spare.relieve()
+                if len(self._spare) and self._own + len(self._spare) >= self._own_limit:
+                    self._spare.shrink()
+                own = Own(size)
                 self._own += 1
                 return own
             return self._allocate_slot(size)
@@ -175,12 +208,13 @@ class MemoryStorage(Storage):
             segments.pop()
         return slot
 
-    def _free(self, item: _Slot | _Own) -> None:
-        if isinstance(item, _Own):
+    def _free(self, item: _Slot | Own) -> None:
+        if isinstance(item, Own):
             self._own -= 1
-            self._unmap(item)
-            os.ftruncate(item.fd, 0)  # another process may still have it mapped
-            os.close(item.fd)
+            self._mappings.pop(item, None)
+            item.mapping = None
+            if not self._spare.keep(item):
+                item.discard()
             return
         segment = item.segment
         if not segment.slot_size:
@@ -200,7 +234,7 @@ class MemoryStorage(Storage):
     def resize(self, rid: RegionID, size: int) -> None:
         with self._lock:
             item = self._regions[rid]
-            if isinstance(item, _Own):
+            if isinstance(item, Own):
                 # Never back to a slot: a region that shrinks is about to grow again.
                 try:
                     os.ftruncate(item.fd, size)
@@ -235,22 +269,25 @@ class MemoryStorage(Storage):
             found = mapping.view(offset, end)
         return found if writable else found.toreadonly()
 
-    def _mapped(self, item: _Own, end: int) -> Populated | None:
+    def _mapped(self, item: Own, end: int) -> Populated | None:
         """A region's mapping, of its first *end* bytes at least; None when that cannot be."""
         mapping = item.mapping
         if mapping is None or len(mapping) < end:
             with self._lock:
                 try:
-                    item.mapping = mapping = Populated(item.fd, item.size, writable=True)
+                    mapping = item.map()
                 except OSError:
                     return None
-                self._mappings[item] = None
-                if len(self._mappings) > self._most_mappings:
-                    self._unmap(next(iter(self._mappings)))
+                self._note_mapped(item)
         return mapping
 
-    def _unmap(self, item: _Own) -> None:
-        item.mapping = None
+    def _note_mapped(self, item: Own) -> None:
+        self._mappings[item] = None
+        if len(self._mappings) > self._most_mappings:
+            self._unmap(next(iter(self._mappings)))
+
+    def _unmap(self, item: Own) -> None:
+        item.mapping = item.warm = None
         self._mappings.pop(item, None)
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
@@ -258,6 +295,18 @@ class MemoryStorage(Storage):
             _write(self._regions[rid], offset, data)
         except OSError as error:
             raise errors.from_os(error, f"write of {len(data)} bytes") from error
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        item = self._regions[rid]
+        fresh = (
+            self.written(data) if isinstance(item, _Slot) and not (item.size or offset) else None
+        )
+        if fresh is None:
+            super().write_beyond(rid, offset, data)
+            return
+        fresh.become(rid)
+        with self._lock:
+            self._free(item)
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         """Memory is as durable as it gets."""
@@ -306,10 +355,12 @@ class MemoryStorage(Storage):
             _write(fresh, start, piece)
         self._regions[rid] = fresh
 
-    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
         with self._lock:
             item = self._regions[rid]
-            if isinstance(item, _Own):
+            if isinstance(item, Own):
+                # Who may only read makes no regions, for which the memory could be used again.
+                self._spare.given(item, holder if writable else STRANGERS)
                 return Place(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
             segment = item.segment
             return Place(
@@ -317,14 +368,20 @@ class MemoryStorage(Storage):
                 segment=segment.number, mapped=True,
             )  # fmt: skip
 
+    def left(self, holder: int) -> None:
+        with self._lock:
+            self._spare.left(holder)
+
+    def vacate(self, rid: RegionID) -> None:
+        """What is erased gives back what it takes, whoever has a descriptor."""
+
     def firm(self, rid: RegionID) -> bool:
         """Memory is as durable as it gets."""
         return True
 
     def room(self) -> tuple[int, int]:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-        return info["MemTotal"] + info["SwapTotal"], info["MemAvailable"] + info["SwapFree"]
+        total, available = machine_memory()
+        return total, available + self._spare.size  # which is given back when little is left
 
     def scan(self) -> Iterator[tuple[RegionID, int]]:
         return ((RegionID(rid), item.size) for rid, item in list(self._regions.items()))
@@ -332,9 +389,10 @@ class MemoryStorage(Storage):
     def close(self) -> None:
         with self._lock:
             for item in self._regions.values():
-                if isinstance(item, _Own):
+                if isinstance(item, Own):
                     os.close(item.fd)
             self._regions.clear()
+            self._spare.clear()
             self._mappings.clear()
             self._open.clear()
 

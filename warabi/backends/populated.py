@@ -16,16 +16,19 @@ class Populated:
         size: how many bytes, from its start on; 0 for all that it has now.
         writable: whether views may be written to.
 
+    Attributes:
+        memory: what is there until nobody has a view of it.
+
     Raises:
         OSError, ValueError: it cannot be mapped, or is empty.
     """
 
-    __slots__ = ("_mmap", "_ready", "_view")
+    __slots__ = ("_ready", "_view", "memory")
 
     def __init__(self, fd: int, size: int, *, writable: bool) -> None:
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._mmap = mmap.mmap(fd, size, mmap.MAP_SHARED, access)
-        self._view = memoryview(self._mmap)
+        self.memory = mmap.mmap(fd, size, mmap.MAP_SHARED, access)
+        self._view = memoryview(self.memory)
         self._ready = 0  # so many bytes can be touched without a fault
 
     def __len__(self) -> int:
@@ -44,4 +47,4 @@ class Populated:
         longer than writing the page; as if for reading, because faults for that map many pages."""
         start -= start % mmap.PAGESIZE
         with contextlib.suppress(OSError):  # older kernels map them one by one
-            self._mmap.madvise(_MADV_POPULATE_READ, start, end - start)
+            self.memory.madvise(_MADV_POPULATE_READ, start, end - start)

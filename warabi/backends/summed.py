@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 from warabi.answers import Verified
-from warabi.backends.base import Place, Storage
+from warabi.backends.base import STRANGERS, Place, Storage
 from warabi.backends.times import Times
 from warabi.catalogue import Catalogue
 from warabi.errors import CorruptTarget
@@ -375,7 +375,7 @@ class SummedStorage(Storage):
     def wrote(self, rid: bytes) -> None:
         """Nobody does."""
 
-    def share(self, rid: RegionID, *, writable: bool) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
         return self._inner.share(rid, writable=False)
 
     def room(self) -> tuple[int, int]:

@@ -1,0 +1,225 @@
+"""Large regions of memory, a memfd each, and the memory of those that are gone.
+
+That memory is *spare*: the next region of about the size has its pages, which it would take the
+kernel longer to find and to clear than it takes to fill them.
+
+Who was given a descriptor may write by it, and read, as long as it likes, whatever it was told.
+So memory is spare for everybody only if it never left this process, and if one guest alone had it,
+for the regions that this guest makes; what more than one had, or somebody else, goes back.  It is
+never used before all who kept to the protocol of ``grants.py`` are done with it, nor while
+there is a view of it in this process.
+
+What a region was made of is never seen: it is written or cleared before the region is there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import weakref
+
+from warabi.backends.base import STRANGERS, THIS_PROCESS
+from warabi.backends.populated import Populated
+from warabi.fileio import pread_full, pwrite_full
+from warabi.shared_memory import Mapping, copy
+
+_MOST = 64 * 1024 * 1024  # bytes of spare memory, at most
+_PART = 8  # no region's is more than this part of it: to clear that keeps others waiting
+_SHARE = 64  # no more of it than the machine's memory divided by this
+_SHORT = 16  # less available than the machine's memory divided by this is little
+_MOST_COUNT = 128  # each takes a descriptor
+_PATIENCE = 1.0  # seconds between two looks at how much is available
+
+
+class Own:
+    """A large region: a memfd, mapped once it is to be seen.
+
+    Invariant: its first *filled* bytes are no hole, which would be filled by touching it.
+
+    Attributes:
+        holder: who was given a descriptor: the only guest, or ``STRANGERS``; ``THIS_PROCESS`` if
+            it is known to nobody else.
+        warm: a mapping by which memory that is used again is filled, and nothing else is done.
+    """
+
+    __slots__ = ("_mappings", "fd", "filled", "holder", "mapping", "size", "warm")
+
+    def __init__(self, size: int) -> None:
+        self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC)
+        self.size = size
+        self.filled = 0
+        self.holder = THIS_PROCESS
+        self.mapping: Populated | None = None
+        self.warm: Mapping | None = None
+        self._mappings: list[weakref.ref[mmap.mmap]] = []
+        try:
+            os.ftruncate(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def map(self) -> Populated:
+        """A new mapping of all of it; raises as :class:`Populated`."""
+        self.mapping = Populated(self.fd, self.size, writable=True)
+        self._mappings = [*filter(_alive, self._mappings), weakref.ref(self.mapping.memory)]
+        return self.mapping
+
+    @property
+    def seen(self) -> bool:
+        """Whether there is a view of it, or a mapping, in this process."""
+        return any(map(_alive, self._mappings))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Store *data*; raises ``OSError``."""
+        pwrite_full(self.fd, data, offset)
+        if offset <= self.filled < offset + len(data):
+            self.filled = offset + len(data)
+
+    def replace(self, data: memoryview) -> None:
+        """Make *data*, as many bytes as it has, all there is.
+
+        Raises:
+            OSError: it cannot be mapped.
+        """
+        copy(self._warm().view, data)
+        self.filled = self.size
+
+    def clear(self) -> None:
+        """Make all bytes zero; by a system call, for a store would kill if who was given a
+        descriptor has cut the memory off.
+
+        Raises:
+            OSError: that, or it cannot be mapped.
+        """
+        zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pread_full(zero, self._warm().view, 0)
+        finally:
+            os.close(zero)
+        self.filled = self.size
+
+    def _warm(self) -> Mapping:
+        if self.warm is None or self.warm.size != self.size:
+            self.warm = Mapping(self.fd, self.size, writable=True)
+            self.warm.populate()
+        return self.warm
+
+    def discard(self) -> None:
+        """Give its memory back, although another process may still have it mapped."""
+        os.ftruncate(self.fd, 0)
+        os.close(self.fd)
+
+
+def _alive(mapping: weakref.ref[mmap.mmap]) -> bool:
+    return mapping() is not None
+
+
+def machine_memory() -> tuple[int, int]:
+    """Total and available bytes of this machine's memory, swap space included."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    return info["MemTotal"] + info["SwapTotal"], info["MemAvailable"] + info["SwapFree"]
+
+
+class Spare:
+    """Memory of regions that are gone.  Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._held: dict[Own, int] = {}  # how many bytes; what came first is first
+        self._fitting: dict[tuple[int, int], dict[Own, None]] = {}  # by holder and size
+        self._present = {THIS_PROCESS}  # who is there, of those who were given descriptors
+        self._most = min(_MOST, machine_memory()[0] // _SHARE)
+        self._look = 0.0  # when to look next whether memory is short
+        self._short = False
+        self.size = 0
+        """Bytes that are kept, in all."""
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def given(self, own: Own, holder: int) -> None:
+        """*holder* is about to be given a descriptor."""
+        if holder != THIS_PROCESS:
+            own.holder = holder if own.holder in (THIS_PROCESS, holder) else STRANGERS
+            if holder != STRANGERS:
+                self._present.add(holder)
+
+    def left(self, holder: int) -> None:
+        """A guest makes no regions any more: give back what is spare for it."""
+        self._present.discard(holder)
+        for own in [own for own in self._held if own.holder == holder]:
+            self._drop(own)
+        for key in [key for key in self._fitting if key[0] == holder]:
+            del self._fitting[key]
+
+    def keep(self, own: Own) -> bool:
+        """Take the memory of a region that is gone; False when it has to be discarded."""
+        if own.seen or own.holder not in self._present:
+            return False
+        info = os.fstat(own.fd)
+        held = info.st_blocks * 512
+        if info.st_size != own.size or not own.size // 2 <= held <= self._most // _PART:
+            return False  # a guest's own doing, or mostly a hole, or too much
+        self.relieve()
+        if self._short:
+            return False
+        fitting = self._fitting.setdefault(_key(own.holder, own.size), {})
+        while self.size + held > self._most or len(self) == _MOST_COUNT:
+            if fitting:
+                return False  # those are as good, and may be mapped already
+            self.shrink()
+        self._held[own] = held
+        self.size += held
+        fitting[own] = None
+        return True
+
+    def take(self, size: int, holder: int) -> Own | None:
+        """Memory for a region of *size* bytes that *holder* makes, None if there is none; all
+        that is in it is to be replaced before anybody sees the region.
+
+        Raises:
+            OSError: what there was has been given back.
+        """
+        found = self._fitting.get(_key(holder, size)) or self._fitting.get(_key(THIS_PROCESS, size))
+        if not found:
+            return None
+        own = next(reversed(found))  # the one that caches may still have
+        self._remove(own)
+        try:
+            os.ftruncate(own.fd, size)
+        except BaseException:
+            own.discard()
+            raise
+        own.size, own.filled = size, 0
+        return own
+
+    def _remove(self, own: Own) -> None:
+        self.size -= self._held.pop(own)
+        del self._fitting[_key(own.holder, own.size)][own]
+
+    def _drop(self, own: Own) -> None:
+        self._remove(own)
+        own.discard()
+
+    def shrink(self) -> None:
+        """Give back what was kept first."""
+        self._drop(next(iter(self._held)))
+
+    def relieve(self) -> None:
+        """Give everything back if the machine has little memory left; seldom looks."""
+        if (now := time.monotonic()) >= self._look:
+            self._look = now + _PATIENCE
+            total, available = machine_memory()
+            self._short = available < total // _SHORT
+            if self._short:
+                self.clear()
+
+    def clear(self) -> None:
+        """Give everything back."""
+        while self._held:
+            self.shrink()
+
+
+def _key(holder: int, size: int) -> tuple[int, int]:
+    return holder, (size - 1).bit_length()
