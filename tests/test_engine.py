@@ -272,6 +272,31 @@ def test_context_managers_close_in_order(tmp_path: Path) -> None:
         assert made.make_target_handle(str(engine.addr()), 2).size(region) == 5
 
 
+def test_nothing_begins_once_an_engine_is_being_finalized() -> None:
+    """Else threads that go on calling would keep it from ending; what is under way still ends."""
+    with provider_process("tcp", MEMORY) as served, Engine("tcp", client) as engine:
+        handle = Client(engine).make_target_handle(served.address, 1)
+        region = handle.create(5)
+        served.stop()
+        first = handle.write_async(region, 0, b"first")
+        thread = threading.Thread(target=engine.finalize)
+        thread.start()
+
+        def refused() -> bool:
+            try:
+                handle.read_async(region, 0, bytearray(5))
+            except errors.ConnectionFailed:
+                return True
+            return False
+
+        eventually(refused)
+        assert not first.completed()
+        served.signal(signal.SIGCONT)
+        first.wait()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_wait_for_finalize(tmp_path: Path, number: signal.Signals) -> None:
     config = file_config(tmp_path / "target")

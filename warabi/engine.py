@@ -115,16 +115,22 @@ class Connections:
         """A usable connection to *text*; raises as ``Connection`` does."""
         key = (text, read_only)
         found = self._open.get(key)
-        if found is not None and found.usable:
+        if found is not None and found.usable and not self._closed:
             return found
+        self._check_open(
+            text
+        )  # whoever closes them holds the lock until what is under way has ended
         with self._lock:
-            if self._closed:
-                raise errors.ConnectionFailed(f"connect to {text}: the engine is finalized")
+            self._check_open(text)
             found = self._open.get(key)
             if found is None or not found.usable:
                 found = Connection(address.parse(text), self.timeout, self._security, read_only)
                 self._open[key] = found
             return found
+
+    def _check_open(self, text: str) -> None:
+        if self._closed:
+            raise errors.ConnectionFailed(f"connect to {text}: the engine is finalized")
 
     def side_channel(self, text: str, provider_id: int, read_only: bool) -> SideChannel | None:
         """What reaches the regions of a provider directly; None where that cannot be."""
