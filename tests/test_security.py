@@ -345,8 +345,8 @@ def test_every_operation_says_what_it_takes() -> None:
 
 
 READ_ONLY_OPERATIONS = """
-    commit epoch fsync getattr getxattr list listxattr lookup open_name persist persist_vector pin
-    read_vector readdir readlink resolve room size stat summed sync unpin used uuid verify
+    commit epoch fsync getattr getxattr list listxattr lookup open open_name persist persist_vector
+    pin read_vector readdir readlink resolve room size stat summed sync unpin used uuid verify
 """.split()
 
 

@@ -33,6 +33,7 @@ from warabifs.believed import BelievedNames
 from warabifs.buffers import Buffers
 from warabifs.handles import Directory, Entry, File, Known, Outdated
 from warabifs.pages import Pages
+from warabifs.writes import Writes
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
@@ -77,6 +78,7 @@ class FileSystem:
         self._xattr_changes = 0
         self.pages = Pages(target, alone=exclusive)
         self._buffers = Buffers()
+        self._writes = Writes()
 
     # What the kernel knows
 
@@ -306,8 +308,7 @@ class FileSystem:
         now = time.monotonic()
         mode = (await self.getattr(ino)).mode
         if mode != without_setid(mode):
-            changes = (without_setid(mode), None, None, None, None)
-            await self._target.call("setattr", ino, *changes)
+            await self.setattr(ino, None, without_setid(mode), None, None, None, None)
             self._drop_attributes(ino)  # it believes the old mode for as long as it may
         known = self._known.get(ino)
         if known is not None:
@@ -323,9 +324,7 @@ class FileSystem:
             mode = without_setid(attributes.mode)
             if mode == attributes.mode or keep_setid:
                 return await self.getattr(attributes.ino)
-            changes = (mode, None, None, None, None)
-            changed: Attributes = await self._target.call("setattr", attributes.ino, *changes)
-            return changed
+            return await self.setattr(attributes.ino, None, mode, None, None, None, None)
         except BaseException:
             await self._target.call("unpin", attributes.ino, 1)
             raise
@@ -348,6 +347,8 @@ class FileSystem:
         The result is valid until the caller's task waits for anything.
         """
         region = self._region_of(ino, handle)
+        if self._writes.under_way:
+            await self._writes.end(region, offset, size)
         if self._local is not None:
             view = self._local.view(region, offset, size)
             if view is not None:
@@ -371,27 +372,30 @@ class FileSystem:
     ) -> int:
         """Store *data*, all of them; with *kill_setid* that takes the set-ID bits away."""
         region = self._region_of(ino, handle)
-        if kill_setid:
-            await self._kill_setid(ino)
-        await self._write(region, offset, data)
+        if kill_setid or not self._wrote(region, offset, data):
+            with self._writes.one(region, offset, len(data)):
+                if kill_setid:
+                    await self._kill_setid(ino)
+                await self._target.write(region, offset, data, extend=True)
         return len(data)
+
+    def _wrote(self, region: RegionID, offset: int, data: Any) -> bool:
+        """Store *data* if it needs no waiting; whether it did."""
+        local = self._local
+        if local is None:
+            return False
+        try:
+            local.write(region, offset, data, extend=True, wait=not local.blocking)
+        except errors.WouldBlock:
+            return False
+        return True
 
     def begin_write(
         self, ino: int, handle: int, offset: int, data: memoryview
     ) -> Callable[[], None] | None:
         """What stores *data*; None where that might wait or fail: then :meth:`write` does it."""
-        if self._local is None:
-            return None
-        return self._local.begin_write(self._region_of(ino, handle), offset, data)
-
-    async def _write(self, region: RegionID, offset: int, data: Any) -> None:
         local = self._local
-        if local is not None:
-            try:
-                return local.write(region, offset, data, extend=True, wait=not local.blocking)
-            except errors.WouldBlock:
-                pass
-        await self._target.write(region, offset, data, extend=True)
+        return local and local.begin_write(self._region_of(ino, handle), offset, data)
 
     async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)

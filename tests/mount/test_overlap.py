@@ -1,0 +1,49 @@
+"""Reads of bytes that a write is about to change: what they bring stays in the page cache."""
+
+from __future__ import annotations
+
+import signal
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+import warabi.aio
+from tests.helpers import MEMORY, provider_process
+from warabi.inode import ROOT
+from warabifs.filesystem import FileSystem
+
+OLD, NEW = b"o" * 8192, b"n" * 12288
+
+
+def test_a_read_after_a_write_waits_for_it_though_it_could_be_answered() -> None:
+    """It makes the file grow, which only the provider can; the read is from shared memory."""
+
+    async def main() -> None:
+        async with warabi.aio.connect(served.address, 1) as target:
+            files = FileSystem(target, exclusive=False, attr_timeout=1.0, drop_name=lambda *_: None)
+            handle, _, made = await files.create(ROOT, b"file", 0o644, 0, 0, 0, 0)
+            await files.write(made.ino, handle, 0, OLD)
+            for _ in range(3):  # until it is granted
+                assert await files.read(made.ino, handle, 0, 8192) == OLD
+            found: list[bytes] = []
+
+            async def read(offset: int) -> None:
+                found.append(bytes(await files.read(made.ino, handle, offset, 4096)))
+
+            served.stop()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read, 0)
+                await wait_all_tasks_blocked()
+                assert found == [OLD[:4096]]
+                nursery.start_soon(files.write, made.ino, handle, 4096, NEW)
+                await wait_all_tasks_blocked()
+                nursery.start_soon(read, 0)  # of others
+                await wait_all_tasks_blocked()
+                assert found == [OLD[:4096]] * 2
+                nursery.start_soon(read, 4096)
+                await wait_all_tasks_blocked()
+                served.signal(signal.SIGCONT)
+            assert found == [OLD[:4096], OLD[:4096], NEW[:4096]]
+
+    with provider_process("na+sm", MEMORY) as served:
+        trio.run(main)
