@@ -382,20 +382,19 @@ class FileSystem:
     def _wrote(self, region: RegionID, offset: int, data: Any) -> bool:
         """Store *data* if it needs no waiting; whether it did."""
         local = self._local
-        if local is None:
-            return False
-        try:
-            local.write(region, offset, data, extend=True, wait=not local.blocking)
-        except errors.WouldBlock:
-            return False
-        return True
+        if local is not None:
+            with suppress(errors.WouldBlock):
+                local.write(region, offset, data, extend=True, wait=not local.blocking)
+                return True
+        return False
 
     def begin_write(
         self, ino: int, handle: int, offset: int, data: memoryview
     ) -> Callable[[], None] | None:
         """What stores *data*; None where that might wait or fail: then :meth:`write` does it."""
-        local = self._local
-        return local and local.begin_write(self._region_of(ino, handle), offset, data)
+        if self._local is None:
+            return None
+        return self._local.begin_write(self._region_of(ino, handle), offset, data)
 
     async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)

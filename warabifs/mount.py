@@ -347,7 +347,8 @@ async def _mount_and_serve(
                 remember_names=names > 0,
                 openless=local is not None and not options.passthrough,
             )
-            await files.pages.learn()
+            if source.remote:
+                await files.pages.learn()
             follower = Follower(
                 target,
                 files,

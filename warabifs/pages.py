@@ -1,7 +1,8 @@
 """Which files the page cache has as they are: whether it may keep what it has at an opening.
 
 The provider tells a *version* of the bytes with each opening: it is another one when somebody else
-has changed them.  What this mount writes goes through the page cache, which knows it.
+has changed them.  What this mount writes goes through the page cache, which knows it.  (On the
+provider's host nobody can tell: there a mount writes past it, and drops what it has written.)
 
 When a version is another one the kernel is told to drop what it has, and does so when it takes note
 of the answer.  Until then somebody else who opens the file must be told the same; so the version
