@@ -78,7 +78,7 @@ class FileSystem:
         self._xattr_changes = 0
         self.pages = Pages(target, alone=exclusive)
         self._buffers = Buffers()
-        self._writes = Writes()
+        self.writes = Writes()
 
     # What the kernel knows
 
@@ -341,14 +341,14 @@ class FileSystem:
         file = File(ino, attributes.region)
         return self._add_handle(file), self.pages.opened(file, version), attributes
 
-    async def read(self, ino: int, handle: int, offset: int, size: int) -> memoryview:
-        """Up to *size* bytes, fewer only at the end of the file.
+    async def read(self, ino: int, handle: int, offset: int, size: int, who: int = 0) -> memoryview:
+        """Up to *size* bytes, fewer only at the end of the file; *who* as in ``writes.py``.
 
         The result is valid until the caller's task waits for anything.
         """
         region = self._region_of(ino, handle)
-        if self._writes.under_way:
-            await self._writes.end(region, offset, size)
+        if self._local is None or self.writes.under_way:
+            await self.writes.read(region, who, offset, size)
         if self._local is not None:
             view = self._local.view(region, offset, size)
             if view is not None:
@@ -368,12 +368,12 @@ class FileSystem:
         return await self._target.read_later(region, offset, size, place)
 
     async def write(
-        self, ino: int, handle: int, offset: int, data: Any, *, kill_setid: bool = False
+        self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
     ) -> int:
         """Store *data*, all of them; with *kill_setid* that takes the set-ID bits away."""
         region = self._region_of(ino, handle)
         if kill_setid or not self._wrote(region, offset, data):
-            with self._writes.one(region, offset, len(data)):
+            with self.writes.one(region, who, offset, len(data)):
                 if kill_setid:
                     await self._kill_setid(ino)
                 await self._target.write(region, offset, data, extend=True)

@@ -347,6 +347,7 @@ async def _mount_and_serve(
                 remember_names=names > 0,
                 openless=local is not None and not options.passthrough,
             )
+            files.writes.drop = session.drop_bytes
             if source.remote:
                 await files.pages.learn()
             follower = Follower(

@@ -26,6 +26,7 @@ from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
 from warabifs.passing import Passing
 from warabifs.protocol import Feature, Header, Opcode, Open, Valid
 from warabifs.session import Answer, Early
+from warabifs.writes import KERNEL
 
 log = logging.getLogger(__name__)
 
@@ -364,7 +365,7 @@ class Operations:
     @_handles(Opcode.READ)
     async def read(self, header: Header, body: memoryview) -> Answer:
         handle, offset, size = protocol.READ.unpack_from(body)
-        return await self._files.read(header.node, handle, offset, size)
+        return await self._files.read(header.node, handle, offset, size, header.pid)
 
     @_handles(Opcode.WRITE)
     async def write(self, header: Header, body: memoryview) -> Answer:
@@ -375,9 +376,9 @@ class Operations:
             rest = self._files.begin_write(header.node, handle, offset, data)
             if rest is not None:
                 return Early(protocol.written(size), rest)
-        return protocol.written(
-            await self._files.write(header.node, handle, offset, data, kill_setid=kill_setid)
-        )
+        who = KERNEL if flags & protocol.WRITE_CACHE else header.pid
+        await self._files.write(header.node, handle, offset, data, who, kill_setid=kill_setid)
+        return protocol.written(size)
 
     @_handles(Opcode.FLUSH)
     async def flush(self, header: Header, body: memoryview) -> Answer:

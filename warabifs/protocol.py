@@ -108,6 +108,8 @@ class Valid:
     KILL_SUIDGID = 1 << 11
 
 
+WRITE_CACHE = 1 << 0
+"""In the flags of a WRITE: the kernel writes back pages, which it holds, on nobody's behalf."""
 WRITE_KILL_SUIDGID = 1 << 2
 """In the flags of a WRITE: the writer has no right to keep set-ID bits."""
 OPEN_KILL_SUIDGID = 1 << 0
@@ -247,9 +249,10 @@ def pack_direntry(ino: int, cookie: int, mode: int, name: bytes) -> bytes:
     return _DIRENT.pack(ino, cookie, len(name), mode >> 12) + name + bytes(padding)
 
 
-def forget_inode(ino: int, offset: int) -> bytes:
-    """Tells the kernel to forget attributes and, unless *offset* is negative, what is behind it."""
-    body = _INVAL_INODE.pack(ino, offset, 0)
+def forget_inode(ino: int, offset: int, size: int = 0) -> bytes:
+    """Tells the kernel to forget attributes and, unless *offset* is negative, what is behind it:
+    all, or *size* bytes."""
+    body = _INVAL_INODE.pack(ino, offset, size)
     return _ANSWER.pack(_ANSWER.size + len(body), _NOTIFY_INVAL_INODE, 0) + body
 
 

@@ -311,6 +311,10 @@ class Session:
         """Make the kernel forget an inode's attributes, in a thread, soon."""
         self._tell(protocol.forget_inode(ino, -1))
 
+    def drop_bytes(self, ino: int, offset: int, size: int) -> None:
+        """Make the kernel forget some bytes of an inode, in a thread, soon."""
+        self._tell(protocol.forget_inode(ino, offset, size))
+
     def _tell(self, notice: bytes) -> None:
         if self._telling is None:
             self._telling = threading.Thread(target=self._tell_all, daemon=True)

@@ -11,6 +11,7 @@ import warabi.aio
 from tests.helpers import MEMORY, provider_process
 from warabi.inode import ROOT
 from warabifs.filesystem import FileSystem
+from warabifs.writes import KERNEL
 
 OLD, NEW = b"o" * 8192, b"n" * 12288
 
@@ -46,4 +47,37 @@ def test_a_read_after_a_write_waits_for_it_though_it_could_be_answered() -> None
             assert found == [OLD[:4096], OLD[:4096], NEW[:4096]]
 
     with provider_process("na+sm", MEMORY) as served:
+        trio.run(main)
+
+
+ANNE, BERT = 1001, 1002
+
+
+def test_pages_are_dropped_that_somebody_else_read_shortly_before_they_were_written() -> None:
+    """The kernel may have kept what was read, and that was old; not from who writes himself."""
+    dropped: list[tuple[int, int, int]] = []
+
+    async def main() -> None:
+        async with warabi.aio.connect(served.address, 1) as target:
+            files = FileSystem(target, exclusive=False, attr_timeout=1.0, drop_name=lambda *_: None)
+            files.writes.drop = lambda *what: dropped.append(what)
+            handle, _, made = await files.create(ROOT, b"file", 0o644, 0, 0, 0, 0)
+            ino = made.ino
+            await files.write(ino, handle, 0, bytes(65536), ANNE)
+            await files.read(ino, handle, 8192, 8192, ANNE)
+            for offset, size, who in (
+                (8192, 4096, ANNE), (0, 8192, BERT), (16384, 4096, BERT), (8192, 4096, KERNEL)
+            ):  # fmt: skip
+                await files.write(ino, handle, offset, bytes(size), who)
+                assert not dropped
+            for offset, size, who, start, count in (
+                (12287, 2, BERT, 8192, 8192),
+                (16000, 1000, BERT, 12288, 8192),
+                (0, 9000, 0, 0, 12288),
+            ):
+                await files.write(ino, handle, offset, bytes(size), who)
+                assert dropped.pop() == (ino, start, count)
+                assert not dropped
+
+    with provider_process("tcp", MEMORY) as served:
         trio.run(main)
