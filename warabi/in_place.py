@@ -35,16 +35,16 @@ async def receive(channel: Channel, request: Request) -> bool:
         return _store_whole(channel, request)
     if request.payload <= WHOLE or request.target.blocking or not channel.plain:
         return False
-    while request.core.changes.enter_nowait():
-        try:
-            if not _receive_now(channel, request):
-                break
-        finally:
-            request.core.changes.leave()
-        if not request.payload:
-            return True
-        await channel.readable()
-    return False
+    if not request.core.changes.enter_nowait():
+        return False
+    try:  # inside until the end: of a write that a migration refuses, no part is to be stored
+        while _receive_now(channel, request):
+            if not request.payload:
+                return True
+            await channel.readable()
+        return False
+    finally:
+        request.core.changes.leave()
 
 
 def _store_whole(channel: Channel, request: Request) -> bool:
