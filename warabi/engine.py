@@ -117,9 +117,8 @@ class Connections:
         found = self._open.get(key)
         if found is not None and found.usable and not self._closed:
             return found
-        self._check_open(
-            text
-        )  # whoever closes them holds the lock until what is under way has ended
+        # Without the lock: whoever closes them holds it until what is under way has ended.
+        self._check_open(text)
         with self._lock:
             self._check_open(text)
             found = self._open.get(key)

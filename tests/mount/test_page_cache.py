@@ -33,13 +33,16 @@ from warabi.client import Client, TargetHandle
 from warabi.region import RegionID
 
 PAGE = mmap.PAGESIZE
+EVERYWHERE = pytest.mark.parametrize("four_module", ["na+sm", "tcp"], indirect=True)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 @pytest.fixture(scope="module")
-def four_module() -> Iterator[Together]:
-    with disposable("/tmp") as path, together("tcp", path, *OPTIONS) as four:
+def four_module(request: pytest.FixtureRequest) -> Iterator[Together]:
+    """Over TCP, unless the test says ``EVERYWHERE``."""
+    transport = getattr(request, "param", "tcp")
+    with disposable("/tmp") as path, together(transport, path, *OPTIONS) as four:
         _be_told(four)
         yield four
 
@@ -57,18 +60,6 @@ def _be_told(four: Together) -> None:
 @pytest.fixture
 def four(request: pytest.FixtureRequest, four_module: Together) -> Iterator[Together]:
     with emptied(four_module, limit_of(request)) as four:
-        yield four
-
-
-@pytest.fixture(scope="module", params=["na+sm", "tcp"])
-def any_four_module(request: pytest.FixtureRequest) -> Iterator[Together]:
-    with disposable("/tmp") as path, together(request.param, path, *OPTIONS) as four:
-        yield four
-
-
-@pytest.fixture
-def any_four(request: pytest.FixtureRequest, any_four_module: Together) -> Iterator[Together]:
-    with emptied(any_four_module, limit_of(request)) as four:
         yield four
 
 
@@ -146,17 +137,18 @@ CHANGES: dict[str, Callable[[TargetHandle, RegionID, Path], None]] = {
 }
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("who", CHANGES)
 @pytest.mark.parametrize("again", [False, True], ids=["then others", "and once more"])
 def test_what_others_wrote_is_seen_when_the_file_is_opened(
-    any_four: Together, who: str, again: bool
+    four: Together, who: str, again: bool
 ) -> None:
     """Also between two writes of our own to a file that stays open, and however soon."""
-    path = any_four.first.path / "file"
+    path = four.first.path / "file"
     path.write_bytes(b"-" * 4 * PAGE)
     region = region_of(path)
     with open(path, "r+b", buffering=0) as writer:
-        _take_turns(any_four, who, again, writer.fileno(), region)
+        _take_turns(four, who, again, writer.fileno(), region)
 
 
 def _take_turns(four: Together, who: str, again: bool, fd: int, region: RegionID) -> None:
@@ -213,11 +205,12 @@ def test_two_that_open_a_file_at_the_same_time_both_see_it(four: Together) -> No
             assert [*pool.map(look, range(2))] == [b"%04d" % number] * 2
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("seed", range(4))
-def test_at_each_opening_a_file_is_what_all_made_of_it(any_four: Together, seed: int) -> None:
+def test_at_each_opening_a_file_is_what_all_made_of_it(four: Together, seed: int) -> None:
     """Both mounts and a client change a file, in any order; it is compared with a model."""
     chosen = random.Random(seed)
-    paths = [any_four.first.path / "file", any_four.second.path / "file"]
+    paths = [four.first.path / "file", four.second.path / "file"]
     model = bytearray(b"-" * 8 * PAGE)
     paths[0].write_bytes(model)
     region = region_of(paths[0])
@@ -231,7 +224,7 @@ def test_at_each_opening_a_file_is_what_all_made_of_it(any_four: Together, seed:
                 model[offset : offset + len(data)] = data
             case 2 | 3:
                 data = data[: len(model) - offset]
-                any_four.target.write(region, offset, data)
+                four.target.write(region, offset, data)
                 model[offset : offset + len(data)] = data
             case 4:
                 os.truncate(path, offset)
