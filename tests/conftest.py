@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -42,6 +43,16 @@ def runtime_directory() -> Iterator[Path]:
         patch.setenv("WARABI_RUNTIME_DIR", str(directory))
         yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def halt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``halt.c``, to be preloaded."""
+    library = tmp_path_factory.mktemp("halt") / "halt.so"
+    source = Path(__file__).parent / "halt.c"
+    flags = ("-O1", "-fPIC", "-shared", "-fno-builtin", "-Wall", "-Werror")
+    subprocess.run(["gcc", *flags, source, "-o", library], check=True, timeout=60)
+    return library
 
 
 def _descriptors() -> dict[str, str]:

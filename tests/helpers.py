@@ -135,11 +135,15 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def python_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """``python ARGUMENTS...`` as a process with pipes, killed at the end."""
+def python_process(
+    *arguments: str, preloaded: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """``python ARGUMENTS...`` as a process with pipes, killed at the end; with a library loaded
+    before others, in place of what they define."""
+    preload = {} if preloaded is None else {"LD_PRELOAD": str(preloaded)}
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment() | preload, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         yield process

@@ -262,23 +262,16 @@ def test_a_switch_that_is_none_is_refused() -> None:
 # A client in the middle of an access
 
 IN_THE_MIDDLE = """
-import sys
-import warabi.guest
+import ctypes, sys
 from warabi.client import Client, RegionID
 from warabi.engine import Engine, client
 
-def halt(place, *rest):
-    print("inside", flush=True)
-    sys.stdin.readline()
-    return real[rest and type(rest[-1]) is int](place, *rest)
-
-real = {False: warabi.guest.copy, True: warabi.guest.pwrite}
 address, number, region = sys.argv[1], int(sys.argv[2]), RegionID(bytes.fromhex(sys.argv[3]))
 with Engine("na+sm", client) as engine:
     handle = Client(engine).make_target_handle(address, number)
     for _ in range(3):
         handle.read(region, 0, 1)
-    warabi.guest.copy = warabi.guest.pwrite = halt
+    ctypes.CDLL(None).halt_at(80, b"late", 0)
     try:
         handle.write(region, 10, b"late" * 20)
         print("written", flush=True)
@@ -308,16 +301,23 @@ class Late:
         return self._line()
 
 
-@contextlib.contextmanager
-def late(served: Served, provider_id: int, region: RegionID) -> Iterator[Late]:
-    arguments = (served.address, str(provider_id), region.hex())
-    with python_process("-c", IN_THE_MIDDLE, *arguments) as process:
-        yield Late(process)
+Halted = Callable[[Served, int, RegionID], contextlib.AbstractContextManager[Late]]
+
+
+@pytest.fixture
+def late(halt: Path) -> Halted:
+    @contextlib.contextmanager
+    def halted(served: Served, provider_id: int, region: RegionID) -> Iterator[Late]:
+        arguments = (served.address, str(provider_id), region.hex())
+        with python_process("-c", IN_THE_MIDDLE, *arguments, preloaded=halt) as process:
+            yield Late(process)
+
+    return halted
 
 
 @pytest.mark.parametrize("size", [200, 30_000, 100_000])
 def test_a_late_write_reaches_no_other_region(
-    served: Served, provider_id: int, other: TargetHandle, size: int
+    served: Served, late: Halted, provider_id: int, other: TargetHandle, size: int
 ) -> None:
     region = other.create(size)
     with late(served, provider_id, region) as writer:
@@ -330,7 +330,11 @@ def test_a_late_write_reaches_no_other_region(
 
 @pytest.mark.parametrize("sizes", [(200, 20), (200, 300), (30_000, 90_000), (100_000, 50)])
 def test_a_late_write_to_a_region_that_was_resized(
-    served: Served, provider_id: int, other: TargetHandle, sizes: tuple[int, int]
+    served: Served,
+    late: Halted,
+    provider_id: int,
+    other: TargetHandle,
+    sizes: tuple[int, int],
 ) -> None:
     region = other.create_and_write(pattern(sizes[0]))
     with late(served, provider_id, region) as writer:
@@ -350,7 +354,7 @@ def test_a_late_write_to_a_region_that_was_resized(
 
 
 def test_nobody_waits_for_a_client_that_is_stopped_in_the_middle(
-    served: Served, provider_id: int, handle: TargetHandle, other: TargetHandle
+    served: Served, late: Halted, provider_id: int, handle: TargetHandle, other: TargetHandle
 ) -> None:
     region = other.create_and_write(pattern(200_000))
     with late(served, provider_id, region) as writer:
@@ -364,7 +368,7 @@ def test_nobody_waits_for_a_client_that_is_stopped_in_the_middle(
     assert other.read(region, 10, 80) == b"late" * 20
 
 
-def test_what_a_killed_client_was_at_is_free_again(tmp_path: Path) -> None:
+def test_what_a_killed_client_was_at_is_free_again(late: Halted) -> None:
     with (
         provider_process("na+sm", MEMORY) as served,
         Engine("na+sm", client) as engine,

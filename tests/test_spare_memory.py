@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -220,21 +221,14 @@ def test_new_bytes_are_zero(served: Served, maker: TargetHandle, asking: TargetH
 
 
 HALTED = """
-import os, sys
-import warabi.guest
+import ctypes, sys
 from warabi.client import Client
 from warabi.engine import Engine, client
-from warabi.errors import StorageFull
-
-def half(fd, data, offset):
-    real(fd, data[:int(sys.argv[2])], offset)
-    print("half", flush=True)
-    sys.stdin.readline()
 
 with Engine("na+sm", client) as engine:
     handle = Client(engine).make_target_handle(sys.argv[1], 1)
     handle.erase(handle.create_and_write(b"secret" * 200_000))
-    real, warabi.guest.pwrite = warabi.guest.pwrite, half
+    ctypes.CDLL(None).halt_at(1_200_000, b"publ", int(sys.argv[2]))
     handle.create_and_write(b"public" * 200_000)
 """
 """A client that stops while it fills a new region, and has written so many bytes."""
@@ -242,11 +236,12 @@ with Engine("na+sm", client) as engine:
 
 @pytest.mark.parametrize("written", [0, 600_000])
 def test_a_client_that_is_killed_while_it_fills_one(
-    served: Served, asking: TargetHandle, written: int
+    served: Served, halt: Path, asking: TargetHandle, written: int
 ) -> None:
-    with python_process("-c", HALTED, served.address, str(written)) as process:
+    arguments = ("-c", HALTED, served.address, str(written))
+    with python_process(*arguments, preloaded=halt) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "half\n"
+        assert process.stdout.readline() == "inside\n"
         assert len(memories(served.process.pid)) == 1  # it is what the other region had
         (region,) = asking.list()
         expected = (b"public" * 200_000)[:written].ljust(1_200_000, b"\0")
@@ -263,15 +258,14 @@ import os, sys, threading
 import warabi.guest
 from warabi.client import Client
 from warabi.engine import Engine, client
-from warabi.errors import StorageFull
 
 kept = []
 
-def keeping(fd, data, offset):
+def keeping(guest, region, granted, fd, data):
     kept.append(os.dup(fd))
-    return real(fd, data, offset)
+    return real(guest, region, granted, fd, data)
 
-real, warabi.guest.pwrite = warabi.guest.pwrite, keeping
+real, warabi.guest.Guest.fill = warabi.guest.Guest.fill, keeping
 engine = Engine("na+sm", client)
 handle = Client(engine).make_target_handle(sys.argv[1], 1)
 regions = [handle.create_and_write(b"mine" * 250_000) for _ in range(5)]

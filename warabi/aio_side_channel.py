@@ -68,9 +68,9 @@ class SideChannel:
         while done < len(data):
             piece = data[done : done + _PIECE]
             guest = self._guest
-            if guest is None or not guest.write(region, offset + done, piece, wait=False):
+            if guest is None or not guest.write(region, offset + done, piece, False):
                 guest = await self._asked(region, len(piece))
-                if guest is None or not guest.write(region, offset + done, piece, wait=False):
+                if guest is None or not guest.write(region, offset + done, piece, False):
                     break
             done += len(piece)
             await trio.lowlevel.checkpoint()
@@ -92,9 +92,9 @@ class SideChannel:
         """As :meth:`Guest.read_some`, at once: of a size that does not keep others waiting."""
         count, guest = -1, self._guest
         if guest is not None:
-            count = guest.read_some(region, offset, place, wait=False, short=short)
+            count = guest.read_some(region, offset, place, False, short)
         if count < 0 and (guest := await self._asked(region, len(place))) is not None:
-            count = guest.read_some(region, offset, place, wait=False, short=short)
+            count = guest.read_some(region, offset, place, False, short)
         if count >= 0:
             await trio.lowlevel.checkpoint()
         return count

@@ -122,6 +122,11 @@ class TargetHandle:
             InvalidBuffer: *data* has no contiguous buffer.
             StorageFull: the medium has no room.
         """
+        guest = self._link.writing.guest
+        if guest is not None and guest.put(region, offset, data):
+            if persist:
+                self._link.persist(_id(region), offset, memoryview(data).nbytes)
+            return
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
         self._link.write(_id(region), offset, view, bool(persist), False)
@@ -159,6 +164,9 @@ class TargetHandle:
             InvalidRegion: unknown or erased.
             InvalidBuffer: *buffer* is read-only or not contiguous.
         """
+        guest = self._link.reading.guest
+        if guest is not None and guest.take(region, offset, buffer):
+            return
         view = writable(buffer, "read_into: buffer")
         offset = checked_size(offset, "read_into: offset")
         self._link.read_into(_id(region), offset, view)

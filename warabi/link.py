@@ -12,6 +12,7 @@ from warabi.buffers import checked_size
 from warabi.connection import Connection
 from warabi.errors import WouldBlock
 from warabi.extents import EXTENTS, Extent, groups, pack, total
+from warabi.guest import NO_ACCESS, Access
 from warabi.operations import OPERATIONS, READING
 from warabi.region import RegionID
 from warabi.request import EAGER_THRESHOLD, Request, chunks
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
 
 
 class Link(Protocol):
-    """One way to a target.  The ``start`` methods return requests to wait for, in any order."""
+    """One way to a target.  The ``start`` methods return requests to wait for, in any order.
 
+    Attributes:
+        writing, reading: direct access, to be tried before :meth:`write` and :meth:`read_into`.
+        eager_write, eager_read: up to how many bytes go inside a header.
+    """
+
+    writing: Access
+    reading: Access
     eager_write: int
     eager_read: int
 
@@ -83,6 +91,8 @@ class DirectLink:
 
         self._calls = CALLS
         self._core = core
+        self.writing: Access = core.direct
+        self.reading: Access = self.writing
 
     def call(self, name: str, *arguments: Any) -> Any:
         call = self._calls[name]
@@ -97,7 +107,7 @@ class DirectLink:
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
-        if self._core.direct.write(region, offset, data):
+        if self.writing.write(region, offset, data):
             if persist:
                 self.persist(region, offset, len(data))
             return
@@ -105,11 +115,11 @@ class DirectLink:
             self._core.target.write(region, offset, data, persist, extend=extend)
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        if not self._core.direct.read_into(region, offset, place):
+        if not self.reading.read_into(region, offset, place):
             self._core.target.read_into(region, offset, place)
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
-        if not self._core.direct.persist(region, offset, size):
+        if not self.writing.persist(region, offset, size):
             self._core.target.persist(region, offset, size)
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
@@ -139,7 +149,7 @@ class DirectLink:
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         try:
-            if self._core.direct.read_into(region, offset, place, wait=False):
+            if self.reading.read_into(region, offset, place, wait=False):
                 return [_finished("read")]
             target = self._core.target
             target.read_into(region, offset, place, wait=not target.blocking)
@@ -210,6 +220,8 @@ class WireLink:
     ) -> None:
         self._connect = connect
         self._side = side
+        self.writing: Access = NO_ACCESS if side is None else side
+        self.reading: Access = self.writing
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
@@ -239,13 +251,13 @@ class WireLink:
         return [request]
 
     def size(self, region: RegionID) -> int:
-        size = -1 if self._side is None else self._side.size(region)
+        size = self.reading.size(region)
         return size if size >= 0 else self.call("size", region)
 
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
-        if self._side is not None and self._side.write(region, offset, data):
+        if self.writing.write(region, offset, data):
             if persist:
                 self.persist(region, offset, len(data))
             return
@@ -306,7 +318,7 @@ class WireLink:
             )
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        if self._side is not None and self._side.read_into(region, offset, place):
+        if self.reading.read_into(region, offset, place):
             return
         connection = self._connect()
         if len(place) <= connection.limits.payload:
@@ -315,7 +327,7 @@ class WireLink:
             wait_all(self, self._read(region, offset, place))
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
-        if self._side is None or not self._side.persist(region, offset, size):
+        if not self.writing.persist(region, offset, size):
             self.call("persist", region, offset, size)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:

@@ -39,10 +39,10 @@ class LocalAccess(Access):
             return None
         try:
             target = self._core.target
-            guest = self._guest
+            guest = self.guest
             if target is not self._target:
                 self._accesses += 1
-                guest = self._guest = self._join(target) if self._accesses > 1 else None
+                guest = self.guest = self._join(target) if self._accesses > 1 else None
             if guest is None or self._board is None or not guest.wants(region, size):
                 return None
             granted = target.grant(region, THIS_PROCESS, writable=target.shares_writes, wait=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from warabi.extents import Extent
+from warabi.guest import NO_ACCESS
 from warabi.link import Link
 from warabi.operations import access
 from warabi.region import RegionID
@@ -28,6 +29,8 @@ class ReadOnlyLink:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self.writing = NO_ACCESS
+        self.reading = link.reading
 
     @property
     def eager_write(self) -> int:

@@ -56,7 +56,7 @@ class SideChannel(Access):
             return None
         if wait:
             return self._ask(what, region, size) if self._lock.acquire(blocking=False) else None
-        if self._guest is not None and not self._guest.wants(region, size):
+        if self.guest is not None and not self.guest.wants(region, size):
             return None
         if len(self._wanted) < _MOST_WANTED:
             self._wanted[region] = None
@@ -83,11 +83,11 @@ class SideChannel(Access):
     def _ask(self, what: str, region: RegionID, size: int) -> Guest | None:
         """Ask for a grant; the lock is held, and released here."""
         try:
-            guest = self._guest
+            guest = self.guest
             if guest is None:
                 self._accesses += 1
                 if self._accesses > 1 or size >= _FIRST_SIZE:
-                    guest = self._guest = self._join(what)
+                    guest = self.guest = self._join(what)
                     self._over = guest is None
             if guest is None or not guest.wants(region, size):
                 return None
@@ -116,7 +116,7 @@ class SideChannel(Access):
         if size < _MADE_SIZE or self._over or not self._lock.acquire(blocking=False):
             return None
         try:
-            guest = self._guest = self._guest or self._join(what)
+            guest = self.guest = self.guest or self._join(what)
             self._over = guest is None
             if guest is None or not guest.writes:
                 return None
@@ -154,8 +154,8 @@ class SideChannel(Access):
     def _end(self) -> None:
         """No direct access any more."""
         self._over = True
-        if self._guest is not None:
-            self._guest.close()
+        if self.guest is not None:
+            self.guest.close()
         if self._connection is not None:
             self._connection.close(0.0)
 
@@ -163,8 +163,8 @@ class SideChannel(Access):
         """In a forked child: all of it is the parent's."""
         self._over = True
         self._lock = threading.Lock()
-        if self._guest is not None:
-            self._guest.forget()
+        if self.guest is not None:
+            self.guest.forget()
         if self._connection is not None:
             self._connection.forget()
 
@@ -177,8 +177,8 @@ class SideChannel(Access):
                 self._connection.close(0.0)
             self._lock.acquire()
         try:
-            if self._guest is not None and not self._over:
-                self._guest.close()
+            if self.guest is not None and not self._over:
+                self.guest.close()
                 with contextlib.suppress(errors.Exception):
                     self._call("leave", "leave", [])
             self._end()

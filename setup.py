@@ -1,0 +1,15 @@
+"""The part that is compiled where that can be done; all else is in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "warabi._reach",
+            ["warabi/_reach.c"],
+            define_macros=[("_GNU_SOURCE", "1")],
+            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            optional=True,  # warabi/reach.py does the same
+        )
+    ]
+)

@@ -1,0 +1,251 @@
+"""A guest's accesses: what is done for each read and write of a region that was granted.
+
+This is the frequent side of what ``grants.py`` tells, without any system call for regions in
+memory and without any lock: a lane is a guest's own while it is out of the list of free ones.
+``_reach.c`` is the same, compiled; ``guest.py`` chooses.  What they have in common is in
+``guest.py``, too, and so is all that is rare.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from os import RWF_NOWAIT, preadv, pwrite
+from time import time_ns
+from typing import Any
+
+from warabi.fileio import pread_full, pwrite_full
+from warabi.region import RegionID
+from warabi.shared_memory import Mapping, copy
+
+_RECENT = 4096
+_FLAT = (bytes, bytearray)
+_NOTHING = memoryview(b"")
+
+
+class Grant:
+    """A region that may be reached, in a file or in memory.
+
+    Args:
+        index: where in the table its stamp and its size are.
+        stamp: the stamp for as long as this is good.
+        room: bytes that can be reached, whatever the size; negative when the grant was refused.
+        fd: the file; closed when nobody refers to this object.
+        waits: whether writing waits for the medium.
+        mapping: keeps what *view* shows.
+        view: the memory.
+
+    Raises:
+        ValueError: more room than memory.
+    """
+
+    __slots__ = ("entry", "fd", "index", "mapping", "room", "stamp", "view", "waits")
+
+    def __init__(
+        self,
+        index: int,
+        stamp: int,
+        room: int,
+        fd: int = -1,
+        waits: bool = False,
+        mapping: Mapping | None = None,
+        view: memoryview = _NOTHING,
+    ) -> None:
+        self.fd = -1
+        if fd < 0 and room > len(view):
+            raise ValueError("Grant: more room than there is")
+        self.index = index
+        self.entry = 2 * index
+        self.stamp = stamp
+        self.room = room
+        self.fd = fd
+        self.waits = waits
+        self.mapping = mapping
+        self.view = view
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Reach:
+    """Reaches what was granted.
+
+    Args:
+        life: has the word that tells whether the provider lives.
+        table, marks, board: as in ``grants.py``.
+        word: which word of *life*, of 4 bytes.
+        alive: what the word is while the provider lives.
+        writable: whether regions may be written.
+
+    Attributes:
+        grants: by region.
+        table: its words, of 8 bytes.
+        usable: whether anything may be touched.
+        writable: as above.
+    """
+
+    def __init__(
+        self,
+        life: Mapping,
+        table: Mapping,
+        marks: Mapping,
+        board: Mapping,
+        word: int,
+        alive: int,
+        writable: bool,
+    ) -> None:
+        self._mappings = (life, table, marks, board)  # keeps what the views show
+        self._life = life.view.cast("I")
+        self.table, self._marks, self._board = (m.view.cast("Q") for m in (table, marks, board))
+        self._word = word
+        self._alive = alive
+        self._lanes = list(range(len(self._board)))
+        self._recent: deque[int] = deque(maxlen=_RECENT)
+        self.grants: dict[bytes, Grant] = {}
+        self.writable = writable
+        self.usable = True
+
+    @property
+    def living(self) -> bool:
+        """Whether the provider lives."""
+        return self._life[self._word] == self._alive
+
+    @property
+    def busy(self) -> int:
+        """How many accesses are under way."""
+        return len(self._board) - len(self._lanes)
+
+    @property
+    def recent(self) -> tuple[int, ...]:
+        """The latest marks of its own."""
+        return tuple(self._recent)
+
+    def _drop(self, region: bytes, grant: Grant) -> None:
+        """Called with a grant that is not good any more."""
+        raise NotImplementedError
+
+    def _failure(self, region: bytes, error: OSError) -> Exception:
+        """Called when the medium fails; what to raise."""
+        raise NotImplementedError
+
+    def size(self, region: bytes, /) -> int:
+        """Bytes of a region that was granted; -1 when the provider has to be asked."""
+        grant = self.grants.get(region)
+        if grant is None or self._life[self._word] != self._alive:
+            return -1
+        size = self.table[grant.entry + 1]
+        return size if self.usable and self.table[grant.entry] == grant.stamp else -1
+
+    def write(self, region: bytes, offset: int, data: memoryview, wait: bool = True, /) -> bool:
+        """Store *data*, all of it within the region; False when the provider has to do it.
+
+        Without *wait*, also where writing waits for the medium.
+
+        Raises:
+            StorageFull, StorageError: the medium.
+        """
+        grant = self.grants.get(region)
+        if grant is None or not self.writable or (grant.waits and not wait):
+            return False
+        size = len(data)
+        end = offset + size
+        if end > grant.room or offset < 0 or self._life[self._word] != self._alive:
+            return False
+        table, entry, stamp = self.table, grant.entry, grant.stamp
+        try:
+            lane = self._lanes.pop()
+        except IndexError:
+            return False  # as many threads as there are lanes
+        try:
+            self._board[lane] = grant.index
+            if not self.usable or table[entry] != stamp or end > table[entry + 1]:
+                done = False
+            else:
+                if grant.fd < 0:
+                    copy(grant.view[offset:end], data)
+                else:
+                    try:
+                        count = pwrite(grant.fd, data, offset)
+                        if count != size:
+                            pwrite_full(grant.fd, data[count:], offset + count)
+                    except OSError as error:
+                        raise self._failure(region, error) from error
+                marks = self._marks
+                marks[grant.index] = marks[0] = now = time_ns()
+                self._recent.append(now)
+                done = table[entry] == stamp
+        finally:
+            self._board[lane] = 0
+            self._lanes.append(lane)
+        if not done and table[entry] != stamp:
+            self._drop(region, grant)
+        return done
+
+    def put(self, region: Any, offset: Any, data: Any, /) -> bool:
+        """As :meth:`write`, of arguments that nobody has checked; False also where it takes more
+        than a look to say that they are right."""
+        if type(region) is RegionID and type(offset) is int and type(data) in _FLAT:
+            return self.write(region, offset, memoryview(data))
+        return False
+
+    def read_some(
+        self,
+        region: bytes,
+        offset: int,
+        place: memoryview,
+        wait: bool = True,
+        short: bool = True,
+        /,
+    ) -> int:
+        """Fill *place*, from within the region; returns how many bytes were read, -1 when the
+        provider has to do it.
+
+        *place* may have been changed then.  Without *wait*, also where the bytes are not in memory.
+        With *short* the region may end before *place* does.
+        """
+        grant = self.grants.get(region)
+        if grant is None or grant.room < 0 or self._life[self._word] != self._alive or offset < 0:
+            return -1
+        table, entry, stamp = self.table, grant.entry, grant.stamp
+        size = len(place)
+        try:
+            lane = self._lanes.pop()
+        except IndexError:
+            return -1
+        try:
+            self._board[lane] = grant.index
+            have = table[entry + 1] - offset
+            if size > have:
+                if not short:
+                    return -1
+                size = max(0, have)
+                place = place[:size]
+            if not self.usable or table[entry] != stamp or offset + size > grant.room:
+                size = -1
+            elif grant.fd < 0:
+                copy(place, grant.view[offset : offset + size])
+            else:
+                flags = 0 if wait else RWF_NOWAIT
+                # Most are read by one call, made here: a function's would be a tenth of the whole.
+                done = preadv(grant.fd, (place,), offset, flags)
+                if done != size:
+                    done += pread_full(grant.fd, place[done:], offset + done, flags)
+                    size = size if done == size else -1
+            if table[entry] != stamp:
+                size = -1
+        except OSError:  # of a file; the provider says what is wrong
+            size = -1
+        finally:
+            self._board[lane] = 0
+            self._lanes.append(lane)
+        if size < 0 and table[entry] != stamp:
+            self._drop(region, grant)
+        return size
+
+    def take(self, region: Any, offset: Any, place: Any, /) -> bool:
+        """Fill *place*, of arguments that nobody has checked, as :meth:`put`; False when the
+        provider has to do it."""
+        if type(region) is RegionID and type(offset) is int and type(place) is bytearray:
+            return self.read_some(region, offset, memoryview(place), True, False) >= 0
+        return False
