@@ -49,6 +49,7 @@ typedef struct {
     int64_t room;
     int fd;
     char waits;
+    char slow;        /* the file cannot be read without maybe waiting */
     Py_buffer view;   /* without an `obj` when there is none */
     PyObject *keeper; /* of the memory that `view` shows */
 } Grant;
@@ -225,19 +226,17 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     return self->grants == NULL ? -1 : 0;
 }
 
+/* The mappings, which refer to nobody, are not shown to the collector: it would unmap the memory of
+ * a cycle that it found while somebody in the cycle may still call a method here. */
 static int reach_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Reach *self = (Reach *)object;
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->grant_type);
     Py_VISIT(self->grants);
-    Py_VISIT(self->words);
-    for (int i = 0; i < MAPPINGS; i++)
-        Py_VISIT(self->mappings[i]);
     return 0;
 }
 
-/* The mappings stay: somebody in the same cycle may still call a method. */
 static int reach_clear(PyObject *object)
 {
     Py_CLEAR(((Reach *)object)->grants);
@@ -370,6 +369,8 @@ static void leave(Reach *self, int lane)
 
 static void copy(void *to, const void *from, size_t size)
 {
+    if (size == 0) /* there may be no address then */
+        return;
     if (size < LARGE) {
         memcpy(to, from, size);
         return;
@@ -415,6 +416,19 @@ static enum result transfer(enum way way, int fd, char *bytes, int64_t size, int
         }
     }
     return DONE;
+}
+
+/* Without the lock a reader waits until another thread that computes gives it back, which is some
+ * milliseconds: far longer than to copy what is in memory, as it nearly always is. */
+static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t offset, bool wait)
+{
+    if (!wait || (!grant->slow && size < LARGE)) {
+        enum result result = transfer(READ_AT_ONCE, grant->fd, bytes, size, offset);
+        if (!wait || result != FAILED)
+            return result;
+        grant->slow = errno == EOPNOTSUPP;
+    }
+    return transfer(READ, grant->fd, bytes, size, offset);
 }
 
 static void mark(Reach *self, const Grant *grant)
@@ -507,7 +521,7 @@ load(Reach *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait,
             copy(place->buf, (const char *)grant->view.buf + offset, (size_t)size);
             result = DONE;
         } else {
-            result = transfer(wait ? READ : READ_AT_ONCE, grant->fd, place->buf, size, offset);
+            result = read_file(grant, place->buf, size, offset, wait);
         }
     }
     bool good = still(self, grant);
