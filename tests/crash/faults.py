@@ -165,6 +165,6 @@ def injector() -> Iterator[Injector]:
         for module in MODULES:
             patch.setattr(module, "os", _Os(made, module.__name__))
         patch.setattr(mapping, "_libc", _Libc(made))
-        real = file._sync_file_system
-        patch.setattr(file, "_sync_file_system", lambda fd: made.call(SYNCFS, real, (fd,), {}))
+        real = fileio.sync_file_system
+        patch.setattr(file, "sync_file_system", lambda fd: made.call(SYNCFS, real, (fd,), {}))
         yield made

@@ -6,11 +6,8 @@ descriptor is closed only while nobody uses it, so a number is never reused unde
 
 from __future__ import annotations
 
-import array
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import re
 import resource
@@ -28,7 +25,13 @@ from warabi.backends.pages import LEAST, Mapped
 from warabi.backends.times import Times
 from warabi.buffers import MAX_SIZE
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
-from warabi.fileio import copy_file, pread_full, pwrite_full
+from warabi.fileio import (
+    copy_file,
+    pread_full,
+    pwrite_full,
+    set_apart,
+    sync_file_system,
+)
 from warabi.journal import let_go, sync_directory
 from warabi.region import RegionID
 
@@ -37,9 +40,6 @@ NEW = ".new"
 _SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
-"""Requests of ioctl_iflags(2), as most machines have them; elsewhere they are unknown."""
-_TOP_DIRECTORY = 0x20000  # FS_TOPDIR_FL
 _ADVICE = "what was written to it may be lost. Write it to a new region"
 
 
@@ -76,7 +76,7 @@ class FileStorage(Storage):
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
         # Open all the time: the kernel tells each descriptor once of what it could not write.
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        _set_apart(self._root_fd)
+        set_apart(self._root_fd)
 
     def _path(self, rid: bytes) -> str:
         name = rid.hex()
@@ -125,15 +125,22 @@ class FileStorage(Storage):
             else:
                 self._close(rid, held)
 
+    def _exists(self, rid: bytes) -> bool:
+        return os.path.exists(self._path(rid))
+
+    def _made(self, rid: bytes) -> str:
+        """The path of a region's file, in a directory that is there."""
+        shard = f"{rid[-1]:02x}"
+        if shard not in self._shards:
+            os.makedirs(f"{self.root}/{shard}", exist_ok=True)
+            with self._lock:
+                self._shards.add(shard)
+                self._fresh_shards.add(shard)
+        return self._path(rid)
+
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
-            path = self._path(rid)
-            shard = path[-2:]
-            if shard not in self._shards:
-                os.makedirs(f"{self.root}/{shard}", exist_ok=True)
-                with self._lock:
-                    self._shards.add(shard)
-                    self._fresh_shards.add(shard)
+            path = self._made(rid)
             fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
             if size:
                 try:
@@ -346,22 +353,36 @@ class FileStorage(Storage):
             raise StorageError(next(iter(self._failed.values())))
 
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        def fill(new: int) -> None:
+            self._set_size(new, size)
+            copy_file(fd, new, min(size, os.fstat(fd).st_size))
+            filetimes.copy(fd, new)
+            # Before it takes the place of bytes that may have been persisted.
+            os.fsync(new)
+
+        with self._translated(rid, "resize"), self._borrow(rid) as fd:
+            self._put_in_place(rid, fill)
+        path = self._path(rid)
+        try:
+            sync_directory(os.path.dirname(path))
+        except OSError as error:  # the old file may be back after a power failure
+            text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
+            self._failed[rid] = f"persist region {rid.hex()}: {text}"
+        return lambda: None  # the old file has no name, and goes with its last descriptor
+
+    def _put_in_place(self, rid: bytes, fill: Callable[[int], None]) -> None:
+        """Have a new file, which *fill* is given to fill, be the region's, as a whole."""
         path = self._path(rid)
         fresh = path + NEW
-        with self._translated(rid, "resize"), self._borrow(rid) as fd:
-            new = os.open(fresh, self._flags | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                self._set_size(new, size)
-                copy_file(fd, new, min(size, os.fstat(fd).st_size))
-                filetimes.copy(fd, new)
-                # Before it takes the place of bytes that may have been persisted.
-                os.fsync(new)
-                os.rename(fresh, path)
-            except BaseException:
-                let_go(new)
-                with contextlib.suppress(OSError):
-                    os.unlink(fresh)
-                raise
+        new = os.open(fresh, self._flags | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            fill(new)
+            os.rename(fresh, path)
+        except BaseException:
+            let_go(new)
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is not None and not held.users:  # else a sync of everything is at it
@@ -369,12 +390,6 @@ class FileStorage(Storage):
             self._evict()
             self._descriptors[rid] = OpenFile(new)
             self._dirty.add(rid)
-        try:
-            sync_directory(os.path.dirname(path))
-        except OSError as error:  # the old file may be back after a power failure
-            text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
-            self._failed[rid] = f"persist region {rid.hex()}: {text}"
-        return lambda: None  # the old file has no name, and goes with its last descriptor
 
     def _sync_singly(self, pending: set[bytes], swept: set[str]) -> None:
         failure: errors.Exception | None = None
@@ -398,7 +413,7 @@ class FileStorage(Storage):
             fresh, made, swept = list(self._fresh), set(self._fresh_shards), set(self._swept_shards)
         self._dirty -= pending  # before the sync: what is written while it runs is dirty again
         try:
-            _sync_file_system(self._root_fd)
+            sync_file_system(self._root_fd)
         except OSError as error:
             text = f"a sync of the file system failed ({error.strerror}); {_ADVICE}"
             for rid in pending:
@@ -412,7 +427,7 @@ class FileStorage(Storage):
 
     def sync_found(self) -> None:
         try:
-            _sync_file_system(self._root_fd)
+            sync_file_system(self._root_fd)
         except OSError as error:
             raise errors.from_os(error, f"sync of {self.root}") from error
 
@@ -472,26 +487,3 @@ class FileStorage(Storage):
 
 def _shard(rid: bytes) -> str:
     return f"{rid[-1]:02x}"
-
-
-def _set_apart(fd: int) -> None:
-    """Tell the file system that the directories in this one have nothing to do with each other.
-
-    ext2 to ext4 put them, and so the files in them, into block groups of their own then.  Else all
-    are in one or two, where without a journal the kernel looks at every inode that was deleted in
-    the last minutes before it makes a file.  Others do not know the attribute.
-    """
-    with contextlib.suppress(OSError):
-        flags = array.array("i", [0])
-        fcntl.ioctl(fd, _GET_FLAGS, flags)
-        if not flags[0] & _TOP_DIRECTORY:
-            flags[0] |= _TOP_DIRECTORY
-            fcntl.ioctl(fd, _SET_FLAGS, flags)
-
-
-def _sync_file_system(fd: int) -> None:
-    """syncfs(2), which Python does not offer."""
-    while ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
