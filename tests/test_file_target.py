@@ -314,7 +314,7 @@ def test_incomplete_catalogue(path: Path) -> None:
 
 def test_region_whose_file_is_gone_or_short_is_unreadable(path: Path) -> None:
     with open_target(path) as target:
-        gone, short, whole = (target.create_and_write(b"12345678") for _ in range(3))
+        gone, short, whole = (target.create_and_write(b"12345678" * 1024) for _ in range(3))
     files = {p.name: p for p in Path(f"{path}.regions").rglob("*") if len(p.name) == 32}
     files[gone.hex()].unlink()
     os.truncate(files[short.hex()], 4)
@@ -467,7 +467,7 @@ from pathlib import Path
 from warabi import errors, layout
 from warabi.config import FileConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True, packed=False))
 kept = target.create_and_write(b"kept", persist=True)
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -866,7 +866,7 @@ def test_a_file_system_without_extended_attributes(
 
     monkeypatch.setattr(times, "put", refuse)
     with open_target(path) as target:
-        region = target.create_and_write(bytes(100), persist=True)
+        region = target.create_and_write(bytes(5000), persist=True)
         for _ in range(3):
             target.write(region, 0, b"x")
             target.fsync(region)
@@ -894,7 +894,7 @@ def test_regions_are_spread_over_the_block_groups_of_ext4(tmp_path: Path) -> Non
     subprocess.run(command, check=True, env=tools, timeout=PATIENCE)
     subprocess.run(["mount", "-o", "loop", image, place], check=True, timeout=PATIENCE)
     try:
-        with open_target(place / "target") as target:
+        with open_target(place / "target", packed=False) as target:
             for _ in range(100):
                 target.create(1)
         files = place.glob("target.regions/*/*")

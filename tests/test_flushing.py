@@ -162,7 +162,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 async def test_a_failure_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a persist in a thread: the kernel reports it once."""
     target = opened(tmp_path / "a")
-    region = target.create_and_write(bytes(100), persist=True)
+    region = target.create_and_write(bytes(9000), persist=True)
     trio_target = aio.attach(target)
     with monkeypatch.context() as patch:
 
@@ -185,7 +185,7 @@ async def test_nobody_waits_for_it_but_who_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = opened(tmp_path / "a")
-    region, other = (target.create_and_write(bytes(100), persist=True) for _ in range(2))
+    region, other = (target.create_and_write(bytes(9000), persist=True) for _ in range(2))
     trio_target = aio.attach(target)
     real, slow, go = Flusher.flush, trio.Event(), trio.Event()
 

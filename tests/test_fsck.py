@@ -323,7 +323,7 @@ def test_times_after_a_crash(tmp_path: Path) -> None:
     """Those that a sync left in a region's file are taken over, as opening the target does."""
     path = tmp_path / "target"
     with open_target("file", path, checksums=False) as target:
-        target.create_and_write(b"old")
+        target.create_and_write(b"old" * 2000)
     done = run_python(SYNCED, str(path))
     assert done.returncode == -signal.SIGKILL, done.stderr
     mtime, ctime = map(int, done.stdout.split())
@@ -537,7 +537,7 @@ def test_killed_while_it_repairs(tmp_path: Path) -> None:
     path, whole = tmp_path / "target", tmp_path / "whole"
     made = many(path, count=300)
     with open_target("file", path, checksums=False) as target:
-        kept = target.create_and_write(b"kept")
+        kept = target.create_and_write(b"kept" * 2000)
     edit(path, "DELETE FROM inode WHERE ino = (SELECT max(ino) FROM inode)")
     damaged(path, lambda c: c[: 5 * 4096] + b"\xa5" * 4096 + c[6 * 4096 :])
     whole.mkdir()

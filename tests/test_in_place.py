@@ -357,7 +357,7 @@ def test_who_waits_for_a_region_lets_those_behind_go_first(
 @pytest.mark.parametrize("size", [64, 60_000, MIB])
 def test_what_is_not_in_the_page_cache_is_read_from_the_medium(size: int, tmp_path: Path) -> None:
     """On a file system that says so, as that of the checkout does."""
-    with _serving(file_config(tmp_path / "target")) as served:
+    with _serving(file_config(tmp_path / "target", packed=False)) as served:
         data = random.Random(size).randbytes(size)
         region = served.handle.create_and_write(data, persist=True)
         file = next(tmp_path.glob(f"target.regions/*/{region.hex()}"))

@@ -257,7 +257,11 @@ def test_open_files_without_names_stay_behind(engine: Engine, client_engine: Eng
 def test_every_column_of_the_catalogue_moves() -> None:
     catalogue = Catalogue(None)
     schema = {
-        name: tuple(row[1] for row in catalogue._db.execute(f"PRAGMA table_info({name})"))
+        name: tuple(
+            row[1]
+            for row in catalogue._db.execute(f"PRAGMA table_info({name})")
+            if row[1] != "packed"  # where the bytes are is each target's own
+        )
         for (name,) in catalogue._db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
         if name not in ("meta", "checksum", "unsettled")  # sums are made anew
     }

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tests.helpers import PATIENCE, environment
 from warabi import errors, layout
+from warabi.cli import main
 from warabi.config import FileConfig, PmemConfig
 from warabi.region import RegionID
 from warabi.schema import SCHEMA_VERSION
@@ -43,10 +45,15 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=range(1, SCHEMA_VERSION))
+def old(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-def path(kind: str, tmp_path: Path) -> Path:
-    shutil.copytree(DATA / "v1", tmp_path / "v1")
-    return tmp_path / "v1" / kind
+def path(kind: str, old: int, tmp_path: Path) -> Path:
+    shutil.copytree(DATA / f"v{old}", tmp_path / "old")
+    return tmp_path / "old" / kind
 
 
 def version(path: Path) -> int:
@@ -55,7 +62,7 @@ def version(path: Path) -> int:
 
 
 def compare(target: Target, kind: str) -> None:
-    """Everything is as it was when version 1 wrote it."""
+    """Everything is as it was when the old version wrote it."""
     *texts, uuid = REGIONS[kind]
     named, nameless, empty = (RegionID(bytes.fromhex(text)) for text in texts)
     names = target.namespace
@@ -84,8 +91,8 @@ def compare(target: Target, kind: str) -> None:
     assert target._capacity == capacity
 
 
-def test_version_1_is_migrated(path: Path, kind: str) -> None:
-    assert version(path) == 1
+def test_an_old_version_is_migrated(path: Path, kind: str, old: int) -> None:
+    assert version(path) == old
     with open_target(path, kind) as target:
         assert version(path) == SCHEMA_VERSION  # before anything else happens
         compare(target, kind)
@@ -96,13 +103,13 @@ def test_version_1_is_migrated(path: Path, kind: str) -> None:
         compare(target, kind)
 
 
-def test_the_wrong_type_does_not_migrate(path: Path, kind: str) -> None:
+def test_the_wrong_type_does_not_migrate(path: Path, kind: str, old: int) -> None:
     with pytest.raises(errors.ConfigError):
         open_target(path, "file" if kind == "pmem" else "pmem")
-    assert version(path) == 1
+    assert version(path) == old
 
 
-def test_killed_while_it_migrates(path: Path, kind: str, tmp_path: Path) -> None:
+def test_killed_while_it_migrates(path: Path, kind: str, old: int, tmp_path: Path) -> None:
     """Killed at any write or sync, it leaves a target that opens, of one version or the other."""
     script = (
         "import sys; from pathlib import Path; from tests.test_upgrade import open_target;"
@@ -111,8 +118,8 @@ def test_killed_while_it_migrates(path: Path, kind: str, tmp_path: Path) -> None
     found = set()
     call = "pwrite64,fdatasync,fsync"
     for number in range(1, 40, 3 if kind == "pmem" else 2):
-        shutil.rmtree(tmp_path / "v1")
-        shutil.copytree(DATA / "v1", tmp_path / "v1")
+        shutil.rmtree(tmp_path / "old")
+        shutil.copytree(DATA / f"v{old}", tmp_path / "old")
         done = subprocess.run(
             ["strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", f"trace={call}",
              "-e", f"inject={call}:signal=KILL:when={number}",
@@ -127,9 +134,10 @@ def test_killed_while_it_migrates(path: Path, kind: str, tmp_path: Path) -> None
         assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), done.stderr
     else:
         pytest.fail("it never came to its end")
-    assert found == {1, SCHEMA_VERSION}
+    assert found == {old, SCHEMA_VERSION}
 
 
+@pytest.mark.parametrize("old", [1], indirect=True)
 def test_a_step_that_fails_changes_nothing(path: Path, kind: str) -> None:
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("CREATE TABLE unsettled(something)")  # stands in the way of the second
@@ -150,3 +158,30 @@ def test_a_newer_version_is_refused(path: Path, kind: str) -> None:
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(errors.ConfigError, match=re.escape(f"schema {SCHEMA_VERSION + 1}")):
         open_target(path, kind)
+
+
+def test_an_old_version_is_checked(path: Path, kind: str, old: int) -> None:
+    """As it is, and by a repair, which brings it up to date."""
+    for options, now in (((), old), (("--repair",), SCHEMA_VERSION)):
+        done = CliRunner().invoke(main, ["fsck", *options, str(path)])
+        assert (done.exit_code, version(path)) == (0, now), done.output
+    with open_target(path, kind) as target:
+        compare(target, kind)
+
+
+def test_an_old_catalogue_is_salvaged(path: Path, kind: str, old: int) -> None:
+    """By what can be read of it as it was."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        size = database.execute("PRAGMA page_size").fetchone()[0]
+        sql = "SELECT rootpage FROM sqlite_schema WHERE name = 'anonymous'"
+        index = database.execute(sql).fetchone()[0] - 1
+    data = bytearray(path.read_bytes())
+    data[index * size : (index + 1) * size] = b"\xa5" * size
+    path.write_bytes(data)
+    done = CliRunner().invoke(main, ["fsck", "--repair", str(path)])
+    assert (done.exit_code, "made anew from what can be read" in done.output) == (1, True)
+    with open_target(path, kind) as target:
+        *texts, _ = REGIONS[kind]
+        named, nameless, empty = (RegionID(bytes.fromhex(text)) for text in texts)
+        assert target.list() == [named, empty, nameless]
+        assert target.read(nameless, 0, 5120) == bytes(range(256)) * 20

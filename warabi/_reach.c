@@ -50,21 +50,25 @@ typedef struct {
     int fd;
     char waits;
     char slow;        /* the file cannot be read without maybe waiting */
+    char owns;        /* the file is closed with the grant */
+    int64_t start;    /* where the region begins in the file or the memory */
     Py_buffer view;   /* without an `obj` when there is none */
-    PyObject *keeper; /* of the memory that `view` shows */
+    PyObject *keeper; /* of the memory that `view` shows, or of the file */
 } Grant;
 
 static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"index", "stamp", "room", "fd", "waits", "mapping", "view", NULL};
+    static char *names[] = {"index", "stamp", "room", "fd", "waits", "keeper", "view", "start",
+                            NULL};
     Grant *self = (Grant *)object;
     PyObject *stamp, *keeper = Py_None, *view = NULL;
     Py_ssize_t index;
-    long long room;
+    long long room, start = 0;
     int fd = -1, waits = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "nO!L|ipOO:Grant", names, &index, &PyLong_Type,
-                                     &stamp, &room, &fd, &waits, &keeper, &view))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "nO!L|ipOOL:Grant", names, &index,
+                                     &PyLong_Type, &stamp, &room, &fd, &waits, &keeper, &view,
+                                     &start))
         return -1;
     if (self->keeper != NULL) {
         PyErr_SetString(PyExc_TypeError, "a Grant does not change");
@@ -76,7 +80,8 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
     if (view != NULL && PyObject_GetBuffer(view, &self->view, PyBUF_SIMPLE) < 0)
         return -1;
     /* Whatever the table says, nothing beyond the view is touched. */
-    if (fd < 0 && room > (view == NULL ? 0 : self->view.len)) {
+    if (start < 0 || room > INT64_MAX - start ||
+        (fd < 0 && room > (view == NULL ? 0 : self->view.len) - start)) {
         PyBuffer_Release(&self->view);
         PyErr_SetString(PyExc_ValueError, "Grant: more room than there is");
         return -1;
@@ -86,6 +91,8 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
     self->room = room;
     self->fd = fd;
     self->waits = (char)waits;
+    self->owns = fd >= 0 && keeper == Py_None;
+    self->start = start;
     self->keeper = Py_NewRef(keeper);
     return 0;
 }
@@ -105,7 +112,7 @@ static void grant_dealloc(PyObject *object)
 
     PyBuffer_Release(&self->view);
     Py_CLEAR(self->keeper);
-    if (self->fd >= 0) {
+    if (self->owns) {
         Py_BEGIN_ALLOW_THREADS /* the last one to close an erased file gives its blocks back */
         close(self->fd);
         Py_END_ALLOW_THREADS
@@ -120,6 +127,8 @@ static PyMemberDef grant_members[] = {
     {"room", T_LONGLONG, offsetof(Grant, room), READONLY, NULL},
     {"fd", T_INT, offsetof(Grant, fd), READONLY, NULL},
     {"waits", T_BOOL, offsetof(Grant, waits), READONLY, NULL},
+    {"owns", T_BOOL, offsetof(Grant, owns), READONLY, NULL},
+    {"start", T_LONGLONG, offsetof(Grant, start), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -477,10 +486,10 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
     if (self->usable && stamp_of(self, grant) == grant->stamp &&
         data->len <= size_of(self, grant) - offset) {
         if (grant->fd < 0) {
-            copy((char *)grant->view.buf + offset, data->buf, (size_t)data->len);
+            copy((char *)grant->view.buf + grant->start + offset, data->buf, (size_t)data->len);
             result = DONE;
         } else {
-            result = transfer(WRITE, grant->fd, data->buf, data->len, offset);
+            result = transfer(WRITE, grant->fd, data->buf, data->len, grant->start + offset);
             number = result == FAILED ? errno : 0;
         }
         if (result == DONE)
@@ -518,10 +527,10 @@ load(Reach *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait,
         if (size > have || size > grant->room - offset) {
             result = FAILED; /* the provider says what is wrong, or grants more room */
         } else if (grant->fd < 0) {
-            copy(place->buf, (const char *)grant->view.buf + offset, (size_t)size);
+            copy(place->buf, (const char *)grant->view.buf + grant->start + offset, (size_t)size);
             result = DONE;
         } else {
-            result = read_file(grant, place->buf, size, offset, wait);
+            result = read_file(grant, place->buf, size, grant->start + offset, wait);
         }
     }
     bool good = still(self, grant);

@@ -32,7 +32,7 @@ from warabi.errors import (
     InvalidRegion,
 )
 from warabi.feed import ATTRIBUTES, CONTENT, ORIGIN, Feed
-from warabi.inode import ROOT, Attributes, Inode
+from warabi.inode import MOVED, OWN, ROOT, Attributes, Inode
 from warabi.journal import Journal, Row, sync_directory, translate
 from warabi.region import RegionID
 from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
@@ -74,7 +74,10 @@ class Catalogue:
         self._dentries = Dentries(self._db, self._journal)
         try:
             self._configure(path)
-            self._next_ino = 1 + self._one("SELECT coalesce(max(ino), 0) FROM inode")
+            self._next_ino = 1 + self._one(
+                "SELECT max(coalesce(max(ino), 0), coalesce((SELECT value FROM meta"
+                " WHERE key = 'last'), 0)) FROM inode"
+            )
             regular = f"FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
             self.count, self.used = self._db.execute(
                 f"SELECT count(*), coalesce(sum(size), 0) {regular}"
@@ -147,7 +150,7 @@ class Catalogue:
 
     def add(self, mode: int, uid: int, gid: int, *, size: int = 0, rdev: int = 0,
             anonymous: bool = False, target: bytes | None = None,
-            rid: RegionID | None = None) -> Inode:  # fmt: skip
+            rid: RegionID | None = None, packed: int = OWN) -> Inode:  # fmt: skip
         """A new inode without names.  A directory starts with two links, its name and its dot.
 
         With *rid* it gets that ID, which a region of a target that is copied to here had.
@@ -167,7 +170,7 @@ class Catalogue:
         self._next_ino = max(self._next_ino, ino + 1)
         inode = Inode(
             ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
-            size, now, now, now, int(anonymous), target,
+            size, now, now, now, int(anonymous), target, packed,
         )  # fmt: skip
         inode.writer = ORIGIN.get()
         self._remember(inode)
@@ -224,7 +227,7 @@ class Catalogue:
         """Note a region's size; what is durable of it is the storage's."""
         self.used += size - inode.size
         inode.size = size
-        self.touch(inode, durable=False)
+        self.touch(inode, durable=inode.packed == MOVED)  # where its bytes are is to be durable
         if inode.share is not None:
             inode.share.loosen()
 
@@ -330,6 +333,19 @@ class Catalogue:
         ).fetchall()
         return [inode for row in rows if (inode := self.get(row[0])) is not None]
 
+    def is_next(self, slots: range) -> bool:
+        """Whether a new inode may get one of *slots*."""
+        return self._next_ino < slots.stop
+
+    def packed(self, first: int, last: int) -> list[int]:
+        """The regions in slots from *first* to *last* that are, or were, in a pack, by slot."""
+        self.flush()
+        rows = self._db.execute(
+            "SELECT ino FROM inode WHERE ino BETWEEN ? AND ? AND packed != 0 ORDER BY ino",
+            (first, last),
+        )
+        return [row[0] for row in rows]
+
     # Extended attributes
 
     def xattrs(self, ino: int) -> list[bytes]:
@@ -434,6 +450,10 @@ class Catalogue:
             if self.path is not None:
                 if clean:
                     self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
+                    # A process that was stopped while it wrote to an erased region, by a descriptor
+                    # of several, must never write to another one.
+                    last = (self._next_ino - 1,)
+                    self._write("INSERT OR REPLACE INTO meta VALUES('last', ?)", last)
                 self.commit(unsettled)
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

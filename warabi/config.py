@@ -59,6 +59,7 @@ class FileConfig(_Model):
     abt_io: AbtIoConfig = Field(default_factory=AbtIoConfig)
     capacity: Bytes | None = None
     checksums: StrictBool | None = None  # None: as the target has been so far
+    packed: StrictBool | None = None  # None: true
 
 
 def _no_pool_or_large(size: int) -> int:

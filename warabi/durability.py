@@ -26,7 +26,7 @@ from warabi.catalogue import Catalogue
 from warabi.errors import TargetNotFound, WouldBlock
 from warabi.gate import RegionGate
 from warabi.grants import Grants
-from warabi.inode import Inode
+from warabi.inode import MOVED, PACKED, Inode
 from warabi.journal import translate
 
 log = logging.getLogger(__name__)
@@ -218,6 +218,9 @@ class DurableRegions(RegionGate):
                 self._storage.erase(rid)
                 orphaned += 1
             else:
+                if found.packed == PACKED:  # it had grown out of its pack, and no commit said so
+                    found.packed = MOVED
+                    catalogue.touch(found, durable=True, tell=False)
                 if found.size != size and not (
                     size < found.size and self._storage.attests(found, size)
                 ):
@@ -230,14 +233,14 @@ class DurableRegions(RegionGate):
             catalogue.trim()
         for rid in sorted(missing):
             found = catalogue.region(rid)
-            if found is not None:
+            if found is not None and not self._storage.found(found):
                 lost += 1
                 if found.anonymous:
                     catalogue.remove(found)
                 else:
                     self._storage.create(rid, 0)
                     catalogue.resize(found, 0)
-        if any_found:
+        if self._storage.tidy() or any_found:
             self._storage.sync_found()  # who was killed left us to persist what it had written
         if orphaned or resized or lost:
             log.warning(
@@ -277,6 +280,7 @@ class DurableRegions(RegionGate):
         clean = False
         try:
             self._commit()  # what is erased goes, whether or not it could be persisted
+            self._storage.settle()
             self._storage.persist_all()
             with self._lock:
                 self._guard.closed = True  # nothing changes any more
@@ -314,6 +318,7 @@ class DurableRegions(RegionGate):
 
     def discard(self, inode: Inode) -> None:
         """Forget a nameless inode, and its bytes; the guard is held."""
+        self._storage.retire(inode)
         self._catalogue.remove(inode)
         inode.dead = True
         if inode.share is not None and self._grants is not None:

@@ -289,15 +289,13 @@ class RegionGate:
                     share.grants.later(share.index, partial(self._erase_granted, rid, share))
                 else:
                     due.append(rid)
-        for rid in due:
-            self._erase_bytes(rid)
+        if due:
+            self._erase_bytes(due)
         if self._grants is not None and self._grants.waiting:
             self._free_what_is_quiet()
 
-    def _erase_bytes(self, rid: RegionID) -> None:
-        try:
-            self._storage.erase(rid)
-        except Exception as error:
+    def _erase_bytes(self, rids: list[RegionID]) -> None:
+        for rid, error in self._storage.erase_all(rids):
             # Erased it is, only its bytes are still there: the next one tries again.
             log.warning("%s; it is tried again", error)
             self._freed.append((0, rid, None))
@@ -308,7 +306,7 @@ class RegionGate:
             self._storage.vacate(rid)
         except Exception as error:
             log.warning("%s; others may still hold its room", error)
-        self._erase_bytes(rid)
+        self._erase_bytes([rid])
         with self._lock:
             share.grants.recycle(share.index)
 

@@ -16,6 +16,7 @@ import resource
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from warabi import errors
 from warabi.buffers import MAX_SIZE
@@ -36,6 +37,18 @@ _LARGE = 64 * 1024
 _MOST_GRANTS = 65536
 _SPARE_ROOM = 1024 * 1024
 _CLOSING_PATIENCE = 5.0
+
+
+class _SharedFile:
+    """A descriptor of a file with several regions, open as long as a grant needs it."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
 class Guest(Reach):
@@ -69,6 +82,7 @@ class Guest(Reach):
                 os.close(fd)
         self._touched: dict[bytes, int] = {}
         self._segments: dict[int, Mapping] = {}
+        self._shared: WeakValueDictionary[tuple[int, int], _SharedFile] = WeakValueDictionary()
         self._files = 0
         self._most_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
@@ -115,6 +129,9 @@ class Guest(Reach):
             descriptors.pop()
             self._files += 1
             return grant
+        if segment < 0:
+            file = self._shared_file(descriptors)
+            return Grant(index, stamp, room, file.fd, bool(waits), keeper=file, start=offset)
         size = self.table[2 * index + 1]
         if segment:
             if descriptors:
@@ -122,17 +139,27 @@ class Guest(Reach):
                 self._segments[segment] = Mapping(descriptors[0], extent, writable=self.writable)
             mapping = self._segments[segment]
             view = mapping.view[offset : offset + room]
-            return Grant(index, stamp, room, mapping=mapping, view=view)
+            return Grant(index, stamp, room, keeper=mapping, view=view)
         # More than there is: what it grows by can be reached without asking again.
         room = -(-2 * size // _SPARE_ROOM) * _SPARE_ROOM or _SPARE_ROOM
         mapping = Mapping(descriptors[0], room, writable=self.writable)
-        return Grant(index, stamp, room, mapping=mapping, view=mapping.view)
+        return Grant(index, stamp, room, keeper=mapping, view=mapping.view)
+
+    def _shared_file(self, descriptors: list[int]) -> _SharedFile:
+        """The file that is one of several regions, by the descriptor that is here already."""
+        info = os.fstat(descriptors[-1])
+        file = self._shared.get((info.st_dev, info.st_ino))
+        if file is None:
+            file = _SharedFile(descriptors.pop())
+            self._shared[info.st_dev, info.st_ino] = file
+        return file
 
     def _make_room(self) -> None:
-        if len(self.grants) >= _MOST_GRANTS or self._files >= self._most_files:
+        files = self._files + len(self._shared)
+        if len(self.grants) >= _MOST_GRANTS or files >= self._most_files:
             for region in list(self.grants)[: len(self.grants) // 4 + 1]:
                 grant = self.grants.pop(region, None)
-                if grant is not None and grant.fd >= 0:
+                if grant is not None and grant.owns:
                     self._files -= 1
 
     # Access
@@ -187,7 +214,7 @@ class Guest(Reach):
     def _drop(self, region: bytes, grant: Grant) -> None:
         if self.grants.get(region) is grant:
             del self.grants[region]
-            if grant.fd >= 0:
+            if grant.owns:
                 self._files -= 1
 
     def _failure(self, region: bytes, error: OSError) -> Exception:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 ROOT = 1
 """The inode number of the tree's root directory; FUSE's too."""
+OWN, PACKED, MOVED = 0, 1, 2
+"""Where a region's bytes are in a target of files: in a file of its own, in one that it shares, or
+in one of its own after they were in one that it shared, which keeps their place."""
 _tuple = tuple.__new__  # a named tuple's own constructor takes twice as long
 
 
@@ -43,13 +46,14 @@ class Inode:
 
     __slots__ = (
         "anonymous", "atime", "before", "changed", "ctime", "dead", "exclusive", "exposed",
-        "generation", "gid", "ino", "kept", "mode", "mtime", "nlink", "pins", "rdev", "rid", "seen",
-        "share", "size", "stored", "target", "uid", "users", "writer",
+        "generation", "gid", "ino", "kept", "mode", "mtime", "nlink", "packed", "pins", "rdev",
+        "rid", "seen", "share", "size", "stored", "target", "uid", "users", "writer",
     )  # fmt: skip
 
     def __init__(
         self, ino: int, generation: int, mode: int, nlink: int, uid: int, gid: int, rdev: int,
         size: int, atime: int, mtime: int, ctime: int, anonymous: int, target: bytes | None,
+        packed: int = OWN,
     ) -> None:  # fmt: skip
         self.ino = ino
         self.generation = generation
@@ -64,6 +68,7 @@ class Inode:
         self.ctime = ctime
         self.anonymous = anonymous
         self.target = target
+        self.packed = packed
         self.rid = RegionID.from_parts(ino, generation)
         self.stored = False  # has a row, perhaps an old one
         self.changed = 0  # the change that a persist must have made durable
@@ -83,6 +88,7 @@ class Inode:
         return (
             self.ino, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
             self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
+            self.packed,
         )  # fmt: skip
 
     def changed_at(self, now: int) -> None:

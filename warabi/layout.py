@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from warabi import errors, schema
 from warabi.backends import FileStorage, MemoryStorage, PmemStorage
 from warabi.backends.direct import open_storage
+from warabi.backends.packed import PackedStorage
 from warabi.backends.summed import storage_with_sums
 from warabi.catalogue import Catalogue
 from warabi.config import FileConfig, FileTarget, MemoryConfig, PmemConfig, PmemTarget
@@ -52,6 +53,8 @@ class _Plan(NamedTuple):
     """The quota in bytes that a new target has for ever."""
     capacity: int | None = None
     """The quota in bytes while it is open this time."""
+    packed: bool | None = None
+    """Whether new small regions share files; None: none can."""
     checksums: bool | None = None
     """Whether blocks are summed; None: as they have been so far."""
     threads: int | None = None
@@ -100,6 +103,7 @@ def _file_plan(config: FileConfig) -> _Plan:
         config.path, "file", config.create_if_missing, "create_if_missing",
         config.override_if_exists, make, capacity=config.capacity,
         threads=config.abt_io.backing_thread_count, checksums=config.checksums,
+        packed=config.packed is not False and not config.directio,
     )  # fmt: skip
 
 
@@ -272,20 +276,24 @@ def _open_holding(path: Path, plan: _Plan, regions: Path, lock: _Lock) -> Target
             let_go(held)
             lock.release()
 
-        summed = storage_with_sums(storage, catalogue, plan.checksums)
+        packed = None
+        if plan.packed is not None:
+            packed = PackedStorage(storage, catalogue, packing=plan.packed)
+        summed = storage_with_sums(packed or storage, catalogue, plan.checksums)
         if summed is not None:
             instead = {**instead, "checksums": True}
         target = Target(
             catalogue,
-            summed or storage,
+            summed or packed or storage,
             capacity=catalogue.capacity if plan.capacity is None else plan.capacity,
             threads=plan.threads,
             instead=instead,
             on_close=closed,
             on_closing=lock.closing,
         )
-        if summed is not None:
-            summed.bind(target)
+        for part in (packed, summed):
+            if part is not None:
+                part.bind(target)
         undo.pop_all()
         return target
 

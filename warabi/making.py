@@ -9,7 +9,7 @@ from warabi.backends.base import Fresh
 from warabi.buffers import checked_size, readable
 from warabi.errors import StorageFull, TargetNotFound
 from warabi.exposed import ExposedRegions
-from warabi.inode import Inode
+from warabi.inode import OWN, PACKED, Inode
 from warabi.namespace import Namespace
 from warabi.region import RegionID
 
@@ -84,6 +84,7 @@ class MadeRegions(ExposedRegions):
             size=size,
             anonymous=anonymous,
             rid=rid,
+            packed=PACKED if anonymous and rid is None and self._storage.packs(size) else OWN,
         )
         try:
             if fresh is None:

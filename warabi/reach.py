@@ -14,6 +14,7 @@ from os import RWF_NOWAIT, preadv, pwrite
 from time import time_ns
 from typing import Any
 
+from warabi.buffers import MAX_SIZE
 from warabi.fileio import pread_full, pwrite_full
 from warabi.region import RegionID
 from warabi.shared_memory import Mapping, copy
@@ -32,14 +33,17 @@ class Grant:
         room: bytes that can be reached, whatever the size; negative when the grant was refused.
         fd: the file; closed when nobody refers to this object.
         waits: whether writing waits for the medium.
-        mapping: keeps what *view* shows.
+        keeper: keeps what *view* shows, or *fd*, which is not closed then.
         view: the memory.
+        start: where the region begins in the file or the memory.
 
     Raises:
         ValueError: more room than memory.
     """
 
-    __slots__ = ("entry", "fd", "index", "mapping", "room", "stamp", "view", "waits")
+    __slots__ = (
+        "entry", "fd", "index", "keeper", "owns", "room", "stamp", "start", "view", "waits",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -48,11 +52,12 @@ class Grant:
         room: int,
         fd: int = -1,
         waits: bool = False,
-        mapping: Mapping | None = None,
+        keeper: object = None,
         view: memoryview = _NOTHING,
+        start: int = 0,
     ) -> None:
-        self.fd = -1
-        if fd < 0 and room > len(view):
+        self.owns = False
+        if start < 0 or room > MAX_SIZE - start or (fd < 0 and room > len(view) - start):
             raise ValueError("Grant: more room than there is")
         self.index = index
         self.entry = 2 * index
@@ -60,11 +65,13 @@ class Grant:
         self.room = room
         self.fd = fd
         self.waits = waits
-        self.mapping = mapping
-        self.view = view
+        self.owns = fd >= 0 and keeper is None
+        self.keeper = keeper
+        self.start = start
+        self.view = view[start:] if start else view
 
     def __del__(self) -> None:
-        if self.fd >= 0:
+        if self.owns:
             os.close(self.fd)
 
 
@@ -166,9 +173,10 @@ class Reach:
                     copy(grant.view[offset:end], data)
                 else:
                     try:
-                        count = pwrite(grant.fd, data, offset)
+                        place = grant.start + offset
+                        count = pwrite(grant.fd, data, place)
                         if count != size:
-                            pwrite_full(grant.fd, data[count:], offset + count)
+                            pwrite_full(grant.fd, data[count:], place + count)
                     except OSError as error:
                         raise self._failure(region, error) from error
                 marks = self._marks
@@ -228,6 +236,7 @@ class Reach:
             else:
                 flags = 0 if wait else RWF_NOWAIT
                 # Most are read by one call, made here: a function's would be a tenth of the whole.
+                offset += grant.start
                 done = preadv(grant.fd, (place,), offset, flags)
                 if done != size:
                     done += pread_full(grant.fd, place[done:], offset + done, flags)

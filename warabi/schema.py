@@ -21,7 +21,7 @@ from warabi.journal import sync_directory, translate
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x57617261
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _CHECKSUMS = (
     """
@@ -53,7 +53,8 @@ CREATE TABLE inode(
     mtime INTEGER NOT NULL,
     ctime INTEGER NOT NULL,
     anonymous INTEGER NOT NULL,   -- 1: never had a name, shown by its ID
-    target BLOB                   -- of a symlink
+    target BLOB,                  -- of a symlink
+    packed INTEGER NOT NULL DEFAULT 0 -- 1: a region in a pack, 2: in a file of its own since
 );
 CREATE INDEX anonymous ON inode(ino) WHERE anonymous = 1;
 CREATE TABLE dentry(
@@ -68,10 +69,14 @@ CREATE TABLE xattr(
 {";".join(_CHECKSUMS)};
 """
 COLUMNS = (
-    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target"
+    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target,"
+    " packed"
 )
-UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 13)})"
-_STEPS: dict[int, tuple[str, ...]] = {1: _CHECKSUMS}
+UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 14)})"
+_STEPS: dict[int, tuple[str, ...]] = {
+    1: _CHECKSUMS,
+    2: ("ALTER TABLE inode ADD COLUMN packed INTEGER NOT NULL DEFAULT 0",),
+}
 """Statements that make the next version of a version's tables."""
 
 
@@ -100,6 +105,12 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.execute("PRAGMA synchronous = NORMAL")
     log.info("%s: schema %d became schema %d", path, found, version)
+
+
+def show_as_new(db: sqlite3.Connection) -> None:
+    """Let queries see the rows of a catalogue of any version as this version has them."""
+    if "packed" not in {row[1] for row in db.execute("PRAGMA main.table_info(inode)")}:
+        db.execute("CREATE TEMP VIEW inode AS SELECT *, 0 AS packed FROM main.inode")
 
 
 def populate(db: sqlite3.Connection, **meta: str | int | None) -> None:

@@ -33,7 +33,7 @@ class Granted:
         if place.segment in guest.segments:
             os.close(place.fd)
             return [*reply, False], []
-        if place.segment:
+        if place.segment > 0:
             guest.segments.add(place.segment)
         return [*reply, True], [place.fd]
 

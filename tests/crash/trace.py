@@ -175,9 +175,12 @@ class Reader:
 
     def _fallocate(self, call: Call) -> Iterator[Event]:
         if call.result is not None and (file := self._open.get(int(call.arguments[0]))):
+            offset, size = (int(argument) for argument in call.arguments[2:4])
+            if "FALLOC_FL_PUNCH_HOLE" in call.arguments[1]:
+                yield Event("write", file.path, offset=offset, data=bytes(size), sync=False)
+                return
             assert call.arguments[1] == "0", call
-            end = int(call.arguments[2]) + int(call.arguments[3])
-            yield Event("extend", file.path, size=end)
+            yield Event("extend", file.path, size=offset + size)
 
     def _fsetxattr(self, call: Call) -> Iterator[Event]:
         if call.result is not None and (file := self._open.get(int(call.arguments[0]))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.mount.support import SOURCES, Mount, fails_with, mounting, run, sourc
 from tests.mount.together import region_of
 from warabi import layout
 from warabi.config import FileConfig
+from warabi.inode import MOVED, PACKED
 from warabi.target import Target
 
 EVERYWHERE = pytest.mark.parametrize("mounted", SOURCES, indirect=True)
@@ -115,3 +117,52 @@ def test_regions_that_a_program_made_in_a_file_target_are_named_by_a_mount(place
         assert list(target.regions()) == regions[:2]
         assert [target.stat(region).names for region in regions[:2]] == [["/one"], ["/two"]]
         assert target.read(regions[0], 0, 3) == b"ONE"
+
+
+@pytest.mark.parametrize("options", [[], ["passthrough"]], ids=["usual", "passthrough"])
+def test_regions_that_share_a_file_are_files_like_others(place: Path, options: list[str]) -> None:
+    """They are used, grow, get names and are gone as any; what was synced survives ``kill -9``."""
+    with opened(place) as target:
+        regions = [target.create_and_write(b"%d" % n * 1000) for n in range(6)]
+    with mounting(f"file:{place}/target", place, *options) as mount:
+        used, grown, cut, gone, mapped, named = (mount.path / r.hex() for r in regions)
+        with used.open("r+b", buffering=0) as file:
+            assert file.read() == b"0" * 1000
+            assert os.pwrite(file.fileno(), b"end", 1500) == 3  # beyond the end
+            os.fsync(file.fileno())
+            assert used.read_bytes() == b"0" * 1000 + bytes(500) + b"end"
+        with grown.open("ab", buffering=0) as file:
+            for _ in range(50):
+                file.write(b"a" * 1000)
+            os.fsync(file.fileno())
+        run("truncate", "--size=10", cut)
+        run("truncate", "--size=2000", cut)
+        run("rm", gone)
+        with mapped.open("r+b") as whole, mmap.mmap(whole.fileno(), 1000) as memory:
+            memory[:6] = b"mapped"
+            memory.flush()
+        run("mv", named, mount.path / "name")
+        with (mount.path / "name").open("r+b", buffering=0) as file:
+            file.write(b"NAME")
+            os.fsync(file.fileno())
+        with cut.open("rb", buffering=0) as file:
+            os.fsync(file.fileno())
+        told = {
+            used: b"0" * 1000 + bytes(500) + b"end",
+            grown: b"1" * 1000 + b"a" * 50_000,
+            cut: b"2" * 10 + bytes(1990),
+            mapped: b"mapped" + b"4" * 994,
+            mount.path / "name": b"NAME" + b"5" * 996,
+        }
+        assert {path: path.read_bytes() for path in told} == told
+        mount.kill()
+        run("fusermount3", "-u", "-z", mount.path)
+        mount.start()
+        assert {path: path.read_bytes() for path in told} == told
+        assert sorted(os.listdir(mount.path)) == sorted(path.name for path in told)
+    with opened(place) as target:
+        inodes = {region: target._catalogue.region(region) for region in target.regions()}
+        kinds = {region: inode.packed for region, inode in inodes.items() if inode is not None}
+        assert kinds.pop(regions[1]) == MOVED
+        assert set(kinds.values()) <= {PACKED, MOVED}
+        assert regions[3] not in kinds

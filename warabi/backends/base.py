@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import ClassVar, Final, NamedTuple
 
+from warabi import errors
 from warabi.backends.times import Times
 from warabi.errors import WouldBlock
 from warabi.inode import Inode
@@ -27,8 +28,10 @@ class Place(NamedTuple):
         offset: of the region's first byte in it.
         room: bytes from there on that belong to the region, also when it grows; None when the
             descriptor is the region's alone, which grows with it.
-        segment: a number that names a descriptor shared by several regions; 0 for the region's own.
-        mapped: whether to map it; otherwise it is read and written by system calls.
+        segment: a number that names a descriptor shared by several regions; 0 for the region's own,
+            and negative for one that is given each time, to be read and written by system calls.
+        mapped: whether to map it; otherwise it is read and written by system calls.  Guests that do
+            not know negative numbers map that, too.
         waits: whether writing waits for the medium.
     """
 
@@ -92,6 +95,10 @@ class Storage(ABC):
     def create(self, rid: RegionID, size: int) -> None:
         """Make a region of *size* zero bytes."""
 
+    def packs(self, size: int) -> bool:
+        """Whether a new region of *size* bytes, that nobody knows yet, shall share a file."""
+        return False
+
     def written(self, data: memoryview) -> Fresh | None:
         """*data* as the bytes of a new region, where that is quicker than to make one and to
         write; None where it is not."""
@@ -102,9 +109,20 @@ class Storage(ABC):
         them more quickly than those of another one; None where that is not so."""
         return None
 
+    def retire(self, inode: Inode) -> None:  # noqa: B027  # most need no row to find bytes by
+        """The catalogue is about to forget a region whose bytes stay until :meth:`erase`."""
+
     @abstractmethod
     def erase(self, rid: RegionID) -> None:
         """Free a region's bytes."""
+
+    def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
+        """As :meth:`erase` of each; gives those that are to be erased again, and why."""
+        for rid in rids:
+            try:
+                self.erase(rid)
+            except errors.Exception as error:
+                yield rid, error
 
     @abstractmethod
     def resize(self, rid: RegionID, size: int) -> None:
@@ -214,6 +232,15 @@ class Storage(ABC):
     @abstractmethod
     def sync_found(self) -> None:
         """After a crash: return when all that was found, whoever wrote it, is on the medium."""
+
+    def found(self, inode: Inode) -> bool:
+        """After a crash: whether bytes of a region that :meth:`scan` did not give are there."""
+        return False
+
+    def tidy(self) -> bool:
+        """After a crash, when it is known which regions there are: remove what nobody has of what
+        :meth:`scan` did not give; whether there was such a thing."""
+        return False
 
     @abstractmethod
     def wrote(self, rid: bytes) -> None:

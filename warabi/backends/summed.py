@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
+from warabi import errors
 from warabi.answers import Verified
 from warabi.backends.base import STRANGERS, Place, Storage
 from warabi.backends.times import Times
@@ -240,6 +241,7 @@ class SummedStorage(Storage):
                 yield block, self._digest(place)
 
     def settle(self) -> None:
+        self._inner.settle()
         with self._lock:
             idle = any(state.idle for state in self._states.values())
         if not idle:
@@ -330,10 +332,28 @@ class SummedStorage(Storage):
         with self._lock:
             self._states[rid] = _State(sumless=True)
 
+    def packs(self, size: int) -> bool:
+        return self._inner.packs(size)
+
+    def retire(self, inode: Inode) -> None:
+        self._inner.retire(inode)
+
+    def found(self, inode: Inode) -> bool:
+        return self._inner.found(inode)
+
+    def tidy(self) -> bool:
+        return self._inner.tidy()
+
     def erase(self, rid: RegionID) -> None:
         with self._lock:
             self._states.pop(rid, None)
         self._inner.erase(rid)
+
+    def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
+        with self._lock:
+            for rid in rids:
+                self._states.pop(rid, None)
+        return self._inner.erase_all(rids)
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         self._inner.read_into(rid, offset, out)

@@ -18,7 +18,7 @@ from warabi.fsck.report import LostFound, Report
 from warabi.fsck.salvage import salvage
 from warabi.fsck.tree import TreeCheck
 from warabi.journal import sync_directory, translate
-from warabi.schema import APPLICATION_ID, SCHEMA_VERSION, migrate
+from warabi.schema import APPLICATION_ID, SCHEMA_VERSION, migrate, show_as_new
 
 _INDEX_ONLY = re.compile(
     r"row \d+ missing from index \w+|wrong # of entries in index (anonymous|dentry_ino)"
@@ -65,6 +65,8 @@ def _check(
             migrate(db, path)
             db.execute("PRAGMA synchronous = FULL")
             db.execute("BEGIN IMMEDIATE")
+        else:
+            show_as_new(db)
         sums = db.execute("PRAGMA user_version").fetchone()[0] >= 2
         row = db.execute("SELECT value FROM meta WHERE key = 'clean'").fetchone()
         clean = salvaged or (row is not None and row[0] == 1)

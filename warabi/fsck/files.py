@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from warabi.backends import times as filetimes
+from warabi.backends.pack import PACK, SLOT, SLOTS, forget, is_pack, recorded, slots_of
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.tree import TreeCheck
+from warabi.inode import MOVED, OWN, PACKED
 from warabi.journal import sync_directory
 from warabi.region import RegionID
 from warabi.schema import COLUMNS
@@ -71,20 +73,91 @@ class FileCheck:
                 continue
             if file is not found:
                 moved.add(file.path)  # and may be met once more
+            if is_pack(file.rid):
+                self._pack(file)
+                continue
             row = self._db.execute(
-                f"SELECT size, nlink, anonymous FROM inode WHERE ino = ? AND generation = ?"
-                f" AND {_IS_REGION}",
+                f"SELECT size, packed FROM inode WHERE ino = ? AND generation = ? AND {_IS_REGION}",
                 _parts(file.rid),
             ).fetchone()
             if row is None:
                 self._without_row(file)
                 continue
-            self._db.execute("INSERT INTO present VALUES(?)", (file.rid.slot,))
+            self._db.execute("INSERT OR IGNORE INTO present VALUES(?)", (file.rid.slot,))
+            if row[1] == PACKED:
+                self._moved(file.rid)
             if row[0] != file.info.st_size:
                 self._size(file, row[0])
             if not self._clean and (times := filetimes.get(str(file.path))) is not None:
                 self._times(file.rid, *times)
         self._missing()
+
+    def _pack(self, file: RegionFile) -> None:
+        """Regions whose slots are in a pack have their bytes, and are what it says they are."""
+        slots = slots_of(file.rid)
+        have = min(file.info.st_size // SLOT, SLOTS)
+        rows = self._db.execute(
+            f"SELECT ino, generation, size, packed FROM inode WHERE {_IS_REGION}"
+            f" AND packed != {OWN} AND ino BETWEEN ? AND ?",
+            (slots[0], slots[-1]),
+        ).fetchall()
+        with open(file.path, "r+b" if self._report.repairing else "rb", buffering=0) as pack:
+            fd = pack.fileno()
+            sizes = recorded(fd, file.rid)
+            for ino, generation, size, packed in rows:
+                if packed == PACKED and ino < slots[0] + have:
+                    self._db.execute("INSERT OR IGNORE INTO present VALUES(?)", (ino,))
+                    rid = RegionID.from_parts(ino, generation)
+                    if (said := sizes.get(rid, size)) != size:
+                        self._sizes(ino, rid, size, said)
+            self._strays(file, slots, {row[0] - slots[0] for row in rows}, fd)
+            if file.info.st_size == PACK:
+                return
+            text = f"the pack {file.rid.hex()} has {file.info.st_size} bytes, not {PACK}"
+            remedy = f"made as long as it was, by zeros; a copy is in {self._lost.directory}"
+            if self._report.problem(text, remedy):
+                self._lost.copy(file.path, file.path.name)
+                os.truncate(fd, have * SLOT)  # whose slot ends there is missing, too
+                os.truncate(fd, PACK)
+
+    def _sizes(self, ino: int, rid: RegionID, size: int, have: int) -> None:
+        text = f"region {rid.hex()}: its pack says {have} bytes, its row {size}"
+        if self._clean:
+            wanted = self._report.problem(text, "believed the pack")
+        else:
+            wanted = self._report.note(text, "believed the pack, as opening the target does")
+        if wanted:
+            self._set_size(ino, have)
+
+    def _strays(self, file: RegionFile, slots: range, known: set[int], fd: int) -> None:
+        """Bytes in a pack that are no region's."""
+        has = {rid.slot - slots[0] for rid in recorded(fd, file.rid)}
+        strays = [
+            number
+            for number in range(SLOTS)
+            if number not in known and (number in has or any(os.pread(fd, SLOT, number * SLOT)))
+        ]
+        if not strays:
+            return
+        text = f"the pack {file.rid.hex()} has {len(strays)} regions that no row tells of"
+        remedy = f"taken out of it; a copy is in {self._lost.directory}"
+        if self._clean:
+            wanted = self._report.problem(text, remedy)
+        else:
+            wanted = self._report.note(f"{text}, which opening the target removes", remedy)
+        if wanted:
+            self._lost.copy(file.path, file.path.name)
+            for number in strays:
+                forget(fd, number, number + 1)
+
+    def _moved(self, rid: RegionID) -> None:
+        text = f"region {rid.hex()} has a file, its row says that it is in a pack"
+        if self._clean:
+            wanted = self._report.problem(text, "believed the file")
+        else:
+            wanted = self._report.note(text, "believed the file, as opening the target does")
+        if wanted:
+            self._db.execute("UPDATE inode SET packed = ? WHERE ino = ?", (MOVED, rid.slot))
 
     def _at_its_place(self, file: RegionFile) -> RegionFile | None:
         right = place(self._regions, file.rid)
@@ -172,13 +245,15 @@ class FileCheck:
         ).fetchall()
         for row in rows:
             rid = RegionID.from_parts(row[0], row[1])
-            text = f"the file of region {rid.hex()}{self._names(row[0])} is missing"
+            what = "pack" if row[13] == PACKED else "file"
+            text = f"the {what} of region {rid.hex()}{self._names(row[0])} is missing"
             if row[7] == 0:
                 if self._report.problem(f"{text}, which was empty", "made anew"):
                     file = place(self._regions, rid)
                     file.parent.mkdir(exist_ok=True)
                     os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                     sync_directory(file.parent)
+                    self._db.execute("UPDATE inode SET packed = 0 WHERE ino = ?", (row[0],))
                 continue
             xattrs = self._db.execute("SELECT name, value FROM xattr WHERE ino = ?", (row[0],))
             details = f"{row!r} {dict(xattrs)!r}"

@@ -66,6 +66,11 @@ class Report:
         self._say = say
 
     @property
+    def repairing(self) -> bool:
+        """Whether anything is repaired."""
+        return self._repair
+
+    @property
     def status(self) -> int:
         """The exit status that fsck(8) documents."""
         return (1 if self.corrected else 0) | (4 if self.left else 0)

@@ -12,11 +12,12 @@ import stat
 from contextlib import closing
 from pathlib import Path
 
+from warabi.backends.pack import is_pack, recorded
 from warabi.fsck.files import region_files
 from warabi.fsck.report import LostFound, Report
-from warabi.inode import Inode
+from warabi.inode import PACKED, Inode
 from warabi.journal import sync_directory
-from warabi.schema import COLUMNS, UPSERT, make, populate
+from warabi.schema import COLUMNS, UPSERT, make, populate, show_as_new
 
 
 def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend: str) -> None:
@@ -65,6 +66,7 @@ class _Reader:
         self._old = sqlite3.connect(self._path, isolation_level=None)
         try:
             self._old.execute("PRAGMA locking_mode = EXCLUSIVE")
+            show_as_new(self._old)
             self._read()
         except sqlite3.DatabaseError:
             return  # no database at all
@@ -108,7 +110,8 @@ class _Reader:
                 marks = ", ".join("?" * len(row))
                 verb = "REPLACE" if table == "meta" or row[0] == 1 else "IGNORE"
                 try:
-                    self._db.execute(f"INSERT OR {verb} INTO {table} VALUES({marks})", row)
+                    into = f"{table}({COLUMNS})" if table == "inode" else table
+                    self._db.execute(f"INSERT OR {verb} INTO {into} VALUES({marks})", row)
                 except sqlite3.IntegrityError:
                     continue  # a column that cannot be empty is
         except sqlite3.DatabaseError:
@@ -117,9 +120,12 @@ class _Reader:
 
 
 def _regions(db: sqlite3.Connection, regions: Path) -> int:
-    """Rows for the files whose region no row tells of; returns how many."""
+    """Rows for the files, and what is in packs, whose region no row tells of; returns how many."""
     count = 0
-    for rid, _, info in region_files(regions):
+    packs = []
+    for rid, path, info in region_files(regions):
+        if is_pack(rid):
+            packs.append((rid, path, info))
         if not 1 < rid.slot < 1 << 62 or rid.generation >> 63:
             continue
         taken = db.execute("SELECT 1 FROM inode WHERE ino = ?", (rid.slot,)).fetchone()
@@ -130,6 +136,16 @@ def _regions(db: sqlite3.Connection, regions: Path) -> int:
             )  # fmt: skip
             db.execute(UPSERT, inode.row())
             count += 1
+    for pack, path, info in packs:
+        with open(path, "rb") as file:
+            sizes = recorded(file.fileno(), pack)
+        for rid, size in sizes.items():
+            inode = Inode(
+                rid.slot, rid.generation, stat.S_IFREG | 0o644, 1, info.st_uid, info.st_gid, 0,
+                size, info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns, 0, None, PACKED,
+            )  # fmt: skip
+            sql = UPSERT.replace("OR REPLACE", "OR IGNORE")
+            count += db.execute(sql, inode.row()).rowcount
     return count
 
 

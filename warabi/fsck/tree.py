@@ -71,6 +71,7 @@ class TreeCheck:
             "clean": (meta.get("clean") in (0, 1), 0),
             "backend": (meta.get("backend", "file") in ("file", "pmem"), "file"),
             "capacity": (isinstance(meta.get("capacity"), int | None), None),
+            "last": (isinstance(meta.get("last", 0), int), 0),
         }
         for key, (right, instead) in wrong.items():
             what = f"catalogue: {key} is {meta.get(key)!r}"
@@ -117,6 +118,8 @@ class TreeCheck:
              "is no symbolic link and has a target", "removed", "target = NULL"),
             (f"anonymous NOT IN (0, 1) OR (anonymous = 1 AND NOT {_IS_REGION})",
              "is marked as a region that never had a name", "unmarked", "anonymous = 0"),
+            (f"packed NOT IN (0, 1, 2) OR (packed != 0 AND NOT {_IS_REGION})",
+             "is marked as a region in a pack", "unmarked", "packed = 0"),
         ):  # fmt: skip
             self._update(where, what, remedy, change)
 

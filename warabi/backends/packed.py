@@ -1,0 +1,484 @@
+"""Small regions in files that they share: *packs*, whose format is in ``pack.py``.
+
+A file of its own costs a small region more than its bytes do: the file system makes it, names it
+and keeps an inode for it.  So regions of up to ``SLOT`` bytes without a name begin in packs.
+
+To what keeps files, a pack is a region like others, by an ID that no region can have
+(:func:`pack_of`), and so is all that is said there of syncs and of what they failed to do.
+
+What is true when:
+
+* A region's row says where it is (``Inode.packed``).  A region that grows out of its slot gets a
+  file of its own, which counts as soon as it has its name, whatever the row says.
+* A region's record has its size and says whose it is: as a file's end does, it outlives the
+  process, is persisted with the bytes, and tells of the region when the catalogue is lost.  Bytes
+  of the slot behind the size may be anything, and are cleared before the region changes its size.
+* Nobody ever gets the slot that another region of this process had: slots of the catalogue are
+  used again only by a later one, and the bytes of erased regions are cleared before the target is
+  closed, or when it is opened after a crash.
+* A region that moved keeps its slot, and the old bytes in it, until it is erased: then no order of
+  what gets to the medium can lose them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from warabi import errors
+from warabi.backends.base import STRANGERS, Flush, Place, Storage
+from warabi.backends.borrowed import OpenFile
+from warabi.backends.file import FileStorage
+from warabi.backends.pack import (
+    PACK,
+    RECORD,
+    RECORDS,
+    SLOT,
+    SLOTS,
+    forget,
+    is_pack,
+    pack_of,
+    recorded,
+    slots_of,
+)
+from warabi.backends.times import Times
+from warabi.catalogue import Catalogue
+from warabi.errors import WouldBlock
+from warabi.fileio import pwrite_full
+from warabi.inode import MOVED, OWN, PACKED, Inode
+from warabi.region import RegionID
+
+_ZEROS = memoryview(bytes(SLOT))
+
+
+def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
+    """*error*, telling of the region, and not of its pack."""
+    if file is rid:
+        return error
+    return type(error)(str(error).replace(file.hex(), rid.hex()))
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last, exclusive, of each run in sorted *numbers*."""
+    start = 0
+    for index, number in enumerate(numbers, 1):
+        if index == len(numbers) or numbers[index] != number + 1:
+            yield numbers[start], number + 1
+            start = index
+
+
+class Owner(Protocol):
+    """What the storage asks of the target that it belongs to."""
+
+    @property
+    def _storage_guard(self) -> AbstractContextManager[None]:
+        """Takes the target's lock, also while the target closes."""
+
+
+class PackedStorage(Storage):
+    """*files*, of which some are packs.
+
+    Args:
+        files: what keeps the files.
+        catalogue: tells where a region is.
+        packing: whether new regions may go to packs.
+    """
+
+    def __init__(self, files: FileStorage, catalogue: Catalogue, *, packing: bool) -> None:
+        self._files = files
+        self._catalogue = catalogue
+        self._inodes = catalogue.by_rid
+        self._packing = packing
+        # Where new regions go, by the pack's number, and not closed meanwhile; only `create`, which
+        # is called by one at a time, changes and uses it.
+        self._newest: tuple[int, RegionID, OpenFile] | None = None
+        self._packs: dict[int, RegionID] = {}  # their IDs, of those used lately
+        self._shares = itertools.count(1)
+        self._left: set[RegionID] = set()  # packs that a scan found
+        self._retired: dict[bytes, Inode] = {}  # of which the catalogue knows no more
+        self._retired_of: Counter[int] = Counter()  # how many of them a pack has
+        self._unneeded: set[int] = set()  # packs that only new regions may need
+        self.write_waits = files.write_waits
+        self.shares_writes = files.shares_writes
+
+    blocking = True
+
+    def bind(self, target: Owner) -> None:
+        """Say whose storage it is."""
+        self._guard = target._storage_guard
+
+    # Places
+
+    def _at(self, rid: bytes) -> tuple[RegionID, int]:
+        """The file that has the region's bytes, and where they begin in it."""
+        inode = self._inodes.get(rid) or self._retired.get(rid)
+        if inode is None or inode.packed != PACKED:
+            return rid, 0  # type: ignore[return-value]  # those that are told of as bytes, too
+        return self._slot(inode.ino)
+
+    def _slot(self, slot: int) -> tuple[RegionID, int]:
+        number, index = divmod(slot, SLOTS)
+        pack = self._packs.get(number)
+        if pack is None:
+            if len(self._packs) >= 1024:
+                self._packs.clear()
+            pack = self._packs[number] = pack_of(slot)
+        return pack, index * SLOT
+
+    def packs(self, size: int) -> bool:
+        return self._packing and size <= SLOT
+
+    def create(self, rid: RegionID, size: int) -> None:
+        inode = self._inodes.get(rid)
+        if inode is None or inode.packed != PACKED:
+            self._files.create(rid, size)
+        else:
+            number, index = divmod(inode.ino, SLOTS)
+            newest = self._newest
+            if newest is None or newest[0] != number or self._files._failed:
+                newest = self._prepare(inode)
+            if newest is None or os.lseek(newest[2].fd, 0, os.SEEK_END) < PACK:
+                inode.packed = OWN
+                self._files.create(rid, size)
+                return
+            _, pack, held = newest
+            with self._files._translated(rid, "create"):
+                record = RECORD.pack(inode.generation, size)
+                os.pwrite(held.fd, record, RECORDS + index * RECORD.size)
+            self._files._dirty.add(pack)
+
+    def _prepare(self, inode: Inode) -> tuple[int, RegionID, OpenFile] | None:
+        """The pack that the region may be in, which is made if need be; None if it may not."""
+        self._let_go()
+        pack = pack_of(inode.ino)
+        if pack not in self._files._failed and self._is_whole(pack, inode):
+            self._newest = (inode.ino // SLOTS, pack, self._files._take(pack))
+        return self._newest
+
+    def _let_go(self) -> None:
+        if self._newest is not None:
+            _, pack, held = self._newest
+            self._newest = None
+            self._files._give_back(pack, held)
+
+    def _is_whole(self, pack: RegionID, inode: Inode) -> bool:
+        """Whether the pack of a new region is there, and has been since its first region."""
+        try:
+            return os.stat(self._files._path(pack)).st_size == PACK
+        except FileNotFoundError:
+            slots = slots_of(pack)
+            if self._catalogue.packed(slots[0], slots[-1]) != [inode.ino]:
+                return False  # it is lost, and must not seem to be there
+            try:
+                self._files.create(pack, PACK)
+            except errors.OutOfBounds:
+                return False  # a limit on the sizes of files
+        return True
+
+    # Bytes
+
+    def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
+        file, start = self._at(rid)
+        try:
+            self._files.read_into(file, start + offset, out)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
+        file, start = self._at(rid)
+        try:
+            self._files.read_into_nowait(file, start + offset, out)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    def view(
+        self, rid: RegionID, offset: int, size: int, *, writable: bool = False
+    ) -> memoryview | None:
+        file, start = self._at(rid)
+        return self._files.view(file, start + offset, size, writable=writable)
+
+    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        file, start = self._at(rid)
+        try:
+            self._files.write(file, start + offset, data)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    # Sizes
+
+    def check(self, rid: RegionID, size: int) -> None:
+        if self._at(rid)[0] is rid:
+            self._files.check(rid, size)
+        elif size < SLOT:
+            self.write(rid, size, _ZEROS[size:])
+
+    def resize(self, rid: RegionID, size: int) -> None:
+        if self.moves(rid, size):
+            self._move_out(rid, size)
+        elif self._at(rid)[0] is rid:
+            self._files.resize(rid, size)
+        else:
+            self._record(rid, size)
+
+    def _record(self, rid: RegionID, size: int) -> None:
+        pack, start = self._at(rid)
+        record = RECORD.pack(rid.generation, size)
+        place = RECORDS + start // SLOT * RECORD.size
+        try:
+            self._files.write(pack, place, memoryview(record))
+        except errors.Exception as error:
+            raise _of(rid, pack, error) from error.__cause__
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        end = offset + len(data)
+        if self.moves(rid, end):
+            self._move_out(rid, SLOT)
+        if self._at(rid)[0] is rid:
+            self._files.write_beyond(rid, offset, data)
+        else:
+            self.write(rid, offset, data)
+            self._record(rid, end)
+
+    def moves(self, rid: RegionID, size: int) -> bool:
+        return size > SLOT and self._at(rid)[0] is not rid
+
+    def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        if self._at(rid)[0] is rid:
+            return self._files.replace(rid, size)
+        self._move_out(rid, size)
+        return lambda: None  # the slot stays the region's
+
+    def _move_out(self, rid: RegionID, size: int) -> None:
+        """Give a region, of which what is behind its size is clear, a file of its own."""
+        inode = self._inodes[rid]
+        data = memoryview(bytearray(SLOT))
+        self.read_into(rid, 0, data)
+        # A region that no durable commit mentions was never persisted.
+        self._take_in(rid, data, size, durable=self._catalogue.is_synced(inode.changed))
+        inode.packed = MOVED  # who changes its size has that committed
+
+    def _take_in(self, rid: RegionID, data: memoryview, size: int, *, durable: bool) -> None:
+        """Make a file of *size* bytes that begins with *data*.
+
+        With *durable* it is on the medium before it is there at all, and its name when this
+        returns: what the region had elsewhere may have been persisted.
+        """
+        files = self._files
+
+        def fill(new: int) -> None:
+            pwrite_full(new, data[:size], 0)
+            files._set_size(new, size)
+            if durable:
+                os.fsync(new)
+
+        with files._translated(rid, "resize"):
+            files._made(rid)
+            files._put_in_place(rid, fill)
+            with files._lock:
+                files._fresh[rid] = None
+            if durable:
+                files._persist_name(rid)
+
+    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
+        if self._at(rid)[0] is rid:
+            self._files.clone(rid, copy, size)
+        else:
+            super().clone(rid, copy, size)
+
+    # The end of a region
+
+    def retire(self, inode: Inode) -> None:
+        if inode.packed != OWN:
+            self._retired[inode.rid] = inode
+            self._retired_of[inode.ino // SLOTS] += 1
+
+    def vacate(self, rid: RegionID) -> None:
+        if self._at(rid)[0] is rid:
+            self._files.vacate(rid)
+
+    def erase(self, rid: RegionID) -> None:
+        for _, error in self.erase_all([rid]):
+            raise error
+
+    def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
+        """Pack by pack: a pack that goes as a whole costs no more than a region of its own."""
+        packed: dict[int, list[Inode]] = {}
+        for rid in rids:
+            inode = self._retired.get(rid)
+            if inode is not None:
+                packed.setdefault(inode.ino // SLOTS, []).append(inode)
+            if inode is None or inode.packed == MOVED:
+                yield from self._files.erase_all([rid])
+        for number, inodes in packed.items():
+            try:
+                self._erase_in(number, inodes)
+            except errors.Exception as error:
+                yield from ((inode.rid, error) for inode in inodes)
+
+    def _erase_in(self, number: int, inodes: list[Inode]) -> None:
+        """Erase what is in a pack of these regions, or the pack if no other region needs it."""
+        files, pack = self._files, pack_of(number * SLOTS)
+        slots = slots_of(pack)
+        with self._guard:  # so that none is made there
+            needed = self._retired_of[number] > len(inodes) or bool(
+                self._catalogue.packed(slots[0], slots[-1])
+            )
+            if not needed and self._catalogue.is_next(slots) and pack not in files._failed:
+                self._unneeded.add(number)
+                needed = True
+            if not needed and self._newest is not None and self._newest[0] == number:
+                self._let_go()
+        if not needed:
+            files.erase(pack)
+        elif files._exists(pack):  # gone is what is wanted
+            with files._translated(pack, "erase in"), files._borrow(pack) as fd:
+                numbers = sorted(inode.ino - slots[0] for inode in inodes)
+                for first, last in _runs(numbers):
+                    forget(fd, first, last)
+                files._dirty.add(pack)
+        for inode in inodes:
+            if self._retired.pop(inode.rid, None) is not None:
+                self._retired_of[number] -= 1
+        if not self._retired_of[number]:
+            del self._retired_of[number]
+
+    def settle(self) -> None:
+        """Remove packs that were the newest when their last region was erased."""
+        self._files.settle()
+        unneeded, self._unneeded = self._unneeded, set()
+        for number in unneeded:
+            self._erase_in(number, [])
+
+    # The medium
+
+    def keep_times(self, rid: RegionID, times: Times) -> bool:
+        return self._at(rid)[0] is rid and self._files.keep_times(rid, times)
+
+    def kept_times(self, rid: RegionID) -> Times | None:
+        return self._files.kept_times(rid)
+
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        file, start = self._at(rid)
+        try:
+            self._files.persist(file, start + offset, size, times=times)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]:
+        file, _ = self._at(rid)
+        if file is rid:
+            return self._files.flushing(rid, times=times)
+        if times:
+            raise WouldBlock  # they are in the catalogue
+        return self._flushing_pack(rid, file)
+
+    @contextmanager
+    def _flushing_pack(self, rid: bytes, pack: RegionID) -> Iterator[Flush]:
+        try:
+            with self._files.flushing(pack, times=False) as flush:
+                yield flush
+        except errors.Exception as error:
+            raise _of(rid, pack, error) from error.__cause__
+
+    def persist_all(self) -> None:
+        try:
+            self._files.persist_all()
+        except errors.Exception as error:
+            text = re.sub(f"region ({'0' * 16}[0-9a-f]{{16}})", r"small regions in \1", str(error))
+            raise type(error)(text) from error.__cause__
+
+    def persist_names(self) -> None:
+        self._files.persist_names()
+
+    def oldest_fresh(self) -> RegionID | None:
+        with self._files._lock:
+            fresh = list(self._files._fresh)
+        return min(
+            (rid if rid.slot else RegionID.from_parts(slots_of(rid)[0], 0) for rid in fresh),
+            default=None,
+        )
+
+    # After a crash
+
+    def scan(self) -> Iterator[tuple[RegionID, int]]:
+        for rid, size in self._files.scan():
+            if is_pack(rid):
+                self._left.add(rid)
+            else:
+                yield rid, size
+
+    def found(self, inode: Inode) -> bool:
+        return inode.packed == PACKED and pack_of(inode.ino) in self._left
+
+    def tidy(self) -> bool:
+        found = bool(self._left)
+        for pack in self._left:
+            slots = slots_of(pack)
+            used = self._catalogue.packed(slots[0], slots[-1])
+            if not used:
+                self._files.erase(pack)
+                continue
+            self._believe(pack, used)
+            unused = sorted(set(slots).difference(used))
+            with self._files._translated(pack, "recovery of"), self._files._borrow(pack) as fd:
+                for first, last in _runs([slot - slots[0] for slot in unused]):
+                    forget(fd, first, last)
+        self._left.clear()
+        return found
+
+    def _believe(self, pack: RegionID, used: list[int]) -> None:
+        """Take sizes from a pack, as from files; it may be shorter itself, if it was not synced."""
+        files = self._files
+        with files._translated(pack, "recovery of"), files._borrow(pack) as fd:
+            end = os.fstat(fd).st_size
+            if end < PACK:
+                files._set_size(fd, PACK)
+            sizes = recorded(fd, pack)
+        for slot in used:
+            inode = self._catalogue.get(slot)
+            if inode is not None and inode.packed == PACKED:
+                size = min(sizes.get(inode.rid, inode.size), max(0, end - self._slot(slot)[1]))
+                if size != inode.size:
+                    self._catalogue.resize(inode, size)
+        self._catalogue.trim()
+
+    def sync_found(self) -> None:
+        self._files.sync_found()
+
+    # Other processes
+
+    def wrote(self, rid: bytes) -> None:
+        self._files.wrote(self._at(rid)[0])
+
+    def grew(self, rid: bytes, size: int) -> None:
+        self._files.grew(rid, size)
+
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+        file, start = self._at(rid)
+        try:
+            place = self._files.share(file, writable=writable, holder=holder)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+        if place is None or file is rid:
+            return place
+        return place._replace(offset=start, room=SLOT, segment=-next(self._shares), mapped=True)
+
+    def firm(self, rid: RegionID) -> bool:
+        return self._files.firm(self._at(rid)[0])
+
+    # The whole
+
+    def room(self) -> tuple[int, int]:
+        return self._files.room()
+
+    def close(self) -> None:
+        self._let_go()
+        self._files.close()
+
+    def destroy(self) -> None:
+        self._files.destroy()
