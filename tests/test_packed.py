@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from tests.crash.faults import Injector, fails, injector, sites
+from tests.crash.faults import Injector, Site, fails, injector, sites
 from tests.crash.targets import accounted
 from tests.helpers import eventually, file_config, pattern, provider_process, run_python
 from tests.test_fsck import edit, fsck
-from warabi import errors, fileio, layout
-from warabi.backends import base
+from warabi import errors, fileio, journal, layout
+from warabi.backends import base, packed
+from warabi.backends import file as storage
 from warabi.backends.pack import PACK, SLOT, SLOTS, is_pack, pack_of
 from warabi.client import Client
 from warabi.config import FileConfig
@@ -37,6 +39,12 @@ def opened(path: Path, **settings: Any) -> Target:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "target"
+
+
+@pytest.fixture
+def faults() -> Iterator[Injector]:
+    with injector() as made:
+        yield made
 
 
 def files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -93,7 +101,7 @@ def test_small_nameless_regions_share_files(path: Path) -> None:
         assert [len(told[r]) for r in small] == [n % (SLOT + 1) for n in range(0, 9000, 15)]
 
 
-@pytest.mark.parametrize("settings", [{"packed": False}, {"directio": True}])
+@pytest.mark.parametrize("settings", [{"packed": False}, {"directio": True}, {"sync": True}])
 def test_where_none_are_wanted(path: Path, settings: dict[str, Any]) -> None:
     with opened(path, **settings) as target:
         target.create_and_write(b"own")
@@ -180,6 +188,50 @@ def test_a_region_that_grows_gets_a_file(path: Path) -> None:
                 assert again.read(region, 0, len(told)) == told
                 assert again.read(other, 0, 5) == b"other"
                 assert place(again, region) == MOVED
+
+
+def test_growing_out_of_a_pack_fails(path: Path, faults: Injector) -> None:
+    """As a whole: the region is what it was, and grows another time."""
+    calls = {"open", "pwrite", "preadv", "ftruncate", "rename", "fsync"}
+    places = [site for module in (packed, fileio) for site in sites(module) if site.call in calls]
+    places += [site for site in sites(storage) if site.call in calls - {"fsync"}]
+    hit = set()
+    told = {}
+    with opened(path) as target:
+        for site in places:
+            region = target.create_and_write(b"kept", persist=True)
+            name = f"/{site.module}-{site.line}"  # what it was is on the medium nevertheless
+            target.namespace.link_name(region, name)
+            faults.arm(site, 1, fails(errno.EIO))
+            with contextlib.suppress(errors.StorageError):
+                target.resize(region, 5000)
+            if faults.hit:
+                hit.add(site.call)
+                assert target.size(region) == 4, site
+                assert target.read(region, 0, 4) == b"kept"
+            faults.site = None
+            target.resize(region, 6000)
+            assert place(target, region) == MOVED
+            told[region] = b"kept" + bytes(5996)
+        assert hit == calls
+        left = crashed(path)
+    for found in (left, path):
+        with opened(found) as target:
+            assert contents(target) == told
+
+
+def test_a_region_that_may_have_been_persisted_is_synced_before_it_moves(
+    path: Path, faults: Injector
+) -> None:
+    (file_sync,) = (site for site in sites(packed) if site.call == "fsync")
+    name_sync = max(site for site in sites(journal) if site.call == "fsync")
+    faults.arm(Site("", 0, ""), 1, fails(errno.EIO))  # counts
+    with opened(path) as target:
+        region = target.create_and_write(b"kept", persist=True)
+        target.namespace.link_name(region, "/name")
+        faults.seen.clear()
+        target.write(region, 4, b"x" * SLOT, extend=True)
+        assert (faults.seen[file_sync], faults.seen[name_sync]) == (1, 1)
 
 
 # Crashes and the end
@@ -319,12 +371,6 @@ def test_a_lost_pack_is_not_made_again(path: Path) -> None:
         assert place(target, new) == OWN
         with pytest.raises(errors.CorruptTarget, match="missing"):
             target.read(region, 0, 4)
-
-
-@pytest.fixture
-def faults() -> Iterator[Injector]:
-    with injector() as made:
-        yield made
 
 
 def test_a_failed_sync_of_a_pack(path: Path, faults: Injector) -> None:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from warabi import fileio, journal, layout
-from warabi.backends import base, direct, file, mapping, pmem, times
+from warabi.backends import base, direct, file, mapping, pack, packed, pmem, times
 
-MODULES = (fileio, base, file, pmem, direct, times, journal, layout)
+MODULES = (fileio, base, file, pack, packed, pmem, direct, times, journal, layout)
 CALLS = {
     "open", "close", "pwrite", "pread", "preadv", "ftruncate", "posix_fallocate", "fstat",
     "statvfs", "fsync", "fdatasync", "unlink", "makedirs", "scandir", "rename", "copy_file_range",

@@ -143,6 +143,8 @@ UNREACHED = {
     ("warabi.backends.pmem", "ftruncate"): "takes back what could not be reserved",
     ("warabi.backends.pmem", "fdatasync"): "with libpmem only",
     ("warabi.backends.times", "getxattr"): "after a crash, and for a region's new file",
+    ("warabi.backends.packed", "fstat"): "after a crash",
+    ("warabi.backends.pack", "pread"): "after a crash",
     ("warabi.layout", "pread"): "reads who has the target open, when somebody does",
 }
 SILENT = {("journal", "close"), ("file", "unlink"), ("layout", "fstat"), ("layout", "ftruncate"),

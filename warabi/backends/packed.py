@@ -22,6 +22,7 @@ What is true when:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -254,35 +255,28 @@ class PackedStorage(Storage):
         return lambda: None  # the slot stays the region's
 
     def _move_out(self, rid: RegionID, size: int) -> None:
-        """Give a region, of which what is behind its size is clear, a file of its own."""
-        inode = self._inodes[rid]
-        data = memoryview(bytearray(SLOT))
-        self.read_into(rid, 0, data)
-        # A region that no durable commit mentions was never persisted.
-        self._take_in(rid, data, size, durable=self._catalogue.is_synced(inode.changed))
-        inode.packed = MOVED  # who changes its size has that committed
+        """Give a region, of which what is behind its size is clear, a file of its own.
 
-    def _take_in(self, rid: RegionID, data: memoryview, size: int, *, durable: bool) -> None:
-        """Make a file of *size* bytes that begins with *data*.
-
-        With *durable* it is on the medium before it is there at all, and its name when this
-        returns: what the region had elsewhere may have been persisted.
+        It is on the medium before it is there at all, and its name when this returns: what is in
+        the slot may have been persisted, or somebody is about to promise that.
         """
         files = self._files
+        data = memoryview(bytearray(SLOT))
+        self.read_into(rid, 0, data)
 
         def fill(new: int) -> None:
             pwrite_full(new, data[:size], 0)
             files._set_size(new, size)
-            if durable:
-                os.fsync(new)
+            os.fsync(new)
 
         with files._translated(rid, "resize"):
             files._made(rid)
             files._put_in_place(rid, fill)
             with files._lock:
                 files._fresh[rid] = None
-            if durable:
-                files._persist_name(rid)
+        self._inodes[rid].packed = MOVED  # who changes its size has that committed
+        with contextlib.suppress(errors.Exception):  # which persists of it will say
+            files._persist_name(rid)
 
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
         if self._at(rid)[0] is rid:
