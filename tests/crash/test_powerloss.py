@@ -202,3 +202,31 @@ def test_writes_are_torn_between_sectors_and_a_range_is_synced_alone(tmp_path: P
     disk.happen(Event("synced"))
     assert {sectors[1] for sectors in seen()} == {ord("x")}
     assert len(seen()) == 8
+
+
+def test_what_was_persisted_in_a_pack_is_not_lost_when_it_grows_out_of_it(
+    tmp_path: Path, scratch: Path
+) -> None:
+    """Nor when something else of the region, such as its name, is not on the medium yet."""
+    script = f"""{BEGIN}
+from warabi import durability
+durability.COMMIT_INTERVAL = 3600
+target = opened(backend, path)
+region = target.create_and_write(b"kept" * 100, persist=True)
+other = target.create_and_write(b"other")
+say("persisted")
+target.namespace.link_name(region, "/named")
+target.resize(region, 5000)
+target.persist(other, 0, 5)
+say("moved")
+die()
+"""
+    arguments = ["-c", script, "file", f"{tmp_path}/disk/target"]
+    events = powerloss.recorded(tmp_path, arguments, killed=1)
+    moved = 0
+    for said, found, _ in found_after("file", tmp_path, scratch, events, 4):
+        if said:
+            contents = {content[:400] for content in found.regions.values()}
+            assert b"kept" * 100 in contents, (said, contents)
+            moved += said == "moved"
+    assert moved > 5
