@@ -230,3 +230,30 @@ die()
             assert b"kept" * 100 in contents, (said, contents)
             moved += said == "moved"
     assert moved > 5
+
+
+def test_what_was_cut_off_in_a_pack_does_not_come_back(tmp_path: Path, scratch: Path) -> None:
+    """A shorter region was persisted; what it grows by later are zeros, or it has not grown."""
+    script = f"""{BEGIN}
+target = opened(backend, path)
+region = target.create_and_write(b"x" * 4096, persist=True)
+target.resize(region, 10)
+target.persist(region, 0, 10)
+say("cut")
+target.resize(region, 3000)
+say("grown")
+target.write(region, 2000, b"y" * 1500, extend=True)
+say("written")
+die()
+"""
+    arguments = ["-c", script, "file", f"{tmp_path}/disk/target"]
+    events = powerloss.recorded(tmp_path, arguments, killed=1)
+    tried = 0
+    for said, found, _ in found_after("file", tmp_path, scratch, events, 20):
+        if said:
+            (content,) = found.regions.values()
+            assert content[:10] == b"x" * 10
+            assert content[10:2000].strip(b"\0") == b"", said
+            assert content[2000:].strip(b"\0y") == b"", said
+            tried += len(content) > 10
+    assert tried > 5

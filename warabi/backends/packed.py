@@ -12,7 +12,8 @@ What is true when:
   file of its own, which counts as soon as it has its name, whatever the row says.
 * A region's record has its size and says whose it is: as a file's end does, it outlives the
   process, is persisted with the bytes, and tells of the region when the catalogue is lost.  Bytes
-  of the slot behind the size may be anything, and are cleared before the region changes its size.
+  of the slot behind the size are zeros on the medium before the region grows: they are cleared when
+  it shrinks, and looked at when it grows, for that may have been interrupted.
 * Nobody ever gets the slot that another region of this process had: slots of the catalogue are
   used again only by a later one, and the bytes of erased regions are cleared before the target is
   closed, or when it is opened after a crash.
@@ -28,7 +29,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 from warabi import errors
@@ -216,7 +217,11 @@ class PackedStorage(Storage):
         if self._at(rid)[0] is rid:
             self._files.check(rid, size)
         elif size < SLOT:
-            self.write(rid, size, _ZEROS[size:])
+            rest = memoryview(bytearray(SLOT - size))
+            self.read_into(rid, size, rest)
+            if rest != _ZEROS[size:]:
+                self.write(rid, size, _ZEROS[size:])
+                self.persist(rid, 0, SLOT)  # before a record may say that they are the region's
 
     def resize(self, rid: RegionID, size: int) -> None:
         if self.moves(rid, size):
@@ -224,7 +229,11 @@ class PackedStorage(Storage):
         elif self._at(rid)[0] is rid:
             self._files.resize(rid, size)
         else:
+            old = self._inodes[rid].size
             self._record(rid, size)
+            if size < old:  # who persists the size persists that, too
+                with suppress(errors.Exception):  # `check` sees what is left
+                    self.write(rid, size, _ZEROS[size:old])
 
     def _record(self, rid: RegionID, size: int) -> None:
         pack, start = self._at(rid)
