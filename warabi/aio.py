@@ -16,7 +16,6 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -29,7 +28,7 @@ from warabi.aio_link import DirectLink, Link, Place, WireLink
 from warabi.aio_readonly import ReadOnlyLink
 from warabi.aio_side_channel import SideChannel
 from warabi.answers import RegionStat
-from warabi.buffers import checked_path, checked_size, readable, writable
+from warabi.buffers import Lender, abandon, checked_path, checked_size, readable, writable
 from warabi.connection import TIMEOUT
 from warabi.extents import EXTENTS, check_total, checked_extents, pack
 from warabi.feed import Changes
@@ -83,9 +82,13 @@ class Target:
             raise errors.OutOfBounds(
                 f"read {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
             )
-        owner = BytesIO(bytes(size))  # see filled_bytes: its buffer becomes the result
-        with owner.getbuffer() as view:
-            await self._link.read_into(_id(region), offset, view)
+        owner = Lender(bytes(size))  # see filled_bytes: its buffer becomes the result
+        try:
+            with owner.getbuffer() as view:
+                await self._link.read_into(_id(region), offset, view)
+        except BaseException:
+            abandon(owner)
+            raise
         return owner.getvalue()
 
     async def read_into(self, region: RegionID, offset: int, buffer: Any) -> None:

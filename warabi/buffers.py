@@ -7,6 +7,7 @@ import io
 import operator
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,13 +100,48 @@ def checked_path(value: Any, what: str) -> str:
     return path
 
 
+class Copied(bytearray):
+    """As ``BytesIO``, as far as :func:`filled_bytes` needs that, with a copy made at the end."""
+
+    def getbuffer(self) -> memoryview:
+        return memoryview(self)
+
+    def getvalue(self) -> bytes:
+        return bytes(self)
+
+
+# Python 3.12.0 and 3.12.1 crash when they collect a cycle that has a view of a BytesIO.
+Lender: Callable[[bytes], io.BytesIO | Copied] = (
+    Copied if (3, 12) <= sys.version_info < (3, 12, 2) else io.BytesIO
+)
+"""What lends its buffer out writable, and hands it back as bytes."""
+
+
 def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:
     """Immutable bytes of *size*, filled in place by *fill*: no second copy.
 
     ``BytesIO`` owns the only reference to its buffer here, lends it out writable, and hands it
     back as bytes.
     """
-    owner = io.BytesIO(bytes(size))
-    with owner.getbuffer() as view:
-        fill(view)
+    owner = Lender(bytes(size))
+    try:
+        with owner.getbuffer() as view:
+            fill(view)
+    except BaseException:
+        abandon(owner)
+        raise
     return owner.getvalue()
+
+
+def abandon(owner: io.BytesIO | Copied) -> None:
+    """Have *owner* be collected in silence, although parts of its view may still be there.
+
+    The exception's traceback holds them; when that is part of a cycle, all are collected together.
+    The finalizer of a ``BytesIO`` closes it, which fails while there are views, and Python says
+    so from 3.13 on.
+    """
+    vars(owner)["close"] = _nothing
+
+
+def _nothing() -> None:
+    pass
