@@ -189,7 +189,8 @@ def test_a_fault_at_every_call(backend: str, place: Path, injector: Injector) ->
                     expected = errors.StorageError, errors.StorageFull
                     assert isinstance(failure, expected), (site, failure)
     # What may fail unnoticed: nobody waits for it, or it is tried again.
-    assert set(silent) <= SILENT, silent
+    packs = {("fileio", "pwrite")} if backend in ("file", "summed") else set()
+    assert set(silent) <= SILENT | packs, silent  # what is cut off is looked at before growth, too
     print(f"{backend}: {number} faults at {len(counts)} call sites")
 
 
