@@ -101,7 +101,7 @@ def test_small_nameless_regions_share_files(path: Path) -> None:
         assert [len(told[r]) for r in small] == [n % (SLOT + 1) for n in range(0, 9000, 15)]
 
 
-@pytest.mark.parametrize("settings", [{"packed": False}, {"directio": True}, {"sync": True}])
+@pytest.mark.parametrize("settings", [{"packed": False}, {"directio": True}])
 def test_where_none_are_wanted(path: Path, settings: dict[str, Any]) -> None:
     with opened(path, **settings) as target:
         target.create_and_write(b"own")

@@ -103,7 +103,7 @@ def _file_plan(config: FileConfig) -> _Plan:
         config.path, "file", config.create_if_missing, "create_if_missing",
         config.override_if_exists, make, capacity=config.capacity,
         threads=config.abt_io.backing_thread_count, checksums=config.checksums,
-        packed=config.packed is not False and not (config.directio or config.sync),
+        packed=config.packed is not False and not config.directio,
     )  # fmt: skip
 
 
