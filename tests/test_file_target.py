@@ -867,14 +867,14 @@ def test_a_file_system_without_extended_attributes(
     monkeypatch.setattr(times, "put", refuse)
     with open_target(path) as target:
         region = target.create_and_write(bytes(5000), persist=True)
-        for _ in range(3):
+        for number in range(3):
             target.write(region, 0, b"x")
             target.fsync(region)
-            assert not target._catalogue.uncommitted
-        shutil.copytree(path.parent, path.parent.with_name("copy"))  # as a crash leaves it
-        told = target.stat(region)
-    with existing(path.parent.with_name("copy") / path.name) as target:
-        assert target.stat(region) == told
+            copy = path.parent.with_name(f"copy{number}")  # as a crash leaves it
+            shutil.copytree(path.parent, copy)
+            told = target.stat(region)
+            with existing(copy / path.name) as left:
+                assert left.stat(region) == told
     assert len(calls) == 1
 
 

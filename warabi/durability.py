@@ -125,10 +125,21 @@ class DurableRegions(RegionGate):
         """Persist an extent of a region that the caller is in, and with *times* its times."""
         kept = times and self._keep_times(inode)
         self._storage.persist(inode.rid, offset, size, times=kept)
-        if (times and not kept) or not self._catalogue.is_synced(inode.changed):
+        if times and not kept:
+            self._commit_times(inode)
+        elif not self._catalogue.is_synced(inode.changed):
             self._commit()
         else:
             self._catalogue.check()
+
+    def _commit_times(self, inode: Inode) -> None:
+        """Commit a region's times, which by themselves are no change that is waited for."""
+        with self._lock:
+            ctime = inode.ctime
+            if not inode.dead:
+                self._catalogue.touch(inode, durable=True, tell=False)
+        self._commit()
+        inode.kept = ctime
 
     @contextlib.contextmanager
     def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:

@@ -72,7 +72,7 @@ class Inode:
         self.rid = RegionID.from_parts(ino, generation)
         self.stored = False  # has a row, perhaps an old one
         self.changed = 0  # the change that a persist must have made durable
-        self.kept = -1  # the change time that was put where a sync of the bytes makes it durable
+        self.kept = -1  # the change time that is durable, or is with the next sync of the bytes
         self.seen = ctime  # the change time when somebody was told last
         self.writer: Origin | None = None  # on whose behalf the bytes changed last, if it is known
         self.before = 0  # the change time when that one began; 0: they were its own from the start

@@ -257,3 +257,30 @@ die()
             assert content[2000:].strip(b"\0y") == b"", said
             tried += len(content) > 10
     assert tried > 5
+
+
+@pytest.mark.parametrize("backend", ["file", "summed"])
+def test_times_that_are_kept_in_the_catalogue_are_synced(
+    backend: str, tmp_path: Path, scratch: Path
+) -> None:
+    """As those of regions that have no file of their own, or checksums, are."""
+    script = f"""{BEGIN}
+target = opened(backend, path)
+region = target.create_and_write(b"first", persist=True)
+for number in range(3):
+    target.write(region, 0, b"again")
+    target.fsync(region)
+    found = target.stat(region)
+    say(f"{{found.mtime_ns}} {{found.ctime_ns}}")
+die()
+"""
+    arguments = ["-c", script, backend, f"{tmp_path}/disk/target"]
+    events = powerloss.recorded(tmp_path, arguments, killed=1)
+    told = set()
+    for said, found, _ in found_after(backend, tmp_path, scratch, events, 2):
+        if said:
+            due = tuple(map(int, said.split()))
+            (times,) = found.times.values()
+            assert times == due or times.ctime > due[1]
+            told.add(said)
+    assert len(told) == 3

@@ -368,7 +368,7 @@ class PackedStorage(Storage):
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         file, start = self._at(rid)
         try:
-            self._files.persist(file, start + offset, size, times=times)
+            self._files.persist(file, start + offset, size, times=times and file is rid)
         except errors.Exception as error:
             raise _of(rid, file, error) from error.__cause__
 
