@@ -28,6 +28,7 @@ from warabi.client import Client
 from warabi.config import FileConfig
 from warabi.engine import Engine, client
 from warabi.inode import MOVED, OWN, PACKED
+from warabi.lanes import FIRM
 from warabi.region import RegionID
 from warabi.target import Target
 
@@ -551,3 +552,30 @@ with Engine("na+sm", client) as engine:
     with provider_process("na+sm", file_config(tmp_path / "target")) as served:
         done = run_python(script, served.address)
         assert done.returncode == 0, done.stderr
+
+
+def test_who_shares_a_pack_that_could_not_be_synced_is_not_persisted_by_clients(
+    path: Path, faults: Injector
+) -> None:
+    """Their own descriptors may be newer than the failure, and know nothing of it."""
+    (site,) = (site for site in sites(base) if site.call == "fdatasync")
+    with opened(path) as target:
+        regions = [target.create_and_write(b"lost", persist=True) for _ in range(3)]
+        joined = target.join()
+        assert joined is not None
+        guest, grants = joined
+        indices = []
+        for region in regions:
+            granted = target.grant(region, guest.number, writable=True)
+            assert granted is not None
+            os.close(granted.place.fd)
+            indices.append(granted.index)
+            target.persist(region, 0, 4)
+        assert all(grants._entries[FIRM + index] for index in indices)
+        faults.arm(site, 1, fails(errno.EIO))
+        with pytest.raises(errors.StorageError):
+            target.persist(regions[0], 0, 4)
+        assert not any(grants._entries[FIRM + index] for index in indices)
+        for region in regions:
+            target.erase(region)
+        target.leave(guest)

@@ -95,9 +95,9 @@ class SharedRegions(DurableRegions):
         except WouldBlock:
             raise
         except BaseException:
-            with self._lock:
-                if inode.share is not None:
-                    inode.share.loosen()
+            with self._lock:  # what failed may have been a sync of others' bytes, too
+                if self._grants is not None:
+                    self._grants.loosen_all()
             raise
         if inode.share is not None:
             with self._lock:
