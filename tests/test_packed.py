@@ -579,3 +579,19 @@ def test_who_shares_a_pack_that_could_not_be_synced_is_not_persisted_by_clients(
         for region in regions:
             target.erase(region)
         target.leave(guest)
+
+
+def test_a_region_that_grew_out_of_a_pack_is_persisted_as_others_are(path: Path) -> None:
+    """Its file counts, whatever its row says; no commit has to wait for the medium."""
+    with opened(path) as target:
+        region = target.create_and_write(b"x" * SLOT, persist=True)
+        inode = target._catalogue.region(region)
+        assert inode is not None
+        for number in range(5):
+            target.write(region, SLOT + number, b"y", extend=True)
+            assert target._catalogue.is_synced(inode.changed)
+            with target.persisting(region, 0, SLOT) as flush:
+                flush.wait()
+        with opened(crashed(path)) as left:
+            assert left.read(region, 0, SLOT + 5) == b"x" * SLOT + b"y" * 5
+            assert place(left, region) == MOVED

@@ -32,7 +32,7 @@ from warabi.errors import (
     InvalidRegion,
 )
 from warabi.feed import ATTRIBUTES, CONTENT, ORIGIN, Feed
-from warabi.inode import MOVED, OWN, ROOT, Attributes, Inode
+from warabi.inode import OWN, ROOT, Attributes, Inode
 from warabi.journal import Journal, Row, sync_directory, translate
 from warabi.region import RegionID
 from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
@@ -227,7 +227,7 @@ class Catalogue:
         """Note a region's size; what is durable of it is the storage's."""
         self.used += size - inode.size
         inode.size = size
-        self.touch(inode, durable=inode.packed == MOVED)  # where its bytes are is to be durable
+        self.touch(inode, durable=False)
         if inode.share is not None:
             inode.share.loosen()
 
