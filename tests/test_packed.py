@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -595,3 +596,18 @@ def test_a_region_that_grew_out_of_a_pack_is_persisted_as_others_are(path: Path)
         with opened(crashed(path)) as left:
             assert left.read(region, 0, SLOT + 5) == b"x" * SLOT + b"y" * 5
             assert place(left, region) == MOVED
+
+
+def test_nobody_waits_for_the_medium_with_the_lock_held(path: Path) -> None:
+    """The place where new regions are noted is none of the writes that `sync` is for."""
+    with opened(path, sync=True) as target:
+        region = target.create(8)
+        flags = {
+            fcntl.fcntl(int(fd), fcntl.F_GETFL) & os.O_DSYNC
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{fd}")
+            and os.readlink(f"/proc/self/fd/{fd}") == str(pack_file(path, region))
+        }
+        assert flags == {0, os.O_DSYNC}
+        target.write(region, 0, b"12345678", persist=True)
+        assert target.read(region, 0, 8) == b"12345678"

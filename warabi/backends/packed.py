@@ -34,7 +34,6 @@ from typing import Protocol
 
 from warabi import errors
 from warabi.backends.base import STRANGERS, Flush, Place, Storage
-from warabi.backends.borrowed import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.backends.pack import (
     PACK,
@@ -53,6 +52,7 @@ from warabi.catalogue import Catalogue
 from warabi.errors import WouldBlock
 from warabi.fileio import pwrite_full
 from warabi.inode import MOVED, OWN, PACKED, Inode
+from warabi.journal import let_go
 from warabi.region import RegionID
 
 _ZEROS = memoryview(bytes(SLOT))
@@ -96,9 +96,9 @@ class PackedStorage(Storage):
         self._catalogue = catalogue
         self._inodes = catalogue.by_rid
         self._packing = packing
-        # Where new regions go, by the pack's number, and not closed meanwhile; only `create`, which
-        # is called by one at a time, changes and uses it.
-        self._newest: tuple[int, RegionID, OpenFile] | None = None
+        # Where new regions go: the pack's number, its ID and a descriptor, whose writes never wait
+        # for the medium, for it is used and changed with the target's lock held.
+        self._newest: tuple[int, RegionID, int] | None = None
         self._packs: dict[int, RegionID] = {}  # their IDs, of those used lately
         self._shares = itertools.count(1)
         self._left: set[RegionID] = set()  # packs that a scan found
@@ -144,29 +144,30 @@ class PackedStorage(Storage):
             newest = self._newest
             if newest is None or newest[0] != number or self._files._failed:
                 newest = self._prepare(inode)
-            if newest is None or os.lseek(newest[2].fd, 0, os.SEEK_END) < PACK:
+            if newest is None or os.lseek(newest[2], 0, os.SEEK_END) < PACK:
                 inode.packed = OWN
                 self._files.create(rid, size)
                 return
-            _, pack, held = newest
+            _, pack, fd = newest
             with self._files._translated(rid, "create"):
                 record = RECORD.pack(inode.generation, size)
-                os.pwrite(held.fd, record, RECORDS + index * RECORD.size)
+                os.pwrite(fd, record, RECORDS + index * RECORD.size)
             self._files._dirty.add(pack)
 
-    def _prepare(self, inode: Inode) -> tuple[int, RegionID, OpenFile] | None:
+    def _prepare(self, inode: Inode) -> tuple[int, RegionID, int] | None:
         """The pack that the region may be in, which is made if need be; None if it may not."""
         self._let_go()
         pack = pack_of(inode.ino)
         if pack not in self._files._failed and self._is_whole(pack, inode):
-            self._newest = (inode.ino // SLOTS, pack, self._files._take(pack))
+            with self._files._translated(pack, "create in"):
+                fd = os.open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
+            self._newest = (inode.ino // SLOTS, pack, fd)
         return self._newest
 
     def _let_go(self) -> None:
         if self._newest is not None:
-            _, pack, held = self._newest
+            let_go(self._newest[2])
             self._newest = None
-            self._files._give_back(pack, held)
 
     def _is_whole(self, pack: RegionID, inode: Inode) -> bool:
         """Whether the pack of a new region is there, and has been since its first region."""
