@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,9 @@ from tests.test_fsck import edit, fsck
 from warabi import errors, fileio, journal, layout
 from warabi.backends import base, packed
 from warabi.backends import file as storage
+from warabi.backends.borrowed import Borrowed
 from warabi.backends.pack import PACK, SLOT, SLOTS, is_pack, pack_of
+from warabi.backends.packed import PackedStorage
 from warabi.client import Client
 from warabi.config import FileConfig
 from warabi.engine import Engine, client
@@ -611,3 +614,69 @@ def test_nobody_waits_for_the_medium_with_the_lock_held(path: Path) -> None:
         assert flags == {0, os.O_DSYNC}
         target.write(region, 0, b"12345678", persist=True)
         assert target.read(region, 0, 8) == b"12345678"
+
+
+def test_a_pack_goes_when_its_last_regions_are_erased_side_by_side(path: Path) -> None:
+    """Each of two calls sees what the other one is still to erase."""
+    with opened(path) as target:
+        regions = [target.create_and_write(b"bytes") for _ in range(SLOTS + 10)]
+        target.sync()
+        storage = target._storage
+        assert isinstance(storage, PackedStorage)
+        looked, go = threading.Event(), threading.Event()
+        borrow = storage._files._borrow
+
+        def slowly(rid: bytes) -> Borrowed:
+            if not looked.is_set():
+                looked.set()
+                assert go.wait(10)
+            return borrow(rid)
+
+        inode = target._enter(regions[0], "read", True)
+        for region in regions[: SLOTS - 2]:
+            target.erase(region)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(storage._files, "_borrow", slowly)
+            first = threading.Thread(target=target.commit)
+            first.start()
+            assert looked.wait(10)
+            target._leave(inode)
+            target.commit()
+            go.set()
+            first.join(10)
+        storage.settle()
+        assert len(files(path)[0]) == 1
+        assert not storage._retired
+        assert not storage._retired_of
+        assert target.read(regions[-1], 0, 5) == b"bytes"
+
+
+def test_creating_beside_the_end_of_a_pack_that_failed(path: Path, faults: Injector) -> None:
+    """A new region is not made in a file that is about to have no name."""
+    (site,) = (site for site in sites(base) if site.call == "fdatasync")
+    with opened(path) as target:
+        region = target.create_and_write(b"lost")
+        faults.arm(site, 1, fails(errno.EIO))
+        with pytest.raises(errors.StorageError):
+            target.persist(region, 0, 4)
+        made: list[RegionID] = []
+        creator = threading.Thread(target=lambda: made.append(target.create_and_write(b"new")))
+        unlink = os.unlink
+
+        def unlinked(name: Any, **keywords: Any) -> None:
+            if str(name) == str(pack_file(path, region)):
+                creator.start()
+                creator.join(0.5)  # it waits for the lock, or is done
+            unlink(name, **keywords)
+
+        target.erase(region)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", unlinked)
+            target.commit()
+        creator.join(10)
+        (new,) = made
+        with opened(crashed(path)) as left:
+            assert new not in left.list() or left.read(new, 0, 3) == b"new"
+        target.persist(new, 0, 3)
+        with opened(crashed(path)) as left:
+            assert left.read(new, 0, 3) == b"new"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable, Iterator
 
 from warabi.fileio import punch, pwrite_full
 from warabi.region import RegionID
@@ -49,10 +50,21 @@ def recorded(fd: int, pack: RegionID) -> dict[RegionID, int]:
     return found
 
 
-def forget(fd: int, first: int, last: int) -> None:
-    """Clear the slots, and the records, of an open pack from number *first* to before *last*; one
-    that was cut off does not get longer."""
-    punch(fd, first * SLOT, (last - first) * SLOT)
-    if os.lseek(fd, 0, os.SEEK_END) == PACK:
-        size = RECORD.size
-        pwrite_full(fd, memoryview(bytes((last - first) * size)), RECORDS + first * size)
+def forget(fd: int, numbers: Iterable[int]) -> None:
+    """Clear these slots, and their records, of an open pack; one that was cut off does not get
+    longer."""
+    whole = os.lseek(fd, 0, os.SEEK_END) == PACK
+    for first, last in _runs(sorted(numbers)):
+        punch(fd, first * SLOT, (last - first) * SLOT)
+        if whole:
+            cleared = bytes((last - first) * RECORD.size)
+            pwrite_full(fd, memoryview(cleared), RECORDS + first * RECORD.size)
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last, exclusive, of each run in sorted *numbers*."""
+    start = 0
+    for index, number in enumerate(numbers, 1):
+        if index == len(numbers) or numbers[index] != number + 1:
+            yield numbers[start], number + 1
+            start = index

@@ -65,15 +65,6 @@ def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
     return type(error)(str(error).replace(file.hex(), rid.hex()))
 
 
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last, exclusive, of each run in sorted *numbers*."""
-    start = 0
-    for index, number in enumerate(numbers, 1):
-        if index == len(numbers) or numbers[index] != number + 1:
-            yield numbers[start], number + 1
-            start = index
-
-
 class Owner(Protocol):
     """What the storage asks of the target that it belongs to."""
 
@@ -104,7 +95,7 @@ class PackedStorage(Storage):
         self._left: set[RegionID] = set()  # packs that a scan found
         self._retired: dict[bytes, Inode] = {}  # of which the catalogue knows no more
         self._retired_of: Counter[int] = Counter()  # how many of them a pack has
-        self._unneeded: set[int] = set()  # packs that only new regions may need
+        self._unneeded: set[int] = set()  # packs that only new regions, or dying ones, may need
         self.write_waits = files.write_waits
         self.shares_writes = files.shares_writes
 
@@ -329,34 +320,42 @@ class PackedStorage(Storage):
         files, pack = self._files, pack_of(number * SLOTS)
         slots = slots_of(pack)
         with self._guard:  # so that none is made there
-            needed = self._retired_of[number] > len(inodes) or bool(
-                self._catalogue.packed(slots[0], slots[-1])
-            )
-            if not needed and self._catalogue.is_next(slots) and pack not in files._failed:
-                self._unneeded.add(number)
+            others = self._retired_of[number] > len(inodes)
+            needed = others or bool(self._catalogue.packed(slots[0], slots[-1]))
+            if others or (
+                self._catalogue.is_next(slots) and pack not in files._failed and not needed
+            ):
+                self._unneeded.add(number)  # the others may be about to be erased, and see these
                 needed = True
-            if not needed and self._newest is not None and self._newest[0] == number:
-                self._let_go()
-        if not needed:
-            files.erase(pack)
-        elif files._exists(pack):  # gone is what is wanted
+            if not needed:
+                if self._newest is not None and self._newest[0] == number:
+                    self._let_go()
+                files.erase(pack)
+        if needed and files._exists(pack):  # gone is what is wanted
             with files._translated(pack, "erase in"), files._borrow(pack) as fd:
-                numbers = sorted(inode.ino - slots[0] for inode in inodes)
-                for first, last in _runs(numbers):
-                    forget(fd, first, last)
+                forget(fd, [inode.ino - slots[0] for inode in inodes])
                 files._dirty.add(pack)
-        for inode in inodes:
-            if self._retired.pop(inode.rid, None) is not None:
-                self._retired_of[number] -= 1
-        if not self._retired_of[number]:
-            del self._retired_of[number]
+        with self._guard:
+            for inode in inodes:
+                if self._retired.pop(inode.rid, None) is not None:
+                    self._retired_of[number] -= 1
+            if not self._retired_of[number]:
+                del self._retired_of[number]
 
     def settle(self) -> None:
-        """Remove packs that were the newest when their last region was erased."""
+        """Remove packs that something seemed to need when their last region was erased."""
         self._files.settle()
-        unneeded, self._unneeded = self._unneeded, set()
+        with self._guard:
+            unneeded = list(self._unneeded)
         for number in unneeded:
-            self._erase_in(number, [])
+            with self._guard:
+                self._unneeded.discard(number)
+            try:
+                self._erase_in(number, [])
+            except BaseException:
+                with self._guard:
+                    self._unneeded.add(number)
+                raise
 
     # The medium
 
@@ -428,10 +427,9 @@ class PackedStorage(Storage):
                 self._files.erase(pack)
                 continue
             self._believe(pack, used)
-            unused = sorted(set(slots).difference(used))
+            unused = set(slots).difference(used)
             with self._files._translated(pack, "recovery of"), self._files._borrow(pack) as fd:
-                for first, last in _runs([slot - slots[0] for slot in unused]):
-                    forget(fd, first, last)
+                forget(fd, [slot - slots[0] for slot in unused])
         self._left.clear()
         return found
 

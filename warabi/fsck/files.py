@@ -147,8 +147,7 @@ class FileCheck:
             wanted = self._report.note(f"{text}, which opening the target removes", remedy)
         if wanted:
             self._lost.copy(file.path, file.path.name)
-            for number in strays:
-                forget(fd, number, number + 1)
+            forget(fd, strays)
 
     def _moved(self, rid: RegionID) -> None:
         text = f"region {rid.hex()} has a file, its row says that it is in a pack"
