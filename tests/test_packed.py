@@ -10,6 +10,8 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,7 +22,14 @@ import pytest
 
 from tests.crash.faults import Injector, Site, fails, injector, sites
 from tests.crash.targets import accounted
-from tests.helpers import eventually, file_config, pattern, provider_process, run_python
+from tests.helpers import (
+    environment,
+    eventually,
+    file_config,
+    pattern,
+    provider_process,
+    run_python,
+)
 from tests.test_fsck import edit, fsck
 from warabi import errors, fileio, journal, layout
 from warabi.backends import base, packed
@@ -680,3 +689,55 @@ def test_creating_beside_the_end_of_a_pack_that_failed(path: Path, faults: Injec
         target.persist(new, 0, 3)
         with opened(crashed(path)) as left:
             assert left.read(new, 0, 3) == b"new"
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_who_was_stopped_in_a_write_when_the_process_was_killed(path: Path, checked: bool) -> None:
+    """It goes on to write to a region that nobody knows any more, and to no new one."""
+    script = """
+import os, signal, sys
+from warabi import layout
+from warabi.config import FileConfig
+target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
+kept = target.create_and_write(b"kept", persist=True)
+for _ in range(600):
+    target.create(4096)
+print("here", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        packs = [os.open(file, os.O_RDWR) for file in files(path)[0]]
+        process.kill()
+        process.wait(60)
+    assert len(packs) == 3
+    try:
+        if checked:
+            assert fsck(path, "--repair")[0] == 0
+        with opened(path) as target:
+            (kept,) = target.list()
+            new = [target.create(SLOT) for _ in range(700)]
+            for pack in packs:
+                for slot in range(SLOTS):
+                    if pack != packs[0] or slot != kept.slot:
+                        os.pwrite(pack, b"late", slot * SLOT)
+            assert {target.read(region, 0, SLOT) for region in new} == {bytes(SLOT)}
+            assert target.read(kept, 0, 4) == b"kept"
+    finally:
+        for pack in packs:
+            os.close(pack)
+
+
+def test_numbers_beyond_those_of_packs(path: Path) -> None:
+    """A slot that no import can have is in no pack; its file would not be known as one."""
+    with opened(path) as target:
+        target._catalogue._next_ino = (1 << 62) - 1
+        last, beyond = (target.create_and_write(b"bytes", persist=True) for _ in range(2))
+        assert (place(target, last), place(target, beyond)) == (PACKED, OWN)
+        with opened(crashed(path)) as left:
+            assert contents(left) == {last: b"bytes", beyond: b"bytes"}

@@ -337,6 +337,11 @@ class Catalogue:
         """Whether a new inode may get one of *slots*."""
         return self._next_ino < slots.stop
 
+    def leave(self, slots: range) -> None:
+        """Give no new inode any of *slots*."""
+        if self._next_ino in slots:
+            self._next_ino = slots.stop
+
     def packed(self, first: int, last: int) -> list[int]:
         """The regions in slots from *first* to *last* that are, or were, in a pack, by slot."""
         self.flush()

@@ -15,8 +15,8 @@ What is true when:
   of the slot behind the size are zeros on the medium before the region grows: they are cleared when
   it shrinks, and looked at when it grows, for that may have been interrupted.
 * Nobody ever gets the slot that another region of this process had: slots of the catalogue are
-  used again only by a later one, and the bytes of erased regions are cleared before the target is
-  closed, or when it is opened after a crash.
+  used again only after a crash, in other packs, and the bytes of erased regions are cleared before
+  the target is closed, or when it is opened after a crash.
 * A region that moved keeps its slot, and the old bytes in it, until it is erased: then no order of
   what gets to the medium can lose them.
 """
@@ -149,7 +149,8 @@ class PackedStorage(Storage):
         """The pack that the region may be in, which is made if need be; None if it may not."""
         self._let_go()
         pack = pack_of(inode.ino)
-        if pack not in self._files._failed and self._is_whole(pack, inode):
+        known = is_pack(pack)  # else its number is beyond what an import may give
+        if known and pack not in self._files._failed and self._is_whole(pack, inode):
             with self._files._translated(pack, "create in"):
                 fd = os.open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
             self._newest = (inode.ino // SLOTS, pack, fd)
@@ -426,6 +427,8 @@ class PackedStorage(Storage):
             if not used:
                 self._files.erase(pack)
                 continue
+            # A client of the process that was killed may be stopped in the middle of a write.
+            self._catalogue.leave(slots)
             self._believe(pack, used)
             unused = set(slots).difference(used)
             with self._files._translated(pack, "recovery of"), self._files._borrow(pack) as fd:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from warabi import layout
+from warabi.backends.pack import SLOTS
 from warabi.errors import ConfigError
 from warabi.fsck.files import FileCheck
 from warabi.fsck.report import LostFound, Report
@@ -80,6 +81,15 @@ def _check(
             orphans = "SELECT 1 FROM inode WHERE nlink = 0 AND anonymous = 0"
             if not report.left and db.execute(orphans).fetchone() is None:
                 db.execute("UPDATE meta SET value = 1 WHERE key = 'clean'")
+            if salvaged or not clean:
+                # As opening it does: nobody gets a slot of a pack that others may still write to.
+                db.execute(
+                    "INSERT OR REPLACE INTO meta SELECT 'last', max(ino) | ? FROM inode"
+                    " WHERE EXISTS(SELECT 1 FROM inode WHERE packed != 0)"
+                    " HAVING max(ino) IS NOT NULL AND max(ino) | ? >"
+                    " coalesce((SELECT value FROM meta WHERE key = 'last'), 0)",
+                    (SLOTS - 1, SLOTS - 1),
+                )
             if row is None or row[0] != 1:  # what was volatile may be lost: a new epoch
                 db.execute("DELETE FROM meta WHERE key = 'epoch'")
             db.execute("COMMIT")

@@ -141,13 +141,17 @@ class FileCheck:
             return
         text = f"the pack {file.rid.hex()} has {len(strays)} regions that no row tells of"
         remedy = f"taken out of it; a copy is in {self._lost.directory}"
+        if not known:
+            remedy = f"moved to {self._lost.directory}"
         if self._clean:
             wanted = self._report.problem(text, remedy)
         else:
             wanted = self._report.note(f"{text}, which opening the target removes", remedy)
-        if wanted:
+        if wanted and known:
             self._lost.copy(file.path, file.path.name)
             forget(fd, strays)
+        elif wanted:
+            self._lost.move(file.path)
 
     def _moved(self, rid: RegionID) -> None:
         text = f"region {rid.hex()} has a file, its row says that it is in a pack"
