@@ -741,3 +741,97 @@ def test_numbers_beyond_those_of_packs(path: Path) -> None:
         assert (place(target, last), place(target, beyond)) == (PACKED, OWN)
         with opened(crashed(path)) as left:
             assert contents(left) == {last: b"bytes", beyond: b"bytes"}
+
+
+def test_damaged_records(path: Path) -> None:
+    """Of a lost catalogue, too; what cannot be a region's record is none."""
+    rng = random.Random(3)
+    for lost in (False, True):
+        with opened(path) as target:
+            told = {target.create_and_write(pattern(99, n)): pattern(99, n) for n in range(300)}
+        for file in files(path)[0]:
+            with open(file, "r+b") as pack:
+                for number in rng.sample(range(SLOTS), 99):
+                    pack.seek(PACK - SLOTS * 16 + number * 16)
+                    pack.write(rng.choice((b"\xff" * 16, rng.randbytes(16), bytes(8) + b"x" * 8)))
+        if lost:
+            path.write_bytes(b"")
+        assert fsck(path)[0] == 4
+        assert fsck(path, "--repair")[0] == 1
+        assert fsck(path)[0] == 0
+        with opened(path) as target:
+            found = contents(target)
+            accounted(path, target, found)
+            if not lost:
+                assert found == told
+            for region in found:
+                target.resize(region, 5)
+                target.erase(region)
+    assert sum(found[region] == told[region] for region in told.keys() & found.keys()) > 100
+
+
+def test_a_pack_that_is_too_long_keeps_its_records(path: Path) -> None:
+    with opened(path) as target:
+        told = {target.create_and_write(pattern(99, n)): pattern(99, n) for n in range(9)}
+    (file,) = files(path)[0]
+    with open(file, "ab") as pack:
+        pack.write(b"more")
+    assert fsck(path, "--repair")[0] == 1
+    assert fsck(path)[0] == 0
+    path.write_bytes(b"")
+    assert fsck(path, "--repair")[0] == 1
+    with opened(path) as target:
+        assert contents(target) == told
+
+
+@pytest.mark.parametrize("damage", ["short", "record"])
+def test_sums_tell_that_a_pack_had_more(path: Path, damage: str) -> None:
+    """A pack that is shorter than what was persisted is not believed after a crash."""
+    with opened(path, checksums=True) as target:
+        kept, region = (target.create_and_write(b"12345678" * 9, persist=True) for _ in range(2))
+        target.sync()
+        target.commit()
+        left = crashed(path)
+    (file,) = files(left)[0]
+    if damage == "short":
+        os.truncate(file, region.slot * SLOT + 20)
+    else:
+        with open(file, "r+b") as pack:
+            pack.seek(PACK - (SLOTS - region.slot) * 16 + 8)
+            pack.write(bytes(8))
+    copy = left.parent.with_name("other")
+    shutil.copytree(left.parent, copy)
+    with opened(left) as target:
+        assert target.size(region) == 72
+        if damage == "short":
+            with pytest.raises(errors.CorruptTarget):
+                target.read(region, 0, 72)
+        else:
+            assert target.read(region, 0, 72) == b"12345678" * 9
+        assert target.read(kept, 0, 72) == b"12345678" * 9
+    assert fsck(copy / left.name)[0] == 4
+    assert fsck(copy / left.name, "--repair")[0] == 1
+    assert fsck(copy / left.name)[0] == 0
+    with opened(copy / left.name) as target:
+        assert (target.size(region) if damage == "record" else len(target.list())) in (72, 1)
+
+
+def test_a_pack_that_was_not_synced_is_no_damage(path: Path) -> None:
+    """Its length was lost with the power, and so were bytes that nobody persisted."""
+    with opened(path) as target:
+        regions = [target.create_and_write(b"12345678") for _ in range(9)]
+        target._commit()
+        left = crashed(path)
+    os.truncate(files(left)[0][0], regions[5].slot * SLOT + 4)
+    copy = left.parent.with_name("other")
+    shutil.copytree(left.parent, copy)
+    found = []
+    for place_, checked in ((left, False), (copy / left.name, True)):
+        if checked:
+            assert fsck(place_)[0] == 0
+            assert fsck(place_, "--repair")[0] == 0
+            assert fsck(place_)[0] == 0
+        with opened(place_) as target:
+            found.append(contents(target))
+    assert found[0] == found[1]
+    assert list(found[0].values()) == [b"12345678"] * 5 + [b"1234"] + [b""] * 3

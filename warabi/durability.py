@@ -251,7 +251,7 @@ class DurableRegions(RegionGate):
                 else:
                     self._storage.create(rid, 0)
                     catalogue.resize(found, 0)
-        if self._storage.tidy() or any_found:
+        if self._storage.tidy(self._storage.attests) or any_found:
             self._storage.sync_found()  # who was killed left us to persist what it had written
         if orphaned or resized or lost:
             log.warning(

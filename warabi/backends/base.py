@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple, Protocol
 
 from warabi import errors
 from warabi.backends.times import Times
@@ -53,6 +53,14 @@ class Fresh(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Give them back, unless they became a region's."""
+
+
+class Owner(Protocol):
+    """What a storage asks of the target that it belongs to."""
+
+    @property
+    def _storage_guard(self) -> AbstractContextManager[None]:
+        """Takes the target's lock, also while the target closes."""
 
 
 class Flush(NamedTuple):
@@ -237,9 +245,10 @@ class Storage(ABC):
         """After a crash: whether bytes of a region that :meth:`scan` did not give are there."""
         return False
 
-    def tidy(self) -> bool:
+    def tidy(self, attests: Callable[[Inode, int], bool]) -> bool:
         """After a crash, when it is known which regions there are: remove what nobody has of what
-        :meth:`scan` did not give; whether there was such a thing."""
+        :meth:`scan` did not give, and believe the rest but for what *attests*, as :meth:`attests`,
+        disproves; whether there was such a thing."""
         return False
 
     @abstractmethod

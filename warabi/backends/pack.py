@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from warabi.fileio import punch, pwrite_full
+from warabi.inode import ROOT
 from warabi.region import RegionID
 
 SLOT = 4096
@@ -45,7 +46,7 @@ def recorded(fd: int, pack: RegionID) -> dict[RegionID, int]:
     records = os.pread(fd, SLOTS * RECORD.size, RECORDS).ljust(SLOTS * RECORD.size, b"\0")
     found = {}
     for slot, (generation, size) in zip(slots_of(pack), RECORD.iter_unpack(records), strict=True):
-        if generation:
+        if slot > ROOT and 0 < generation < 1 << 63:  # as a region's are
             found[RegionID.from_parts(slot, generation)] = min(size, SLOT)
     return found
 

@@ -30,10 +30,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Protocol
 
 from warabi import errors
-from warabi.backends.base import STRANGERS, Flush, Place, Storage
+from warabi.backends.base import STRANGERS, Flush, Owner, Place, Storage
 from warabi.backends.file import FileStorage
 from warabi.backends.pack import (
     PACK,
@@ -63,14 +62,6 @@ def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
     if file is rid:
         return error
     return type(error)(str(error).replace(file.hex(), rid.hex()))
-
-
-class Owner(Protocol):
-    """What the storage asks of the target that it belongs to."""
-
-    @property
-    def _storage_guard(self) -> AbstractContextManager[None]:
-        """Takes the target's lock, also while the target closes."""
 
 
 class PackedStorage(Storage):
@@ -419,7 +410,7 @@ class PackedStorage(Storage):
     def found(self, inode: Inode) -> bool:
         return inode.packed == PACKED and pack_of(inode.ino) in self._left
 
-    def tidy(self) -> bool:
+    def tidy(self, attests: Callable[[Inode, int], bool]) -> bool:
         found = bool(self._left)
         for pack in self._left:
             slots = slots_of(pack)
@@ -429,27 +420,31 @@ class PackedStorage(Storage):
                 continue
             # A client of the process that was killed may be stopped in the middle of a write.
             self._catalogue.leave(slots)
-            self._believe(pack, used)
+            self._believe(pack, used, attests)
             unused = set(slots).difference(used)
             with self._files._translated(pack, "recovery of"), self._files._borrow(pack) as fd:
                 forget(fd, [slot - slots[0] for slot in unused])
         self._left.clear()
         return found
 
-    def _believe(self, pack: RegionID, used: list[int]) -> None:
+    def _believe(
+        self, pack: RegionID, used: list[int], attests: Callable[[Inode, int], bool]
+    ) -> None:
         """Take sizes from a pack, as from files; it may be shorter itself, if it was not synced."""
-        files = self._files
+        files, whole = self._files, True
         with files._translated(pack, "recovery of"), files._borrow(pack) as fd:
             end = os.fstat(fd).st_size
-            if end < PACK:
-                files._set_size(fd, PACK)
             sizes = recorded(fd, pack)
-        for slot in used:
-            inode = self._catalogue.get(slot)
-            if inode is not None and inode.packed == PACKED:
-                size = min(sizes.get(inode.rid, inode.size), max(0, end - self._slot(slot)[1]))
-                if size != inode.size:
-                    self._catalogue.resize(inode, size)
+            for slot in used:
+                inode = self._catalogue.get(slot)
+                if inode is not None and inode.packed == PACKED:
+                    size = min(sizes.get(inode.rid, inode.size), max(0, end - self._slot(slot)[1]))
+                    if size < inode.size and attests(inode, size):
+                        whole = False
+                    elif size != inode.size:
+                        self._catalogue.resize(inode, size)
+            if end < PACK and whole:
+                files._set_size(fd, PACK)
         self._catalogue.trim()
 
     def sync_found(self) -> None:

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from warabi import errors
 from warabi.answers import Verified
+from warabi.backends import base
 from warabi.backends.base import STRANGERS, Place, Storage
 from warabi.backends.times import Times
 from warabi.catalogue import Catalogue
@@ -36,12 +37,8 @@ from warabi.region import RegionID
 from warabi.sums import BLOCK, SumRows, digest
 
 
-class Owner(Protocol):
+class Owner(base.Owner, Protocol):
     """What the storage asks of the target that it belongs to."""
-
-    @property
-    def _storage_guard(self) -> AbstractContextManager[None]:
-        """Takes the target's lock, also while the target closes."""
 
     def _commit(self) -> None:
         """Make the catalogue durable."""
@@ -341,8 +338,8 @@ class SummedStorage(Storage):
     def found(self, inode: Inode) -> bool:
         return self._inner.found(inode)
 
-    def tidy(self) -> bool:
-        return self._inner.tidy()
+    def tidy(self, attests: Callable[[Inode, int], bool]) -> bool:
+        return self._inner.tidy(attests)
 
     def erase(self, rid: RegionID) -> None:
         with self._lock:

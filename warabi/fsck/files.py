@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from warabi.backends import times as filetimes
-from warabi.backends.pack import PACK, SLOT, SLOTS, forget, is_pack, recorded, slots_of
+from warabi.backends.pack import (
+    PACK,
+    RECORD,
+    RECORDS,
+    SLOT,
+    SLOTS,
+    forget,
+    is_pack,
+    recorded,
+    slots_of,
+)
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.tree import TreeCheck
 from warabi.inode import MOVED, OWN, PACKED
@@ -94,8 +104,7 @@ class FileCheck:
 
     def _pack(self, file: RegionFile) -> None:
         """Regions whose slots are in a pack have their bytes, and are what it says they are."""
-        slots = slots_of(file.rid)
-        have = min(file.info.st_size // SLOT, SLOTS)
+        slots, end = slots_of(file.rid), file.info.st_size
         rows = self._db.execute(
             f"SELECT ino, generation, size, packed FROM inode WHERE {_IS_REGION}"
             f" AND packed != {OWN} AND ino BETWEEN ? AND ?",
@@ -104,21 +113,45 @@ class FileCheck:
         with open(file.path, "r+b" if self._report.repairing else "rb", buffering=0) as pack:
             fd = pack.fileno()
             sizes = recorded(fd, file.rid)
+            whole = True  # or not known to have been
             for ino, generation, size, packed in rows:
-                if packed == PACKED and ino < slots[0] + have:
-                    self._db.execute("INSERT OR IGNORE INTO present VALUES(?)", (ino,))
-                    rid = RegionID.from_parts(ino, generation)
-                    if (said := sizes.get(rid, size)) != size:
-                        self._sizes(ino, rid, size, said)
-            self._strays(file, slots, {row[0] - slots[0] for row in rows}, fd)
-            if file.info.st_size == PACK:
-                return
-            text = f"the pack {file.rid.hex()} has {file.info.st_size} bytes, not {PACK}"
-            remedy = f"made as long as it was, by zeros; a copy is in {self._lost.directory}"
-            if self._report.problem(text, remedy):
-                self._lost.copy(file.path, file.path.name)
-                os.truncate(fd, have * SLOT)  # whose slot ends there is missing, too
-                os.truncate(fd, PACK)
+                if packed != PACKED:
+                    continue
+                rid = RegionID.from_parts(ino, generation)
+                number = ino - slots[0]
+                cut = max(0, end - number * SLOT) if end < (number + 1) * SLOT else SLOT
+                said = min(sizes.get(rid, size), cut)
+                lost = said < size and self._attests(ino, said)
+                if cut < SLOT and (self._clean or lost):
+                    whole = False
+                    continue  # missing
+                self._db.execute("INSERT OR IGNORE INTO present VALUES(?)", (ino,))
+                if lost:
+                    self._resaid(fd, rid, number, size, said)
+                elif said != size:
+                    self._sizes(ino, rid, size, said)
+            if self._strays(file, {row[0] - slots[0] for row in rows}, fd) and end != PACK:
+                self._length(file, fd, whole=whole)
+
+    def _length(self, file: RegionFile, fd: int, *, whole: bool) -> None:
+        """A pack has another length than every pack has."""
+        end = file.info.st_size
+        text = f"the pack {file.rid.hex()} has {end} bytes, not {PACK}"
+        remedy = f"made as long as it was, by zeros; a copy is in {self._lost.directory}"
+        if not self._clean and whole and end < PACK:
+            wanted = self._report.note(text, "made as long as it was, as opening the target does")
+        elif wanted := self._report.problem(text, remedy):
+            self._lost.copy(file.path, file.path.name)
+            if end < RECORDS:
+                os.truncate(fd, end // SLOT * SLOT)  # whose slot ends there is missing, too
+        if wanted:
+            os.truncate(fd, PACK)
+
+    def _resaid(self, fd: int, rid: RegionID, number: int, size: int, said: int) -> None:
+        text = f"region {rid.hex()}: its pack says {said} bytes, checksums {size}, as its row"
+        if self._report.problem(text, "believed the checksums"):
+            record = RECORD.pack(rid.generation, size)
+            os.pwrite(fd, record, RECORDS + number * RECORD.size)
 
     def _sizes(self, ino: int, rid: RegionID, size: int, have: int) -> None:
         text = f"region {rid.hex()}: its pack says {have} bytes, its row {size}"
@@ -129,16 +162,16 @@ class FileCheck:
         if wanted:
             self._set_size(ino, have)
 
-    def _strays(self, file: RegionFile, slots: range, known: set[int], fd: int) -> None:
-        """Bytes in a pack that are no region's."""
-        has = {rid.slot - slots[0] for rid in recorded(fd, file.rid)}
+    def _strays(self, file: RegionFile, known: set[int], fd: int) -> bool:
+        """Bytes in a pack that are no region's; whether the pack stays."""
         strays = [
             number
-            for number in range(SLOTS)
-            if number not in known and (number in has or any(os.pread(fd, SLOT, number * SLOT)))
+            for number in set(range(SLOTS)) - known
+            if any(os.pread(fd, RECORD.size, RECORDS + number * RECORD.size))
+            or any(os.pread(fd, SLOT, number * SLOT))
         ]
         if not strays:
-            return
+            return True
         text = f"the pack {file.rid.hex()} has {len(strays)} regions that no row tells of"
         remedy = f"taken out of it; a copy is in {self._lost.directory}"
         if not known:
@@ -147,11 +180,13 @@ class FileCheck:
             wanted = self._report.problem(text, remedy)
         else:
             wanted = self._report.note(f"{text}, which opening the target removes", remedy)
-        if wanted and known:
+        if wanted and not known:
+            self._lost.move(file.path)
+            return False
+        if wanted:
             self._lost.copy(file.path, file.path.name)
             forget(fd, strays)
-        elif wanted:
-            self._lost.move(file.path)
+        return True
 
     def _moved(self, rid: RegionID) -> None:
         text = f"region {rid.hex()} has a file, its row says that it is in a pack"
