@@ -155,11 +155,7 @@ class FileCheck:
 
     def _sizes(self, ino: int, rid: RegionID, size: int, have: int) -> None:
         text = f"region {rid.hex()}: its pack says {have} bytes, its row {size}"
-        if self._clean:
-            wanted = self._report.problem(text, "believed the pack")
-        else:
-            wanted = self._report.note(text, "believed the pack, as opening the target does")
-        if wanted:
+        if self._believes(text, "pack"):
             self._set_size(ino, have)
 
     def _strays(self, file: RegionFile, known: set[int], fd: int) -> bool:
@@ -176,10 +172,7 @@ class FileCheck:
         remedy = f"taken out of it; a copy is in {self._lost.directory}"
         if not known:
             remedy = f"moved to {self._lost.directory}"
-        if self._clean:
-            wanted = self._report.problem(text, remedy)
-        else:
-            wanted = self._report.note(f"{text}, which opening the target removes", remedy)
+        wanted = self._removes(text, remedy)
         if wanted and not known:
             self._lost.move(file.path)
             return False
@@ -190,12 +183,22 @@ class FileCheck:
 
     def _moved(self, rid: RegionID) -> None:
         text = f"region {rid.hex()} has a file, its row says that it is in a pack"
-        if self._clean:
-            wanted = self._report.problem(text, "believed the file")
-        else:
-            wanted = self._report.note(text, "believed the file, as opening the target does")
-        if wanted:
+        if self._believes(text, "file"):
             self._db.execute("UPDATE inode SET packed = ? WHERE ino = ?", (MOVED, rid.slot))
+
+    def _believes(self, text: str, what: str) -> bool:
+        """Whether to believe a file or pack rather than a row, as opening the target would if it
+        was not closed: then it is no problem."""
+        if self._clean:
+            return self._report.problem(text, f"believed the {what}")
+        return self._report.note(text, f"believed the {what}, as opening the target does")
+
+    def _removes(self, text: str, remedy: str) -> bool:
+        """Whether to do what *remedy* says with what opening the target would remove if it was not
+        closed: then it is no problem."""
+        if self._clean:
+            return self._report.problem(text, remedy)
+        return self._report.note(f"{text}, which opening the target removes", remedy)
 
     def _at_its_place(self, file: RegionFile) -> RegionFile | None:
         right = place(self._regions, file.rid)
@@ -216,11 +219,7 @@ class FileCheck:
     def _without_row(self, file: RegionFile) -> None:
         text = f"no region {file.rid.hex()} is known, of which there is a file"
         remedy = f"moved to {self._lost.directory}"
-        if self._clean:
-            wanted = self._report.problem(text, remedy)
-        else:
-            wanted = self._report.note(f"{text}, which opening the target removes", remedy)
-        if wanted:
+        if self._removes(text, remedy):
             self._lost.move(file.path)
 
     def _size(self, file: RegionFile, size: int) -> None:
@@ -235,11 +234,7 @@ class FileCheck:
                 self._tree.rescue(ino, file.rid.hex())
                 self._set_size(ino, have)
             return
-        if self._clean:
-            wanted = self._report.problem(text, "believed the file")
-        else:
-            wanted = self._report.note(text, "believed the file, as opening the target does")
-        if wanted:
+        if self._believes(text, "file"):
             self._set_size(ino, have)
 
     def _times(self, rid: RegionID, mtime: int, ctime: int) -> None:
