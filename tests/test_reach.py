@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers import MEMORY, PATIENCE, environment, pattern, provider_process, python_process
@@ -411,7 +412,6 @@ def test_what_is_not_plainly_right_is_left_to_who_checks_it(rig: Rig) -> None:
 
 
 def test_arrays_that_are_put(compiled: Rig) -> None:
-    np = pytest.importorskip("numpy")
     held = compiled.grant(100)
     assert compiled.reach.put(REGION, 1, np.arange(3, dtype="<i4"))
     assert bytes(held[1:13]) == b"\0\0\0\0\1\0\0\0\2\0\0\0"

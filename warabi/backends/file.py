@@ -130,7 +130,7 @@ class FileStorage(Storage):
 
     def _made(self, rid: bytes) -> str:
         """The path of a region's file, in a directory that is there."""
-        shard = f"{rid[-1]:02x}"
+        shard = _shard(rid)
         if shard not in self._shards:
             os.makedirs(f"{self.root}/{shard}", exist_ok=True)
             with self._lock:

@@ -23,7 +23,6 @@ What is true when:
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
@@ -268,7 +267,7 @@ class PackedStorage(Storage):
             with files._lock:
                 files._fresh[rid] = None
         self._inodes[rid].packed = MOVED  # who changes its size has that committed
-        with contextlib.suppress(errors.Exception):  # which persists of it will say
+        with suppress(errors.Exception):  # which persists of it will say
             files._persist_name(rid)
 
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:

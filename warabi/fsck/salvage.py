@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 from warabi.backends.pack import is_pack, recorded
 from warabi.fsck.files import region_files
 from warabi.fsck.report import LostFound, Report
-from warabi.inode import PACKED, Inode
+from warabi.inode import OWN, PACKED, Inode
 from warabi.journal import sync_directory
+from warabi.region import RegionID
 from warabi.schema import COLUMNS, UPSERT, make, populate, show_as_new
+
+_INSERT = UPSERT.replace("OR REPLACE", "OR IGNORE")  # a row that could be read counts
 
 
 def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend: str) -> None:
@@ -122,31 +126,30 @@ class _Reader:
 def _regions(db: sqlite3.Connection, regions: Path) -> int:
     """Rows for the files, and what is in packs, whose region no row tells of; returns how many."""
     count = 0
-    packs = []
-    for rid, path, info in region_files(regions):
-        if is_pack(rid):
-            packs.append((rid, path, info))
-        if not 1 < rid.slot < 1 << 62 or rid.generation >> 63:
-            continue
-        taken = db.execute("SELECT 1 FROM inode WHERE ino = ?", (rid.slot,)).fetchone()
-        if taken is None:
-            inode = Inode(
-                rid.slot, rid.generation, stat.S_IFREG | 0o600, 1, info.st_uid, info.st_gid, 0,
-                info.st_size, info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns, 0, None,
-            )  # fmt: skip
-            db.execute(UPSERT, inode.row())
-            count += 1
-    for pack, path, info in packs:
-        with open(path, "rb") as file:
-            sizes = recorded(file.fileno(), pack)
-        for rid, size in sizes.items():
-            inode = Inode(
-                rid.slot, rid.generation, stat.S_IFREG | 0o644, 1, info.st_uid, info.st_gid, 0,
-                size, info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns, 0, None, PACKED,
-            )  # fmt: skip
-            sql = UPSERT.replace("OR REPLACE", "OR IGNORE")
-            count += db.execute(sql, inode.row()).rowcount
+    for rid, size, mode, packed, info in _stored(regions):
+        inode = Inode(
+            rid.slot, rid.generation, stat.S_IFREG | mode, 1, info.st_uid, info.st_gid, 0,
+            size, info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns, 0, None, packed,
+        )  # fmt: skip
+        count += db.execute(_INSERT, inode.row()).rowcount
     return count
+
+
+def _stored(regions: Path) -> Iterator[tuple[RegionID, int, int, int, os.stat_result]]:
+    """ID, size, permissions, place and file of each region; those with a file of their own first,
+    for it counts where a pack has the region, too."""
+    packs = []
+    for file in region_files(regions):
+        rid = file.rid
+        if is_pack(rid):
+            packs.append(file)
+        elif 1 < rid.slot < 1 << 62 and not rid.generation >> 63:
+            yield rid, file.info.st_size, 0o600, OWN, file.info
+    for pack in packs:
+        with open(pack.path, "rb") as opened:
+            sizes = recorded(opened.fileno(), pack.rid)
+        for rid, size in sizes.items():
+            yield rid, size, 0o644, PACKED, pack.info
 
 
 def _directories(db: sqlite3.Connection) -> int:
