@@ -28,13 +28,12 @@ from tests.migrations import (
     leftovers,
     merge,
 )
-from warabi import errors, operations
+from warabi import errors
 from warabi.catalogue import Catalogue
 from warabi.client import TargetHandle
 from warabi.engine import Engine
 from warabi.migration.ask import ask
 from warabi.migration.records import TABLES
-from warabi.operations import READING
 from warabi.server import Provider
 
 PAIRS = list(itertools.product(BACKENDS, BACKENDS))
@@ -267,13 +266,3 @@ def test_every_column_of_the_catalogue_moves() -> None:
     }
     catalogue.abandon()
     assert schema == TABLES
-
-
-def test_every_operation_reads_or_waits() -> None:
-    known = set(operations.OPERATIONS) | {"read"}
-    assert known >= READING
-    assert known - READING == {
-        "adopt", "copy", "create", "erase", "graft", "link", "link_name", "mkdir", "mknod",
-        "removexattr", "rename", "resize", "rmdir", "setattr", "setxattr", "survey", "symlink",
-        "unlink", "unlink_name", "update", "write_vector",
-    }  # fmt: skip

@@ -23,10 +23,8 @@ from tests.helpers import (
     raw_connection,
 )
 from warabi import errors, greeting, wire
-from warabi.calls import CALLS
 from warabi.client import Client
 from warabi.engine import Engine, client
-from warabi.operations import OPERATIONS, Operation, access
 from warabi.security import Access, Peer, from_config, permit
 from warabi.server import Provider
 
@@ -329,31 +327,6 @@ def test_read_only_token_under_its_own_key(guarded: str) -> None:
 
 
 # The table, and the one question
-
-
-def test_every_operation_has_a_call() -> None:
-    assert CALLS.keys() == OPERATIONS.keys()
-
-
-def test_every_operation_says_what_it_takes() -> None:
-    assert {field.name for field in Operation.__dataclass_fields__.values()} >= {"access"}
-    for name, operation in OPERATIONS.items():
-        assert isinstance(operation.access, Access), name
-        assert access(name) is operation.access
-    with pytest.raises(errors.ProtocolError, match="unknown operation 'nothing'"):
-        access("nothing")
-
-
-READ_ONLY_OPERATIONS = """
-    commit epoch fsync getattr getxattr list listxattr lookup open open_name persist persist_vector
-    pin read_vector readdir readlink resolve room size stat summed sync unpin used uuid verify
-""".split()
-
-
-def test_which_operations_change_nothing() -> None:
-    """By name: one that is new is a change, or this list says why not."""
-    reading = [name for name, one in OPERATIONS.items() if one.access is Access.READ]
-    assert sorted(reading) == READ_ONLY_OPERATIONS
 
 
 def test_who_is_permitted_what() -> None:

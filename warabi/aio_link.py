@@ -13,8 +13,7 @@ from warabi.aio_connection import Connection
 from warabi.aio_side_channel import SideChannel
 from warabi.calls import bound
 from warabi.extents import EXTENTS, Extent, groups, pack, total
-from warabi.feed import CONTENT, Changes, from_wire
-from warabi.operations import OPERATIONS
+from warabi.feed import CONTENT, Changes
 from warabi.region import RegionID
 from warabi.request import EAGER_THRESHOLD, Request, chunks
 from warabi.target import Target as LocalTarget
@@ -55,7 +54,7 @@ class DirectLink:
         self._at_once = {
             name: call
             for name, call in bound(target).items()
-            if not (target.blocking and OPERATIONS[name].waits)
+            if not dispatch.off_loop(target, name)
         }
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
@@ -147,13 +146,10 @@ class WireLink:
         return await self._connection.request(request, header, data, soon=soon)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        operation = OPERATIONS.get(name)
-        return await self._request(
-            Request(name, operation.decode if operation else None), arguments
-        )
+        return await self._request(Request(name), arguments)
 
     async def changes(self, number: int, new_names: bool) -> Changes:
-        changes: Changes = await self._request(Request("watch", from_wire), (number, new_names))
+        changes: Changes = await self._request(Request("watch"), (number, new_names))
         marks = {what for what in changes.inodes.values() if what > CONTENT}
         own = self._side.wrote(marks) if marks and self._side is not None else ()
         for ino in [ino for ino, what in changes.inodes.items() if what in own]:
@@ -253,7 +249,7 @@ class WireLink:
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         if len(data) <= self._connection.limits.payload:
-            request = Request("create_and_write", RegionID)
+            request = Request("create_and_write")
             created: RegionID = await self._request(request, (persist,), data)
             return created
         region: RegionID = await self.call("create", (len(data),))

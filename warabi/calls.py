@@ -13,7 +13,7 @@ from warabi.backup.graft import adopt, graft
 from warabi.backup.survey import copy, survey
 from warabi.extents import unpack
 from warabi.namespace import Namespace
-from warabi.operations import PAGE
+from warabi.operations import OPERATIONS, PAGE, Served
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.verify import summed, update, verify
@@ -33,13 +33,6 @@ def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextM
     return target.persisting(region, 0, 0, times=times)
 
 
-_METHODS = (
-    "lookup", "getattr", "setattr", "pin", "open", "unpin", "mknod", "mkdir", "symlink", "readlink",
-    "link", "unlink", "rmdir", "rename", "getxattr", "setxattr", "removexattr", "listxattr",
-    "resolve", "open_name", "link_name", "unlink_name",
-)  # fmt: skip
-"""Operations that are methods of a target's names."""
-
 FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
     "persist": Target.persisting,
     "fsync": _fsyncing,
@@ -47,7 +40,7 @@ FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
 """Operations that may be no more than the flush of a file, which these give; they raise
 ``WouldBlock`` where it is more."""
 
-CALLS: dict[str, Callable[..., Any]] = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "create": Target.create,
     "erase": Target.erase,
     "resize": Target.resize,
@@ -81,8 +74,16 @@ CALLS: dict[str, Callable[..., Any]] = {
     "readdir": lambda target, ino, after, limit: target.namespace.readdir(
         ino, after, min(limit, PAGE)
     ),
-    **{method: _names(method) for method in _METHODS},
 }
+"""Those that are no methods of a target's names."""
+
+_METHODS = tuple(
+    name
+    for name, operation in OPERATIONS.items()
+    if operation.served is Served.TARGET and name not in _CALLS
+)
+
+CALLS = {**_CALLS, **{method: _names(method) for method in _METHODS}}
 """By name: what is called with a target and the arguments."""
 
 

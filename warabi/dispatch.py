@@ -54,10 +54,16 @@ async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -
     return await in_thread(partial(call, *arguments), _limiter(target))
 
 
+def off_loop(target: Target, name: str) -> bool:
+    """Whether the operation *name* must not run in an event loop's own thread."""
+    operation = OPERATIONS[name]
+    return operation.long or (operation.waits and target.blocking)
+
+
 async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
     """The result of the operation *name* on *target*."""
     call = CALLS[name]
-    if not (OPERATIONS[name].waits and target.blocking):
+    if not off_loop(target, name):
         return call(target, *arguments)
     if name in FLUSHING:
         with suppress(WouldBlock):
@@ -68,15 +74,13 @@ async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, .
     return await _in_thread(target, call, target, *arguments)
 
 
-_PERSIST = {"write": 2, "create_and_write": 0}
-"""Which argument says that what is written has to be on the medium."""
-
-
 def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
     """Whether the upload *name* is known to wait for the medium."""
-    if name == "write_vector":
+    operation = OPERATIONS[name]
+    if operation.waits:
         return target.blocking
-    return target.write_waits or (target.blocking and bool(arguments[_PERSIST[name]]))
+    persist = bool(arguments[operation.position["persist"]])
+    return target.write_waits or (target.blocking and persist)
 
 
 async def write(

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from warabi.forms import Form
+
 
 class Origin:
     """Somebody who changes a target, for as long as a connection lasts."""
@@ -184,8 +186,17 @@ def to_wire(changes: Changes) -> list[object]:
     return [changes.number, changes.everything, [*map(list, changes.inodes.items())], names]
 
 
-def from_wire(value: Any) -> Changes:
-    """What :func:`to_wire` was given."""
+def _from_wire(value: list[Any]) -> Changes:
     number, everything, inodes, names = value
     meanings = {(parent, name): ino for parent, name, ino in names}
-    return Changes(number, everything, dict(inodes), meanings)
+    changed = dict(inodes)
+    numbers = [number, *changed, *changed.values(), *meanings.values()]
+    if type(everything) is not bool or not {*map(type, numbers)} <= {int}:
+        raise TypeError
+    if not {(type(parent), type(name)) for parent, name in meanings} <= {(int, bytes)}:
+        raise TypeError
+    return Changes(number, everything, changed, meanings)
+
+
+CHANGES = Form("changes of a target", (list,), _from_wire)
+"""What :func:`to_wire` gives."""

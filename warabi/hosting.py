@@ -32,8 +32,6 @@ from warabi.target import Target
 
 log = logging.getLogger(__name__)
 
-LETTERS = {"join": "?", "grant": "r", "make": "i", "leave": ""}
-
 
 class Host:
     """What the guests of one connection hold.

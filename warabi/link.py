@@ -136,7 +136,8 @@ class DirectLink:
         self._core.target.read_vector(region, extents, place)
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
-        waits = OPERATIONS[name].waits and self._core.target.blocking
+        operation = OPERATIONS[name]
+        waits = operation.long or (operation.waits and self._core.target.blocking)
         waits = waits or (self._core.changes.frozen and name not in READING)
         return self._start(name, waits, self.call, name, *arguments)
 
@@ -245,8 +246,7 @@ class WireLink:
         return self.wait(self.start(name, *arguments)[0])
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
-        operation = OPERATIONS.get(name)
-        request = Request(name, operation.decode if operation else None)
+        request = Request(name)
         self._submit(self._connect(), request, arguments)
         return [request]
 
@@ -355,7 +355,7 @@ class WireLink:
     ) -> Request:
         size = len(piece)
         eager = size <= self.eager_read and size <= connection.own_limits.header // 2
-        request = Request("read", None, piece)
+        request = Request("read", piece)
         arguments = (region, offset, size, eager, False)
         connection.submit(request, [self._provider_id, "read", arguments, None])
         return request
@@ -416,7 +416,7 @@ class WireLink:
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
         connection = self._connect()
         if len(data) <= connection.limits.payload:
-            request = Request("create_and_write", RegionID, buffers=data)
+            request = Request("create_and_write", buffers=data)
             self._submit(connection, request, (persist,), data)
             return [request]
         region: RegionID = self.call("create", len(data))

@@ -1,61 +1,95 @@
-"""The operations of a target: one table for every way to reach it.
+"""The operations of a provider: one table, with everything that is said of each of them.
 
-A client names an operation and gives positional arguments; the table says which of them a
-provider lets through, and how the result, which crossed the wire as plain msgpack, becomes the
-object that the target returned.  Bytes of regions are no arguments: they travel beside them
-(``write``, ``create_and_write``, ``read``).
+A client names an operation and gives positional arguments.  The table says which forms these and
+the result have, what the operation takes and changes, whether it may be repeated, and how it is
+run; every other table in this package that is keyed by operation is derived from it.  A new
+operation is one entry here and one method: in ``calls.py`` for one that a target carries out.
 
-How a target carries them out is in ``calls.py``, which a client does not need.
+Bytes of regions are not arguments: they travel next to them, as the *payload*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from warabi import migration
-from warabi.answers import Opened, RegionStat, Verified
+from warabi import feed, forms
 from warabi.errors import ProtocolError
-from warabi.inode import Attributes
-from warabi.region import RegionID
+from warabi.forms import (
+    ATTRIBUTES,
+    BYTES,
+    ENTRIES,
+    FLAG,
+    INTEGER,
+    NOTHING,
+    OPENED,
+    OPTIONAL_INTEGER,
+    REGION,
+    REGION_STAT,
+    TEXT,
+    VERIFIED,
+    Form,
+    list_of,
+    optional,
+)  # fmt: skip
 from warabi.security import Access
 
 PAGE = 1000
 """Most entries of a list in one reply."""
 
 
-def _same(value: Any) -> Any:
-    return value
+class Changes(enum.Enum):
+    """What an operation changes, and so what has to be synced to be durable."""
+
+    NOTHING = enum.auto()
+    NAMES = enum.auto()
+    """Entries of directories, or which regions there are: durable with any sync."""
+    REGION = enum.auto()
+    """The bytes or the size of the region in the argument ``region``."""
+    INODE = enum.auto()
+    """The attributes of an inode, which may be a region's: those in the result, if it has any."""
+    SUMS = enum.auto()
+    """What the target knows of its bytes: their checksums, which are durable when it returns."""
+    UNNAMED = enum.auto()
+    """A new region without a name that is gone when the connection ends; nothing to be synced."""
+    TARGET = enum.auto()
+    """The target as a whole, or the engine."""
 
 
-def _attributes(value: Any) -> Attributes:
-    return Attributes(*value)
+class Syncs(enum.Enum):
+    """What an operation makes durable; all but ``NOTHING`` make names durable, too."""
+
+    NOTHING = enum.auto()
+    RANGE = enum.auto()
+    """A part of the region in the first argument."""
+    REGION = enum.auto()
+    """All of the region in the first argument."""
+    NAMES = enum.auto()
+    EVERYTHING = enum.auto()
 
 
-def _optional_attributes(value: Any) -> Attributes | None:
-    return None if value is None else Attributes(*value)
+class Payload(enum.Enum):
+    """Whether bytes of regions travel with an operation: the last argument of its method is the
+    bytes, or the place for them."""
+
+    NONE = enum.auto()
+    UPLOAD = enum.auto()  # with the request
+    DOWNLOAD = enum.auto()  # with the reply
 
 
-def _entries(value: Any) -> list[tuple[bytes, Attributes]]:
-    return [(name, Attributes(*attributes)) for name, attributes in value]
+class Served(enum.Enum):
+    """Which part of a provider carries an operation out."""
+
+    TARGET = enum.auto()  # a function of ``calls.CALLS``
+    TRANSFER = enum.auto()  # methods of links and sessions of their own
+    ENGINE = enum.auto()  # ``session.py`` itself
+    DIRECT_ACCESS = enum.auto()  # ``hosting.py``
+    MIGRATION = enum.auto()  # ``migration/exchange.py``
 
 
-def _regions(value: Any) -> list[RegionID]:
-    return [RegionID(item) for item in value]
-
-
-def _stat(value: Any) -> RegionStat:
-    return RegionStat(*value)
-
-
-def _opened(value: Any) -> Opened:
-    attributes, version = value
-    return Opened(Attributes(*attributes), version)
-
-
-def _verified(value: Any) -> Verified:
-    return Verified(*value)
+Pins = Callable[[Sequence[Any], Any], tuple[int, int] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +97,51 @@ class Operation:
     """One operation.
 
     Attributes:
-        arguments: a letter for each: ``r`` region, ``i`` integer, ``I`` integer or None,
-            ``b`` bytes, ``s`` text, ``?`` truth value.
-        access: what it takes to be let; it is asked for with ``security.permit``.
-        waits: whether it may wait for the medium, and so keep an event loop waiting.
-        decode: turns the result's msgpack form into what the target returned.
-        data: ``in`` when bytes of regions travel with the request, as the last argument of
-            the call; ``out`` when they travel with the reply, that argument being their place.
-        pins: the inode, and by how much, that the result pinned for the caller.
+        arguments: the form of each, by name, in their order.
+        result: the form of the result.
+        access: what it takes to be permitted; it is asked for with ``security.permit``.
+        changes: what it changes.  What changes anything waits while the target is being migrated.
+        payload: whether bytes of regions travel with it.
+        repeatable: whether a client sends it again, on another connection, when the reply was lost
+            and nothing tells whether it took effect.  It may only read, or set again what it has
+            set; an operation that may find its own first effect in the way must not.
+        syncs: what it makes durable.
+        waits: whether it may wait for the medium, and so would keep an event loop waiting.
+        long: whether it may take longer than an event loop may be held, without waiting for
+            anything: it runs in a worker thread for every target.
+        served: what carries it out.
+        pins: the inode, and by how much, that it pins for the caller, from its arguments and
+            result.
+        forms: those of *arguments*, in their order.
+        position: where each argument is, by name.
     """
 
-    arguments: str
+    arguments: Mapping[str, Form]
+    result: Form
     access: Access
+    changes: Changes
+    payload: Payload = Payload.NONE
+    repeatable: bool = False
+    syncs: Syncs = Syncs.NOTHING
     waits: bool = False
-    decode: Callable[[Any], Any] = _same
-    data: Literal["", "in", "out"] = ""
-    pins: Callable[[Sequence[Any], Any], tuple[int, int] | None] | None = None
+    long: bool = False
+    served: Served = Served.TARGET
+    pins: Pins | None = None
+    forms: tuple[Form, ...] = field(init=False)
+    position: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forms", tuple(self.arguments.values()))
+        object.__setattr__(self, "position", {name: i for i, name in enumerate(self.arguments)})
+
+    @property
+    def owner(self) -> int | None:
+        """Where the owner of what it makes is among its arguments, before the group; None if it
+        makes nothing that it is told the owner of."""
+        return self.position.get("uid") if self.changes is Changes.NAMES else None
 
 
-def _pinned_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | None]:
+def _pinned_if(position: int) -> Pins:
     return lambda args, result: (result.ino, 1) if args[position] else None
 
 
@@ -89,98 +149,234 @@ def _pinned(args: Sequence[Any], result: Any) -> tuple[int, int]:
     return result.ino, 1
 
 
-def _held_if(position: int) -> Callable[[Sequence[Any], Any], tuple[int, int] | None]:
+def _pinned_argument(args: Sequence[Any], result: Any) -> tuple[int, int]:
+    return args[0], 1
+
+
+def _held_if(position: int) -> Pins:
     def held(args: Sequence[Any], result: Any) -> tuple[int, int] | None:
         return (result.ino, 1) if args[position] and result and result.nlink == 0 else None
 
     return held
 
 
-READ, CHANGE = Access.READ, Access.CHANGE
+_READ, _CHANGE = Access.READ, Access.CHANGE
+_UPLOAD, _DOWNLOAD = Payload.UPLOAD, Payload.DOWNLOAD
+_NOTHING, _NAMES, _UNNAMED = Changes.NOTHING, Changes.NAMES, Changes.UNNAMED
+_BYTES_OF, _INODE, _TARGET = Changes.REGION, Changes.INODE, Changes.TARGET
+_TRANSFER, _ENGINE = Served.TRANSFER, Served.ENGINE
+_DIRECT, _MIGRATION = Served.DIRECT_ACCESS, Served.MIGRATION
+_RANGE = {"region": REGION, "offset": INTEGER, "size": INTEGER}
+_ENTRY_AT = {"parent": INTEGER, "name": BYTES}
+_OWNER = {"uid": INTEGER, "gid": INTEGER}
 
 OPERATIONS: dict[str, Operation] = {
-    # Regions; a client sends write, create_and_write and read through methods of their own.
-    "create": Operation("i", CHANGE, decode=RegionID),
-    "erase": Operation("r", CHANGE),
-    "resize": Operation("ri", CHANGE, waits=True),
-    "size": Operation("r", READ),
-    "stat": Operation("r", READ, decode=_stat),
-    "list": Operation(
-        "ri",
-        READ,
-        decode=_regions,
+    # Regions
+    "create": Operation({"size": INTEGER}, REGION, _CHANGE, _NAMES),
+    "create_and_write": Operation(
+        {"persist": FLAG}, REGION, _CHANGE, _NAMES, payload=_UPLOAD, served=_TRANSFER
     ),
-    "persist": Operation("rii", READ, waits=True),
+    "write": Operation(
+        {"region": REGION, "offset": INTEGER, "persist": FLAG, "extend": FLAG},
+        NOTHING, _CHANGE, _BYTES_OF, payload=_UPLOAD, repeatable=True, served=_TRANSFER,
+    ),
+    "read": Operation(
+        {**_RANGE, "eager": FLAG, "short": FLAG},
+        NOTHING, _READ, _NOTHING, payload=_DOWNLOAD, repeatable=True, served=_TRANSFER,
+    ),
     "write_vector": Operation(
-        "rb?",
-        CHANGE,
-        waits=True,
-        data="in",
+        {"region": REGION, "extents": BYTES, "persist": FLAG},
+        NOTHING, _CHANGE, _BYTES_OF, payload=_UPLOAD, repeatable=True, waits=True,
     ),
     "read_vector": Operation(
-        "rb",
-        READ,
-        waits=True,
-        data="out",
+        {"region": REGION, "extents": BYTES},
+        NOTHING, _READ, _NOTHING, payload=_DOWNLOAD, repeatable=True, waits=True,
+    ),
+    "erase": Operation({"region": REGION}, NOTHING, _CHANGE, _NAMES),
+    "resize": Operation(
+        {"region": REGION, "size": INTEGER},
+        NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True,
+    ),
+    "size": Operation({"region": REGION}, INTEGER, _READ, _NOTHING, repeatable=True),
+    "stat": Operation({"region": REGION}, REGION_STAT, _READ, _NOTHING, repeatable=True),
+    "list": Operation(
+        {"after": REGION, "limit": INTEGER}, list_of(REGION), _READ, _NOTHING, repeatable=True
+    ),
+    # Making durable what others wrote is no change.
+    "persist": Operation(
+        _RANGE, NOTHING, _READ, _NOTHING, syncs=Syncs.RANGE, repeatable=True, waits=True
     ),
     "persist_vector": Operation(
-        "rb",
-        READ,
-        waits=True,
+        {"region": REGION, "extents": BYTES},
+        NOTHING, _READ, _NOTHING, syncs=Syncs.RANGE, repeatable=True, waits=True,
     ),
-    "fsync": Operation("r?", READ, waits=True),
-    "commit": Operation("", READ, waits=True),
-    "sync": Operation("", READ, waits=True),
-    "room": Operation("", READ, decode=tuple),
-    "uuid": Operation("", READ),
-    "epoch": Operation("", READ),
-    "used": Operation("", READ),
-    "summed": Operation("", READ),
-    "verify": Operation("rii", READ, waits=True, decode=_verified),
-    "update": Operation("r", CHANGE, waits=True),
-    "survey": Operation("", CHANGE, waits=True, decode=_attributes, pins=_pinned),
-    "copy": Operation("r", CHANGE, waits=True, decode=_attributes, pins=_pinned),
-    "adopt": Operation("ri", CHANGE, waits=True, decode=_attributes, pins=_pinned),
-    "graft": Operation("r", CHANGE, waits=True),
+    "fsync": Operation(
+        {"region": REGION, "times": FLAG},
+        NOTHING, _READ, _NOTHING, syncs=Syncs.REGION, repeatable=True, waits=True,
+    ),
+    "commit": Operation(
+        {}, NOTHING, _READ, _NOTHING, syncs=Syncs.NAMES, repeatable=True, waits=True
+    ),
+    "sync": Operation(
+        {}, NOTHING, _READ, _NOTHING, syncs=Syncs.EVERYTHING, repeatable=True, waits=True
+    ),
+    # The target
+    "room": Operation({}, forms.numbers("three sizes", 3), _READ, _NOTHING, repeatable=True),
+    "uuid": Operation({}, TEXT, _READ, _NOTHING, repeatable=True),
+    "epoch": Operation({}, TEXT, _READ, _NOTHING, repeatable=True),
+    "used": Operation({}, INTEGER, _READ, _NOTHING, repeatable=True),
+    # Maintenance
+    "summed": Operation({}, FLAG, _READ, _NOTHING, repeatable=True),
+    "verify": Operation(
+        {"region": REGION, "first": INTEGER, "count": INTEGER},
+        VERIFIED, _READ, _NOTHING, repeatable=True, waits=True,
+    ),
+    "update": Operation({"region": REGION}, NOTHING, _CHANGE, Changes.SUMS, waits=True),
+    # What these make is gone with the connection that it was made on, unless it is named.
+    "survey": Operation(
+        {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, pins=_pinned
+    ),
+    "copy": Operation(
+        {"region": REGION}, ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, pins=_pinned
+    ),
+    "adopt": Operation(
+        {"region": REGION, "size": INTEGER},
+        ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, pins=_pinned,
+    ),
+    "graft": Operation({"listing": REGION}, INTEGER, _CHANGE, _NAMES, waits=True),
     # Names
-    "lookup": Operation("ib", READ, decode=_attributes),
-    "getattr": Operation("i", READ, decode=_attributes),
-    "setattr": Operation("iIIIII", CHANGE, decode=_attributes),
-    "pin": Operation("i", READ, decode=_attributes, pins=lambda args, result: (args[0], 1)),
-    "open": Operation("i", READ, decode=_opened, pins=lambda args, result: (args[0], 1)),
-    "unpin": Operation("ii", READ, pins=lambda args, result: (args[0], -args[1])),
-    "mknod": Operation("ibiiii?i", CHANGE, decode=_attributes, pins=_pinned_if(6)),
-    "mkdir": Operation("ibiiii", CHANGE, decode=_attributes),
-    "symlink": Operation("ibbii", CHANGE, decode=_attributes),
-    "readlink": Operation("i", READ),
-    "link": Operation("iib", CHANGE, decode=_attributes),
-    "unlink": Operation("ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
-    "rmdir": Operation("ib?", CHANGE, decode=_attributes, pins=_held_if(2)),
-    "rename": Operation("ibibi?", CHANGE, decode=_optional_attributes, pins=_held_if(5)),
-    "readdir": Operation(
-        "ibi",
-        READ,
-        decode=_entries,
+    "lookup": Operation(_ENTRY_AT, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
+    "getattr": Operation({"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
+    "setattr": Operation(
+        {
+            "ino": INTEGER,
+            "mode": OPTIONAL_INTEGER,
+            "uid": OPTIONAL_INTEGER,
+            "gid": OPTIONAL_INTEGER,
+            "atime_ns": OPTIONAL_INTEGER,
+            "mtime_ns": OPTIONAL_INTEGER,
+        },
+        ATTRIBUTES, _CHANGE, _INODE, repeatable=True,
     ),
-    "getxattr": Operation("ib", READ),
-    "setxattr": Operation("ibb?", CHANGE),
-    "removexattr": Operation("ib", CHANGE),
-    "listxattr": Operation("i", READ),
-    "resolve": Operation("s", READ, decode=_attributes),
-    "open_name": Operation("s", READ, decode=RegionID),
-    "link_name": Operation("rs", CHANGE),
-    "unlink_name": Operation("s", CHANGE),
-}
-
-_BESIDE = {
-    "read": READ, "write": CHANGE, "create_and_write": CHANGE, "ping": READ, "shutdown": CHANGE,
-    # Direct access: a connection that may not change anything is granted none to write.
-    "join": READ, "grant": READ, "leave": READ, "make": CHANGE,
-    "watch": READ,
-    # Who may do this, and to what, is a matter of the provider's configuration, too.
-    **dict.fromkeys(migration.OPERATIONS, CHANGE), "migration_progress": READ,
+    # Pins end with the connection, and so are none of the target's changes.
+    "pin": Operation(
+        {"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True, pins=_pinned_argument
+    ),
+    "open": Operation(
+        {"ino": INTEGER}, OPENED, _READ, _NOTHING, repeatable=True, pins=_pinned_argument
+    ),
+    "unpin": Operation(
+        {"ino": INTEGER, "count": INTEGER}, NOTHING, _READ, _NOTHING, repeatable=True,
+        pins=lambda args, result: (args[0], -args[1]),
+    ),
+    "mknod": Operation(
+        {**_ENTRY_AT, "mode": INTEGER, **_OWNER, "rdev": INTEGER, "pin": FLAG, "umask": INTEGER},
+        ATTRIBUTES, _CHANGE, _NAMES, pins=_pinned_if(6),
+    ),
+    "mkdir": Operation(
+        {**_ENTRY_AT, "mode": INTEGER, **_OWNER, "umask": INTEGER}, ATTRIBUTES, _CHANGE, _NAMES
+    ),
+    "symlink": Operation({**_ENTRY_AT, "target": BYTES, **_OWNER}, ATTRIBUTES, _CHANGE, _NAMES),
+    "readlink": Operation({"ino": INTEGER}, BYTES, _READ, _NOTHING, repeatable=True),
+    "link": Operation({"ino": INTEGER, **_ENTRY_AT}, ATTRIBUTES, _CHANGE, _NAMES),
+    "unlink": Operation(
+        {**_ENTRY_AT, "hold": FLAG}, ATTRIBUTES, _CHANGE, _NAMES, pins=_held_if(2)
+    ),
+    "rmdir": Operation(
+        {**_ENTRY_AT, "hold": FLAG}, ATTRIBUTES, _CHANGE, _NAMES, pins=_held_if(2)
+    ),
+    "rename": Operation(
+        {
+            **_ENTRY_AT, "new_parent": INTEGER, "new_name": BYTES, "flags": INTEGER, "hold": FLAG,
+        },
+        optional(ATTRIBUTES), _CHANGE, _NAMES, pins=_held_if(5),
+    ),
+    "readdir": Operation(
+        {"ino": INTEGER, "after": BYTES, "limit": INTEGER},
+        ENTRIES, _READ, _NOTHING, repeatable=True,
+    ),
+    "getxattr": Operation({"ino": INTEGER, "name": BYTES}, BYTES, _READ, _NOTHING, repeatable=True),
+    "setxattr": Operation(
+        {"ino": INTEGER, "name": BYTES, "value": BYTES, "keep_setgid": FLAG},
+        NOTHING, _CHANGE, _INODE, repeatable=True,
+    ),
+    "removexattr": Operation({"ino": INTEGER, "name": BYTES}, NOTHING, _CHANGE, _INODE),
+    "listxattr": Operation({"ino": INTEGER}, list_of(BYTES), _READ, _NOTHING, repeatable=True),
+    "resolve": Operation({"path": TEXT}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
+    "open_name": Operation({"path": TEXT}, REGION, _READ, _NOTHING, repeatable=True),
+    "link_name": Operation({"region": REGION, "path": TEXT}, NOTHING, _CHANGE, _NAMES),
+    "unlink_name": Operation({"path": TEXT}, NOTHING, _CHANGE, _NAMES),
+    # The engine
+    "ping": Operation({}, NOTHING, _READ, _NOTHING, repeatable=True, served=_ENGINE),
+    "shutdown": Operation({}, NOTHING, _CHANGE, _TARGET, served=_ENGINE),
+    "watch": Operation(
+        {"number": INTEGER, "new_names": FLAG}, feed.CHANGES, _READ, _NOTHING,
+        repeatable=True, served=_ENGINE,
+    ),
+    # Direct access; a connection that may not change anything is granted none to write.
+    "join": Operation(
+        {"writable": FLAG}, optional(forms.JOINED), _READ, _NOTHING, served=_DIRECT
+    ),
+    "grant": Operation(
+        {"region": REGION}, optional(forms.GRANTED), _READ, _NOTHING, served=_DIRECT
+    ),
+    "make": Operation({"size": INTEGER}, optional(forms.MADE), _CHANGE, _NAMES, served=_DIRECT),
+    "leave": Operation({}, NOTHING, _READ, _NOTHING, served=_DIRECT),
+    # Migration; who may do this, and to what, is a matter of the provider's configuration, too.
+    # ``migrate`` asks a source, with options as JSON; the others but ``migration_progress`` are
+    # the source's to its destination.  Those that wait are answered concurrently with others.
+    "migrate": Operation(
+        {"address": TEXT, "provider_id": INTEGER, "options": TEXT},
+        NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION,
+    ),
+    "migration_progress": Operation(
+        {}, forms.numbers("bytes that were sent, and all", 2),
+        _READ, _NOTHING, repeatable=True, served=_MIGRATION,
+    ),
+    "receive_begin": Operation({"plan": TEXT}, NOTHING, _CHANGE, _TARGET, served=_MIGRATION),
+    "receive_rows": Operation(
+        {"table": TEXT}, NOTHING, _CHANGE, _TARGET, payload=_UPLOAD, served=_MIGRATION
+    ),
+    "receive_data": Operation(
+        {}, NOTHING, _CHANGE, _TARGET, payload=_UPLOAD, served=_MIGRATION
+    ),
+    "receive_finish": Operation(
+        {"regions": INTEGER}, NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION
+    ),
+    "receive_commit": Operation({}, NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION),
+    "receive_abort": Operation({}, NOTHING, _CHANGE, _TARGET, served=_MIGRATION),
+    # It changes nothing, but only a source has a reason to ask.
+    "receive_outcome": Operation(
+        {"uuid": TEXT}, FLAG, _CHANGE, _NOTHING, repeatable=True, waits=True, served=_MIGRATION
+    ),
 }  # fmt: skip
-"""What is asked for by name like an operation, and is none of the table."""
+
+READING = frozenset(
+    name
+    for name, operation in OPERATIONS.items()
+    if operation.changes is Changes.NOTHING and operation.served in (Served.TARGET, _TRANSFER)
+)
+"""Operations that go on while the target is being sent to another provider; the others wait.
+
+``pin`` and ``unpin`` concern inodes without names, which stay behind.
+"""
+
+RESULTS: dict[str, Callable[[Any], Any]] = {
+    name: operation.result.decode for name, operation in OPERATIONS.items()
+}
+"""What makes of each operation's result in a reply what the operation returned."""
+
+
+def operation_named(name: str) -> Operation:
+    """The operation *name*.
+
+    Raises:
+        ProtocolError: there is none.
+    """
+    operation = OPERATIONS.get(name)
+    if operation is None:
+        raise ProtocolError(f"unknown operation {name!r:.60}")
+    return operation
 
 
 def access(name: str) -> Access:
@@ -189,47 +385,13 @@ def access(name: str) -> Access:
     Raises:
         ProtocolError: there is none.
     """
-    operation = OPERATIONS.get(name)
-    found = operation.access if operation is not None else _BESIDE.get(name)
-    if found is None:
-        raise ProtocolError(f"unknown operation {name!r:.60}")
-    return found
+    return operation_named(name).access
 
 
-READING = frozenset({"read", *(name for name, o in OPERATIONS.items() if o.access is READ)})
-"""Operations that go on while the target is being sent to another provider; the others wait.
-
-``pin`` and ``unpin`` concern inodes without names, which stay behind.
-"""
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "i": (int,),
-    "I": (int, type(None)),
-    "b": (bytes,),
-    "s": (str,),
-    "?": (bool,),
-}
-"""What the values on the wire are, exactly."""
-
-
-def checked_arguments(name: str, letters: str, arguments: Any) -> list[Any]:
-    """Arguments from the wire, regions as ``RegionID``.
+def checked_arguments(name: str, arguments: Any) -> list[Any]:
+    """The arguments of the operation *name* from a message, converted.
 
     Raises:
-        ProtocolError: not as many, or not of the types, that *letters* say.
+        ProtocolError: they are not as many, or have not the forms, that the table says.
     """
-    if not isinstance(arguments, list) or len(arguments) != len(letters):
-        raise ProtocolError(f"{name}: expected {len(letters)} arguments")
-    checked = arguments.copy()
-    for index, letter in enumerate(letters):
-        value = arguments[index]
-        kind = type(value)
-        if letter == "r":
-            if kind is not bytes or len(value) != 16:
-                raise ProtocolError(f"{name}: {value!r:.100} is no region ID")
-            checked[index] = RegionID(value)
-        elif kind not in _TYPES[letter]:
-            raise ProtocolError(f"{name}: an argument of type {kind.__name__}")
-        elif kind is int and not -(1 << 63) <= value < 1 << 63:
-            raise ProtocolError(f"{name}: the number {value} is out of range")
-    return checked
+    return forms.checked_arguments(name, OPERATIONS[name].forms, arguments)

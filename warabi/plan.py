@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from warabi import errors, extents, migration
+from warabi import errors, extents
 from warabi.extents import Extent
-from warabi.operations import OPERATIONS, checked_arguments
+from warabi.forms import shown
+from warabi.operations import OPERATIONS, Payload, checked_arguments
 from warabi.provider import ProviderCore
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.wire import Limits
 
-UPLOADS = {"write": "ri??", "create_and_write": "?", "write_vector": "rb?"}
-DOWNLOADS = {"read": "rii??", "read_vector": "rb"}
 SMALL = 16 * 1024
 """Bytes of a read that is simply tried, into memory of its own."""
 
@@ -60,18 +59,17 @@ def checked_header(header: Any) -> list[Any]:
         or not isinstance(header[2], str)
         or not isinstance(header[4], bytes | None)
     ):
-        raise errors.ProtocolError(f"not a request: {header!r:.100}")
+        raise errors.ProtocolError(f"not a request: {shown(header)}")
     return header
 
 
 def check_data(name: str, eager: Any, payload: int) -> None:
-    """Refuse data that nobody wants, of an operation that exists.
+    """Refuse data that an operation, which exists, does not take.
 
     Raises:
         ProtocolError: there are some.
     """
-    wanted = name in UPLOADS or name in migration.OPERATIONS
-    if not wanted and (payload or eager is not None):
+    if (payload or eager is not None) and OPERATIONS[name].payload is not Payload.UPLOAD:
         raise errors.ProtocolError(f"{name}: takes no data")
 
 
@@ -84,8 +82,7 @@ def checked_request(
         ProtocolError: its arguments are not the operation's.
         TargetNotFound: the provider has none.
     """
-    letters = UPLOADS.get(name) or DOWNLOADS.get(name) or OPERATIONS[name].arguments
-    checked = checked_arguments(name, letters, arguments)
+    checked = checked_arguments(name, arguments)
     return Request(number, name, checked, core, core.target, eager, payload)
 
 
@@ -93,10 +90,10 @@ def memory(request: Request, limit: int) -> int:
     """How many bytes, *limit* at most, a request beside others keeps in memory until its reply is
     sent, which is for ever when the peer does not read."""
     size = request.payload or len(request.eager or b"")
-    if request.name == "read":
-        size = request.arguments[2]
-    elif request.name == "read_vector":
-        size = limit
+    operation = OPERATIONS[request.name]
+    if operation.payload is Payload.DOWNLOAD:
+        at = operation.position.get("size")
+        size = limit if at is None else request.arguments[at]
     return min(max(size, 0), limit)
 
 

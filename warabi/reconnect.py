@@ -4,9 +4,9 @@ Rules of this module:
 
 * One task, :meth:`ReconnectingLink.run`, makes connections, one after the other.  A call takes
   the link of the one that is there, or waits for it until the outage has lasted for ``patience``.
-* A call whose answer was lost is repeated on the next connection if that does no harm: when it
-  only looks, or sets what it sets again.  Of the others nobody knows whether they took effect,
-  so they raise.
+* A call whose answer was lost is repeated on the next connection if its operation says that this
+  does no harm (``Operation.repeatable``).  The others may or may not have taken effect, so they
+  raise.
 * What a connection holds at the provider ends with it: pins are taken again before the next
   link is used.  An inode that went meanwhile stays gone, its region is invalid.
 * What was written and not synced may be lost when a provider ends otherwise than in order.  A
@@ -33,7 +33,8 @@ from warabi.connection import TIMEOUT
 from warabi.extents import Extent
 from warabi.feed import Changes
 from warabi.inode import Attributes
-from warabi.operations import OPERATIONS
+from warabi.operations import OPERATIONS, Syncs, operation_named
+from warabi.operations import Changes as Changing
 from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
@@ -44,16 +45,6 @@ _DELAYS = (0.05, 2.0)  # seconds between attempts to connect: the first ones, an
 _UNSYNCED = 65536  # files remembered, the latest ones, as having data that nobody synced
 _LOST = (errors.ConnectionLost, errors.TimedOut)
 _NOBODY_THERE = (*_LOST, errors.ConnectionFailed)
-_ONCE = frozenset(
-    "create create_and_write erase mknod mkdir symlink link unlink rmdir rename removexattr"
-    " link_name unlink_name update copy adopt graft shutdown".split()
-)
-"""Operations that must not be repeated when nobody knows whether they took effect."""
-_CHANGES_NAMES = frozenset(
-    "create erase mknod mkdir symlink link unlink rmdir rename link_name unlink_name".split()
-)
-_CHANGES_FILE = frozenset("resize setattr setxattr removexattr".split())
-_SYNCS_NAMES = frozenset("fsync persist persist_vector commit sync".split())
 _T = TypeVar("_T")
 
 
@@ -174,44 +165,49 @@ class ReconnectingLink:
             raise kind(str(reason))
         return self._link
 
-    async def _do(self, once: bool, work: Callable[[Link], Awaitable[_T]]) -> tuple[_T, Link]:
+    async def _do(self, name: str, work: Callable[[Link], Awaitable[_T]]) -> tuple[_T, Link]:
+        """The result of *work*, which is the operation *name*, and the link that it came by."""
         while True:
             link = await self._usable()
             try:
                 return await work(link), link
             except _LOST as error:
                 self._lose(link, error)
-                if once:
+                if not OPERATIONS[name].repeatable:
                     raise
 
     # Calls
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         arguments = tuple(arguments)
+        operation = operation_named(name)
+        changes, syncs = operation.changes, operation.syncs is not Syncs.NOTHING
         before = next(self._clock)
-        if name in _SYNCS_NAMES:
+        if syncs:
             self._check_torn(name, arguments)
         if name == "unpin" and arguments[0] in self._gone:
             await self._count_pins(name, arguments, None, None)
             return None
-        if name in _CHANGES_NAMES:
+        if changes is Changing.NAMES:
             self._names_changed = before
-        result, link = await self._do(name in _ONCE, lambda link: link.call(name, arguments))
-        if name in _SYNCS_NAMES:
+        result, link = await self._do(name, lambda link: link.call(name, arguments))
+        if syncs:
             self._check_torn(name, arguments)  # torn while it was repeated
             self._synced(name, arguments, before)
-        elif name in _CHANGES_NAMES:
+        elif changes is Changing.NAMES:
             self._names_changed = next(self._clock)
-        elif name in _CHANGES_FILE:
-            self._changed(arguments[0] if name == "resize" else getattr(result, "region", None))
+        elif changes is Changing.REGION:
+            self._changed(arguments[operation.position["region"]])
+        elif changes is Changing.INODE:
+            self._changed(getattr(result, "region", None))
         await self._count_pins(name, arguments, result, link)
         return result
 
     async def _count_pins(
         self, name: str, arguments: tuple[Any, ...], result: Any, link: Link | None
     ) -> None:
-        operation = OPERATIONS.get(name)
-        pinned = operation.pins(arguments, result) if operation and operation.pins else None
+        pins = OPERATIONS[name].pins
+        pinned = None if pins is None else pins(arguments, result)
         if pinned is None:
             return
         ino, count = pinned
@@ -226,7 +222,7 @@ class ReconnectingLink:
             self._generations[ino] = found.generation
         if count > 0 and self._link not in (link, None):  # it was pinned on one that ended since
             with suppress(errors.InvalidRegion, errors.PathError):
-                await self._do(False, lambda link: link.call("pin", (ino,)))
+                await self._do("pin", lambda link: link.call("pin", (ino,)))
 
     def _changed(self, region: RegionID | None, persisted: bool = False) -> None:
         if persisted:
@@ -245,9 +241,10 @@ class ReconnectingLink:
         Raises:
             StorageError: what was written before may be lost.
         """
-        if name == "commit":
+        syncs = OPERATIONS[name].syncs
+        if syncs is Syncs.NAMES:
             torn, self._names_torn = self._names_torn, False
-        elif name == "sync":
+        elif syncs is Syncs.EVERYTHING:
             torn = bool(self._torn) or self._names_torn
             self._torn.clear()
             self._names_torn = False
@@ -262,21 +259,22 @@ class ReconnectingLink:
     def _synced(self, name: str, arguments: tuple[Any, ...], before: int) -> None:
         if self._names_changed < before:
             self._names_changed = 0
-        if name == "fsync" and self._unsynced.get(arguments[0], before) < before:
+        syncs = OPERATIONS[name].syncs
+        if syncs is Syncs.REGION and self._unsynced.get(arguments[0], before) < before:
             del self._unsynced[arguments[0]]
-        elif name == "sync":
+        elif syncs is Syncs.EVERYTHING:
             self._unsynced = {
                 region: change for region, change in self._unsynced.items() if change > before
             }
 
     async def changes(self, number: int, new_names: bool) -> Changes:
-        changes, _ = await self._do(False, lambda link: link.changes(number, new_names))
+        changes, _ = await self._do("watch", lambda link: link.changes(number, new_names))
         return changes
 
     # Bytes
 
     async def size(self, region: RegionID) -> int:
-        size, _ = await self._do(False, lambda link: link.size(region))
+        size, _ = await self._do("size", lambda link: link.size(region))
         return size
 
     async def write(
@@ -284,18 +282,20 @@ class ReconnectingLink:
     ) -> None:
         # Before and after: the answer may come when another provider is there already.
         self._changed(region, persist)
-        await self._do(False, lambda link: link.write(region, offset, data, persist, extend))
+        await self._do("write", lambda link: link.write(region, offset, data, persist, extend))
         self._changed(region, persist)
 
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        await self._do(False, lambda link: link.read_into(region, offset, place))
+        await self._do("read", lambda link: link.read_into(region, offset, place))
 
     async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
-        count, _ = await self._do(False, lambda link: link.read_some(region, offset, size, place))
+        count, _ = await self._do("read", lambda link: link.read_some(region, offset, size, place))
         return count
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
-        region, _ = await self._do(True, lambda link: link.create_and_write(data, persist))
+        region, _ = await self._do(
+            "create_and_write", lambda link: link.create_and_write(data, persist)
+        )
         self._changed(region, persist)
         return region
 
@@ -303,11 +303,13 @@ class ReconnectingLink:
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
         self._changed(region, persist)
-        await self._do(False, lambda link: link.write_vector(region, extents, data, persist))
+        await self._do(
+            "write_vector", lambda link: link.write_vector(region, extents, data, persist)
+        )
         self._changed(region, persist)
 
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
-        await self._do(False, lambda link: link.read_vector(region, extents, place))
+        await self._do("read_vector", lambda link: link.read_vector(region, extents, place))
 
 
 @asynccontextmanager

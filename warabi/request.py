@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from warabi import errors, greeting, wire
+from warabi.forms import Malformed
+from warabi.operations import RESULTS
 from warabi.wire import PAYLOAD_DONE, Limits, Message
 
 EAGER_THRESHOLD = 2048
 """Default size in bytes up to which data travel inside the header message."""
+
+_MOST_ERRNO = 4095  # as in Linux
 
 
 class Request:
@@ -18,6 +22,8 @@ class Request:
     Keeps the caller's buffers alive until it is done.
 
     Attributes:
+        what: the operation that errors name.
+        operation: the one that is sent, on behalf of *what* where these differ.
         connection: the client's connection that it was sent on, and *number* its ID there.
         into: where a read's bytes go; None when they are not wanted (any more).
         size: how many bytes a read asked for; its result is how many came.
@@ -38,13 +44,14 @@ class Request:
     def __init__(
         self,
         what: str,
-        decode: Callable[[Any], Any] | None = None,
         into: memoryview | None = None,
         buffers: Any = None,
         short: bool = False,
+        *,
+        operation: str = "",
     ) -> None:
         self.what = what
-        self.decode = decode
+        self.operation = operation or what
         self.into = into
         self.size = 0 if into is None else len(into)
         self.buffers = buffers
@@ -93,12 +100,14 @@ class Request:
         if len(payload) != self.size:
             return False
         if self.into is not None:
+            if header[1] is not None:
+                return False
             self.into[:] = payload
             self.finish(self.size)
             return True
         try:
-            result = self.decode(header[1]) if self.decode else header[1]
-        except Exception:  # which take_reply() tells of
+            result = RESULTS[self.operation](header[1])
+        except Malformed:  # which take_reply() tells of
             return False
         self.finish(result)
         return True
@@ -110,25 +119,37 @@ class Request:
             errors.ProtocolError: it is no reply.
         """
         reply = message.header
+        if len(reply) == 4:
+            self.finish(error=_failure(self.what, reply[3]))
+            return
         try:
-            if len(reply) == 4:
-                code, text, number = reply[3]
-                self.finish(error=errors.from_wire(str(code), str(text), int(number)))
-                return
-            if self.into is None:
-                self.finish(self.decode(reply[1]) if self.decode else reply[1])
-                return
-            count = message.payload
-            if len(reply) == 3:
-                count = len(reply[2])
-                self.place(count)[:] = reply[2]
-            elif count == 0 and not self.short and self.size:
-                raise errors.ProtocolError(f"{self.what}: a reply without bytes")
-            self.finish(count)
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
-            if isinstance(error, errors.Exception) and not isinstance(error, errors.InvalidRegion):
-                raise
-            raise errors.ProtocolError(f"{self.what}: a reply of an unknown form") from error
+            result = RESULTS[self.operation](reply[1])
+        except Malformed as error:
+            raise errors.ProtocolError(f"{self.what}: the reply: {error}") from None
+        if self.into is None:
+            self.finish(result)
+            return
+        count = message.payload
+        if len(reply) == 3:
+            if type(reply[2]) is not bytes or count:
+                raise errors.ProtocolError(f"{self.what}: the reply has no bytes where it says so")
+            count = len(reply[2])
+            self.place(count)[:] = reply[2]
+        elif count == 0 and not self.short and self.size:
+            raise errors.ProtocolError(f"{self.what}: a reply without bytes")
+        self.finish(count)
+
+
+def _failure(what: str, failure: Any) -> errors.Exception:
+    """The exception that the fourth item of a reply stands for.
+
+    Raises:
+        errors.ProtocolError: it stands for none.
+    """
+    match failure:
+        case [str() as code, str() as text, int() as number] if 0 <= number <= _MOST_ERRNO:
+            return errors.from_wire(code, text, number)
+    raise errors.ProtocolError(f"{what}: the reply: a failure without a code, a text and an errno")
 
 
 def reply_id(message: Message) -> int:

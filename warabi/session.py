@@ -18,20 +18,25 @@ from typing import Any
 
 import trio
 
-from warabi import dispatch, errors, feed, hosting, in_place, migration, piecemeal, wire
+from warabi import dispatch, errors, feed, in_place, piecemeal, wire
 from warabi.admission import Budget
 from warabi.channel import Channel
 from warabi.crowd import LEAVES, MORE, STAYS, Crowd, Next
 from warabi.errors import WouldBlock
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
-from warabi.migration.exchange import BESIDE, Exchange
-from warabi.operations import OPERATIONS, READING, access, checked_arguments
+from warabi.migration.exchange import Exchange
+from warabi.operations import (
+    OPERATIONS,
+    READING,
+    Payload,
+    Served,
+    checked_arguments,
+    operation_named,
+)
 from warabi.pins import Pins
 from warabi.plan import (
-    DOWNLOADS,
     SMALL,
-    UPLOADS,
     Plan,
     Request,
     check_data,
@@ -192,42 +197,46 @@ class Session:
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
         number, provider_id, name, arguments, eager = checked_header(message.header)
-        permitted = False
         try:
-            permit(self._peer, name, access(name))
-            permitted = True
+            operation = operation_named(name)
+            permit(self._peer, name, operation.access)
             check_data(name, eager, message.payload)
-            if name in ("ping", "shutdown"):
-                await self._control(number, provider_id, name)
+            served = operation.served
+            if served is Served.ENGINE:
+                await self._control(number, provider_id, name, arguments, nursery)
                 return
-            if name in hosting.LETTERS:
+            if served is Served.DIRECT_ACCESS:
                 await self._share(number, self._find(provider_id), name, arguments)
                 return
-            if name in migration.OPERATIONS:
-                await self._migrate(message, nursery)
-                return
-            if name == "watch":
-                await self._running.acquire(0)
-                self._watchers += 1
-                nursery.start_soon(self._watch, number, provider_id, arguments)
-                return
-            request = checked_request(
-                number, self._find(provider_id), name, arguments, eager, message.payload
-            )
+            request = None
+            if served is not Served.MIGRATION:
+                request = checked_request(
+                    number, self._find(provider_id), name, arguments, eager, message.payload
+                )
         except errors.Exception as error:
-            if message.payload and not (permitted and name in migration.OPERATIONS):
+            if message.payload:
                 await self._channel.drop_payload()
             await self._fail(number, error)
             return
-        if name in UPLOADS:
+        if request is None:
+            await self._migrate(message, operation.waits, nursery)
+        elif operation.payload is Payload.UPLOAD:
             await self._upload(request, nursery)
-        elif name in DOWNLOADS:
+        elif operation.payload is Payload.DOWNLOAD:
             await self._start(request, False, nursery, self._download)
         else:
-            waits = OPERATIONS[name].waits and request.target.blocking
-            await self._start(request, waits, nursery, self._operate)
+            elsewhere = dispatch.off_loop(request.target, name)
+            await self._start(request, elsewhere, nursery, self._operate)
 
-    async def _control(self, number: int, provider_id: int, name: str) -> None:
+    async def _control(
+        self, number: int, provider_id: int, name: str, arguments: Any, nursery: trio.Nursery
+    ) -> None:
+        checked = checked_arguments(name, arguments)
+        if name == "watch":
+            await self._running.acquire(0)
+            self._watchers += 1
+            nursery.start_soon(self._watch, number, provider_id, checked)
+            return
         if name == "ping":
             self._find(provider_id)
             await self._reply(number, None)
@@ -237,7 +246,7 @@ class Session:
             await self._reply(number, None)
 
     async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
-        checked = checked_arguments(name, hosting.LETTERS[name], arguments)
+        checked = checked_arguments(name, arguments)
         if name == "join":
             checked[0] = checked[0] and not self._peer.read_only
         if self._host is None:
@@ -256,11 +265,10 @@ class Session:
             for fd in descriptors:
                 os.close(fd)
 
-    async def _watch(self, number: int, provider_id: int, arguments: Any) -> None:
+    async def _watch(self, number: int, provider_id: int, arguments: list[Any]) -> None:
         """Answer when something changes that this connection did not change itself."""
         try:
-            given = checked_arguments("watch", "i?", arguments)
-            found = await self._watching.changes(lambda: self._find(provider_id).target, *given)
+            found = await self._watching.changes(lambda: self._find(provider_id).target, *arguments)
             await self._reply(number, feed.to_wire(found))
         except Exception as error:
             await self._report(number, "watch", error)
@@ -268,22 +276,22 @@ class Session:
             self._watchers -= 1
             self._running.release(0)
 
-    async def _migrate(self, message: Message, nursery: trio.Nursery) -> None:
+    async def _migrate(self, message: Message, concurrently: bool, nursery: trio.Nursery) -> None:
         """A message of a migration; its payload comes first, whoever may send it."""
         number, provider_id, name, arguments, _ = message.header
         data = memoryview(bytearray(message.payload))
         if message.payload:
             await self._channel.fill(data)
-        core = self._find(provider_id)
 
         async def answer() -> None:
             try:
+                core = self._find(provider_id)
                 result = await self._exchange.call(core, name, arguments, data)
                 await self._reply(number, result)
             except Exception as error:
                 await self._report(number, name, error)
 
-        if name in BESIDE:
+        if concurrently:
             nursery.start_soon(answer)
         else:
             await answer()

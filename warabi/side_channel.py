@@ -124,8 +124,8 @@ class SideChannel(Access):
             if made is None:
                 return None
             if not descriptors:
-                return RegionID(made[0]), lambda data: False
-            region = RegionID(made[0])
+                return made[0], lambda data: False
+            region: RegionID = made[0]
             return region, functools.partial(guest.fill, region, made[1:], descriptors.pop())
         except errors.TargetBusy:
             return None
@@ -145,7 +145,7 @@ class SideChannel(Access):
 
     def _call(self, what: str, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
         assert self._connection is not None
-        request = Request(what)
+        request = Request(what, operation=name)
         request.connection = self._connection
         self._connection.submit(request, [self._provider_id, name, arguments, None])
         result = self._connection.wait(request)

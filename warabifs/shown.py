@@ -17,10 +17,11 @@ from warabi.aio_link import Link
 from warabi.answers import Opened
 from warabi.errors import path_error
 from warabi.inode import Attributes
+from warabi.operations import OPERATIONS
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _SPECIAL = _SET_ID | stat.S_ISVTX
-_OWNER_AT = {"mknod": 3, "mkdir": 3, "symlink": 3}
+_OWNER_AT = {name: one.owner for name, one in OPERATIONS.items() if one.owner is not None}
 """Operations that make something, and which of their arguments are its owner and group."""
 
 

@@ -18,23 +18,3 @@ the target (in memory: its adoption by the provider).  Everything is on the medi
   ``migrate_target`` raises ``ConnectionLost`` that says so.  There is no point at which neither
   has it.
 """
-
-from __future__ import annotations
-
-OPERATIONS = {
-    "migrate": "sis",
-    "migration_progress": "",
-    "receive_begin": "s",
-    "receive_rows": "s",
-    "receive_data": "",
-    "receive_finish": "i",
-    "receive_commit": "",
-    "receive_abort": "",
-    "receive_outcome": "s",
-}
-"""The operations on the wire, with the letters of their arguments as in ``warabi.operations``.
-
-``migrate`` (address, provider ID, options as JSON) asks a source; the others but
-``migration_progress`` are the source's to its destination.  ``receive_rows`` and
-``receive_data`` have a payload.
-"""

@@ -13,24 +13,21 @@ from typing import Any
 
 import trio
 
-from warabi.config import FileTarget, PmemTarget, checked
+from warabi.config import FileTarget, PmemTarget
+from warabi.config import checked as checked_config
 from warabi.errors import Exception, ProtocolError
 from warabi.migration import permission
 from warabi.migration.options import Plan, parse
 from warabi.migration.send import Sending
 from warabi.migration.staging import Staging
-from warabi.operations import checked_arguments
+from warabi.operations import OPERATIONS, Payload, checked_arguments
 from warabi.provider import ProviderCore
 from warabi.target import Target
-
-from . import OPERATIONS
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 300.0
 """Seconds without a word from the source after which a target that is being received is dropped."""
-BESIDE = frozenset({"migrate", "receive_finish", "receive_commit", "receive_outcome"})
-"""Operations that take long, so that others have to be answered meanwhile."""
 
 
 class Receiving:
@@ -68,13 +65,11 @@ class Exchange:
 
     async def call(self, core: ProviderCore, name: str, arguments: Any, payload: memoryview) -> Any:
         """The result of an operation; raises what it failed with."""
-        checked_list = checked_arguments(name, OPERATIONS[name], arguments)
-        if payload and name not in ("receive_rows", "receive_data"):
-            raise ProtocolError(f"{name}: takes no data")
+        checked = checked_arguments(name, arguments)
+        if OPERATIONS[name].payload is Payload.UPLOAD:
+            checked.append(payload)
         method: Callable[..., Awaitable[Any]] = getattr(self, f"_{name}")
-        if name in ("receive_rows", "receive_data"):
-            return await method(core, *checked_list, payload)
-        return await method(core, *checked_list)
+        return await method(core, *checked)
 
     # The source
 
@@ -100,7 +95,7 @@ class Exchange:
         permission.check_receive(core.config, core.provider_id, self._local)
         if self._receiving is not None:
             raise ProtocolError("receive_begin: within another migration on this connection")
-        plan = checked(Plan, text, what="migration")
+        plan = checked_config(Plan, text, what="migration")
         receiving = Receiving(core, plan)
         core.begin_receiving(receiving)
         self._receiving = receiving
