@@ -1,7 +1,8 @@
 """``warabi``: serve targets, and look into one.
 
 Every command exits with 0, or with 1 and one line on standard error; with 2 and a hint when the
-command line itself is wrong.
+command line itself is wrong.  Interrupted, it exits with 130; with 141, and quietly, when what
+reads its output has gone.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ import click
 import warabi
 from warabi.cli_backup import export_command, import_command
 from warabi.cli_check import fsck, scrub
-from warabi.cli_common import authenticated, one_line, reaching, secured
+from warabi.cli_common import (
+    Commands,
+    authenticated,
+    echo,
+    one_line,
+    print_lines,
+    reaching,
+    secured,
+)
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError, InvalidRegion
+from warabi.output import output
 from warabi.progress import overall_progress
 from warabi.region import RegionID
 from warabi.security import config_of
+
+_STEP = 8 * 1024 * 1024
+"""Bytes of a region that are in memory at once."""
 
 if TYPE_CHECKING:
     from warabi.bedrock import Server  # takes time to import, which the other commands need not
@@ -62,7 +75,7 @@ def _region(text: str) -> RegionID:
         raise click.BadParameter(f"{text!r} is not a region ID of 32 hex digits") from None
 
 
-@click.group()
+@click.group(cls=Commands)
 @click.version_option(warabi.__version__, prog_name="warabi")
 def main() -> None:
     """Serve Warabi targets, and reach one."""
@@ -109,7 +122,7 @@ def serve(
         service.address_file(address_file, str(server.address)),
     ):
         server.engine.on_finalize(ending.come)
-        click.echo(str(server.address))
+        echo(str(server.address))
         service.notify("READY=1")
         ending.wait()
         service.notify("STOPPING=1")
@@ -148,7 +161,7 @@ def list_regions(address: str, provider_id: int, **security: str) -> None:
             except InvalidRegion:
                 continue  # erased meanwhile
             line = f"{region.hex()} {found.size:>14} {' '.join(found.names)}".rstrip()
-            click.echo(os.fsencode(line))  # names may have any bytes
+            print_lines([os.fsencode(line)])  # names may have any bytes
 
 
 @main.command()
@@ -166,21 +179,27 @@ def put(address: str, provider_id: int, file: Any, name: str | None, **security:
             except BaseException:
                 target.erase(region)
                 raise
-        click.echo(region.hex())
+        echo(region.hex())
 
 
 @main.command()
 @_target
 @click.argument("region")
-@click.argument("file", type=click.File("wb"), default="-")
-def get(address: str, provider_id: int, region: str, file: Any, **security: str) -> None:
-    """Write a region, by its ID or its path, to FILE or standard output."""
+@click.argument("file", default="-")
+def get(address: str, provider_id: int, region: str, file: str, **security: str) -> None:
+    """Write a region, by its ID or its path, to FILE or standard output.
+
+    FILE appears, or is replaced, when it is complete.
+    """
     with _handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
         size = target.size(found)
-        step = 8 * 1024 * 1024
-        for offset in range(0, size, step):
-            file.write(target.read(found, offset, min(step, size - offset)))
+        buffer = memoryview(bytearray(min(size, _STEP)))
+        with output(file) as out:
+            for offset in range(0, size, _STEP):
+                piece = buffer[: size - offset]
+                target.read_into(found, offset, piece)
+                out.write(piece)
 
 
 @main.command()

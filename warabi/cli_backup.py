@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +10,7 @@ import click
 
 from warabi.access import is_address, made_or_reached, reached
 from warabi.cli_common import one_line, reaching
+from warabi.output import PRIVATE, output
 from warabi.progress import progress
 
 
@@ -23,6 +21,8 @@ from warabi.progress import progress
 def export_command(target: str, provider_id: int, out: Path, **security: str) -> None:
     """Write everything in a target to a tar archive, or to standard output (-).
 
+    OUT.tar appears, or is replaced, when it is complete; a new one is its owner's alone (0600).
+
     Clients may write meanwhile: the names and the set of regions are those of one instant, the
     bytes of each region those of one instant.
     """
@@ -32,34 +32,9 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
         one_line(),
         reached(target, provider_id, security) as link,
         progress("export", link.call("used")) as advance,
-        _output(out) as file,
+        output(out, PRIVATE) as file,
     ):
         export(link, file, copying=is_address(target), advance=advance)
-
-
-@contextmanager
-def _output(path: Path) -> Iterator[IO[bytes]]:
-    """The file at *path*, which is there when it is complete, or standard output for ``-``."""
-    if str(path) == "-":
-        try:
-            yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
-        except BaseException:
-            # What is left in the buffer would be written, and fail again, when Python ends.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
-            raise
-        return
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @click.command("import")

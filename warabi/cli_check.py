@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from warabi.access import is_address, reached
-from warabi.cli_common import one_line, reaching
-from warabi.errors import Exception
+from warabi.cli_common import echo, one_line, print_lines, reaching
 from warabi.progress import progress
+from warabi.quoting import printable
 
 
 @click.command()
@@ -39,8 +39,8 @@ def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
         progress("scrub", link.call("used")) as advance,
     ):
         for rot in rotten(link, totals, advance=advance, updating=update):
-            click.echo(str(rot).encode(errors="surrogateescape"))
-        click.echo(
+            print_lines([printable(str(rot)).encode(errors="surrogateescape")])
+        echo(
             f"{totals.regions} regions: {totals.verified} blocks verified,"
             f" {totals.unverified} unverified, {totals.rotten} rotten"
         )
@@ -78,13 +78,10 @@ def fsck(path: Path, repair: bool, backend: str | None) -> None:
     from warabi.fsck import check
 
     def say(text: str) -> None:
-        click.echo(os.fsencode(text))
+        print_lines([os.fsencode(printable(text))])
 
-    try:
+    with one_line(status=8):
         report = check(path, repair=repair, say=say, backend=backend or "")
-    except (Exception, OSError) as error:
-        click.echo(f"warabi: {error}", err=True)
-        sys.exit(8)
     found = report.corrected + report.left
-    click.echo(f"{path}: {found} problems, {report.corrected} corrected")
+    say(f"{path}: {found} problems, {report.corrected} corrected")
     sys.exit(report.status)

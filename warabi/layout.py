@@ -210,6 +210,19 @@ def lock_regions(path: Path, patience: float) -> tuple[Path, _Lock, bool]:
     return regions, _Lock(path, regions / "LOCK", patience), made
 
 
+def _make_private(path: Path, regions: Path) -> None:
+    """Take what other users may do with a target's files away, where this process can.
+
+    Catalogues used to be made with the permissions that the umask leaves; names, sizes and IDs in
+    them are the owner's as much as the bytes of the regions.
+    """
+    for place in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-journal")), regions):
+        with contextlib.suppress(OSError):
+            mode = place.lstat().st_mode
+            if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and mode & 0o077:
+                place.chmod(stat.S_IMODE(mode) & 0o700)
+
+
 def clear(path: Path, regions: Path) -> None:
     """Remove what a target, or half of one that was being brought, left without a catalogue."""
     FileStorage(regions).destroy()
@@ -256,6 +269,7 @@ def _any_regions(regions: Path) -> bool:
 
 def _open_holding(path: Path, plan: _Plan, regions: Path, lock: _Lock) -> Target:
     """Open a target that is there; its lock, which is held, goes with it, but not on failure."""
+    _make_private(path, regions)
     with contextlib.ExitStack() as undo:
         storage, instead = plan.make(regions)
         undo.callback(storage.close)

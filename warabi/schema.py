@@ -130,6 +130,17 @@ def make(db: sqlite3.Connection) -> None:
     db.executescript(SCHEMA)
 
 
+def connect_new(path: Path) -> sqlite3.Connection:
+    """An empty database at *path*, where nothing is, which only its owner may read; SQLite gives
+    its log and its journal the same permissions."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)  # whatever the umask is
+    finally:
+        os.close(fd)
+    return sqlite3.connect(path, isolation_level=None)
+
+
 def create(path: Path, backend: str = "file", capacity: int | None = None) -> None:
     """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
 
@@ -148,7 +159,7 @@ def create(path: Path, backend: str = "file", capacity: int | None = None) -> No
         old.execute("PRAGMA locking_mode = EXCLUSIVE")
         old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     try:
-        db = sqlite3.connect(fresh, isolation_level=None)
+        db = connect_new(fresh)
         try:
             # It is nobody's before it is renamed, and put on the medium as a whole.
             db.execute("PRAGMA journal_mode = OFF")

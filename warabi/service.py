@@ -7,8 +7,12 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from warabi.errors import Exception
+from warabi.output import write_file
 
 log = logging.getLogger(__name__)
 
@@ -64,22 +68,32 @@ def notify(state: str) -> None:
 
 @contextlib.contextmanager
 def address_file(path: Path | None, address: str) -> Iterator[None]:
-    """A file with *address* while the block runs; readers see all of it or no file."""
+    """A file with *address* while the block runs; readers see all of it or no file.
+
+    What is no regular file is written to, and left as it is at the end.
+    """
     if path is None:
         yield
         return
-    text = f"{address}\n"
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_text(text)
-        new.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise
+    text = f"{address}\n".encode()
+    if path.is_fifo():
+        # In a thread: to open one waits for a reader, for which signals cannot wait.
+        threading.Thread(target=_tell, args=(path, text), daemon=True).start()
+        yield
+        return
+    written = write_file(path, text)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if path.read_text() == text:  # another service may have taken the place
-                path.unlink()
+        if written is not None:
+            with contextlib.suppress(OSError):
+                # Another service may have taken the place.
+                if not written.is_fifo() and written.read_bytes() == text:
+                    written.unlink()
+
+
+def _tell(path: Path, text: bytes) -> None:
+    try:
+        write_file(path, text)
+    except (OSError, Exception) as error:
+        log.warning("address file: %s", error)

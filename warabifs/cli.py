@@ -17,12 +17,15 @@ from pathlib import Path
 import click
 
 import warabi
-from warabi.errors import ConfigError
+from warabi.cli_common import Commands, echo
 from warabifs import doctor as examination
 from warabifs import install, unmount
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
+    program = "warabifs"
+    unwinds = False
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -53,10 +56,7 @@ def mount(arguments: tuple[str, ...]) -> None:
               help="Seconds to wait until everything is persisted.")  # fmt: skip
 def umount(mountpoint: str, lazy: bool, timeout: float) -> None:
     """Unmount; returns when everything is handed over and persisted, or says what is not."""
-    try:
-        found = unmount.find(mountpoint)
-    except ConfigError as error:
-        sys.exit(f"warabifs: {error}")
+    found = unmount.find(mountpoint)
     sys.exit(unmount.unmount(found, lazy=lazy, patience=timeout))
 
 
@@ -73,8 +73,5 @@ def doctor() -> None:
 @click.option("--uninstall", is_flag=True, help="Remove what was installed.")
 def install_helper(prefix: Path, uninstall: bool) -> None:
     """Let mount(8), umount(8) and fstab know warabifs, and install its manual page."""
-    try:
-        for line in install.uninstall(prefix) if uninstall else install.install(prefix):
-            click.echo(line)
-    except ConfigError as error:
-        sys.exit(f"warabifs: {error}")
+    for line in install.uninstall(prefix) if uninstall else install.install(prefix):
+        echo(line)

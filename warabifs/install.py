@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from warabi.errors import ConfigError
+from warabi.output import write_file
 from warabifs import manual
 
 MARK = "Installed by `warabifs install-helper`, which `--uninstall` undoes."
@@ -38,7 +39,9 @@ def _files(prefix: Path) -> dict[Path, tuple[str, int]]:
 def _ours(path: Path) -> bool:
     """Whether the file, which exists, is one that was installed."""
     try:
-        return not path.is_symlink() and MARK in path.read_text(errors="replace")[:500]
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        return MARK in path.read_text(errors="replace")[:500]
     except OSError:
         return False
 
@@ -53,7 +56,9 @@ def install(prefix: Path) -> Iterator[str]:
     """Write the files below *prefix*; yields a line for each that changed.
 
     Raises:
-        ConfigError: one exists that is not ours, and nothing was changed; or it cannot be written.
+        ConfigError: one exists that is not ours, and nothing was changed; or a directory cannot
+            be made.
+        PermissionDenied, StorageFull, StorageError: a file cannot be written.
     """
     prefix = prefix.absolute()
     files = _files(prefix)
@@ -61,15 +66,11 @@ def install(prefix: Path) -> Iterator[str]:
     for path, (text, mode) in files.items():
         if path.exists() and path.read_text() == text and path.stat().st_mode & 0o777 == mode:
             continue
-        new = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(text)
-            new.chmod(mode)
-            new.replace(path)
+            write_file(path, text.encode(), mode)
+            path.chmod(mode)  # that of a file which is replaced stays
         except OSError as error:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
             raise ConfigError(f"{path}: {error.strerror}") from None
         yield f"{path}: installed"
 

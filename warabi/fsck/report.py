@@ -11,6 +11,10 @@ from pathlib import Path
 from warabi.journal import sync_directory
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 class LostFound:
     """``PATH.lost+found/``: files without a row, old catalogues, and a log; made when needed."""
 
@@ -45,7 +49,7 @@ class LostFound:
     def log(self, text: str) -> None:
         self.directory.mkdir(mode=0o700, exist_ok=True)
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n"
-        with open(self.directory / "fsck.log", "ab", buffering=0) as file:
+        with open(self.directory / "fsck.log", "ab", buffering=0, opener=_private) as file:
             file.write(os.fsencode(line))
             os.fsync(file.fileno())
 

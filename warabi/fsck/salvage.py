@@ -19,7 +19,7 @@ from warabi.fsck.report import LostFound, Report
 from warabi.inode import OWN, PACKED, Inode
 from warabi.journal import sync_directory
 from warabi.region import RegionID
-from warabi.schema import COLUMNS, UPSERT, make, populate, show_as_new
+from warabi.schema import COLUMNS, UPSERT, connect_new, make, populate, show_as_new
 
 _INSERT = UPSERT.replace("OR REPLACE", "OR IGNORE")  # a row that could be read counts
 
@@ -29,7 +29,7 @@ def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend:
     fresh = Path(f"{path}.new")
     for leftover in (fresh, Path(f"{fresh}-journal")):
         leftover.unlink(missing_ok=True)
-    with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+    with closing(connect_new(fresh)) as db:
         db.execute("PRAGMA synchronous = FULL")
         make(db)
         db.execute("BEGIN")
