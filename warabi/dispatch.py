@@ -23,12 +23,14 @@ from warabi.calls import CALLS, FLUSHING
 from warabi.errors import WouldBlock
 from warabi.extents import Extent
 from warabi.flushing import flushed
+from warabi.log_limit import RateLimit
 from warabi.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.threads import in_thread, limited
 
 log = logging.getLogger(__name__)
+log.addFilter(RateLimit())
 
 _T = TypeVar("_T")
 

@@ -122,6 +122,8 @@ _BY_CODE: dict[str, type[Exception]] = {
 }
 _CODES: dict[type[Exception], str] = {cls: code for code, cls in _BY_CODE.items()}
 
+_LONGEST = 8192
+"""Characters of a message on the wire: one may repeat what it is about, of any length."""
 Failure = tuple[str, str, int]
 """A failure on the wire: code, message, errno (0 but for ``path``)."""
 
@@ -129,7 +131,7 @@ Failure = tuple[str, str, int]
 def to_wire(error: Exception) -> Failure:
     """*error* as the three values that a failure reply carries."""
     number = error.errno or 0 if isinstance(error, PathError) else 0
-    return _CODES.get(type(error), "failed"), str(error), number
+    return _CODES.get(type(error), "failed"), str(error)[:_LONGEST], number
 
 
 def from_wire(code: str, message: str, number: int) -> Exception:

@@ -70,15 +70,12 @@ class Form:
 
 
 def shown(value: Any) -> str:
-    """*value* in a few words, however large it is."""
-    kind = type(value).__name__
-    if isinstance(value, str | bytes):
-        short = value if len(value) <= 40 else value[:40]
-        more = "" if len(value) <= 40 else f"... of {len(value)}"
-        return f"{kind} {short!r}{more}"
-    if isinstance(value, list | dict | tuple):
-        return f"{kind} of {len(value)} items"
-    return f"{kind} {value!r:.60}"
+    """*value*, which may be anything that a peer sent, for a message, however large it is."""
+    if isinstance(value, list | dict | tuple):  # whose repr() may be nested too deeply
+        return f"{type(value).__name__} of {len(value)} items"
+    if isinstance(value, str | bytes) and len(value) > 60:
+        return f"{value[:60]!r}... of {len(value)}"
+    return f"{value!r:.200}"
 
 
 def list_of(item: Form) -> Form:

@@ -23,6 +23,7 @@ from typing import Any
 
 from warabi import errors, wire
 from warabi.errors import PermissionDenied, ProtocolError
+from warabi.forms import shown
 from warabi.security import Peer, Security
 from warabi.wire import Limits, Message, Opened
 
@@ -148,5 +149,5 @@ def refused(header: Any) -> errors.Exception | None:
     failure = header[3] if isinstance(header[3], list) and header[3] else [None]
     kinds = {"denied": PermissionDenied, "connect": errors.ConnectionFailed}
     kind = kinds.get(failure[0], ProtocolError) if isinstance(failure[0], str) else ProtocolError
-    said = failure[1] if len(failure) > 1 else header[3]
-    return kind(f"the engine refused the connection: {said!s:.300}")
+    said = failure[1] if len(failure) > 1 and isinstance(failure[1], str) else shown(failure)
+    return kind(f"the engine refused the connection: {said:.300}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from warabi import errors, greeting, wire
-from warabi.forms import Malformed
+from warabi.forms import Malformed, shown
 from warabi.operations import RESULTS
 from warabi.wire import PAYLOAD_DONE, Limits, Message
 
@@ -163,7 +163,7 @@ def reply_id(message: Message) -> int:
     if refusal := greeting.refused(header):
         raise refusal
     if not isinstance(header, list) or not 2 <= len(header) <= 4 or type(header[0]) is not int:
-        raise errors.ProtocolError(f"not a reply: {header!r:.100}")
+        raise errors.ProtocolError(f"not a reply: {shown(header)}")
     return header[0]
 
 

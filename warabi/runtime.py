@@ -12,18 +12,20 @@ from collections.abc import Callable
 
 import trio
 
-from warabi import address, errors
+from warabi import address, errors, loop_watchdog
 from warabi.address import Endpoint
 from warabi.admission import Admission, Visitor
 from warabi.crowd import Crowd
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
+from warabi.log_limit import RateLimit
 from warabi.provider import ProviderCore
 from warabi.security import Security
 from warabi.session import Session
 from warabi.shared_memory import LifeSigns
 
 log = logging.getLogger(__name__)
+log.addFilter(RateLimit())  # peers cause most of what is logged here
 
 _DRAIN_PATIENCE = 2.0
 """Seconds that peers have, at the end, to send the rest of a request and to take their replies."""
@@ -84,7 +86,7 @@ class Runtime:
 
     def _run(self) -> None:
         try:
-            trio.run(self._main)
+            trio.run(self._main, instruments=loop_watchdog.instruments())
         except BaseException:
             log.exception("the engine's loop ended with an error")
         finally:

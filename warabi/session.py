@@ -25,6 +25,7 @@ from warabi.crowd import LEAVES, MORE, STAYS, Crowd, Next
 from warabi.errors import WouldBlock
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
+from warabi.log_limit import RateLimit
 from warabi.migration.exchange import Exchange
 from warabi.operations import (
     OPERATIONS,
@@ -52,6 +53,7 @@ from warabi.watching import Watching
 from warabi.wire import NEED_DATA, Message
 
 log = logging.getLogger(__name__)
+log.addFilter(RateLimit())  # peers cause what is logged here
 
 
 class Session:

@@ -24,6 +24,7 @@ from typing import Any
 import msgpack
 
 from warabi.errors import ProtocolError
+from warabi.forms import shown
 
 MAGIC = b"\x93WARABI\n"
 VERSION = 1
@@ -321,12 +322,12 @@ class Connection:
         self._state = _AT_PREFIX
         if not isinstance(content, dict) or content.get("version") != VERSION:
             version = content.get("version") if isinstance(content, dict) else content
-            raise ProtocolError(f"the peer speaks version {version!r}, this side {VERSION}")
+            raise ProtocolError(f"the peer speaks version {shown(version)}, this side {VERSION}")
         values = {}
         for field in fields(Limits):
             value = content.get(field.name)
             if type(value) is not int or value < 1:
-                raise ProtocolError(f"the peer's limit {field.name!r} is {value!r}")
+                raise ProtocolError(f"the peer's limit {field.name!r} is {shown(value)}")
             values[field.name] = value
         return Opened(Limits(**values), content, raw)
 

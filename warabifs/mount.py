@@ -25,7 +25,7 @@ from typing import IO, NoReturn
 import trio
 
 import warabi
-from warabi import aio, layout, lull, reconnect
+from warabi import aio, layout, loop_watchdog, lull, reconnect
 from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.security import config_of
@@ -277,7 +277,10 @@ def _serve_and_persist(
     # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
     gc.set_threshold(10_000)
     try:
-        failure = trio.run(_mount_and_serve, source, local, mountpoint, options, ready, ending)
+        failure = trio.run(
+            _mount_and_serve, source, local, mountpoint, options, ready, ending,
+            instruments=loop_watchdog.instruments(),
+        )  # fmt: skip
     finally:
         if local is not None:
             local.close()
