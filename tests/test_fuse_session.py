@@ -12,7 +12,10 @@ import pytest
 import trio
 import trio.testing
 
-from warabifs import protocol
+from warabi import aio, errors, layout
+from warabi.config import MemoryConfig
+from warabifs import operations, protocol
+from warabifs.filesystem import FileSystem
 from warabifs.protocol import Feature, Header, Opcode
 from warabifs.session import Answer, Early, Session
 
@@ -195,6 +198,63 @@ async def test_an_exception_is_an_answer(kernel: Kernel, late: bool) -> None:
             kernel.send(Opcode.LOOKUP, unique)
             assert await kernel.answer() == (unique, errno.EIO, b"")
         kernel.session.stop()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_no_handler_leaves_a_request_unanswered(kernel: Kernel, late: bool) -> None:
+    """Whatever it raises, even when what makes an errno of that raises, and whatever it returns."""
+    raised = (errors.path_error(100_000), MemoryError(), ExceptionGroup("two", [ValueError()]))
+    returned: tuple[Any, ...] = ("no answer", 1 << 40, [], 3.5)
+
+    async def handle(header: Header, body: memoryview) -> Answer:
+        if late:
+            await trio.lowlevel.checkpoint()
+        number = header.unique // 2
+        if number < len(raised):
+            raise raised[number]
+        answer: Answer = returned[number - len(raised)]
+        return answer
+
+    class Unsure(Handlers):
+        def refusal(self, header: Header, error: Exception) -> Answer:
+            raise LookupError("nor does this know an errno")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.session.serve, Unsure(handle))
+        for number in range(len(raised) + len(returned)):
+            kernel.send(4711, 2 * number)
+            assert await kernel.answer() == (2 * number, errno.EIO, b"")
+        kernel.session.stop()
+
+
+def test_every_exception_of_every_opcode_becomes_one_errno() -> None:
+    target = layout.open_memory(MemoryConfig())
+    try:
+        files = FileSystem(
+            aio.attach(target), exclusive=True, attr_timeout=1.0, drop_name=lambda *_: None
+        )
+        found = operations.Operations(
+            files, entry_timeout=1.0, directory_timeout=1.0, attr_timeout=1.0,
+            negative_timeout=1.0, direct_io=False, writeback=False,
+        )  # fmt: skip
+        silent = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY}
+        for opcode in (*range(64), 4096, 0xFFFFFFFF):
+            header = Header(40, opcode, 2, 1, 0, 0, 1, 0)
+            for error, number in (
+                (RuntimeError("unexpected"), errno.EIO),
+                (errors.path_error(errno.ENOENT), errno.ENOENT),
+                (errors.path_error(-2), errno.EIO),  # a provider may send any number
+                (errors.path_error(512), errno.EIO),
+                (errors.StorageFull("full"), errno.ENOSPC),
+            ):
+                expected = None if opcode in silent else number
+                assert found.refusal(header, error) == expected
+            if opcode not in [*Opcode]:
+                with pytest.raises(StopIteration) as answered:
+                    found.handle(header, memoryview(b"")).send(None)
+                assert answered.value.value == errno.ENOSYS
+    finally:
+        target.close()
 
 
 @pytest.mark.parametrize("late", [False, True])

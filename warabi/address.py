@@ -8,11 +8,11 @@ import itertools
 import os
 import re
 import socket
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from warabi import private
 from warabi.errors import ConfigError, ConnectionFailed, PermissionDenied
 
 LOCAL = "na+sm"
@@ -21,6 +21,7 @@ _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+;_]*)(?:://(?P<rest>.*))?")
 _BACKLOG = 4096
 """Connections that wait to be accepted: who finds no room among them tries again after a second."""
 _ANCILLARY = socket.CMSG_SPACE(16 * array.array("i").itemsize)
+_OVERRIDE = "WARABI_RUNTIME_DIR"
 _counter = itertools.count()
 
 
@@ -89,10 +90,26 @@ def _host_and_port(text: str, rest: str) -> tuple[str, int]:
     return match["v6"] or match["host"] or "", int(match["port"] or 0)
 
 
-def runtime_directory(uid: int) -> Path:
-    """Where the local sockets of user *uid* are; the same for every process of that user."""
-    override = os.environ.get("WARABI_RUNTIME_DIR")
-    return Path(override) if override else Path("/tmp") / f"warabi-{uid}"
+def runtime_directory() -> Path:
+    """Where this process's user has local sockets; made if it is not there.
+
+    Raises:
+        PermissionDenied: others could use it, or it cannot be made.
+    """
+    override = os.environ.get(_OVERRIDE)
+    if not override:
+        return private.made(os.getuid())
+    directory = Path(override)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        is_private = private.is_private(directory, os.getuid())
+    except OSError as error:
+        raise PermissionDenied(f"{_OVERRIDE}={directory}: {error.strerror}") from error
+    if not is_private:
+        raise PermissionDenied(
+            f"{_OVERRIDE}={directory}: must be a directory of mode 0700 of this user"
+        )
+    return directory
 
 
 def listen(wanted: Endpoint, *, protected: bool) -> tuple[socket.socket, Endpoint]:
@@ -131,16 +148,7 @@ def listen(wanted: Endpoint, *, protected: bool) -> tuple[socket.socket, Endpoin
 
 
 def _listen_local() -> tuple[socket.socket, Endpoint]:
-    directory = runtime_directory(os.getuid())
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        info = directory.lstat()
-    except OSError as error:
-        raise ConfigError(f"directory {directory}: {error.strerror}") from error
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise PermissionDenied(
-            f"directory {directory}: must be a directory of mode 0700 of this user"
-        )
+    directory = runtime_directory()
     _remove_stale(directory)
     endpoint = Endpoint(LOCAL, name=f"{os.getpid()}-{next(_counter)}")
     path = directory / f"{endpoint.name}.sock"
@@ -165,13 +173,18 @@ def _remove_stale(directory: Path) -> None:
 
 
 def local_path(endpoint: Endpoint) -> Path:
-    """The socket of a local engine: in the directory of the user whose process it is."""
+    """The socket of a local engine: in a directory of the user whose process it is."""
+    name = f"{endpoint.name}.sock"
+    override = os.environ.get(_OVERRIDE)
+    if override:
+        return Path(override, name)
     pid = endpoint.name.split("-")[0]
     try:
         uid = Path("/proc", pid).stat().st_uid
     except OSError:
         uid = os.getuid()
-    return runtime_directory(uid) / f"{endpoint.name}.sock"
+    found = (directory / name for directory in private.existing(uid))
+    return next((path for path in found if path.exists()), private.places(uid)[0] / name)
 
 
 def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
@@ -189,13 +202,13 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             # Not by settimeout(): where many connect at once a local socket, unlike one of TCP,
             # refuses who does not wait in the call itself.
-            _set_send_timeout(client, timeout)
+            set_send_timeout(client, timeout)
             try:
                 client.connect(str(local_path(endpoint)))
             except BaseException:
                 client.close()
                 raise
-            _set_send_timeout(client, 0.0)
+            set_send_timeout(client, 0.0)
     except UnicodeError as error:  # no host name can be spelled so
         raise ConnectionFailed(f"connect to {endpoint}: {error}") from None
     except PermissionError as error:
@@ -224,7 +237,7 @@ def prepare(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
-def _set_send_timeout(connection: socket.socket, timeout: float) -> None:
+def set_send_timeout(connection: socket.socket, timeout: float) -> None:
     """How long a blocking call waits that sends or connects, in seconds; 0 for ever."""
     seconds = int(timeout)
     value = struct.pack("@ll", seconds, int((timeout - seconds) * 1e6))

@@ -201,19 +201,21 @@ class Tree:
     # Inodes
 
     def lookup(self, parent: int, name: bytes) -> Attributes:
-        """The inode that *name*, which may be a dot or two, means in directory *parent*; ENOENT,
-        ENOTDIR, ESTALE."""
-        with self._guard:
-            directory = self._directory(parent)
-            if name == b".":
-                return directory.attributes()
-            if name == b"..":
-                return self._above(directory).attributes()
-            return self._existing(directory, name).attributes()
+        """The inode that *name* means in directory *parent*; ENOENT, ENOTDIR, ESTALE.
 
-    def _above(self, directory: Inode) -> Inode:
-        """The directory above; the root for itself and for one that was removed."""
-        names = self._catalogue.names(directory)
+        "." and ".." are the inode *parent* itself and a directory that it is in, whatever its
+        type: file handles (NFS) are resolved so.
+        """
+        with self._guard:
+            if name == b".":
+                return self._get(parent).attributes()
+            if name == b"..":
+                return self._above(self._get(parent)).attributes()
+            return self._existing(self._directory(parent), name).attributes()
+
+    def _above(self, inode: Inode) -> Inode:
+        """A directory that has *inode*; the root for itself, and for what has no name."""
+        names = self._catalogue.names(inode)
         return self._get(names[0][0] if names else ROOT)
 
     def getattr(self, ino: int) -> Attributes:

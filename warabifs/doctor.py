@@ -1,8 +1,8 @@
 """``warabifs doctor``: what keeps mounts from working here, and the command that mends it.
 
 Each check yields findings.  A *fault* keeps this user from mounting or has hurt already; a *hint*
-is about what only some need.  Nothing is changed, and no mount is touched but by another process,
-with a limit in time.
+is about what only some need.  Nothing is changed, other than that the directory for local sockets
+is made; no mount is touched but by another process, with a limit in time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Literal
 
 import click
 
-from warabi import address
+from warabi import private
+from warabi.errors import PermissionDenied
 from warabifs import install
 from warabifs.ending import mounts
 from warabifs.unmount import KIND
@@ -168,11 +169,15 @@ def _limits() -> Iterator[Finding]:
 
 
 def _runtime_directory() -> Iterator[Finding]:
-    path = address.runtime_directory(os.getuid())
+    chosen = os.environ.get("WARABI_RUNTIME_DIR")
     try:
+        path = Path(chosen) if chosen else private.made(os.getuid())
         info = path.lstat()
     except FileNotFoundError:
-        yield _ok(f"{path}, for local sockets, is made when needed")
+        yield _ok(f"{chosen}, for local sockets, is made when needed")
+        return
+    except PermissionDenied as error:
+        yield _fault(str(error), "set WARABI_RUNTIME_DIR to a directory of mode 0700 of this user")
         return
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
         yield _fault(

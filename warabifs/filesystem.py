@@ -185,7 +185,10 @@ class FileSystem:
     # Inodes
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
-        return self._count(await self._target.call("lookup", parent, name), parent, name)
+        found = await self._target.call("lookup", parent, name)
+        if name in (b".", b".."):  # a file handle is resolved: no name means it by that
+            return self._count(found)
+        return self._count(found, parent, name)
 
     async def getattr(self, ino: int) -> Attributes:
         attributes: Attributes = await self._target.call("getattr", ino)

@@ -42,6 +42,7 @@ from warabifs.remount import remount
 from warabifs.session import Session
 from warabifs.shown import ShownLink
 from warabifs.unmount import find
+from warabifs.utab import Entry
 from warabifs.watchdog import Watchdog
 
 log = logging.getLogger("warabifs")
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
     if parsed.namespace:
         _enter(parsed.namespace, sys.argv[1:] if arguments is None else arguments, helper)
     try:
-        options = parse_options(parsed.option, root=os.geteuid() == 0, sloppy=parsed.sloppy)
+        options = parse_options(
+            parsed.option, root=os.geteuid() == 0, sloppy=parsed.sloppy, helper=helper
+        )
         options.read_only = options.read_only or parsed.read_only
         if options.remount:
             _remount(parsed.mountpoint, options)
@@ -371,13 +374,17 @@ async def _mount_and_serve(
                 passing=Passing(local, session) if options.passthrough and local else None,
             )
             unmount = True
+            entry = Entry(options.fsname or source.text, mountpoint)
             try:
                 operations.features = session.begin(operations.features)
                 if options.passthrough and not operations.features & Feature.PASSTHROUGH:
                     raise ConfigError("option passthrough: this kernel has none (Linux 6.14 has)")
                 device.read_ahead(READ_AHEAD_REMOTE if source.remote else READ_AHEAD)
-                if not ending.announce(mountpoint):
-                    log.warning("unmounting %s will not wait until this process ends", mountpoint)
+                try:
+                    ending.announce(mountpoint)
+                except (PermissionDenied, OSError) as error:
+                    log.warning("umount cannot wait for this process to persist: %s", error)
+                entry.add()
                 with Watchdog(device_number(mountpoint)):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
@@ -392,6 +399,7 @@ async def _mount_and_serve(
                 raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
             finally:
                 ending.gather()
+                entry.remove()
                 if local is not None:
                     local.will_close()
                 await follower.stop()
@@ -443,6 +451,11 @@ async def _end_on_signal(
     async for number in signals:
         log.info("ending on %s", number.name)
         if await _run("fusermount3", "-u", mountpoint) == 0:
+            if not session.ended:  # it is mounted elsewhere too, perhaps where nothing is seen
+                log.info("%s: other mounts of it are left, which end now", mountpoint)
+                await _run("sync")
+                await follower.stop()
+                session.stop()
             return
         # Busy: programs have files open.  Let go of the tree, and take over dirty pages before
         # that and after it, for they go on writing.

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from warabi import errors
-from warabi.inode import Attributes
+from warabi.inode import ROOT, Attributes
 from warabi.region import RegionID
 from warabi.tree import NAME_MAX
 from warabifs import protocol
 from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
 from warabifs.passing import Passing
-from warabifs.protocol import Feature, Header, Opcode, Open, Valid
+from warabifs.protocol import Feature, Header, Opcode, Open, Valid, is_errno
 from warabifs.session import Answer, Early
 from warabifs.writes import KERNEL
 
@@ -71,9 +71,17 @@ def _handles(*opcodes: Opcode) -> Callable[[Handler], Handler]:
     return register
 
 
+def name_of(opcode: int) -> str:
+    """What the log calls a request; an opcode that is not known here is named by its number."""
+    try:
+        return Opcode(opcode).name.lower()
+    except ValueError:
+        return f"opcode {opcode}"
+
+
 def errno_of(error: Exception, what: str) -> int:
     """The errno that a program gets for *error*; what the program cannot know is logged."""
-    if isinstance(error, OSError) and error.errno:  # PathError too
+    if isinstance(error, OSError) and is_errno(error.errno):  # PathError too, as a provider sent it
         return error.errno
     number = _ERRNO.get(type(error))  # type: ignore[arg-type]  # a miss for classes of others
     if number is None:
@@ -189,15 +197,16 @@ class Operations:
 
     def refusal(self, header: Header, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*."""
-        number = errno_of(error, Opcode(header.opcode).name.lower())
+        number = errno_of(error, name_of(header.opcode))
         return None if header.opcode in _SILENT else number
 
     def _entry(self, attributes: Attributes) -> bytes:
         directory = stat.S_ISDIR(attributes.mode)
         valid, rest = self._directory_valid if directory else self._entry_valid
         attr_valid, attr_rest = self._attr_valid
-        # Generation 0: slots are not used twice within a mount.
-        start = protocol.pack_entry(attributes.ino, 0, valid, attr_valid, rest, attr_rest)
+        # The kernel keeps 32 bits of the generation, and knows the root without asking, with 0.
+        generation = 0 if attributes.ino == ROOT else attributes.generation
+        start = protocol.pack_entry(attributes.ino, generation, valid, attr_valid, rest, attr_rest)
         return start + _packed(attributes)
 
     def _attributes(self, attributes: Attributes) -> bytes:

@@ -182,8 +182,9 @@ OPTIONS: dict[str, _Option] = {
 KERNEL = {
     "noatime, atime, relatime, strictatime, nodiratime":
         "accepted; reads never change access times",
-    "nosuid, suid": "whether set-id bits count when a program is run",
-    "nodev, dev": "whether device files can be opened",
+    "nosuid, suid": "whether set-id bits count when a program is run (default: nosuid; suid for"
+        " root's mounts by mount(8) and fstab without uid=, gid=, umask=)",
+    "nodev, dev": "whether device files can be opened (default: as for suid)",
     "noexec, exec": "whether programs can be run",
     "sync, async, dirsync": "whether the kernel syncs after every write",
     "context=, fscontext=, defcontext=, rootcontext=":
@@ -205,17 +206,21 @@ _IGNORED = frozenset(
     " default_permissions nolazytime lazytime silent loud noiversion iversion".split()
 )
 _LABELS = frozenset("context fscontext defcontext rootcontext".split())
-_SHOWN_BY_KERNEL = frozenset("user_id group_id fd rootmode max_read blksize".split())
-"""What the list of mounts has, and mount(8) hands over when it remounts."""
+_SHOWN = frozenset("user_id group_id fd rootmode max_read blksize uhelper".split())
+"""What the lists of mounts have, and mount(8) hands over when it remounts."""
 
 
-def parse_options(groups: list[str], *, root: bool, sloppy: bool = False) -> Options:
+def parse_options(
+    groups: list[str], *, root: bool, sloppy: bool = False, helper: bool = False
+) -> Options:
     """The options of all ``-o`` arguments.
 
     Args:
         groups: each a comma-separated list.
         root: whether the mount is made by root, whose mounts others may use.
         sloppy: whether to pass over what is unknown.
+        helper: whether mount(8) hands them over.  It strips ``suid`` and ``dev``, which are its
+            defaults, so root's mounts have both unless the opposite is said, as with mount.fuse3.
 
     Raises:
         ConfigError: an unknown option, with the closest known one, or a bad value.
@@ -237,7 +242,7 @@ def parse_options(groups: list[str], *, root: bool, sloppy: bool = False) -> Opt
             options.flags.add(item)
         elif name in _LABELS and has_value:
             options.fuse.add(_label(name, value))
-        elif name in _SHOWN_BY_KERNEL and "remount" in items:
+        elif name in _SHOWN and "remount" in items:
             continue
         elif item not in _IGNORED and not name.startswith(("x-", "X-", "comment")) and not sloppy:
             raise ConfigError(_unknown(name))
@@ -255,6 +260,10 @@ def parse_options(groups: list[str], *, root: bool, sloppy: bool = False) -> Opt
             raise ConfigError("options passthrough and sync: the kernel would sync bytes alone")
         options.flags.add("nosuid")
     options.fuse |= options.flags & _TO_FUSE
+    # Not where owners or permissions are overridden: a set-ID program would run as the owner that
+    # is shown, and a device would be open to everybody.
+    if helper and root and not options.shown:
+        options.fuse |= {flag for flag in ("suid", "dev") if f"no{flag}" not in options.flags}
     return options
 
 

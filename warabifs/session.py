@@ -139,6 +139,13 @@ class Session:
         async with trio.open_nursery() as self._nursery:
             self._lead_on()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended the session: it is mounted nowhere, or was aborted."""
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        return bool(poll.poll(0))
+
     def stop(self) -> None:
         """Take no more requests; :meth:`serve` returns when those under way are answered."""
         self._over = True
@@ -181,14 +188,14 @@ class Session:
                     self._send(header.unique, done.value)
                     continue
                 except Exception as error:
-                    self._send(header.unique, requests.refusal(header, error))
+                    self._send(header.unique, self._refusal(header, error))
                     continue
                 self._busy += 1
                 self._lead_on()
                 try:
                     answer = await continued(handler, step)
                 except Exception as error:
-                    answer = requests.refusal(header, error)
+                    answer = self._refusal(header, error)
                 finally:
                     self._busy -= 1
                 self._send(header.unique, answer)
@@ -237,24 +244,42 @@ class Session:
         """As ``socket.recv_into``; never waits."""
         return os.readv(self._fd, (buffer,))
 
+    def _refusal(self, header: Header, error: Exception) -> Answer:
+        """The answer to a request whose handler raised *error*, whatever that is: one exception
+        does not end the mount, and no request is left without an answer."""
+        assert self._requests is not None
+        try:
+            return self._requests.refusal(header, error)
+        except Exception as failure:
+            log.error("unhandled exception in opcode %d", header.opcode, exc_info=failure)
+            return errno.EIO
+
     def _send(self, unique: int, answer: Answer) -> None:
+        """Answer a request; what the kernel does not take becomes ``EIO``, since the program would
+        wait for ever."""
         if answer is None:
             return
         try:
-            if isinstance(answer, int):
-                os.write(self._fd, protocol.refusal(unique, answer))
-            elif isinstance(answer, Early):
-                self._send(unique, answer.answer)
-                answer.rest()
-            elif len(answer) <= _SMALL:
-                os.write(self._fd, protocol.answer(unique, len(answer)) + answer)
-            else:
-                os.writev(self._fd, (protocol.answer(unique, len(answer)), answer))
-        except OSError as error:
-            if error.errno == errno.EFAULT:  # the file behind a view became shorter
-                self._send(unique, errno.EIO)
-            elif error.errno not in (*_OVER, errno.ENOENT):  # nobody waits for it any more
-                log.error("the kernel refused an answer: %s", error)
+            self._write(unique, answer)
+        except Exception as error:
+            number = error.errno if isinstance(error, OSError) else None
+            if number in (*_OVER, errno.ENOENT):  # nobody waits for it any more
+                return
+            if number != errno.EFAULT:  # the file behind a view became shorter
+                log.error("the kernel refused an answer", exc_info=error)
+            with contextlib.suppress(OSError):
+                os.write(self._fd, protocol.refusal(unique, errno.EIO))
+
+    def _write(self, unique: int, answer: bytes | memoryview | int | Early) -> None:
+        if isinstance(answer, int):
+            os.write(self._fd, protocol.refusal(unique, answer))
+        elif isinstance(answer, Early):
+            self._send(unique, answer.answer)
+            answer.rest()
+        elif len(answer) <= _SMALL:
+            os.write(self._fd, protocol.answer(unique, len(answer)) + answer)
+        else:
+            os.writev(self._fd, (protocol.answer(unique, len(answer)), answer))
 
     # Descriptors that stand behind open files
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from warabi.errors import ConfigError
-from warabifs.ending import Mounted, Waiting, mounted_on, mounts
+from warabifs.ending import Mounted, Waiting, identity, mounted_on, mounts
 
 PATIENCE = 60.0
 """Default seconds to wait for the end of the mount's process."""
@@ -74,17 +74,28 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
         force: abort requests that are under way, for root.
 
     Returns:
-        The exit status: 0 when everything is persisted, that of what refused to unmount, or 1.
+        The exit status: 0 when everything is persisted, or the file system is still mounted
+        elsewhere (a bind mount, another mount namespace), whose unmounting will tell; that of what
+        refused to unmount; or 1, also when the mount's process cannot be asked.
     """
+    name = f"umount.warabifs: {mount.path}"
+    before = identity(mount.device)
     waiting = Waiting(mount)
     try:
         status = _let_go(mount.path, lazy, force)
         if status:
             return status
+        if _is_mounted_elsewhere(mount, before, lazy):
+            return 0
+        if waiting.reason:
+            print(
+                f"{name}: is unmounted, but whether everything is persisted is not known:"
+                f" {waiting.reason}", file=sys.stderr,
+            )  # fmt: skip
+            return 1
         word = waiting.word(_LAZY_PATIENCE if lazy else patience)
     finally:
         waiting.close()
-    name = f"umount.warabifs: {mount.path}"
     if word is None and lazy:
         print(
             f"{name}: process {waiting.pid} goes on until the last file is closed and everything is"
@@ -101,6 +112,19 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
         print(f"{name}: is unmounted, but not everything is persisted: {word}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_mounted_elsewhere(mount: Mounted, before: int, lazy: bool) -> bool:
+    """Whether the kernel goes on with the file system, which was just unmounted on one mount point.
+
+    *before* is its identity.  After a lazy unmounting open files alone keep it, so that only the
+    mounts that can be seen count.
+    """
+    if before and identity(mount.device) != before:
+        return False  # the number may be another's by now
+    if any(other.device == mount.device for other in mounts()):
+        return True
+    return bool(before) and not lazy
 
 
 def _let_go(path: str, lazy: bool, force: bool) -> int:

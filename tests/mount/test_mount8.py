@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -286,7 +288,7 @@ def test_umount_tells_of_a_process_that_was_killed_meanwhile(place: Path) -> Non
             wait_until(lambda: not is_mounted(mount.path), "the kernel")
             mount.kill()
             assert umount.stderr is not None
-            assert "ended without a word" in umount.stderr.read()
+            assert "ended without a report" in umount.stderr.read()
             assert umount.wait(60) == 1
 
 
@@ -311,6 +313,208 @@ def test_only_a_warabifs_is_unmounted(place: Path, mountpoint: Path) -> None:
         assert done.returncode == 1
         assert "no warabifs is mounted there" in done.stderr
     assert is_mounted(mountpoint)
+
+
+def device_of(path: Path) -> str:
+    number = path.stat().st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def sockets_of(device: str) -> list[Path]:
+    return list(Path("/run/warabi").glob(f"umount.{device}.*"))
+
+
+def test_a_bind_mount_is_unmounted_at_once(place: Path, mountpoint: Path) -> None:
+    source = f"file:{place}/target"
+    run("mount", "-t", "warabifs", source, mountpoint)
+    other = place / "other"
+    other.mkdir()
+    run("mount", "--bind", mountpoint, other)
+    try:
+        (other / "file").write_bytes(b"data")
+        # The first one, and then the other one, is the one that is left.
+        for path in (other, mountpoint):
+            done = run("umount", path, timeout=20)
+            assert (done.stdout, done.stderr) == ("", "")
+            assert not is_mounted(path)
+            assert locked(place / "target") == (path == other)
+            if path == other:
+                assert (mountpoint / "file").read_bytes() == b"data"
+    finally:
+        run("umount", "-l", other, check=False)
+
+
+def test_a_mount_that_another_namespace_has_too_is_unmounted_at_once(
+    place: Path, mountpoint: Path
+) -> None:
+    run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
+    script = "import sys; print('there', flush=True); input()"
+    command = ["unshare", "-m", "--propagation=private", sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as there:
+        try:
+            assert line_of(there) == "there"
+            done = run("umount", mountpoint, timeout=20)
+            assert (done.stdout, done.stderr) == ("", "")
+            assert not is_mounted(mountpoint)
+            assert locked(place / "target")
+            run("umount", "-N", str(there.pid), mountpoint, timeout=20)
+            wait_until(lambda: not locked(place / "target"), "the target")
+        finally:
+            there.kill()
+
+
+def test_sigterm_ends_a_mount_that_is_mounted_twice(place: Path) -> None:
+    with mounting(f"file:{place}/target", place) as mount, watchdog(mount, 60):
+        other = place / "other"
+        other.mkdir()
+        run("mount", "--bind", mount.path, other)
+        try:
+            (other / "file").write_bytes(b"data")
+            mount.signal(signal.SIGTERM)
+            mount.wait()
+            with fails_with(errno.ENOTCONN):
+                (other / "file").read_bytes()
+        finally:
+            run("umount", "-l", other, check=False)
+        mount.start()
+        assert (mount.path / "file").read_bytes() == b"data"
+
+
+def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
+    (path,) = sockets_of(device_of(mountpoint))
+    path.rename(place / "hidden")
+    done = run("umount", mountpoint, check=False)
+    assert done.returncode == 1
+    assert "whether everything is persisted is not known" in done.stderr
+    assert not is_mounted(mountpoint)
+
+
+def test_a_killed_mount_has_persisted_nothing_that_is_known(place: Path) -> None:
+    with mounting("memory:", place) as mount:
+        device = device_of(mount.path)
+        mount.kill()
+        done = run("umount", mount.path, check=False)
+        assert done.returncode == 1
+        assert "ended without a report" in done.stderr
+        assert not is_mounted(mount.path)
+        assert sockets_of(device)
+        mount.start()  # removes what is left of processes that were killed
+        assert all(str(mount.pid) in path.name for path in sockets_of(device))
+
+
+IMPOSTOR = """
+import os, socket, sys
+device, place = sys.argv[1:]
+os.setuid(65534)
+left = []
+for name in ("\\0warabifs/" + device, "/tmp/warabi-0/umount." + device + ".1"):
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            os.makedirs(os.path.dirname(name), 0o700) if name[0] == "/" else None
+            listener.bind(name)
+            listener.listen()
+            left.append(listener.detach())
+        except OSError:
+            pass
+try:
+    os.listdir("/run/warabi")
+    raise SystemExit("names can be seen")
+except PermissionError:
+    pass
+for count in range(5000):  # more than any queue holds
+    client = socket.socket(socket.AF_UNIX)
+    try:
+        client.connect(place)
+        raise SystemExit("another user is let in")
+    except PermissionError:
+        client.close()
+print("ready", flush=True)
+input()
+"""
+
+
+def test_another_user_cannot_speak_for_a_mount(place: Path, mountpoint: Path) -> None:
+    """Neither by taking the names of sockets, nor by filling their queues."""
+    with serving("tcp") as provider:
+        options = f"provider_id={PROVIDER_ID},reconnect=0"
+        run("mount", "-t", "warabifs", provider.address, mountpoint, "-o", options)
+        device = device_of(mountpoint)
+        (path,) = sockets_of(device)
+        with another_python(IMPOSTOR, device, path) as impostor:
+            try:
+                assert line_of(impostor) == "ready"
+                (mountpoint / "file").write_bytes(b"data")
+                provider.kill()
+                done = run("umount", mountpoint, check=False)
+                assert done.returncode == 1
+                assert "not everything is persisted" in done.stderr
+            finally:
+                owner = Path("/tmp/warabi-0")
+                if owner.exists() and owner.stat().st_uid == 65534:
+                    shutil.rmtree(owner)
+
+
+# Set-ID programs and devices
+
+
+def shown_options(path: Path) -> set[str]:
+    return set(run("findmnt", "-n", "-o", "OPTIONS", path).stdout.strip().split(","))
+
+
+def test_roots_mounts_are_suid_and_dev_as_those_of_any_file_system(
+    place: Path, mountpoint: Path
+) -> None:
+    run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint, "-o", "suid,dev")
+    assert not {"nosuid", "nodev"} & shown_options(mountpoint)
+    program, device = mountpoint / "id", mountpoint / "null"
+    shutil.copy(shutil.which("id") or "/usr/bin/id", program)
+    os.chown(program, 4711, 4712)
+    program.chmod(0o6755)
+    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    assert run(*command, program, "-u").stdout.strip() == "4711"
+    assert run(*command, program, "-g").stdout.strip() == "4712"
+    device.write_bytes(b"swallowed")
+    assert device.read_bytes() == b""
+    run("umount", mountpoint)
+    run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint, "-o", "nosuid,nodev")
+    assert {"nosuid", "nodev"} <= shown_options(mountpoint)
+    assert run(*command, program, "-u").stdout.strip() == "65534"
+    with fails_with(errno.EACCES):
+        device.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ("defaults", set()),
+        ("rw,nosuid", {"nosuid"}),
+        ("nodev", {"nodev"}),
+        ("user", {"nosuid", "nodev", "noexec"}),
+        ("uid=0", {"nosuid", "nodev"}),  # the owners shown are not those who set the bits
+        ("umask=0", {"nosuid", "nodev"}),
+    ],
+)
+def test_fstab_says_whether_set_id_bits_and_devices_count(
+    place: Path, mountpoint: Path, options: str, absent: set[str]
+) -> None:
+    fstab = place / "fstab"
+    fstab.write_text(f"memory: {mountpoint} warabifs {options} 0 0\n")
+    run("mount", "-T", fstab, "-a")
+    assert {"nosuid", "nodev", "noexec"} & shown_options(mountpoint) == absent
+
+
+def test_remounting_keeps_what_set_id_bits_and_devices_count(mountpoint: Path) -> None:
+    for options in ("suid,dev", "nosuid", "nodev"):
+        run("mount", "-t", "warabifs", "memory:", mountpoint, "-o", options)
+        before = {"nosuid", "nodev"} & shown_options(mountpoint)
+        assert before == {"nosuid", "nodev"} & {options}
+        run("mount", "-o", "remount,ro", mountpoint)
+        assert {"nosuid", "nodev"} & shown_options(mountpoint) == before
+        run("umount", mountpoint)
 
 
 # Dead mounts
