@@ -101,6 +101,32 @@ async def test_calls_fail_when_the_outage_outlasts_their_patience_and_work_again
                         await trio.sleep(0.05)
 
 
+async def test_an_append_whose_answer_was_lost_is_not_repeated(relayed: Relay) -> None:
+    """Neither doubled nor unnoticed: who called is told, and finds it once or not at all."""
+    async with reconnect.connect(relayed.address, 1) as target:
+        region = await target.create_and_write(b"-")
+        size = 1
+        for number in range(30):
+            data = b"%04d" % number * (1 + number % 2 * 1000)
+            with trio.fail_after(PATIENCE):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cut_soon, relayed, number)
+                    lost = False
+                    try:
+                        assert await target.append(region, data) == size
+                    except errors.ConnectionLost:
+                        lost = True
+                found = await target.size(region)
+            assert found in ({size, size + len(data)} if lost else {size + len(data)})
+            assert await target.read(region, size, found - size) in (b"", data)
+            size = found
+
+
+async def _cut_soon(relayed: Relay, number: int) -> None:
+    await trio.sleep(number % 10 * 0.0005)
+    relayed.cut()
+
+
 async def test_a_silent_provider_is_an_outage_too(tmp_path: Path) -> None:
     """As after a suspension of the machine: the socket is there, and nothing comes."""
     with served(tmp_path) as process:

@@ -91,6 +91,9 @@ class Target:
             raise
         return owner.getvalue()
 
+    async def append(self, region: RegionID, data: Any, persist: bool = False) -> int:
+        return await self._link.append(_id(region), readable(data, "append: data"), bool(persist))
+
     async def read_into(self, region: RegionID, offset: int, buffer: Any) -> None:
         view = writable(buffer, "read_into: buffer")
         await self._link.read_into(_id(region), checked_size(offset, "read_into: offset"), view)

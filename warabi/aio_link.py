@@ -15,7 +15,7 @@ from warabi.calls import bound
 from warabi.extents import EXTENTS, Extent, groups, pack, total
 from warabi.feed import CONTENT, Changes
 from warabi.region import RegionID
-from warabi.request import EAGER_THRESHOLD, Request, chunks
+from warabi.request import EAGER_THRESHOLD, Request, check_append, chunks
 from warabi.target import Target as LocalTarget
 from warabi.watching import Watching
 
@@ -40,6 +40,7 @@ class Link(Protocol):
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None: ...
+    async def append(self, region: RegionID, data: memoryview, persist: bool) -> int: ...
     async def read_vector(
         self, region: RegionID, extents: list[Extent], place: memoryview
     ) -> None: ...
@@ -87,6 +88,9 @@ class DirectLink:
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
         await self.call("write_vector", (region, pack(extents), persist, data))
+
+    async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        return await dispatch.append(self._target, region, data, persist)
 
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         await self.call("read_vector", (region, pack(extents), place))
@@ -227,6 +231,11 @@ class WireLink:
                 arguments = (region, pack(group), persist)
                 start_soon(self._request, Request("write_vector"), arguments, data[start:end])
                 start = end
+
+    async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        check_append(len(data), self._connection.limits.payload)
+        offset: int = await self._request(Request("append"), (region, persist), data)
+        return offset
 
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         start = 0

@@ -48,5 +48,9 @@ class ReadOnlyLink:
     ) -> None:
         refuse_change("write_vector")
 
+    async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        refuse_change("append")
+        raise AssertionError
+
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         await self._link.read_vector(region, extents, place)

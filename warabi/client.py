@@ -131,6 +131,21 @@ class TargetHandle:
         offset = checked_size(offset, "write: offset")
         self._link.write(_id(region), offset, view, bool(persist), False)
 
+    def append(self, region: RegionID, data: Any, persist: bool = False) -> int:
+        """Store *data* at the end of the region, which grows by it; returns the offset, in bytes,
+        at which *data* begins.
+
+        Atomic: appends of several clients neither overlap nor mix.  When the connection is lost
+        before the answer came (``ConnectionLost``, ``TimedOut``), *data* was appended or not.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            InvalidBuffer: *data* has no contiguous buffer, or is larger than what the provider
+                takes in one request (4 MiB).
+            StorageFull: the medium has no room; nothing was appended.
+        """
+        return self._link.append(_id(region), readable(data, "append: data"), bool(persist))
+
     def write_async(
         self, region: RegionID, offset: int, data: Any, persist: bool = False
     ) -> AsyncRequest:

@@ -100,6 +100,22 @@ async def write(
         await execute(target, "persist", (region, offset, len(readable(data, "write: data"))))
 
 
+async def append(
+    target: Target, region: RegionID, data: Any, persist: bool, *, wait: bool = True
+) -> int:
+    """As ``Target.append``."""
+    try:
+        offset = target.append(region, data, wait=not target.blocking)
+    except WouldBlock:
+        if not wait:
+            raise
+        offset = await _in_thread(target, target.append, region, data)
+    if persist:
+        size = len(readable(data, "append: data"))
+        await execute(target, "persist", (region, offset, size))
+    return offset
+
+
 async def read_into(
     target: Target, region: RegionID, offset: int, buffer: Any,
     *, short: bool = False, wait: bool = True,

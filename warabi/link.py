@@ -15,7 +15,7 @@ from warabi.extents import EXTENTS, Extent, groups, pack, total
 from warabi.guest import NO_ACCESS, Access
 from warabi.operations import OPERATIONS, READING
 from warabi.region import RegionID
-from warabi.request import EAGER_THRESHOLD, Request, chunks
+from warabi.request import EAGER_THRESHOLD, Request, check_append, chunks
 from warabi.side_channel import SideChannel
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Link(Protocol):
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None: ...
+    def append(self, region: RegionID, data: memoryview, persist: bool) -> int: ...
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None: ...
 
     def start(self, name: str, *arguments: Any) -> list[Request]: ...
@@ -131,6 +132,10 @@ class DirectLink:
     ) -> None:
         with self._core.changes:
             self._core.target.write_vector(region, extents, data, persist)
+
+    def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        with self._core.changes:
+            return self._core.target.append(region, data, persist)
 
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         self._core.target.read_vector(region, extents, place)
@@ -374,6 +379,13 @@ class WireLink:
             requests.append(request)
             start = end
         wait_all(self, requests)
+
+    def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        connection = self._connect()
+        check_append(len(data), connection.limits.payload)
+        request = Request("append", buffers=data)
+        self._submit(connection, request, (region, persist), data)
+        return self.wait(request)  # type: ignore[no-any-return]
 
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         connection = self._connect()

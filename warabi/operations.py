@@ -188,6 +188,11 @@ OPERATIONS: dict[str, Operation] = {
         {"region": REGION, "extents": BYTES, "persist": FLAG},
         NOTHING, _CHANGE, _BYTES_OF, payload=_UPLOAD, repeatable=True, waits=True,
     ),
+    # Once more would be twice.
+    "append": Operation(
+        {"region": REGION, "persist": FLAG},
+        INTEGER, _CHANGE, _BYTES_OF, payload=_UPLOAD, served=_TRANSFER,
+    ),
     "read_vector": Operation(
         {"region": REGION, "extents": BYTES},
         NOTHING, _READ, _NOTHING, payload=_DOWNLOAD, repeatable=True, waits=True,

@@ -75,6 +75,10 @@ class ReadOnlyLink:
     ) -> None:
         refuse_change("write_vector")
 
+    def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        refuse_change("append")
+        raise AssertionError
+
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         self._link.read_vector(region, extents, place)
 

@@ -308,6 +308,12 @@ class ReconnectingLink:
         )
         self._changed(region, persist)
 
+    async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        self._changed(region, persist)
+        offset, _ = await self._do("append", lambda link: link.append(region, data, persist))
+        self._changed(region, persist)
+        return offset
+
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         await self._do("read_vector", lambda link: link.read_vector(region, extents, place))
 

@@ -216,3 +216,15 @@ def chunks(size: int, limit: int) -> Iterator[tuple[int, int]]:
     """Start and end of the pieces, of at most *limit* bytes, of a transfer of *size* bytes."""
     for start in range(0, size, limit):
         yield start, min(start + limit, size)
+
+
+def check_append(size: int, limit: int) -> None:
+    """Refuse to append what does not fit into one request, and so would not stay in one piece.
+
+    Raises:
+        InvalidBuffer: *size* exceeds the provider's *limit* on a payload.
+    """
+    if size > limit:
+        raise errors.InvalidBuffer(
+            f"append: data of {size} bytes, this provider takes {limit} bytes at once"
+        )

@@ -396,10 +396,10 @@ class Session:
                 return
             beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
-        elif request.core.changes.enter_nowait():
+        elif request.name != "append" and request.core.changes.enter_nowait():
             request.entered = True
             await self._answer(request, self._store_in_chunks)
-        else:
+        else:  # an append has to be here as a whole before its place is known
             own = memoryview(bytearray(request.payload))
             await self._channel.fill(own, transfers.patience)
             await self._start(request, True, nursery, lambda r: self._store(r, own))
@@ -424,6 +424,11 @@ class Session:
         elif request.name == "create_and_write":
             region = await dispatch.create_and_write(target, data, request.arguments[0])
             await self._reply(request.number, region)
+        elif request.name == "append":
+            region, persist = request.arguments
+            wait = request.beside
+            offset = await dispatch.append(target, region, data, persist, wait=wait)
+            await self._reply(request.number, offset)
         else:
             await dispatch.execute(target, request.name, [*request.arguments, data])
             await self._reply(request.number, None)

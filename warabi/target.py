@@ -131,30 +131,69 @@ class Target(MadeRegions):
         if persist:
             self.persist(region, offset, len(view))
 
-    def _write_growing(self, region: RegionID, offset: int, view: memoryview, wait: bool) -> None:
-        inode = self._enter_exclusive(region, "write", wait)
-        end, wrote = offset + len(view), False
+    def append(
+        self, region: RegionID, data: Any, persist: bool = False, *, wait: bool = True
+    ) -> int:
+        """Store *data* at the end of the region, which grows; returns the offset of its first byte.
+
+        The end is determined, and moved, while no other call is inside the region, so that appends
+        never overlap each other or writes that make the region grow.
+
+        Raises:
+            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
+            StorageFull, StorageError: the medium; nothing was appended, unless only the persist
+                failed.
+        """
+        if not wait and self.write_waits:
+            raise WouldBlock
+        view = readable(data, "append: data")
+        began = perf_counter_ns()
+        if not view:
+            return self.size(region)
+        offset = self._write_growing(region, None, view, wait)
+        if not wait:
+            self._pace.wrote(len(view), began, perf_counter_ns())
+        if persist:
+            self.persist(region, offset, len(view))
+        return offset
+
+    def _write_growing(
+        self, region: RegionID, offset: int | None, view: memoryview, wait: bool
+    ) -> int:
+        """Store *view* at *offset*, or at the region's end; returns where."""
+        what = "append" if offset is None else "write"
+        inode = self._enter_exclusive(region, what, wait)
+        wrote = False
         try:
-            if end <= inode.size:  # somebody else made it grow meanwhile
+            if offset is None:
+                offset = inode.size
+            end = offset + len(view)
+            if end > inode.size:
+                self._grow_and_fill(inode, what, offset, view)
+            else:  # another call made it grow meanwhile
                 self._storage.write(region, offset, view)
-            else:
-                with self._lock:
-                    self._reserve(end - inode.size, "write")
-                self._storage.check(region, inode.size)
-                try:
-                    if self._storage.moves(region, end) and inode.share is not None:
-                        self._resize_storage(inode, end)
-                        self._storage.write(region, offset, view)
-                    else:
-                        self._storage.write_beyond(region, offset, view)
-                except BaseException:
-                    # It may have grown and not been filled: what is beyond the old end goes.
-                    self._storage.resize(region, inode.size)
-                    raise
-                self._set_size(inode, end)
             wrote = True
         finally:
             self._leave_exclusive(inode, wrote=wrote)
+        return offset
+
+    def _grow_and_fill(self, inode: Inode, what: str, offset: int, view: memoryview) -> None:
+        """Store *view*, which ends beyond the end of a region that this call has closed."""
+        region, end = inode.rid, offset + len(view)
+        with self._lock:
+            self._reserve(end - inode.size, what)
+        self._storage.check(region, inode.size)
+        try:
+            if self._storage.moves(region, end) and inode.share is not None:
+                self._resize_storage(inode, end)
+                self._storage.write(region, offset, view)
+            else:
+                self._storage.write_beyond(region, offset, view)
+        except BaseException:
+            # It may have grown and not been filled: what is beyond the old end goes.
+            self._storage.resize(region, inode.size)
+            raise
+        self._set_size(inode, end)
 
     def _set_size(self, inode: Inode, size: int) -> None:
         with self._lock:

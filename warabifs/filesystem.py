@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import stat
 import time
@@ -34,6 +35,8 @@ from warabifs.buffers import Buffers
 from warabifs.handles import Directory, Entry, File, Known, Outdated
 from warabifs.pages import Pages
 from warabifs.writes import Writes
+
+log = logging.getLogger(__name__)
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
@@ -68,6 +71,8 @@ class FileSystem:
         self._local = local
         self._exclusive = exclusive
         self.openless = openless
+        self.appends = not exclusive
+        """Whether the provider has to say where appended bytes go: others change files, too."""
         self._drop_name = drop_name
         self._drop_attributes = drop_attributes
         self._remember_names = remember_names
@@ -381,6 +386,37 @@ class FileSystem:
                     await self._kill_setid(ino)
                 await self._target.write(region, offset, data, extend=True)
         return len(data)
+
+    async def append(
+        self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
+    ) -> None:
+        """Store *data* at the end that the file has at the provider; the rest is as in
+        :meth:`write`.
+
+        The kernel takes *offset*, the end that it knows of, for their place.  If they went to
+        another one, it is made to forget the file's size, and its pages at either place.
+        """
+        region, size = self._region_of(ino, handle), len(data)
+        with self.writes.one(region, who, offset, size) as write:
+            await self.writes.after_appends(write)
+            if kill_setid:
+                await self._kill_setid(ino)
+            found = await self._append(region, offset, data)
+        if found != offset:
+            self.writes.drop(ino, offset, size)
+            self.writes.drop(ino, found, size)
+
+    async def _append(self, region: RegionID, offset: int, data: Any) -> int:
+        if self.appends:
+            try:
+                return await self._target.append(region, data)
+            except errors.ProtocolError as error:
+                if "unknown operation" not in str(error):
+                    raise
+                log.warning("appends of several mounts may overwrite each other: %s", error)
+                self.appends = False
+        await self._target.write(region, offset, data, extend=True)
+        return offset
 
     def _wrote(self, region: RegionID, offset: int, data: Any) -> bool:
         """Store *data* if it needs no waiting; whether it did."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import stat
 import time
@@ -56,6 +57,8 @@ _SECOND = 1_000_000_000
 _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
 """Bytes from which on storing them takes longer than to have the program go on meanwhile."""
+_APPEND, _ACCESS, _WRITE_ONLY = os.O_APPEND, os.O_ACCMODE, os.O_WRONLY
+_SYNC = os.O_SYNC  # of which O_DSYNC is a part
 _CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
 
 Handler = Callable[["Operations", Header, memoryview], Coroutine[Any, Any, Answer]]
@@ -164,6 +167,9 @@ class Operations:
         self._attr_valid = _seconds(attr_timeout)
         self._negative_valid = _seconds(negative_timeout)
         self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
+        self._past_cache: set[int] = set()
+        """Handles of files that the kernel opened with ``DIRECT_IO``: it leaves it to the file
+        system to sync what is written to them with ``O_SYNC`` or ``O_DSYNC``."""
         self._openless = files.openless and not direct_io  # which is said of each open file
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
@@ -185,6 +191,8 @@ class Operations:
             self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
+        if files.appends and not direct_io:
+            self.features |= Feature.DIRECT_IO_ALLOW_MMAP
         if passing is not None:
             self.features |= Feature.PASSTHROUGH
 
@@ -218,7 +226,23 @@ class Operations:
             if backing:
                 return protocol.opened(handle, Open.PASSTHROUGH | Open.NOFLUSH, backing)
             keep_cache = keep_cache and self._passing.is_cache_true(region.slot)
-        return protocol.opened(handle, self._open_flags | keep_cache * Open.KEEP_CACHE)
+        open_flags = self._open_flags | keep_cache * Open.KEEP_CACHE
+        if flags & _APPEND and self._appends_past_cache(flags):
+            open_flags |= Open.DIRECT_IO
+        if open_flags & Open.DIRECT_IO:
+            self._past_cache.add(handle)
+        return protocol.opened(handle, open_flags)
+
+    def _appends_past_cache(self, flags: int) -> bool:
+        """Whether a file that is opened to append has its writes go past the page cache.
+
+        The cache would have them where the kernel believes the end to be until it is told where
+        they went.  What is open for reading, too, could not be mapped without the feature.
+        """
+        if not self._files.appends:
+            return False
+        writes_only = flags & _ACCESS == _WRITE_ONLY
+        return writes_only or bool(self.features & Feature.DIRECT_IO_ALLOW_MMAP)
 
     # Inodes
 
@@ -378,15 +402,23 @@ class Operations:
 
     @_handles(Opcode.WRITE)
     async def write(self, header: Header, body: memoryview) -> Answer:
-        handle, offset, size, flags, _, _, _ = protocol.WRITE.unpack_from(body)
+        handle, offset, size, flags, _, opened, _ = protocol.WRITE.unpack_from(body)
         data = body[protocol.WRITE.size :][:size]
         kill_setid = bool(flags & protocol.WRITE_KILL_SUIDGID)
-        if size >= _LARGE and not kill_setid:
+        synced = opened & _SYNC if handle in self._past_cache else 0
+        if opened & _APPEND and self._files.appends:
+            await self._files.append(header.node, handle, offset, data, header.pid, kill_setid)
+            if synced:
+                await self._files.fsync(header.node, handle, synced != _SYNC)
+            return protocol.written(size)
+        if size >= _LARGE and not kill_setid and not synced:
             rest = self._files.begin_write(header.node, handle, offset, data)
             if rest is not None:
                 return Early(protocol.written(size), rest)
         who = KERNEL if flags & protocol.WRITE_CACHE else header.pid
         await self._files.write(header.node, handle, offset, data, who, kill_setid=kill_setid)
+        if synced:
+            await self._files.fsync(header.node, handle, synced != _SYNC)
         return protocol.written(size)
 
     @_handles(Opcode.FLUSH)
@@ -407,7 +439,9 @@ class Operations:
     async def release(self, header: Header, body: memoryview) -> Answer:
         if self._passing is not None:
             self._passing.release(header.node)
-        await self._files.release(protocol.HANDLE.unpack_from(body)[0])
+        (handle, _) = protocol.HANDLE.unpack_from(body)
+        self._past_cache.discard(handle)
+        await self._files.release(handle)
         return b""
 
     # Directories

@@ -80,6 +80,7 @@ class Feature:
     POSIX_ACL = 1 << 20
     MAX_PAGES = 1 << 22
     HANDLE_KILLPRIV_V2 = 1 << 28
+    DIRECT_IO_ALLOW_MMAP = 1 << 36  # shared mappings of files that are opened with DIRECT_IO
     INIT_EXT = 1 << 30  # there are more than 32 flags
     PASSTHROUGH = 1 << 37  # a descriptor may stand behind an open file
 
@@ -153,7 +154,8 @@ LINK = struct.Struct("=Q")  # the inode
 OPEN = struct.Struct("=II")  # flags of open(2), OPEN_...
 CREATE = struct.Struct("=IIII")  # flags of open(2), mode, umask, OPEN_...
 READ = struct.Struct("=QQI")  # handle, offset, size, and what is of no use here
-WRITE = struct.Struct("=QQIIQII")  # handle, offset, size, WRITE_..., lock owner, flags
+WRITE = struct.Struct("=QQIIQII")
+"""Handle, offset, size, WRITE_..., lock owner, flags of the open file as open(2) takes them."""
 HANDLE = struct.Struct("=QI")  # handle, flags
 SETXATTR = struct.Struct("=II")  # size, flags
 SIZE = struct.Struct("=II")

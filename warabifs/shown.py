@@ -97,6 +97,7 @@ class ShownLink:
         self.read_some = link.read_some
         self.create_and_write = link.create_and_write
         self.write_vector = link.write_vector
+        self.append = link.append
         self.read_vector = link.read_vector
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:

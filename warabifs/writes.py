@@ -44,6 +44,18 @@ class Writes:
         # By inode: when, by whom, from which byte to which.
         self._reads: dict[int, deque[tuple[float, int, int, int]]] = {}
 
+    async def after_appends(self, write: Write) -> None:
+        """Return when the appends to the same file that began before *write* have ended.
+
+        The kernel sends the parts of a large asynchronous one without waiting for answers.
+        """
+        write.appends = True
+        for other in self.under_way.copy():
+            if other is write:
+                return
+            if other.appends and other.region == write.region:
+                await other.wait()
+
     def one(self, region: RegionID, who: int, offset: int, size: int) -> Write:
         """A write of *size* bytes at *offset*, under way for as long as the block runs, by
         *who*."""
@@ -78,12 +90,13 @@ class Writes:
 class Write:
     """One of them."""
 
-    __slots__ = ("_ended", "_who", "_writes", "end", "region", "start")
+    __slots__ = ("_ended", "_who", "_writes", "appends", "end", "region", "start")
 
     def __init__(self, writes: Writes, region: RegionID, who: int, start: int, end: int) -> None:
         self._writes = writes
         self._who = who
         self._ended: trio.Event | None = None
+        self.appends = False
         self.region = region
         self.start = start
         self.end = end

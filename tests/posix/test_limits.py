@@ -214,6 +214,45 @@ def test_locks_and_watchers_of_two_mounts_do_not_meet(place: Path) -> None:
         assert (two.path / "new").exists()
 
 
+RWF_APPEND, RWF_NOAPPEND = 0x10, 0x20
+
+
+def test_the_flag_of_one_append_is_not_told(place: Path) -> None:
+    """Unlike ``O_APPEND`` of an open file: such a write goes where this mount last saw the end."""
+    with two_mounts(place) as (one, two):
+        file(one.path / "file")
+        with opened(one.path / "file") as here, opened(two.path / "file") as there:
+            for text in (b"here 1\n", b"here 2\n"):
+                assert os.pwritev(here, [text], 0, RWF_APPEND) == 7
+            assert os.pread(here, 100, 0) == b"here 1\nhere 2\n"
+            assert os.pwritev(there, [b"there 1\n"], 0, RWF_APPEND) == 8
+            assert os.pread(there, 100, 0) == b"there 1\nere 2\n"
+
+
+def test_the_flag_of_one_write_that_does_not_append_is_not_told(place: Path) -> None:
+    with two_mounts(place) as (one, _):
+        path = file(one.path / "file", b"begin\n")
+        with opened(path, os.O_RDWR | os.O_APPEND) as fd:
+            try:
+                assert os.pwritev(fd, [b"BEGIN\n"], 0, RWF_NOAPPEND) == 6
+            except OSError as error:
+                assert error.errno == errno.EOPNOTSUPP  # before Linux 6.9  # noqa: PT017
+            else:
+                assert path.read_bytes() == b"begin\nBEGIN\n"
+
+
+def test_the_position_after_an_append_is_the_one_that_the_mount_assumed(place: Path) -> None:
+    with two_mounts(place) as (one, two):
+        file(one.path / "file")
+        flags = os.O_RDWR | os.O_APPEND
+        with opened(one.path / "file", flags) as here, opened(two.path / "file", flags) as there:
+            os.write(here, b"12345")
+            os.write(there, b"678")
+            assert os.pread(there, 100, 0) == b"12345678"
+            assert os.lseek(there, 0, os.SEEK_CUR) == 3
+            assert os.lseek(there, 0, os.SEEK_END) == 8
+
+
 @contextlib.contextmanager
 def two_mounts(place: Path) -> Iterator[tuple[Mount, Mount]]:
     """Two mounts of one provider."""

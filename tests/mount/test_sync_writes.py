@@ -1,0 +1,62 @@
+"""Writes with ``O_SYNC`` and ``O_DSYNC``: durable when they return, whoever syncs them.
+
+For a file that goes past the page cache the kernel leaves that to the file system.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.mount.support import mounting, serving
+from tests.mount.together import OPTIONS
+from warabi import layout
+from warabi.config import FileConfig
+
+SYNCED = pytest.mark.parametrize(
+    "flags",
+    [os.O_SYNC, os.O_DSYNC, os.O_SYNC | os.O_APPEND, os.O_DSYNC | os.O_DIRECT],
+    ids=["sync", "dsync", "sync and append", "dsync and direct"],
+)
+PAGE = mmap.PAGESIZE
+
+
+def write(path: Path, flags: int) -> bytes:
+    """Make a file and write to it; its content."""
+    data = b"synced" * (2 * PAGE)
+    with mmap.mmap(-1, len(data)) as aligned:
+        aligned[:] = data
+        fd = os.open(path, os.O_CREAT | os.O_WRONLY | flags)
+        try:
+            assert os.write(fd, aligned) == len(data)
+        finally:
+            os.close(fd)
+    return data
+
+
+@SYNCED
+@pytest.mark.parametrize("option", ["direct_io", "atime"])
+def test_they_outlive_the_mount(place: Path, flags: int, option: str) -> None:
+    with mounting(f"file:{place}/target", place, option) as mount:
+        data = write(mount.path / "file", flags)
+        mount.kill()
+        mount.start()
+        assert (mount.path / "file").read_bytes() == data
+
+
+@SYNCED
+@pytest.mark.parametrize("option", ["direct_io", "atime"])
+def test_they_outlive_the_provider(place: Path, flags: int, option: str) -> None:
+    config = {"type": "abtio", "config": {"path": str(place / "target"), "create_if_missing": True}}
+    with (
+        serving("tcp", config) as provider,
+        mounting(provider.address, place, *OPTIONS, option, "reconnect=0") as mount,
+    ):
+        data = write(mount.path / "file", flags)
+        provider.kill()
+        with layout.open_file(FileConfig(path=str(place / "target"))) as target:
+            region = target.namespace.open_name("/file")
+            assert target.read(region, 0, target.size(region)) == data
