@@ -121,7 +121,7 @@ def test_engine_settings_for_security(
     tls: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     secrets = {"token": "a token of this service", "read_only_token": "a token for readers"}
-    shown = {**tls, "privileged": "all", "limits": {"connections": 3}}
+    shown = {**tls, "limits": {"connections": 3}}
     provider = {"name": "a", "type": "warabi", "provider_id": 1, "config": MEMORY}
     config = {"margo": {**shown, **secrets}, "providers": [provider]}
     with (
@@ -170,7 +170,33 @@ WRONG: dict[str, tuple[Any, str]] = {
     "timeout": ({"margo": {"timeout": "1"}}, "$.margo.timeout: "),
     "timeout of no time": ({"margo": {"timeout": 0}}, "$.margo.timeout: "),
     "insecure": ({"margo": {"insecure": 1}}, "$.margo.insecure: "),
-    "privileged": ({"margo": {"privileged": "me"}}, "$.margo.privileged: "),
+    "mistyped": (
+        {"margo": {"tokenfile": "x"}},
+        "$.margo.tokenfile: unknown key, did you mean token_file?",
+    ),
+    "null": ({"margo": {"token_file": None}}, "$.token_file: None is no path"),
+    "mistyped limit": ({"margo": {"limits": {"request": 5}}}, "$.limits.request: unknown key, did"),
+    "mistyped setting": (
+        service({"config": {"target": {"type": "memory", "config": {"capasity": 1}}}}),
+        f"{TARGET}.config.capasity: unknown key, did you mean capacity?",
+    ),
+    "mistyped key of a provider": (
+        service({"provider-id": 1}),
+        "$.providers[0].provider-id: unknown key, did you mean provid",
+    ),
+    "mistyped abt_io": (
+        service(
+            {
+                "config": {
+                    "target": {
+                        "type": "file",
+                        "config": {"path": "x", "abt_io": {"backing_threads": 1}},
+                    }
+                }
+            }
+        ),
+        f"{TARGET}.config.abt_io.backing_threads: unknown key, did you mean backing_thread_count?",
+    ),
     "tls": ({"margo": {"tls": True}}, "$.margo.tls: "),
     "no certificate": ({"margo": {"tls": {}}}, "$.tls.certificate: required key is missing"),
     "token": ({"margo": {"token": 5}}, "$.margo.token: "),

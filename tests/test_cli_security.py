@@ -129,3 +129,11 @@ def test_maintenance_and_migration_of_secured_targets(secret: Path, tmp_path: Pa
         ok("migrate", address, "1", address, "2", *token)
         assert ok("get", address, "-p", "2", "/a", *token) == b"data"
         service.end()
+
+
+def test_what_was_given_and_is_empty_is_refused() -> None:
+    """As ``--token-file "$TOKEN"`` where the variable is not set: no service without a token."""
+    for option in ("--token-file", "--read-only-token-file"):
+        assert "'' is no path" in fails("serve", "-t", "memory:", "-a", "tcp", option, "")
+    assert "'' is no path" in fails("ls", "tcp://127.0.0.1:1", "--token-file", "")
+    assert "$.tls.certificate: '' is no path" in fails("ls", "tcp://127.0.0.1:1", "--tls-cert", "")

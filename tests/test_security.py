@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -128,7 +127,17 @@ def test_file_that_everybody_may_read(tmp_path: Path, mode: int) -> None:
         ({"token_file": "a\0b"}, r"\$\.token_file"),
         ({"read_only_token": "short"}, r"\$\.read_only_token: a token"),
         ({"token": TOKEN, "read_only_token": TOKEN}, r"\$\.read_only_token: is the same"),
-        ({"privileged": "everybody"}, r"\$\.privileged"),
+        ({"token": None}, r"\$\.token: expected text"),
+        ({"token_file": None}, r"\$\.token_file: None is no path"),
+        ({"read_only_token_file": ""}, r"\$\.read_only_token_file"),
+        ({"tls": None}, r"\$\.tls: expected an object"),
+        ({"tls": {"cert": "a"}}, r"\$\.tls\.cert: unknown key, did you mean certificate\?"),
+        ({"tokenfile": "/x"}, r"\$\.tokenfile: unknown key, did you mean token_file\?"),
+        ({"Token": TOKEN}, r"\$\.Token: unknown key, did you mean token\?"),
+        ({"tls_cert": "/x"}, r"\$\.tls_cert: unknown key"),
+        ({"limits": {"connection": 1}}, r"\$\.limits\.connection: unknown key, did you mean con"),
+        ({"privileged": "all"}, r"\$\.privileged: unknown key"),
+        ({5: 5}, r"\$\.5: unknown key"),
         ({"insecure": "yes"}, r"\$\.insecure"),
     ],
 )
@@ -330,32 +339,14 @@ def test_read_only_token_under_its_own_key(guarded: str) -> None:
 
 
 def test_who_is_permitted_what() -> None:
-    nobody, local = Peer(), Peer(local=True, privileged=True)
-    reader = Peer(local=True, read_only=True, privileged=True)
+    nobody, local = Peer(), Peer(local=True)
+    reader = Peer(local=True, read_only=True)
     for peer in (nobody, local, reader):
         permit(peer, "size", Access.READ)
     for peer in (nobody, local):
         permit(peer, "create", Access.CHANGE)
-    permit(local, "move", Access.PRIVILEGED)
-    with pytest.raises(errors.PermissionDenied, match=re.escape("move: only for processes")):
-        permit(nobody, "move", Access.PRIVILEGED)
-    for one in (Access.CHANGE, Access.PRIVILEGED):
-        with pytest.raises(errors.PermissionDenied, match="create: access is read-only"):
-            permit(reader, "create", one)
-
-
-@pytest.mark.parametrize(
-    ("config", "local", "privileged"),
-    [({}, True, True), ({}, False, False), ({"privileged": "all"}, False, True)],
-)
-def test_who_is_privileged(config: dict[str, Any], local: bool, privileged: bool) -> None:
-    dialogue = greeting.provider(wire.Limits(), from_config(config), local=local)
-    next(dialogue)
-    with pytest.raises(StopIteration) as end:
-        dialogue.send(_opened(wire.opening(wire.Limits())))
-    _, peer, last = end.value.value
-    assert peer == Peer(local=local, privileged=privileged)
-    assert last == b""
+    with pytest.raises(errors.PermissionDenied, match="create: access is read-only"):
+        permit(reader, "create", Access.CHANGE)
 
 
 def _opened(raw: bytes) -> wire.Event:

@@ -266,7 +266,8 @@ async def connect(
         ProviderNotFound: that engine has no such provider.
     """
     endpoint = _address.parse(str(address))
-    shown = security.from_config({"tls": tls, "token": token, "token_file": token_file})
+    given = {"tls": tls, "token": token, "token_file": token_file}
+    shown = security.from_config({key: value for key, value in given.items() if value is not None})
     limit = min(timeout, _CONNECT_TIMEOUT)
 
     async def opened(*, descriptors: bool = False) -> Connection:

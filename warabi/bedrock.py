@@ -13,13 +13,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from warabi import errors
-from warabi.config import ProviderConfig, _Model, checked
+from warabi import errors, keys
+from warabi.config import FileTarget, ProviderConfig, _Model, checked, unknown_key
 from warabi.engine import Address, Engine, server
 from warabi.errors import ConfigError
 from warabi.security import KEYS
@@ -66,7 +74,7 @@ _Section = Annotated[Any, AfterValidator(_section)]
 
 
 class _Margo(_Model):
-    """The engine's settings.  Those of Margo itself may be anything."""
+    """The engine's settings.  Margo's own may have any values, and no effect."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -76,17 +84,27 @@ class _Margo(_Model):
     # Looked into by the engine.
     tls: dict[str, Any] | None = None
     limits: dict[str, Any] | None = None
-    privileged: Literal["local", "all"] | None = None
     token_file: StrictStr | None = None
     read_only_token_file: StrictStr | None = None
     # Nobody who asks what the configuration is has to know these.
     token: StrictStr | None = Field(default=None, exclude=True)
     read_only_token: StrictStr | None = Field(default=None, exclude=True)
 
+    @model_validator(mode="after")
+    def _known(self) -> _Margo:
+        for key in self.model_extra or ():
+            if key not in keys.MARGO:
+                raise unknown_key(key, type(self).model_fields)
+        return self
+
     def engine(self) -> dict[str, Any]:
         """What ``Engine`` takes."""
-        given = {key: getattr(self, key) for key in ("timeout", "share", "limits", *KEYS)}
-        return {key: value for key, value in given.items() if value is not None}
+        # What is given as null is not as if it were not given: Engine refuses it.
+        return {
+            key: getattr(self, key)
+            for key in ("timeout", "share", "limits", *KEYS)
+            if key in self.model_fields_set
+        }
 
 
 class _Provider(_Model):
@@ -120,8 +138,8 @@ class Server:
         config: dict or JSON text.  ``providers`` is an array of objects with ``type``
             (``"warabi"``), ``name`` (``warabi-<provider_id>`` unless given), ``provider_id``
             (the first one that is free), ``config`` (what ``Provider`` takes) and ``tags``;
-            ``margo`` may have the settings of ``Engine``.  Other keys of Bedrock have no effect,
-            which is logged as a warning, once for each.
+            ``margo`` may have the settings of ``Engine``.  Other keys of Bedrock and Margo have
+            no effect, which is logged as a warning, once for each.
         engine: settings of ``Engine`` that count instead of those in ``margo``.
 
     Raises:
@@ -262,6 +280,13 @@ def _without_effect(settings: _Service) -> Iterator[str]:
     for key in ("pool", "dependencies"):
         if any(getattr(provider, key) not in (None, {}) for provider in settings.providers):
             yield f"providers[].{key}"
+    targets = [provider.config.target for provider in settings.providers]
+    extra = {
+        key for target in targets if isinstance(target, FileTarget)
+        for key in target.config.abt_io.model_extra or ()
+    }  # fmt: skip
+    for key in sorted(extra):
+        yield f"providers[].config.target.config.abt_io.{key}"
 
 
 __all__ = ["Server"]

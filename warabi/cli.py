@@ -61,7 +61,7 @@ def _target(function: Any) -> Any:
 
 def _serving(function: Any) -> Any:
     """The options for whom to serve."""
-    reading = click.option("--read-only-token-file", metavar="FILE", default="",
+    reading = click.option("--read-only-token-file", metavar="FILE", default=None,
                            help="A token for those who only read.")  # fmt: skip
     insecure = click.option("--insecure", is_flag=True,
                             help="Listen beyond loopback without any of these.")  # fmt: skip

@@ -156,7 +156,7 @@ def secured(function: Any, variables: bool) -> Any:
     for name, words in reversed(_FILES.items()):
         variable = f"WARABI_{name.upper()}" if variables else None
         option = click.option(
-            f"--{name.replace('_', '-')}", metavar="FILE", default="", envvar=variable,
+            f"--{name.replace('_', '-')}", metavar="FILE", default=None, envvar=variable,
             help=words, show_envvar=variables,
         )  # fmt: skip
         function = option(function)
@@ -171,7 +171,7 @@ def reaching(function: Any) -> Any:
 
 def authenticated(function: Any) -> Any:
     """The options that say how to reach a provider."""
-    name = click.option("--tls-name", metavar="NAME", default="", envvar="WARABI_TLS_NAME",
+    name = click.option("--tls-name", metavar="NAME", default=None, envvar="WARABI_TLS_NAME",
                         help="The name in the server's certificate, if not the address's host.",
                         show_envvar=True)  # fmt: skip
     return secured(name(function), True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +15,11 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from warabi import keys
 from warabi.errors import ConfigError
 
 Bytes = Annotated[StrictInt, Field(ge=0)]
@@ -37,6 +41,12 @@ class MemoryConfig(_Model):
     capacity: Bytes | None = None
 
 
+def unknown_key(key: str, known: Collection[str]) -> PydanticCustomError:
+    """For validators of models that accept some keys that they have no field for."""
+    context = {"key": key, "reason": keys.unknown(key, known)}
+    return PydanticCustomError("unknown_key", "{reason}", context)
+
+
 class AbtIoConfig(_Model):
     """Thread-pool settings, as ABT-IO has them; those that mean nothing here are accepted.
 
@@ -45,6 +55,13 @@ class AbtIoConfig(_Model):
 
     model_config = ConfigDict(extra="allow")
     backing_thread_count: Positive | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> AbtIoConfig:
+        for key in self.model_extra or ():
+            if key not in keys.ABT_IO:
+                raise unknown_key(key, {"backing_thread_count", *keys.ABT_IO})
+        return self
 
 
 class FileConfig(_Model):
@@ -163,13 +180,36 @@ def checked(
     try:
         return model.model_validate({} if config is None else config)
     except ValidationError as error:
-        raise ConfigError(f"{what}: {_explain(error, root, hidden)}") from None
+        raise ConfigError(f"{what}: {_explain(model, error, root, hidden)}") from None
 
 
 _UNIONS = ("target", "transfer_manager")
 
 
-def _explain(error: ValidationError, root: str, hidden: tuple[str, ...]) -> str:
+def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> Collection[str]:
+    """The keys that the model at *location*, as pydantic tells it, below *model* has."""
+    found = [model]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = [m.model_fields[part].annotation for m in found if part in m.model_fields]
+        if fields:
+            found = [below for field in fields for below in _models(field)]
+        else:  # the tag of a union
+            found = [m for m in found if part in get_args(m.model_fields["type"].annotation)]
+    return {name for m in found for name in m.model_fields}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Every model that an annotation has."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _explain(
+    model: type[BaseModel], error: ValidationError, root: str, hidden: tuple[str, ...]
+) -> str:
     """One line with the JSON path and the reason of every problem found."""
     problems = []
     for item in error.errors(include_url=False):
@@ -183,7 +223,9 @@ def _explain(error: ValidationError, root: str, hidden: tuple[str, ...]) -> str:
         )  # fmt: skip
         reason = item["msg"]
         if item["type"] == "extra_forbidden":
-            reason = "unknown key"
+            reason = keys.unknown(location[-1], _fields(model, location[:-1]))
+        elif item["type"] == "unknown_key":
+            path += f".{item['ctx']['key']}"
         elif item["type"] in ("model_type", "dict_type"):
             reason = "expected an object"
         elif item["type"] == "missing":

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from warabi import address, errors, limits, security
+from warabi import address, errors, keys, limits, security
 from warabi.address import Endpoint
 from warabi.connection import TIMEOUT, Connection
 from warabi.limits import EngineLimits
@@ -259,14 +259,15 @@ class Engine:
         num_rpc_threads: accepted for compatibility.
         config: dict or JSON text; ``timeout``, seconds without a sign of life from a provider
             after which a call gives up (default 60); ``tls``, ``token``, ``token_file``,
-            ``read_only_token``, ``read_only_token_file``, ``privileged`` and ``insecure``, who
+            ``read_only_token``, ``read_only_token_file`` and ``insecure``, who
             may connect and do what, see docs/security.md; ``limits``, how much peers may take;
             ``share`` (default true), whether processes of the same host may reach regions
             directly, in memory or files that they share with the provider, in either mode.
-            Other keys are ignored.
+            Margo's own keys (``warabi.keys.MARGO``) have no effect, which is logged.
 
     Raises:
-        ConfigError: a malformed address or configuration, or nothing can listen there.
+        ConfigError: a malformed address or configuration, an unknown key in it among others, or
+            nothing can listen there.
         PermissionDenied: it would listen beyond loopback, unprotected; or a file with a secret
             is open to every user.
     """
@@ -402,8 +403,12 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
         raise errors.ConfigError(
             f"engine configuration: $.share: {share!r} is neither true nor false"
         )
-    if ignored := sorted(config.keys() - {"timeout", "share", "limits", *security.KEYS}):
-        Engine.logger.debug("engine configuration: ignored keys: %s", ", ".join(map(str, ignored)))
+    known = {"timeout", "share", "limits", *security.KEYS}
+    for key in config:
+        if key not in known and key not in keys.MARGO:
+            raise errors.ConfigError(f"engine configuration: $.{key}: {keys.unknown(key, known)}")
+    if ignored := sorted(config.keys() & keys.MARGO):
+        Engine.logger.debug("engine configuration: without effect here: %s", ", ".join(ignored))
     return _Settings(
         float(timeout),
         security.from_config(config),

@@ -139,7 +139,7 @@ def provider(
         else:
             raise PermissionDenied("the client's token is not this engine's")
         answer = wire.frame(["proved", proof(token, "provider", opened.raw, own)])
-    return opened.limits, Peer(local, read_only, local or security.privileged), answer
+    return opened.limits, Peer(local, read_only), answer
 
 
 def refused(header: Any) -> errors.Exception | None:

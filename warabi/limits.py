@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from warabi import wire
+from warabi import keys, wire
 from warabi.errors import ConfigError
 
 _WHERE = "engine configuration: $.limits"
@@ -60,7 +60,7 @@ def from_config(section: Any) -> EngineLimits:
     known = [field.name for field in fields(EngineLimits)]
     for key, value in section.items():
         if key not in known:
-            raise ConfigError(f"{_WHERE}.{key}: unknown key, expected {', '.join(known)}")
+            raise ConfigError(f"{_WHERE}.{key}: {keys.unknown(key, known)}")
         low, high = _BOUNDS[key]
         if type(value) is not int or not low <= value <= high:
             raise ConfigError(f"{_WHERE}.{key}: expected {low} to {high}, got {value!r:.60}")

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from warabi import keys
 from warabi.errors import ConfigError, PermissionDenied
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ SHORTEST_TOKEN = 16
 """Bytes of a token: who listens may try shorter ones out, without anybody noticing."""
 _LONGEST_TOKEN = 4096
 _WHERE = "engine configuration: $"
-KEYS = (
-    "insecure", "tls", "token", "token_file", "read_only_token", "read_only_token_file",
-    "privileged",
-)  # fmt: skip
+KEYS = ("insecure", "tls", "token", "token_file", "read_only_token", "read_only_token_file")
 """The keys of an engine's configuration that are read here."""
 
 
@@ -37,12 +35,10 @@ class Access(enum.Enum):
 
     ``READ``: nothing but being let in.  Making durable what others wrote is no change.
     ``CHANGE``: a peer that is not read-only.
-    ``PRIVILEGED``: one of the provider's own user, on its host, or whom ``privileged`` lets.
     """
 
     READ = enum.auto()
     CHANGE = enum.auto()
-    PRIVILEGED = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -52,12 +48,10 @@ class Peer:
     Attributes:
         local: a process of this user, or of root, on this host.
         read_only: it showed the token of those who only read, or asked for no more.
-        privileged: it may do what ``Access.PRIVILEGED`` says, unless it is read-only.
     """
 
     local: bool = False
     read_only: bool = False
-    privileged: bool = False
 
 
 def permit(peer: Peer, name: str, access: Access) -> None:
@@ -70,11 +64,6 @@ def permit(peer: Peer, name: str, access: Access) -> None:
         return
     if peer.read_only:
         raise PermissionDenied(f"{name}: access is read-only")
-    if access is Access.PRIVILEGED and not peer.privileged:
-        raise PermissionDenied(
-            f"{name}: only for processes of the provider's user on its host, unless its engine's"
-            ' configuration says {"privileged": "all"}'
-        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,6 @@ class Security:
 
     Attributes:
         insecure: listen beyond loopback even without the rest.
-        privileged: whether peers that are not local may do what is privileged.
         token: whoever has it may do everything.
         read_only_token: whoever has it may read.
     """
@@ -143,7 +131,6 @@ class Security:
     token: bytes = field(default=b"", repr=False)
     read_only_token: bytes = field(default=b"", repr=False)
     insecure: bool = False
-    privileged: bool = False
 
     @property
     def protected(self) -> bool:
@@ -168,8 +155,11 @@ _TLS_OPTIONS = {
 
 
 def config_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """An engine's configuration from a command line's options; empty ones were not given."""
-    given = {name: value for name, value in options.items() if value}
+    """An engine's configuration from a command line's options; those not given are None or False.
+
+    An empty one was given, by a script with a variable that is not set perhaps, and is refused.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, False)}
     tls = {key: given.pop(name) for name, key in _TLS_OPTIONS.items() if name in given}
     return {**given, "tls": tls} if tls else given
 
@@ -184,27 +174,23 @@ def from_config(config: dict[str, Any]) -> Security:
     insecure = config.get("insecure", False)
     if not isinstance(insecure, bool):
         raise ConfigError(f"{_WHERE}.insecure: {insecure!r} is neither true nor false")
-    privileged = config.get("privileged", "local")
-    if privileged not in ("local", "all"):
-        raise ConfigError(f"{_WHERE}.privileged: {privileged!r} is neither 'local' nor 'all'")
     token = _token(config, "token")
     read_only_token = _token(config, "read_only_token")
     if token and token == read_only_token:
         raise ConfigError(f"{_WHERE}.read_only_token: is the same as the other token")
-    return Security(
-        _tls(config.get("tls")), token, read_only_token, insecure, privileged == "all"
-    )  # fmt: skip
+    return Security(_tls(config), token, read_only_token, insecure)
 
 
-def _tls(section: Any) -> TlsFiles | None:
-    if section is None:
+def _tls(config: dict[str, Any]) -> TlsFiles | None:
+    if "tls" not in config:
         return None
+    section = config["tls"]
     if not isinstance(section, dict):
         raise ConfigError(f"{_WHERE}.tls: expected an object")
     known = ("certificate", "key", "ca", "server_name")
     for key in section:
         if key not in known:
-            raise ConfigError(f"{_WHERE}.tls.{key}: unknown key, expected {', '.join(known)}")
+            raise ConfigError(f"{_WHERE}.tls.{key}: {keys.unknown(key, known)}")
     for key in known:
         value = section.get(key, "" if key == "server_name" else None)
         if isinstance(value, os.PathLike):
@@ -218,14 +204,12 @@ def _tls(section: Any) -> TlsFiles | None:
 
 
 def _token(config: dict[str, Any], key: str) -> bytes:
-    text, path = config.get(key), config.get(f"{key}_file")
-    if text is not None and path is not None:
+    # A key whose value is None was meant to protect something: it is no key that is missing.
+    if key in config and f"{key}_file" in config:
         raise ConfigError(f"{_WHERE}.{key}: is given, and so is {key}_file")
-    if text is None and path is None:
-        return b""
-    if path is not None:
-        where = f"{_WHERE}.{key}_file"
-        if not isinstance(path, str | os.PathLike):
+    if f"{key}_file" in config:
+        where, path = f"{_WHERE}.{key}_file", config[f"{key}_file"]
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ConfigError(f"{where}: {path!r:.60} is no path")
         _refuse_others(path, f"{key}_file")
         try:
@@ -233,8 +217,10 @@ def _token(config: dict[str, Any], key: str) -> bytes:
                 token = file.read(_LONGEST_TOKEN + 1).strip()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where}: {os.fspath(path)}: {_why(error)}") from None
+    elif key not in config:
+        return b""
     else:
-        where = f"{_WHERE}.{key}"
+        where, text = f"{_WHERE}.{key}", config[key]
         if not isinstance(text, str):
             raise ConfigError(f"{where}: expected text")
         token = text.strip().encode("utf-8", "surrogatepass")

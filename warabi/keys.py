@@ -1,0 +1,32 @@
+"""Keys of configurations: which of Mochi's are accepted without effect, and what an unknown one may
+have been meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+MARGO = frozenset({
+    "argobots", "diagnostics", "enable_abt_profiling", "enable_diagnostics", "enable_profiling",
+    "handle_cache_size", "mercury", "monitoring", "output_dir", "plumber",
+    "profile_sparkline_timeslice_msec", "profiling_sparkline_timeslice_msec", "progress_pool",
+    "progress_spindown_msec", "progress_timeout_ub_msec", "progress_when_needed", "rpc_pool",
+    "rpc_thread_count", "use_progress_thread", "version",
+})  # fmt: skip
+"""What Margo documents for its configuration."""
+ABT_IO = frozenset({
+    "internal_pool", "internal_pool_flag", "liburing_flags", "null_io_read", "null_io_write",
+    "num_threads", "num_urings", "progress_pool", "trace_io",
+})  # fmt: skip
+"""What ABT-IO takes, but for ``backing_thread_count``, which has an effect here."""
+
+
+def unknown(key: object, known: Collection[str]) -> str:
+    """What is said of a *key* that is none of the *known* ones."""
+    word = str(key).lower().replace("-", "_")
+    close = difflib.get_close_matches(word, known, 1) or [
+        other for other in sorted(known) if len(word) > 2 and other.startswith(word)
+    ]
+    if close:
+        return f"unknown key, did you mean {close[0]}?"
+    return f"unknown key, expected {', '.join(sorted(known)) or 'none'}"
