@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -52,6 +53,12 @@ class Target:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a warabi.aio.Target cannot be pickled or copied, it belongs to a Trio loop of this"
+            " process; pass the address and provider ID, and connect in the other process"
+        )
 
     def call(self, name: str, *arguments: Any) -> Awaitable[Any]:
         """Carry out an operation of :data:`warabi.operations.OPERATIONS`."""
@@ -234,6 +241,23 @@ def _id(region: Any) -> RegionID:
     return region if type(region) is RegionID else RegionID(region)
 
 
+def _asyncio_runs() -> bool:
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None
+
+
+def check_loop(what: str) -> None:
+    """Raise ``RuntimeError``, which says what to use instead, unless a Trio loop runs *what*."""
+    if trio.lowlevel.in_trio_run():
+        return
+    if _asyncio_runs():
+        raise RuntimeError(
+            f"{what} is for Trio programs and cannot run under asyncio: use warabi.client, whose"
+            " calls asyncio.to_thread() keeps from blocking the loop"
+        )
+    raise RuntimeError(f"{what} must be called in a Trio task, within trio.run()")
+
+
 @asynccontextmanager
 async def connect(
     address: str,
@@ -264,7 +288,9 @@ async def connect(
         PermissionDenied: the engine does not let this side in, or is not who it should be.
         ConnectionFailed, ProtocolError, TimedOut: no engine answers there.
         ProviderNotFound: that engine has no such provider.
+        RuntimeError: not in a Trio task.
     """
+    check_loop("warabi.aio.connect()")
     endpoint = _address.parse(str(address))
     given = {"tls": tls, "token": token, "token_file": token_file}
     shown = security.from_config({key: value for key, value in given.items() if value is not None})
@@ -360,6 +386,8 @@ async def _run_until_closed(connection: Connection) -> None:
 
 def attach(target: LocalTarget) -> Target:
     """The Trio API on a target of this process; what may wait for its medium goes to threads."""
+    if _asyncio_runs():
+        check_loop("warabi.aio.attach()")
     return Target(DirectLink(target))
 
 

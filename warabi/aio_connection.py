@@ -21,7 +21,7 @@ from typing import Any
 import trio
 
 from warabi import address as _address
-from warabi import errors, greeting, wire
+from warabi import errors, forks, greeting, wire
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.lookout import Lookout
 from warabi.lull import Lull
@@ -85,6 +85,14 @@ class Connection(Replies):
         self._has_unsent = trio.Event()
         self._running = trio.CancelScope()
         self._lost: tuple[type[errors.Exception], str] | None = None
+        forks.register(self)
+
+    def _forked(self) -> None:
+        """The socket, and the loop that runs this, are the parent's."""
+        reason = "the connection belongs to the process from which this one was forked"
+        self._lost = (ConnectionLost, f"{self._name}: {reason}")
+        if self._socket.fileno() >= 0:
+            forks.disconnect([self._socket.fileno()])
 
     async def open(self, security: Security, *, local: bool, read_only: bool) -> None:
         """Exchange openings; the arguments are those of ``greeting.client``.
@@ -247,6 +255,8 @@ class Connection(Replies):
 
         A reply that waits for something to happen does not come *soon*.
         """
+        if self._lost is not None:
+            raise self._lost_error(request.what)
         await trio.lowlevel.checkpoint_if_cancelled()
         turn = (self._lull and self._lull.turn) or _TURN
         if perf_counter_ns() - self._turn > turn:

@@ -18,12 +18,14 @@ Rules of this module:
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import sqlite3
 import stat
 import uuid
 from pathlib import Path
 
+from warabi import forks
 from warabi.clock import Clock
 from warabi.dentries import Dentries
 from warabi.errors import (
@@ -466,6 +468,21 @@ class Catalogue:
             raise translate(error, self.path) from error
         finally:
             self.abandon()
+
+    def give_up(self) -> None:
+        """In a forked child: the database is the parent's.
+
+        SQLite must not close it, which would put the WAL into it and remove it; its files are
+        closed without SQLite's knowledge.
+        """
+        forks.keep_for_ever(self._db)
+        if self.path is not None:
+            path = os.path.realpath(self.path)
+            regions = f"{path}.regions"
+            files = {path, f"{path}-wal", f"{path}-journal", regions}
+            forks.disconnect(
+                forks.descriptors(lambda name: name in files or name.startswith(f"{regions}/"))
+            )
 
     def abandon(self) -> None:
         """Let go of the files as they are, as a crash would; the next to open them recovers."""

@@ -73,6 +73,10 @@ class Channel:
         self._deaf = False  # the peer no longer takes replies; its requests still count
         self.peer = Limits()
 
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return self._socket.fileno()
+
     @property
     def limits(self) -> Limits:
         """What this side receives, and allocates."""

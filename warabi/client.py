@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from warabi import address as _address
-from warabi import arrays
+from warabi import arrays, forks, processes
 from warabi.answers import RegionStat
 from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
@@ -58,6 +58,18 @@ class AsyncRequest:
                 self._link.poll(request)
         return all(request.done for request in self._requests)
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            f"an {type(self).__name__} cannot be pickled: it waits for an answer to this process;"
+            " call wait() and pass on what the operation returned"
+        )
+
+    def __await__(self) -> NoReturn:
+        raise TypeError(
+            f"an {type(self).__name__} cannot be awaited: call wait(), which blocks, or use"
+            " warabi.aio in Trio programs"
+        )
+
 
 class AsyncCreateRequest(AsyncRequest):
     """As :class:`AsyncRequest`, of an operation that makes a region."""
@@ -91,12 +103,41 @@ class TargetHandle:
     the region or a number that is no size.
     """
 
-    def __init__(self, link: Link | None = None, engine: Engine | None = None) -> None:
+    def __init__(
+        self, link: Link | None = None, engine: Engine | None = None, place: Place | None = None
+    ) -> None:
         self._link: Link = _NOWHERE if link is None else link
         self._engine = engine  # lives as long as its handles
+        self._place = place
+        if engine is not None and place is not None and isinstance(_inner(self._link), DirectLink):
+            forks.register(self, last=True)
 
     def __bool__(self) -> bool:
         return self._link is not _NOWHERE
+
+    def _forked(self) -> None:
+        """The target is the parent's, and is reached as by any other process."""
+        assert self._engine is not None
+        assert self._place is not None
+        old, self._link = self._link, _remote_link(self._engine, self._place)
+        self._link.eager_write, self._link.eager_read = old.eager_write, old.eager_read
+
+    # Copies and pickles: see processes.py.
+
+    def __copy__(self) -> TargetHandle:
+        return TargetHandle(self._link, self._engine, self._place)
+
+    def __deepcopy__(self, memo: object) -> TargetHandle:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Callable[..., TargetHandle], tuple[Any, ...]]:
+        if not self:
+            return TargetHandle, ()
+        if self._engine is None or self._place is None:
+            raise TypeError("this TargetHandle cannot be pickled: it was made without an engine")
+        settings = processes.settings_of(self._engine, "TargetHandle")
+        link = self._link
+        return _unpickled_handle, (settings, *self._place, link.eager_write, link.eager_read)
 
     # Regions
 
@@ -422,6 +463,55 @@ class TargetHandle:
         self._link.eager_read = checked_size(size, "set_eager_read_threshold: size")
 
 
+Place = tuple[str, int, bool]
+"""An engine's address, a provider's ID, and whether access is read-only."""
+
+
+def _inner(link: Link) -> Link:
+    return link._link if isinstance(link, ReadOnlyLink) else link
+
+
+def _link_to(engine: Engine, place: Place) -> Link:
+    """The way from *engine* to a target, over a connection that is made when it is needed.
+
+    Raises:
+        ProviderNotFound: it would be in *engine* itself, which has no such provider.
+    """
+    text, provider_id, read_only = place
+    runtime = engine._state.runtime
+    if runtime is not None and str(engine.addr()) == text:
+        link: Link = DirectLink(runtime.find(provider_id))
+        return ReadOnlyLink(link) if read_only else link
+    return _remote_link(engine, place)
+
+
+def _remote_link(engine: Engine, place: Place) -> Link:
+    text, provider_id, read_only = place
+    connections = engine._state.connections
+    side = connections.side_channel(text, provider_id, read_only)
+    link = WireLink(lambda: connections.get(text, read_only), provider_id, side)
+    return ReadOnlyLink(link) if read_only else link
+
+
+def _unpickled_handle(
+    settings: dict[str, Any],
+    text: str,
+    provider_id: int,
+    read_only: bool,
+    eager_write: int,
+    eager_read: int,
+) -> TargetHandle:
+    engine, place = processes.engine_for(settings, text), (text, provider_id, read_only)
+    handle = TargetHandle(_link_to(engine, place), engine, place)
+    handle.set_eager_write_threshold(eager_write)
+    handle.set_eager_read_threshold(eager_read)
+    return handle
+
+
+def _unpickled_client(settings: dict[str, Any]) -> Client:
+    return Client(processes.engine_for(settings))
+
+
 class Client:
     """Makes handles to targets, through an engine."""
 
@@ -450,19 +540,24 @@ class Client:
             or not 0 <= provider_id <= 65535
         ):
             raise ConfigError(f"provider_id: expected 0 to 65535, got {provider_id!r}")
-        runtime = self._engine._state.runtime
-        if runtime is not None and str(self._engine.addr()) == text:
-            link: Link = DirectLink(runtime.find(provider_id))
-        else:
-            connections = self._engine._state.connections
-            side = connections.side_channel(text, provider_id, read_only)
-            link = WireLink(lambda: connections.get(text, read_only), provider_id, side)
+        place = (text, provider_id, bool(read_only))
+        link = _link_to(self._engine, place)
+        if isinstance(_inner(link), WireLink):
             link.call("ping")
-        return TargetHandle(ReadOnlyLink(link) if read_only else link, self._engine)
+        return TargetHandle(link, self._engine, place)
 
     def get_config(self) -> str:
         """The client's settings, as JSON text."""
         return json.dumps({"timeout": self._engine._state.connections.timeout})
+
+    def __reduce__(self) -> tuple[Callable[..., Client], tuple[Any, ...]]:
+        return _unpickled_client, (processes.settings_of(self._engine, "Client"),)
+
+    def __copy__(self) -> Client:
+        return Client(self._engine)
+
+    def __deepcopy__(self, memo: object) -> Client:
+        return Client(self._engine)
 
     def __enter__(self) -> Client:
         return self

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from warabi import address, errors, greeting, transport, wire
+from warabi import address, errors, forks, greeting, transport, wire
 from warabi.address import Endpoint
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.lookout import Lookout
@@ -76,6 +76,7 @@ class Connection(Replies):
         self._lookout = Lookout()  # the reader's
         self._heard = 0.0  # when something last came, by the monotonic clock
         self._asked = False  # a sign of life was asked for since then
+        forks.register(self)
         security = security or Security()
         deadline = time.monotonic() + min(timeout, _CONNECT_TIMEOUT)
         self._socket, self._transport = transport.connect(
@@ -369,10 +370,19 @@ class Connection(Replies):
             request.finish(error=kind(f"{request.what}: {lost}"))
         return lost
 
-    def forget(self) -> None:
-        """In a forked child: let go of the socket, without a word, for the parent uses it."""
-        self._lost = ConnectionLost(f"{self.endpoint}: the connection is the parent process's")
+    def _forked(self) -> None:
+        """Let go of the socket, without a word, for the parent uses it."""
+        self._send_lock = threading.Lock()
+        self._mutex = threading.Lock()
+        self._reading = False
+        self._lost = ConnectionLost(
+            f"{self.endpoint}: the connection belongs to the process from which this one was forked"
+        )
         self._socket.close()
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            request.event = None  # its lock may be held by a thread that is not here
+            request.finish(error=ConnectionLost(f"{request.what}: {self._lost}"))
 
     def close(self, patience: float = 5.0) -> None:
         """Wait for requests in flight, which must not be lost, and close."""

@@ -57,7 +57,6 @@ class DurableRegions(RegionGate):
         super().__init__(catalogue, storage)
         self._on_closing = on_closing
         self._on_close = on_close
-        self._pid = os.getpid()
         self._stop = threading.Event()
         self._keeping = threading.Lock()  # taken before the target's, if both are
         if not catalogue.clean:
@@ -181,7 +180,7 @@ class DurableRegions(RegionGate):
     def sync(self) -> None:
         """Make everything written so far durable: data first, then the catalogue."""
         with self._kept_open():
-            with self._guard:
+            with self._guard.lock, self._guard.checked:
                 self._settle_all(thorough=True)
             try:
                 self._storage.persist_all()
@@ -313,7 +312,7 @@ class DurableRegions(RegionGate):
     def _close_grants(self, grants: Grants) -> None:
         """End all direct access; what guests wrote until now counts."""
         self._revoke_all(grants)
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             freeing = grants.forget()
             self._grants = None
         for free in freeing:
@@ -321,7 +320,7 @@ class DurableRegions(RegionGate):
 
     def _revoke_all(self, grants: Grants) -> None:
         """End every grant, and give accesses that are under way a moment to end."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             grants.revoke_all()
         deadline = time.monotonic() + GUESTS_PATIENCE
         while not grants.all_quiet and time.monotonic() < deadline:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from warabi import address, errors, keys, limits, security
+from warabi import address, errors, forks, keys, limits, processes, security
 from warabi.address import Endpoint
 from warabi.connection import TIMEOUT, Connection
 from warabi.limits import EngineLimits
@@ -66,6 +66,9 @@ class Address:
     def __hash__(self) -> int:
         return hash(self._text)
 
+    def __reduce__(self) -> tuple[type[Address], tuple[str]]:
+        return Address, (self._text,)  # an engine is no part of its address
+
     def shutdown(self) -> None:
         """Ask the engine there to finalize.
 
@@ -99,17 +102,12 @@ class Connections:
         self._lock = threading.Lock()
         self._open: dict[tuple[str, bool], Connection] = {}
         self._closed = False
-        _all_connections.add(self)
+        forks.register(self)
 
     def _forked(self) -> None:
-        """In a child process: what is open is the parent's, and its locks may be held there."""
+        # The side channels stay: handles refer to them, and each begins anew by itself.
         self._lock = threading.Lock()
-        for connection in self._open.values():
-            connection.forget()
         self._open = {}
-        for channel in self._side.values():
-            channel.forget()
-        self._side = {}
 
     def get(self, text: str, read_only: bool = False) -> Connection:
         """A usable connection to *text*; raises as ``Connection`` does."""
@@ -163,30 +161,33 @@ class Connections:
             self._open.clear()
 
 
-_all_connections: weakref.WeakSet[Connections] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for connections in list(_all_connections):
-        connections._forked()
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
 class _State:
     """What an engine holds.  It never refers to the ``Engine``, so that one can be collected."""
 
     def __init__(self, connections: Connections) -> None:
         self.connections = connections
         self.runtime: Runtime | None = None
-        self.pid = os.getpid()
+        self.parent = 0  # the process that serves, when this one was forked from it
         self.lock = threading.Lock()
         self.finalized = threading.Event()
         self.wanted = threading.Event()  # wait_for_finalize() should return
         self.wakers: list[Callable[[], None]] = []  # to be called when it is set
         self.before: list[Callable[[], object]] = []
         self.after: list[Callable[[], object]] = []
+        forks.register(self)
+
+    def _forked(self) -> None:
+        """From now on a client's engine of this process; the callbacks are the parent's."""
+        self.lock = threading.Lock()
+        self.finalized, finalized = threading.Event(), self.finalized
+        self.wanted = threading.Event()
+        if finalized.is_set():
+            self.finalized.set()
+            self.wanted.set()
+        self.wakers, self.before, self.after = [], [], []
+        if self.runtime is not None:
+            self.parent = self.runtime.pid
+            self.runtime = None
 
     def wake(self) -> None:
         """Let ``wait_for_finalize`` return."""
@@ -195,8 +196,6 @@ class _State:
             waker()
 
     def finalize(self) -> None:
-        if os.getpid() != self.pid:
-            return  # a forked child, where the lock may be held by a thread that is not there
         with self.lock:
             if self.finalized.is_set():
                 return
@@ -284,6 +283,7 @@ class Engine:
     ) -> None:
         settings = _settings(config)
         endpoint = address.parse(addr, complete=False)
+        self._portable = processes.portable(addr, config)
         if not isinstance(mode, Mode):
             raise errors.ConfigError(f"engine mode: expected client or server, got {mode!r}")
         connections = Connections(settings.timeout, settings.security, settings.share)
@@ -305,6 +305,13 @@ class Engine:
         self._address = Address(str(endpoint))  # not with self: that would be a cycle
         _unfinalized.add(state)
         weakref.finalize(self, _finalize_collected, state).atexit = False
+        processes.remember(self)
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "an Engine cannot be pickled or copied, its sockets and threads belong to this process;"
+            " pass str(engine.addr()), or a TargetHandle, and make an engine in the other process"
+        )
 
     def addr(self) -> Address:
         """The address that another process can connect to."""
@@ -318,7 +325,7 @@ class Engine:
     @property
     def listening(self) -> bool:
         """Whether others can connect."""
-        return self._mode is server and not self._state.finalized.is_set()
+        return self._state.runtime is not None and not self._state.finalized.is_set()
 
     def lookup(self, address: str) -> Address:
         """The address that *address* spells.
@@ -348,7 +355,16 @@ class Engine:
         self._state.finalize()
 
     def wait_for_finalize(self) -> None:
-        """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM."""
+        """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM.
+
+        Raises:
+            ConfigError: this process was forked from the one that serves.
+        """
+        if self._state.parent:
+            raise errors.ConfigError(
+                f"wait_for_finalize: the engine {self._address} belongs to process"
+                f" {self._state.parent}, from which this one was forked; wait there"
+            )
         if threading.current_thread() is not threading.main_thread():
             self._state.wanted.wait()
             self._state.finalize()

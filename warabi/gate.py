@@ -15,12 +15,14 @@ from bytes that are no longer the region's.
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
 from collections import Counter, deque
 from functools import partial
 from types import TracebackType
 
+from warabi import forks
 from warabi.backends import Storage
 from warabi.catalogue import Catalogue
 from warabi.errors import Exception, InvalidRegion, TargetBusy, TargetNotFound, WouldBlock
@@ -34,24 +36,43 @@ log = logging.getLogger(__name__)
 
 
 class Guard:
-    """The target's lock, as a context that translates SQLite's errors on the way out."""
+    """The target's lock, and what is checked under it: ``with guard.lock, guard.checked``.
 
-    __slots__ = ("_catalogue", "_changed", "_lock", "closed", "reason")
+    Both are named wherever the lock is taken: a context written in Python that took it could be
+    interrupted by a signal's handler between the two, and the lock would never be released.
+
+    Attributes:
+        lock: the target's.
+        checked: a context for a block that holds the lock: refuses it once the target is closed,
+            trims the catalogue at its end, and translates SQLite's errors.
+        closed: whether *checked* refuses.
+        reason: what it says then.
+    """
+
+    __slots__ = ("checked", "closed", "lock", "reason")
 
     def __init__(
         self, lock: threading.Lock, catalogue: Catalogue, changed: threading.Event
     ) -> None:
-        self._lock = lock
-        self._catalogue = catalogue
-        self._changed = changed
+        self.lock = lock
+        self.checked = Checked(self, catalogue, changed)
         self.closed = False
         self.reason = "the target is closed"
 
+
+class Checked:
+    """See :class:`Guard`."""
+
+    __slots__ = ("_catalogue", "_changed", "_guard")
+
+    def __init__(self, guard: Guard, catalogue: Catalogue, changed: threading.Event) -> None:
+        self._guard = guard
+        self._catalogue = catalogue
+        self._changed = changed
+
     def __enter__(self) -> None:
-        self._lock.acquire()
-        if self.closed:
-            self._lock.release()
-            raise TargetNotFound(self.reason)
+        if self._guard.closed:
+            raise TargetNotFound(self._guard.reason)
 
     def __exit__(
         self,
@@ -59,16 +80,12 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if error is None:
-                self._catalogue.trim()
-            if not self._changed.is_set() and self._catalogue.uncommitted:
-                self._changed.set()
-        finally:
-            self._lock.release()
+        if error is None:
+            self._catalogue.trim()
+        if not self._changed.is_set() and self._catalogue.uncommitted:
+            self._changed.set()
         if isinstance(error, sqlite3.Error):
-            with self._lock:
-                self._catalogue.restore()
+            self._catalogue.restore()
             raise translate(error, self._catalogue.path) from error
 
 
@@ -149,6 +166,20 @@ class RegionGate:
         self._grants: Grants | None = None  # while there are guests
         self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
+        self._pid = os.getpid()
+        forks.register(self)
+
+    def _forked(self) -> None:
+        """The target is the parent's: every call here fails, at once and without a lock of old."""
+        reason = f"the target belongs to process {self._pid}, from which this one was forked"
+        self._closed = True
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._changed = threading.Event()
+        for guard in (self._guard, self._storage_guard):
+            guard.lock, guard.closed, guard.reason = self._lock, True, reason
+        self._catalogue.give_up()
+        self._grants = None
 
     @property
     def feed(self) -> Feed:

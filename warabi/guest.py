@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from warabi import errors
+from warabi import errors, forks
 from warabi.buffers import MAX_SIZE
 from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
@@ -85,6 +85,7 @@ class Guest(Reach):
         self._shared: WeakValueDictionary[tuple[int, int], _SharedFile] = WeakValueDictionary()
         self._files = 0
         self._most_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        forks.register(self)
 
     @property
     def writes(self) -> bool:
@@ -222,9 +223,11 @@ class Guest(Reach):
 
     # The end
 
+    def _forked(self) -> None:
+        self.forget()  # the slots are the parent's
+
     def forget(self) -> None:
-        """Use no lane any more, and keep no descriptor: in a forked child, whose parent's the lanes
-        are, and when the provider ends in this process."""
+        """Use no slot any more, and keep no descriptor: when the provider ends in this process."""
         self.usable = False
         self.grants.clear()
 

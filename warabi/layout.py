@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warabi import errors, schema
+from warabi import errors, forks, schema
 from warabi.backends import FileStorage, MemoryStorage, PmemStorage
 from warabi.backends.direct import open_storage
 from warabi.backends.packed import PackedStorage
@@ -371,11 +371,16 @@ class _Lock:
                 let_go(self._fd)
                 raise TargetBusy(f"target {path}: already open in process {owner or 'unknown'}")
             time.sleep(0.02)
+        forks.register(self)
         try:
             self._write(f"{os.getpid()}\n")
         except BaseException:
-            let_go(self._fd)
+            self.release()
             raise
+
+    def _forked(self) -> None:
+        if self._fd >= 0:
+            forks.disconnect([self._fd])
 
     def _write(self, text: str) -> None:
         os.ftruncate(self._fd, 0)
@@ -390,4 +395,10 @@ class _Lock:
         self._file.unlink(missing_ok=True)
 
     def release(self) -> None:
-        let_go(self._fd)
+        # Said, and not left to the closing: a child that was forked by other means than Python's
+        # has the descriptor, too, and closing it does not release the lock while that one is open.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            let_go(fd)

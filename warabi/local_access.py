@@ -6,7 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from warabi import errors
+from warabi import errors, forks
 from warabi.backends.base import THIS_PROCESS
 from warabi.guest import Access, Guest
 from warabi.region import RegionID
@@ -33,6 +33,11 @@ class LocalAccess(Access):
         self._target: Target | None = None  # that was joined
         self._board: grants.Guest | None = None
         self._accesses = 0
+        forks.register(self)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+        self.guest = self._board = None
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
         if not self._lock.acquire(blocking=False):

@@ -48,7 +48,7 @@ class MadeRegions(ExposedRegions):
         """A new region without a name, of *fresh* bytes if there are any; with *entered* the
         caller is in it, from the start, so that the target does not close meanwhile."""
         try:
-            with self._guard:
+            with self._guard.lock, self._guard.checked:
                 inode = self.new_region(0o644, None, None, size, anonymous=True, fresh=fresh)
                 if entered:
                     inode.users += 1
@@ -107,7 +107,8 @@ class MadeRegions(ExposedRegions):
             if persist:
                 self._persist_inside(inode, 0, len(view))
         except BaseException:
-            with self._guard:  # not `erase`, which a target that is about to close refuses
+            # Not by `erase`, which a target that is about to close refuses.
+            with self._guard.lock, self._guard.checked:
                 if not inode.dead:
                     self.namespace.forget_names(inode)
                     self.discard(inode)

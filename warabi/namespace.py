@@ -29,7 +29,7 @@ class Namespace(Tree):
 
         ``user.warabi.region`` is a region's ID in hex, ``user.warabi.target`` the target's UUID.
         """
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             if name == _REGION_XATTR and stat.S_ISREG(inode.mode):
                 return inode.rid.hex().encode()
@@ -58,7 +58,7 @@ class Namespace(Tree):
         self._change_xattr(ino, name, None)
 
     def _set_list(self, ino: int, name: bytes, entries: list[acl.Entry], keep_setgid: bool) -> None:
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             if stat.S_ISLNK(inode.mode):
                 raise path_error(errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no such list")
@@ -74,7 +74,7 @@ class Namespace(Tree):
             inode.changed_at(self._catalogue.clock.exact())
 
     def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             if name in (_REGION_XATTR, _TARGET_XATTR):
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
@@ -95,7 +95,7 @@ class Namespace(Tree):
 
     def listxattr(self, ino: int) -> list[bytes]:
         """Names of the extended attributes that can be set."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             self._get(ino)
             return self._catalogue.xattrs(ino)
 
@@ -103,7 +103,7 @@ class Namespace(Tree):
 
     def resolve(self, path: str) -> Attributes:
         """The inode at *path*, from the root; symbolic links are not followed."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ROOT)
             for name in _parts(path):
                 if not stat.S_ISDIR(inode.mode):
@@ -126,7 +126,7 @@ class Namespace(Tree):
         """Give *region* the name *path*, in a directory that exists; EEXIST when it is taken."""
         with _about("link_name", path):
             parent, name = self._split(path)
-            with self._guard:
+            with self._guard.lock, self._guard.checked:
                 inode = self._catalogue.region(region)
                 if inode is None or inode.dead:
                     raise InvalidRegion(f"link_name {path}: no region {region!r} in this target")

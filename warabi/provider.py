@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from warabi import errors
+from warabi import errors, forks
 from warabi.config import ProviderConfig
 from warabi.local_access import LocalAccess
 from warabi.migration.changes import ChangeGate
@@ -55,8 +56,18 @@ class ProviderCore:
         self._lock = threading.Lock()  # of what target it has, and whether it is closed
         self._closed = False
         self._gone = ""  # where its target went
+        self._parents: Target | None = None  # in a forked child
         self._pool: ThreadPoolExecutor | None = None
         self.direct = LocalAccess(self)
+        self._pid = os.getpid()
+        forks.register(self)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+        # It stays referred to: to deallocate all that is in it would copy the parent's memory.
+        self._parents, self._target = self._target, None
+        self._gone = f"the target belongs to process {self._pid}, from which this one was forked"
+        self.sending = self.receiving = self._pool = None
 
     def run_beside(self, work: Callable[[], None]) -> None:
         """Have *work*, which waits for the medium, done by a thread; before :meth:`close` ends."""

@@ -338,6 +338,7 @@ async def connect(
             ``ConnectionLost``, ``ConnectionFailed`` or ``TimedOut``.
         settings: what else ``warabi.aio.connect`` takes, for every connection.
     """
+    aio.check_loop("warabi.reconnect.connect()")
     link = ReconnectingLink(
         lambda ended: aio.connect(address, provider_id, timeout=timeout, ended=ended, **settings),
         str(address),

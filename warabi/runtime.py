@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import trio
 
-from warabi import address, errors, loop_watchdog
+from warabi import address, errors, forks, loop_watchdog
 from warabi.address import Endpoint
 from warabi.admission import Admission, Visitor
 from warabi.crowd import Crowd
@@ -79,10 +79,18 @@ class Runtime:
         self._accepting = trio.CancelScope()
         self._sessions: set[Session] = set()
         self._started = threading.Event()
-        self._pid = os.getpid()
+        self.pid = os.getpid()
+        forks.register(self)
         self._thread = threading.Thread(target=self._run, name="warabi-engine", daemon=True)
         self._thread.start()
         self._started.wait()
+
+    def _forked(self) -> None:
+        # Peers must see the end of their connections, and of the listener, when the parent ends.
+        self.providers = {}
+        forks.disconnect(fd for fd in (s.fileno() for s in self._sessions) if fd >= 0)
+        if self._listener.fileno() >= 0:
+            forks.disconnect([self._listener.fileno()])
 
     def _run(self) -> None:
         try:
@@ -185,8 +193,6 @@ class Runtime:
 
         Idempotent; not from the loop itself.
         """
-        if os.getpid() != self._pid:
-            return  # a forked child holds copies of things that are its parent's
         if self._token is not None:
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._drain)

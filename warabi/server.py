@@ -48,6 +48,11 @@ class Provider:
     ) -> None:
         settings = _config.parse(config)
         runtime = engine._state.runtime if isinstance(engine, Engine) else None
+        if isinstance(engine, Engine) and engine._state.parent:
+            raise ConfigError(
+                f"Provider: the engine {engine.addr()} belongs to process {engine._state.parent},"
+                " from which this one was forked; make an engine here"
+            )
         if runtime is None or not engine.listening:
             raise ConfigError("Provider: needs an engine in server mode that is not finalized")
         _checked_id(provider_id)
@@ -127,6 +132,12 @@ class Provider:
         if self._runtime.providers.get(self.provider_id) is self._core:
             del self._runtime.providers[self.provider_id]
         self._core.close()
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a Provider cannot be pickled or copied, its target belongs to this process; pass a"
+            " TargetHandle, which reaches it from any process"
+        )
 
     def __bool__(self) -> bool:
         return self._runtime.providers.get(self.provider_id) is self._core

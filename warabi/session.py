@@ -108,6 +108,10 @@ class Session:
         self._watching = Watching(self._origin)
         self._watchers = 0  # requests to watch that are under way
 
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return self._channel.fileno()
+
     async def run(self) -> None:
         """Serve until the peer goes, then give back what it held."""
         feed.ORIGIN.set(self._origin)

@@ -114,7 +114,7 @@ class SharedRegions(DurableRegions):
             TargetNotFound: the target is closed.
             TargetBusy: not now.
         """
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             self._check_sharing()
             if self._grants is None:
                 try:

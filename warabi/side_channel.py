@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from warabi import errors
+from warabi import errors, forks
 from warabi.connection import Connection
 from warabi.guest import Access, Guest
 from warabi.region import RegionID
@@ -40,11 +40,16 @@ class SideChannel(Access):
         self._provider_id = provider_id
         self._writable = writable
         self._lock = threading.Lock()  # held by who asks; others meanwhile use the provider
+        self._over = False
+        self._begin()
+        forks.register(self)
+
+    def _begin(self) -> None:
+        self.guest = None
         self._connection: Connection | None = None
         self._accesses = 0
         self._wanted: dict[RegionID, None] = {}  # by callers that do not wait
         self._beside = False  # a thread asks for them
-        self._over = False
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
         """The guest, if it was granted the region now; without *wait* that comes later.
@@ -159,14 +164,10 @@ class SideChannel(Access):
         if self._connection is not None:
             self._connection.close(0.0)
 
-    def forget(self) -> None:
-        """In a forked child: all of it is the parent's."""
-        self._over = True
+    def _forked(self) -> None:
+        """What was granted is the parent's; the child asks for its own, over its own connection."""
         self._lock = threading.Lock()
-        if self.guest is not None:
-            self.guest.forget()
-        if self._connection is not None:
-            self._connection.forget()
+        self._begin()
 
     def close(self) -> None:
         """Touch nothing any more, and say so."""

@@ -386,7 +386,7 @@ class Target(MadeRegions):
         Raises:
             InvalidRegion: unknown or erased already.
         """
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._find(region, "erase")
             self.namespace.forget_names(inode)
             self.discard(inode)
@@ -422,7 +422,7 @@ class Target(MadeRegions):
 
     def stat(self, region: RegionID) -> RegionStat:
         """Size, times and names of a region."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._find(region, "stat")
             found = inode.attributes()
             return RegionStat(
@@ -433,7 +433,7 @@ class Target(MadeRegions):
     def list(self, after: RegionID | None = None, limit: int = 1000) -> list[RegionID]:
         """Up to *limit* IDs of live regions in slot order, those after *after*."""
         limit = min(checked_size(limit, "list: limit"), 10000)
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             slot = 0 if after is None else RegionID(after).slot
             return [a.region for a in self._catalogue.regions(slot, limit, anonymous=False)]
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from warabi import acl
 from warabi.answers import Opened
@@ -25,6 +24,9 @@ from warabi.errors import path_error
 from warabi.feed import ORIGIN, Origin
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
+
+if TYPE_CHECKING:
+    from warabi.gate import Guard
 
 NAME_MAX = 255
 """Bytes in one name."""
@@ -55,9 +57,7 @@ def region_of_name(name: bytes) -> RegionID | None:
 class Tree:
     """Directories, links, symlinks, special files and extended attributes of one target."""
 
-    def __init__(
-        self, catalogue: Catalogue, guard: AbstractContextManager[None], regions: Regions
-    ) -> None:
+    def __init__(self, catalogue: Catalogue, guard: Guard, regions: Regions) -> None:
         self._catalogue = catalogue
         self._guard = guard
         self._regions = regions
@@ -206,7 +206,7 @@ class Tree:
         "." and ".." are the inode *parent* itself and a directory that it is in, whatever its
         type: file handles (NFS) are resolved so.
         """
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             if name == b".":
                 return self._get(parent).attributes()
             if name == b"..":
@@ -223,7 +223,7 @@ class Tree:
         inode = self._catalogue.get_cached(ino)  # a single dict access needs no lock
         if inode is not None and not inode.dead and inode.exposed is None:
             return inode.attributes()
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             return self._get(ino).attributes()
 
     def setattr(
@@ -236,7 +236,7 @@ class Tree:
         mtime_ns: int | None = None,
     ) -> Attributes:
         """Change what is not None, and the change time; of *mode* only the permission bits."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             if mode is not None:
                 self._set_mode(inode, mode)
@@ -250,13 +250,13 @@ class Tree:
 
     def pin(self, ino: int) -> Attributes:
         """Keep an inode for an open file even when its last name goes; see :meth:`unpin`."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             return self._pinned(self._get(ino))
 
     def open(self, ino: int) -> Opened:
         """As :meth:`pin`; tells, too, whether what the caller keeps of the bytes is still true."""
         origin = ORIGIN.get() or _NOBODY
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             return Opened(self._pinned(inode), inode.version(origin))
 
@@ -267,7 +267,7 @@ class Tree:
 
     def unpin(self, ino: int, count: int = 1) -> None:
         """End *count* pins; the last one lets a nameless inode go.  Of a gone inode: no effect."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.get_cached(ino)
             if inode is None or inode.dead:
                 return
@@ -294,7 +294,7 @@ class Tree:
         *umask* is taken from *mode*, unless the directory's default access control list says what
         the mode may be.
         """
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
             mode, lists = self._inherited(directory, mode, umask)
             gid = directory.gid if directory.mode & stat.S_ISGID else gid
@@ -313,7 +313,7 @@ class Tree:
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
     ) -> Attributes:
         """Make an empty directory, which inherits a set-group-ID bit; *umask* as for mknod."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
             mode, lists = self._inherited(directory, stat.S_IFDIR | stat.S_IMODE(mode), umask)
             if directory.mode & stat.S_ISGID:
@@ -325,7 +325,7 @@ class Tree:
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attributes:
         """Make a symbolic link that holds *target*."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
             if not target or len(target) > 4095:
                 number = errno.ENAMETOOLONG if target else errno.ENOENT
@@ -341,7 +341,7 @@ class Tree:
 
     def readlink(self, ino: int) -> bytes:
         """What a symbolic link holds; EINVAL for anything else."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             target = self._get(ino).target
             if target is None:
                 raise path_error(errno.EINVAL, f"inode {ino}: not a symbolic link")
@@ -349,7 +349,7 @@ class Tree:
 
     def link(self, ino: int, parent: int, name: bytes) -> Attributes:
         """Give an inode, not a directory, one more name."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             directory = self._absent(parent, name)
             if stat.S_ISDIR(inode.mode):
@@ -366,7 +366,7 @@ class Tree:
         With *hold* an inode without names is pinned once for the caller instead, who ends it
         with :meth:`unpin`.  Returns the attributes after the removal.
         """
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             directory = self._directory(parent)
             inode = self._existing(directory, name)
             if stat.S_ISDIR(inode.mode):
@@ -378,7 +378,7 @@ class Tree:
 
     def rmdir(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
         """Remove an empty directory; *hold* and the result are as for :meth:`unlink`."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             directory = self._directory(parent)
             inode = self._existing(directory, name)
             self._check_empty(inode, name)
@@ -401,7 +401,7 @@ class Tree:
         """
         if flags not in _RENAMES:
             raise path_error(errno.EINVAL, f"rename: unknown flags {flags:#x}")
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             source = self._directory(parent)
             inode = self._existing(source, name)
             into = self._destination(new_parent, new_name)
@@ -481,7 +481,7 @@ class Tree:
         *after* is then such a hex name that is no dentry.
         """
         limit = min(max(limit, 1), 10000)
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             self._directory(ino)
             nameless = self._nameless_cursor(ino, after)
             page = [] if nameless else self._catalogue.entries(ino, after, limit)

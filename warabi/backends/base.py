@@ -6,13 +6,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import ClassVar, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
 
 from warabi import errors
 from warabi.backends.times import Times
 from warabi.errors import WouldBlock
 from warabi.inode import Inode
 from warabi.region import RegionID
+
+if TYPE_CHECKING:
+    from warabi.gate import Guard
 
 THIS_PROCESS: Final = 0
 STRANGERS: Final = -1
@@ -59,8 +62,8 @@ class Owner(Protocol):
     """What a storage asks of the target that it belongs to."""
 
     @property
-    def _storage_guard(self) -> AbstractContextManager[None]:
-        """Takes the target's lock, also while the target closes."""
+    def _storage_guard(self) -> Guard:
+        """The target's lock, also while the target closes."""
 
 
 class Flush(NamedTuple):

@@ -310,7 +310,7 @@ class PackedStorage(Storage):
         """Erase what is in a pack of these regions, or the pack if no other region needs it."""
         files, pack = self._files, pack_of(number * SLOTS)
         slots = slots_of(pack)
-        with self._guard:  # so that none is made there
+        with self._guard.lock, self._guard.checked:  # so that none is made there
             others = self._retired_of[number] > len(inodes)
             needed = others or bool(self._catalogue.packed(slots[0], slots[-1]))
             if others or (
@@ -326,7 +326,7 @@ class PackedStorage(Storage):
             with files._translated(pack, "erase in"), files._borrow(pack) as fd:
                 forget(fd, [inode.ino - slots[0] for inode in inodes])
                 files._dirty.add(pack)
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             for inode in inodes:
                 if self._retired.pop(inode.rid, None) is not None:
                     self._retired_of[number] -= 1
@@ -336,15 +336,15 @@ class PackedStorage(Storage):
     def settle(self) -> None:
         """Remove packs that something seemed to need when their last region was erased."""
         self._files.settle()
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             unneeded = list(self._unneeded)
         for number in unneeded:
-            with self._guard:
+            with self._guard.lock, self._guard.checked:
                 self._unneeded.discard(number)
             try:
                 self._erase_in(number, [])
             except BaseException:
-                with self._guard:
+                with self._guard.lock, self._guard.checked:
                     self._unneeded.add(number)
                 raise
 

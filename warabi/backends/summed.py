@@ -117,7 +117,7 @@ class SummedStorage(Storage):
                 state.writing.remove(blocks)
 
     def _mark(self, rid: RegionID, state: _State) -> None:
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             if state.marked_at is None and inode is not None and not inode.dead:
                 self._rows.unsettle(inode)
@@ -150,13 +150,13 @@ class SummedStorage(Storage):
                     state = self._state(rid)
                     for blocks in (state.dirty, *state.claims):
                         blocks.difference_update([b for b in blocks if b >= first])
-                with self._guard:
+                with self._guard.lock, self._guard.checked:
                     if (inode := self._catalogue.region(rid)) is not None:
                         self._rows.drop_from(inode, first)
 
     def _size(self, rid: RegionID) -> int:
         """The region's size before an exclusive call changes it."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             return 0 if inode is None else inode.size
 
@@ -218,7 +218,7 @@ class SummedStorage(Storage):
         with self._lock:
             blocks = sorted(claim)
         sums = dict(self._sums(rid, blocks, self._size(rid))) if blocks else {}
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             gone = inode is None or inode.dead
             with self._lock:
@@ -243,7 +243,7 @@ class SummedStorage(Storage):
             idle = any(state.idle for state in self._states.values())
         if not idle:
             return
-        with self._guard, self._lock:
+        with self._guard.lock, self._guard.checked, self._lock:
             settled = []
             for rid, state in list(self._states.items()):
                 if state.idle:
@@ -257,7 +257,7 @@ class SummedStorage(Storage):
     # Verifying
 
     def verify(self, rid: RegionID, first: int, count: int) -> Verified:
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             if inode is None:
                 return Verified(0, 0, [])
@@ -285,7 +285,7 @@ class SummedStorage(Storage):
 
     def _superseded(self, rid: RegionID, block: int, value: int, size: int) -> bool:
         """Whether a block was, or is being, written since *value* was its sum."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             if inode is None or inode.dead or inode.size != size:
                 return True
@@ -299,7 +299,7 @@ class SummedStorage(Storage):
         self, inode: Inode, differing: list[int], first: int, last: int, blocks: int
     ) -> None:
         """After a crash: drop sums that may be older than the bytes; the rest is believed again."""
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             if inode.dead:
                 return
             self._rows.drop(inode, differing)
@@ -313,7 +313,7 @@ class SummedStorage(Storage):
                     self._rows.settle([inode.ino])
 
     def update(self, rid: RegionID, first: int, count: int) -> None:
-        with self._guard:
+        with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             if inode is None:
                 return

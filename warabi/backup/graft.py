@@ -35,7 +35,7 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
     size = checked_size(size, "adopt: size")
     if target._freed:
         target.commit()  # the bytes of an import that failed may still be in the way
-    with target._guard:
+    with target._guard.lock, target._guard.checked:
         wanted = None if region == _NOTHING else region
         inode = target.new_region(0o600, None, None, size, rid=wanted)
         inode.pins = 1
@@ -58,7 +58,7 @@ def graft(target: Target, listing: RegionID) -> int:
         for offset in range(0, size, CHUNK):
             spool.write(target.read(listing, offset, min(CHUNK, size - offset)))
         spool.seek(0)
-        with target._guard:
+        with target._guard.lock, target._guard.checked:
             return _Graft(target).run(spool)
 
 

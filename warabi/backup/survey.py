@@ -30,7 +30,7 @@ def survey(target: Target) -> Attributes:
     It is pinned for the caller, who ends it and the keeping of erased regions with ``unpin``.
     """
     with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
-        with target._guard:
+        with target._guard.lock, target._guard.checked:
             for entry in _entries(target):
                 spool.write(entry.pack())
             inode = _pinned(target)
@@ -126,19 +126,19 @@ def _kept(target: Target, region: RegionID) -> int | None:
 
 
 def _copied(target: Target, region: RegionID, size: int, source: Inode | None) -> Attributes:
-    with target._guard:
+    with target._guard.lock, target._guard.checked:
         inode = target._catalogue.add(stat.S_IFREG | 0o600, os.getuid(), os.getgid(), size=size)
         inode.pins = 1
     try:
         target._storage.clone(region, inode.rid, size)
     except BaseException:
-        with target._guard:
+        with target._guard.lock, target._guard.checked:
             target._catalogue.remove(inode)
             inode.dead = True
         with contextlib.suppress(KeyError):  # it was not even made
             target._storage.erase(inode.rid)
         raise
-    with target._guard:
+    with target._guard.lock, target._guard.checked:
         if source is not None:
             inode.atime, inode.mtime, inode.ctime = source.atime, source.mtime, source.ctime
         return inode.attributes()

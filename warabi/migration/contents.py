@@ -64,7 +64,7 @@ def regions(target: Target) -> Iterator[tuple[RegionID, int]]:
 
 
 def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-    with target._guard:
+    with target._guard.lock, target._guard.checked:
         try:
             target._catalogue.flush()
             return target._catalogue._db.execute(sql, values).fetchall()

@@ -1,0 +1,105 @@
+"""Handles and clients in other processes than the one that made them: what pickles carry.
+
+A pickle of a ``TargetHandle`` has the address, the provider's ID, whether it is read-only, and what
+the configuration of its engine says of connecting: ``timeout``, ``share``, and the paths of
+certificates and of a ``token_file``.  **Secrets are not put in pickles**, which travel through
+queues, caches and files: a handle whose engine has a ``token`` as text cannot be pickled.
+
+A process that unpickles uses the engine of that address, if it is its own, or one client's engine
+for each configuration, which is made when first needed and ends with the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from warabi import forks
+
+if TYPE_CHECKING:
+    from warabi.engine import Engine
+
+_CONNECTING = ("timeout", "share")
+_TOKENS = ("token", "read_only_token")
+_PATHS = ("certificate", "key", "ca")
+
+
+def portable(addr: str, config: Any) -> dict[str, Any] | str:
+    """What of an engine's configuration, which was checked, another process needs to connect as
+    this one does; or why that cannot be told."""
+    if isinstance(config, str):
+        config = json.loads(config or "{}")
+    found: dict[str, Any] = {key: config[key] for key in _CONNECTING if key in config}
+    for key in _TOKENS:
+        if config.get(key) is not None:
+            return f"the configuration of its engine has a {key} as text: use {key}_file"
+        if config.get(f"{key}_file") is not None:
+            found[f"{key}_file"] = os.path.abspath(os.fspath(config[f"{key}_file"]))
+    if (tls := config.get("tls")) is not None:
+        found["tls"] = {
+            key: os.path.abspath(os.fspath(value)) if key in _PATHS else value
+            for key, value in tls.items()
+        }
+    return {"transport": addr.partition(":")[0], "config": found}
+
+
+def settings_of(engine: Engine, what: str) -> dict[str, Any]:
+    """What is pickled of *engine* with a *what*.
+
+    Raises:
+        TypeError: there is a secret in its configuration.
+    """
+    settings = engine._portable
+    if isinstance(settings, str):
+        raise TypeError(f"this {what} cannot be pickled, {settings}")
+    return settings
+
+
+class _Engines:
+    """The engines of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._all: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._made: dict[str, Engine] = {}  # by the settings that they were made with
+        forks.register(self)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+
+    def remember(self, engine: Engine) -> None:
+        self._all.add(engine)
+
+    def serving(self, text: str) -> Engine | None:
+        for engine in list(self._all):
+            if engine.listening and str(engine.addr()) == text:
+                return engine
+        return None
+
+    def made(self, settings: dict[str, Any]) -> Engine:
+        from warabi.engine import Engine, client
+
+        key = json.dumps(settings, sort_keys=True)
+        with self._lock:
+            engine = self._made.get(key)
+            if engine is None or engine._state.finalized.is_set():
+                engine = Engine(settings["transport"], client, config=settings["config"])
+                self._made[key] = engine
+            return engine
+
+
+_engines = _Engines()
+remember = _engines.remember
+
+
+def engine_for(settings: dict[str, Any], address: str = "") -> Engine:
+    """The engine of this process to use for what was pickled with *settings*: the one that serves
+    at *address*, or a client's.
+
+    Raises:
+        ConfigError, PermissionDenied: a file that the configuration names is not usable here.
+    """
+    return _engines.serving(address) or _engines.made(settings)
