@@ -21,6 +21,7 @@ DEFAULT = b"system.posix_acl_default"
 
 _VERSION = struct.pack("<I", 2)
 _ENTRY = struct.Struct("<HHI")
+_NO_ID = 0xFFFFFFFF
 _OWNER, _USER, _OWNING_GROUP, _GROUP, _MASK, _OTHERS = 1, 2, 4, 8, 16, 32
 
 
@@ -51,6 +52,7 @@ def unpack(value: bytes) -> list[Entry]:
         and (_MASK in tags or not named)
         and {*tags} <= {_OWNER, _USER, _OWNING_GROUP, _GROUP, _MASK, _OTHERS}
         and all(entry.permissions <= 7 for entry in entries)
+        and all(entry.id != _NO_ID for entry in entries if entry.tag in (_USER, _GROUP))
     )
     if entries and not valid:
         raise path_error(errno.EINVAL, "access control list: its entries make no list")

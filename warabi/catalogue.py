@@ -17,6 +17,7 @@ Rules of this module:
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -25,13 +26,14 @@ import stat
 import uuid
 from pathlib import Path
 
-from warabi import forks
+from warabi import domain, forks
 from warabi.clock import Clock
 from warabi.dentries import Dentries
 from warabi.errors import (
     ConfigError,
     CorruptTarget,
     InvalidRegion,
+    path_error,
 )
 from warabi.feed import ATTRIBUTES, CONTENT, ORIGIN, Feed
 from warabi.inode import OWN, ROOT, Attributes, Inode
@@ -78,12 +80,15 @@ class Catalogue:
             self._configure(path)
             self._next_ino = 1 + self._one(
                 "SELECT max(coalesce(max(ino), 0), coalesce((SELECT value FROM meta"
-                " WHERE key = 'last'), 0)) FROM inode"
+                f" WHERE key = 'last'), 0)) FROM inode WHERE ino < {domain.SEQUENCE}"
             )
-            regular = f"FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
-            self.count, self.used = self._db.execute(
-                f"SELECT count(*), coalesce(sum(size), 0) {regular}"
+            self._count_on(0)
+            # In halves: the sum of the sizes of sparse regions may have more than 64 bits.
+            self.count, high, low = self._db.execute(
+                "SELECT count(*), coalesce(sum(size >> 32), 0), coalesce(sum(size & 0xffffffff), 0)"
+                f" FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
             ).fetchone()
+            self.used = (high << 32) + low
             self._has_xattrs = bool(self._one("SELECT EXISTS(SELECT 1 FROM xattr)"))
             self.uuid = str(self._one("SELECT value FROM meta WHERE key = 'uuid'"))
             self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
@@ -159,17 +164,25 @@ class Catalogue:
 
         Raises:
             InvalidRegion: *rid* cannot be a region's, or its slot is taken.
+            PathError: EINVAL for a mode, owner or device number that cannot be, and what
+                ``domain.link_target`` says of *target*.
         """
+        mode, rdev = domain.mode(mode), domain.device(rdev)
+        uid, gid = domain.owner(uid), domain.owner(gid, "group ID")
+        if stat.S_IFMT(mode) not in domain.KINDS:
+            raise path_error(errno.EINVAL, f"mode {mode:#o}: no file type")
+        if target is not None:
+            domain.link_target(target)
         now = self.clock.exact()
         ino, generation = self._next_ino, self._random.getrandbits(63)
         if rid is not None:
             ino, generation = rid.slot, rid.generation
-            if not ROOT < ino < 1 << 62 or generation >> 63:
+            if not domain.is_region_id(ino, generation):
                 raise InvalidRegion(f"create: {rid!r} cannot be the ID of a region")
             if (taken := self.get(ino)) is not None:
                 kind = "that region" if taken.rid == rid else "another inode"
                 raise InvalidRegion(f"create: {rid!r}: this target has {kind} in its slot {ino}")
-        self._next_ino = max(self._next_ino, ino + 1)
+        self._count_on(ino)
         inode = Inode(
             ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
             size, now, now, now, int(anonymous), target, packed,
@@ -183,6 +196,38 @@ class Catalogue:
             self.used += size
         self.touch(inode, durable=True, tell=False)
         return inode
+
+    def _count_on(self, ino: int) -> None:
+        """Have slots that are given from now on lie behind *ino*; see ``domain.SEQUENCE``."""
+        if ino < domain.SEQUENCE or ino == self._next_ino:
+            self._next_ino = max(self._next_ino, ino + 1)
+        while self._next_ino >= domain.SEQUENCE and self.get(self._next_ino) is not None:
+            self._next_ino += 1  # an imported region has it
+
+    def set_attributes(
+        self, inode: Inode, mode: int | None = None, uid: int | None = None,
+        gid: int | None = None, atime: int | None = None, mtime: int | None = None,
+        ctime: int | None = None,
+    ) -> None:  # fmt: skip
+        """Set what is not None; of *mode* only the permission bits.  The caller touches the inode.
+
+        Times are clamped.
+
+        Raises:
+            PathError: EINVAL for a mode or owner that cannot be; nothing is set then.
+        """
+        if mode is not None:
+            mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(domain.mode(mode))
+        uid = None if uid is None else domain.owner(uid)
+        gid = None if gid is None else domain.owner(gid, "group ID")
+        atime = None if atime is None else domain.clamped(atime, "access time")
+        mtime = None if mtime is None else domain.clamped(mtime, "modification time")
+        inode.mode = inode.mode if mode is None else mode
+        inode.uid = inode.uid if uid is None else uid
+        inode.gid = inode.gid if gid is None else gid
+        inode.atime = inode.atime if atime is None else atime
+        inode.mtime = inode.mtime if mtime is None else mtime
+        inode.ctime = inode.ctime if ctime is None else domain.clamped_change(ctime)
 
     def _remember(self, inode: Inode) -> None:
         self._cache[inode.ino] = inode
@@ -366,8 +411,22 @@ class Catalogue:
         row = self._db.execute(sql, (ino, name)).fetchone()
         return None if row is None else bytes(row[0])
 
+    def xattr_bytes(self, ino: int, but: bytes) -> tuple[int, int]:
+        """The bytes of names, each with a NUL, and of values of an inode's attributes other than
+        the one called *but*."""
+        if not self._has_xattrs:
+            return 0, 0
+        names, values = self._db.execute(
+            "SELECT coalesce(sum(length(name) + 1), 0), coalesce(sum(length(value)), 0)"
+            " FROM xattr WHERE ino = ? AND name != ?",
+            (ino, but),
+        ).fetchone()
+        return names, values
+
     def set_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
-        """Set, or with None remove, an extended attribute."""
+        """Set, or with None remove, an extended attribute; raises as ``domain.xattr``."""
+        if value is not None:
+            domain.xattr(name, value)
         if value is None:
             self._write("DELETE FROM xattr WHERE ino = ? AND name = ?", (inode.ino, name))
         else:

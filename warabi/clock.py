@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 
+from warabi.domain import TIME_MIN
 from warabi.inode import Inode
 
 _COARSE = 5
@@ -39,7 +40,7 @@ class Clock:
 
     def wrote_at(self, inode: Inode, when: int) -> None:
         """The bytes of *inode* changed at *when*, as who wrote them says."""
-        when = min(when, time.time_ns())
+        when = max(TIME_MIN, min(when, time.time_ns()))
         self._given = max(self._given, when)
         inode.changed_at(when)
         inode.mtime = when

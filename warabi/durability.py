@@ -238,7 +238,7 @@ class DurableRegions(RegionGate):
                     resized += 1
                 times = self._storage.kept_times(rid)
                 if times is not None and times.ctime > found.ctime:
-                    found.mtime, found.ctime = times
+                    catalogue.set_attributes(found, mtime=times.mtime, ctime=times.ctime)
                     catalogue.touch(found, durable=False)
             catalogue.trim()
         for rid in sorted(missing):

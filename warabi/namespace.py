@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from warabi import acl
+from warabi import acl, domain
 from warabi.errors import InvalidRegion, PathError, path_error
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
@@ -16,7 +16,6 @@ from warabi.tree import Tree
 
 _REGION_XATTR = b"user.warabi.region"
 _TARGET_XATTR = b"user.warabi.target"
-_XATTR_SPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Namespace(Tree):
@@ -37,13 +36,14 @@ class Namespace(Tree):
                 return self._catalogue.uuid.encode()
             value = self._catalogue.xattr(ino, name)
             if value is None:
-                self._check_space(name)
+                domain.xattr_name(name)
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             return value
 
     def setxattr(self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True) -> None:
         """Set an extended attribute; EPERM for the two that the target gives, EOPNOTSUPP for a
-        name outside ``user.``, ``trusted.`` and ``security.`` that is no access control list.
+        name outside ``user.``, ``trusted.`` and ``security.`` that is no access control list,
+        ERANGE, E2BIG and ENOSPC for what is too long or too much.
 
         A list changes the mode too, and is not kept when the mode says all of it.  Without
         *keep_setgid*, for who is not in the file's group, it takes the set-group-ID bit away.
@@ -64,13 +64,14 @@ class Namespace(Tree):
                 raise path_error(errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no such list")
             if name == acl.DEFAULT and not stat.S_ISDIR(inode.mode):
                 raise path_error(errno.EACCES, f"inode {ino}: only a directory has a default list")
-            kept = entries
+            kept, mode = entries, inode.mode
             if name == acl.ACCESS and entries:
-                inode.mode = inode.mode & ~0o777 | acl.mode_of(entries)
+                mode = mode & ~0o777 | acl.mode_of(entries)
                 if not keep_setgid:
-                    inode.mode &= ~stat.S_ISGID
+                    mode &= ~stat.S_ISGID
                 kept = entries if acl.extended(entries) else []
             self._catalogue.set_xattr(inode, name, acl.pack(kept) if kept else None)
+            self._catalogue.set_attributes(inode, mode)
             inode.changed_at(self._catalogue.clock.exact())
 
     def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
@@ -78,9 +79,9 @@ class Namespace(Tree):
             inode = self._get(ino)
             if name in (_REGION_XATTR, _TARGET_XATTR):
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
-            self._check_space(name)
-            if name in _XATTR_SPACES:
-                raise path_error(errno.EINVAL, f"{os.fsdecode(name)}: no name after the dot")
+            domain.xattr_name(name)
+            if value is not None:
+                self._check_xattr_room(ino, name, value)
             if value is None and self._catalogue.xattr(ino, name) is None:
                 if name in (acl.ACCESS, acl.DEFAULT):
                     return  # as Linux has it: nothing was to be removed
@@ -88,10 +89,15 @@ class Namespace(Tree):
             self._catalogue.set_xattr(inode, name, value)
             inode.changed_at(self._catalogue.clock.exact())
 
-    @staticmethod
-    def _check_space(name: bytes) -> None:
-        if not (name.startswith(_XATTR_SPACES) or name in (acl.ACCESS, acl.DEFAULT)):
-            raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(name)}: not supported")
+    def _check_xattr_room(self, ino: int, name: bytes, value: bytes) -> None:
+        names, values = self._catalogue.xattr_bytes(ino, name)
+        names += len(name) + 1
+        if names > domain.XATTR_LIST_MAX or names + values + len(value) > domain.XATTR_TOTAL_MAX:
+            raise path_error(
+                errno.ENOSPC,
+                f"{os.fsdecode(name)}: all names of an inode's attributes have at most"
+                f" {domain.XATTR_LIST_MAX} bytes, all attributes {domain.XATTR_TOTAL_MAX}",
+            )
 
     def listxattr(self, ino: int) -> list[bytes]:
         """Names of the extended attributes that can be set."""
@@ -168,4 +174,8 @@ def _about(what: str, path: str) -> Iterator[None]:
 
 
 def _parts(path: str) -> list[bytes]:
-    return [part for part in os.fsencode(path).split(b"/") if part not in (b"", b".")]
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeError as error:
+        raise path_error(errno.EINVAL, f"{path!r:.100}: {error}") from None
+    return [part for part in encoded.split(b"/") if part not in (b"", b".")]

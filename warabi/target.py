@@ -14,7 +14,7 @@ from typing import Any
 from warabi.answers import RegionStat
 from warabi.backends import Storage
 from warabi.backends.base import Flush
-from warabi.buffers import checked_size, filled_bytes, readable, writable
+from warabi.buffers import MAX_SIZE, checked_size, filled_bytes, readable, writable
 from warabi.catalogue import Catalogue
 from warabi.errors import OutOfBounds, WouldBlock
 from warabi.extents import Extent, check_total, checked_extents, views
@@ -85,8 +85,8 @@ class Target(MadeRegions):
 
     @property
     def used(self) -> int:
-        """The sum of the sizes of all regions, in bytes."""
-        return int(self._catalogue.used)
+        """The sum of the sizes of all regions, in bytes, or 2**63 - 1 if it is more."""
+        return min(int(self._catalogue.used), MAX_SIZE)
 
     def _bounds(self, inode: Inode, what: str, offset: int, size: int) -> None:
         if offset + size > inode.size:
@@ -167,7 +167,7 @@ class Target(MadeRegions):
         try:
             if offset is None:
                 offset = inode.size
-            end = offset + len(view)
+            end = checked_size(offset + len(view), f"{what}: the end")
             if end > inode.size:
                 self._grow_and_fill(inode, what, offset, view)
             else:  # another call made it grow meanwhile

@@ -17,7 +17,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Protocol
 
-from warabi import acl
+from warabi import acl, domain
 from warabi.answers import Opened
 from warabi.catalogue import Catalogue
 from warabi.errors import path_error
@@ -28,8 +28,6 @@ from warabi.region import RegionID
 if TYPE_CHECKING:
     from warabi.gate import Guard
 
-NAME_MAX = 255
-"""Bytes in one name."""
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
@@ -89,23 +87,14 @@ class Tree:
     def _existing(self, parent: Inode, name: bytes) -> Inode:
         inode = self._find(parent, name)
         if inode is None:
-            self._check_length(name)
+            domain.length(name)
             raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: no such file or directory")
         return inode
-
-    @staticmethod
-    def _check_length(name: bytes) -> None:
-        if len(name) > NAME_MAX:
-            raise path_error(
-                errno.ENAMETOOLONG, f"{os.fsdecode(name)}: longer than {NAME_MAX} bytes"
-            )
 
     def _destination(self, parent: int, name: bytes) -> Inode:
         """The directory *parent*, when *name* may be made in it."""
         directory = self._directory(parent)
-        self._check_length(name)
-        if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
-            raise path_error(errno.EINVAL, f"{os.fsdecode(name)!r}: not a file name")
+        domain.name(name)
         if directory.nlink == 0:
             raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its directory was removed")
         return directory
@@ -131,6 +120,8 @@ class Tree:
             self._catalogue.touch(inode, durable=True)
 
     def _named(self, parent: Inode, name: bytes, inode: Inode) -> None:
+        if max(parent.nlink, inode.nlink) >= domain.LINKS_MAX:
+            raise path_error(errno.EMLINK, f"{os.fsdecode(name)}: too many links")
         self._catalogue.link(parent.ino, name, inode, new=True)
         inode.anonymous = 0
         if stat.S_ISDIR(inode.mode):
@@ -169,6 +160,7 @@ class Tree:
 
         Where the directory has a default list, that limits the mode instead of the umask.
         """
+        mode, umask = domain.mode(mode), domain.umask(umask)
         value = self._catalogue.xattr(directory.ino, acl.DEFAULT)
         if value is None:
             return mode & ~umask, {}
@@ -179,12 +171,11 @@ class Tree:
             lists[acl.ACCESS] = acl.pack(acl.with_mode(entries, mode))
         return mode, lists
 
-    def _set_mode(self, inode: Inode, mode: int) -> None:
-        """Set the permission bits, and in an access control list what stands for them."""
-        inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+    def _list_follows_mode(self, inode: Inode) -> None:
+        """Set in an access control list what stands for the permission bits."""
         value = self._catalogue.xattr(inode.ino, acl.ACCESS)
         if value is not None:
-            entries = acl.with_mode(acl.unpack(value), mode)
+            entries = acl.with_mode(acl.unpack(value), inode.mode)
             self._catalogue.set_xattr(inode, acl.ACCESS, acl.pack(entries))
 
     def _set_xattrs(self, inode: Inode, values: dict[bytes, bytes]) -> None:
@@ -235,15 +226,16 @@ class Tree:
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
     ) -> Attributes:
-        """Change what is not None, and the change time; of *mode* only the permission bits."""
+        """Change what is not None, and the change time; of *mode* only the permission bits.
+
+        Times beyond what can be stored become the nearest that can, as on Linux.  EINVAL for an
+        owner or mode that cannot be; also for -1, which is no owner and does not mean "unchanged".
+        """
         with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
+            self._catalogue.set_attributes(inode, mode, uid, gid, atime_ns, mtime_ns)
             if mode is not None:
-                self._set_mode(inode, mode)
-            inode.uid = inode.uid if uid is None else uid
-            inode.gid = inode.gid if gid is None else gid
-            inode.atime = inode.atime if atime_ns is None else atime_ns
-            inode.mtime = inode.mtime if mtime_ns is None else mtime_ns
+                self._list_follows_mode(inode)
             inode.changed_at(self._catalogue.clock.exact())
             self._catalogue.touch(inode, durable=True)
             return inode.attributes()
@@ -267,6 +259,7 @@ class Tree:
 
     def unpin(self, ino: int, count: int = 1) -> None:
         """End *count* pins; the last one lets a nameless inode go.  Of a gone inode: no effect."""
+        count = domain.count(count, "unpin: count")
         with self._guard.lock, self._guard.checked:
             inode = self._catalogue.get_cached(ino)
             if inode is None or inode.dead:
@@ -315,7 +308,8 @@ class Tree:
         """Make an empty directory, which inherits a set-group-ID bit; *umask* as for mknod."""
         with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
-            mode, lists = self._inherited(directory, stat.S_IFDIR | stat.S_IMODE(mode), umask)
+            mode = stat.S_IFDIR | stat.S_IMODE(domain.mode(mode))
+            mode, lists = self._inherited(directory, mode, umask)
             if directory.mode & stat.S_ISGID:
                 mode, gid = mode | stat.S_ISGID, directory.gid
             inode = self._catalogue.add(mode, uid, gid)
@@ -324,14 +318,9 @@ class Tree:
             return inode.attributes()
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attributes:
-        """Make a symbolic link that holds *target*."""
+        """Make a symbolic link that holds *target*: 1 to 4095 bytes without a NUL."""
         with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
-            if not target or len(target) > 4095:
-                number = errno.ENAMETOOLONG if target else errno.ENOENT
-                raise path_error(
-                    number, f"symlink: a target has 1 to 4095 bytes, not {len(target)}"
-                )
             gid = directory.gid if directory.mode & stat.S_ISGID else gid
             inode = self._catalogue.add(
                 stat.S_IFLNK | 0o777, uid, gid, size=len(target), target=target

@@ -116,8 +116,15 @@ _packers = _Packers()
 
 
 def pack(header: Any) -> bytes:
-    """*header* as msgpack; text that came from file names keeps its undecodable bytes."""
-    packed: bytes = _packers.pack(header)
+    """*header* as msgpack; text that came from file names keeps its undecodable bytes.
+
+    Raises:
+        ProtocolError: it has a number of more than 64 bits, or text that is none.
+    """
+    try:
+        packed: bytes = _packers.pack(header)
+    except (OverflowError, UnicodeError) as error:
+        raise ProtocolError(f"a value cannot be sent: {error}") from None
     return packed
 
 
@@ -153,7 +160,7 @@ def frame(header: Any, payload: int = 0, limits: Limits | None = None) -> bytes:
         ProtocolError: the header is larger than *limits*, the receiver's, allow, or an array
             in it longer than any receiver takes.
     """
-    body: bytes = _packers.pack(header)
+    body = pack(header)
     if limits is not None:
         if len(body) > limits.header:
             raise ProtocolError(f"a header of {len(body)} bytes, the limit is {limits.header}")

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from warabi import errors
+from warabi.domain import NAME_MAX, clamped
 from warabi.inode import ROOT, Attributes
 from warabi.region import RegionID
-from warabi.tree import NAME_MAX
 from warabifs import protocol
 from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
 from warabifs.passing import Passing
@@ -289,8 +289,9 @@ class Operations:
             valid, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
         ) = protocol.SETATTR.unpack_from(body)  # fmt: skip
         now = time.time_ns() if valid & _NOW else 0
-        new_atime = now if valid & _ATIME_NOW else atime * _SECOND + atime_ns
-        new_mtime = now if valid & _MTIME_NOW else mtime * _SECOND + mtime_ns
+        # The kernel's seconds alone have 64 bits; no message has room for so many nanoseconds.
+        new_atime = now if valid & _ATIME_NOW else clamped(atime * _SECOND + atime_ns)
+        new_mtime = now if valid & _MTIME_NOW else clamped(mtime * _SECOND + mtime_ns)
         changed = await self._files.setattr(
             header.node,
             size if valid & _SIZE else None,

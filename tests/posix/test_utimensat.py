@@ -114,3 +114,18 @@ def test_who_may_set_times(where: Path) -> None:
                 else:
                     with fails_with(number):
                         utimensat(path, *times)
+
+
+@pytest.mark.parametrize("second", [10_413_792_000, -11_676_096_000, 1 << 62, -(1 << 62)])
+def test_times_beyond_what_64_bits_of_nanoseconds_tell(where: Path, second: int) -> None:
+    """As far as the file system can store them, and other files do not mind."""
+    path, other = file(where / "file"), file(where / "other")
+    utimensat(path, (second, 5), (second, 5))
+    latest = (1 << 63) - 1
+    exact, nearest = second * 10**9 + 5, max(-latest, min(latest, second * 10**9))
+    assert {path.stat().st_atime_ns, path.stat().st_mtime_ns} <= {exact, nearest}
+    with other.open("wb", buffering=0) as opened:
+        opened.write(b"bytes")
+        os.fsync(opened.fileno())
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())

@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple
 
 import msgpack
 
-from warabi.errors import BadArchive
+from warabi import domain
+from warabi.errors import BadArchive, PathError
 from warabi.inode import Attributes
 from warabi.region import RegionID
 
@@ -22,7 +23,6 @@ CHUNK = 8 * 1024 * 1024
 
 
 _LARGEST = 64 * 1024 * 1024  # bytes of an entry, which are mostly its extended attributes
-_SPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Entry(NamedTuple):
@@ -79,26 +79,40 @@ class Entry(NamedTuple):
 
 
 _TYPES: tuple[Any, ...] = (bytes, *[int] * 10, bool, int, (bytes, type(None)), list)
-_RANGES = [(0, 1 << 63)] * 7 + [(-1 << 63, 1 << 63)] * 3
-"""Of the numbers from the slot on: the first allowed one, and the first that is not."""
 
 
 def _checked(item: Any) -> Entry:
-    if (
+    if not (
         isinstance(item, list)
         and len(item) == len(_TYPES)
         and all(isinstance(value, kind) for value, kind in zip(item, _TYPES, strict=True))
-        and all(low <= item[i] < high for i, (low, high) in enumerate(_RANGES, 1))
         and all(
             isinstance(pair, list)
             and len(pair) == 2
             and all(isinstance(part, bytes) for part in pair)
-            and pair[0].startswith(_SPACES)
             for pair in item[-1]
         )
     ):
-        return Entry._make([*item[:-1], [(name, value) for name, value in item[-1]]])
-    raise BadArchive(f"not an entry: {item!r:.100}")
+        raise BadArchive(f"not an entry: {item!r:.100}")
+    found = Entry._make([*item[:-1], [(name, value) for name, value in item[-1]]])
+    found = found._replace(
+        atime_ns=domain.clamped(found.atime_ns),
+        mtime_ns=domain.clamped(found.mtime_ns),
+        ctime_ns=domain.clamped_change(found.ctime_ns),
+    )
+    why = domain.fault((
+        found.slot, found.generation, found.mode, found.links, found.uid, found.gid, found.rdev,
+        found.size, found.atime_ns, found.mtime_ns, found.ctime_ns, int(found.anonymous),
+        found.target,
+    ))  # fmt: skip
+    try:
+        for name, value in found.xattrs:
+            domain.xattr(name, value)
+    except PathError as error:
+        why = str(error)
+    if why:
+        raise BadArchive(f"{found.shown}: no target can have it: {why}")
+    return found
 
 
 def unpack(data: bytes) -> Entry:

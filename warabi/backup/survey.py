@@ -140,5 +140,7 @@ def _copied(target: Target, region: RegionID, size: int, source: Inode | None) -
         raise
     with target._guard.lock, target._guard.checked:
         if source is not None:
-            inode.atime, inode.mtime, inode.ctime = source.atime, source.mtime, source.ctime
+            target._catalogue.set_attributes(
+                inode, atime=source.atime, mtime=source.mtime, ctime=source.ctime
+            )
         return inode.attributes()

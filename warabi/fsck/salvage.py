@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from warabi import domain
 from warabi.backends.pack import is_pack, recorded
 from warabi.fsck.files import region_files
 from warabi.fsck.report import LostFound, Report
@@ -129,7 +130,8 @@ def _regions(db: sqlite3.Connection, regions: Path) -> int:
     for rid, size, mode, packed, info in _stored(regions):
         inode = Inode(
             rid.slot, rid.generation, stat.S_IFREG | mode, 1, info.st_uid, info.st_gid, 0,
-            size, info.st_atime_ns, info.st_mtime_ns, info.st_ctime_ns, 0, None, packed,
+            size, domain.clamped(info.st_atime_ns), domain.clamped(info.st_mtime_ns),
+            domain.clamped_change(info.st_ctime_ns), 0, None, packed,
         )  # fmt: skip
         count += db.execute(_INSERT, inode.row()).rowcount
     return count
@@ -143,7 +145,7 @@ def _stored(regions: Path) -> Iterator[tuple[RegionID, int, int, int, os.stat_re
         rid = file.rid
         if is_pack(rid):
             packs.append(file)
-        elif 1 < rid.slot < 1 << 62 and not rid.generation >> 63:
+        elif domain.is_region_id(rid.slot, rid.generation):
             yield rid, file.info.st_size, 0o600, OWN, file.info
     for pack in packs:
         with open(pack.path, "rb") as opened:

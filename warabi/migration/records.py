@@ -5,16 +5,15 @@ The other side may be anybody who is allowed to send a target, so everything is 
 
 from __future__ import annotations
 
-import stat
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
 
-from warabi.errors import ProtocolError
+from warabi import domain
+from warabi.errors import PathError, ProtocolError
 from warabi.region import RegionID
-from warabi.tree import NAME_MAX
 
 TABLES: dict[str, tuple[str, ...]] = {
     "inode": (
@@ -29,8 +28,6 @@ TABLES: dict[str, tuple[str, ...]] = {
 _PIECE = struct.Struct("<16sQI?")  # region, offset, length, whether its bytes are all zero
 PIECE_HEADER = _PIECE.size
 _BYTES = {"name", "value"}
-_TYPES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
-          stat.S_IFBLK)  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -103,6 +100,8 @@ def rows(table: str, payload: memoryview) -> list[list[Any]]:
 
 def _check(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
     for column, value in zip(columns, row, strict=True):
+        if column in ("atime", "mtime", "ctime") and type(value) is int:
+            continue  # clamped below
         if column == "target":
             good = value is None or isinstance(value, bytes)
         elif column in _BYTES:
@@ -111,17 +110,20 @@ def _check(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
             good = type(value) is int and -(1 << 63) <= value < 1 << 63
         if not good:
             raise ProtocolError(f"receive_rows: {table}.{column} cannot be {value!r:.60}")
-    if table == "inode":
-        ino, generation, mode, nlink, size, anonymous = (row[i] for i in (0, 1, 2, 3, 7, 11))
-        possible = (
-            ino >= 1 and min(generation, nlink, size) >= 0 and anonymous in (0, 1)
-            and stat.S_IFMT(mode) in _TYPES and (row[12] is None) != stat.S_ISLNK(mode)
-        )  # fmt: skip
-    elif table == "dentry":
-        name = row[1]
-        possible = 0 < len(name) <= NAME_MAX and not (set(name) & set(b"/\0"))
-        possible = possible and name not in (b".", b"..")
-    else:
-        possible = bool(row[1])
-    if not possible:
-        raise ProtocolError(f"receive_rows: no catalogue has the {table} {row!r:.200}")
+    why = ""
+    try:
+        if table == "inode":
+            row[8:11] = (
+                domain.clamped(row[8]),
+                domain.clamped(row[9]),
+                domain.clamped_change(row[10]),
+            )
+            why = domain.fault(row)
+        elif table == "dentry":
+            domain.name(row[1])
+        else:
+            domain.xattr(row[1], row[2])
+    except PathError as error:
+        why = str(error)
+    if why:
+        raise ProtocolError(f"receive_rows: {table} {row!r:.200}: {why}")
