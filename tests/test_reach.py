@@ -395,6 +395,69 @@ def test_arguments_of_other_types(rig: Rig, file: int) -> None:
     assert rig.reach.busy == 0
 
 
+class Raising:
+    """A switch that cannot be asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __bool__(self) -> bool:
+        self.asked += 1
+        raise LookupError("asked")
+
+
+def test_the_first_wrong_argument_is_the_one_that_is_reported(compiled: Rig) -> None:
+    """No code in Python runs while there is an exception already."""
+    compiled.grant(100)
+    switch = Raising()
+    for access, data in ((compiled.reach.write, b"x"), (compiled.reach.read_some, bytearray(1))):
+        with pytest.raises(TypeError):
+            access(REGION, "0", data, switch)
+        assert switch.asked == 0
+        with pytest.raises(LookupError, match="asked"):
+            access(REGION, 0, data, switch)
+        switch.asked = 0
+    with pytest.raises(TypeError):
+        compiled.reach.read_some(REGION, "0", bytearray(1), True, switch)
+    assert switch.asked == 0
+    for switches in ((switch, switch), (True, switch)):
+        with pytest.raises(LookupError, match="asked"):
+            compiled.reach.read_some(REGION, 0, bytearray(1), *switches)
+        assert switch.asked == 1
+        switch.asked = 0
+    assert compiled.reach.busy == 0
+
+
+def test_memory_that_must_not_be_written(compiled: Rig) -> None:
+    """Whatever else is said of a grant."""
+    kept = bytes(100)
+    compiled.enter(3, 100)
+    compiled.reach.grants[REGION] = compiled.module.Grant(
+        3, STAMP, 100, keeper=kept, view=memoryview(kept)
+    )
+    assert not compiled.reach.write(REGION, 0, b"x")
+    assert not compiled.reach.put(REGION, 0, b"x")
+    assert compiled.reach.take(REGION, 0, bytearray(100))
+    assert kept == bytes(100)
+
+
+def test_a_failure_that_is_no_exception(compiled: Rig, file: int) -> None:
+    class Odd(compiled.module.Reach):  # type: ignore[name-defined, misc]
+        def _failure(self, region: bytes, error: OSError) -> object:
+            return "no exception"
+
+    mappings = [Mapping(m.fd, len(m.view), writable=True) for m in compiled.memories]
+    reach = Odd(*mappings, 2, ALIVE, True)
+    compiled.enter(3, 100)
+    with open(f"/proc/self/fd/{file}", "rb") as reading:
+        reach.grants[REGION] = compiled.module.Grant(3, STAMP, TOP, os.dup(reading.fileno()))
+        with pytest.raises(TypeError, match="no exception"):
+            reach.write(REGION, 0, b"x")
+        reach.grants.clear()
+    os.close(file)
+    assert reach.busy == 0
+
+
 def test_what_is_not_plainly_right_is_left_to_who_checks_it(rig: Rig) -> None:
     rig.grant(100)
     regions: tuple[Any, ...] = (bytearray(REGION), None, b"short", [])

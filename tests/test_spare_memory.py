@@ -301,10 +301,22 @@ def test_a_client_that_goes_on_writing_where_its_regions_were(
         assert process.stdout.readline() == "5\n"
 
 
-def test_a_client_that_cut_its_memory_off_kills_nobody(
+LONGER = """
+        os.ftruncate(fd, 2_000_000)
+        for path in (fd, f"/proc/self/fd/{fd}"):
+            try:
+                os.truncate(path, 0)
+            except PermissionError:
+                continue
+            sys.exit("the memory was cut off")
+"""
+
+
+def test_a_client_cannot_cut_off_the_memory_that_it_was_granted(
     served: Served, asking: TargetHandle
 ) -> None:
-    code = KEEPING.replace('os.pwrite(fd, b"evil" * 250_000, 0)', "os.ftruncate(fd, 0)")
+    """It can make the file longer, which then is not used for other regions."""
+    code = KEEPING.replace('        os.pwrite(fd, b"evil" * 250_000, 0)\n', LONGER.lstrip("\n"))
     code = code.replace("print(sum", "handle.create_and_write(b'next' * 250_000)\nprint(sum")
     with python_process("-c", code, served.address) as process:
         assert process.stdout is not None

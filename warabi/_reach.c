@@ -409,7 +409,9 @@ static ssize_t system_call(enum way way, int fd, char *bytes, size_t size, off_t
 /* RAISED with an exception of a signal's handler, FAILED with `errno`. */
 enum result { DONE, FAILED, RAISED };
 
-static enum result transfer(enum way way, int fd, char *bytes, int64_t size, int64_t offset)
+/* Move all of `size` bytes; `moved` counts those that were, whatever the result. */
+static enum result
+transfer(enum way way, int fd, char *bytes, int64_t size, int64_t offset, int64_t *moved)
 {
     while (size > 0) {
         ssize_t count = system_call(way, fd, bytes, (size_t)size, offset);
@@ -417,6 +419,7 @@ static enum result transfer(enum way way, int fd, char *bytes, int64_t size, int
             bytes += count;
             size -= count;
             offset += count;
+            *moved += count;
         } else if (count == 0 || errno != EINTR) {
             errno = count == 0 ? EIO : errno; /* 0: the file was cut off */
             return FAILED;
@@ -431,22 +434,28 @@ static enum result transfer(enum way way, int fd, char *bytes, int64_t size, int
  * milliseconds: far longer than to copy what is in memory, as it nearly always is. */
 static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t offset, bool wait)
 {
+    int64_t moved = 0;
     if (!wait || (!grant->slow && size < LARGE)) {
-        enum result result = transfer(READ_AT_ONCE, grant->fd, bytes, size, offset);
+        enum result result = transfer(READ_AT_ONCE, grant->fd, bytes, size, offset, &moved);
         if (!wait || result != FAILED)
             return result;
         grant->slow = errno == EOPNOTSUPP;
     }
-    return transfer(READ, grant->fd, bytes, size, offset);
+    return transfer(READ, grant->fd, bytes, size, offset, &moved);
 }
 
+/* Note that the region was written just now.  The provider looks at mark 0 first, and at the others
+ * only if that has changed: so the region's comes first, and whoever acquires the new mark 0 finds
+ * it.  Both differ from what mark 0 was, or a clock that is read twice within its resolution would
+ * hide the second write. */
 static void mark(Reach *self, const Grant *grant)
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     uint64_t time = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-    __atomic_store_n(&self->marks[0], time, __ATOMIC_RELAXED);
+    time += time == __atomic_load_n(&self->marks[0], __ATOMIC_RELAXED);
     __atomic_store_n(&self->marks[grant->index], time, __ATOMIC_RELAXED);
+    __atomic_store_n(&self->marks[0], time, __ATOMIC_RELEASE);
     self->recent[self->writes++ % RECENT] = time;
 }
 
@@ -463,7 +472,10 @@ static void raise_failure(Reach *self, PyObject *region, int number)
     if (cause == NULL)
         return;
     PyObject *failure = PyObject_CallMethod((PyObject *)self, "_failure", "OO", region, cause);
-    if (failure != NULL) {
+    if (failure != NULL && !PyExceptionInstance_Check(failure)) {
+        PyErr_SetString(PyExc_TypeError, "_failure() returned no exception");
+        Py_DECREF(failure);
+    } else if (failure != NULL) {
         PyException_SetCause(failure, Py_NewRef(cause));
         PyErr_SetObject((PyObject *)Py_TYPE(failure), failure);
         Py_DECREF(failure);
@@ -476,9 +488,11 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
 {
     enum result result = FAILED;
     int lane, number = 0;
+    int64_t moved = 0;
     Grant *grant = find(self, region);
-    if (grant == NULL || offset < 0 || !self->writable || (grant->waits && !wait) ||
-        data->len > grant->room - offset || (lane = enter(self, grant)) < 0) {
+    if (grant == NULL || offset < 0 || !self->writable || grant->view.readonly ||
+        (grant->waits && !wait) || data->len > grant->room - offset ||
+        (lane = enter(self, grant)) < 0) {
         Py_XDECREF(grant);
         PyBuffer_Release(data);
         return PyErr_Occurred() ? -1 : false;
@@ -487,12 +501,14 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
         data->len <= size_of(self, grant) - offset) {
         if (grant->fd < 0) {
             copy((char *)grant->view.buf + grant->start + offset, data->buf, (size_t)data->len);
+            moved = data->len;
             result = DONE;
         } else {
-            result = transfer(WRITE, grant->fd, data->buf, data->len, grant->start + offset);
+            off_t place = grant->start + offset;
+            result = transfer(WRITE, grant->fd, data->buf, data->len, place, &moved);
             number = result == FAILED ? errno : 0;
         }
-        if (result == DONE)
+        if (result == DONE || moved > 0) /* also a part of what then failed */
             mark(self, grant);
     }
     bool good = still(self, grant);
@@ -559,9 +575,12 @@ static PyObject *reach_write(PyObject *object, PyObject *const *args, Py_ssize_t
     Py_buffer data;
     if (!counted("write", count, 3, 4))
         return NULL;
+    /* One after the other: nothing is called while there is an exception. */
     int64_t offset = offset_of(args[1]);
+    if (offset < -1)
+        return NULL;
     int wait = given(args, count, 3, true);
-    if (offset < -1 || wait < 0 || PyObject_GetBuffer(args[2], &data, PyBUF_SIMPLE) < 0)
+    if (wait < 0 || PyObject_GetBuffer(args[2], &data, PyBUF_SIMPLE) < 0)
         return NULL;
     int done = store((Reach *)object, args[0], offset, &data, wait);
     return done < 0 ? NULL : PyBool_FromLong(done);
@@ -584,9 +603,13 @@ static PyObject *reach_read_some(PyObject *object, PyObject *const *args, Py_ssi
     if (!counted("read_some", count, 3, 5))
         return NULL;
     int64_t offset = offset_of(args[1]);
-    int wait = given(args, count, 3, true), fewer = given(args, count, 4, true);
-    if (offset < -1 || wait < 0 || fewer < 0 ||
-        PyObject_GetBuffer(args[2], &place, PyBUF_WRITABLE) < 0)
+    if (offset < -1)
+        return NULL;
+    int wait = given(args, count, 3, true);
+    if (wait < 0)
+        return NULL;
+    int fewer = given(args, count, 4, true);
+    if (fewer < 0 || PyObject_GetBuffer(args[2], &place, PyBUF_WRITABLE) < 0)
         return NULL;
     int64_t size = load((Reach *)object, args[0], offset, &place, wait, fewer);
     return size < -1 ? NULL : PyLong_FromLongLong(size);

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from warabi.backends.base import KERNEL
 from warabi.catalogue import Catalogue
 from warabi.errors import TargetBusy
 from warabi.grants import Grants, Guest
@@ -101,7 +102,7 @@ class ExposedRegions(SharedRegions):
             with self._lock:
                 if self._paused or self._grants is not None or inode.exposed is not None:
                     return None
-            place = storage.share(region, writable=True)
+            place = storage.share(region, writable=True, holder=KERNEL)
             if place is None:
                 return None
             if place.segment or place.offset or place.room is not None:

@@ -8,7 +8,7 @@ that holds the bytes, and an index into memory that is shared with all guests:
   Behind those, for each index, the stamp once more while the region is *firm*: all of it but its
   bytes is on the medium, and a guest that syncs its descriptor has persisted it.
 * the *marks*, which guests write: when the region of an index was last written.  Mark 0 is set
-  together with every other one.
+  after every other one.
 * a *board* for each guest: *lanes*, in which it says what index it is about to touch.
 
 A guest that reads or writes enters the index in a lane of its own, looks at the stamp, moves the
@@ -33,7 +33,7 @@ from warabi.feed import CONTENT
 from warabi.inode import Inode
 from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
-from warabi.shared_memory import SharedMemory, barrier
+from warabi.shared_memory import STRONGLY_ORDERED, SharedMemory, barrier
 
 
 class Guest:
@@ -42,6 +42,7 @@ class Guest:
     Attributes:
         number: of no other one, ever.
         board: its lanes.
+        writes: whether it may write to regions.
         segments: which shared descriptors it was given.
     """
 
@@ -50,12 +51,17 @@ class Guest:
     def __init__(self) -> None:
         self.number = next(self._numbers)
         self.board = SharedMemory("warabi-board", 8 * LANES)
+        self.writes = False
         self.segments: set[int] = set()
         self._lanes = self.board.view.cast("Q")
 
     def touches(self, index: int) -> bool:
-        """Whether it is in the middle of an access to that index."""
+        """Whether it is in the middle of an access to that index, or says so."""
         return index in self._lanes.tolist()
+
+    def touched(self) -> set[int]:
+        """What it is in the middle of accesses to, or says so: any numbers."""
+        return set(self._lanes.tolist())
 
     def close(self) -> None:
         self._lanes.release()
@@ -115,6 +121,12 @@ class Grants:
         if guest not in self._guests:
             return False
         self._guests.remove(guest)
+        for index in guest.touched() if guest.writes else ():
+            # It ended in the middle of an access: if that was a write, it may have stored some of
+            # the bytes, and it never set the marks.
+            inode = self._shared.get(index)
+            if inode is not None:
+                self._wrote_at(inode, self._catalogue.clock.exact())
         guest.close()
         return not self._guests
 
@@ -206,13 +218,17 @@ class Grants:
         if mark == share.seen:
             return False
         share.seen = mark
+        self._wrote_at(inode, mark)
+        return True
+
+    def _wrote_at(self, inode: Inode, mark: int) -> None:
+        """A guest says that it wrote to the region at *mark*, which may be any number."""
         inode.written_by(None)
         self._catalogue.clock.wrote_at(inode, mark)
         self._catalogue.touch(inode, durable=False, tell=False)
         if self._catalogue.feed.watched:
             self._catalogue.feed.inode(inode.ino, max(mark, CONTENT))
         self._wrote(inode.rid)
-        return True
 
     def settle_all(self, *, thorough: bool = False) -> None:
         """Take over everything that guests wrote.
@@ -223,6 +239,8 @@ class Grants:
         if self._marks[0] == self._seen and not thorough:
             return
         self._seen = self._marks[0]
+        if not STRONGLY_ORDERED:
+            barrier()  # or a region's mark might be loaded before mark 0, which was set after it
         for index, inode in self._shared.items():
             share = inode.share
             if share is not None and self._marks[index] != share.seen:

@@ -11,6 +11,7 @@ what is wrong.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import time
@@ -22,7 +23,7 @@ from warabi import errors, forks
 from warabi.buffers import MAX_SIZE
 from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
-from warabi.shared_memory import Mapping, register
+from warabi.shared_memory import STRONGLY_ORDERED, Mapping, register
 
 if TYPE_CHECKING or os.environ.get("WARABI_PURE", "0") not in ("", "0"):
     from warabi.reach import Grant, Reach
@@ -36,6 +37,8 @@ _LARGE = 64 * 1024
 """Bytes from which on a region is asked for when it is first touched, not the second time."""
 _MOST_GRANTS = 65536
 _SPARE_ROOM = 1024 * 1024
+_ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.reach"
+"""Whether stores are seen in the order that the protocol needs; compiled code asks for it."""
 _CLOSING_PATIENCE = 5.0
 
 
@@ -51,6 +54,18 @@ class _SharedFile:
         os.close(self.fd)
 
 
+def _mapping(fd: int, size: int, *, writable: bool) -> Mapping:
+    """The first *size* bytes, which are there to stay.
+
+    Raises:
+        OSError: they are not, or cannot be mapped.
+    """
+    found = os.fstat(fd).st_size
+    if found < size or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise OSError(errno.EINVAL, f"shared memory of {found} bytes, not sealed to have {size}")
+    return Mapping(fd, size, writable=writable)
+
+
 class Guest(Reach):
     """Direct access to the regions of one target.
 
@@ -60,23 +75,26 @@ class Guest(Reach):
 
     Raises:
         OSError: this process cannot take part.
+        ProtocolError: what was answered cannot be understood.
     """
 
     def __init__(self, joined: Sequence[int], descriptors: Sequence[int]) -> None:
-        offset, alive, writable = joined
         try:
-            if not register():
-                raise OSError(errno.ENOSYS, "no membarrier")
+            offset, alive, writable = joined
+            if not _ORDERS or not register():
+                raise OSError(errno.ENOSYS, "no order between processes")
             life, table, marks, board = descriptors
             super().__init__(
-                Mapping(life, resource.getpagesize(), writable=False),
-                Mapping(table, TABLE, writable=False),
-                Mapping(marks, 8 * ENTRIES, writable=bool(writable)),
-                Mapping(board, 8 * LANES, writable=True),
+                _mapping(life, resource.getpagesize(), writable=False),
+                _mapping(table, TABLE, writable=False),
+                _mapping(marks, 8 * ENTRIES, writable=bool(writable)),
+                _mapping(board, 8 * LANES, writable=True),
                 offset // 4,
                 alive,
                 bool(writable),
             )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise errors.ProtocolError(f"the provider's answer to join: {error}") from error
         finally:
             for fd in descriptors:
                 os.close(fd)
@@ -111,7 +129,12 @@ class Guest(Reach):
         return grant is None or 0 <= grant.room < self.table[2 * grant.index + 1]
 
     def add(self, region: RegionID, granted: Sequence[Any] | None, descriptors: list[int]) -> None:
-        """Take what ``grant`` answered; the descriptors are closed here."""
+        """Take what ``grant`` answered; the descriptors are closed here.
+
+        Raises:
+            ProtocolError: it cannot be understood.
+            OSError: the region cannot be mapped.
+        """
         try:
             self._make_room()
             self._touched.pop(region, None)
@@ -119,12 +142,16 @@ class Guest(Reach):
                 self.grants[region] = Grant(0, -1, -1)
             else:
                 self.grants[region] = self._granted(granted, descriptors)
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
+            raise errors.ProtocolError(f"the provider's answer to grant: {error}") from error
         finally:
             for fd in descriptors:
                 os.close(fd)
 
     def _granted(self, granted: Sequence[Any], descriptors: list[int]) -> Grant:
         index, stamp, offset, room, segment, mapped, waits, _ = granted
+        if not 0 < index < ENTRIES:
+            raise ValueError(f"index {index}")
         if not mapped:
             grant = Grant(index, stamp, MAX_SIZE, descriptors[-1], bool(waits))
             descriptors.pop()
@@ -137,7 +164,7 @@ class Guest(Reach):
         if segment:
             if descriptors:
                 extent = os.fstat(descriptors[0]).st_size
-                self._segments[segment] = Mapping(descriptors[0], extent, writable=self.writable)
+                self._segments[segment] = _mapping(descriptors[0], extent, writable=self.writable)
             mapping = self._segments[segment]
             view = mapping.view[offset : offset + room]
             return Grant(index, stamp, room, keeper=mapping, view=view)

@@ -81,7 +81,7 @@ class Host:
             self._process = os.pidfd_open(self._pid)
         self._guest, grants = joined
         self._target = target
-        self._writable = writable and target.shares_writes
+        self._writable = self._guest.writes = writable and target.shares_writes
         marks = grants.marks if self._writable else grants.table
         shown = (life.memory, grants.table, marks, self._guest.board)
         answer = [life.offset, life.value, self._writable]

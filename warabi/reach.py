@@ -108,6 +108,10 @@ class Reach:
         self._word = word
         self._alive = alive
         self._lanes = list(range(len(self._board)))
+        # Takes a free lane.  Iterated over, so that a signal's handler that raises (Ctrl-C) cannot
+        # come between a lane's leaving the list and the `try` that puts it back: handlers run after
+        # calls, and there is none.
+        self._free_lane = iter(self._lanes.pop, None)
         self._recent: deque[int] = deque(maxlen=_RECENT)
         self.grants: dict[bytes, Grant] = {}
         self.writable = writable
@@ -161,7 +165,8 @@ class Reach:
             return False
         table, entry, stamp = self.table, grant.entry, grant.stamp
         try:
-            lane = self._lanes.pop()
+            for lane in self._free_lane:  # noqa: B007
+                break
         except IndexError:
             return False  # as many threads as there are lanes
         try:
@@ -169,19 +174,31 @@ class Reach:
             if not self.usable or table[entry] != stamp or end > table[entry + 1]:
                 done = False
             else:
-                if grant.fd < 0:
-                    copy(grant.view[offset:end], data)
-                else:
-                    try:
-                        place = grant.start + offset
-                        count = pwrite(grant.fd, data, place)
-                        if count != size:
-                            pwrite_full(grant.fd, data[count:], place + count)
-                    except OSError as error:
-                        raise self._failure(region, error) from error
-                marks = self._marks
-                marks[grant.index] = marks[0] = now = time_ns()
-                self._recent.append(now)
+                touched = True  # bytes may have been stored, also by what then failed
+                try:
+                    if grant.fd < 0:
+                        copy(grant.view[offset:end], data)
+                    else:
+                        place, count = grant.start + offset, 0
+                        try:
+                            count = pwrite(grant.fd, data, place)
+                            if count != size:
+                                pwrite_full(grant.fd, data[count:], place + count)
+                        except OSError as error:
+                            touched = count > 0
+                            raise self._failure(region, error) from error
+                finally:
+                    if touched:
+                        # The provider looks at mark 0 first, and at the others only if that has
+                        # changed: so the region's comes first.  Both differ from what mark 0 was,
+                        # or a clock that is read twice within its resolution would hide a write.
+                        marks = self._marks
+                        now = time_ns()
+                        if now == marks[0]:
+                            now += 1
+                        marks[grant.index] = now
+                        marks[0] = now
+                        self._recent.append(now)
                 done = table[entry] == stamp
         finally:
             self._board[lane] = 0
@@ -218,7 +235,8 @@ class Reach:
         table, entry, stamp = self.table, grant.entry, grant.stamp
         size = len(place)
         try:
-            lane = self._lanes.pop()
+            for lane in self._free_lane:  # noqa: B007
+                break
         except IndexError:
             return -1
         try:

@@ -25,6 +25,9 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _GLOBAL_EXPEDITED = 1 << 1
 _REGISTER_GLOBAL_EXPEDITED = 1 << 2
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones map page by page
+STRONGLY_ORDERED = platform.machine() in ("x86_64", "s390x")
+"""Whether other processors see stores in the order of the program, and loads are done in it.  Code
+in Python cannot ask for more than that, except with :func:`barrier`."""
 _MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -137,7 +140,8 @@ class LifeSign:
     """
 
     def __init__(self) -> None:
-        self.memory = SharedMemory("warabi-life", mmap.PAGESIZE)
+        # The mutex has pointers of the C library: others may read it, and never write.
+        self.memory = SharedMemory("warabi-life", mmap.PAGESIZE, mine=True)
         self._mutex = ctypes.c_void_p(self.memory.address)
         attributes = ctypes.create_string_buffer(128)
         self.value = threading.get_native_id()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from warabi import errors, forks
 from warabi.connection import Connection
 from warabi.guest import Access, Guest
+from warabi.lanes import ENTRIES
 from warabi.region import RegionID
 from warabi.request import Request
 
@@ -21,6 +23,23 @@ _MADE_SIZE = 256 * 1024
 _MOST_WANTED = 1024
 _ASKING_PATIENCE = 0.5
 """Seconds that a grant, being asked for, has to come when the client closes."""
+
+
+def _made(made: list[Any], descriptors: list[int]) -> tuple[RegionID, Sequence[Any] | None]:
+    """What ``make`` answered: the region, and what was granted with one descriptor, if it was.
+
+    Raises:
+        ProtocolError: these do not belong together; the descriptors are closed.
+    """
+    region: RegionID = made[0]
+    granted: Sequence[Any] = made[1:]
+    if not descriptors:
+        return region, None
+    if len(descriptors) == 1 and granted and 0 < granted[0] < ENTRIES:
+        return region, granted
+    for fd in descriptors:
+        os.close(fd)
+    raise errors.ProtocolError(f"the provider made {made} with {len(descriptors)} descriptors")
 
 
 class SideChannel(Access):
@@ -128,10 +147,10 @@ class SideChannel(Access):
             made, descriptors = self._call(what, "make", [size])
             if made is None:
                 return None
-            if not descriptors:
-                return made[0], lambda data: False
-            region: RegionID = made[0]
-            return region, functools.partial(guest.fill, region, made[1:], descriptors.pop())
+            region, granted = _made(made, descriptors)
+            if granted is None:
+                return region, lambda data: False
+            return region, functools.partial(guest.fill, region, granted, descriptors[0])
         except errors.TargetBusy:
             return None
         except errors.TimedOut:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 THIS_PROCESS: Final = 0
 STRANGERS: Final = -1
-"""Holders of places, who otherwise are guests, by their numbers: who is granted regions in the
-provider's own process, and those of whom nobody will tell when they have left."""
+KERNEL: Final = -2
+"""Holders of places, which otherwise are guests, by their numbers: this process itself, processes
+whose end is not reported, and the kernel, which moves bytes of a region that is exposed to a mount
+and needs a file that ends where the region does."""
 
 
 class Place(NamedTuple):
@@ -265,7 +267,8 @@ class Storage(ABC):
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
         """Where the region's bytes are, for another process; None when it may not touch them.
 
-        *holder* is who gets it.
+        *holder* is the guest, or one of the constants above.  No process that gets a place can make
+        memory shorter that another one has mapped.
         """
 
     def left(self, holder: int) -> None:  # noqa: B027  # most do not care who it was

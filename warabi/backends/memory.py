@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
-from warabi.backends.base import STRANGERS, THIS_PROCESS, Fresh, Place, Storage
+from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Place, Storage
 from warabi.backends.own import Own, Spare, machine_memory
 from warabi.backends.populated import Populated
 from warabi.fileio import pread_full
@@ -237,11 +237,9 @@ class MemoryStorage(Storage):
             if isinstance(item, Own):
                 # Never back to a slot: a region that shrinks is about to grow again.
                 try:
-                    os.ftruncate(item.fd, size)
+                    item.resize(size)
                 except OSError as error:
                     raise errors.from_os(error, f"resize to {size} bytes") from error
-                item.size = size
-                item.filled = min(item.filled, size)
                 if item.mapping is not None and size < len(item.mapping):
                     self._unmap(item)
             elif size <= item.segment.slot_size:
@@ -319,7 +317,10 @@ class MemoryStorage(Storage):
 
     def grew(self, rid: bytes, size: int) -> None:
         with self._lock:
-            self._regions[rid].size = size
+            item = self._regions[rid]
+            item.size = size
+            if isinstance(item, Own):
+                item.extent = size
 
     def persist_names(self) -> None:
         """Memory is as durable as it gets."""
@@ -359,8 +360,11 @@ class MemoryStorage(Storage):
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, Own):
-                # Who may only read makes no regions, for which the memory could be used again.
-                self._spare.given(item, holder if writable else STRANGERS)
+                if holder == KERNEL and item.sealed:
+                    return None  # its end may not be where the region's is
+                # A guest that only reads makes no regions, for which the memory could be used.
+                holder = holder if writable or holder == KERNEL else STRANGERS
+                self._spare.given(item, holder)
                 return Place(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
             segment = item.segment
             return Place(
@@ -400,8 +404,12 @@ class MemoryStorage(Storage):
 
 
 def _duplicate(fd: int, writable: bool) -> int:
-    """Another descriptor of the same memory, for somebody else."""
-    return os.dup(fd) if writable else os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    """Another descriptor of the same memory, for another process.
+
+    Not of the same open file: its flags, such as ``O_APPEND``, would be shared, and with that one
+    set pwrite(2) ignores the offset.
+    """
+    return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
 
 
 def _descriptor_limit() -> int:

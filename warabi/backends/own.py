@@ -14,14 +14,15 @@ What a region was made of is never seen: it is written or cleared before the reg
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import time
 import weakref
 
-from warabi.backends.base import STRANGERS, THIS_PROCESS
+from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS
 from warabi.backends.populated import Populated
-from warabi.fileio import pread_full, pwrite_full
+from warabi.fileio import pread_full, punch, pwrite_full
 from warabi.shared_memory import Mapping, copy
 
 _MOST = 64 * 1024 * 1024  # bytes of spare memory, at most
@@ -30,24 +31,36 @@ _SHARE = 64  # no more of it than the machine's memory divided by this
 _SHORT = 16  # less available than the machine's memory divided by this is little
 _MOST_COUNT = 128  # each takes a descriptor
 _PATIENCE = 1.0  # seconds between two looks at how much is available
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 class Own:
     """A large region: a memfd, mapped once it is to be seen.
 
-    Invariant: its first *filled* bytes are no hole, which would be filled by touching it.
+    Before another process gets a descriptor the file is *sealed*: it never becomes shorter again,
+    or a load or store of whoever has mapped it could raise SIGBUS.  Its memory is then given back
+    by punching holes, and the file may be longer than the region.
+
+    Invariants: the first *filled* bytes are no hole, which would be filled by touching it.  Bytes
+    of the file behind the region's end are zero, but for what a guest that breaks the rules stores
+    there, in a region that it may write to anyway.
 
     Attributes:
+        extent: bytes of the file, *size* at least.
+        sealed: whether another process may have a descriptor or a mapping.
         holder: who was given a descriptor: the only guest, or ``STRANGERS``; ``THIS_PROCESS`` if
             it is known to nobody else.
         warm: a mapping by which memory that is used again is filled, and nothing else is done.
     """
 
-    __slots__ = ("_mappings", "fd", "filled", "holder", "mapping", "size", "warm")
+    __slots__ = (
+        "_mappings", "extent", "fd", "filled", "holder", "mapping", "sealed", "size", "warm",
+    )  # fmt: skip
 
     def __init__(self, size: int) -> None:
-        self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC)
-        self.size = size
+        self.fd = os.memfd_create("warabi-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.size = self.extent = size
+        self.sealed = False
         self.filled = 0
         self.holder = THIS_PROCESS
         self.mapping: Populated | None = None
@@ -58,6 +71,25 @@ class Own:
         except BaseException:
             os.close(self.fd)
             raise
+
+    def seal(self) -> None:
+        """Keep the file from becoming shorter; raises ``OSError``."""
+        if not self.sealed:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self.sealed = True
+
+    def resize(self, size: int) -> None:
+        """Have *size* bytes, new ones zero; raises ``OSError``.
+
+        Views and mappings of bytes that are cut off have to be gone, or never to be touched.
+        """
+        if size > self.extent or not self.sealed:
+            os.ftruncate(self.fd, size)
+            self.extent = size
+        elif size < self.size:
+            punch(self.fd, size, self.extent - size)
+        self.size = size
+        self.filled = min(self.filled, size)
 
     def map(self) -> Populated:
         """A new mapping of all of it; raises as :class:`Populated`."""
@@ -86,11 +118,10 @@ class Own:
         self.filled = self.size
 
     def clear(self) -> None:
-        """Make all bytes zero; by a system call, for a store would kill if who was given a
-        descriptor has cut the memory off.
+        """Make all bytes zero, by a system call, which lets other threads run.
 
         Raises:
-            OSError: that, or it cannot be mapped.
+            OSError: it cannot be mapped.
         """
         zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -107,8 +138,14 @@ class Own:
 
     def discard(self) -> None:
         """Give its memory back, although another process may still have it mapped."""
-        os.ftruncate(self.fd, 0)
-        os.close(self.fd)
+        try:
+            if self.sealed:
+                # Also what a guest has appended to the file.
+                punch(self.fd, 0, max(1, os.fstat(self.fd).st_size))
+            else:
+                os.ftruncate(self.fd, 0)
+        finally:
+            os.close(self.fd)
 
 
 def _alive(mapping: weakref.ref[mmap.mmap]) -> bool:
@@ -139,8 +176,12 @@ class Spare:
         return len(self._held)
 
     def given(self, own: Own, holder: int) -> None:
-        """*holder* is about to be given a descriptor."""
+        """*holder* is about to be given a descriptor; raises ``OSError``."""
         if holder != THIS_PROCESS:
+            if holder == KERNEL:
+                holder = STRANGERS
+            else:
+                own.seal()
             own.holder = holder if own.holder in (THIS_PROCESS, holder) else STRANGERS
             if holder != STRANGERS:
                 self._present.add(holder)
@@ -159,7 +200,7 @@ class Spare:
             return False
         info = os.fstat(own.fd)
         held = info.st_blocks * 512
-        if info.st_size != own.size or not own.size // 2 <= held <= self._most // _PART:
+        if info.st_size != own.extent or not own.size // 2 <= held <= self._most // _PART:
             return False  # a guest's own doing, or mostly a hole, or too much
         self.relieve()
         if self._short:
@@ -187,11 +228,11 @@ class Spare:
         own = next(reversed(found))  # the one that caches may still have
         self._remove(own)
         try:
-            os.ftruncate(own.fd, size)
+            own.resize(size)
         except BaseException:
             own.discard()
             raise
-        own.size, own.filled = size, 0
+        own.filled = 0
         return own
 
     def _remove(self, own: Own) -> None:
