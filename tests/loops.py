@@ -5,8 +5,9 @@ What counts is the loop's own processor time; only a wait of seconds counts by t
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -18,6 +19,7 @@ from warabi.loop_watchdog import LoopWatchdog
 MOST = 0.05
 """Seconds of processor time for which tasks may run before the loop looks for input again."""
 _MOST_WAITING = 2.5
+_TIMES = 3
 
 
 class ProcessorWatchdog(LoopWatchdog):
@@ -49,10 +51,25 @@ class ProcessorWatchdog(LoopWatchdog):
 def watched_loops() -> Iterator[list[str]]:
     """Within the block, engines that are made watch their loops; gives what held any of them."""
     held: list[str] = []
+    gc.collect()
+    gc.freeze()  # to look through all that the tests have made takes too long, too
 
     def instruments() -> list[trio.abc.Instrument]:
         return [ProcessorWatchdog(held)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_watchdog, "instruments", instruments)
-        yield held
+        try:
+            yield held
+        finally:
+            gc.unfreeze()
+
+
+def check_not_held(held: list[str], work: Callable[[], object]) -> None:
+    """Do *work*, and fail if a loop is held each time that it is done: once may be an accident."""
+    for _ in range(_TIMES):
+        held.clear()
+        work()
+        if not held:
+            return
+    pytest.fail(f"an event loop was held: {held}")

@@ -12,7 +12,7 @@ import trio
 
 from tests.helpers import MEMORY, eventually
 from tests.loops import watched_loops
-from warabi import loop_watchdog
+from warabi import log_limit, loop_watchdog
 from warabi.calls import CALLS
 from warabi.client import Client
 from warabi.engine import Engine, client
@@ -138,12 +138,17 @@ def test_tests_notice_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "slow (test_loop_watchdog.py:" in held[0]
 
 
-def test_repeated_messages_are_limited(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_messages_are_limited(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_limit, "INTERVAL", 3600)
     log = logging.getLogger("warabi.a_test")
     log.addFilter(RateLimit())
     for number in range(BURST + 5):
         log.warning("the number %d", number)
     log.warning("something else")
-    assert caplog.messages == [f"the number {number}" for number in range(BURST)] + [
-        "something else"
-    ]
+    expected = [*(f"the number {number}" for number in range(BURST)), "something else"]
+    assert caplog.messages == expected
+    monkeypatch.setattr(log_limit, "INTERVAL", 1e-9)
+    log.warning("the number %d", 99)
+    assert caplog.messages[-1] == "the number 99 (5 more like this were left out)"

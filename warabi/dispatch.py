@@ -62,11 +62,22 @@ def off_loop(target: Target, name: str) -> bool:
     return operation.long or (operation.waits and target.blocking)
 
 
-async def execute(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
-    """The result of the operation *name* on *target*."""
+async def execute(
+    target: Target, name: str, arguments: list[Any] | tuple[Any, ...], *, wait: bool = True
+) -> Any:
+    """The result of the operation *name* on *target*.
+
+    Without *wait*, ``WouldBlock`` is raised where it would have to wait for another call, or
+    takes long with these arguments.
+    """
     call = CALLS[name]
     if not off_loop(target, name):
-        return call(target, *arguments)
+        try:
+            return call(target, *arguments)
+        except WouldBlock:
+            if not wait:
+                raise
+        return await _in_thread(target, call, target, *arguments)
     if name in FLUSHING:
         with suppress(WouldBlock):
             async with limited(_limiter(target)):
@@ -133,10 +144,11 @@ async def read_into(
 
 async def write_vector(target: Target, region: RegionID, extents: list[Extent], data: Any) -> None:
     """As ``Target.write_vector``."""
-    if target.blocking:
-        await _in_thread(target, target.write_vector, region, extents, data)
-    else:
-        target.write_vector(region, extents, data)
+    if not target.blocking:
+        with suppress(WouldBlock):
+            target.write_vector(region, extents, data)
+            return
+    await _in_thread(target, target.write_vector, region, extents, data)
 
 
 async def read_vector(
@@ -144,12 +156,13 @@ async def read_vector(
     *, wait: bool = True,
 ) -> None:  # fmt: skip
     """As ``Target.read_vector``."""
-    if target.blocking:
-        if not wait:
-            raise WouldBlock
-        await _in_thread(target, target.read_vector, region, extents, place)
-    else:
-        target.read_vector(region, extents, place)
+    if not target.blocking:
+        with suppress(WouldBlock):
+            target.read_vector(region, extents, place)
+            return
+    if not wait:
+        raise WouldBlock
+    await _in_thread(target, target.read_vector, region, extents, place)
 
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:

@@ -334,5 +334,8 @@ class DurableRegions(RegionGate):
         if inode.share is not None and self._grants is not None:
             self._grants.withdraw(inode.share)
         self._holds.discard(inode.rid)
-        if stat.S_ISREG(inode.mode) and not (inode.users or inode.exclusive):
-            self._free(inode)
+        if stat.S_ISREG(inode.mode):
+            if not (inode.users or inode.exclusive):
+                self._free(inode)
+            elif self._holds:
+                self._ending.add(inode.rid)

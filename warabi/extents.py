@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from operator import add
 from typing import Any
 
-from warabi.buffers import checked_size
+from warabi.buffers import MAX_SIZE, checked_size
 from warabi.errors import InvalidBuffer, OutOfBounds, ProtocolError
 
 Extent = tuple[int, int]
@@ -24,6 +25,11 @@ def checked_extents(extents: Any, what: str) -> list[Extent]:
         pairs = [(offset, size) for offset, size in extents]
     except (TypeError, ValueError):
         raise OutOfBounds(f"{what}: expected (offset, size) pairs, got {extents!r:.100}") from None
+    if pairs:
+        starts, sizes = zip(*pairs, strict=True)
+        whole = {*map(type, starts), *map(type, sizes)} == {int}
+        if whole and min(*starts, *sizes) >= 0 and max(map(add, starts, sizes)) <= MAX_SIZE:
+            return pairs  # most are fine, and to see so costs less than to check each
     checked = [
         (checked_size(offset, f"{what}: offset"), checked_size(size, f"{what}: size"))
         for offset, size in pairs
@@ -64,6 +70,8 @@ def unpack(packed: bytes, what: str) -> list[Extent]:
     """
     if len(packed) % 16:
         raise ProtocolError(f"{what}: {len(packed)} bytes are no extents")
+    if len(packed) > 16 * EXTENTS:
+        raise ProtocolError(f"{what}: {len(packed) // 16} extents, the limit is {EXTENTS}")
     return checked_extents(struct.iter_unpack("<QQ", packed), what)
 
 

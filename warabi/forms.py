@@ -19,6 +19,7 @@ from warabi.inode import Attributes
 from warabi.region import RegionID
 
 _NoneType = type(None)
+_SHOWN = 32  # characters of a value in a message
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
 _check_attributes = struct.Struct("<QQqQqqQQqqq").pack
 """Refuses what is not as many numbers, or out of range, in one call."""
@@ -73,8 +74,8 @@ def shown(value: Any) -> str:
     """*value*, which may be anything that a peer sent, for a message, however large it is."""
     if isinstance(value, list | dict | tuple):  # whose repr() may be nested too deeply
         return f"{type(value).__name__} of {len(value)} items"
-    if isinstance(value, str | bytes) and len(value) > 60:
-        return f"{value[:60]!r}... of {len(value)}"
+    if isinstance(value, str | bytes) and len(value) > _SHOWN:
+        return f"{value[:_SHOWN]!r}... of {len(value)}"
     return f"{value!r:.200}"
 
 

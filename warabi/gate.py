@@ -34,6 +34,12 @@ from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
 
+LOOPS: set[int] = set()
+"""Threads that run an engine's event loop.  What would have one of them wait for a region, or do
+what takes long, raises ``WouldBlock`` there, nothing having been done; a worker thread does it."""
+LONG = 32 * 1024 * 1024
+"""Bytes of memory that take long to give back."""
+
 
 class Guard:
     """The target's lock, and what is checked under it: ``with guard.lock, guard.checked``.
@@ -166,6 +172,7 @@ class RegionGate:
         self._grants: Grants | None = None  # while there are guests
         self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
+        self._ending: set[RegionID] = set()  # of those, the ones that calls are still inside
         self._pid = os.getpid()
         forks.register(self)
 
@@ -264,9 +271,15 @@ class RegionGate:
         if self._freed:
             self._reap()
 
+    def _not_in_a_loop(self) -> None:
+        """Raise ``WouldBlock`` in a thread that runs an engine's event loop."""
+        if threading.get_ident() in LOOPS:
+            raise WouldBlock
+
     def _wait(self, wait: bool) -> None:
         if not wait:
             raise WouldBlock
+        self._not_in_a_loop()
         self._check_waiting()
         self._waiters += 1
         try:
@@ -303,18 +316,29 @@ class RegionGate:
         inode.share = None
         if self._holds:
             self._kept[inode.rid] = inode.size
+        self._ending.discard(inode.rid)
         if not self._changed.is_set():
             self._changed.set()
 
     def _reap(self) -> None:
-        """Erase from storage what the catalogue on the medium no longer mentions."""
+        """Erase from storage what the catalogue on the medium no longer mentions.
+
+        Files are removed by who commits next: it may take long, and an event loop does not wait.
+        """
         if not (self._freed or self._kept or self._grants is not None):
             return
         due: list[RegionID] = []
+        later = self._storage.blocking and threading.get_ident() in LOOPS
+        if later and self._freed:
+            self._changed.set()
         with self._lock:
             if not self._holds:
                 self._kept.clear()
-            while not self._holds and self._freed and self._catalogue.is_synced(self._freed[0][0]):
+            while (
+                not (later or self._holds)
+                and self._freed
+                and self._catalogue.is_synced(self._freed[0][0])
+            ):
                 _, rid, share = self._freed.popleft()
                 if share is not None and share.grants is self._grants:
                     share.grants.later(share.index, partial(self._erase_granted, rid, share))

@@ -239,16 +239,16 @@ OPERATIONS: dict[str, Operation] = {
     "update": Operation({"region": REGION}, NOTHING, _CHANGE, Changes.SUMS, waits=True),
     # What these make is gone with the connection that it was made on, unless it is named.
     "survey": Operation(
-        {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, pins=_pinned
+        {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, long=True, pins=_pinned
     ),
     "copy": Operation(
-        {"region": REGION}, ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, pins=_pinned
+        {"region": REGION}, ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, long=True, pins=_pinned
     ),
     "adopt": Operation(
         {"region": REGION, "size": INTEGER},
         ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, pins=_pinned,
     ),
-    "graft": Operation({"listing": REGION}, INTEGER, _CHANGE, _NAMES, waits=True),
+    "graft": Operation({"listing": REGION}, INTEGER, _CHANGE, _NAMES, waits=True, long=True),
     # Names
     "lookup": Operation(_ENTRY_AT, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
     "getattr": Operation({"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),

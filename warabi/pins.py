@@ -6,10 +6,15 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+import trio
+
 from warabi import errors
 from warabi.provider import ProviderCore
 
 log = logging.getLogger(__name__)
+
+_TURN = 100
+"""Inodes that are unpinned before other tasks get a turn."""
 
 
 class Pins:
@@ -34,11 +39,16 @@ class Pins:
         if not self._held[provider_id, ino]:
             del self._held[provider_id, ino]
 
-    def give_back(self, find: Callable[[int], ProviderCore]) -> None:
-        """Unpin everything; *find* gives the provider of an ID."""
-        for (provider_id, ino), count in self._held.items():
+    async def give_back(self, find: Callable[[int], ProviderCore]) -> None:
+        """Unpin everything; *find* gives the provider of an ID.
+
+        Runs to its end also where it is cancelled, and lets others run meanwhile.
+        """
+        for number, ((provider_id, ino), count) in enumerate(self._held.items()):
             try:
                 find(provider_id).target.namespace.unpin(ino, count)
             except errors.Exception as error:
                 log.debug("unpin of inode %d: %s", ino, error)
+            if number % _TURN == _TURN - 1:
+                await trio.lowlevel.cancel_shielded_checkpoint()
         self._held.clear()

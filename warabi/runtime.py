@@ -16,6 +16,7 @@ from warabi import address, errors, forks, loop_watchdog
 from warabi.address import Endpoint
 from warabi.admission import Admission, Visitor
 from warabi.crowd import Crowd
+from warabi.gate import LOOPS
 from warabi.hosting import Host
 from warabi.limits import EngineLimits
 from warabi.log_limit import RateLimit
@@ -93,11 +94,13 @@ class Runtime:
             forks.disconnect([self._listener.fileno()])
 
     def _run(self) -> None:
+        LOOPS.add(threading.get_ident())
         try:
             trio.run(self._main, instruments=loop_watchdog.instruments())
         except BaseException:
             log.exception("the engine's loop ended with an error")
         finally:
+            LOOPS.discard(threading.get_ident())
             self._life.close()
             self._started.set()
 

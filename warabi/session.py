@@ -124,7 +124,7 @@ class Session:
         finally:
             self._channel.close()
             self._leave()
-            self._pins.give_back(self._find)
+            await self._pins.give_back(self._find)
             await self._exchange.aclose()
         if self._host is not None:
             await self._host.end()
@@ -367,7 +367,9 @@ class Session:
         operation = OPERATIONS[request.name]
         if request.name == "unpin":
             self._pins.check(request.core.provider_id, *request.arguments)
-        result = await dispatch.execute(request.target, request.name, request.arguments)
+        result = await dispatch.execute(
+            request.target, request.name, request.arguments, wait=request.beside
+        )
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)

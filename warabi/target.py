@@ -18,11 +18,15 @@ from warabi.buffers import MAX_SIZE, checked_size, filled_bytes, readable, writa
 from warabi.catalogue import Catalogue
 from warabi.errors import OutOfBounds, WouldBlock
 from warabi.extents import Extent, check_total, checked_extents, views
+from warabi.gate import LONG
 from warabi.inode import Inode
 from warabi.making import MadeRegions
 from warabi.namespace import Namespace
 from warabi.pace import Pace
 from warabi.region import RegionID
+
+_MANY = 1024
+"""Extents that take long to go through."""
 
 
 class Target(MadeRegions):
@@ -330,6 +334,8 @@ class Target(MadeRegions):
         view = readable(data, "write_vector: data")
         checked = checked_extents(extents, "write_vector")
         check_total(checked, len(view), "write_vector")
+        if len(checked) > _MANY:
+            self._not_in_a_loop()
         inode = self._enter(region, "write_vector", True)
         wrote = False
         try:
@@ -352,6 +358,8 @@ class Target(MadeRegions):
         view = writable(buffer, "read_vector: buffer")
         checked = checked_extents(extents, "read_vector")
         check_total(checked, len(view), "read_vector")
+        if len(checked) > _MANY:
+            self._not_in_a_loop()
         inode = self._enter(region, "read_vector", True)
         try:
             self._check_all(inode, "read_vector", checked)
@@ -405,6 +413,8 @@ class Target(MadeRegions):
         inode = self._enter_exclusive(region, "resize", wait)
         resized = False
         try:
+            if inode.size - size > LONG:
+                self._not_in_a_loop()
             if size != inode.size:
                 with self._lock:
                     self._reserve(max(0, size - inode.size), "resize")

@@ -22,7 +22,7 @@ from warabi import errors
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Place, Storage
 from warabi.backends.own import Own, Spare, machine_memory
 from warabi.backends.populated import Populated
-from warabi.fileio import pread_full
+from warabi.fileio import copy_file, pread_full
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory
 
@@ -32,6 +32,7 @@ _ZEROS = memoryview(bytes(OWN_DESCRIPTOR))
 _SEGMENT = 4 * 1024 * 1024
 _SMALLEST = 64
 _COPY = 1024 * 1024
+_STEP = 32 * 1024 * 1024  # bytes that are given back at once
 _SPARE_DESCRIPTORS = 256
 _MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of all kinds
 
@@ -232,6 +233,7 @@ class MemoryStorage(Storage):
             self._free(self._regions.pop(rid))
 
     def resize(self, rid: RegionID, size: int) -> None:
+        self._shrink_long(rid, size)
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, Own):
@@ -249,6 +251,33 @@ class MemoryStorage(Storage):
             else:
                 self._move(rid, size)
                 self._free(item)
+
+    def _shrink_long(self, rid: RegionID, size: int) -> None:
+        """Give back most of what a region shrinks by, which takes long, without the lock."""
+        with self._lock:
+            item = self._regions[rid]
+            if isinstance(item, _Slot) or item.size - size <= _STEP:
+                return
+            self._unmap(item)
+        try:
+            for end in range(item.size - _STEP, size, -_STEP):
+                item.resize(end)
+        except OSError as error:
+            raise errors.from_os(error, f"resize to {size} bytes") from error
+
+    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
+        self.create(copy, size)
+        source, target = self._regions[rid], self._regions[copy]
+        try:
+            if isinstance(source, Own) and isinstance(target, Own):
+                copy_file(source.fd, target.fd, size)
+            else:
+                for start in range(0, size, _COPY):
+                    piece = memoryview(bytearray(min(_COPY, size - start)))
+                    _read(source, start, piece)
+                    _write(target, start, piece)
+        except OSError as error:
+            raise errors.from_os(error, f"copy of {size} bytes") from error
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         _read(self._regions[rid], offset, out)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import threading
 import time
 import weakref
 
@@ -30,6 +31,8 @@ _PART = 8  # no region's is more than this part of it: to clear that keeps other
 _SHARE = 64  # no more of it than the machine's memory divided by this
 _SHORT = 16  # less available than the machine's memory divided by this is little
 _MOST_COUNT = 128  # each takes a descriptor
+_LONG = 32 * 1024 * 1024
+"""Bytes that take the kernel long to give back: some milliseconds."""
 _PATIENCE = 1.0  # seconds between two looks at how much is available
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -137,7 +140,16 @@ class Own:
         return self.warm
 
     def discard(self) -> None:
-        """Give its memory back, although another process may still have it mapped."""
+        """Give its memory back, although another process may still have it mapped.
+
+        Much of it by a thread: it takes the kernel long, and an event loop may not wait.
+        """
+        if self.size > _LONG:
+            threading.Thread(target=self._give_back, name="warabi-free").start()
+        else:
+            self._give_back()
+
+    def _give_back(self) -> None:
         try:
             if self.sealed:
                 # Also what a guest has appended to the file.

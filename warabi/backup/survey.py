@@ -10,7 +10,6 @@ import contextlib
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 
 from warabi.backup.entries import CHUNK, Entry
@@ -20,7 +19,6 @@ from warabi.region import RegionID
 from warabi.target import Target
 
 _PAGE = 10_000
-_PATIENCE = 500  # hundredths of a second
 _IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that need no file
 
 
@@ -115,14 +113,12 @@ def copy(target: Target, region: RegionID) -> Attributes:
 
 
 def _kept(target: Target, region: RegionID) -> int | None:
-    """The size of a region that was erased and is kept for a survey."""
-    for _ in range(_PATIENCE):
-        with target._lock:
-            size = target._kept.get(region)
-            if size is not None or not target._holds:
-                return size
-        time.sleep(0.01)  # calls that were inside when it was erased come to their end
-    return None
+    """The size of a region that was erased and is kept for a survey, once calls that were inside
+    it have come to their end."""
+    with target._lock:
+        while region in target._ending:
+            target._wait(True)
+        return target._kept.get(region)
 
 
 def _copied(target: Target, region: RegionID, size: int, source: Inode | None) -> Attributes:
