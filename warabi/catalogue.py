@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import random
 import sqlite3
@@ -33,6 +34,7 @@ from warabi.errors import (
     ConfigError,
     CorruptTarget,
     InvalidRegion,
+    StorageError,
     path_error,
 )
 from warabi.feed import ATTRIBUTES, CONTENT, ORIGIN, Feed
@@ -40,6 +42,8 @@ from warabi.inode import OWN, ROOT, Attributes, Inode
 from warabi.journal import Journal, Row, sync_directory, translate
 from warabi.region import RegionID
 from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
+
+log = logging.getLogger(__name__)
 
 _CACHED = 65536
 _FLUSH_AT = 16384
@@ -65,6 +69,8 @@ class Catalogue:
         self._cache: dict[int, Inode] = {}
         self.by_rid: dict[bytes, Inode] = {}
         self._dirty: dict[int, Inode] = {}
+        # Dirty inodes that cannot be stored: why, and whether a persist has to keep what is not.
+        self._unstored: dict[int, tuple[Exception, bool]] = {}
         self.change = 0  # counts changes
         self.feed = Feed()
         self.clock = Clock()
@@ -283,6 +289,9 @@ class Catalogue:
         self._cache.pop(inode.ino, None)
         self.by_rid.pop(inode.rid, None)
         self._dirty.pop(inode.ino, None)
+        if self._unstored:
+            self._unstored.pop(inode.ino, None)
+            self._dentries.withheld.discard(inode.ino)
         self._dentries.removed(inode.ino)
         if stat.S_ISREG(inode.mode):
             self.count -= 1
@@ -442,17 +451,90 @@ class Catalogue:
         self._journal.write(sql, (values,))
 
     def flush(self) -> None:
-        """Write dirty inodes and names into the open transaction."""
-        self._dentries.flush()
+        """Write dirty inodes and names into the open transaction.
+
+        What cannot be stored stays dirty, and keeps nothing else from being stored; see
+        :meth:`check_stored`.
+        """
         if self._dirty:
             self._flush_inodes(len(self._dirty))
+        self._dentries.flush()
 
     def _flush_inodes(self, most: int) -> None:
         inodes = list(itertools.islice(self._dirty.values(), most))
-        self._journal.write(UPSERT, [inode.row() for inode in inodes])
+        failed = self._journal.write_each(UPSERT, [inode.row() for inode in inodes])
         for inode in inodes:
             inode.stored = True
             del self._dirty[inode.ino]
+        if failed or self._unstored:
+            self._note_unstored(inodes, failed)
+
+    def _note_unstored(self, inodes: list[Inode], failed: dict[int, Exception]) -> None:
+        """After a flush of *inodes* that *failed* for some: mend those, or try again later."""
+        for position, inode in enumerate(inodes):
+            error = failed.get(position)
+            if error is not None and self._mend(inode, error):
+                error = None
+            if error is None:
+                self._unstored.pop(inode.ino, None)
+                self._dentries.withheld.discard(inode.ino)
+                continue
+            if inode.ino not in self._unstored:
+                if not self._unstored:  # others are likely to fail for the same reason
+                    log.error(
+                        "inode %d of %s cannot be stored; it is tried again",
+                        inode.ino, self.path, exc_info=error,
+                    )  # fmt: skip
+                row = self._db.execute("SELECT 1 FROM inode WHERE ino = ?", (inode.ino,)).fetchone()
+                if row is None:
+                    self._dentries.withheld.add(inode.ino)
+            missed = inode.changed > self._journal.committed
+            self._unstored[inode.ino] = (error, missed or self._misses(inode.ino))
+            self._dirty[inode.ino] = inode
+
+    def _misses(self, ino: int) -> bool:
+        return self._unstored.get(ino, (None, False))[1]
+
+    def _mend(self, inode: Inode, error: Exception) -> bool:
+        """Store *inode* with the nearest values that can be stored, if that is possible: without
+        them, what it names would be lost.  No operation lets other values in."""
+        before = inode.row()
+        row = domain.mended(before)
+        if row == before or self._journal.write_each(UPSERT, [row]):
+            return False
+        log.error(
+            "inode %d of %s had values that cannot be stored, %r; they became %r",
+            inode.ino, self.path, before, tuple(row), exc_info=error,
+        )  # fmt: skip
+        for column, value in zip(row._fields, row, strict=True):
+            setattr(inode, column, value)
+        return True
+
+    def is_durable(self, inode: Inode) -> bool:
+        """Whether the changes of *inode* and of its names, as far as they have to be kept, are on
+        the medium."""
+        return self._journal.is_synced(inode.changed) and not self._why_unstored(inode)
+
+    def _why_unstored(self, inode: Inode | None) -> Exception | None:
+        """Why *inode*, or None: any, is not stored, or a name of it; None if nothing keeps it."""
+        if not (self._unstored or self._dentries.failed):
+            return None
+        if inode is not None and self._misses(inode.ino):
+            return self._unstored[inode.ino][0]
+        causes = [(ino, error) for ino, error in self._dentries.failed.values()]
+        if inode is None:
+            causes += [(ino, error) for ino, (error, _) in self._unstored.items()]
+        return next((error for ino, error in causes if inode is None or ino == inode.ino), None)
+
+    def check_stored(self, inode: Inode | None = None) -> None:
+        """Raise ``StorageError`` when *inode*, or without one anything, could not be stored."""
+        error = self._why_unstored(inode)
+        if error is not None:
+            raise StorageError(
+                f"catalogue {self.path or 'in memory'}: {error!r} kept"
+                f" {'something' if inode is None else f'inode {inode.ino}'} from being stored; it"
+                " is kept in memory and tried again"
+            ) from error
 
     @property
     def uncommitted(self) -> bool:

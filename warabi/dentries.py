@@ -33,6 +33,10 @@ class Dentries:
         self._whole: set[int] = set()
         self.dirty: dict[tuple[int, bytes], None] = {}
         """The names whose rows are not up to date, longest first."""
+        self.failed: dict[tuple[int, bytes], tuple[int, Exception]] = {}
+        """Names among them that cannot be stored: the inode they are about, and why."""
+        self.withheld: set[int] = set()
+        """Inodes that have no row because it cannot be stored: their names have none either."""
 
     def get(self, parent: int, name: bytes) -> int | None:
         """The inode number that *name* means in directory *parent*, or None."""
@@ -82,17 +86,36 @@ class Dentries:
         gone: list[tuple[int, bytes]] = []
         keys = list(itertools.islice(self.dirty, most))
         for key in keys:
-            if ino := self._known[key]:
-                linked.append((*key, ino))
-            else:
+            if not (ino := self._known[key]):
                 gone.append(key)
+            elif ino not in self.withheld and key[0] not in self.withheld:
+                linked.append((*key, ino))
         # When one of these fails, both are done again: what they do twice is as if done once.
-        if gone:
-            self._journal.write("DELETE FROM dentry WHERE parent = ? AND name = ?", gone)
-        if linked:
-            self._journal.write("INSERT OR REPLACE INTO dentry VALUES(?, ?, ?)", linked)
+        delete = "DELETE FROM dentry WHERE parent = ? AND name = ?"
+        insert = "INSERT OR REPLACE INTO dentry VALUES(?, ?, ?)"
+        failed = {
+            gone[i]: (gone[i][0], e) for i, e in self._journal.write_each(delete, gone).items()
+        }
+        for i, error in self._journal.write_each(insert, linked).items():
+            parent, name, ino = linked[i]
+            failed[parent, name] = (ino, error)
         for key in keys:
             del self.dirty[key]
+        if self.failed or self.withheld or failed:
+            self._keep(keys, failed)
+
+    def _keep(
+        self, keys: list[tuple[int, bytes]], failed: dict[tuple[int, bytes], tuple[int, Exception]]
+    ) -> None:
+        """Have those of *keys* that were not written be written later, after all others."""
+        for key in keys:
+            if key in failed:
+                self.failed[key] = failed[key]
+            else:
+                self.failed.pop(key, None)
+            held = self._known[key] in self.withheld or key[0] in self.withheld
+            if key in failed or (held and self._known[key]):
+                self.dirty[key] = None
 
     def trim(self) -> None:
         """Drop what is known of some names when there are too many."""

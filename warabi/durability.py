@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from warabi import errors
 from warabi.backends import Storage
 from warabi.backends.base import Flush
 from warabi.backends.times import Times
 from warabi.catalogue import Catalogue
-from warabi.errors import TargetNotFound, WouldBlock
+from warabi.errors import StorageError, TargetNotFound, WouldBlock
 from warabi.gate import RegionGate
 from warabi.grants import Grants
 from warabi.inode import MOVED, PACKED, Inode
@@ -58,6 +59,7 @@ class DurableRegions(RegionGate):
         self._on_closing = on_closing
         self._on_close = on_close
         self._stop = threading.Event()
+        self._unforeseen = ""  # the last error of a commit that is no failure of the medium
         self._keeping = threading.Lock()  # taken before the target's, if both are
         if not catalogue.clean:
             self._recover()
@@ -85,12 +87,25 @@ class DurableRegions(RegionGate):
 
     @contextlib.contextmanager
     def _errors_translated(self) -> Iterator[None]:
-        """SQLite's errors as the library's, in a step that is to be tried again."""
+        """Any error as one of the library's, in a step that is to be tried again: whoever waits
+        for it is told so, for whatever reason it failed."""
         try:
             yield
+        except errors.Exception:
+            self._changed.set()
+            raise
         except sqlite3.Error as error:
             self._changed.set()
             raise translate(error, self._catalogue.path) from error
+        except Exception as error:
+            self._changed.set()
+            if repr(error) != self._unforeseen:
+                self._unforeseen = repr(error)
+                log.exception("commit of %s failed unexpectedly", self._catalogue.path)
+            raise StorageError(
+                f"commit of {self._catalogue.path} failed: {error!r}; the changes are kept and"
+                " tried again"
+            ) from error
 
     def _settle_all(self, *, thorough: bool = False) -> None:
         """Take over what others did to regions by themselves, with *thorough* also what may have
@@ -103,6 +118,12 @@ class DurableRegions(RegionGate):
         with self._kept_open():
             self._storage.persist_names()
             self._commit()
+            self._check_stored()
+
+    def _check_stored(self, inode: Inode | None = None) -> None:
+        """Raise if the last commit had to leave out *inode*, or without one anything."""
+        with self._lock:
+            self._catalogue.check_stored(inode)
 
     def _commit(self) -> None:
         """As :meth:`commit`, by a caller that keeps the target from closing, and does not mind
@@ -126,8 +147,9 @@ class DurableRegions(RegionGate):
         self._storage.persist(inode.rid, offset, size, times=kept)
         if times and not kept:
             self._commit_times(inode)
-        elif not self._catalogue.is_synced(inode.changed):
+        elif not self._catalogue.is_durable(inode):
             self._commit()
+            self._check_stored(inode)
         else:
             self._catalogue.check()
 
@@ -138,13 +160,14 @@ class DurableRegions(RegionGate):
             if not inode.dead:
                 self._catalogue.touch(inode, durable=True, tell=False)
         self._commit()
+        self._check_stored(inode)
         inode.kept = ctime
 
     @contextlib.contextmanager
     def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
         """As :meth:`_persist_inside` of the whole region, when it is one flush of a file, which is
         to be waited for within the block; raises ``WouldBlock`` when it is more."""
-        if not self._catalogue.is_synced(inode.changed):
+        if not self._catalogue.is_durable(inode):
             raise WouldBlock
         if times and not self._keep_times(inode, wait=False):
             raise WouldBlock
@@ -166,7 +189,7 @@ class DurableRegions(RegionGate):
             with self._lock:
                 if inode.share is not None:
                     inode.share.settle(inode)
-                if not self._catalogue.is_synced(inode.changed):
+                if not self._catalogue.is_durable(inode):
                     return False  # a commit is due, and has the times, too
                 times = Times(inode.mtime, inode.ctime)
             if times.ctime != inode.kept:
@@ -190,8 +213,10 @@ class DurableRegions(RegionGate):
                         self._grants.loosen_all()
                 raise
             self._commit()
+            self._check_stored()
 
     def _commit_regularly(self) -> None:
+        failure = ""
         while True:
             self._changed.wait()
             if self._stop.wait(COMMIT_INTERVAL):
@@ -202,10 +227,15 @@ class DurableRegions(RegionGate):
                 self.commit()
             except TargetNotFound:
                 return
-            except Exception:
-                log.exception(
-                    "commit of %s failed; the next persist will say so", self._catalogue.path
-                )
+            except Exception as error:
+                self._changed.set()
+                if str(error) != failure:  # it is tried again and again
+                    log.exception(
+                        "commit of %s failed; the next persist will say so", self._catalogue.path
+                    )
+                failure = str(error)
+            else:
+                failure = ""
 
     def _recover(self) -> None:
         """After a crash: drop bytes that no row mentions, believe the files' sizes.
@@ -300,6 +330,7 @@ class DurableRegions(RegionGate):
             self._commit()
             # Last, so that what the commit has freed does not come back either.
             self._storage.persist_all()
+            self._check_stored()
             clean = not self._freed
         finally:
             try:

@@ -14,6 +14,7 @@ from bytes that are no longer the region's.
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
 import sqlite3
@@ -87,7 +88,13 @@ class Checked:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self._catalogue.trim()
+            try:
+                self._catalogue.trim()
+            except builtins.Exception:
+                # What was asked for is done; what could not be written is kept, and the next
+                # commit tells why.
+                self._catalogue.restore()
+                self._changed.set()
         if not self._changed.is_set() and self._catalogue.uncommitted:
             self._changed.set()
         if isinstance(error, sqlite3.Error):

@@ -17,14 +17,24 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from warabi.errors import CorruptTarget, Exception, StorageError, StorageFull
+from warabi import errors
+from warabi.errors import CorruptTarget, StorageError, StorageFull
 
 Row = Sequence[int | str | bytes | None]
 
 _AHEAD = bytes(256 * 1024)
 
 
-def translate(error: sqlite3.Error, path: Path | None) -> Exception:
+_OF_THE_ROW = (
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
+"""Errors of SQLite that are about what is to be written, not about the database or its medium."""
+
+
+def translate(error: sqlite3.Error, path: Path | None) -> errors.Exception:
     """The library's exception for a failed catalogue statement."""
     name = getattr(error, "sqlite_errorname", "")
     text = f"catalogue {path or 'in memory'}: {error}"
@@ -67,11 +77,11 @@ class Journal:
         A sync of what does not grow is one flush; else the file system commits its own journal.
         SQLite begins the WAL anew, and lets it have its size, when it is 16 MiB long.
         """
-        size = os.lseek(self._wal, 0, os.SEEK_END)
-        if size > self._wal_size:
-            with contextlib.suppress(OSError):
-                size += os.pwrite(self._wal, _AHEAD, size)
-            self._wal_size = size
+        with contextlib.suppress(OSError):
+            size = os.lseek(self._wal, 0, os.SEEK_END)
+            if size > self._wal_size:
+                self._wal_size = size
+                self._wal_size += os.pwrite(self._wal, _AHEAD, size)
 
     def write(self, sql: str, rows: Sequence[Row]) -> None:
         """Do *sql* for each of *rows*, in the open transaction."""
@@ -79,8 +89,35 @@ class Journal:
             self._db.executemany(sql, rows)
             return
         self._begin()
-        self._db.executemany(sql, rows)
+        try:
+            self._db.executemany(sql, rows)
+        except BaseException:
+            if not self._open:
+                self.roll_back()  # a part of *rows*: there is nothing to commit
+            raise
         self._open.append((sql, rows))
+
+    def write_each(self, sql: str, rows: Sequence[Row]) -> dict[int, Exception]:
+        """As :meth:`write`; but rows that cannot be stored do not keep the others from being so.
+
+        Returns by their positions why some were not written.  Raises what is no row's fault.
+        """
+        if not rows:
+            return {}
+        try:
+            self.write(sql, rows)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, _OF_THE_ROW):
+                raise
+            if len(rows) == 1:
+                return {0: error}
+        else:
+            return {}
+        return {
+            position: error
+            for position, row in enumerate(rows)
+            for error in self.write_each(sql, (row,)).values()
+        }
 
     def _begin(self) -> None:
         if self._db.in_transaction:
@@ -101,7 +138,7 @@ class Journal:
     def restore(self) -> None:
         """Do again what SQLite has rolled back, if it lets us now; else a later call does."""
         if self._open:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(Exception):
                 self._begin()
 
     @property
@@ -122,10 +159,11 @@ class Journal:
             self._begin()
             try:
                 self._db.execute("COMMIT")
-            except sqlite3.Error:
+            except BaseException:
                 self.restore()
                 raise
             self._open.clear()
+            self.committed = change
             if self._wal >= 0:
                 self._go_ahead()
         self.committed = change

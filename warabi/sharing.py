@@ -73,7 +73,7 @@ class SharedRegions(DurableRegions):
         if (
             share is not None
             and share.grants is self._grants
-            and self._catalogue.is_synced(inode.changed)
+            and self._catalogue.is_durable(inode)
             and self._storage.firm(inode.rid)
         ):
             self._grants.fasten(share)

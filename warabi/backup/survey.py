@@ -55,6 +55,8 @@ def _pinned(target: Target) -> Inode:
 def _entries(target: Target) -> Iterator[Entry]:
     """Every entry: a directory before what is in it; the guard is held."""
     catalogue = target._catalogue
+    catalogue.flush()
+    catalogue.check_stored()  # or it would be missing
     pending = [(b"", target.namespace._get(ROOT).attributes())]
     while pending:
         path, directory = pending.pop()

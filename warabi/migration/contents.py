@@ -67,6 +67,7 @@ def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:
     with target._guard.lock, target._guard.checked:
         try:
             target._catalogue.flush()
+            target._catalogue.check_stored()  # or it would be missing
             return target._catalogue._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise translate(error, target._catalogue.path) from error
