@@ -46,7 +46,7 @@ def test_commas_between_quotes_separate_nothing() -> None:
     [
         "uid=nobody-of-that-name", "uid=4294967295", "uid=-1", "uid=", "gid=x y", "gid=99999999999",
         "umask=8", "umask=1777", "umask=rwx", "umask=", "uid", "reconnect=-1", "reconnect=x",
-        "user_id=0",
+        "user_id=0", "size", "size=", "size=5x", "size=-1", "size=101%", "size=1.5g", "size=50 %",
     ],
 )  # fmt: skip
 def test_bad_values_are_refused(option: str) -> None:
@@ -58,3 +58,14 @@ def test_owners_by_name_and_number() -> None:
     options = parse_options(["uid=root,gid=12,umask=0022"], root=True)
     assert options.shown == Shown(0, 12, 0o022)
     assert not parse_options(["rw"], root=True).shown
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("8k", 8 << 10), ("3M", 3 << 20), ("2g", 2 << 30), ("1t", 1 << 40),
+     ("25%", 250), ("100%", 1000), ("0", 0)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    found = parse_options([f"size={text}"], root=True).size
+    assert found is not None
+    assert found(1000) == size

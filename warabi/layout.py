@@ -72,9 +72,13 @@ def _plan(target: FileTarget | PmemTarget) -> _Plan:
     return _file_plan(target.config)
 
 
-def open_memory(config: MemoryConfig) -> Target:
-    """An empty target in memory."""
-    return Target(Catalogue(None), MemoryStorage(), capacity=config.capacity)
+def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
+    """An empty target in memory.
+
+    *limit* is how many bytes of memory its regions may take, holes not counted; without it as many
+    as the machine can give.  The configuration's ``capacity`` counts sizes.
+    """
+    return Target(Catalogue(None), MemoryStorage(limit), capacity=config.capacity)
 
 
 def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:

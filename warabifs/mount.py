@@ -26,6 +26,7 @@ import trio
 
 import warabi
 from warabi import aio, layout, loop_watchdog, lull, reconnect
+from warabi.backends.memory_budget import physical_memory
 from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.security import config_of
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
         source = parse_source(parsed.source, create=options.create)
         if options.passthrough and not source.embedded:
             raise ConfigError("option passthrough: only for embedded targets, memory: or file:")
+        if options.size is not None and (source.path is not None or not source.embedded):
+            raise ConfigError("option size: only for memory:")
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
         if parsed.fake:
@@ -276,7 +279,7 @@ def _serve_and_persist(
         config = FileConfig(path=str(source.path), create_if_missing=options.create)
         local = layout.open_file(config, patience=_PATIENCE)
     elif source.embedded:
-        local = layout.open_memory(MemoryConfig())
+        local = layout.open_memory(MemoryConfig(), limit=_limit(options))
     # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
     gc.set_threshold(10_000)
     try:
@@ -289,6 +292,13 @@ def _serve_and_persist(
             local.close()
     if failure is not None:
         raise failure
+
+
+def _limit(options: Options) -> int | None:
+    """Bytes of memory that the files of a ``memory:`` mount may take: half of it, as tmpfs has it,
+    unless something else was asked for; 0 is as much as there is."""
+    memory = physical_memory()
+    return (memory // 2 if options.size is None else options.size(memory)) or None
 
 
 @asynccontextmanager

@@ -31,6 +31,7 @@ class Options:
     exclusive: bool = False
     passthrough: bool = False
     allow_other: bool = False
+    size: Callable[[int], int] | None = None  # of the bytes of memory that there are
     fsname: str = ""
     log_file: str = ""
     security: dict[str, str] = field(default_factory=dict)  # as warabi.security.config_of takes it
@@ -115,10 +116,29 @@ def _umask(options: Options, text: str) -> None:
     options.shown.umask = int(text, 8)
 
 
+def _size(options: Options, text: str) -> None:
+    found = re.fullmatch("([0-9]{1,20})([kmgtKMGT%]?)", text)
+    if not found or (found[2] == "%" and int(found[1]) > 100):
+        raise ConfigError(
+            f"option size={text}: expected bytes, with k, m, g or t behind them or not, or 0% to"
+            " 100% of the memory"
+        )
+    number, unit = int(found[1]), found[2].lower()
+    if unit == "%":
+        options.size = lambda memory: memory * number // 100
+    else:
+        size = number << 10 * " kmgt".index(unit or " ")
+        options.size = lambda memory: size
+
+
 OPTIONS: dict[str, _Option] = {
     "ro": _Option(_flag("read_only", True), "refuse every change"),
     "rw": _Option(_flag("read_only", False), "allow changes (default)"),
     "nocreate": _Option(_flag("create", False), "file: sources: refuse a target that is missing"),
+    "size": _Option(
+        _size, "memory: sources: bytes of memory that files may take (k, m, g, t behind them), or a"
+        " part of the memory (default 50%; 0: as much as there is)", "BYTES|N%",
+    ),
     "provider_id": _Option(_provider_id, "which provider of the engine (default 0)", "N"),
     "timeout": _Option(
         _seconds("timeout"), "seconds after which an unanswered request fails (default 60)", "S"

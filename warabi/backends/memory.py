@@ -15,12 +15,14 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Place, Storage
-from warabi.backends.own import Own, Spare, machine_memory
+from warabi.backends.memory_budget import Budget
+from warabi.backends.own import Own, Spare
 from warabi.backends.populated import Populated
 from warabi.fileio import copy_file, pread_full
 from warabi.region import RegionID
@@ -34,13 +36,15 @@ _SMALLEST = 64
 _COPY = 1024 * 1024
 _STEP = 32 * 1024 * 1024  # bytes that are given back at once
 _SPARE_DESCRIPTORS = 256
+_ROW = 1024
+"""Bytes that a region takes besides its own, about."""
 _MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of all kinds
 
 
 class _Segment:
     """A mapped memfd cut into slots of one size."""
 
-    __slots__ = ("_memory", "free", "fresh", "number", "slot_size", "view")
+    __slots__ = ("__weakref__", "_memory", "free", "fresh", "number", "slot_size", "view")
 
     def __init__(self, slot_size: int, number: int) -> None:
         self.slot_size = slot_size
@@ -62,6 +66,11 @@ class _Segment:
     @property
     def empty(self) -> bool:
         return len(self.free) * self.slot_size == self.fresh
+
+    @property
+    def taken(self) -> int:
+        """Bytes of memory that it takes."""
+        return os.fstat(self.fd).st_blocks * 512
 
     def take(self) -> int:
         """The offset of a free slot; the segment is not full."""
@@ -132,11 +141,16 @@ class _Fresh(Fresh):
 
 
 class MemoryStorage(Storage):
-    """Regions that last as long as their process."""
+    """Regions that last as long as their process.
+
+    Args:
+        limit: bytes of memory that they may take, holes not counted; None for what the machine and
+            the control groups of this process can give, less a reserve.
+    """
 
     blocking: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self._regions: dict[bytes, _Slot | Own] = {}
         # Guards the slots' book-keeping; the bytes of a region need no lock (see Storage).
         self._lock = threading.Lock()
@@ -144,12 +158,56 @@ class MemoryStorage(Storage):
         self._numbers = itertools.count(1)
         self._own = 0  # large regions
         self._spare = Spare()
-        limit = _descriptor_limit()
-        self._most_mappings = min(_MAPPINGS, limit // 8)
+        descriptors = _descriptor_limit()
+        self._most_mappings = min(_MAPPINGS, descriptors // 8)
         self._mappings: dict[Own, None] = {}  # the oldest first; each takes a descriptor, too
-        self._own_limit = max(64, limit - _SPARE_DESCRIPTORS - self._most_mappings)
+        self._own_limit = max(64, descriptors - _SPARE_DESCRIPTORS - self._most_mappings)
+        self._segments: weakref.WeakSet[_Segment] = weakref.WeakSet()
+        self._taken = 0  # by large regions, as far as they were looked at
+        self._unsure: set[Own] = set()  # those that may take more by now
+        self._lent: set[Own] = set()  # those that others may fill without asking
+        self._budget = Budget(limit, self._used, self._promised, self._relieve)
+
+    def _used(self) -> int:
+        """Bytes of memory that everything takes, but for what is being written."""
+        for own in [*self._unsure]:
+            with self._lock:
+                if own in self._unsure:  # it was not freed meanwhile
+                    self._unsure.discard(own)
+                    self._taken += own.look()
+        segments = sum(segment.taken for segment in [*self._segments])
+        return self._taken + segments + self._spare.size + len(self._regions) * _ROW
+
+    def _promised(self) -> int:
+        """Bytes of memory that others may still fill without asking."""
+        promised = 0
+        for own in [*self._lent]:
+            with self._lock:
+                if own not in self._lent:  # it was freed meanwhile
+                    continue
+                self._taken += own.look()
+                if (rest := own.size - own.taken) > 0:
+                    promised += rest
+                else:
+                    self._lent.discard(own)
+        return promised
+
+    def _relieve(self) -> None:
+        with self._lock:
+            self._spare.clear()
+
+    def _promise(self, item: _Slot | Own) -> bool:
+        """Whether others may fill what a region has of holes without asking: it fits."""
+        if isinstance(item, Own) and item.filled < item.size and item not in self._lent:
+            try:
+                self._budget.charge(item.size - item.filled)
+            except errors.StorageFull:
+                return False
+            self._lent.add(item)
+        return True
 
     def create(self, rid: RegionID, size: int) -> None:
+        self._budget.charge(_ROW + (self._slot_size(size) if size < OWN_DESCRIPTOR else 0))
         with self._lock:
             self._regions[rid] = self._allocate(size)
 
@@ -169,18 +227,20 @@ class MemoryStorage(Storage):
             if own is None:
                 return None
             try:
+                self._budget.charge(_ROW + size)
                 fill(own)
             except BaseException:
                 own.discard()
                 raise
-        except OSError:
-            return None  # new memory will do
+        except (OSError, errors.StorageFull):
+            return None  # new memory will do, or say that there is none
         return _Fresh(self, own)
 
     def _put(self, rid: RegionID, own: Own) -> None:
         with self._lock:
             self._regions[rid] = own
             self._own += 1
+            self._unsure.add(own)
             self._note_mapped(own)
 
     def _allocate(self, size: int) -> _Slot | Own:
@@ -199,18 +259,24 @@ class MemoryStorage(Storage):
             raise errors.from_os(error, f"memory region of {size} bytes") from error
 
     def _allocate_slot(self, size: int) -> _Slot:
-        slot_size = max(_SMALLEST, 1 << (size - 1).bit_length()) if size else 0
+        slot_size = self._slot_size(size)
         segments = self._open.setdefault(slot_size, [])
         if not segments:
             segments.append(_Segment(slot_size, next(self._numbers)))
+            self._segments.add(segments[-1])
         segment = segments[-1]
         slot = _Slot(segment, segment.take(), size)
         if segment.full:
             segments.pop()
         return slot
 
+    @staticmethod
+    def _slot_size(size: int) -> int:
+        return max(_SMALLEST, 1 << (size - 1).bit_length()) if size else 0
+
     def _free(self, item: _Slot | Own) -> None:
         if isinstance(item, Own):
+            self._forget(item)
             self._own -= 1
             self._mappings.pop(item, None)
             item.mapping = None
@@ -228,16 +294,27 @@ class MemoryStorage(Storage):
         if segment.empty and len(segments) > 1:
             segments.remove(segment)  # not the last of its size: its memory goes back
 
+    def _forget(self, item: Own) -> None:
+        """Count the memory of a large region no more; the lock is held."""
+        self._taken -= item.taken
+        item.taken = 0
+        self._unsure.discard(item)
+        self._lent.discard(item)
+
     def erase(self, rid: RegionID) -> None:
         with self._lock:
             self._free(self._regions.pop(rid))
 
     def resize(self, rid: RegionID, size: int) -> None:
+        if self.moves(rid, size):
+            self._charge_move(rid, size)
         self._shrink_long(rid, size)
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, Own):
                 # Never back to a slot: a region that shrinks is about to grow again.
+                if size < item.size:
+                    self._unsure.add(item)
                 try:
                     item.resize(size)
                 except OSError as error:
@@ -259,8 +336,10 @@ class MemoryStorage(Storage):
             if isinstance(item, _Slot) or item.size - size <= _STEP:
                 return
             self._unmap(item)
+            self._unsure.add(item)
         try:
-            for end in range(item.size - _STEP, size, -_STEP):
+            step = max(_STEP, (item.size - size) // 1000)  # most of what is so long is a hole
+            for end in range(item.size - step, size, -step):
                 item.resize(end)
         except OSError as error:
             raise errors.from_os(error, f"resize to {size} bytes") from error
@@ -270,7 +349,11 @@ class MemoryStorage(Storage):
         source, target = self._regions[rid], self._regions[copy]
         try:
             if isinstance(source, Own) and isinstance(target, Own):
-                copy_file(source.fd, target.fd, size)
+                self._budget.charge(min(size, os.fstat(source.fd).st_blocks * 512))
+                try:
+                    copy_file(source.fd, target.fd, size)
+                finally:
+                    self._unsure.add(target)
             else:
                 for start in range(0, size, _COPY):
                     piece = memoryview(bytearray(min(_COPY, size - start)))
@@ -318,10 +401,18 @@ class MemoryStorage(Storage):
         self._mappings.pop(item, None)
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        item = self._regions[rid]
+        charged = None
+        if isinstance(item, Own) and offset + len(data) > item.filled:
+            charged = item
+            self._budget.charge(item.missing(offset, len(data)))
         try:
-            _write(self._regions[rid], offset, data)
+            _write(item, offset, data)
         except OSError as error:
             raise errors.from_os(error, f"write of {len(data)} bytes") from error
+        finally:
+            if charged is not None:
+                self._unsure.add(charged)
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
         item = self._regions[rid]
@@ -350,6 +441,7 @@ class MemoryStorage(Storage):
             item.size = size
             if isinstance(item, Own):
                 item.extent = size
+                self._unsure.add(item)
 
     def persist_names(self) -> None:
         """Memory is as durable as it gets."""
@@ -364,7 +456,13 @@ class MemoryStorage(Storage):
         item = self._regions[rid]
         return isinstance(item, _Slot) and size > item.segment.slot_size
 
+    def _charge_move(self, rid: RegionID, size: int) -> None:
+        """Before a region's bytes get another place; not with the lock, which a look takes."""
+        kept = min(size, self._regions[rid].size)
+        self._budget.charge(kept if size >= OWN_DESCRIPTOR else self._slot_size(size))
+
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        self._charge_move(rid, size)
         with self._lock:
             item = self._regions[rid]
             self._move(rid, size)
@@ -377,8 +475,11 @@ class MemoryStorage(Storage):
 
     def _move(self, rid: RegionID, size: int) -> None:
         """Copy a region to a new place of *size* bytes; the old one is not freed."""
-        item, fresh = self._regions[rid], self._allocate(size)
+        item = self._regions[rid]
         kept = min(size, item.size)
+        fresh = self._allocate(size)
+        if isinstance(fresh, Own):
+            self._unsure.add(fresh)
         for start in range(0, kept, _COPY):
             piece = memoryview(bytearray(min(_COPY, kept - start)))
             _read(item, start, piece)
@@ -386,6 +487,8 @@ class MemoryStorage(Storage):
         self._regions[rid] = fresh
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+        if writable and not self._promise(self._regions[rid]):
+            return None
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, Own):
@@ -413,8 +516,9 @@ class MemoryStorage(Storage):
         return True
 
     def room(self) -> tuple[int, int]:
-        total, available = machine_memory()
-        return total, available + self._spare.size  # which is given back when little is left
+        total, available = self._budget.room()
+        # What is spare is given back when little is left.
+        return total, min(total, available + self._spare.size)
 
     def scan(self) -> Iterator[tuple[RegionID, int]]:
         return ((RegionID(rid), item.size) for rid, item in list(self._regions.items()))
@@ -426,6 +530,8 @@ class MemoryStorage(Storage):
                     os.close(item.fd)
             self._regions.clear()
             self._spare.clear()
+            self._unsure.clear()
+            self._lent.clear()
             self._mappings.clear()
             self._open.clear()
 

@@ -22,6 +22,7 @@ import time
 import weakref
 
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS
+from warabi.backends.memory_budget import PAGE, machine_memory
 from warabi.backends.populated import Populated
 from warabi.fileio import pread_full, punch, pwrite_full
 from warabi.shared_memory import Mapping, copy
@@ -54,10 +55,12 @@ class Own:
         holder: who was given a descriptor: the only guest, or ``STRANGERS``; ``THIS_PROCESS`` if
             it is known to nobody else.
         warm: a mapping by which memory that is used again is filled, and nothing else is done.
+        taken: bytes of memory that it was last seen to take.
     """
 
     __slots__ = (
-        "_mappings", "extent", "fd", "filled", "holder", "mapping", "sealed", "size", "warm",
+        "_mappings", "extent", "fd", "filled", "holder", "mapping", "sealed", "size", "taken",
+        "warm",
     )  # fmt: skip
 
     def __init__(self, size: int) -> None:
@@ -65,6 +68,7 @@ class Own:
         self.size = self.extent = size
         self.sealed = False
         self.filled = 0
+        self.taken = 0
         self.holder = THIS_PROCESS
         self.mapping: Populated | None = None
         self.warm: Mapping | None = None
@@ -99,6 +103,17 @@ class Own:
         self.mapping = Populated(self.fd, self.size, writable=True)
         self._mappings = [*filter(_alive, self._mappings), weakref.ref(self.mapping.memory)]
         return self.mapping
+
+    def look(self) -> int:
+        """By how many bytes it takes more memory, or less, than when it was last looked at."""
+        before, self.taken = self.taken, os.fstat(self.fd).st_blocks * 512
+        return self.taken - before
+
+    def missing(self, offset: int, size: int) -> int:
+        """How many bytes of memory a write takes, at most."""
+        if (new := offset + size - max(offset, self.filled)) <= 0:
+            return 0
+        return (new + PAGE - 1) & -PAGE
 
     @property
     def seen(self) -> bool:
@@ -162,13 +177,6 @@ class Own:
 
 def _alive(mapping: weakref.ref[mmap.mmap]) -> bool:
     return mapping() is not None
-
-
-def machine_memory() -> tuple[int, int]:
-    """Total and available bytes of this machine's memory, swap space included."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-    return info["MemTotal"] + info["SwapTotal"], info["MemAvailable"] + info["SwapFree"]
 
 
 class Spare:
