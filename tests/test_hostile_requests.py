@@ -35,7 +35,7 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 
 
-def _valid(operation: Operation, region: bytes) -> list[Any]:
+def valid_arguments(operation: Operation, region: bytes) -> list[Any]:
     """Arguments that the operation takes."""
     values = {
         forms.REGION: region, forms.INTEGER: 1, forms.OPTIONAL_INTEGER: None, forms.FLAG: False,
@@ -46,7 +46,7 @@ def _valid(operation: Operation, region: bytes) -> list[Any]:
 
 def _requests(operation: Operation, region: bytes) -> Iterator[Any]:
     yield from ([], None, {}, 5, b"", _NESTED, [_NESTED] * 3)
-    valid = _valid(operation, region)
+    valid = valid_arguments(operation, region)
     yield valid
     yield [*valid, None]
     for place in range(len(valid)):

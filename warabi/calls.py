@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from warabi.answers import RegionStat
 from warabi.backends.base import Flush
 from warabi.backup.graft import adopt, graft
 from warabi.backup.survey import copy, survey
@@ -17,11 +16,6 @@ from warabi.operations import OPERATIONS, PAGE, Served
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.verify import summed, update, verify
-
-
-def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
-    found = target.stat(region)
-    return found._replace(names=found.names[:PAGE])
 
 
 def _names(method: str) -> Callable[..., Any]:
@@ -45,7 +39,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "erase": Target.erase,
     "resize": Target.resize,
     "size": Target.size,
-    "stat": _stat_with_some_names,
+    "stat": lambda target, region: target.stat(region, PAGE),
     "list": lambda target, after, limit: target.list(after, min(limit, PAGE)),
     "persist": Target.persist,
     "write_vector": lambda target, region, packed, persist, data: target.write_vector(

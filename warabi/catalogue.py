@@ -46,7 +46,7 @@ from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
 log = logging.getLogger(__name__)
 
 _CACHED = 65536
-_FLUSH_AT = 16384
+_FLUSH_AT = 4096  # what is left for a commit, which keeps everybody waiting, too
 _FLUSH = 256  # so many at a time, for it keeps everybody waiting
 
 
@@ -349,9 +349,9 @@ class Catalogue:
             self.unlink(parent, name)
         return [parent for parent, _ in names]
 
-    def names(self, inode: Inode) -> list[tuple[int, bytes]]:
-        """Every (parent, name) that means *inode*."""
-        return [] if inode.anonymous else self._dentries.of(inode.ino)
+    def names(self, inode: Inode, most: int = -1) -> list[tuple[int, bytes]]:
+        """Every (parent, name) that means *inode*, or *most* of them."""
+        return [] if inode.anonymous else self._dentries.of(inode.ino, most)
 
     def has_entries(self, ino: int) -> bool:
         return self._dentries.any_in(ino)

@@ -65,11 +65,12 @@ class Dentries:
         self._known[key] = ino or _ABSENT
         self.dirty[key] = None
 
-    def of(self, ino: int) -> list[tuple[int, bytes]]:
-        """Every (parent, name) that means *ino*."""
+    def of(self, ino: int, most: int = -1) -> list[tuple[int, bytes]]:
+        """Every (parent, name) that means *ino*, or the first *most* of them."""
         self.flush()
         return self._db.execute(
-            "SELECT parent, name FROM dentry WHERE ino = ? ORDER BY parent, name", (ino,)
+            "SELECT parent, name FROM dentry WHERE ino = ? ORDER BY parent, name LIMIT ?",
+            (ino, most),
         ).fetchall()
 
     def any_in(self, ino: int) -> bool:

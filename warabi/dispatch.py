@@ -59,7 +59,13 @@ async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -
 def off_loop(target: Target, name: str) -> bool:
     """Whether the operation *name* must not run in an event loop's own thread."""
     operation = OPERATIONS[name]
-    return operation.long or (operation.waits and target.blocking)
+    return operation.long or target.occupied or (operation.waits and target.blocking)
+
+
+def _check_free(target: Target) -> None:
+    """Raise ``WouldBlock`` while a worker thread has the target for itself."""
+    if target.occupied:
+        raise WouldBlock
 
 
 async def execute(
@@ -78,7 +84,7 @@ async def execute(
             if not wait:
                 raise
         return await _in_thread(target, call, target, *arguments)
-    if name in FLUSHING:
+    if name in FLUSHING and not target.occupied:
         with suppress(WouldBlock):
             async with limited(_limiter(target)):
                 with FLUSHING[name](target, *arguments) as flush:
@@ -90,6 +96,8 @@ async def execute(
 def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
     """Whether the upload *name* is known to wait for the medium."""
     operation = OPERATIONS[name]
+    if target.occupied:
+        return True
     if operation.waits:
         return target.blocking
     persist = bool(arguments[operation.position["persist"]])
@@ -102,6 +110,7 @@ async def write(
 ) -> None:  # fmt: skip
     """As ``Target.write``."""
     try:
+        _check_free(target)
         target.write(region, offset, data, extend=extend, wait=not target.blocking)
     except WouldBlock:
         if not wait:
@@ -116,6 +125,7 @@ async def append(
 ) -> int:
     """As ``Target.append``."""
     try:
+        _check_free(target)
         offset = target.append(region, data, wait=not target.blocking)
     except WouldBlock:
         if not wait:
@@ -133,6 +143,7 @@ async def read_into(
 ) -> int:  # fmt: skip
     """As ``Target.read_into``."""
     try:
+        _check_free(target)
         return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
     except WouldBlock:
         if not wait:
@@ -144,7 +155,7 @@ async def read_into(
 
 async def write_vector(target: Target, region: RegionID, extents: list[Extent], data: Any) -> None:
     """As ``Target.write_vector``."""
-    if not target.blocking:
+    if not (target.blocking or target.occupied):
         with suppress(WouldBlock):
             target.write_vector(region, extents, data)
             return
@@ -156,7 +167,7 @@ async def read_vector(
     *, wait: bool = True,
 ) -> None:  # fmt: skip
     """As ``Target.read_vector``."""
-    if not target.blocking:
+    if not (target.blocking or target.occupied):
         with suppress(WouldBlock):
             target.read_vector(region, extents, place)
             return

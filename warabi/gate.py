@@ -126,6 +126,8 @@ class Loan:
     def __enter__(self) -> Loan:
         region, offset, size, writable = self._wanted
         gate = self._gate
+        if gate.occupied:
+            return self
         try:
             self._inode = gate._enter(region, "lend", False)
         except (Exception, WouldBlock):
@@ -180,6 +182,8 @@ class RegionGate:
         self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
         self._ending: set[RegionID] = set()  # of those, the ones that calls are still inside
+        self.occupied = False
+        """Whether a worker thread holds the lock for long; event loops leave the target alone."""
         self._pid = os.getpid()
         forks.register(self)
 

@@ -150,10 +150,15 @@ class Namespace(Tree):
             raise path_error(errno.EISDIR, f"{path!r}: the root directory")
         return self.resolve(os.fsdecode(b"/".join(parts[:-1]))).ino, parts[-1]
 
-    def paths(self, inode: Inode) -> list[str]:
-        """Every path of an inode, from the root; the guard is held."""
-        return [os.fsdecode(self._path(parent) + b"/" + name)
-                for parent, name in self._catalogue.names(inode)]  # fmt: skip
+    def paths(self, inode: Inode, most: int = -1) -> list[str]:
+        """Paths of an inode from the root, *most* of them or all; the guard is held."""
+        above: dict[int, bytes] = {}
+        found = []
+        for parent, name in self._catalogue.names(inode, most):
+            if parent not in above:
+                above[parent] = self._path(parent)
+            found.append(os.fsdecode(above[parent] + b"/" + name))
+        return found
 
     def _path(self, ino: int) -> bytes:
         names: list[bytes] = []

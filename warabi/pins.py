@@ -46,7 +46,11 @@ class Pins:
         """
         for number, ((provider_id, ino), count) in enumerate(self._held.items()):
             try:
-                find(provider_id).target.namespace.unpin(ino, count)
+                core = find(provider_id)
+                if core.occupancy.busy:
+                    with trio.CancelScope(shield=True):
+                        await core.occupancy.wait_free()
+                core.target.namespace.unpin(ino, count)
             except errors.Exception as error:
                 log.debug("unpin of inode %d: %s", ino, error)
             if number % _TURN == _TURN - 1:

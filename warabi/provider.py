@@ -12,6 +12,7 @@ from warabi import errors, forks
 from warabi.config import ProviderConfig
 from warabi.local_access import LocalAccess
 from warabi.migration.changes import ChangeGate
+from warabi.occupancy import Occupancy
 from warabi.target import Target
 from warabi.transfer import DefaultTransfers, Transfers
 
@@ -33,6 +34,7 @@ class ProviderCore:
         abandoned: set when the last reference to the ``Provider`` object is gone.
         config: its effective configuration, whose target is the one that it has now.
         changes: the gate that every change of the target passes.
+        occupancy: whether an operation has the target for itself.
         sending: the latest migration of its target away, under way or ended.
         receiving: the migration that brings it a target, while it is under way.
         connect: a connection to an engine, for a migration alone.
@@ -49,6 +51,7 @@ class ProviderCore:
         self.abandoned = False
         self.config = ProviderConfig()
         self.changes = ChangeGate()
+        self.occupancy = Occupancy()
         self.sending: Sending | None = None
         self.receiving: Receiving | None = None
         self.connect: Callable[[str], Connection] | None = None

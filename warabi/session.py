@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import trio
@@ -229,7 +230,7 @@ class Session:
         elif operation.payload is Payload.UPLOAD:
             await self._upload(request, nursery)
         elif operation.payload is Payload.DOWNLOAD:
-            await self._start(request, False, nursery, self._download)
+            await self._start(request, request.target.occupied, nursery, self._download)
         else:
             elsewhere = dispatch.off_loop(request.target, name)
             await self._start(request, elsewhere, nursery, self._operate)
@@ -257,6 +258,7 @@ class Session:
             checked[0] = checked[0] and not self._peer.read_only
         if self._host is None:
             return await self._reply(number, None)
+        await core.occupancy.wait_free()
         target = core.target
         if name == "make" and not core.changes.enter_nowait():
             return await self._reply(number, None)  # an ordinary request waits
@@ -345,6 +347,9 @@ class Session:
                 await request.core.changes.enter()
                 request.entered = True
                 request.target = request.core.target  # it may have gone meanwhile
+            if request.target.occupied:
+                await request.core.occupancy.wait_free()
+                request.target = request.core.target
             await work(request)
         except WouldBlock:
             leave = False
@@ -367,9 +372,11 @@ class Session:
         operation = OPERATIONS[request.name]
         if request.name == "unpin":
             self._pins.check(request.core.provider_id, *request.arguments)
-        result = await dispatch.execute(
-            request.target, request.name, request.arguments, wait=request.beside
-        )
+        held = operation.exclusive
+        with request.core.occupancy.hold(request.target) if held else nullcontext():
+            result = await dispatch.execute(
+                request.target, request.name, request.arguments, wait=request.beside
+            )
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)
@@ -378,7 +385,11 @@ class Session:
 
     async def _upload(self, request: Request, nursery: trio.Nursery) -> None:
         transfers = request.core.transfers
-        if not request.payload:
+        if request.payload and request.target.occupied:
+            own = memoryview(bytearray(request.payload))
+            await self._channel.fill(own, transfers.patience)
+            await self._start(request, True, nursery, lambda r: self._store(r, own))
+        elif not request.payload:
             data = request.eager or b""
             beside = dispatch.waits(request.target, request.name, request.arguments)
             await self._start(request, beside, nursery, lambda r: self._store(r, data))

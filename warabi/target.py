@@ -430,14 +430,14 @@ class Target(MadeRegions):
         with self._lock:
             return self._find(region, "size").size
 
-    def stat(self, region: RegionID) -> RegionStat:
-        """Size, times and names of a region."""
+    def stat(self, region: RegionID, names: int = -1) -> RegionStat:
+        """Size, times and names of a region; *names* of these, or all."""
         with self._guard.lock, self._guard.checked:
             inode = self._find(region, "stat")
             found = inode.attributes()
             return RegionStat(
                 found.size, found.atime_ns, found.mtime_ns, found.ctime_ns,
-                self.namespace.paths(inode),
+                self.namespace.paths(inode, names),
             )  # fmt: skip
 
     def list(self, after: RegionID | None = None, limit: int = 1000) -> list[RegionID]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
@@ -23,6 +23,12 @@ CHUNK = 8 * 1024 * 1024
 
 
 _LARGEST = 64 * 1024 * 1024  # bytes of an entry, which are mostly its extended attributes
+
+
+class Readable(Protocol):
+    """What entries can be read from."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class Entry(NamedTuple):
@@ -123,7 +129,7 @@ def unpack(data: bytes) -> Entry:
         raise BadArchive(f"not an entry: {error}") from None
 
 
-def unpack_all(file: IO[bytes]) -> Iterator[Entry]:
+def unpack_all(file: Readable) -> Iterator[Entry]:
     """Every entry in *file*; raises ``BadArchive``."""
     unpacker = msgpack.Unpacker(file, max_buffer_size=_LARGEST)
     try:

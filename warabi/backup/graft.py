@@ -14,7 +14,7 @@ from typing import IO
 
 from warabi.backup.entries import CHUNK, Entry, unpack_all
 from warabi.buffers import checked_size
-from warabi.errors import BadArchive, path_error
+from warabi.errors import BadArchive, TargetBusy, path_error
 from warabi.inode import ROOT, Attributes, Inode
 from warabi.region import RegionID
 from warabi.target import Target
@@ -30,6 +30,7 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
 
     Raises:
         InvalidRegion: the target has the region, or something else in its slot.
+        TargetBusy: the target had the region, and an export that goes on may still want it.
         StorageFull: as for ``create``.
     """
     size = checked_size(size, "adopt: size")
@@ -37,6 +38,8 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
         target.commit()  # the bytes of an import that failed may still be in the way
     with target._guard.lock, target._guard.checked:
         wanted = None if region == _NOTHING else region
+        if any(wanted == freed for _, freed, _ in target._freed):
+            raise TargetBusy(f"adopt: the bytes of {region!r} are still kept for an export")
         inode = target.new_region(0o600, None, None, size, rid=wanted)
         inode.pins = 1
         return inode.attributes()
@@ -54,12 +57,28 @@ def graft(target: Target, listing: RegionID) -> int:
         BadArchive: the entries make no sense.
     """
     with tempfile.SpooledTemporaryFile(CHUNK) as spool:
-        size = target.size(listing)
-        for offset in range(0, size, CHUNK):
-            spool.write(target.read(listing, offset, min(CHUNK, size - offset)))
+        # Only what is an entry takes room: a listing may be a hole of any size.
+        for entry in unpack_all(_Listing(target, listing)):
+            spool.write(entry.pack())
         spool.seek(0)
         with target._guard.lock, target._guard.checked:
             return _Graft(target).run(spool)
+
+
+class _Listing:
+    """The bytes of a region, to be read one after the other."""
+
+    def __init__(self, target: Target, region: RegionID) -> None:
+        self._target = target
+        self._region = region
+        self._offset = 0
+        self._size = target.size(region)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, up to *size*; none at the end."""
+        data = self._target.read(self._region, self._offset, min(size, self._size - self._offset))
+        self._offset += len(data)
+        return data
 
 
 class _Graft:
