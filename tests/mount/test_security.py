@@ -110,7 +110,7 @@ def test_reading_only(secured: tuple[dict[str, Any], list[str]], place: Path, ho
         options = [option.replace("/token", "/reading") for option in options]
     else:
         options = [*options, "ro"]
-    shown = json.dumps({**config, "read_only_token": None})
+    shown = json.dumps({key: config[key] for key in config if key != "read_only_token"})
     with serving("tcp", engine=config) as provider:
         python(FILL, provider.address, shown, str(PROVIDER_ID), "fill")
         with mounting(provider.address, place, *options) as mount:
