@@ -19,9 +19,10 @@ from tests.helpers import PATIENCE, environment, pattern, python_process, run_py
 from tests.test_checksums import KILLED, open_target, region_file
 from tests.test_cli import COMMAND, run
 from tests.test_file_target import HOLD
-from warabi import errors
+from warabi import domain, errors, schema
 from warabi.cli import main
 from warabi.region import RegionID
+from warabi.schema import COLUMNS
 from warabi.sums import BLOCK
 
 CORRECTED, LEFT, FAILED, USAGE = 1, 4, 8, 16
@@ -144,6 +145,19 @@ def test_nothing_is_wrong(sample: Sample) -> None:
     assert sample.names() == usual(sample)
 
 
+OUTSIDE = [
+    "UPDATE inode SET uid = -1 WHERE ino = 4",
+    "UPDATE inode SET gid = 4294967295 WHERE ino = 4",
+    "UPDATE inode SET uid = 4294967296, gid = 9223372036854775807 WHERE ino = 4",
+    "UPDATE inode SET rdev = 4294967296 WHERE ino = 4",
+    "UPDATE inode SET mode = mode + 4294967296 WHERE ino = 4",
+    "UPDATE inode SET ctime = 9223372036854775807 WHERE ino = 4",
+    "UPDATE inode SET mtime = -9223372036854775808 WHERE ino = 4",
+    "UPDATE inode SET target = X'6100622f63', size = 5 WHERE ino = 5",
+    "UPDATE inode SET target = X'', size = 0 WHERE ino = 5",
+    "UPDATE inode SET target = zeroblob(5000), size = 5000 WHERE ino = 5",
+]
+"""Values that older versions let in."""
 ROWS: list[tuple[str, list[str], list[str]]] = [
     ("UPDATE inode SET nlink = 5 WHERE ino = 4", ["inode 4 has 5 links instead of 2"], []),
     ("UPDATE inode SET nlink = 0 WHERE ino = 4", ["inode 4 has 0 links instead of 2"], []),
@@ -189,7 +203,99 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
      ["-/a", "-/a/b", "-/a/b/file", "+/lost+found", "+/lost+found/inode-3",
       "+/lost+found/inode-3/file"]),
     ("UPDATE inode SET mode = 61440 WHERE ino = 5", ["inode 5 makes no sense"], ["-/link"]),
+    *((statement, ["inode 4 has values" if "ino = 4" in statement else "inode 5 has values"], [])
+      for statement in OUTSIDE),
+    ("INSERT INTO xattr VALUES(4, X'757365722e79', zeroblob(65537))", ["'user.y' of inode 4"], []),
+    ("INSERT INTO xattr VALUES(4, X'757365722e', X'00')", ["'user.' of inode 4"], []),
+    ("INSERT INTO xattr VALUES(4, X'706f', X'00')", ["'po' of inode 4"], []),
+    ("INSERT INTO xattr VALUES(4, CAST('system.posix_acl_access' AS BLOB), X'00')",
+     ["'system.posix_acl_access' of inode 4"], []),
+    ("INSERT OR REPLACE INTO meta VALUES('last', 9223372036854775807)", ["last is"], []),
+    ("INSERT OR REPLACE INTO meta VALUES('settled', 'x')", ["settled is"], []),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", OUTSIDE)
+def test_opening_mends_what_older_versions_let_in(
+    sample: Sample, statement: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sample.names()
+    edit(sample.path, statement)
+    assert sample.names() == before
+    assert "values that no file can have" in caplog.text
+    assert fsck(sample.path) == (0, f"{sample.path}: 0 problems, 0 corrected\n")
+    with contextlib.closing(sqlite3.connect(sample.path)) as database:
+        for row in database.execute(f"SELECT {COLUMNS} FROM inode"):
+            assert not domain.fault(row)
+
+
+def test_who_had_an_owner_that_cannot_be_is_nobody(sample: Sample) -> None:
+    """A program that ran as that owner is not root's."""
+    edit(sample.path, f"UPDATE inode SET uid = {1 << 32}, mode = {0o106755} WHERE ino = 4")
+    with open_target("file", sample.path) as target:
+        found = target.namespace.getattr(4)
+        assert (found.uid, found.mode) == (domain.NOBODY, 0o100755)
+
+
+def test_a_target_that_is_not_made_yet(tmp_path: Path) -> None:
+    """Its process was killed before it was one."""
+    path = tmp_path / "target"
+    regions = Path(f"{path}.regions")
+    regions.mkdir()
+    (regions / "LOCK").touch()
+    for made in (regions, path, Path(f"{path}.new")):
+        made.touch()
+        status, output = fsck(path)
+        assert status == 0, output
+        assert "not yet made" in output
+        assert fsck(path, "--repair")[0] == 0
+    path.unlink()
+    schema.create(path)  # and killed before it was opened
+    assert fsck(path)[0] == 0
+    assert fsck(path, "--repair")[0] == 0
+    with open_target("file", path) as target:
+        target.create(1)
+    assert fsck(path)[0] == 0
+
+
+def test_the_half_of_a_migration(tmp_path: Path) -> None:
+    """Regions came, and the catalogue that tells of them did not."""
+    path = tmp_path / "target"
+    with open_target("file", path, packed=False) as target:
+        target.create_and_write(b"bytes")
+    path.rename(f"{path}.migrating")
+    status, output = fsck(path)
+    assert status == 0, output
+    with open_target("file", path) as target:
+        assert target.list() == []
+    assert fsck(path)[0] == 0
+
+
+def test_a_region_that_was_never_persisted(tmp_path: Path) -> None:
+    """Its row is on the medium, its file's name was lost with the power."""
+    path = tmp_path / "target"
+    with open_target("file", path, packed=False, checksums=False) as target:
+        kept = target.create_and_write(b"kept", persist=True)
+        named, nameless = (target.create_and_write(b"lost") for _ in range(2))
+        target.namespace.link_name(named, "/named")
+        target._commit()  # as a persist of another region would
+        for repaired in (path.with_name("repaired"), path.with_name("opened")):
+            for suffix in ("", "-wal"):
+                shutil.copy(f"{path}{suffix}", f"{repaired}{suffix}")
+            shutil.copytree(f"{path}.regions", f"{repaired}.regions")
+            for region in (named, nameless):
+                region_file(repaired, region).unlink()
+    for place in (path.with_name("repaired"), path.with_name("opened")):
+        status, output = fsck(place)
+        assert status == 0, output
+        assert output.count("was not persisted before") == 2
+        if place.name == "repaired":
+            assert fsck(place, "--repair")[0] == 0
+        with open_target("file", place, packed=False, checksums=False) as target:
+            assert sorted(target.list()) == sorted([kept, named])
+            assert target.read(kept, 0, 4) == b"kept"
+            assert target.size(named) == 0
+        assert fsck(place)[0] == 0
 
 
 @pytest.mark.parametrize(("statement", "texts", "changes"), ROWS, ids=[row[0] for row in ROWS])

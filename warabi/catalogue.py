@@ -41,10 +41,11 @@ from warabi.feed import ATTRIBUTES, CONTENT, ORIGIN, Feed
 from warabi.inode import OWN, ROOT, Attributes, Inode
 from warabi.journal import Journal, Row, sync_directory, translate
 from warabi.region import RegionID
-from warabi.schema import COLUMNS, UPSERT, make, migrate, populate
+from warabi.schema import COLUMNS, OUTSIDE, UPSERT, make, migrate, populate
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 100  # so many mended rows are logged one by one
 _CACHED = 65536
 _FLUSH_AT = 4096  # what is left for a commit, which keeps everybody waiting, too
 _FLUSH = 256  # so many at a time, for it keeps everybody waiting
@@ -111,8 +112,9 @@ class Catalogue:
             self._settled: int | None = meta.get("settled")
             if path is not None:
                 migrate(self._db, path)
-                self._check_root(path)
+                bad = self._check_rows(path)
                 self._open_wal(path)
+                self._mend_rows(bad)
             self.summed: str | None = meta.get("checksums")
             """How blocks of regions are summed, for :mod:`warabi.sums`; None: not at all."""
         except BaseException as error:
@@ -145,12 +147,33 @@ class Catalogue:
         self._db.execute("PRAGMA cache_size = -65536")
         self._db.execute("PRAGMA cache_spill = OFF")
 
-    def _check_root(self, path: Path) -> None:
-        """Refuse what is cheap to see and can be no catalogue; ``warabi fsck`` sees the rest."""
+    def _check_rows(self, path: Path) -> list[domain.Row]:
+        """Refuse what is cheap to see and can be no catalogue; ``warabi fsck`` sees the rest.
+
+        Returns the rows with values that older versions let in, and that would keep directories
+        from being listed.
+        """
         if not stat.S_ISDIR(self._one("SELECT mode FROM inode WHERE ino = 1")):
             raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
-        if self._one("SELECT coalesce(min(size), 0) FROM inode") < 0:
+        rows = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE size < 0 OR {OUTSIDE}")
+        found = [domain.Row(*row) for row in rows]
+        if any(isinstance(row.size, int) and row.size < 0 for row in found):
             raise CorruptTarget(f"catalogue {path}: a negative size; see warabi fsck")
+        return found
+
+    def _mend_rows(self, bad: list[domain.Row]) -> None:
+        mended = [(row, new) for row in bad if (new := domain.mended(row)) != row]
+        if not mended:
+            return
+        self._journal.write(UPSERT, [new for _, new in mended])
+        self.change += 1
+        for row, new in mended[:_SHOWN]:
+            log.warning(
+                "%s: inode %d had values that no file can have, %r; they became %r",
+                self.path, row.ino, tuple(row), tuple(new),
+            )  # fmt: skip
+        if len(mended) > _SHOWN:
+            log.warning("%s: and so had %d more inodes", self.path, len(mended) - _SHOWN)
 
     def _open_wal(self, path: Path) -> None:
         """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` waits for."""
@@ -583,7 +606,8 @@ class Catalogue:
         after = self._next_ino if self._settled is None else self._settled - 1
         found = []
         while page := self.regions(after, 10000, anonymous=False):
-            found += [attributes.region for attributes in page]
+            # Imported regions beyond the sequence were persisted before they got names.
+            found += [a.region for a in page if a.ino < domain.SEQUENCE]
             after = page[-1].ino
         return found
 

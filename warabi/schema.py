@@ -15,6 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
+from warabi import domain
 from warabi.inode import ROOT, Inode
 from warabi.journal import sync_directory, translate
 
@@ -72,6 +73,18 @@ COLUMNS = (
     "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target,"
     " packed"
 )
+OUTSIDE = " OR ".join(
+    [
+        *(
+            f"{column} NOT BETWEEN {least} AND {most}"
+            for column, (least, most) in domain.RANGES.items()
+            if column not in ("generation", "size")
+        ),
+        f"(target IS NOT NULL AND mode & {0o170000} = {stat.S_IFLNK} AND typeof(target) = 'blob'"
+        f" AND (length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
+    ]
+)
+"""The condition for inodes that ``domain.mended`` mends."""
 UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 14)})"
 _STEPS: dict[int, tuple[str, ...]] = {
     1: _CHECKSUMS,

@@ -17,6 +17,7 @@ from tests.crash.targets import accounted, opened
 from tests.crash.trace import Event, Reader, record
 from tests.crash.workload import REGION_KINDS, next_op, on_target
 from tests.helpers import environment
+from warabi import fsck
 from warabi.backends.times import Times
 from warabi.target import Target
 
@@ -164,15 +165,28 @@ def _try_all(
         seen.add(known)
         result.states += 1
         try:
-            check(backend, scratch / "state" / "new" / "target", promises)
+            checked = {0: "only", 5: "repair"}.get(result.states % 10, "")
+            check(backend, scratch / "state" / "new" / "target", promises, checked=checked)
         except BaseException as error:
             error.add_note(f"the power failed before event {number}, {promises.phase}")
             raise
 
 
-def check(backend: str, path: Path, promises: Promises) -> None:
-    """Open what is left at *path*, and compare it with what was promised."""
+def assert_no_damage(path: Path, *, repair: bool) -> None:
+    """What a power failure leaves is no damage to fsck, which may do what opening does."""
+    said: list[str] = []
+    report = fsck.check(path, repair=repair, say=said.append)
+    assert report.status == 0, said
+
+
+def check(backend: str, path: Path, promises: Promises, *, checked: str = "") -> None:
+    """Open what is left at *path*, and compare it with what was promised.
+
+    *checked* has fsck look at it before, ``only``, or ``repair`` it.
+    """
     oracle = promises.oracle
+    if checked and Path(f"{path}.regions/LOCK").exists():
+        assert_no_damage(path, repair=checked == "repair")
     if promises.phase == "opening" and not path.exists():
         return  # nothing was said about it yet
     # A target that was being made may be an empty file's place, or not there at all.

@@ -42,12 +42,15 @@ def found_after(
     """What is found in states of the medium: the last thing that was said before, what is there,
     and the target's identity."""
     disk, rng, said = Disk(str(place / "disk")), random.Random(1), ""
-    for event in [*events, Event("sync")]:
+    for number, event in enumerate([*events, Event("sync")]):
         if event.kind == "mark":
             said = event.data.decode().strip()
         elif event.kind == "sync":
             for _ in powerloss.states(disk, scratch, rng, samples):
-                with opened(backend, scratch / "state" / "target", create=not said) as target:
+                path = scratch / "state" / "target"
+                if number % 3 == 0 and Path(f"{path}.regions/LOCK").exists():
+                    powerloss.assert_no_damage(path, repair=False)
+                with opened(backend, path, create=not said) as target:
                     yield said, on_target(target).look(), target.uuid
         if event.path or event.kind != "sync":
             disk.happen(event)

@@ -13,8 +13,9 @@ from urllib.parse import quote
 
 from warabi import layout
 from warabi.backends.pack import SLOTS
+from warabi.domain import SEQUENCE
 from warabi.errors import ConfigError
-from warabi.fsck.files import FileCheck
+from warabi.fsck.files import FileCheck, region_files
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.salvage import salvage
 from warabi.fsck.tree import TreeCheck
@@ -53,6 +54,9 @@ def check(path: Path, *, repair: bool, say: Callable[[str], None], backend: str 
 def _check(
     path: Path, regions: Path, report: Report, lost: LostFound, repair: bool, backend: str
 ) -> None:
+    if _is_unfinished(path, regions):
+        report.note("the target was not yet made when its process was killed")
+        return
     trouble = _trouble_with_header(path) or _trouble_inside(path, report)
     for line in trouble:
         report.note(line)
@@ -85,7 +89,7 @@ def _check(
                 # As opening it does: nobody gets a slot of a pack that others may still write to.
                 db.execute(
                     "INSERT OR REPLACE INTO meta SELECT 'last', max(ino) | ? FROM inode"
-                    " WHERE EXISTS(SELECT 1 FROM inode WHERE packed != 0)"
+                    f" WHERE ino < {SEQUENCE} AND EXISTS(SELECT 1 FROM inode WHERE packed != 0)"
                     " HAVING max(ino) IS NOT NULL AND max(ino) | ? >"
                     " coalesce((SELECT value FROM meta WHERE key = 'last'), 0)",
                     (SLOTS - 1, SLOTS - 1),
@@ -95,6 +99,14 @@ def _check(
             db.execute("COMMIT")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             sync_directory(path.parent)
+
+
+def _is_unfinished(path: Path, regions: Path) -> bool:
+    """Whether there is no more of a target than opening it makes anew: nothing but the place for
+    regions, or the first half of a migration, whose regions the other side still has."""
+    if path.exists() and path.stat().st_size:
+        return False
+    return layout.staged(path).exists() or next(region_files(regions), None) is None
 
 
 def _trouble_with_header(path: Path) -> list[str]:

@@ -22,6 +22,7 @@ from warabi.backends.pack import (
     recorded,
     slots_of,
 )
+from warabi.domain import SEQUENCE
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.tree import TreeCheck
 from warabi.inode import MOVED, OWN, PACKED
@@ -276,25 +277,51 @@ class FileCheck:
             f"SELECT {COLUMNS} FROM inode WHERE {_IS_REGION} AND ino NOT IN present"
             " AND NOT (nlink = 0 AND anonymous = 0 AND ino NOT IN (SELECT ino FROM dentry))"
         ).fetchall()
+        fresh = SEQUENCE
+        if not self._clean:
+            settled = self._db.execute("SELECT value FROM meta WHERE key = 'settled'").fetchone()
+            fresh = settled[0] if settled and isinstance(settled[0], int) else SEQUENCE
         for row in rows:
             rid = RegionID.from_parts(row[0], row[1])
+            if fresh <= row[0] < SEQUENCE:
+                self._never_persisted(rid, named=not row[11])
+                continue
             what = "pack" if row[13] == PACKED else "file"
             text = f"the {what} of region {rid.hex()}{self._names(row[0])} is missing"
             if row[7] == 0:
                 if self._report.problem(f"{text}, which was empty", "made anew"):
-                    file = place(self._regions, rid)
-                    file.parent.mkdir(exist_ok=True)
-                    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                    sync_directory(file.parent)
-                    self._db.execute("UPDATE inode SET packed = 0 WHERE ino = ?", (row[0],))
+                    self._make_empty(rid)
                 continue
             xattrs = self._db.execute("SELECT name, value FROM xattr WHERE ino = ?", (row[0],))
             details = f"{row!r} {dict(xattrs)!r}"
             if self._report.problem(f"{text}: {row[7]} bytes", "removed", details=details):
                 self._tree.take_names(row[0])
-                tables = ("inode", "xattr", *(("checksum", "unsettled") if self._sums else ()))
-                for table in tables:
-                    self._db.execute(f"DELETE FROM {table} WHERE ino = ?", (row[0],))
+                self._drop(row[0])
+
+    def _make_empty(self, rid: RegionID) -> None:
+        """Make an empty file for a region."""
+        file = place(self._regions, rid)
+        file.parent.mkdir(exist_ok=True)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        sync_directory(file.parent)
+        self._db.execute(f"UPDATE inode SET packed = {OWN} WHERE ino = ?", (rid.slot,))
+
+    def _drop(self, ino: int) -> None:
+        """Remove the rows of a region that is lost."""
+        for table in ("inode", "xattr", *(("checksum", "unsettled") if self._sums else ())):
+            self._db.execute(f"DELETE FROM {table} WHERE ino = ?", (ino,))
+
+    def _never_persisted(self, rid: RegionID, *, named: bool) -> None:
+        """A region without its bytes that nothing was promised about; see ``Catalogue.fresh``."""
+        text = f"region {rid.hex()} was not persisted before the target was last used"
+        remedy = f"{'made an empty file' if named else 'removed'}, as opening the target does"
+        if not self._report.note(f"{text}, and its bytes are lost", remedy):
+            return
+        if named:
+            self._make_empty(rid)
+            self._set_size(rid.slot, 0)
+        else:
+            self._drop(rid.slot)
 
 
 def _parts(rid: RegionID) -> tuple[int, int]:

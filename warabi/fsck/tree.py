@@ -13,10 +13,13 @@ import time
 import uuid
 from typing import Any
 
+from warabi import domain
+from warabi.domain import SLOT_MAX
+from warabi.errors import PathError
 from warabi.fsck.report import Report
 from warabi.inode import ROOT, Inode
 from warabi.region import RegionID
-from warabi.schema import COLUMNS, UPSERT
+from warabi.schema import COLUMNS, OUTSIDE, UPSERT
 from warabi.sums import BLOCK
 
 _TYPE = 0o170000
@@ -24,12 +27,15 @@ _IS_DIRECTORY = f"mode & {_TYPE} = {stat.S_IFDIR}"
 _IS_REGION = f"(mode & {_TYPE} = {stat.S_IFREG})"
 _KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
           stat.S_IFBLK)  # fmt: skip
-_NUMBERS = "generation", "mode", "nlink", "uid", "gid", "rdev", "size", "atime", "mtime", "ctime"
 
 
 def shown(name: Any) -> str:
     """A name, or what stands in its place, for a message of one line."""
     return repr(os.fsdecode(name)) if isinstance(name, bytes) else repr(name)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 class TreeCheck:
@@ -68,10 +74,12 @@ class TreeCheck:
         meta = dict(self._all("SELECT key, value FROM meta"))
         wrong = {
             "uuid": (isinstance(meta.get("uuid"), str), str(uuid.uuid4())),
-            "clean": (meta.get("clean") in (0, 1), 0),
+            # None until it is opened for the first time
+            "clean": ("clean" in meta and meta["clean"] in (0, 1, None), 0),
             "backend": (meta.get("backend", "file") in ("file", "pmem"), "file"),
-            "capacity": (isinstance(meta.get("capacity"), int | None), None),
-            "last": (isinstance(meta.get("last", 0), int), 0),
+            "capacity": (_is_number(meta.get("capacity", 0) or 0), None),
+            "last": (_is_number(meta.get("last", 0)) and meta.get("last", 0) < SLOT_MAX, 0),
+            "settled": (_is_number(meta.get("settled", 0)), 0),
         }
         for key, (right, instead) in wrong.items():
             what = f"catalogue: {key} is {meta.get(key)!r}"
@@ -101,17 +109,9 @@ class TreeCheck:
         ):
             if self._report.problem(f"inode {row[0]} makes no sense", "removed", details=repr(row)):
                 self._db.execute("DELETE FROM inode WHERE ino = ?", (row[0],))
-        counted = [name for name in _NUMBERS if name not in ("generation", "mode")]
-        wrong = " OR ".join(f"typeof({name}) != 'integer'" for name in counted)
-        fixed = ", ".join(
-            f"{name} = CASE typeof({name}) WHEN 'integer' THEN max({name}, {least}) ELSE 0 END"
-            for name in counted
-            for least in (["0"] if name in ("nlink", "size") else [name])
-        )
+        self._numbers()
         link = f"(mode & {_TYPE} = {stat.S_IFLNK})"
         for where, what, remedy, change in (
-            (f"{wrong} OR size < 0 OR nlink < 0",
-             "has values that make no sense", "set to zero", fixed),
             (f"{link} AND size != length(target)",
              "is a symbolic link with a wrong size", "set", "size = length(target)"),
             (f"NOT {link} AND target IS NOT NULL",
@@ -122,6 +122,24 @@ class TreeCheck:
              "is marked as a region in a pack", "unmarked", "packed = 0"),
         ):  # fmt: skip
             self._update(where, what, remedy, change)
+
+    def _numbers(self) -> None:
+        """Numbers and targets of links that are outside their domains."""
+        wrong = " OR ".join(f"typeof({column}) != 'integer'" for column in domain.RANGES)
+        for values in self._all(
+            f"SELECT {COLUMNS} FROM inode WHERE {wrong} OR size < 0 OR {OUTSIDE}"
+        ):
+            row = domain.mended(values)
+            if not (isinstance(row.size, int) and row.size >= 0):
+                row = row._replace(size=0)
+            changes = [
+                f"{column} {old!r:.40} becomes {new!r:.40}"
+                for column, old, new in zip(row._fields, values, row, strict=True)
+                if old != new
+            ]
+            text = f"inode {row.ino} has values that make no sense"
+            if self._report.problem(text, ", ".join(changes), details=repr(values)):
+                self._db.execute(UPSERT, row)
 
     def _update(self, where: str, what: str, remedy: str, change: str) -> None:
         for row in self._all(f"SELECT {COLUMNS} FROM inode WHERE {where}"):
@@ -175,6 +193,7 @@ class TreeCheck:
             text = f"attribute {shown(name)} of inode {ino} belongs to nobody"
             if self._report.problem(text, "removed", details=repr(value)):
                 self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+        self._attributes()
         if not self._sums:
             return
         regions = f"(SELECT ino FROM inode WHERE {_IS_REGION})"
@@ -192,6 +211,25 @@ class TreeCheck:
         for (ino,) in self._all(f"SELECT ino FROM unsettled WHERE ino NOT IN {regions}"):
             if self._report.problem(f"the mark of inode {ino} belongs to nobody", "removed"):
                 self._db.execute("DELETE FROM unsettled WHERE ino = ?", (ino,))
+
+    def _attributes(self) -> None:
+        """Extended attributes that nothing could set."""
+        spaces = " ".join(
+            f"AND substr(name, 1, {len(space)}) != X'{space.hex()}'" for space in domain.SPACES
+        )
+        bare = ", ".join(f"X'{space.hex()}'" for space in domain.SPACES)
+        for ino, name, value in self._all(
+            f"SELECT ino, name, value FROM xattr WHERE length(value) > {domain.XATTR_VALUE_MAX}"
+            f" OR length(name) > {domain.XATTR_NAME_MAX} OR instr(name, X'00')"
+            f" OR name IN ({bare})"
+            f" OR (1 {spaces})"
+        ):
+            try:
+                domain.xattr(name, value)
+            except PathError as error:
+                text = f"attribute {shown(name)[:60]} of inode {ino} cannot be: {error}"
+                if self._report.problem(text, "removed", details=f"{name!r} {value!r}"):
+                    self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
 
     def _nameless(self) -> None:
         """Inodes that no name leads to."""
@@ -226,7 +264,10 @@ class TreeCheck:
             if found and stat.S_ISDIR(found[0][1]):
                 self._lost = int(found[0][0])
             elif not found:
-                self._lost = 1 + self._all("SELECT max(ino) FROM inode")[0][0]
+                last = f"SELECT max(ino) FROM inode WHERE ino < {domain.SEQUENCE}"
+                self._lost = 1 + self._all(last)[0][0]
+                while self._all("SELECT 1 FROM inode WHERE ino = ?", self._lost):
+                    self._lost += 1
                 self._add(self._lost, stat.S_IFDIR | 0o700)
                 self._db.execute("INSERT INTO dentry VALUES(?, ?, ?)", (ROOT, name, self._lost))
         return self._lost
