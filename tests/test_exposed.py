@@ -17,6 +17,7 @@ from tests.helpers import PATIENCE, environment, pattern
 from warabi import errors, layout
 from warabi.config import FileConfig, MemoryConfig, PmemConfig
 from warabi.inode import Attributes
+from warabi.region import RegionID
 from warabi.target import Target
 
 LARGE = 1 << 20
@@ -200,3 +201,41 @@ def test_what_was_written_unseen_is_synced_and_survives(tmp_path: Path) -> None:
         assert region.hex() == name
         assert target.size(region) == int(size)
         assert target.read(region, int(size) - 10, 10) == b"y" * 10
+
+
+def granted(target: Target, region: RegionID) -> Callable[[], None]:
+    """Have a guest granted the region; what makes it leave."""
+    joined = target.join()
+    assert joined is not None
+    grant = target.grant(region, joined[0].number, writable=True)
+    assert grant is not None
+    os.close(grant.place.fd)
+    return lambda: target.leave(joined[0])
+
+
+def test_memory_that_a_guest_was_granted_is_not_exposed(tmp_path: Path) -> None:
+    """It is never cut off, so its file may not end where the region does."""
+    with _memory(tmp_path) as target:
+        region, other = (target.create_and_write(pattern(LARGE)) for _ in range(2))
+        granted(target, region)()
+        assert target.expose(region) is None
+        target.resize(region, 100_000)
+        assert target.expose(region) is None
+        assert target.read(region, 0, 100_000) == pattern(LARGE)[:100_000]
+        assert target.expose(other) is not None
+        target.conceal(other)
+
+
+def test_what_was_exposed_may_be_granted(target: Target) -> None:
+    region = target.create_and_write(pattern(LARGE))
+    fd = target.expose(region)
+    assert fd is not None
+    os.pwrite(fd, b"x" * 100_000, LARGE)
+    target.conceal(region)
+    assert target.size(region) == LARGE + 100_000
+    leave = granted(target, region)
+    for size in (LARGE + 50_000, LARGE + 100_000):
+        target.resize(region, size)
+    expected = pattern(LARGE) + b"x" * 50_000 + bytes(50_000)
+    assert target.read(region, 0, LARGE + 100_000) == expected
+    leave()

@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.helpers import (
     PATIENCE,
     ROOT,
     Served,
+    eventually,
     file_config,
     memories,
     pattern,
@@ -31,7 +33,10 @@ from warabi import errors
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
 from warabi.guest import Guest
+from warabi.lanes import ENTRIES, LANES
 from warabi.region import RegionID
+from warabi.server import Provider
+from warabi.shared_memory import Mapping
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "memory": lambda path: MEMORY,
@@ -203,6 +208,99 @@ def test_flags_of_a_guest_s_descriptor_are_its_own(
     assert asking.read(region, 0, 10) == pattern(100_000)[:5] + b"here" + pattern(100_000)[9:10]
 
 
+def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
+    """Any number becomes a time that is not to come, and is stored."""
+    config = file_config(tmp_path / "target")
+    with Provider(engine, 1, config) as provider:
+        target = provider._core.target
+        region = target.create_and_write(pattern(100_000))
+        joined = target.join()
+        assert joined is not None
+        guest, grants = joined
+        granted = target.grant(region, guest.number, writable=True)
+        assert granted is not None
+        os.close(granted.place.fd)
+        changed = target.stat(region).ctime_ns
+        mapping = Mapping(grants.marks.fd, 8 * ENTRIES, writable=True)
+        with mapping.view.cast("Q") as marks:
+            for mark in (1, 2, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0):
+                marks[granted.index] = mark
+                marks[0] = mark
+                target.look_at_guests()
+                found = target.stat(region)
+                assert 0 <= found.mtime_ns <= time.time_ns()
+                assert changed < found.ctime_ns <= time.time_ns()
+                changed = found.ctime_ns
+                target.sync()
+        target.leave(guest)
+    with Provider(engine, 2, config) as provider:
+        found = provider._core.target.stat(region)
+        assert (found.mtime_ns, found.ctime_ns) == (0, changed)
+
+
+def test_rubbish_in_the_slots(
+    served: Served, asking: TargetHandle, client_engine: Engine, kept: Kept
+) -> None:
+    """A guest that says that it is touching everything keeps the memory of regions from others, as
+    long as it is there, and nothing else."""
+    handle = Client(client_engine).make_target_handle(served.address, 1)
+    regions = [asking.create_and_write(pattern(9 << 20, seed)) for seed in range(3)]
+    for region in regions:
+        assert handle.read(region, 0, 9 << 20)
+    mapping = Mapping(kept.named("board"), 8 * LANES, writable=True)
+    with mapping.view.cast("Q") as slots:
+        for slot in range(8, LANES):  # those below are used by the accesses of this process
+            slots[slot] = (0, 1, 2, 3, 1 << 20, 1 << 63, (1 << 64) - 1)[slot % 7]
+        asking.resize(regions[0], 1 << 20)
+        assert asking.read(regions[0], 0, 1 << 20) == pattern(9 << 20)[: 1 << 20]
+        assert handle.read(regions[0], 0, 1 << 20) == pattern(9 << 20)[: 1 << 20]
+        for region in regions:
+            asking.erase(region)
+        assert 0 < sum(memories(served.process.pid).values()) <= 28 << 20
+        client_engine.finalize()
+        eventually(lambda: memories(served.process.pid) == {})
+    region = asking.create_and_write(pattern(1 << 20))
+    assert asking.read(region, 0, 1 << 20) == pattern(1 << 20)
+
+
+@pytest.mark.parametrize("forced", ["0", "1"], ids=["msync", "libpmem"])
+def test_a_file_that_is_cut_off_while_it_is_persisted(
+    tmp_path: Path, kept: Kept, forced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider maps it, to flush a part of it."""
+    monkeypatch.setenv("PMEM_IS_PMEM_FORCE", forced)
+    size, over = 4 << 20, threading.Event()
+
+    def cut(fd: int) -> None:
+        while not over.is_set():
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+            time.sleep(0.0005)
+
+    with (
+        provider_process("na+sm", pmem_config(tmp_path / "target")) as served,
+        connected(served) as handle,
+        connected(served, share=False) as asking,
+    ):
+        region = asking.create_and_write(pattern(size), persist=True)
+        assert handle.read(region, 0, size) == pattern(size)
+        thread = threading.Thread(target=cut, args=kept.granted)
+        thread.start()
+        persisted = 0
+        try:
+            for _ in range(100):
+                with contextlib.suppress(errors.StorageError, errors.CorruptTarget):
+                    asking.persist(region, 0, size)
+                    persisted += 1
+        finally:
+            over.set()
+            thread.join()
+        assert persisted
+        asking.erase(region)
+        region = asking.create_and_write(pattern(size), persist=True)
+        assert asking.read(region, 0, size) == pattern(size)
+
+
 class Honest:
     """A client that writes and reads regions of its own, and reads those of others.
 
@@ -285,3 +383,28 @@ def test_everybody_else_goes_on(kind: str, tmp_path: Path) -> None:
                     served.signal(signal.SIGCONT)
         served.signal(signal.SIGTERM)
         assert served.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("ending", ["close", "pause"])
+def test_the_last_guest_leaves_while_the_target_waits_for_it(engine: Engine, ending: str) -> None:
+    """It was in the middle of an access, or said so."""
+    with Provider(engine, 1, MEMORY) as provider:
+        target = provider._core.target
+        region = target.create_and_write(pattern(100_000))
+        joined = target.join()
+        assert joined is not None
+        guest, _ = joined
+        granted = target.grant(region, guest.number, writable=True)
+        assert granted is not None
+        os.close(granted.place.fd)
+        guest.board.view[0] = granted.index
+        timer = threading.Timer(0.1, target.leave, (guest,))
+        timer.start()
+        began = time.monotonic()
+        if ending == "close":
+            provider.close()
+        else:
+            target.pause_sharing()
+        assert time.monotonic() - began > 0.05
+        timer.join()
+        target.leave(guest)  # a second time is none

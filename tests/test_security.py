@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import warabi.aio
 from tests.helpers import (
     MEMORY,
     PATIENCE,
+    ROOT,
     RawPeer,
     Served,
     raw_connection,
@@ -397,3 +399,15 @@ def test_nobody_gives_back_what_others_hold(local_process: Served) -> None:
         assert holder.call([3, 1, "size", [region], None]) == [3, 0]
         assert holder.call([4, 1, "unpin", [made[0], 1], None]) == [4, None]
         assert holder.call([5, 1, "size", [region], None])[3][0] == "region"
+
+
+def test_the_tests_that_the_documentation_names_are_there() -> None:
+    """Of the tables of all that others can influence."""
+    text = (ROOT / "docs" / "security.md").read_text()
+    found = re.findall(r"`([\w/]*\.py)?::(test_\w+)`", text)
+    assert len(found) > 30
+    module = ""
+    for named, test in found:
+        module = named or module
+        source = (ROOT / "tests" / module).read_text()
+        assert re.search(rf"^(async )?def {test}\(", source, re.MULTILINE), f"{module}::{test}"

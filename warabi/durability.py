@@ -311,8 +311,7 @@ class DurableRegions(RegionGate):
             while self._inside:
                 self._wait(True)
         self.will_close()
-        if self._grants is not None:
-            self._close_grants(self._grants)
+        self._close_grants()
         self._stop.set()
         self._changed.set()
         if self._committer is not None:
@@ -340,21 +339,31 @@ class DurableRegions(RegionGate):
                 self._storage.close()
                 self._on_close()
 
-    def _close_grants(self, grants: Grants) -> None:
+    def _close_grants(self) -> None:
         """End all direct access; what guests wrote until now counts."""
-        self._revoke_all(grants)
+        self._revoke_all()
         with self._guard.lock, self._guard.checked:
-            freeing = grants.forget()
-            self._grants = None
+            grants, self._grants = self._grants, None  # unless the last guest has left meanwhile
+            freeing = [] if grants is None else grants.forget()
         for free in freeing:
             free()
 
-    def _revoke_all(self, grants: Grants) -> None:
+    def _revoke_all(self) -> None:
         """End every grant, and give accesses that are under way a moment to end."""
         with self._guard.lock, self._guard.checked:
-            grants.revoke_all()
+            if self._grants is None:
+                return
+            self._grants.revoke_all()
+        self._wait_for_guests(lambda grants: grants.all_quiet)
+
+    def _wait_for_guests(self, quiet: Callable[[Grants], bool]) -> None:
+        """Wait until *quiet*, or no guest is left, but not long: a guest may have been stopped, or
+        lie.  Guests may leave meanwhile, and the last one takes the grants with it."""
         deadline = time.monotonic() + GUESTS_PATIENCE
-        while not grants.all_quiet and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            with self._lock:
+                if self._grants is None or quiet(self._grants):
+                    return
             time.sleep(0.001)
 
     def discard(self, inode: Inode) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from warabi.backends.base import Flush, Place
-from warabi.durability import GUESTS_PATIENCE, DurableRegions
+from warabi.durability import DurableRegions
 from warabi.errors import TargetBusy, WouldBlock
 from warabi.grants import Grants, Guest
 from warabi.inode import Inode
@@ -48,9 +47,7 @@ class SharedRegions(DurableRegions):
         through the provider.  What guests report as written before is there."""
         with self._lock:
             self._paused = True
-            grants = self._grants
-        if grants is not None:
-            self._revoke_all(grants)
+        self._revoke_all()
 
     def resume_sharing(self) -> None:
         self._paused = False
@@ -59,13 +56,11 @@ class SharedRegions(DurableRegions):
         """End every grant of a region that this call has closed to others, and give accesses that
         are under way a moment to end."""
         with self._lock:
-            grants, share = self._grants, inode.share
-            if grants is None or share is None:
+            share = inode.share
+            if self._grants is None or share is None:
                 return
-            grants.revoke(inode)
-        deadline = time.monotonic() + GUESTS_PATIENCE
-        while not grants.quiet(share.index) and time.monotonic() < deadline:
-            time.sleep(0.001)
+            self._grants.revoke(inode)
+        self._wait_for_guests(lambda grants: grants.quiet(share.index))
 
     def _fasten(self, inode: Inode) -> None:
         """Have guests persist the region by themselves, if that can be; the lock is held."""

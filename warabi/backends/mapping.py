@@ -42,8 +42,11 @@ class Mapping(ABC):
         self.size = size
 
     @abstractmethod
-    def flush(self, offset: int, size: int) -> None:
-        """Return when those bytes are on the medium; raises ``OSError``."""
+    def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
+        """Return when those bytes are on the medium; raises ``OSError``.
+
+        *shared* says that another process has the file, and so may cut it off at any moment.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -71,7 +74,7 @@ class PageCacheMapping(Mapping):
             raise _error()
         super().__init__(address, size)
 
-    def flush(self, offset: int, size: int) -> None:
+    def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
         self._msync(offset, size)
 
     def close(self) -> None:
@@ -81,7 +84,10 @@ class PageCacheMapping(Mapping):
 class PersistentMapping(Mapping):
     """A file on persistent memory; ``flush`` enters the kernel only to be safe."""
 
-    def flush(self, offset: int, size: int) -> None:
+    def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
+        if shared:
+            self._msync(offset, size)  # pmem_persist would raise SIGBUS at a page that is gone
+            return
         # Bytes come by pwrite, which leaves the allocation of their blocks in the journal.  Making
         # the pages writable in a MAP_SYNC mapping puts it on the medium; pages that are writable
         # already cost a walk of the page table.

@@ -36,6 +36,7 @@ _LONG = 32 * 1024 * 1024
 """Bytes that take the kernel long to give back: some milliseconds."""
 _PATIENCE = 1.0  # seconds between two looks at how much is available
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_END = (1 << 63) - mmap.PAGESIZE  # where no file has more: a guest may have made it longer
 
 
 class Own:
@@ -94,7 +95,7 @@ class Own:
             os.ftruncate(self.fd, size)
             self.extent = size
         elif size < self.size:
-            punch(self.fd, size, self.extent - size)
+            punch(self.fd, size, _END - size)
         self.size = size
         self.filled = min(self.filled, size)
 
@@ -167,8 +168,7 @@ class Own:
     def _give_back(self) -> None:
         try:
             if self.sealed:
-                # Also what a guest has appended to the file.
-                punch(self.fd, 0, max(1, os.fstat(self.fd).st_size))
+                punch(self.fd, 0, _END)
             else:
                 os.ftruncate(self.fd, 0)
         finally:

@@ -11,7 +11,7 @@ import errno
 import os
 from pathlib import Path
 
-from warabi.backends.base import Storage
+from warabi.backends.base import STRANGERS, THIS_PROCESS, Place, Storage
 from warabi.backends.borrowed import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
@@ -33,6 +33,7 @@ class PmemStorage(FileStorage):
         self._persistent = True  # until libpmem says otherwise of a file here
         # Made or resized since their metadata were put on the medium.
         self._unsettled: set[bytes] = set()
+        self._shared: set[bytes] = set()  # whose files other processes were given
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         self._unmap(rid)
@@ -62,6 +63,7 @@ class PmemStorage(FileStorage):
 
     def erase(self, rid: RegionID) -> None:
         self._unsettled.discard(rid)
+        self._shared.discard(rid)
         super().erase(rid)
 
     def resize(self, rid: RegionID, size: int) -> None:
@@ -99,9 +101,14 @@ class PmemStorage(FileStorage):
                 elif unsettled and not cached:
                     os.fdatasync(fd)  # what msync would do with the file's metadata
                 if mapping is not None and not (times and cached):
-                    mapping.flush(offset, size)
+                    mapping.flush(offset, size, shared=rid in self._shared)
             self._unsettled.discard(rid)
         self._persist_name(rid)
+
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+        if holder != THIS_PROCESS:
+            self._shared.add(rid)  # before a persist can overlap with what they do
+        return super().share(rid, writable=writable, holder=holder)
 
     flushing = Storage.flushing  # ranges are flushed, by mappings
 
