@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -12,10 +16,12 @@ import pytest
 import trio
 import trio.testing
 
-from warabi import aio, errors, layout
+from warabi import aio, caller, errors, layout
 from warabi.config import MemoryConfig
 from warabifs import operations, protocol
+from warabifs import session as session_module
 from warabifs.filesystem import FileSystem
+from warabifs.killed import is_killed
 from warabifs.protocol import Feature, Header, Opcode
 from warabifs.session import Answer, Early, Session
 
@@ -67,8 +73,13 @@ class Handlers:
     def __init__(self, handler: Callable[[Header, memoryview], Coroutine[Any, Any, Answer]]):
         self.handle = handler
 
+        self.undone: list[tuple[int, bytes]] = []
+
     def refusal(self, header: Header, error: Exception) -> Answer:
         return errno.EIO
+
+    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
+        self.undone.append((header.unique, bytes(answer)))
 
 
 async def test_what_both_sides_know_is_agreed_on(kernel: Kernel) -> None:
@@ -119,7 +130,10 @@ async def test_who_waits_keeps_nobody_waiting(kernel: Kernel) -> None:
         kernel.session.stop()
 
 
-async def test_more_requests_wait_than_there_are_workers(kernel: Kernel) -> None:
+async def test_more_requests_wait_than_there_are_workers(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_WORKERS", 100)
     done = trio.Event()
     kernel.here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
@@ -294,3 +308,82 @@ async def test_passing_through_wants_times_that_tell_every_write(
     assert kernel.session.begin(Feature.INIT_EXT | Feature.PASSTHROUGH) == agreed
     _, _, body = await kernel.answer()
     assert struct.unpack_from("=II", body, 32) == (agreed >> 32, depth)
+
+
+async def test_a_request_of_a_killed_thread_is_answered_and_what_it_brings_given_back(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: set[int] = set()
+    monkeypatch.setattr(session_module, "is_killed", killed.__contains__)
+    done = trio.Event()
+    gone = {}
+
+    async def handle(header: Header, body: memoryview) -> Answer:
+        if header.opcode == Opcode.INTERRUPT:
+            kernel.session.interrupt(protocol.INTERRUPTED.unpack_from(body)[0])
+            return None
+        await done.wait()
+        gone[header.unique] = caller.is_gone()
+        return b"an inode"
+
+    handlers = Handlers(handle)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.session.serve, handlers)
+        for unique in (2, 4):
+            kernel.send(Opcode.LOOKUP, unique)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        for interrupted in (2, 2, 6, 4711):  # of two nothing is known
+            kernel.send(Opcode.INTERRUPT, interrupted | 1, struct.pack("=Q", interrupted))
+        await trio.sleep(0.3)
+        with pytest.raises(BlockingIOError):  # a handler of its own may see to the signal
+            kernel.here.recv(100)
+        killed.add(1)  # the thread of all of these; of one the kernel has told
+        assert await kernel.answer() == (2, errno.EINTR, b"")
+        await trio.sleep(0.3)
+        done.set()
+        assert await kernel.answer() == (4, 0, b"an inode")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert handlers.undone == [(2, b"an inode")]
+        assert gone == {2: True, 4: False}
+        killed.clear()
+        for unique in (8, 10):  # nothing is left of it where the next ones are handled
+            kernel.send(Opcode.LOOKUP, unique)
+            assert await kernel.answer() == (unique, 0, b"an inode")
+        assert gone[8] is gone[10] is False
+        kernel.session.stop()
+
+
+WAITING = """
+import signal, sys
+handled, ignored, blocked = map(int, sys.argv[1:])
+for number, action in ((handled, lambda *_: None), (ignored, signal.SIG_IGN)):
+    if number:
+        signal.signal(number, action)
+signal.pthread_sigmask(signal.SIG_BLOCK, [blocked] if blocked else [])
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("what", ["default", "handled", "ignored", "blocked"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD])
+def test_only_signals_that_end_a_thread_count(what: str, number: signal.Signals) -> None:
+    names = ("handled", "ignored", "blocked")
+    arguments = [str(int(number)) if what == name else "0" for name in names]
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            # A stopped thread keeps what comes pending, as one does that waits in the kernel.
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            assert not is_killed(process.pid)
+            process.send_signal(number)
+            ends = what == "default" and number != signal.SIGCHLD
+            assert is_killed(process.pid) == ends
+        finally:
+            process.kill()
+    assert not is_killed(0)

@@ -270,6 +270,7 @@ async def connect(
     token: str | None = None,
     token_file: str | os.PathLike[str] | None = None,
     ended: trio.Event | None = None,
+    deadlines: bool = False,
 ) -> AsyncIterator[Target]:
     """A target behind the engine at *address*, while the block runs.
 
@@ -282,6 +283,8 @@ async def connect(
         read_only: let every change fail with ``PermissionDenied``, here and at the provider.
         tls, token, token_file: as in an engine's configuration, see docs/security.md.
         ended: set when the connection has ended, whoever ended it.
+        deadlines: whether a call also raises ``TimedOut`` that is not answered for *timeout* while
+            others are; for ten times as long, if it may wait for a medium.
 
     Raises:
         ConfigError: a malformed address, or something wrong with the certificates or the token.
@@ -305,6 +308,7 @@ async def connect(
             str(endpoint),
             timeout,
             descriptors=descriptors,
+            deadlines=deadlines,
         )
         try:
             await connection.open(shown, local=endpoint.local, read_only=read_only)

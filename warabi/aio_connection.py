@@ -25,6 +25,7 @@ from warabi import errors, forks, greeting, wire
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.lookout import Lookout
 from warabi.lull import Lull
+from warabi.operations import OPERATIONS
 from warabi.request import Replies, Request
 from warabi.security import Security
 from warabi.transport import Plain, Transport
@@ -34,6 +35,8 @@ _CONNECT_TIMEOUT = 10.0
 _TURN = 250_000
 """Nanoseconds after which a task that does nothing but requests lets others run."""
 _IN_FLIGHT = 64  # requests of one connection that wait for their replies
+_SLOW = 10
+"""Times as long may a request take that may wait for a medium, while others are answered."""
 _TURN_SIZE = 1024 * 1024
 """Bytes that may be received before other tasks get a turn; a call counts as a sixteenth."""
 
@@ -47,6 +50,8 @@ class Connection(Replies):
         name: of the peer, for messages.
         timeout: seconds without a sign of life from the provider after which a request gives up.
         descriptors: whether the engine may send some, see :meth:`take_descriptors`.
+        deadlines: whether a request also gives up when the provider answers others, and not it,
+            for *timeout*: ten times as long, if the operation may wait for a medium.
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class Connection(Replies):
         timeout: float,
         *,
         descriptors: bool = False,
+        deadlines: bool = False,
     ) -> None:
         super().__init__()
+        self._deadlines = deadlines
         self._socket = sock
         self._transport = transport
         self._recv_into = transport.recv_into
@@ -299,11 +306,32 @@ class Connection(Replies):
             if not request.done:
                 self._abandon(request_id, request)
         if not request.done:
-            raise TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+            raise self._timed_out(request)
         return request.outcome()
 
+    def _timed_out(self, request: Request) -> TimedOut:
+        passed = trio.current_time() - max(self._heard, request.since)
+        if passed >= self._timeout:
+            return TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+        error = TimedOut(
+            f"{request.what}: {self._name} answers, but not this request, for"
+            f" {trio.current_time() - request.since:.0f} s"
+        )
+        error.alone = True
+        return error
+
+    def _deadline(self, request: Request) -> float:
+        """When *request* gives up, by Trio's clock, if nothing comes until then."""
+        silence = max(self._heard, request.since) + self._timeout
+        operation = OPERATIONS.get(request.operation)
+        if not self._deadlines or operation is None or request.operation == "watch":
+            return silence
+        slow = operation.waits or operation.long
+        return min(silence, request.since + self._timeout * (_SLOW if slow else 1))
+
     async def _watch_silence(self) -> None:
-        """Give up on requests when the provider has been silent for too long.
+        """Give up on requests when the provider has been silent for too long, or has not answered
+        one of them.
 
         After half of that a sign of life is asked for, which a provider that is busy with a
         request gives, and one that is stopped or unreachable does not.
@@ -312,10 +340,10 @@ class Connection(Replies):
             await self._busy.wait()
             now = trio.current_time()
             since = max(self._heard, min((r.since for r in self._requests.values()), default=now))
-            if now - since >= self._timeout:
-                for request in list(self._requests.values()):
-                    if now - max(self._heard, request.since) >= self._timeout:
-                        request.event.set()
+            late = [r for r in self._requests.values() if now >= self._deadline(r)]
+            if late:
+                for request in late:
+                    request.event.set()
                 await trio.lowlevel.checkpoint()  # they take themselves off the table
             elif not self._requests:
                 self._busy = trio.Event()
@@ -323,7 +351,8 @@ class Connection(Replies):
                 if now - since >= self._timeout / 2 and not self._asked:
                     self._asked = True
                     self._send([wire.frame([next(self._ids), 0, "ping", [], None])])
-                await trio.sleep_until(since + self._timeout / (1 if self._asked else 2))
+                look = since + self._timeout / (1 if self._asked else 2)
+                await trio.sleep_until(min(look, *map(self._deadline, self._requests.values())))
 
     def _abandon(self, request_id: int, request: Request) -> None:
         request.into = None

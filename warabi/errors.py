@@ -55,7 +55,13 @@ class ProtocolError(Exception):
 
 
 class TimedOut(Exception):
-    """No answer in time; the operation may still take effect."""
+    """No answer in time; the operation may still take effect.
+
+    Attributes:
+        alone: whether other requests are answered, on the connection on which this one is not.
+    """
+
+    alone = False
 
 
 class StorageFull(Exception):

@@ -7,6 +7,10 @@ Rules of this module:
 * A call whose answer was lost is repeated on the next connection if its operation says that this
   does no harm (``Operation.repeatable``).  The others may or may not have taken effect, so they
   raise.
+* A call that is not answered while others are fails and is not repeated.  If it may have pinned
+  something, the connection is given up, which gives it back.  Nor is a call repeated that was lost
+  first longer than ``patience`` ago: it may be what ends the connections.
+* A call whose caller is gone (``warabi/caller.py``) is neither sent nor repeated.
 * What a connection holds at the provider ends with it: pins are taken again before the next
   link is used.  An inode that went meanwhile stays gone, its region is invalid.
 * What was written and not synced may be lost when a provider ends otherwise than in order.  A
@@ -29,6 +33,7 @@ import trio
 from warabi import aio, errors
 from warabi.aio_link import Link, Place
 from warabi.answers import Opened
+from warabi.caller import is_gone
 from warabi.connection import TIMEOUT
 from warabi.extents import Extent
 from warabi.feed import Changes
@@ -159,6 +164,8 @@ class ReconnectingLink:
             with trio.move_on_at(self._since + self._patience):
                 while self._link is None:
                     await self._back.wait()
+            if is_gone():
+                raise errors.ConnectionLost(f"{self._name}: not sent, since its caller is gone")
         if self._link is None:
             reason = self._reason
             kind = type(reason) if isinstance(reason, _NOBODY_THERE) else errors.ConnectionLost
@@ -167,13 +174,19 @@ class ReconnectingLink:
 
     async def _do(self, name: str, work: Callable[[Link], Awaitable[_T]]) -> tuple[_T, Link]:
         """The result of *work*, which is the operation *name*, and the link that it came by."""
+        repeated_until = 0.0
         while True:
             link = await self._usable()
             try:
                 return await work(link), link
             except _LOST as error:
-                self._lose(link, error)
-                if not OPERATIONS[name].repeatable:
+                now = trio.current_time()
+                repeated_until = repeated_until or now + self._patience
+                operation = OPERATIONS[name]
+                alone = isinstance(error, errors.TimedOut) and error.alone
+                if not alone or operation.pins is not None:
+                    self._lose(link, error)
+                if alone or not operation.repeatable or now > repeated_until or is_gone():
                     raise
 
     # Calls
@@ -333,14 +346,18 @@ async def connect(
     Args:
         address: of the engine.
         provider_id: of the provider.
-        timeout: seconds without a sign of life after which a connection counts as lost.
+        timeout: seconds without a sign of life after which a connection counts as lost, and after
+            which a call that is not answered while others are raises ``TimedOut``: ten times as
+            many, if it may wait for a medium.
         patience: seconds of an outage for which calls wait for its end; then they raise
             ``ConnectionLost``, ``ConnectionFailed`` or ``TimedOut``.
         settings: what else ``warabi.aio.connect`` takes, for every connection.
     """
     aio.check_loop("warabi.reconnect.connect()")
     link = ReconnectingLink(
-        lambda ended: aio.connect(address, provider_id, timeout=timeout, ended=ended, **settings),
+        lambda ended: aio.connect(
+            address, provider_id, timeout=timeout, ended=ended, deadlines=True, **settings
+        ),
         str(address),
         patience,
     )

@@ -381,6 +381,8 @@ class FileSystem:
         """Store *data*, all of them; with *kill_setid* that takes the set-ID bits away."""
         region = self._region_of(ino, handle)
         if kill_setid or not self._wrote(region, offset, data):
+            if self.writes.under_way:
+                await self.writes.follow(region, offset, len(data))
             with self.writes.one(region, who, offset, len(data)):
                 if kill_setid:
                     await self._kill_setid(ino)

@@ -382,6 +382,8 @@ async def _mount_and_serve(
                 direct_io=options.direct_io,
                 writeback=options.exclusive,
                 passing=Passing(local, session) if options.passthrough and local else None,
+                # What waits for a medium in this process cannot be cut short.
+                interrupt=None if source.embedded else session.interrupt,
             )
             unmount = True
             entry = Entry(options.fsname or source.text, mountpoint)

@@ -51,6 +51,11 @@ _ERRNO: dict[type[errors.Exception], int] = {
 }
 _QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
 
+_ENTRIES = (
+    Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK, Opcode.CREATE,
+    Opcode.READDIRPLUS,
+)  # fmt: skip
+"""Requests by whose answers the kernel comes to know inodes."""
 _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
 """Requests that are not answered."""
 _SECOND = 1_000_000_000
@@ -153,14 +158,16 @@ class Operations:
         direct_io: whether reads and writes bypass the page cache.
         writeback: whether the kernel may hold back writes, until a file is closed or synced.
         passing: the files that the kernel reads and writes by itself; None for none.
+        interrupt: is told which request was interrupted; None where waiting cannot be cut short.
     """
 
     def __init__(
         self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
         attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool,
-        passing: Passing | None = None,
+        passing: Passing | None = None, interrupt: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         self._files = files
+        self._interrupt = interrupt
         self._passing = passing
         self._entry_valid = _seconds(entry_timeout)
         self._directory_valid = _seconds(directory_timeout)
@@ -207,6 +214,19 @@ class Operations:
         """The answer to a request whose handler raised *error*."""
         number = errno_of(error, name_of(header.opcode))
         return None if header.opcode in _SILENT else number
+
+    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
+        """Give back what *answer* to a request refers to, which the kernel will not get."""
+        opcode = header.opcode
+        if opcode in _ENTRIES:
+            await self._files.forget([(ino, 1) for ino in protocol.inodes_of(opcode, answer)])
+        if opcode in (Opcode.OPEN, Opcode.CREATE):
+            start = protocol.ENTRY_SIZE if opcode == Opcode.CREATE else 0
+            if self._passing is not None:
+                self._passing.release(header.node)
+            await self._files.release(protocol.HANDLE.unpack_from(answer, start)[0])
+        elif opcode == Opcode.OPENDIR:
+            self._files.releasedir(protocol.HANDLE.unpack_from(answer)[0])
 
     def _entry(self, attributes: Attributes) -> bytes:
         directory = stat.S_ISDIR(attributes.mode)
@@ -274,6 +294,13 @@ class Operations:
     @_handles(Opcode.NOTIFY_REPLY)
     async def notify_reply(self, header: Header, body: memoryview) -> Answer:
         return None  # nothing was asked
+
+    @_handles(Opcode.INTERRUPT)
+    async def interrupted(self, header: Header, body: memoryview) -> Answer:
+        if self._interrupt is None:
+            return errno.ENOSYS  # the kernel asks no more then
+        self._interrupt(protocol.INTERRUPTED.unpack_from(body)[0])
+        return None
 
     @_handles(Opcode.DESTROY)
     async def destroy(self, header: Header, body: memoryview) -> Answer:

@@ -7,6 +7,7 @@ versions added behind flags.  All numbers are in the machine's own byte order.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple, TypeGuard
 
@@ -141,6 +142,7 @@ _INIT = struct.Struct("=IIIII")  # major, minor, readahead, features, and their 
 _INIT_ANSWER = struct.Struct("=IIIIHHIIHHII24x")
 _OLD_INIT = struct.Struct("=II")
 
+INTERRUPTED = struct.Struct("=Q")  # the request's unique number
 FORGET = struct.Struct("=Q")  # how often it was looked up
 FORGET_COUNT = struct.Struct("=II")
 FORGET_ONE = struct.Struct("=QQ")  # inode, how often
@@ -251,6 +253,20 @@ def written(size: int) -> bytes:
 def direntry_size(name: bytes) -> int:
     """Bytes that an entry of a directory takes."""
     return (_DIRENT_SIZE + len(name) + 7) & ~7
+
+
+def inodes_of(opcode: int, answer: bytes | memoryview) -> Iterator[int]:
+    """The inodes that the kernel comes to know by an answer, one that has entries."""
+    position = 0
+    while position + _ENTRY.size <= len(answer):
+        (ino,) = FORGET.unpack_from(answer, position)
+        if ino:
+            yield ino
+        if opcode != Opcode.READDIRPLUS:
+            return
+        position += ENTRY_SIZE
+        _, _, length, _ = _DIRENT.unpack_from(answer, position)
+        position += (_DIRENT_SIZE + length + 7) & ~7
 
 
 def pack_direntry(ino: int, cookie: int, mode: int, name: bytes) -> bytes:

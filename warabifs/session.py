@@ -5,6 +5,10 @@ Most handlers come to their end without waiting, so that a request costs no turn
 a look whether it is there, one read, and one write.  Only when a handler waits, for the medium or
 for a provider, another worker becomes the leader.
 
+A program that is killed while its request waits for a provider gets an answer at once, so that it
+can end.  Its handler goes on, for the provider may be at it: what has been sent is waited for, and
+what the kernel would have got by the answer is given back.
+
 While no other request is being served, the leader looks for the next one for a moment, if the one
 before came so soon (``warabi/lookout.py``), and then waits for it in the kernel: whoever sends one
 request after the other is answered without Trio.  Other tasks wait no
@@ -17,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import queue
 import select
@@ -28,8 +33,10 @@ from typing import Any, NamedTuple, Protocol
 import trio
 
 from warabi.begun import continued
+from warabi.caller import CALLER, Caller
 from warabi.lookout import Lookout
 from warabifs import protocol
+from warabifs.killed import is_killed
 from warabifs.protocol import HEADER, Header, Opcode
 
 log = logging.getLogger(__name__)
@@ -42,8 +49,10 @@ than all else that it does for a request.
 """
 _STREAK = 16
 """Requests that may be taken between two turns of Trio's loop."""
-_WORKERS = 100
-"""Requests that may wait at the same time; each may hold a buffer for its bytes."""
+_WORKERS = 1000
+"""Requests that may wait at the same time; each has a buffer, of which what it needs is used."""
+_LOOK = 0.2
+"""Seconds between two looks whether a thread that was interrupted is being killed."""
 _IN_KERNEL = 0.5
 """Seconds after which a thread that tells the kernel something must have got there."""
 _IDLE = 8
@@ -71,6 +80,22 @@ A view has to be valid until the handler's task waits for anything.
 """
 
 
+class _Waiting:
+    """A request whose handler waits.
+
+    Attributes:
+        thread: that made it.
+        watched: it was interrupted, and a task looks whether that kills it.
+    """
+
+    __slots__ = ("caller", "thread", "watched")
+
+    def __init__(self, thread: int, caller: Caller) -> None:
+        self.thread = thread
+        self.caller = caller
+        self.watched = False
+
+
 class Requests(Protocol):
     """What handles the kernel's requests."""
 
@@ -79,6 +104,9 @@ class Requests(Protocol):
 
     def refusal(self, header: Header, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*."""
+
+    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
+        """Give back what *answer* would have given to the kernel, which will not get it."""
 
 
 class Session:
@@ -100,6 +128,7 @@ class Session:
         self._led = False  # a worker leads, or is about to
         self._busy = 0  # requests whose handlers wait
         self._workers = 0
+        self._waiting: dict[int, _Waiting] = {}
         self._idle: list[trio.Event] = []
         self._nursery: trio.Nursery | None = None
         self._requests: Requests | None = None
@@ -170,9 +199,13 @@ class Session:
             self._led = False  # the first that is done will
 
     async def _work(self) -> None:
-        buffer = memoryview(bytearray(protocol.BUFFER))
+        # Memory that takes no room until it is used.
+        place = mmap.mmap(-1, protocol.BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = memoryview(place)
         requests = self._requests
         assert requests is not None
+        caller = Caller()
+        CALLER.set(caller)
         try:
             while not self._over:
                 count = self._take(buffer)
@@ -192,13 +225,20 @@ class Session:
                     continue
                 self._busy += 1
                 self._lead_on()
+                self._waiting[header.unique] = _Waiting(header.pid, caller)
                 try:
                     answer = await continued(handler, step)
                 except Exception as error:
-                    answer = self._refusal(header, error)
+                    # For a killed thread the kernel has closed by now what its handler uses.
+                    answer = errno.EINTR if caller.gone else self._refusal(header, error)
                 finally:
                     self._busy -= 1
-                self._send(header.unique, answer)
+                    del self._waiting[header.unique]
+                if caller.gone:
+                    await self._undo(header, answer)
+                    caller.gone = False
+                else:
+                    self._send(header.unique, answer)
                 if not self._led:
                     self._led = True
                 elif not self._over:
@@ -243,6 +283,40 @@ class Session:
     def _receive(self, buffer: memoryview, size: int, flags: int) -> int:
         """As ``socket.recv_into``; never waits."""
         return os.readv(self._fd, (buffer,))
+
+    # Interruptions
+
+    def interrupt(self, unique: int) -> None:
+        """The thread that made this request has a signal pending; if that kills it, it is answered
+        with ``EINTR`` and does not wait any more.
+
+        The kernel says so once for each request: a signal that does not kill may be followed by
+        one that does.
+        """
+        waiting = self._waiting.get(unique)
+        if waiting is not None and not waiting.watched:
+            waiting.watched = True
+            assert self._nursery is not None
+            self._nursery.start_soon(self._watch, unique, waiting)
+
+    async def _watch(self, unique: int, waiting: _Waiting) -> None:
+        while self._waiting.get(unique) is waiting:
+            if is_killed(waiting.thread):
+                waiting.caller.gone = True
+                self._send(unique, errno.EINTR)
+                return
+            await trio.sleep(_LOOK)
+
+    async def _undo(self, header: Header, answer: Answer) -> None:
+        """What was asked for was done, after the thread that asked had been killed."""
+        assert self._requests is not None
+        try:
+            if isinstance(answer, Early):
+                answer.rest()
+            elif isinstance(answer, (bytes, memoryview)):
+                await self._requests.undo(header, answer)
+        except Exception as error:
+            self._refusal(header, error)  # logs it
 
     def _refusal(self, header: Header, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*, whatever that is: one exception

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import trio
 
+from warabi.caller import CALLER
 from warabi.region import RegionID
 
 KERNEL = -1
@@ -72,6 +73,13 @@ class Writes:
                 self.drop(ino, start, end - start)
                 return
 
+    async def follow(self, region: RegionID, offset: int, size: int) -> None:
+        """Some bytes are about to be written: return when writes of any of them have ended whose
+        programs were killed.  The kernel lets others write there then, and theirs come later."""
+        for write in self.under_way.copy():
+            if write.is_left and write.overlaps(region, offset, offset + size):
+                await write.wait()
+
     async def read(self, region: RegionID, who: int, offset: int, size: int) -> None:
         """Some bytes are about to be read by *who*: return when writes of any of them have
         ended that are under way now."""
@@ -83,23 +91,33 @@ class Writes:
             reads = self._reads[region.slot] = deque(maxlen=_MOST_READS)
         reads.append((time.monotonic(), who, offset, end))
         for write in self.under_way.copy():
-            if write.region == region and write.start < end and offset < write.end:
+            if write.overlaps(region, offset, end):
                 await write.wait()
 
 
 class Write:
     """One of them."""
 
-    __slots__ = ("_ended", "_who", "_writes", "appends", "end", "region", "start")
+    __slots__ = ("_caller", "_ended", "_who", "_writes", "appends", "end", "region", "start")
 
     def __init__(self, writes: Writes, region: RegionID, who: int, start: int, end: int) -> None:
         self._writes = writes
         self._who = who
         self._ended: trio.Event | None = None
         self.appends = False
+        self._caller = CALLER.get()
         self.region = region
         self.start = start
         self.end = end
+
+    def overlaps(self, region: RegionID, start: int, end: int) -> bool:
+        """Whether it is a write of any of these bytes."""
+        return self.region == region and self.start < end and start < self.end
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the program that wrote was killed, and does not wait for its end."""
+        return self._caller is not None and self._caller.gone
 
     async def wait(self) -> None:
         """Return when it has ended, well or not."""

@@ -295,14 +295,19 @@ class Provider:
         transport: ``na+sm`` or ``tcp``.
         config: of the provider.
         engine: of its engine.
+        before: Python that its process runs first.
     """
 
     def __init__(
-        self, transport: str, config: dict[str, Any], engine: dict[str, Any] | None = None
+        self,
+        transport: str,
+        config: dict[str, Any],
+        engine: dict[str, Any] | None = None,
+        before: str = "",
     ) -> None:
         arguments = [transport, str(PROVIDER_ID), json.dumps(config), json.dumps(engine or {})]
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _SERVE, *arguments],
+            [sys.executable, "-W", "error", "-c", before + _SERVE, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
         try:
@@ -335,9 +340,10 @@ def serving(
     transport: str,
     target: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
+    before: str = "",
 ) -> Iterator[Provider]:
     """A provider process, with a target in memory unless told, while the block runs."""
-    provider = Provider(transport, {"target": target or {"type": "memory"}}, engine)
+    provider = Provider(transport, {"target": target or {"type": "memory"}}, engine, before)
     try:
         yield provider
     finally:
