@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -398,7 +402,7 @@ def test_put_ls_get_rm(address: str, tmp_path: Path) -> None:
     empty = ok("put", address).decode().strip()
     assert ok("ls", address).decode().splitlines() == [
         f"{first} {len(data):>14}",
-        f"{second} {11:>14} /a name",
+        f"{second} {11:>14} /a\\040name",
         f"{empty} {0:>14}",
     ]
     assert ok("get", address, first) == data
@@ -415,6 +419,228 @@ def test_names_of_any_bytes(address: str, client_engine: Engine) -> None:
     target = handle(client_engine, address)
     target.link_name(target.create(0), os.fsdecode(b"/caf\xe9"))
     assert ok("ls", address).endswith(b" /caf\xe9\n")
+
+
+AWKWARD = [
+    "/two words",
+    "/a\nnew line",
+    "/tab\there",
+    "/back\\slash",
+    "/\x1b[31mred",
+    "/it's",
+    "/é",
+]
+
+
+def test_awkward_names_are_one_word_each(address: str, client_engine: Engine) -> None:
+    target = handle(client_engine, address)
+    region = target.create(5)
+    for name in AWKWARD:
+        target.link_name(region, name)
+    (line,) = ok("ls", address).splitlines()
+    words = line.split()
+    assert words[:2] == [region.hex().encode(), b"5"]
+    names = [
+        re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), word).decode()
+        for word in words[2:]
+    ]
+    assert sorted(names) == sorted(AWKWARD)
+
+
+def test_awkward_names_on_a_terminal(address: str, client_engine: Engine) -> None:
+    target = handle(client_engine, address)
+    region = target.create(0)
+    for name in AWKWARD:
+        target.link_name(region, name)
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        try:
+            done = subprocess.run(
+                [*COMMAND, "ls", address], stdout=theirs, stderr=subprocess.PIPE,
+                env=environment(), timeout=PATIENCE, check=True,
+            )  # fmt: skip
+        finally:
+            os.close(theirs)
+        assert done.stderr == b""
+        line = terminal.read(100_000).rstrip(b"\r\n")
+    assert not re.search(rb"[\0-\x1f]", line)
+    # What it shows can be given to a shell.
+    shown = subprocess.run(
+        ["bash", "-c", b"printf '%s\\0' " + line[48:]], capture_output=True, check=True, timeout=9
+    )
+    assert sorted(shown.stdout.decode().split("\0")[:-1]) == sorted(AWKWARD)
+
+
+def test_names_in_errors_do_not_break_lines(address: str) -> None:
+    assert "/no\\nsuch\\x1b" in fails("get", address, "/no\nsuch\x1b")
+
+
+def test_a_listing_takes_few_requests(address: str, client_engine: Engine) -> None:
+    target = handle(client_engine, address)
+    regions = [target.create(i) for i in range(600)]
+    for i in range(0, 600, 7):
+        for k in range(3):
+            target.link_name(regions[i], f"/{i}-{k}-" + "x" * 240)
+    asked: list[tuple[Any, ...]] = []
+    call = target._link.call
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return call(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target._link, "call", counted)
+        found = dict(target.list_stats())
+    assert [*found] == regions
+    assert [one.size for one in found.values()] == [*range(600)]
+    assert found[regions[7]] == target.stat(regions[7])
+    assert len(asked) <= 6
+    assert {name for name, *_ in asked} == {"list_stats"}
+    for region in regions[100:500]:
+        target.erase(region)
+    assert [region for region, _ in target.list_stats(3)] == regions[:100] + regions[500:]
+
+
+def test_more_names_than_a_reply_takes(address: str, client_engine: Engine) -> None:
+    target = handle(client_engine, address)
+    deep = "/" + "/".join("d" * 200 for _ in range(15))
+    link = target._link
+    ino = 1
+    for part in deep.split("/")[1:]:
+        ino = link.call("mkdir", ino, part.encode(), 0o755, 0, 0, 0).ino
+    regions = [target.create(1) for _ in range(3)]
+    for i, region in enumerate(regions):
+        for k in range(400):
+            target.link_name(region, f"{deep}/{i}-{k}")
+    found = dict(target.list_stats())
+    assert [*found] == regions
+    assert all(0 < len(one.names) < 400 for one in found.values())
+    assert len(ok("ls", address).splitlines()) == 3
+
+
+def test_put_takes_little_memory(address: str, tmp_path: Path) -> None:
+    """Of a file and of a pipe, more than there may be in memory."""
+    size = 150 << 20
+    file = tmp_path / "file"
+    with open(file, "wb") as sparse:
+        sparse.truncate(size)
+        sparse.seek(100 << 20)
+        sparse.write(b"here")
+    program = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (80 << 20, 80 << 20))\n"
+    limited = [sys.executable, "-c", program + COMMAND[-1]]
+    for source in (["cat", str(file)], ["true"]):
+        with subprocess.Popen(source, stdout=subprocess.PIPE) as pipe:
+            name = "-" if source[0] == "cat" else str(file)
+            done = subprocess.run(
+                [*limited, "put", address, name], stdin=pipe.stdout, capture_output=True,
+                env=environment(), timeout=PATIENCE, check=False,
+            )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        region = done.stdout.decode().strip()
+        assert f"{region} {size:>14}\n" in ok("ls", address).decode()
+        ok("get", address, region, tmp_path / "out")
+        with open(tmp_path / "out", "rb") as out:
+            assert os.fstat(out.fileno()).st_size == size
+            assert os.pread(out.fileno(), 6, (100 << 20) - 1) == b"\0here\0"
+        ok("rm", address, region)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_put_that_is_interrupted_leaves_nothing(address: str, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "put", address, "-n", "/name"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdin is not None
+            process.stdin.write(bytes(20 << 20))
+            process.stdin.flush()
+            eventually(lambda: ok("ls", address))
+            process.send_signal(number)
+            assert process.wait(PATIENCE) == 128 + number
+            assert process.stderr is not None
+            assert process.stderr.read().strip() == b""
+        finally:
+            process.kill()
+            if process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+    assert ok("ls", address) == b""
+
+
+def test_a_put_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    settings = {"type": "memory", "config": {"capacity": 10 << 20}}
+    provider = {"type": "warabi", "config": {"target": settings}}
+    config = tmp_path / "config"
+    config.write_text(json.dumps({"providers": [provider]}))
+    (tmp_path / "file").write_bytes(bytes(20 << 20))
+    with serving(config) as service:
+        address = service.address
+        assert "do not fit" in fails("put", address, tmp_path / "file")
+        assert "do not fit" in fails("put", address, stdin=bytes(20 << 20))
+        assert ok("ls", address) == b""
+        service.end()
+
+
+def test_the_reader_of_a_listing_goes(address: str, client_engine: Engine) -> None:
+    target = handle(client_engine, address)
+    for _ in range(3000):
+        target.create(1)
+    script = 'set -o pipefail; "$@" | head -1'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *COMMAND, "ls", address], capture_output=True,
+        env=environment(), timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.count(b"\n"), done.stderr) == (141, 1, b"")
+
+
+WITHOUT_RIGHTS = """
+import importlib, os, pkgutil
+import warabi
+for module in pkgutil.walk_packages(warabi.__path__, "warabi."):  # that another user may not read
+    importlib.import_module(module.name)
+"host".encode("idna")
+os.setgroups([2])
+os.setgid(2)
+os.setuid(1)
+warabi.cli.main()
+"""
+
+
+def test_places_that_may_not_be_used(tmp_path: Path) -> None:
+    top = Path(tempfile.mkdtemp(dir="/tmp", prefix="warabi-cli-"))
+    try:
+        top.chmod(0o755)
+        (top / "closed").mkdir(mode=0o700)
+        ok("export", made(tmp_path / "target"), top / "archive.tar")
+        (top / "archive.tar").chmod(0o644)
+        for arguments in (
+            ["import", f"{top}/archive.tar", f"{top}/closed/new"],
+            ["import", f"{top}/archive.tar", f"{top}/new"],
+            ["export", f"{top}/closed/new", f"{top}/out.tar"],
+            ["serve", "-a", "tcp", "-t", f"file:{top}/closed/new"],
+            ["fsck", f"{top}/closed/new"],
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", WITHOUT_RIGHTS, *arguments], capture_output=True, text=True,
+                env=environment(), timeout=PATIENCE, check=False,
+            )  # fmt: skip
+            assert done.returncode == (8 if arguments[0] == "fsck" else 1), done
+            assert done.stdout == ""
+            assert re.fullmatch(
+                rf"warabi: .*{top}/[^\n]*(Permission denied|this user)[^\n]*\n", done.stderr
+            ), done.stderr
+            assert "Errno" not in done.stderr
+    finally:
+        shutil.rmtree(top)
+
+
+def made(path: Path) -> Path:
+    """A target at *path*."""
+    with serving("-t", f"file:{path}") as service:
+        assert service.address
+        service.end()
+    return path
 
 
 def test_another_provider(config: Path) -> None:

@@ -34,9 +34,9 @@ _ON_TARGETS = {name: one for name, one in OPERATIONS.items() if one.served is Se
 # By name: an operation that is new changes something, is not repeatable, and does not run in a
 # worker thread for targets that never wait, or these lists say that it was thought about.
 CHANGES_NOTHING = """
-    commit epoch fsync getattr getxattr grant join leave list listxattr lookup migration_progress
-    open open_name persist persist_vector pin ping read read_vector readdir readlink resolve room
-    size stat summed sync unpin used uuid verify watch
+    commit epoch fsync getattr getxattr grant join leave list list_stats listxattr lookup
+    migration_progress open open_name persist persist_vector pin ping read read_vector readdir
+    readlink resolve room size stat summed sync unpin used uuid verify watch
 """.split()
 REPEATABLE_CHANGES = "receive_outcome resize setattr setxattr survey write write_vector".split()
 NOT_REPEATED_READS = "grant join leave".split()

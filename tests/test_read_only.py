@@ -55,6 +55,7 @@ NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "size": lambda h, r: h.size(r),
     "stat": lambda h, r: h.stat(r),
     "list": lambda h, r: list(h.list()),
+    "list_stats": lambda h, r: list(h.list_stats()),
     "open_name": lambda h, r: h.open_name("/name"),
     "list_names": lambda h, r: list(h.list_names()),
     "persist": lambda h, r: h.persist(r, 0, 4),

@@ -176,6 +176,13 @@ class Target:
                 yield region
             last = page[-1]
 
+    async def list_stats(self, page_size: int = PAGE) -> AsyncIterator[tuple[RegionID, RegionStat]]:
+        last = RegionID()
+        while page := await self.call("list_stats", last, max(1, page_size)):
+            for item in page:
+                yield item
+            last = page[-1][0]
+
     async def resize(self, region: RegionID, size: int) -> None:
         await self.call("resize", _id(region), checked_size(size, "resize: size"))
 

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+from warabi.answers import RegionStat
 from warabi.backends.base import Flush
 from warabi.backup.graft import adopt, graft
 from warabi.backup.survey import copy, survey
+from warabi.errors import InvalidRegion
 from warabi.extents import unpack
 from warabi.namespace import Namespace
 from warabi.operations import OPERATIONS, PAGE, Served
 from warabi.region import RegionID
 from warabi.target import Target
 from warabi.verify import summed, update, verify
+
+_NAMES = 64 * 1024
+"""Characters of names in one reply, about: a reply has at most 1 MiB."""
+_STATS = 250
+"""Regions in one reply with their names, which take some time each."""
+
+
+def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
+    found = target.stat(region, PAGE)
+    length, some = 0, list[str]()
+    for name in found.names:
+        length += len(name)
+        if some and length > _NAMES:
+            break
+        some.append(name)
+    return found._replace(names=some)
+
+
+def _list_stats(target: Target, after: RegionID, limit: int) -> list[tuple[RegionID, RegionStat]]:
+    """As ``list``, with what ``stat`` tells of each; empty only where no region is left."""
+    length, found = 0, []
+    while regions := target.list(after, min(limit, _STATS)):
+        for region in regions:
+            with contextlib.suppress(InvalidRegion):  # erased meanwhile
+                known = _stat_with_some_names(target, region)
+                found.append((region, known))
+                length += sum(map(len, known.names))
+                if length > _NAMES:
+                    return found
+        if found:
+            break
+        after = regions[-1]
+    return found
 
 
 def _names(method: str) -> Callable[..., Any]:
@@ -39,8 +75,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "erase": Target.erase,
     "resize": Target.resize,
     "size": Target.size,
-    "stat": lambda target, region: target.stat(region, PAGE),
+    "stat": _stat_with_some_names,
     "list": lambda target, after, limit: target.list(after, min(limit, PAGE)),
+    "list_stats": _list_stats,
     "persist": Target.persist,
     "write_vector": lambda target, region, packed, persist, data: target.write_vector(
         region, unpack(packed, "write_vector"), data, persist

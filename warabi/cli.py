@@ -11,9 +11,11 @@ import contextlib
 import json
 import logging
 import os
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -31,9 +33,10 @@ from warabi.cli_common import (
 )
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
-from warabi.errors import ConfigError, InvalidRegion
+from warabi.errors import ConfigError, Exception
 from warabi.output import output
 from warabi.progress import overall_progress
+from warabi.quoting import escaped, shell_quoted
 from warabi.region import RegionID
 from warabi.security import config_of
 
@@ -153,33 +156,71 @@ def _server(
 @main.command("ls")
 @_target
 def list_regions(address: str, provider_id: int, **security: str) -> None:
-    """List every region: its ID, size in bytes, and names."""
+    """List every region: its ID, size in bytes, and names.
+
+    On a terminal names are quoted as ls(1) quotes them.  Elsewhere blanks, control characters and
+    backslashes in them are a backslash and three octal digits, as in /proc/mounts, so that each
+    region is one line and each name one word of it.
+    """
+    shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
     with _handle(address, provider_id, security, read_only=True) as target:
-        for region in target.list():
-            try:
-                found = target.stat(region)
-            except InvalidRegion:
-                continue  # erased meanwhile
-            line = f"{region.hex()} {found.size:>14} {' '.join(found.names)}".rstrip()
-            print_lines([os.fsencode(line)])  # names may have any bytes
+        for region, found in target.list_stats():
+            words = [b"%s %14d" % (region.hex().encode(), found.size), *map(shown, found.names)]
+            print_lines([b" ".join(words)])
+
+
+def _shell_quoted(name: str) -> bytes:
+    return shell_quoted(name).encode(errors="surrogateescape")
 
 
 @main.command()
 @_target
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option("-n", "--name", help="Give the region this path in the tree of names.")
-def put(address: str, provider_id: int, file: Any, name: str | None, **security: str) -> None:
-    """Store FILE, or standard input, as a new region, durably; prints its ID."""
+def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **security: str) -> None:
+    """Store FILE, or standard input, as a new region, durably; prints its ID.
+
+    When that fails or is interrupted no region is left; when this command is killed, one without a
+    name may be.
+    """
     with _handle(address, provider_id, security) as target:
-        region = target.create_and_write(file.read(), persist=True)
-        if name:
-            try:
+        piece = file.read(_STEP)
+        if len(piece) < _STEP:
+            region = target.create_and_write(piece, persist=True)
+        else:
+            region = target.create(max(_size(file), len(piece)))
+        try:
+            if len(piece) == _STEP:
+                _fill(target, region, piece, file)
+            if name:
                 target.link_name(region, name)
                 target.persist(region, 0, 0)
-            except BaseException:
+        except BaseException:
+            with contextlib.suppress(Exception):
                 target.erase(region)
-                raise
+            raise
         echo(region.hex())
+
+
+def _size(file: IO[bytes]) -> int:
+    """Bytes that there seem to be; 0 for a pipe, where nobody knows."""
+    found = os.fstat(file.fileno())
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
+def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes]) -> None:
+    """Write *piece* and what else *file* has to a new region, durably, however much it is."""
+    size, end = target.size(region), 0
+    while piece:
+        if end + len(piece) > size:
+            size = end + len(piece)
+            target.resize(region, size)
+        target.write(region, end, piece)
+        end += len(piece)
+        piece = file.read(_STEP)
+    if end < size:  # the file became shorter, or was not read from its start
+        target.resize(region, end)
+    target.persist(region, 0, end)
 
 
 @main.command()

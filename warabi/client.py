@@ -339,7 +339,8 @@ class TargetHandle:
         return self._link.size(_id(region))
 
     def stat(self, region: RegionID) -> RegionStat:
-        """The region's size, times (ns since the epoch) and paths in the tree of names, up to 1000.
+        """The region's size, times (ns since the epoch) and paths in the tree of names, up to 1000
+        of them and about 64 KiB.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -357,6 +358,15 @@ class TargetHandle:
         while page := self._link.call("list", last, page_size):
             yield from page
             last = page[-1]
+
+    def list_stats(self, page_size: int = PAGE) -> Iterator[tuple[RegionID, RegionStat]]:
+        """As :meth:`list`, each region with what :meth:`stat` tells of it, in as many requests as
+        the provider likes, up to *page_size* regions each."""
+        last = RegionID()
+        page_size = max(1, checked_size(page_size, "list_stats: page_size"))
+        while page := self._link.call("list_stats", last, page_size):
+            yield from page
+            last = page[-1][0]
 
     def resize(self, region: RegionID, size: int) -> None:
         """Grow or shrink the region to *size*; its ID stays, new bytes read as zero.

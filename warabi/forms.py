@@ -135,6 +135,7 @@ REGION_STAT = record(
     (INTEGER, INTEGER, INTEGER, INTEGER, list_of(TEXT)),
     RegionStat._make,
 )
+STATS = list_of(record("a region with its size, times and names", (REGION, REGION_STAT), tuple))
 OPENED = record("attributes and a version", (ATTRIBUTES, INTEGER), Opened._make)
 VERIFIED = record("counts of blocks", (INTEGER, INTEGER, list_of(INTEGER)), Verified._make)
 

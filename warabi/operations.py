@@ -28,6 +28,7 @@ from warabi.forms import (
     OPTIONAL_INTEGER,
     REGION,
     REGION_STAT,
+    STATS,
     TEXT,
     VERIFIED,
     Form,
@@ -209,6 +210,9 @@ OPERATIONS: dict[str, Operation] = {
     "stat": Operation({"region": REGION}, REGION_STAT, _READ, _NOTHING, repeatable=True),
     "list": Operation(
         {"after": REGION, "limit": INTEGER}, list_of(REGION), _READ, _NOTHING, repeatable=True
+    ),
+    "list_stats": Operation(
+        {"after": REGION, "limit": INTEGER}, STATS, _READ, _NOTHING, repeatable=True
     ),
     # Making durable what others wrote is no change.
     "persist": Operation(
