@@ -20,7 +20,7 @@ from tests.helpers import (
     pattern,
     raw_connection,
 )
-from tests.loops import check_not_held, watched_loops
+from tests.loops import Hold, check_never_held, check_not_held, watched_loops
 from tests.test_hostile_requests import valid_arguments
 from warabi import errors, extents
 from warabi.backup.entries import Entry
@@ -41,7 +41,7 @@ _MANY = 20_000
 class Place:
     """A provider whose loop is watched, and a way to it over a socket."""
 
-    def __init__(self, address: str, handle: TargetHandle, held: list[str]) -> None:
+    def __init__(self, address: str, handle: TargetHandle, held: list[Hold]) -> None:
         self.address = address
         self.handle = handle
         self.link: Link = handle._link
@@ -90,7 +90,7 @@ def test_copies_and_the_end_of_large_regions(place: Place) -> None:
     assert place.handle.read(region, 0, 100) == pattern(4 * MIB)[:100]
     place.handle.erase(copy.region)
     place.handle.create_and_write(b"x")  # frees what was erased, if nothing else has
-    assert place.held == []
+    check_never_held(place.held)
 
 
 def test_holes_of_any_size(place: Place) -> None:
@@ -167,7 +167,7 @@ def test_many_names(place: Place) -> None:
     finally:
         stop.set()
         thread.join(PATIENCE)
-    assert place.held == []
+    check_never_held(place.held)
     assert set(served) == {b"other"}
 
 
@@ -185,7 +185,7 @@ def test_pins_of_a_connection_that_ends(place: Place) -> None:
     for number in range(2000):
         place.link.call("unlink", 1, b"%d" % number, False)
     eventually(lambda: place.handle.list().__next__ is not None)
-    assert place.held == []
+    check_never_held(place.held)
 
 
 def test_a_region_of_many_names(place: Place) -> None:
@@ -196,7 +196,7 @@ def test_a_region_of_many_names(place: Place) -> None:
     assert len(place.calls("stat", region).names) == 1000
     place.held.clear()
     place.handle.erase(region)
-    assert place.held == []
+    check_never_held(place.held)
 
 
 @pytest.mark.parametrize("held_by", ["graft", "survey"])

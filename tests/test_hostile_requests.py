@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.helpers import MEMORY, RawPeer, file_config, raw_connection
-from tests.loops import check_not_held, watched_loops
+from tests.loops import Hold, check_not_held, watched_loops
 from tests.test_provider_protocol import Bystander
 from warabi import forms, wire
 from warabi.engine import Engine
@@ -58,7 +58,7 @@ class Place(NamedTuple):
     """Where a provider is, and what has held its loop."""
 
     address: str
-    held: list[str]
+    held: list[Hold]
 
 
 @pytest.fixture(params=["na+sm memory", "tcp memory", "na+sm file"])

@@ -131,11 +131,10 @@ def test_tests_notice_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         handle = Client(own).make_target_handle(str(engine.addr()), 1)
         region = handle.create_and_write(b"x")
-        assert held == []
         monkeypatch.setitem(CALLS, "size", slow)
         assert handle._link.call("size", region) == 5
-    assert len(held) == 1
-    assert "slow (test_loop_watchdog.py:" in held[0]
+    [hold] = [one for one in held if "slow (test_loop_watchdog.py:" in one.stack]
+    assert hold.used > 0.1
 
 
 def test_repeated_messages_are_limited(

@@ -40,6 +40,12 @@ CHANGES_NOTHING = """
 """.split()
 REPEATABLE_CHANGES = "receive_outcome resize setattr setxattr survey write write_vector".split()
 NOT_REPEATED_READS = "grant join leave".split()
+WAITING = """
+    adopt commit copy fsync graft migrate persist persist_vector read_vector receive_commit
+    receive_finish receive_outcome resize survey sync update verify write_vector
+""".split()
+LONG = "copy graft survey".split()
+EXCLUSIVE = "graft survey".split()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -75,6 +81,13 @@ def test_which_operations_are_repeatable() -> None:
     assert repeatable == set(CHANGES_NOTHING) - set(NOT_REPEATED_READS) | set(REPEATABLE_CHANGES)
     for name in repeatable:  # a second time would find what the first one did
         assert OPERATIONS[name].changes not in (Changes.NAMES, Changes.TARGET), name
+
+
+def test_which_operations_may_run_in_a_loop() -> None:
+    """Those that wait for a medium, or take long without, are not forgotten."""
+    assert {name for name, one in OPERATIONS.items() if one.waits} == set(WAITING)
+    assert {name for name, one in OPERATIONS.items() if one.long} == set(LONG)
+    assert {name for name, one in OPERATIONS.items() if one.exclusive} == set(EXCLUSIVE)
 
 
 def test_a_new_operation_is_not_repeated() -> None:
