@@ -111,13 +111,14 @@ def serve(
 
     Prints the address when it serves.  SIGTERM and SIGINT end it, in order.
     """
-    from warabi import service
+    from warabi import descriptors, service
 
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG.json or --target")
     if config is not None and provider_id is not None:
         raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
     logging.basicConfig(format="warabi: %(message)s")
+    descriptors.raise_limit()
     with (
         one_line(),
         service.Ending() as ending,

@@ -157,8 +157,8 @@ def from_os(error: OSError, what: str) -> Exception:
     text = f"{what}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
         return StorageFull(text)
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return StorageFull(f"{text}; raise the limit on open files (ulimit -n)")
+    if error.errno in (errno.EMFILE, errno.ENFILE):  # the medium has room
+        return StorageError(f"{text}; raise the limit on open files (ulimit -n)")
     if error.errno == errno.EFBIG:
         return OutOfBounds(f"{text}: beyond the largest file of the file system")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

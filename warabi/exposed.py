@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any
 
+from warabi import descriptors
 from warabi.backends.base import KERNEL
 from warabi.catalogue import Catalogue
 from warabi.errors import TargetBusy
@@ -13,6 +15,9 @@ from warabi.grants import Grants, Guest
 from warabi.inode import Inode, without_setid
 from warabi.region import RegionID
 from warabi.sharing import SharedRegions
+
+_PART = 4
+"""No more of the descriptors are for exposed regions than that part: everything else needs some."""
 
 
 class Exposed:
@@ -102,6 +107,8 @@ class ExposedRegions(SharedRegions):
             with self._lock:
                 if self._paused or self._grants is not None or inode.exposed is not None:
                     return None
+            if len(self._exposed) >= descriptors.limit() // _PART:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             place = storage.share(region, writable=True, holder=KERNEL)
             if place is None:
                 return None

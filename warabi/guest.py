@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 
 from warabi import errors, forks
 from warabi.buffers import MAX_SIZE
+from warabi.descriptors import limit
 from warabi.lanes import ENTRIES, FIRM, LANES, TABLE
 from warabi.region import RegionID
 from warabi.shared_memory import STRONGLY_ORDERED, Mapping, register
@@ -36,6 +37,7 @@ else:
 _LARGE = 64 * 1024
 """Bytes from which on a region is asked for when it is first touched, not the second time."""
 _MOST_GRANTS = 65536
+_MOST_FILES = 16384  # region files that are kept open
 _SPARE_ROOM = 1024 * 1024
 _ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.reach"
 """Whether stores are seen in the order that the protocol needs; compiled code asks for it."""
@@ -102,7 +104,7 @@ class Guest(Reach):
         self._segments: dict[int, Mapping] = {}
         self._shared: WeakValueDictionary[tuple[int, int], _SharedFile] = WeakValueDictionary()
         self._files = 0
-        self._most_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._most_files = min(_MOST_FILES, max(16, limit() // 4))
         forks.register(self)
 
     @property

@@ -14,7 +14,7 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from warabi import errors
@@ -212,9 +212,9 @@ def let_go(fd: int) -> None:
         os.close(fd)
 
 
-def sync_directory(path: Path | str) -> None:
-    """Put a directory's entries on the medium."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_directory(path: Path | str, opened: Callable[[str, int], int] = os.open) -> None:
+    """Put a directory's entries on the medium; *opened* opens it."""
+    fd = opened(str(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -25,7 +25,7 @@ from typing import IO, NoReturn
 import trio
 
 import warabi
-from warabi import aio, layout, loop_watchdog, lull, reconnect
+from warabi import aio, descriptors, layout, loop_watchdog, lull, reconnect
 from warabi.backends.memory_budget import physical_memory
 from warabi.config import FileConfig, MemoryConfig
 from warabi.errors import ConfigError, Exception, PermissionDenied
@@ -274,6 +274,7 @@ def _serve_and_persist(
     ready: Callable[[], None],
     ending: Ending,
 ) -> None:
+    descriptors.raise_limit()
     local: Target | None = None
     if source.path is not None:
         config = FileConfig(path=str(source.path), create_if_missing=options.create)

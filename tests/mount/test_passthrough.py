@@ -133,6 +133,43 @@ def test_when_descriptors_run_out_files_are_opened_the_usual_way(mounted: Mount)
     )
 
 
+@pytest.mark.parametrize("kind", PASSED)
+def test_few_descriptors_are_not_used_up(
+    kind: str, place: Path, request: pytest.FixtureRequest
+) -> None:
+    """More files are open than the mount may have descriptors; all that files need works."""
+    limit, count = 160, 300
+    with (
+        source_of(kind, place) as (source, options),
+        mounting(source, place, *options, start=False) as mount,
+        watchdog(mount, limit_of(request)),
+        ExitStack() as stack,
+    ):
+        run("prlimit", f"--nofile=100:{limit}", *mount.command())
+        mount.adopt()
+        assert resource.prlimit(mount.pid, resource.RLIMIT_NOFILE) == (limit, limit)
+        data = b"x" * 100_000  # large ones of a memory target have a descriptor each
+        files = []
+        for number in range(count):
+            fd = stack.enter_context(opened(mount.path / f"file{number}"))
+            size = 100 if kind == PASSED[0] and number > 40 else len(data)
+            assert os.pwrite(fd, data[:size], 0) == size
+            files.append(fd)
+        # Opened again, since a memory target's files were too small when they were made.
+        files += [stack.enter_context(opened(mount.path / f"file{n}")) for n in range(40)]
+        for fd in files:
+            os.fsync(fd)
+            assert os.pread(fd, 10, 0) == b"x" * 10
+        for number in range(20):
+            (mount.path / f"new{number}").write_bytes(b"new")
+            (mount.path / f"directory{number}").mkdir()
+        assert len(os.listdir(f"/proc/{mount.pid}/fd")) <= limit
+        assert "ERROR" not in mount.new_log()
+        stack.close()
+        run("sync", "-f", mount.path)
+        assert (mount.path / "new7").read_bytes() == b"new"
+
+
 @ON_DISK
 def test_what_was_synced_survives_a_kill(mounted: Mount) -> None:
     data = os.urandom(3 * MIB)

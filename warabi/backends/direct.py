@@ -75,7 +75,7 @@ class DirectFileStorage(FileStorage):
         with self._lock:
             direct = self._direct.get(fd)
             if direct is None:
-                direct = os.open(self._path(rid), self._flags | os.O_DIRECT)
+                direct = self._open(self._path(rid), self._flags | os.O_DIRECT, locked=True)
                 self._direct[fd] = direct
             return direct
 

@@ -10,14 +10,13 @@ import contextlib
 import errno
 import os
 import re
-import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from warabi import errors
+from warabi import descriptors, errors
 from warabi.backends import times as filetimes
 from warabi.backends.base import STRANGERS, Flush, Place, Storage
 from warabi.backends.borrowed import Borrowed, OpenFile, Translated
@@ -40,6 +39,8 @@ NEW = ".new"
 _SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
+_MOST_DESCRIPTORS = 16384
+"""Region files that are kept open, where the process may have many more: each is kernel memory."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
 
 
@@ -58,7 +59,8 @@ class FileStorage(Storage):
         self.write_waits = self.write_waits or sync
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
-        self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # The other half is for connections, what is shared, and everything else.
+        self._limit = min(_MOST_DESCRIPTORS, max(16, descriptors.limit() // 2))
         self._mapped = Mapped(self._limit // 8)
         # Of regions that guests may sync by themselves, a part of the limit: each descriptor is
         # told of what could not be written, so one that stays open hears of it too.
@@ -94,7 +96,7 @@ class FileStorage(Storage):
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
-                held = OpenFile(os.open(self._path(rid), self._flags))
+                held = OpenFile(self._open(self._path(rid), self._flags, locked=True))
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
@@ -115,10 +117,24 @@ class FileStorage(Storage):
         """Make an open region file end at *size* bytes, or leave it as it was."""
         os.ftruncate(fd, size)
 
+    def _open(self, path: str, flags: int, *, locked: bool = False) -> int:
+        """Open a file, which new ones are private of.  When there are no more descriptors, half of
+        those that are kept open are closed for it; *locked*: ``_lock`` is held."""
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            if not descriptors.are_short(error):
+                raise
+        with contextlib.nullcontext() if locked else self._lock:
+            self._close_oldest(len(self._descriptors) // 2 + 1)
+        return os.open(path, flags, 0o600)
+
     def _evict(self) -> None:
-        if len(self._descriptors) < self._limit:
-            return
-        for rid in list(self._descriptors)[: self._limit // 8]:
+        if len(self._descriptors) >= self._limit:
+            self._close_oldest(self._limit // 8)
+
+    def _close_oldest(self, count: int) -> None:
+        for rid in list(self._descriptors)[:count]:
             held = self._descriptors.pop(rid)
             if held.users or rid in self._kept:
                 self._descriptors[rid] = held
@@ -141,7 +157,7 @@ class FileStorage(Storage):
     def create(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "create"):
             path = self._made(rid)
-            fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
+            fd = self._open(path, self._flags | os.O_CREAT | os.O_EXCL)
             if size:
                 try:
                     self._set_size(fd, size)
@@ -293,6 +309,8 @@ class FileStorage(Storage):
         try:
             yield
         except OSError as error:
+            if descriptors.are_short(error):  # nothing was tried
+                raise errors.from_os(error, f"persist region {rid.hex()}") from error
             text = f"persist region {rid.hex()}: a sync failed ({error.strerror}); {_ADVICE}"
             self._failed[rid] = text
             raise type(errors.from_os(error, text))(text) from error
@@ -320,13 +338,15 @@ class FileStorage(Storage):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             self._swept_shards.discard(shard)
         try:
-            sync_directory(f"{self.root}/{shard}")
+            sync_directory(f"{self.root}/{shard}", self._open)
             if made:
                 os.fsync(self._root_fd)
         except OSError as error:
             text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
             with self._lock:
                 self._swept_shards.add(shard)
+                if descriptors.are_short(error):  # it was not tried, and may be again
+                    raise
                 if made:
                     self._lost_shards.add(shard)
                 for rid in fresh:
@@ -364,7 +384,7 @@ class FileStorage(Storage):
             self._put_in_place(rid, fill)
         path = self._path(rid)
         try:
-            sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path), self._open)
         except OSError as error:  # the old file may be back after a power failure
             text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
             self._failed[rid] = f"persist region {rid.hex()}: {text}"
@@ -374,7 +394,7 @@ class FileStorage(Storage):
         """Have a new file, which *fill* is given to fill, be the region's, as a whole."""
         path = self._path(rid)
         fresh = path + NEW
-        new = os.open(fresh, self._flags | os.O_CREAT | os.O_TRUNC, 0o600)
+        new = self._open(fresh, self._flags | os.O_CREAT | os.O_TRUNC)
         try:
             fill(new)
             os.rename(fresh, path)
@@ -438,7 +458,7 @@ class FileStorage(Storage):
         with self._translated(rid, "share"), self._borrow(rid):
             # Not a copy of the one that is here, which the kernel would take for the same one.
             flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC
-            fd = os.open(self._path(rid), flags)
+            fd = self._open(self._path(rid), flags)
             if len(self._kept) < self._limit // 4:
                 self._kept.add(rid)
             return Place(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)

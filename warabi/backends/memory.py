@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-from warabi import errors
+from warabi import descriptors, errors
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Place, Storage
 from warabi.backends.memory_budget import Budget
 from warabi.backends.own import Own, Spare
@@ -158,10 +158,10 @@ class MemoryStorage(Storage):
         self._numbers = itertools.count(1)
         self._own = 0  # large regions
         self._spare = Spare()
-        descriptors = _descriptor_limit()
-        self._most_mappings = min(_MAPPINGS, descriptors // 8)
+        most = descriptors.limit()
+        self._most_mappings = min(_MAPPINGS, most // 8)
         self._mappings: dict[Own, None] = {}  # the oldest first; each takes a descriptor, too
-        self._own_limit = max(64, descriptors - _SPARE_DESCRIPTORS - self._most_mappings)
+        self._own_limit = max(64, most - _SPARE_DESCRIPTORS - self._most_mappings)
         self._segments: weakref.WeakSet[_Segment] = weakref.WeakSet()
         self._taken = 0  # by large regions, as far as they were looked at
         self._unsure: set[Own] = set()  # those that may take more by now
@@ -245,18 +245,31 @@ class MemoryStorage(Storage):
 
     def _allocate(self, size: int) -> _Slot | Own:
         try:
-            if size >= OWN_DESCRIPTOR and self._own < self._own_limit:
-                self._spare.relieve()
-                if len(self._spare) and self._own + len(self._spare) >= self._own_limit:
-                    self._spare.shrink()
-                own = Own(size)
-                self._own += 1
-                return own
-            return self._allocate_slot(size)
+            try:
+                return self._place(size)
+            except OSError as error:
+                if not descriptors.are_short(error):
+                    raise
+                # What is kept for speed has some.
+                self._spare.clear()
+                for own in [*self._mappings]:
+                    self._unmap(own)
+                return self._place(size)
         except (OSError, ValueError, OverflowError) as error:
             if not isinstance(error, OSError):
                 error = OSError(12, str(error))
             raise errors.from_os(error, f"memory region of {size} bytes") from error
+
+    def _place(self, size: int) -> _Slot | Own:
+        """Memory of its own, or a slot; raises ``OSError``, ``ValueError``, ``OverflowError``."""
+        if size >= OWN_DESCRIPTOR and self._own < self._own_limit:
+            self._spare.relieve()
+            if len(self._spare) and self._own + len(self._spare) >= self._own_limit:
+                self._spare.shrink()
+            own = Own(size)
+            self._own += 1
+            return own
+        return self._allocate_slot(size)
 
     def _allocate_slot(self, size: int) -> _Slot:
         slot_size = self._slot_size(size)
@@ -545,9 +558,3 @@ def _duplicate(fd: int, writable: bool) -> int:
     set pwrite(2) ignores the offset.
     """
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-
-
-def _descriptor_limit() -> int:
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -142,7 +142,7 @@ class PackedStorage(Storage):
         known = is_pack(pack)  # else its number is beyond what an import may give
         if known and pack not in self._files._failed and self._is_whole(pack, inode):
             with self._files._translated(pack, "create in"):
-                fd = os.open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
+                fd = self._files._open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
             self._newest = (inode.ino // SLOTS, pack, fd)
         return self._newest
 
