@@ -22,6 +22,8 @@ from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from typing import Any
 
+import trio
+
 from warabi import acl, errors
 from warabi.aio import Target
 from warabi.errors import path_error
@@ -32,7 +34,7 @@ from warabi.target import Target as LocalTarget
 from warabi.tree import RENAME_EXCHANGE, region_of_name
 from warabifs.believed import BelievedNames
 from warabifs.buffers import Buffers
-from warabifs.handles import Directory, Entry, File, Known, Outdated
+from warabifs.handles import Directory, Entry, File, Known, Listing, Listings, Outdated
 from warabifs.pages import Pages
 from warabifs.writes import Writes
 
@@ -41,8 +43,8 @@ log = logging.getLogger(__name__)
 BLOCK = 4096
 CAPABILITY = b"security.capability"
 """What the kernel asks for before each write to a file, because the write would remove it."""
-_PAGE = 128  # directory entries fetched at a time
-_REMEMBERED = 200_000  # names of an open directory, of which the gone ones are kept at a rewind
+_PAGE = 512  # directory entries fetched at a time
+_SPARE_NAMES = 200_000  # of directories that nobody has open any more, or that are gone
 
 
 class FileSystem:
@@ -81,6 +83,7 @@ class FileSystem:
         self._handles: dict[int, File | Directory] = {}
         self._next_handle = itertools.count(1)
         self._xattr_changes = 0
+        self._listings = Listings(_SPARE_NAMES)
         self.pages = Pages(target, alone=exclusive)
         self._buffers = Buffers()
         self.writes = Writes()
@@ -125,6 +128,7 @@ class FileSystem:
             known.count -= count
             if known.count <= 0:
                 del self._known[ino]
+                self._listings.forget(ino)
                 self.pages.forget(ino)
                 self._names.forget(ino)
                 if known.held:
@@ -449,16 +453,19 @@ class FileSystem:
     # Directories
 
     def opendir(self, ino: int) -> int:
-        return self._add_handle(Directory(ino))
+        return self._add_handle(Directory(ino, self._listings.open(ino)))
 
     def releasedir(self, handle: int) -> None:
-        del self._handles[handle]
+        directory = self._handles.pop(handle)
+        assert isinstance(directory, Directory)
+        self._listings.close(directory.ino, directory.listing)
 
     async def fsyncdir(self) -> None:
         await self._target.call("commit")
 
-    async def readdir(self, handle: int, cookie: int) -> list[Entry]:
-        """Entries that follow *cookie*, 0 being the start; none at the end.
+    async def readdir(self, handle: int, cookie: int, most: int) -> list[Entry]:
+        """Entries that follow *cookie*, 0 being the start; none at the end.  Of those that follow
+        the dots there are *most* at most.
 
         Entries come in the order of their names, so what is added or removed meanwhile moves
         no other; attributes are fetched anew each time, for the kernel takes them over.
@@ -467,22 +474,38 @@ class FileSystem:
         assert isinstance(directory, Directory)
         entries: list[Entry] = []
         if cookie < 2:
-            if cookie == 0 and len(directory.names) > _REMEMBERED:
-                directory.names.clear()
-                directory.positions.clear()
+            if cookie == 0:
+                directory.listing = self._listings.begin(directory.ino, directory.listing)
+                directory.met = 0
             for position, name in enumerate((b".", b"..")[cookie:], cookie):
                 dot = await self._target.call("lookup", directory.ino, name)
                 entries.append(Entry(name, dot, position + 1))
             cookie = 2
-        start = cookie - 2
-        if start > len(directory.names):
-            return []  # a cookie that was never given
-        after = directory.names[start - 1] if start else b""
-        page = await self._target.call("readdir", directory.ino, after, _PAGE)
-        positions = directory.place([name for name, _ in page], start)
+        start, listing = cookie - 2, directory.listing
+        while start > len(listing.names):
+            if not (listing.in_order and await self._read_ahead(directory.ino, listing)):
+                return []  # a cookie that was never given
+        after = listing.names[start - 1] if start else b""
+        page = await self._target.call("readdir", directory.ino, after, min(most, _PAGE))
+        directory.met += len(page)
+        if not page:
+            listing.length = max(listing.length, directory.met)
+        positions = listing.place([name for name, _ in page], start)
         for position, (name, attributes) in zip(positions, page, strict=True):
             entries.append(Entry(name, attributes, position + 3))
         return entries
+
+    async def _read_ahead(self, ino: int, listing: Listing) -> bool:
+        """Find positions of further names in a directory, for a cookie that an earlier listing
+        gave, as an NFS server may bring one; whether there were any.  If the directory has not
+        changed since they are what they were."""
+        await trio.lowlevel.checkpoint()
+        start = len(listing.names)
+        after = listing.names[-1] if start else b""
+        page = await self._target.call("readdir", ino, after, _PAGE)
+        if start == len(listing.names):  # no other task did so meanwhile
+            listing.place([name for name, _ in page], start)
+        return bool(page)
 
     # Extended attributes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from warabi.inode import Attributes
@@ -37,30 +37,116 @@ class File:
     version: int | None = None
 
 
+class Listing:
+    """The positions of a directory's names: the cookie of position *i* is *i* + 3, after the dots.
+
+    A cookie means one name for as long as the listing lives, wherever it is read again from, and
+    whichever open directory it is given to.  Names get positions in the order in which they are
+    met; as long as the directory does not change, that is the order of the names, and a list tells
+    all.  From the first change on there is a dictionary, too, so that neither case takes longer in
+    a larger directory.
+
+    Attributes:
+        names: by position; those that are gone keep theirs.
+        openings: of the directory, which use it.
+        length: entries that were met at most from the directory's start to its end.
+    """
+
+    __slots__ = ("_positions", "length", "names", "openings")
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+        self._positions: dict[bytes, int] | None = None
+        self.openings = 0
+        self.length = 0
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the positions are in the order of the names, none of which came later."""
+        return self._positions is None
+
+    def place(self, names: list[bytes], start: int) -> list[int]:
+        """The positions of *names*, which follow the name at position *start* - 1."""
+        if self._positions is None:
+            known = self.names[start : start + len(names)]
+            if known == names[: len(known)]:
+                self.names += names[len(known) :]
+                return list(range(start, start + len(names)))
+            self._positions = {name: position for position, name in enumerate(self.names)}
+        found = []
+        for name in names:
+            position = self._positions.get(name)
+            if position is None:
+                position = self._positions[name] = len(self.names)
+                self.names.append(name)
+            found.append(position)
+        return found
+
+
+class Listings:
+    """The listings of directories that are open, and of some that were: an NFS server opens a
+    directory anew for each part of it.
+
+    Args:
+        spare: names, gone ones included, that may be remembered without being needed.
+    """
+
+    def __init__(self, spare: int) -> None:
+        self._spare = spare
+        self._listings: dict[int, Listing] = {}  # by inode
+        self._closed: dict[int, Listing] = {}  # those that nobody has open, the oldest first
+        self._closed_names = 0
+
+    def open(self, ino: int) -> Listing:
+        """The listing for another opening of a directory."""
+        listing = self._listings.get(ino)
+        if listing is None:
+            listing = self._listings[ino] = Listing()
+        if self._closed.pop(ino, None) is not None:
+            self._closed_names -= len(listing.names)
+        listing.openings += 1
+        return listing
+
+    def close(self, ino: int, listing: Listing) -> None:
+        """An opening of the directory has ended."""
+        listing.openings -= 1
+        if listing.openings or self._listings.get(ino) is not listing:
+            return
+        self._closed[ino] = listing
+        self._closed_names += len(listing.names)
+        while self._closed_names > self._spare:
+            self.forget(next(iter(self._closed)))
+
+    def begin(self, ino: int, listing: Listing) -> Listing:
+        """The listing to go on with where a directory is read from its start: a new one if the old
+        one is mostly of names that are gone."""
+        if len(listing.names) <= 2 * listing.length + self._spare:
+            return listing
+        self.close(ino, listing)
+        if self._listings.get(ino) is listing:
+            self.forget(ino)
+        return self.open(ino)
+
+    def forget(self, ino: int) -> None:
+        """The directory is gone, or was not used for long: new openings begin a new listing."""
+        self._listings.pop(ino, None)
+        closed = self._closed.pop(ino, None)
+        if closed is not None:
+            self._closed_names -= len(closed.names)
+
+
 @dataclass(slots=True)
 class Directory:
-    """An open directory; the cookie of entry *i* is *i* + 3, after the two dots.
+    """An open directory.
 
-    A cookie means one name for as long as the directory is open, wherever it is read again from.
+    Attributes:
+        listing: the positions of its entries.
+        met: entries that were read since its start.
     """
 
     ino: int
-    names: list[bytes] = field(default_factory=list)
-    positions: dict[bytes, int] = field(default_factory=dict)  # of some names
-
-    def place(self, names: list[bytes], start: int) -> list[int]:
-        """The positions of *names*, which were read after the first *start*."""
-        if start == len(self.names):
-            self.names += names
-            return list(range(start, len(self.names)))
-        # Read again: what was seen keeps its position, and what was not gets a new one.
-        if len(self.positions) < len(self.names):
-            self.positions = {name: position for position, name in enumerate(self.names)}
-        for name in names:
-            if name not in self.positions:
-                self.positions[name] = len(self.names)
-                self.names.append(name)
-        return [self.positions[name] for name in names]
+    listing: Listing
+    met: int = 0
 
 
 class Entry(NamedTuple):

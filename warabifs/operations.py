@@ -142,6 +142,9 @@ _SIZE, _MODE, _UID, _GID, _ATIME, _MTIME = (
 _ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = Valid.ATIME_NOW, Valid.MTIME_NOW, Valid.KILL_SUIDGID
 _NOW = _ATIME_NOW | _MTIME_NOW
 
+_ENTRY = protocol.ENTRY_SIZE + protocol.direntry_size(b"name")
+"""Bytes that a directory entry with a short name takes: what is fetched and does not fit is fetched
+once more."""
 _NO_ATTRIBUTES = bytes(protocol.ATTRIBUTES_SIZE)
 _NO_ENTRY = bytes(protocol.ENTRY_SIZE)
 
@@ -484,7 +487,7 @@ class Operations:
         handle, cookie, room = protocol.READ.unpack_from(body)
         files = self._files
         found: list[bytes] = []
-        while entries := await files.readdir(handle, cookie):
+        while entries := await files.readdir(handle, cookie, max(1, room // _ENTRY)):
             for entry in entries:
                 room -= protocol.ENTRY_SIZE + protocol.direntry_size(entry.name)
                 if room < 0:

@@ -174,6 +174,41 @@ def test_two_streams_of_a_directory_do_not_meet(full: Path) -> None:
         assert len(one.rest()) == 602
 
 
+@pytest.mark.parametrize("listed", [True, False], ids=["known", "new"])
+def test_a_place_is_valid_in_another_opening(full: Path, listed: bool) -> None:
+    """As an NFS server uses it, which opens the directory for each part of a listing."""
+    with contextlib.closing(Stream(full)) as stream:
+        names: list[bytes | None] = []
+        places: list[int] = []
+        while not names or names[-1] is not None:
+            places.append(stream.tell())
+            names.append(stream.read())
+    if not listed:  # all that a file system knows of the directory may be forgotten meanwhile
+        Path("/proc/sys/vm/drop_caches").write_text("2")
+    for index in (599, 3, 300, 301, 602):
+        with contextlib.closing(Stream(full)) as stream:
+            stream.seek(places[index])
+            assert stream.read() == names[index]
+            assert stream.rest() == names[index + 1 : -1]
+
+
+def test_streams_agree_on_places_while_the_directory_changes(full: Path) -> None:
+    with contextlib.closing(Stream(full)) as one, contextlib.closing(Stream(full)) as two:
+        while one.read() != b"200":
+            pass
+        place, expected = one.tell(), one.read()
+        for number in range(150):
+            (full / f"{number:03}").unlink()
+            file(full / f"new{number}")
+        stay = {b"%03d" % number for number in range(150, 600)}
+        after = one.rest()
+        two.seek(place)
+        assert two.read() == expected
+        assert sorted(stay.intersection(two.rest())) == sorted(stay.intersection(after))
+        one.rewind()
+        assert len(set(one.rest())) == 602
+
+
 def test_a_place_that_never_was_is_no_entry(full: Path) -> None:
     with opened(full, os.O_RDONLY) as fd:
         assert len(os.listdir(fd)) == 600
