@@ -353,6 +353,24 @@ class FileSystem:
         file = File(ino, attributes.region)
         return self._add_handle(file), self.pages.opened(file, version), attributes
 
+    def fill_pages(self, ino: int, offset: int, size: int) -> None:
+        """The kernel reads or writes bytes by way of its page cache."""
+        known = self._known.get(ino)
+        if known is not None:
+            known.fill_pages(offset, size)
+
+    def may_have_pages(self, ino: int, offset: int, size: int) -> bool:
+        """Whether the kernel may have pages with some of these bytes."""
+        known = self._known.get(ino)
+        return known is not None and known.may_have_pages(offset, size)
+
+    def drop_pages(self, ino: int, offset: int, size: int) -> bool:
+        """Have the kernel drop its pages with these bytes, later; whether it may have any."""
+        if not self.may_have_pages(ino, offset, size):
+            return False
+        self.writes.drop(ino, *self._known[ino].drop_pages(offset, size))
+        return True
+
     async def read(self, ino: int, handle: int, offset: int, size: int, who: int = 0) -> memoryview:
         """Up to *size* bytes, fewer only at the end of the file; *who* as in ``writes.py``.
 

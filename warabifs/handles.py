@@ -8,6 +8,18 @@ from typing import NamedTuple
 from warabi.inode import Attributes
 from warabi.region import RegionID
 
+_EXTENT = 512 * 1024
+_TOLD_APART = 8192
+_BEYOND = 1 << _TOLD_APART
+"""The bit of all that comes after as many extents as are told apart."""
+
+
+def _extents(offset: int, size: int) -> int:
+    """The bits of the extents that have some of these bytes."""
+    first = min(offset // _EXTENT, _TOLD_APART)
+    last = min((offset + max(size, 1) - 1) // _EXTENT, _TOLD_APART)
+    return (2 << last) - (1 << first)
+
 
 @dataclass(slots=True)
 class Known:
@@ -21,6 +33,26 @@ class Known:
     # Until when, on the monotonic clock, it counts as without CAPABILITY, and without set-ID bits.
     incapable: float = 0.0
     harmless: float = 0.0
+    # Where the kernel may have pages of it, a bit for each extent of ``_EXTENT`` bytes.
+    pages: int = 0
+
+    def fill_pages(self, offset: int, size: int) -> None:
+        """The kernel reads or writes bytes by way of its page cache."""
+        self.pages |= _extents(offset, size)
+
+    def may_have_pages(self, offset: int, size: int) -> bool:
+        """Whether the kernel may have pages in the extents of these bytes."""
+        return bool(self.pages & _extents(offset, size))
+
+    def drop_pages(self, offset: int, size: int) -> tuple[int, int]:
+        """The kernel is about to be told to drop the pages with these bytes: from which byte on and
+        how many it is to drop, so as to have none in their extents."""
+        extents = _extents(offset, size)
+        if extents & _BEYOND:
+            return offset, size
+        self.pages &= ~extents
+        start = offset // _EXTENT * _EXTENT
+        return start, (offset + size - start + _EXTENT - 1) // _EXTENT * _EXTENT
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from warabifs import protocol
 from warabifs.filesystem import BLOCK, CAPABILITY, FileSystem
 from warabifs.passing import Passing
 from warabifs.protocol import Feature, Header, Opcode, Open, Valid, is_errno
-from warabifs.session import Answer, Early
+from warabifs.session import Answer, Early, Told
 from warabifs.writes import KERNEL
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ _LARGE = 64 * 1024
 """Bytes from which on storing them takes longer than to have the program go on meanwhile."""
 _APPEND, _ACCESS, _WRITE_ONLY = os.O_APPEND, os.O_ACCMODE, os.O_WRONLY
 _SYNC = os.O_SYNC  # of which O_DSYNC is a part
+_READ_DIRECT, _WRITE_DIRECT = protocol.READ_LOCKOWNER, protocol.WRITE_LOCKOWNER
 _CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
 
 Handler = Callable[["Operations", Header, memoryview], Coroutine[Any, Any, Answer]]
@@ -177,9 +178,6 @@ class Operations:
         self._attr_valid = _seconds(attr_timeout)
         self._negative_valid = _seconds(negative_timeout)
         self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
-        self._past_cache: set[int] = set()
-        """Handles of files that the kernel opened with ``DIRECT_IO``: it leaves it to the file
-        system to sync what is written to them with ``O_SYNC`` or ``O_DSYNC``."""
         self._openless = files.openless and not direct_io  # which is said of each open file
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
@@ -252,8 +250,6 @@ class Operations:
         open_flags = self._open_flags | keep_cache * Open.KEEP_CACHE
         if flags & _APPEND and self._appends_past_cache(flags):
             open_flags |= Open.DIRECT_IO
-        if open_flags & Open.DIRECT_IO:
-            self._past_cache.add(handle)
         return protocol.opened(handle, open_flags)
 
     def _appends_past_cache(self, flags: int) -> bool:
@@ -428,7 +424,9 @@ class Operations:
 
     @_handles(Opcode.READ)
     async def read(self, header: Header, body: memoryview) -> Answer:
-        handle, offset, size = protocol.READ.unpack_from(body)
+        handle, offset, size, flags = protocol.READ.unpack_from(body)
+        if not flags & _READ_DIRECT:
+            self._files.fill_pages(header.node, offset, size)
         return await self._files.read(header.node, handle, offset, size, header.pid)
 
     @_handles(Opcode.WRITE)
@@ -436,21 +434,38 @@ class Operations:
         handle, offset, size, flags, _, opened, _ = protocol.WRITE.unpack_from(body)
         data = body[protocol.WRITE.size :][:size]
         kill_setid = bool(flags & protocol.WRITE_KILL_SUIDGID)
-        synced = opened & _SYNC if handle in self._past_cache else 0
+        direct = flags & _WRITE_DIRECT
+        if not direct:
+            self._files.fill_pages(header.node, offset, size)
+        # After others the kernel sends FSYNC by itself; after synchronous ones with O_DIRECT, too.
+        synced = opened & _SYNC if direct else 0
         if opened & _APPEND and self._files.appends:
             await self._files.append(header.node, handle, offset, data, header.pid, kill_setid)
-            if synced:
-                await self._files.fsync(header.node, handle, synced != _SYNC)
-            return protocol.written(size)
-        if size >= _LARGE and not kill_setid and not synced:
+            return await self._written(header.node, handle, offset, size, direct, synced)
+        pages = direct and self._files.may_have_pages(header.node, offset, size)
+        if size >= _LARGE and not (kill_setid or synced or pages):
             rest = self._files.begin_write(header.node, handle, offset, data)
             if rest is not None:
                 return Early(protocol.written(size), rest)
         who = KERNEL if flags & protocol.WRITE_CACHE else header.pid
         await self._files.write(header.node, handle, offset, data, who, kill_setid=kill_setid)
+        return await self._written(header.node, handle, offset, size, direct, synced)
+
+    async def _written(
+        self, node: int, handle: int, offset: int, size: int, direct: int, synced: int
+    ) -> Answer:
+        """The answer to a write, once what it asks for besides has been done.
+
+        The kernel drops pages before it sends a write that goes past them, and after it only if the
+        program waits for it.  What is read or written meanwhile by way of the page cache would stay
+        there, older than the file.
+        """
         if synced:
-            await self._files.fsync(header.node, handle, synced != _SYNC)
-        return protocol.written(size)
+            await self._files.fsync(node, handle, synced != _SYNC)
+        answer = protocol.written(size)
+        if direct and self._files.drop_pages(node, offset, size):
+            return Told(answer)
+        return answer
 
     @_handles(Opcode.FLUSH)
     async def flush(self, header: Header, body: memoryview) -> Answer:
@@ -470,9 +485,7 @@ class Operations:
     async def release(self, header: Header, body: memoryview) -> Answer:
         if self._passing is not None:
             self._passing.release(header.node)
-        (handle, _) = protocol.HANDLE.unpack_from(body)
-        self._past_cache.discard(handle)
-        await self._files.release(handle)
+        await self._files.release(protocol.HANDLE.unpack_from(body)[0])
         return b""
 
     # Directories
@@ -484,7 +497,7 @@ class Operations:
     @_handles(Opcode.READDIRPLUS)
     async def readdir(self, header: Header, body: memoryview) -> Answer:
         """Entries with their attributes, as many as there is room for."""
-        handle, cookie, room = protocol.READ.unpack_from(body)
+        handle, cookie, room, _ = protocol.READ.unpack_from(body)
         files = self._files
         found: list[bytes] = []
         while entries := await files.readdir(handle, cookie, max(1, room // _ENTRY)):

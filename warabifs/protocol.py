@@ -22,6 +22,9 @@ MAX_WRITE = 1024 * 1024
 BUFFER = MAX_WRITE + 4096
 """Bytes that a buffer for any request must have."""
 _PAGES = MAX_WRITE // 4096
+MAX_BACKGROUND = 128
+"""Requests that programs do not wait for, such as readahead and asynchronous writes with
+``O_DIRECT``, which the kernel has under way at a time; the next ones wait for their answers."""
 
 
 class Opcode(IntEnum):
@@ -112,6 +115,10 @@ class Valid:
 
 WRITE_CACHE = 1 << 0
 """In the flags of a WRITE: the kernel writes back pages, which it holds, on nobody's behalf."""
+WRITE_LOCKOWNER = 1 << 1
+"""In the flags of a WRITE: a lock owner is given, as only what goes past the page cache does."""
+READ_LOCKOWNER = 1 << 1
+"""The like of a READ: the bytes become no pages."""
 WRITE_KILL_SUIDGID = 1 << 2
 """In the flags of a WRITE: the writer has no right to keep set-ID bits."""
 OPEN_KILL_SUIDGID = 1 << 0
@@ -155,7 +162,7 @@ RENAME2 = struct.Struct("=QII")  # the new directory, flags
 LINK = struct.Struct("=Q")  # the inode
 OPEN = struct.Struct("=II")  # flags of open(2), OPEN_...
 CREATE = struct.Struct("=IIII")  # flags of open(2), mode, umask, OPEN_...
-READ = struct.Struct("=QQI")  # handle, offset, size, and what is of no use here
+READ = struct.Struct("=QQII")  # handle, offset, size, READ_..., and what is of no use here
 WRITE = struct.Struct("=QQIIQII")
 """Handle, offset, size, WRITE_..., lock owner, flags of the open file as open(2) takes them."""
 HANDLE = struct.Struct("=QI")  # handle, flags
@@ -225,7 +232,8 @@ def init_answer(body: memoryview, wanted: int) -> tuple[int, bytes]:
         offered &= ~Feature.PASSTHROUGH
     agreed = wanted & offered
     return agreed, _INIT_ANSWER.pack(
-        MAJOR, MINOR, readahead, agreed & 0xFFFFFFFF, 0, 0, MAX_WRITE, 1, _PAGES, 0, agreed >> 32,
+        MAJOR, MINOR, readahead, agreed & 0xFFFFFFFF, MAX_BACKGROUND, MAX_BACKGROUND,
+        MAX_WRITE, 1, _PAGES, 0, agreed >> 32,
         1 if agreed & Feature.PASSTHROUGH else 0,  # file systems like this one that may be below
     )  # fmt: skip
 

@@ -55,6 +55,12 @@ _LOOK = 0.2
 """Seconds between two looks whether a thread that was interrupted is being killed."""
 _IN_KERNEL = 0.5
 """Seconds after which a thread that tells the kernel something must have got there."""
+_UNTOLD = protocol.MAX_BACKGROUND
+"""Notices and answers, an equal number, after which an answer does not wait for a notice.
+
+A notice waits for pages that are being read.  Who reads may wait for one of the requests under way
+to be answered, of which ``MAX_BACKGROUND`` are allowed, so not all of them may wait for notices.
+"""
 _IDLE = 8
 """Workers that are kept for later."""
 _SMALL = 16 * 1024
@@ -73,7 +79,14 @@ class Early(NamedTuple):
     rest: Callable[[], None]
 
 
-Answer = bytes | memoryview | int | Early | None
+class Told(NamedTuple):
+    """An answer that the kernel gets once it has been told all that it was to be told before; if
+    that is too much to wait for, at once."""
+
+    answer: bytes
+
+
+Answer = bytes | memoryview | int | Early | Told | None
 """Of a handler: what the kernel gets, or an errno; None for what is not answered.
 
 A view has to be valid until the handler's task waits for anything.
@@ -344,12 +357,17 @@ class Session:
             with contextlib.suppress(OSError):
                 os.write(self._fd, protocol.refusal(unique, errno.EIO))
 
-    def _write(self, unique: int, answer: bytes | memoryview | int | Early) -> None:
+    def _write(self, unique: int, answer: bytes | memoryview | int | Early | Told) -> None:
         if isinstance(answer, int):
             os.write(self._fd, protocol.refusal(unique, answer))
         elif isinstance(answer, Early):
             self._send(unique, answer.answer)
             answer.rest()
+        elif isinstance(answer, Told):
+            if self._notices.qsize() < _UNTOLD:
+                self._tell(protocol.answer(unique, len(answer.answer)) + answer.answer)
+            else:
+                self._send(unique, answer.answer)
         elif len(answer) <= _SMALL:
             os.write(self._fd, protocol.answer(unique, len(answer)) + answer)
         else:

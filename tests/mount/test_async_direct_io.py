@@ -1,0 +1,185 @@
+"""Asynchronous writes with ``O_DIRECT`` while others use the file through the page cache.
+
+What io_getevents(2) brought is what every later read finds, however the file is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.mount.aio import PAGE, writing
+from tests.mount.conftest import disposable, limit_of
+from tests.mount.support import MIB, SOURCES, Mount, mounting, run, source_of, watchdog
+
+PAGES = 160
+MODES = (*SOURCES, "memory-passed", "engine exclusive", "memory direct_io")
+SOME = pytest.mark.parametrize("mount_module", ["memory", "file", "engine"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def mount_module(request: pytest.FixtureRequest) -> Iterator[Mount]:
+    kind, _, option = request.param.partition(" ")
+    with (
+        disposable("/tmp") as path,
+        source_of(kind, path) as (source, options),
+        mounting(source, path, *options, *filter(None, [option])) as mount,
+    ):
+        yield mount
+
+
+@pytest.fixture
+def mount(request: pytest.FixtureRequest, mount_module: Mount) -> Iterator[Mount]:
+    with watchdog(mount_module, limit_of(request)):
+        yield mount_module
+    mount_module.check_log()
+
+
+def filled(mount: Mount, pages: int = PAGES) -> Path:
+    path = mount.path / "file"
+    path.write_bytes(bytes(pages * PAGE))
+    return path
+
+
+@contextlib.contextmanager
+def busy(*work: Callable[[], object]) -> Iterator[None]:
+    """Do *work* again and again, each in a thread, while the block runs."""
+    done = threading.Event()
+
+    def repeat(one: Callable[[], object]) -> None:
+        while not done.is_set():
+            one()
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        threads = [pool.submit(repeat, one) for one in work]
+        try:
+            yield
+        finally:
+            done.set()
+        for thread in threads:
+            thread.result(60)
+
+
+def written(fd: int, depth: int, count: int, check: Callable[[int, bytes], None]) -> list[bytes]:
+    """Write *count* random pages, *depth* at a time; *check* is told what has ended.  Returns what
+    each page begins with by then."""
+    chosen = random.Random(depth)
+    content, under_way = [bytes(8)] * PAGES, dict[int, bytes]()
+    with writing(fd, depth) as writer:
+        for number in range(count):
+            while not writer.free or (number == count - 1 and under_way):
+                for page in writer.completed():
+                    content[page] = under_way.pop(page)
+                    check(page, content[page])
+            page = chosen.choice([page for page in range(PAGES) if page not in under_way])
+            under_way[page] = b"%08d" % number
+            writer.submit(page, under_way[page])
+        while under_way:
+            for page in writer.completed():
+                content[page] = under_way.pop(page)
+                check(page, content[page])
+    return content
+
+
+@pytest.mark.parametrize(
+    ("mount_module", "reading"),
+    [
+        *((mode, "read") for mode in MODES),
+        *((mode, "mapping") for mode in ("memory", "engine")),
+        *((mode, "buffered writes") for mode in ("memory", "file", "engine")),
+    ],
+    indirect=["mount_module"],
+)
+def test_what_has_ended_is_what_is_read(mount: Mount, reading: str) -> None:
+    path = filled(mount)
+    chosen = random.Random(1)
+    with contextlib.ExitStack() as stack:
+        cached = os.open(path, os.O_RDWR)
+        stack.callback(os.close, cached)
+        direct = os.open(path, os.O_RDWR | os.O_DIRECT)
+        stack.callback(os.close, direct)
+
+        def look(page: int) -> bytes:
+            return os.pread(cached, 8, page * PAGE)
+
+        def disturb() -> None:
+            page = chosen.randrange(PAGES)
+            if reading == "buffered writes":  # of bytes that nobody else writes
+                os.pwrite(cached, b"tail", page * PAGE + PAGE - 4)
+            look(page)
+
+        if reading == "mapping":
+            mapped = stack.enter_context(mmap.mmap(cached, PAGES * PAGE, prot=mmap.PROT_READ))
+
+            def look(page: int) -> bytes:
+                return mapped[page * PAGE : page * PAGE + 8]
+
+        def check(page: int, data: bytes) -> None:
+            assert look(page) == data
+
+        with busy(disturb):
+            content = written(direct, 16, 400, check)
+        assert [look(page) for page in range(PAGES)] == content
+
+
+@SOME
+def test_many_at_a_time_do_not_keep_readers_from_going_on(mount: Mount) -> None:
+    """More than the kernel has under way at once, and than may wait for pages to be dropped."""
+    path = filled(mount)
+    direct = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        with busy(path.read_bytes, path.read_bytes):
+            content = written(direct, 150, 600, lambda page, data: None)
+        found = path.read_bytes()
+    finally:
+        os.close(direct)
+    assert [found[page * PAGE : page * PAGE + 8] for page in range(PAGES)] == content
+
+
+@SOME
+@pytest.mark.parametrize("engine", ["libaio", "io_uring"])
+def test_what_fio_wrote_is_what_is_read(mount: Mount, engine: str) -> None:
+    path = filled(mount)
+    cached = os.open(path, os.O_RDONLY)
+    chosen = random.Random(1)
+    try:
+        with busy(lambda: os.pread(cached, PAGE, chosen.randrange(PAGES) * PAGE)):
+            run(
+                "fio", "--name=write", f"--filename={path}", f"--ioengine={engine}", "--direct=1",
+                "--rw=randwrite", "--bs=4k", f"--size={PAGES * PAGE}", "--iodepth=16", "--loops=3",
+                "--refill_buffers", cwd="/tmp",
+            )  # fmt: skip
+        found = os.pread(cached, MIB, 0)
+    finally:
+        os.close(cached)
+    direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, PAGES * PAGE) as place:
+            assert os.preadv(direct, [place], 0) == PAGES * PAGE
+            assert found == place[:]
+    finally:
+        os.close(direct)
+
+
+def test_what_has_ended_is_durable_where_that_was_asked_for(place: Path) -> None:
+    """For asynchronous writes the kernel sends no FSYNC."""
+    with mounting(f"file:{place}/target", place) as mount:
+        path = mount.path / "file"
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
+        try:
+            os.ftruncate(fd, PAGES * PAGE)
+            content = written(fd, 16, 200, lambda page, data: None)
+        finally:
+            os.close(fd)
+        mount.kill()
+        mount.start()
+        found = path.read_bytes()
+        assert [found[page * PAGE : page * PAGE + 8] for page in range(PAGES)] == content
