@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -235,6 +236,23 @@ def test_who_had_an_owner_that_cannot_be_is_nobody(sample: Sample) -> None:
     with open_target("file", sample.path) as target:
         found = target.namespace.getattr(4)
         assert (found.uid, found.mode) == (domain.NOBODY, 0o100755)
+
+
+def test_a_medium_that_cannot_be_read_is_not_repaired(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could be read of the catalogue there is not all that there is."""
+    with sample.path.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+    before = sample.path.read_bytes()
+    module = sys.modules["warabi.fsck.check"]
+    monkeypatch.setattr(module, "read_error", lambda path: "Input/output error")
+    done = CliRunner().invoke(main, ["fsck", "--repair", str(sample.path)])
+    assert isinstance(done.exception, errors.StorageError) or done.exit_code == FAILED
+    assert sample.path.read_bytes() == before
+    monkeypatch.undo()
+    assert fsck(sample.path, "--repair")[0] == CORRECTED
 
 
 def test_a_target_that_is_not_made_yet(tmp_path: Path) -> None:

@@ -34,6 +34,38 @@ _OF_THE_ROW = (
 """Errors of SQLite that are about what is to be written, not about the database or its medium."""
 
 
+_whole: dict[Path, tuple[int, int]] = {}
+"""Size and time of databases that could be read to their end when SQLite called them damaged."""
+
+
+def read_error(path: Path) -> str:
+    """Why a database, or its WAL, cannot be read to its end; empty when it can.
+
+    SQLite calls a database malformed also when the kernel fails a read of it (EIO, ENXIO).
+    """
+    buffer = bytearray(1 << 20)
+    try:
+        info = path.stat()
+        state = (info.st_size, info.st_mtime_ns)
+        with open(path, "rb", buffering=0) as file:
+            if _whole.get(path) == state:
+                return ""  # known to be damaged, and not to be read for each statement
+            while file.readinto(buffer):
+                pass
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(f"{path}-wal", "rb", buffering=0) as file,
+        ):
+            while file.readinto(buffer):
+                pass
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    _whole[path] = state
+    return ""
+
+
 def translate(error: sqlite3.Error, path: Path | None) -> errors.Exception:
     """The library's exception for a failed catalogue statement."""
     name = getattr(error, "sqlite_errorname", "")
@@ -41,6 +73,8 @@ def translate(error: sqlite3.Error, path: Path | None) -> errors.Exception:
     if name.startswith("SQLITE_FULL"):
         return StorageFull(text)
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        if path is not None and (why := read_error(path)):
+            return StorageError(f"catalogue {path}: {why}")
         return CorruptTarget(text)
     return StorageError(text)
 

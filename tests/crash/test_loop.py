@@ -10,21 +10,25 @@ import contextlib
 import fcntl
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.crash.powerloss import Promises, check
+from tests.crash.targets import opened
 from tests.helpers import PATIENCE, environment, file_config, provider_process
-from warabi import errors
+from warabi import errors, fsck
 from warabi.client import Client
 from warabi.engine import Engine, client
 
 _FICLONE = 0x40049409
+_SHUTDOWN = 0x8004587D
+"""``EXT4_IOC_SHUTDOWN``, and XFS's."""
 FAILED = (errors.StorageError, errors.StorageFull)
 SNAPSHOTS = 8
 OPERATIONS = 1_000_000
@@ -150,3 +154,49 @@ def test_what_a_client_could_not_sync_is_remembered(scratch: Path) -> None:
                     handle.persist(region, 0, size)
     finally:
         run("umount", "-l", scratch)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_medium_that_fails_is_no_damage(kind: str, scratch: Path) -> None:
+    """SQLite calls a database malformed when it cannot be read."""
+    make(scratch / "image", kind, 400 << 20)
+    with mounted(scratch / "image", scratch / "disk") as disk:
+        with opened("file", disk / "target") as target:
+            regions = [target.namespace.mknod(1, b"%d" % n, 0o644, 0, 0) for n in range(2000)]
+            for region in regions:
+                target.namespace.setxattr(region.ino, b"user.a", b"value" * 50)
+        target = opened("file", disk / "target", create=False)
+        names = target.namespace
+        names.setattr(regions[0].ino, mode=0o600)
+        fd = os.open(disk, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", 2))
+        finally:
+            os.close(fd)
+        calls: list[Callable[[], object]] = [
+            lambda: names.getattr(regions[1000].ino),
+            lambda: names.getxattr(regions[1000].ino, b"user.a"),
+            lambda: names.setxattr(regions[1500].ino, b"user.a", b"other"),
+            lambda: names.lookup(1, b"1999"),
+            lambda: names.readdir(1),
+            lambda: target.persist(regions[0].region, 0, 0),
+            target.list,
+            target.commit,
+            target.sync,
+            target.close,
+            lambda: opened("file", disk / "target", create=False),
+        ]
+        failed = 0
+        for call in calls:
+            try:
+                call()
+            except FAILED:
+                failed += 1  # what is in memory can still be had
+        assert failed > 5
+        with pytest.raises((OSError, errors.StorageError)):
+            fsck.check(disk / "target", repair=True, say=lambda line: None)
+    with (
+        mounted(scratch / "image", scratch / "disk") as disk,
+        opened("file", disk / "target", create=False) as target,
+    ):
+        assert len(target.list(None, 10_000)) == 2000

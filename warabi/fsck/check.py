@@ -14,12 +14,12 @@ from urllib.parse import quote
 from warabi import layout
 from warabi.backends.pack import SLOTS
 from warabi.domain import SEQUENCE
-from warabi.errors import ConfigError
+from warabi.errors import ConfigError, StorageError
 from warabi.fsck.files import FileCheck, region_files
 from warabi.fsck.report import LostFound, Report
 from warabi.fsck.salvage import salvage
 from warabi.fsck.tree import TreeCheck
-from warabi.journal import sync_directory, translate
+from warabi.journal import read_error, sync_directory, translate
 from warabi.schema import APPLICATION_ID, SCHEMA_VERSION, migrate, show_as_new
 
 _INDEX_ONLY = re.compile(
@@ -145,6 +145,10 @@ def _trouble_inside(path: Path, report: Report) -> list[str]:
         if not error.sqlite_errorname.startswith(_DAMAGE):
             raise
         lines = [str(error)]
+    if lines and (why := read_error(path)):
+        raise StorageError(
+            f"catalogue {path}: {why}; copy the target to a medium that can be read, first"
+        )
     return [f"catalogue: {' '.join(line.split())}" for line in lines]
 
 

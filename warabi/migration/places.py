@@ -23,9 +23,11 @@ from warabi.target import Target
 
 
 class Place(ABC):
-    """Attributes: ``db``, with the catalogue's schema and its first rows, and ``storage``."""
+    """Attributes: ``db``, with the catalogue's schema and its first rows, ``database``, the path of
+    its file or None, and ``storage``."""
 
     db: sqlite3.Connection
+    database: Path | None = None
     storage: Storage
 
     @abstractmethod
@@ -98,7 +100,7 @@ class FilePlace(Place):
 
     def __init__(self, target: FileTarget | PmemTarget, path: Path, quota: int | None) -> None:
         self._path = path
-        self._staged = layout.staged(path)
+        self._staged = self.database = layout.staged(path)
         self._plan = layout._plan(target)._replace(path=str(path))
         self._made: list[Path] = []  # directories, outermost first
         self._sealed = False

@@ -53,7 +53,7 @@ class Staging:
             self._begin()
         except sqlite3.Error as error:
             self._place.discard()
-            raise damaged(error) from error
+            raise damaged(error, self._place.database) from error
 
     def _begin(self) -> None:
         self._db.execute("BEGIN")
@@ -75,7 +75,7 @@ class Staging:
         try:
             self._db.executemany(sql, found)
         except sqlite3.Error as error:
-            raise damaged(error) from error
+            raise damaged(error, self._place.database) from error
 
     def add_data(self, payload: memoryview) -> None:
         """Take bytes of regions, whose rows are there: one region after the other, by slot."""
@@ -111,7 +111,7 @@ class Staging:
         try:
             return self._db.execute(sql, values).fetchone()
         except sqlite3.Error as error:
-            raise damaged(error) from error
+            raise damaged(error, self._place.database) from error
 
     def finish(self, expected: int) -> None:
         """Check that *expected* regions are there and all fits together; put it on the medium."""
@@ -132,7 +132,7 @@ class Staging:
         try:
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
-            raise damaged(error) from error
+            raise damaged(error, self._place.database) from error
         self._place.seal()
         self._sealed = True
 
