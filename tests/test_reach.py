@@ -7,7 +7,9 @@ import errno
 import gc
 import importlib
 import os
+import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -633,6 +635,48 @@ def test_all_lanes_in_use(halt: Path, name: str) -> None:
         send()
         assert [line() for _ in range(2)] == ["0 [0, 0]", "closed"]
         process.wait(PATIENCE)
+
+
+def test_an_interrupt_anywhere_loses_no_lane(rig: Rig, file: int) -> None:
+    """Handlers of signals may raise, as that of Ctrl-C does, after any call."""
+
+    class Interrupted(Exception):
+        pass
+
+    armed = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Interrupted
+
+    def until_interrupted() -> None:  # not in the `try`: Python 3.13 leaves that for a loop's jump
+        while armed:
+            rig.reach.write(REGION, 0, data)
+            rig.reach.read_some(REGION, 0, out)
+
+    dice = random.Random(1)
+    data, out = memoryview(bytes(64)), place(64)
+    interrupted = 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for granted in (lambda: rig.grant(100), lambda: rig.grant_file(file, 100)):
+            granted()
+            for _ in range(1500):
+                try:
+                    armed = True
+                    signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-6, 1e-4))
+                    until_interrupted()
+                except Interrupted:
+                    interrupted += 1
+                assert rig.reach.busy == 0
+                assert not any(rig.board)
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted == 3000
 
 
 def test_descriptors_and_memory_go_with_the_grant(rig: Rig, file: int) -> None:
