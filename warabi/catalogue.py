@@ -68,6 +68,8 @@ class Catalogue:
         self.path = path
         self._random = random.Random()
         self._cache: dict[int, Inode] = {}
+        self._trim_at = _CACHED  # so many inodes in the cache are too many
+        self._removed = 0  # since the tables were made anew
         self.by_rid: dict[bytes, Inode] = {}
         self._dirty: dict[int, Inode] = {}
         # Dirty inodes that cannot be stored: why, and whether a persist has to keep what is not.
@@ -311,6 +313,10 @@ class Catalogue:
         """Forget *inode* and its xattrs; its names are gone already, but for an erased region's."""
         self._cache.pop(inode.ino, None)
         self.by_rid.pop(inode.rid, None)
+        self._removed += 1
+        if self._removed >= _CACHED:  # a dictionary keeps the room of what was removed from it
+            self._removed = 0
+            self._cache = dict(self._cache)
         self._dirty.pop(inode.ino, None)
         if self._unstored:
             self._unstored.pop(inode.ino, None)
@@ -338,13 +344,17 @@ class Catalogue:
         if len(self._dentries.dirty) > _FLUSH_AT:
             self._dentries.flush(_FLUSH)
         self._dentries.trim()
-        if len(self._cache) <= _CACHED:
+        if len(self._cache) <= self._trim_at:
             return
-        for inode in list(self._cache.values())[: _CACHED // 2]:
+        for inode in list(self._cache.values()):
+            if len(self._cache) <= _CACHED // 2:
+                break
             used = inode.users or inode.pins or inode.exclusive or inode.share is not None
             if not (used or inode.ino in self._dirty):
                 del self._cache[inode.ino]
                 self.by_rid.pop(inode.rid, None)
+        # Those in use stay, however many: to look at them again soon would be in vain.
+        self._trim_at = max(_CACHED, len(self._cache) * 3 // 2)
 
     # Names
 

@@ -12,6 +12,7 @@ import sqlite3
 from warabi.journal import Journal
 
 _KEPT = 65536
+_KEPT_ABSENT = 4096  # names known in all, up to which those that were removed are kept among them
 _ABSENT = 0
 """Instead of an inode number: there is no such name."""
 
@@ -104,6 +105,10 @@ class Dentries:
             del self.dirty[key]
         if self.failed or self.withheld or failed:
             self._keep(keys, failed)
+        if len(self._known) > _KEPT_ABSENT:
+            for key in gone:
+                if key not in self.dirty:
+                    del self._known[key]
 
     def _keep(
         self, keys: list[tuple[int, bytes]], failed: dict[tuple[int, bytes], tuple[int, Exception]]

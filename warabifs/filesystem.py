@@ -44,6 +44,7 @@ BLOCK = 4096
 CAPABILITY = b"security.capability"
 """What the kernel asks for before each write to a file, because the write would remove it."""
 _PAGE = 512  # directory entries fetched at a time
+_FORGOTTEN = 65536  # inodes, after which the table of those that the kernel knows is made anew
 _SPARE_NAMES = 200_000  # of directories that nobody has open any more, or that are gone
 
 
@@ -80,6 +81,7 @@ class FileSystem:
         self._remember_names = remember_names
         self._names = BelievedNames(drop_name)
         self._known: dict[int, Known] = {}
+        self._forgotten = 0  # inodes, since that table was made anew
         self._handles: dict[int, File | Directory] = {}
         self._next_handle = itertools.count(1)
         self._xattr_changes = 0
@@ -128,11 +130,15 @@ class FileSystem:
             known.count -= count
             if known.count <= 0:
                 del self._known[ino]
+                self._forgotten += 1
                 self._listings.forget(ino)
                 self.pages.forget(ino)
                 self._names.forget(ino)
                 if known.held:
                     await self._target.call("unpin", ino, known.held)
+        if self._forgotten >= _FORGOTTEN:  # a dictionary keeps the room of what was removed from it
+            self._forgotten = 0
+            self._known = dict(self._known)
 
     def _means(self, parent: int, name: bytes, ino: int) -> None:
         """The kernel knows that a name means *ino* now; 0: that it must ask."""
