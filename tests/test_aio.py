@@ -271,15 +271,21 @@ async def test_who_never_stops_asking_lets_others_run(local_process: Served) -> 
 async def test_cancelled_anywhere(target: aio.Target, size: int) -> None:
     """The connection stays usable, late replies touch no buffer, and no region is torn."""
     old, new = pattern(size, 1), pattern(size, 2)
+    before = {listed async for listed in target.list()}
     region = await target.create_and_write(old)
     other = await target.create_and_write(b"other")
+    known = {region, other}
+
+    async def create() -> None:
+        known.add(await target.create_and_write(old))
+
     for steps in (*range(12), 20, 40, 80, 160):
         buffer = bytearray(size)
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(target.read_into, region, 0, buffer)
                 nursery.start_soon(target.read, region, 0, size)
-                nursery.start_soon(target.create_and_write, old)
+                nursery.start_soon(create)
                 for _ in range(steps):
                     await trio.lowlevel.checkpoint()
                 scope.cancel()
@@ -301,8 +307,11 @@ async def test_cancelled_anywhere(target: aio.Target, size: int) -> None:
         assert len(got) == size
         await target.write(region, 0, new)
         assert await target.read(region, 0, size) == new
-    for left in [listed async for listed in target.list()]:
-        await target.erase(left)
+    with trio.fail_after(PATIENCE):  # those whose creation was cancelled are erased, if late
+        while {listed async for listed in target.list()} - before != known:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    for region in known:
+        await target.erase(region)
 
 
 async def test_cancelled_half_way_through_its_payload() -> None:

@@ -19,7 +19,7 @@ from warabi.connection import Connection
 from warabi.link import WireLink
 from warabi.operations import OPERATIONS, Operation, Payload
 from warabi.region import RegionID
-from warabi.request import Request
+from warabi.request import Patience, Request
 
 _PLACE = 4
 FAILURES: list[Any] = [
@@ -145,7 +145,7 @@ def test_blocking_client(liar: tuple[str, Liar]) -> None:
     for name in CALLED:
         for value in _wrong(name):
             provider.header = [value]
-            connection = Connection(address.parse(where), 10)
+            connection = Connection(address.parse(where), Patience(10))
             try:
                 link = WireLink(lambda one=connection: one, 1)  # type: ignore[misc]
                 with pytest.raises(errors.ProtocolError, match=f"{name}: the reply: expected "):
@@ -174,7 +174,7 @@ def test_trio_client(liar: tuple[str, Liar]) -> None:
 def test_reads(liar: tuple[str, Liar], header: list[Any]) -> None:
     where, provider = liar
     provider.header = header
-    connection = Connection(address.parse(where), 10)
+    connection = Connection(address.parse(where), Patience(10))
     place = bytearray(_PLACE)
     try:
         link = WireLink(lambda: connection, 1)

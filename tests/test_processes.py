@@ -478,7 +478,7 @@ def test_a_handle_pickles_with_its_settings(local_process: Served) -> None:
             with pytest.raises(warabi.client.Exception, match="read-only"):
                 again.create(1)
             assert again._engine is not None
-            assert again._engine._state.connections.timeout == 7
+            assert again._engine._state.connections.patience.silence == 7
             list(again.list())
         assert pickle.loads(pickle.dumps(own)).get_config() == own.get_config()
     assert not pickle.loads(pickle.dumps(TargetHandle()))

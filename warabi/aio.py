@@ -3,8 +3,8 @@
     async with warabi.aio.connect(address, provider_id) as target:
         region = await target.create_and_write(b"...")
 
-A request that is cancelled has taken effect or not, and its
-late reply touches nobody's buffer; a cancelled write's data must not change until the
+A request that is cancelled has taken effect or not, and its late reply touches nobody's buffer; a
+region that it creates late is erased.  A cancelled write's data must not change until the
 connection ends or another request on it has been answered.
 """
 
@@ -35,6 +35,7 @@ from warabi.extents import EXTENTS, check_total, checked_extents, pack
 from warabi.feed import Changes
 from warabi.operations import PAGE
 from warabi.region import RegionID
+from warabi.request import Patience
 from warabi.target import Target as LocalTarget
 from warabi.transport import Transport
 
@@ -271,6 +272,7 @@ async def connect(
     provider_id: int,
     *,
     timeout: float = TIMEOUT,
+    deadline: float | None = None,
     share: bool = True,
     read_only: bool = False,
     tls: dict[str, Any] | None = None,
@@ -286,6 +288,8 @@ async def connect(
         provider_id: 0 to 65535.
         timeout: seconds without a sign of life from the provider after which a call raises
             ``TimedOut``.
+        deadline: seconds after which it does so whatever signs of life come; by default 5 times
+            *timeout* for calls that only read, 60 times for others.
         share: whether regions of a provider on this host may be reached directly.
         read_only: let every change fail with ``PermissionDenied``, here and at the provider.
         tls, token, token_file: as in an engine's configuration, see docs/security.md.
@@ -313,7 +317,7 @@ async def connect(
             trio.socket.from_stdlib_socket(plain),
             over,
             str(endpoint),
-            timeout,
+            Patience(timeout, deadline),
             descriptors=descriptors,
             deadlines=deadlines,
         )

@@ -26,7 +26,7 @@ from warabi.errors import ConnectionLost, TimedOut
 from warabi.lookout import Lookout
 from warabi.lull import Lull
 from warabi.operations import OPERATIONS
-from warabi.request import Replies, Request
+from warabi.request import Patience, Replies, Request
 from warabi.security import Security
 from warabi.transport import Plain, Transport
 from warabi.wire import NEED_DATA, Limits
@@ -48,7 +48,7 @@ class Connection(Replies):
         sock: connected and non-blocking.
         transport: what goes over it.
         name: of the peer, for messages.
-        timeout: seconds without a sign of life from the provider after which a request gives up.
+        patience: for how long requests wait.
         descriptors: whether the engine may send some, see :meth:`take_descriptors`.
         deadlines: whether a request also gives up when the provider answers others, and not it,
             for *timeout*: ten times as long, if the operation may wait for a medium.
@@ -59,7 +59,7 @@ class Connection(Replies):
         sock: trio.socket.SocketType,
         transport: Transport,
         name: str,
-        timeout: float,
+        patience: Patience,
         *,
         descriptors: bool = False,
         deadlines: bool = False,
@@ -75,7 +75,9 @@ class Connection(Replies):
                 _address.receive_with_descriptors, plain, self._descriptors
             )
         self._name = name
-        self._timeout = timeout
+        self._patience = patience
+        self._timeout = patience.silence
+        self._late: dict[int, Request] = {}  # given up, and to be undone when they are answered
         self._heard = 0.0  # when something last came, by Trio's clock
         self._asked = False  # a sign of life was asked for since then
         self._lookout = Lookout()
@@ -129,6 +131,7 @@ class Connection(Replies):
             reason = error.strerror or error
             raise ConnectionLost(f"{self._name}: {reason} while connecting") from error
 
+    @trio.lowlevel.enable_ki_protection  # Ctrl-C comes to the main task, at a checkpoint
     async def run(self) -> None:
         """Take replies until the connection ends; every request on it then fails."""
         try:
@@ -250,6 +253,7 @@ class Connection(Replies):
         kind, reason = self._lost
         return kind(f"{what}: {reason}")
 
+    @trio.lowlevel.enable_ki_protection
     async def request(
         self,
         request: Request,
@@ -290,6 +294,7 @@ class Connection(Replies):
         frame = wire.frame([request_id, *header], size, self.limits)
         request.event = trio.Event()
         request.since = trio.current_time()
+        request.expires = request.since + self._patience.of(request.operation)
         self._requests[request_id] = request
         self._busy.set()
         self._send([frame, payload])
@@ -302,10 +307,15 @@ class Connection(Replies):
                 self._turn = perf_counter_ns()
                 if alone:
                     self._lookout.came(began)
+        except trio.Cancelled:
+            if request.done and request.error is None and request.late is not None:
+                request.late(request.result)  # it was answered after the wait was cancelled
+            raise
         finally:
-            if not request.done:
+            answered = request.done
+            if not answered:
                 self._abandon(request_id, request)
-        if not request.done:
+        if not answered:
             raise self._timed_out(request)
         return request.outcome()
 
@@ -324,6 +334,7 @@ class Connection(Replies):
         """When *request* gives up, by Trio's clock, if nothing comes until then."""
         silence = max(self._heard, request.since) + self._timeout
         operation = OPERATIONS.get(request.operation)
+        silence = min(silence, request.expires)
         if not self._deadlines or operation is None or request.operation == "watch":
             return silence
         slow = operation.waits or operation.long
@@ -334,7 +345,8 @@ class Connection(Replies):
         one of them.
 
         After half of that a sign of life is asked for, which a provider that is busy with a
-        request gives, and one that is stopped or unreachable does not.
+        request gives, and one that is stopped or unreachable does not.  A request that expires is
+        given up whatever signs of life come.
         """
         while True:
             await self._busy.wait()
@@ -354,9 +366,24 @@ class Connection(Replies):
                 look = since + self._timeout / (1 if self._asked else 2)
                 await trio.sleep_until(min(look, *map(self._deadline, self._requests.values())))
 
+    def _pop(self, number: int) -> Request | None:
+        return self._requests.pop(number, None) or self._late.pop(number, None)
+
+    def undo_later(self, request: Request, header: list[Any]) -> None:
+        """Send a request with that header, and the result as its argument, if *request* is
+        answered after it was given up."""
+
+        def undo(result: Any) -> None:
+            if self._lost is None:
+                self._send([wire.frame([next(self._ids), *header, [result], None])])
+
+        request.late = undo
+
     def _abandon(self, request_id: int, request: Request) -> None:
-        request.into = None
+        request.finish(error=errors.TimedOut(f"{request.what}: it was given up"))
         self._requests.pop(request_id, None)  # its late answer is nobody's
+        if request.late is not None:
+            self._late[request_id] = request
         if self._message is not None and self._message.header[0] == request_id:
             self._wire.drop_payload()
 

@@ -47,7 +47,10 @@ class Link(Protocol):
 
 
 class DirectLink:
-    """A target in this process."""
+    """A target in this process.
+
+    Ctrl-C comes at checkpoints, not between two steps of a change.
+    """
 
     def __init__(self, target: LocalTarget) -> None:
         self._target = target
@@ -58,40 +61,50 @@ class DirectLink:
             if not dispatch.off_loop(target, name)
         }
 
+    @trio.lowlevel.enable_ki_protection
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         call = self._at_once.get(name)
         if call is None:
             return await dispatch.execute(self._target, name, tuple(arguments))
         return call(*arguments)
 
+    @trio.lowlevel.enable_ki_protection
     async def changes(self, number: int, new_names: bool) -> Changes:
         return await self._watching.changes(lambda: self._target, number, new_names)
 
+    @trio.lowlevel.enable_ki_protection
     async def size(self, region: RegionID) -> int:
         return self._target.size(region)
 
+    @trio.lowlevel.enable_ki_protection
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
         await dispatch.write(self._target, region, offset, data, persist, extend)
 
+    @trio.lowlevel.enable_ki_protection
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         await dispatch.read_into(self._target, region, offset, place)
 
+    @trio.lowlevel.enable_ki_protection
     async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
         return await dispatch.read_into(self._target, region, offset, place(), short=True)
 
+    @trio.lowlevel.enable_ki_protection
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         return await dispatch.create_and_write(self._target, data, persist)
 
+    @trio.lowlevel.enable_ki_protection
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
         await self.call("write_vector", (region, pack(extents), persist, data))
 
+    @trio.lowlevel.enable_ki_protection
     async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
         return await dispatch.append(self._target, region, data, persist)
 
+    @trio.lowlevel.enable_ki_protection
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
         await self.call("read_vector", (region, pack(extents), place))
 
@@ -147,6 +160,8 @@ class WireLink:
             eager, data = bytes(data), None
         header = (self._provider_id, request.what, arguments, eager)
         soon = request.what != "watch"
+        if request.what in ("create", "create_and_write"):
+            self._connection.undo_later(request, [self._provider_id, "erase"])
         return await self._connection.request(request, header, data, soon=soon)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from warabi import address as _address
-from warabi import arrays, forks, processes
+from warabi import arrays, forks, interrupts, processes
 from warabi.answers import RegionStat
 from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
 from warabi.engine import Engine
@@ -48,8 +48,21 @@ class AsyncRequest:
         self._requests = requests
 
     def wait(self) -> Any:
-        """Return, None, when the operation is done; raise what it raised.  May be called again."""
-        wait_all(self._link, self._requests)
+        """Return, None, when the operation is done; raise what it raised.  May be called again.
+
+        A ``KeyboardInterrupt`` gives a read up, and the buffer is the caller's again; other
+        operations go on, and may be waited for again.
+        """
+        self._wait()
+
+    def _wait(self) -> Any:
+        try:
+            return wait_all(self._link, self._requests)
+        except Exception:
+            raise
+        except BaseException:
+            self._link.withdraw(self._requests)
+            raise
 
     def completed(self) -> bool:
         """Whether :meth:`wait` would return at once; becomes true without anybody waiting."""
@@ -76,7 +89,7 @@ class AsyncCreateRequest(AsyncRequest):
 
     def wait(self) -> RegionID:
         """The new region's ID."""
-        region: RegionID = wait_all(self._link, self._requests)
+        region: RegionID = self._wait()
         return region
 
 
@@ -153,7 +166,13 @@ class TargetHandle:
     def create_async(self, size: int) -> AsyncCreateRequest:
         """As :meth:`create`, not waiting."""
         size = checked_size(size, "create: size")
-        return AsyncCreateRequest(self._link, self._link.start("create", size))
+        return self._creating(lambda: self._link.start("create", size))
+
+    def _creating(self, start: Callable[[], list[Request]]) -> AsyncCreateRequest:
+        return interrupts.creating(
+            lambda: AsyncCreateRequest(self._link, start()),
+            lambda made: self._link.undo(made._requests),
+        )
 
     def write(self, region: RegionID, offset: int, data: Any, persist: bool = False) -> None:
         """Store *data* at *offset*; with *persist*, durably.
@@ -327,8 +346,7 @@ class TargetHandle:
     def create_and_write_async(self, data: Any, persist: bool = False) -> AsyncCreateRequest:
         """As :meth:`create_and_write`, not waiting; *data* must not change until it is done."""
         view = readable(data, "create_and_write: data")
-        requests = self._link.start_create_and_write(view, bool(persist))
-        return AsyncCreateRequest(self._link, requests)
+        return self._creating(lambda: self._link.start_create_and_write(view, bool(persist)))
 
     def size(self, region: RegionID) -> int:
         """The region's size.
@@ -391,17 +409,19 @@ class TargetHandle:
         size, pieces = arrays.encode(array)
         if size <= arrays.PREFIX:
             return self.create_and_write(b"".join(piece for _, piece in pieces), persist)
-        region = self.create(size)
+        made: list[RegionID] = []
         try:
+            made.append(self.create(size))  # no handler runs in between: see interrupts.py
             for offset, piece in pieces:
-                self.write(region, offset, piece)
+                self.write(made[0], offset, piece)
             if persist:
-                self.persist(region, 0, size)
+                self.persist(made[0], 0, size)
+            return made[0]
         except BaseException:
             with contextlib.suppress(Exception):
-                self.erase(region)
+                for region in made:
+                    interrupts.uninterrupted(self.erase, region)
             raise
-        return region
 
     def get_array(self, region: RegionID) -> NDArray[Any]:
         """The array that *region* holds, with its type, shape and order.
@@ -558,7 +578,11 @@ class Client:
 
     def get_config(self) -> str:
         """The client's settings, as JSON text."""
-        return json.dumps({"timeout": self._engine._state.connections.timeout})
+        patience = self._engine._state.connections.patience
+        settings = {"timeout": patience.silence}
+        if patience.deadline is not None:
+            settings["deadline"] = patience.deadline
+        return json.dumps(settings)
 
     def __reduce__(self) -> tuple[Callable[..., Client], tuple[Any, ...]]:
         return _unpickled_client, (processes.settings_of(self._engine, "Client"),)

@@ -183,9 +183,11 @@ class DurableRegions(RegionGate):
     def _keep_times(self, inode: Inode, *, wait: bool = True) -> bool:
         """Put a region's times where the sync of its bytes makes them durable; False where they
         have to be committed, or without *wait* while others are about to do so."""
-        if not self._keeping.acquire(wait):
-            return False
-        try:  # one at a time, or the times of who was earlier could be put there last
+        held = False
+        try:  # one at a time, or the times of an earlier call could be put there last
+            (held,) = map(self._keeping.acquire, (wait,))  # in one step: see interrupts.py
+            if not held:
+                return False
             with self._lock:
                 if inode.share is not None:
                     inode.share.settle(inode)
@@ -198,7 +200,8 @@ class DurableRegions(RegionGate):
                 inode.kept = times.ctime
             return True
         finally:
-            self._keeping.release()
+            if held:
+                self._keeping.release()
 
     def sync(self) -> None:
         """Make everything written so far durable: data first, then the catalogue."""

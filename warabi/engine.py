@@ -20,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from warabi import address, errors, forks, keys, limits, processes, security
+from warabi import address, errors, forks, interrupts, keys, limits, processes, security
 from warabi.address import Endpoint
 from warabi.connection import TIMEOUT, Connection
 from warabi.limits import EngineLimits
+from warabi.request import Patience
 from warabi.security import Security
 from warabi.service import Ending
 from warabi.side_channel import SideChannel
@@ -89,13 +90,13 @@ class Connections:
     only read, made when first needed.
 
     Args:
-        timeout: of each, in seconds.
+        patience: of each.
         security: what is shown to others, and demanded of them.
         share: whether regions of other processes on this host may be reached directly.
     """
 
-    def __init__(self, timeout: float, security: Security, share: bool = True) -> None:
-        self.timeout = timeout
+    def __init__(self, patience: Patience, security: Security, share: bool = True) -> None:
+        self.patience = patience
         self._security = security
         self._share = share
         self._side: dict[tuple[str, int, bool], SideChannel] = {}
@@ -121,7 +122,7 @@ class Connections:
             self._check_open(text)
             found = self._open.get(key)
             if found is None or not found.usable:
-                found = Connection(address.parse(text), self.timeout, self._security, read_only)
+                found = Connection(address.parse(text), self.patience, self._security, read_only)
                 self._open[key] = found
             return found
 
@@ -136,7 +137,7 @@ class Connections:
             return None
 
         def connect() -> Connection:
-            return Connection(endpoint, self.timeout, self._security, read_only, descriptors=True)
+            return Connection(endpoint, self.patience, self._security, read_only, descriptors=True)
 
         with self._lock:
             if self._closed:
@@ -148,7 +149,7 @@ class Connections:
 
     def alone(self, text: str) -> Connection:
         """As :meth:`get`, a new connection that the caller shares with nobody, and closes."""
-        return Connection(address.parse(text), self.timeout, self._security)
+        return Connection(address.parse(text), self.patience, self._security)
 
     def close(self) -> None:
         with self._lock:
@@ -257,11 +258,13 @@ class Engine:
         use_progress_thread: accepted for compatibility; progress is always made.
         num_rpc_threads: accepted for compatibility.
         config: dict or JSON text; ``timeout``, seconds without a sign of life from a provider
-            after which a call gives up (default 60); ``tls``, ``token``, ``token_file``,
-            ``read_only_token``, ``read_only_token_file`` and ``insecure``, who
-            may connect and do what, see docs/security.md; ``limits``, how much peers may take;
-            ``share`` (default true), whether processes of the same host may reach regions
-            directly, in memory or files that they share with the provider, in either mode.
+            after which a call gives up (default 60); ``deadline``, seconds after which it gives
+            up whatever signs of life come (by default 5 times ``timeout`` for calls that only
+            read, 60 times for those that may wait for stable storage or for a migration);
+            ``tls``, ``token``, ``token_file``, ``read_only_token``, ``read_only_token_file`` and
+            ``insecure``, who may connect and do what, see docs/security.md; ``limits``, how much
+            peers may take; ``share`` (default true), whether processes of the same host may reach
+            regions directly, in memory or files that they share with the provider, in either mode.
             Margo's own keys (``warabi.keys.MARGO``) have no effect, which is logged.
 
     Raises:
@@ -286,10 +289,13 @@ class Engine:
         self._portable = processes.portable(addr, config)
         if not isinstance(mode, Mode):
             raise errors.ConfigError(f"engine mode: expected client or server, got {mode!r}")
-        connections = Connections(settings.timeout, settings.security, settings.share)
-        self._state = state = _State(connections)
         self._mode = mode
-        if mode is server:
+        interrupts.uninterrupted(self._begin, endpoint, settings)
+
+    def _begin(self, endpoint: Endpoint, settings: _Settings) -> None:
+        connections = Connections(settings.patience, settings.security, settings.share)
+        self._state = state = _State(connections)
+        if self._mode is server:
             from warabi.runtime import Runtime
 
             state.runtime = Runtime(
@@ -352,7 +358,7 @@ class Engine:
 
     def finalize(self) -> None:
         """Stop: no more connections, every provider closed, nothing deleted.  Idempotent."""
-        self._state.finalize()
+        interrupts.uninterrupted(self._state.finalize)
 
     def wait_for_finalize(self) -> None:
         """Return when the engine is finalized: by another thread or process, SIGINT or SIGTERM.
@@ -393,10 +399,23 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Settings:
-    timeout: float
+    patience: Patience
     security: Security
     limits: EngineLimits
     share: bool
+
+
+def _seconds(config: dict[str, Any], key: str, default: float | None) -> float | None:
+    if key not in config:
+        return default
+    value: Any = config[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value <= _LONGEST):
+        raise errors.ConfigError(
+            f"engine configuration: $.{key}: {value!r} is no number of seconds"
+            f" above 0 and up to {_LONGEST}"
+        )
+    return float(value)
 
 
 def _settings(config: str | dict[str, Any]) -> _Settings:
@@ -407,26 +426,21 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
             raise errors.ConfigError(f"engine configuration: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")
-    timeout = config.get("timeout", TIMEOUT)
+    timeout = _seconds(config, "timeout", TIMEOUT)
+    deadline = _seconds(config, "deadline", None)
     share = config.get("share", True)
-    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if not (number and 0 < timeout <= _LONGEST):
-        raise errors.ConfigError(
-            f"engine configuration: $.timeout: {timeout!r} is no number of seconds"
-            f" above 0 and up to {_LONGEST}"
-        )
     if not isinstance(share, bool):
         raise errors.ConfigError(
             f"engine configuration: $.share: {share!r} is neither true nor false"
         )
-    known = {"timeout", "share", "limits", *security.KEYS}
+    known = {"timeout", "deadline", "share", "limits", *security.KEYS}
     for key in config:
         if key not in known and key not in keys.MARGO:
             raise errors.ConfigError(f"engine configuration: $.{key}: {keys.unknown(key, known)}")
     if ignored := sorted(config.keys() & keys.MARGO):
         Engine.logger.debug("engine configuration: without effect here: %s", ", ".join(ignored))
     return _Settings(
-        float(timeout),
+        Patience(timeout or TIMEOUT, deadline),
         security.from_config(config),
         limits.from_config(config.get("limits")),
         share,

@@ -23,7 +23,7 @@ from collections import Counter, deque
 from functools import partial
 from types import TracebackType
 
-from warabi import forks
+from warabi import forks, interrupts
 from warabi.backends import Storage
 from warabi.catalogue import Catalogue
 from warabi.errors import Exception, InvalidRegion, TargetBusy, TargetNotFound, WouldBlock
@@ -294,9 +294,12 @@ class RegionGate:
         self._check_waiting()
         self._waiters += 1
         try:
-            self._idle.wait()
+            # No handler interrupts a condition here, which would lose the lock: see interrupts.py.
+            self._idle.wait(interrupts.LOOK_AROUND if interrupts.waits_held() else None)
         finally:
             self._waiters -= 1
+        if not self._closed:
+            interrupts.check()
 
     def _check_waiting(self) -> None:
         """Refuse to wait where an event loop would, for what only that loop brings to its end."""

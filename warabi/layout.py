@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warabi import errors, forks, schema
+from warabi import errors, forks, interrupts, schema
 from warabi.backends import FileStorage, MemoryStorage, PmemStorage
 from warabi.backends.direct import open_storage
 from warabi.backends.packed import PackedStorage
@@ -374,6 +374,7 @@ class _Lock:
             if time.monotonic() >= limit:
                 let_go(self._fd)
                 raise TargetBusy(f"target {path}: already open in process {owner or 'unknown'}")
+            interrupts.check()
             time.sleep(0.02)
         forks.register(self)
         try:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from warabi import errors
+from warabi import errors, interrupts
 from warabi.buffers import checked_size
 from warabi.connection import Connection
 from warabi.errors import WouldBlock
@@ -66,12 +65,20 @@ class Link(Protocol):
     def poll(self, request: Request) -> None:
         """Notice whether a request is done, without waiting."""
 
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        """Have nothing touch the buffers of reads any more."""
+
+    def undo(self, requests: Sequence[Request]) -> None:
+        """Give up requests whose caller was interrupted, and erase the regions that they make."""
+
 
 def wait_all(link: Link, requests: Sequence[Request]) -> Any:
     """The last result, or the first error once all have ended: none may touch a buffer later."""
     failure: errors.Exception | None = None
     result = None
     for request in requests:
+        if request.late is None:  # else the reply is waited for a little, to undo what it made
+            interrupts.check()
         try:
             result = link.wait(request)
         except errors.Exception as error:
@@ -81,8 +88,21 @@ def wait_all(link: Link, requests: Sequence[Request]) -> Any:
     return result
 
 
+def _withdraw(requests: Sequence[Request]) -> None:
+    """Have nothing touch the buffers of requests any more whose caller was interrupted."""
+    for request in requests:
+        if request.connection is not None and not request.done:
+            request.connection.withdraw(request)
+
+
+_CREATE = ("create", "create_and_write")
+
+
 class DirectLink:
-    """A target in this process: calls, not messages."""
+    """A target in this process: calls, not messages.
+
+    What is not a plain access to a region runs under ``interrupts.uninterrupted``.
+    """
 
     eager_write = EAGER_THRESHOLD
     eager_read = EAGER_THRESHOLD
@@ -96,6 +116,14 @@ class DirectLink:
         self.reading: Access = self.writing
 
     def call(self, name: str, *arguments: Any) -> Any:
+        if name in _CREATE:
+            return interrupts.creating(lambda: self._call(name, *arguments), self._erase)
+        return interrupts.uninterrupted(self._call, name, *arguments)
+
+    def _erase(self, region: RegionID) -> None:
+        self._call("erase", region)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
         call = self._calls[name]
         if name in READING:
             return call(self._core.target, *arguments)
@@ -103,7 +131,8 @@ class DirectLink:
             return call(self._core.target, *arguments)
 
     def size(self, region: RegionID) -> int:
-        return self._core.target.size(region)
+        size = self.reading.size(region)
+        return size if size >= 0 else interrupts.uninterrupted(self._core.target.size, region)
 
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
@@ -112,41 +141,69 @@ class DirectLink:
             if persist:
                 self.persist(region, offset, len(data))
             return
+        interrupts.uninterrupted(self._write, region, offset, data, persist, extend)
+
+    def _write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
         with self._core.changes:
             self._core.target.write(region, offset, data, persist, extend=extend)
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         if not self.reading.read_into(region, offset, place):
-            self._core.target.read_into(region, offset, place)
+            interrupts.uninterrupted(self._core.target.read_into, region, offset, place)
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
         if not self.writing.persist(region, offset, size):
-            self._core.target.persist(region, offset, size)
+            interrupts.uninterrupted(self._core.target.persist, region, offset, size)
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        return interrupts.creating(lambda: self._create_and_write(data, persist), self._erase)
+
+    def _create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         with self._core.changes:
             return self._core.target.create_and_write(data, persist)
 
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
-        with self._core.changes:
-            self._core.target.write_vector(region, extents, data, persist)
+        interrupts.uninterrupted(self._call, "write_vector", region, pack(extents), persist, data)
 
     def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        return interrupts.uninterrupted(self._append, region, data, persist)
+
+    def _append(self, region: RegionID, data: memoryview, persist: bool) -> int:
         with self._core.changes:
             return self._core.target.append(region, data, persist)
 
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
-        self._core.target.read_vector(region, extents, place)
+        interrupts.uninterrupted(self._core.target.read_vector, region, extents, place)
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
+        return self._interruptible(self._start_call, name, *arguments)
+
+    def _interruptible(self, start: Callable[..., list[Request]], *arguments: Any) -> list[Request]:
+        return interrupts.creating(lambda: start(*arguments), self.undo)
+
+    def undo(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if not request.done:
+                request.event.wait()  # a thread is at it, which cannot be stopped, but soon ends
+            if isinstance(request.result, RegionID):
+                self._erase(request.result)
+
+    def _start_call(self, name: str, *arguments: Any) -> list[Request]:
         operation = OPERATIONS[name]
         waits = operation.long or (operation.waits and self._core.target.blocking)
         waits = waits or (self._core.changes.frozen and name not in READING)
-        return self._start(name, waits, self.call, name, *arguments)
+        return self._start(name, waits, self._call, name, *arguments)
 
     def start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[Request]:
+        return self._interruptible(self._start_write, region, offset, data, persist)
+
+    def _start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
     ) -> list[Request]:
         target = self._core.target
@@ -154,6 +211,9 @@ class DirectLink:
         return self._start("write", waits, self.write, region, offset, data, persist, False)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
+        return self._interruptible(self._start_read, region, offset, place)
+
+    def _start_read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
         try:
             if self.reading.read_into(region, offset, place, wait=False):
                 return [_finished("read")]
@@ -166,9 +226,12 @@ class DirectLink:
         return [_finished("read")]
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
+        return self._interruptible(self._start_create_and_write, data, persist)
+
+    def _start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
         target = self._core.target
         waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
-        return self._start("create_and_write", waits, self.create_and_write, data, persist)
+        return self._start("create_and_write", waits, self._create_and_write, data, persist)
 
     def _start(
         self, what: str, waits: bool, call: Callable[..., Any], *arguments: Any
@@ -176,7 +239,7 @@ class DirectLink:
         """Carry out *call*: at once, or beside the caller if it *waits* for the medium."""
         if waits:
             request = Request(what, buffers=arguments)
-            request.event = threading.Event()
+            request.event = interrupts.Wakeup()
             self._core.run_beside(lambda: self._finish(request, call, arguments))
             return [request]
         try:
@@ -197,10 +260,17 @@ class DirectLink:
     def wait(self, request: Request) -> Any:
         if not request.done:
             request.event.wait()
+            request.event.set()  # for another thread that waits for the same request
         return request.outcome()
 
     def poll(self, request: Request) -> None:
-        """Requests here are finished by those who carry them out."""
+        """Requests here are finished by the threads that carry them out."""
+
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.what == "read":  # a thread is at it, which cannot be stopped, but soon ends
+                with contextlib.suppress(errors.Exception):
+                    interrupts.uninterrupted(self.wait, request)
 
 
 def _finished(what: str, result: Any = None, error: errors.Exception | None = None) -> Request:
@@ -247,13 +317,58 @@ class WireLink:
         header = [self._provider_id, request.what, arguments, eager]
         connection.submit(request, header, payload)
 
+    def _run(self, begin: Callable[..., None], *arguments: Any) -> Any:
+        """Do what *begin* adds to its first argument, a list of requests, as it sends them.
+
+        A caller that is interrupted, here or where it waits, leaves none behind that touches its
+        buffers: each is in the list before it is sent.
+        """
+        requests: list[Request] = []
+        try:
+            begin(requests, *arguments)
+            return wait_all(self, requests)
+        except BaseException:
+            _withdraw(requests)
+            raise
+
+    def _begun(self, begin: Callable[..., None], *arguments: Any) -> list[Request]:
+        """As :meth:`_run`, without waiting."""
+        requests: list[Request] = []
+        try:
+            begin(requests, *arguments)
+            return requests
+        except BaseException:
+            _withdraw(requests)
+            raise
+
+    def _erase(self, region: RegionID) -> None:
+        self._run(self._request, "erase", region)
+
+    def _request(self, requests: list[Request], name: str, *arguments: Any) -> None:
+        connection = self._connect()
+        request = self._new(requests, name)
+        self._submit(connection, request, arguments)
+
+    def _new(self, requests: list[Request], name: str, **settings: Any) -> Request:
+        request = Request(name, **settings)
+        if name in _CREATE:  # what it makes after it was given up is erased
+            request.late = self._erase
+        requests.append(request)
+        return request
+
     def call(self, name: str, *arguments: Any) -> Any:
-        return self.wait(self.start(name, *arguments)[0])
+        if name in _CREATE:
+            return interrupts.creating(
+                lambda: self._run(self._request, name, *arguments), self._erase
+            )
+        return self._run(self._request, name, *arguments)
 
     def start(self, name: str, *arguments: Any) -> list[Request]:
-        request = Request(name)
-        self._submit(self._connect(), request, arguments)
-        return [request]
+        if name in _CREATE:
+            return interrupts.creating(
+                lambda: self._begun(self._request, name, *arguments), self.undo
+            )
+        return self._begun(self._request, name, *arguments)
 
     def size(self, region: RegionID) -> int:
         size = self.reading.size(region)
@@ -266,11 +381,7 @@ class WireLink:
             if persist:
                 self.persist(region, offset, len(data))
             return
-        connection = self._connect()
-        if len(data) <= connection.limits.payload:
-            connection.wait(self._write_piece(connection, region, offset, data, persist, extend))
-        else:
-            wait_all(self, self._write(region, offset, data, persist, extend))
+        self._run(self._write, region, offset, data, persist, extend)
 
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
@@ -284,35 +395,26 @@ class WireLink:
                 return self.start("persist", region, offset, len(data))
             if done:
                 return [_finished("write")]
-        return self._write(region, offset, data, persist, False)
+        return self._begun(self._write, region, offset, data, persist, False)
 
     def _write(
-        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
-    ) -> list[Request]:
+        self,
+        requests: list[Request],
+        region: RegionID,
+        offset: int,
+        data: memoryview,
+        persist: bool,
+        extend: bool,
+    ) -> None:
         connection = self._connect()
         limit = connection.limits.payload
         if len(data) > limit and not extend:
             self._check_end(region, checked_size(offset, "write: offset"), len(data), "write")
-        requests = []
         for start, end in list(chunks(len(data), limit)) or [(0, 0)]:
+            interrupts.check()
             piece = data[start:end]
-            requests.append(
-                self._write_piece(connection, region, offset + start, piece, persist, extend)
-            )
-        return requests
-
-    def _write_piece(
-        self,
-        connection: Connection,
-        region: RegionID,
-        offset: int,
-        piece: memoryview,
-        persist: bool,
-        extend: bool,
-    ) -> Request:
-        request = Request("write", buffers=piece)
-        self._submit(connection, request, (region, offset, persist, extend), piece)
-        return request
+            request = self._new(requests, "write", buffers=piece)
+            self._submit(connection, request, (region, offset + start, persist, extend), piece)
 
     def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
         """Refuse a transfer in pieces as a whole, before its first piece."""
@@ -323,13 +425,8 @@ class WireLink:
             )
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        if self.reading.read_into(region, offset, place):
-            return
-        connection = self._connect()
-        if len(place) <= connection.limits.payload:
-            connection.wait(self._read_piece(connection, region, offset, place))
-        else:
-            wait_all(self, self._read(region, offset, place))
+        if not self.reading.read_into(region, offset, place):
+            self._run(self._read, region, offset, place)
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
         if not self.writing.persist(region, offset, size):
@@ -342,62 +439,69 @@ class WireLink:
                     return [_finished("read")]
             except errors.Exception as error:
                 return [_finished("read", error=error)]
-        return self._read(region, offset, place)
+        return self._begun(self._read, region, offset, place)
 
-    def _read(self, region: RegionID, offset: int, place: memoryview) -> list[Request]:
+    def _read(
+        self, requests: list[Request], region: RegionID, offset: int, place: memoryview
+    ) -> None:
         connection = self._connect()
         limit = connection.limits.payload
         if len(place) > limit:
             self._check_end(region, checked_size(offset, "read: offset"), len(place), "read")
-        requests = []
         for start, end in list(chunks(len(place), limit)) or [(0, 0)]:
             piece = place[start:end]
-            requests.append(self._read_piece(connection, region, offset + start, piece))
-        return requests
-
-    def _read_piece(
-        self, connection: Connection, region: RegionID, offset: int, piece: memoryview
-    ) -> Request:
-        size = len(piece)
-        eager = size <= self.eager_read and size <= connection.own_limits.header // 2
-        request = Request("read", piece)
-        arguments = (region, offset, size, eager, False)
-        connection.submit(request, [self._provider_id, "read", arguments, None])
-        return request
+            size = len(piece)
+            eager = size <= self.eager_read and size <= connection.own_limits.header // 2
+            request = self._new(requests, "read", into=piece)
+            arguments = (region, offset + start, size, eager, False)
+            connection.submit(request, [self._provider_id, "read", arguments, None])
 
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
+        self._run(self._write_vector, region, extents, data, persist)
+
+    def _write_vector(
+        self,
+        requests: list[Request],
+        region: RegionID,
+        extents: list[Extent],
+        data: memoryview,
+        persist: bool,
+    ) -> None:
         connection = self._connect()
-        requests = []
         start = 0
         for group in self._groups(connection, region, extents, "write_vector"):
             end = start + total(group)
             piece = data[start:end]
-            request = Request("write_vector", buffers=piece)
+            request = self._new(requests, "write_vector", buffers=piece)
             self._submit(connection, request, (region, pack(group), persist), piece)
-            requests.append(request)
             start = end
-        wait_all(self, requests)
 
     def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        return self._run(self._append, region, data, persist)  # type: ignore[no-any-return]
+
+    def _append(
+        self, requests: list[Request], region: RegionID, data: memoryview, persist: bool
+    ) -> None:
         connection = self._connect()
         check_append(len(data), connection.limits.payload)
-        request = Request("append", buffers=data)
+        request = self._new(requests, "append", buffers=data)
         self._submit(connection, request, (region, persist), data)
-        return self.wait(request)  # type: ignore[no-any-return]
 
     def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        self._run(self._read_vector, region, extents, place)
+
+    def _read_vector(
+        self, requests: list[Request], region: RegionID, extents: list[Extent], place: memoryview
+    ) -> None:
         connection = self._connect()
-        requests = []
         start = 0
         for group in self._groups(connection, region, extents, "read_vector"):
             end = start + total(group)
-            request = Request("read_vector", into=place[start:end])
+            request = self._new(requests, "read_vector", into=place[start:end])
             self._submit(connection, request, (region, pack(group)))
-            requests.append(request)
             start = end
-        wait_all(self, requests)
 
     def _groups(
         self, connection: Connection, region: RegionID, extents: list[Extent], what: str
@@ -410,33 +514,52 @@ class WireLink:
         return found or [[]]
 
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        return interrupts.creating(lambda: self._create_and_write(data, persist), self._erase)
+
+    def _create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         made = None if self._side is None else self._side.make(len(data))
-        if made is None:
-            return self.wait(self.start_create_and_write(data, persist)[-1])  # type: ignore[no-any-return]
-        region, fill = made
+        if made is not None:
+            region, fill = made
+            self._fill(region, data, persist, fill)
+            return region
+        if len(data) <= self._connect().limits.payload:
+            return self._run(self._begin_create, data, persist)  # type: ignore[no-any-return]
+        return self._create_large(data, persist)
+
+    def _begin_create(self, requests: list[Request], data: memoryview, persist: bool) -> None:
+        connection = self._connect()
+        request = self._new(requests, "create_and_write", buffers=data)
+        self._submit(connection, request, (persist,), data)
+
+    def _create_large(self, data: memoryview, persist: bool) -> RegionID:
+        region: RegionID = self._run(self._request, "create", len(data))
+        self._fill(region, data, persist, lambda data: self.writing.write(region, 0, data))
+        return region
+
+    def _fill(
+        self,
+        region: RegionID,
+        data: memoryview,
+        persist: bool,
+        fill: Callable[[memoryview], bool],
+    ) -> None:
+        """Write *data* to a region that was just made; it is erased when that fails."""
         try:
             if not fill(data):
-                wait_all(self, self._write(region, 0, data, False, False))
-            if persist:
+                self._run(self._write, region, 0, data, persist, False)
+            elif persist:
                 self.persist(region, 0, len(data))
         except BaseException:
             with contextlib.suppress(errors.Exception):
-                self.call("erase", region)
+                self._erase(region)
             raise
-        return region
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[Request]:
-        connection = self._connect()
-        if len(data) <= connection.limits.payload:
-            request = Request("create_and_write", buffers=data)
-            self._submit(connection, request, (persist,), data)
-            return [request]
-        region: RegionID = self.call("create", len(data))
-        try:
-            self.write(region, 0, data, persist, False)
-        except errors.Exception:
-            self.call("erase", region)
-            raise
+        if len(data) <= self._connect().limits.payload:
+            return interrupts.creating(
+                lambda: self._begun(self._begin_create, data, persist), self.undo
+            )
+        region = interrupts.creating(lambda: self._create_large(data, persist), self._erase)
         return [_finished("create_and_write", region)]
 
     def wait(self, request: Request) -> Any:
@@ -444,3 +567,12 @@ class WireLink:
 
     def poll(self, request: Request) -> None:
         request.connection.poll()
+
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        _withdraw([request for request in requests if request.into is not None])
+
+    def undo(self, requests: Sequence[Request]) -> None:
+        _withdraw(requests)
+        for request in requests:
+            if isinstance(request.result, RegionID):
+                self._erase(request.result)

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from warabi import errors, forks
+from warabi import errors, forks, interrupts
 from warabi.backends.base import THIS_PROCESS
 from warabi.guest import Access, Guest
 from warabi.region import RegionID
@@ -40,9 +40,14 @@ class LocalAccess(Access):
         self.guest = self._board = None
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
-        if not self._lock.acquire(blocking=False):
-            return None
+        return None if self._lock.locked() else interrupts.uninterrupted(self._ask, region, size)
+
+    def _ask(self, region: RegionID, size: int) -> Guest | None:
+        held = False
         try:
+            (held,) = map(self._lock.acquire, (False,))
+            if not held:
+                return None
             target = self._core.target
             guest = self.guest
             if target is not self._target:
@@ -59,7 +64,8 @@ class LocalAccess(Access):
         except (errors.Exception, errors.WouldBlock, OSError):
             return None  # what the caller does next says what is wrong
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
 
     def _join(self, target: Target) -> Guest | None:
         self._target = target

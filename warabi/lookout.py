@@ -35,6 +35,9 @@ _LATE = 500_000
 _PAUSE = (5_000_000, 160_000_000)
 """Nanoseconds for which nothing is looked for then: at first, and at most if that happens again."""
 
+UNKNOWN, NOTHING = -2, -1
+"""What an interrupted :meth:`Lookout.receive` has received, if not a number of bytes."""
+
 Receive = Callable[[memoryview, int, int], int]
 """``socket.recv_into``, or what stands for it."""
 
@@ -42,9 +45,10 @@ Receive = Callable[[memoryview, int, int], int]
 class Lookout:
     """What one side of a connection knows of when the next message comes."""
 
-    __slots__ = ("_flows", "_moved", "_pause", "_soon")
+    __slots__ = ("_flows", "_moved", "_pause", "_soon", "received")
 
     def __init__(self) -> None:
+        self.received = UNKNOWN  # by the present :meth:`receive`, where its caller resets it
         self._soon = False
         self._flows = True  # the next piece of a message comes soon
         self._moved = 0  # bytes since the last message came
@@ -55,7 +59,11 @@ class Lookout:
         began = perf_counter_ns()
         count = self.look(receive, place, began) if self._soon else -1
         if count < 0:
-            count = receive(place, 0, 0)
+            # In one step, see interrupts.py: when a signal's handler raises, either nothing was
+            # received, or *received* tells how much.
+            self.received = NOTHING
+            (self.received,) = map(receive, (place,), (0,), (0,))
+            count = self.received
             self.came(began)
         return count
 

@@ -22,7 +22,7 @@ from warabi import forks
 if TYPE_CHECKING:
     from warabi.engine import Engine
 
-_CONNECTING = ("timeout", "share")
+_CONNECTING = ("timeout", "deadline", "share")
 _TOKENS = ("token", "read_only_token")
 _PATHS = ("certificate", "key", "ca")
 

@@ -6,6 +6,7 @@ process, which no connection protects, is as safe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from warabi.extents import Extent
@@ -101,6 +102,12 @@ class ReadOnlyLink:
 
     def wait(self, request: Request) -> Any:
         return self._link.wait(request)
+
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        self._link.withdraw(requests)
+
+    def undo(self, requests: Sequence[Request]) -> None:
+        self._link.undo(requests)
 
     def poll(self, request: Request) -> None:
         self._link.poll(request)

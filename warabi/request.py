@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from warabi import errors, greeting, wire
 from warabi.forms import Malformed, shown
-from warabi.operations import RESULTS
+from warabi.operations import OPERATIONS, RESULTS, Changes, Served
 from warabi.wire import PAYLOAD_DONE, Limits, Message
 
 EAGER_THRESHOLD = 2048
 """Default size in bytes up to which data travel inside the header message."""
 
+_QUICK, _SLOW = 5, 60
+"""Default deadlines of operations that only read, and of those that may wait for the medium or a
+migration, in multiples of the time without a sign of life."""
 _MOST_ERRNO = 4095  # as in Linux
 
 
@@ -30,7 +36,9 @@ class Request:
         short: whether fewer may come, because the region ends.
         done: whether *result* or *error* is there.
         since: when it was sent, by a Trio client's clock.
-        event: set by whoever finishes the request or wants its waiter to look again.
+        event: set by whatever finishes the request or wants its waiter to look again.
+        late: called with the result when that comes after the request was given up.
+        expires: by which time, by the client's clock, it has to be answered.
     """
 
     connection: Any = None
@@ -39,7 +47,9 @@ class Request:
     done = False
     result: Any = None
     error: errors.Exception | None = None
-    event: Any = None  # threading.Event or trio.Event
+    event: Any = None  # interrupts.Wakeup or trio.Event
+    late: Callable[[Any], None] | None = None
+    expires = math.inf
 
     def __init__(
         self,
@@ -139,6 +149,43 @@ class Request:
             raise errors.ProtocolError(f"{self.what}: a reply without bytes")
         self.finish(count)
 
+    def take_late(self, message: Message) -> None:
+        """A reply came to what was given up."""
+        if self.late is not None and len(message.header) < 4:
+            with contextlib.suppress(Malformed):
+                self.late(RESULTS[self.operation](message.header[1]))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """For how long a client waits, in seconds.
+
+    Attributes:
+        silence: without a sign of life from the provider.
+        deadline: for one reply, whatever signs of life come; None for what suits the operation.
+    """
+
+    silence: float
+    deadline: float | None = None
+
+    def of(self, name: str) -> float:
+        """For how long the reply to the operation *name* is waited for."""
+        operation = OPERATIONS.get(name)
+        if name == "watch" or (operation and operation.served is Served.MIGRATION):
+            return math.inf  # answered when something has happened
+        if self.deadline is not None:
+            return self.deadline
+        if operation is None or operation.waits or operation.long:
+            return self.silence * _SLOW
+        if operation.changes is not Changes.NOTHING:  # it may wait for a migration
+            return self.silence * _SLOW
+        return self.silence * _QUICK
+
+    @property
+    def shortest(self) -> float:
+        """No reply is waited for less long."""
+        return self.silence * _QUICK if self.deadline is None else self.deadline
+
 
 def _failure(what: str, failure: Any) -> errors.Exception:
     """The exception that the fourth item of a reply stands for.
@@ -201,12 +248,16 @@ class Replies:
 
     def _finish(self, message: Message) -> None:
         request = self._pop(message.header[0])
-        if request is not None:
-            try:
-                request.take_reply(message)
-            except errors.Exception as error:  # it is no longer among those that will fail
-                request.finish(error=error)
-                raise
+        if request is None:
+            return
+        if request.done:
+            request.take_late(message)
+            return
+        try:
+            request.take_reply(message)
+        except errors.Exception as error:  # it is no longer among those that will fail
+            request.finish(error=error)
+            raise
 
     def _pop(self, number: int) -> Request | None:
         return self._requests.pop(number, None)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from warabi import config as _config
-from warabi import layout
+from warabi import interrupts, layout
 from warabi.address import parse
 from warabi.config import MemoryTarget, PipelineTransfer, ProviderConfig
 from warabi.engine import Engine
@@ -56,21 +56,30 @@ class Provider:
         if runtime is None or not engine.listening:
             raise ConfigError("Provider: needs an engine in server mode that is not finalized")
         _checked_id(provider_id)
-        previous = runtime.providers.get(provider_id)
-        if previous is not None:
-            if not previous.abandoned:
-                raise ConfigError(f"provider_id: {provider_id} is taken at {engine.addr()}")
-            previous.close()
         self._engine = engine  # lives as long as its providers
         self._runtime = runtime
-        transfers = _transfers(settings)
-        self._core = core = ProviderCore(provider_id, _open(settings), transfers)
+        self._core = interrupts.creating(lambda: self._open(provider_id, settings), self._close)
+        weakref.finalize(self, setattr, self._core, "abandoned", True).atexit = False
+
+    def _open(self, provider_id: int, settings: ProviderConfig) -> ProviderCore:
+        providers = self._runtime.providers
+        previous = providers.get(provider_id)
+        if previous is not None:
+            if not previous.abandoned:
+                raise ConfigError(f"provider_id: {provider_id} is taken at {self._engine.addr()}")
+            previous.close()
+        core = ProviderCore(provider_id, _open(settings), _transfers(settings))
         core.config = settings
-        core.connect = engine._state.connections.alone
+        core.connect = self._engine._state.connections.alone
         core.on_adopt = _remember
         _remember(core)
-        runtime.providers[provider_id] = core
-        weakref.finalize(self, setattr, self._core, "abandoned", True).atexit = False
+        providers[provider_id] = core
+        return core
+
+    def _close(self, core: ProviderCore) -> None:
+        if self._runtime.providers.get(core.provider_id) is core:
+            del self._runtime.providers[core.provider_id]
+        core.close()
 
     @property
     def provider_id(self) -> int:
@@ -125,13 +134,12 @@ class Provider:
             StorageFull, StorageError, CorruptTarget: the medium, here or there.
         """
         where = (str(parse(str(address))), _checked_id(provider_id))
-        Sending(self._core, where, migration_options(options), progress).run()
+        sending = Sending(self._core, where, migration_options(options), progress)
+        interrupts.uninterrupted(sending.run)  # which says where it may be
 
     def close(self) -> None:
         """Stop serving and close the target, which keeps its regions.  Idempotent."""
-        if self._runtime.providers.get(self.provider_id) is self._core:
-            del self._runtime.providers[self.provider_id]
-        self._core.close()
+        interrupts.uninterrupted(self._close, self._core)
 
     def __reduce__(self) -> str:
         raise TypeError(

@@ -27,11 +27,12 @@ class Ending:
     def __enter__(self) -> Ending:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        # SIGINT first, and last at the end: in between its handler raises nothing.
+        self._handlers = [
+            (number, signal.signal(number, lambda *_: None))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        ]
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
         return self
 
     def wait(self) -> None:
@@ -44,11 +45,11 @@ class Ending:
             self._writer.send(b"\0")
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         self._reader.close()
         self._writer.close()
+        for number, handler in reversed(self._handlers):
+            signal.signal(number, handler)
 
 
 def notify(state: str) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from warabi import errors, forks
+from warabi import errors, forks, interrupts
 from warabi.connection import Connection
 from warabi.guest import Access, Guest
 from warabi.lanes import ENTRIES
@@ -79,7 +79,9 @@ class SideChannel(Access):
         if self._over:
             return None
         if wait:
-            return self._ask(what, region, size) if self._lock.acquire(blocking=False) else None
+            if self._lock.locked():
+                return None
+            return interrupts.uninterrupted(self._ask, what, region, size, False)
         if self.guest is not None and not self.guest.wants(region, size):
             return None
         if len(self._wanted) < _MOST_WANTED:
@@ -97,16 +99,19 @@ class SideChannel(Access):
         try:
             while self._wanted and not self._over:
                 region = next(iter(self._wanted))
-                self._lock.acquire()
                 with contextlib.suppress(errors.TimedOut):
-                    self._ask(what, region, _FIRST_SIZE)
+                    self._ask(what, region, _FIRST_SIZE, True)
                 self._wanted.pop(region, None)
         finally:
             self._beside = False
 
-    def _ask(self, what: str, region: RegionID, size: int) -> Guest | None:
-        """Ask for a grant; the lock is held, and released here."""
+    def _ask(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        """Ask for a grant; without *wait* None while others ask."""
+        held = False
         try:
+            (held,) = map(self._lock.acquire, (wait,))  # in one step: see interrupts.py
+            if not held:
+                return None
             guest = self.guest
             if guest is None:
                 self._accesses += 1
@@ -125,8 +130,12 @@ class SideChannel(Access):
         except (errors.Exception, OSError):
             self._end()
             return None
+        except BaseException:
+            self._restart()
+            raise
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
 
     def make(self, size: int) -> tuple[RegionID, Callable[[memoryview], bool]] | None:
         """A new region of *size* bytes, and what writes all of them; None when an ordinary request
@@ -137,14 +146,19 @@ class SideChannel(Access):
             TimedOut: the provider does not answer.
         """
         what = "create_and_write"
-        if size < _MADE_SIZE or self._over or not self._lock.acquire(blocking=False):
+        if size < _MADE_SIZE or self._over:
             return None
+        held, request = False, None
         try:
+            (held,) = map(self._lock.acquire, (False,))
+            if not held:
+                return None
             guest = self.guest = self.guest or self._join(what)
             self._over = guest is None
             if guest is None or not guest.writes:
                 return None
-            made, descriptors = self._call(what, "make", [size])
+            request = self._submit(what, "make", [size])
+            made, descriptors = self._result(request)
             if made is None:
                 return None
             region, granted = _made(made, descriptors)
@@ -159,8 +173,21 @@ class SideChannel(Access):
         except (errors.ConnectionLost, errors.ConnectionFailed, errors.ProtocolError, OSError):
             self._end()
             return None
+        except errors.Exception:
+            raise
+        except BaseException:
+            connection = self._connection
+            if request is not None and connection is not None:
+                self._connection = None
+                threading.Thread(
+                    target=self._erase_made, args=(connection, request), name="warabi-erase",
+                    daemon=True,
+                ).start()  # fmt: skip
+            self._restart()
+            raise
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
 
     def _join(self, what: str) -> Guest | None:
         self._connection = self._connect()
@@ -168,12 +195,31 @@ class SideChannel(Access):
         return None if joined is None else Guest(joined, descriptors)
 
     def _call(self, what: str, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
+        return self._result(self._submit(what, name, arguments))
+
+    def _submit(self, what: str, name: str, arguments: list[Any]) -> Request:
         assert self._connection is not None
         request = Request(what, operation=name)
-        request.connection = self._connection
         self._connection.submit(request, [self._provider_id, name, arguments, None])
+        return request
+
+    def _result(self, request: Request) -> tuple[Any, list[int]]:
+        assert self._connection is not None
         result = self._connection.wait(request)
         return result, self._connection.take_descriptors()
+
+    def _erase_made(self, connection: Connection, request: Request) -> None:
+        """Erase the region that *request* makes, whose caller was interrupted; in a thread of its
+        own, because the answer may take long."""
+        with contextlib.suppress(errors.Exception):
+            made = connection.wait(request)
+            for fd in connection.take_descriptors():
+                os.close(fd)
+            if made is not None:
+                erase = Request("erase")
+                connection.submit(erase, [self._provider_id, "erase", [made[0]], None])
+                connection.wait(erase)
+        connection.close(0.0)
 
     def _end(self) -> None:
         """No direct access any more."""
@@ -183,6 +229,14 @@ class SideChannel(Access):
         if self._connection is not None:
             self._connection.close(0.0)
 
+    def _restart(self) -> None:
+        """An answer was given up, and with it whatever descriptors come with it: begin anew."""
+        if self.guest is not None:
+            self.guest.close()
+        if self._connection is not None:
+            self._connection.close(0.0)
+        self._begin()
+
     def _forked(self) -> None:
         """What was granted is the parent's; the child asks for its own, over its own connection."""
         self._lock = threading.Lock()
@@ -190,17 +244,20 @@ class SideChannel(Access):
 
     def close(self) -> None:
         """Touch nothing any more, and say so."""
-        if not self._lock.acquire(timeout=_ASKING_PATIENCE):
-            # Whoever asks waits for a provider that does not answer.
-            self._over = True
-            if self._connection is not None:
-                self._connection.close(0.0)
-            self._lock.acquire()
+        held = False
         try:
+            (held,) = map(self._lock.acquire, (True,), (_ASKING_PATIENCE,))
+            if not held:
+                # The thread that asks waits for a provider that does not answer.
+                self._over = True
+                if self._connection is not None:
+                    self._connection.close(0.0)
+                (held,) = map(self._lock.acquire, (True,))
             if self.guest is not None and not self._over:
                 self.guest.close()
                 with contextlib.suppress(errors.Exception):
                     self._call("leave", "leave", [])
             self._end()
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()

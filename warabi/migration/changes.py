@@ -15,13 +15,15 @@ from collections.abc import Callable
 
 import trio
 
+from warabi import interrupts
 from warabi.errors import ConnectionLost, TimedOut
 
 
 class ChangeGate:
     """A context that a change runs in: ``with gate``; entering waits until the gate is open.
 
-    Thread-safe.  Who enters counts itself and then looks whether the gate is closed; who closes
+    Thread-safe.  In a program's main thread it is entered under ``interrupts.uninterrupted`` only.
+    Who enters counts itself and then looks whether the gate is closed; who closes
     it does so and then counts: one of them sees the other, and an open gate costs no lock.
     """
 
@@ -42,7 +44,8 @@ class ChangeGate:
         while not self.enter_nowait():
             with self._lock:
                 while self._frozen:
-                    self._changed.wait()
+                    self._changed.wait(interrupts.LOOK_AROUND if interrupts.waits_held() else None)
+                    interrupts.check()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._inside.pop()

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from warabi import errors
+from warabi import errors, interrupts
 from warabi.connection import Connection
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.journal import sync_directory
@@ -210,6 +210,8 @@ class Sending:
         with self._lock:
             self._check_stopping()
             self._committing = True
+            if self._connection is not None:
+                self._connection.interruptible = False
         try:
             self._call("receive_commit")
         except (ConnectionLost, TimedOut) as error:
@@ -257,6 +259,8 @@ class Sending:
         while len(self._pending) >= _AHEAD:
             self._take_reply()
         assert self._connection is not None
+        if self._connection.interruptible:
+            interrupts.check()
         request = Request(name)
         self._connection.submit(request, [self._provider_id, name, list(arguments), None], payload)
         self._pending.append((request, size))
