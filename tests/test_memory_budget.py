@@ -14,7 +14,7 @@ import pytest
 import warabi.backends.memory_budget as budget
 from tests.helpers import environment
 from warabi import errors, layout
-from warabi.backends.memory_budget import machine_memory, physical_memory
+from warabi.backends.memory_budget import Machine, machine_memory, physical_memory
 from warabi.config import MemoryConfig
 from warabi.target import Target
 
@@ -60,8 +60,8 @@ def described(root: Path, cgroup: str, mountinfo: str) -> None:
 
 
 def test_a_machine_without_groups(root: Path) -> None:
-    assert physical_memory(root) == 16_000_000 * KiB
-    assert machine_memory(root) == (17_000_000 * KiB, 8_500_000 * KiB)
+    assert Machine(root).physical() == 16_000_000 * KiB
+    assert Machine(root).memory() == (17_000_000 * KiB, 8_500_000 * KiB)
 
 
 def test_groups_of_version_2(root: Path) -> None:
@@ -71,12 +71,12 @@ def test_groups_of_version_2(root: Path) -> None:
     )  # fmt: skip
     stat = "anon 1\ninactive_file 1000\nactive_file 2000\ntotal_active_file 7777"
     group(root, "sys/fs/cgroup/a/b", memory__max="max", memory__current=5, memory__stat=stat)
-    assert physical_memory(root) == 16_000_000 * KiB
+    assert Machine(root).physical() == 16_000_000 * KiB
     group(root, "sys/fs/cgroup/a", memory__max=500_000, memory__current=400_000, memory__stat=stat)
-    assert physical_memory(root) == 500_000
-    assert machine_memory(root) == (500_000, 103_000)
+    assert Machine(root).physical() == 500_000
+    assert Machine(root).memory() == (500_000, 103_000)
     group(root, "sys/fs/cgroup/a/b", memory__max=90_000, memory__current=99_000, memory__stat=stat)
-    assert machine_memory(root) == (90_000, 0)
+    assert Machine(root).memory() == (90_000, 0)
 
 
 def test_groups_of_version_1(root: Path) -> None:
@@ -91,7 +91,7 @@ def test_groups_of_version_1(root: Path) -> None:
     files = {"memory__usage_in_bytes": 400_000, "memory__stat": stat}
     group(root, top, memory__limit_in_bytes=9223372036854771712, **files)
     group(root, f"{top}/a b", memory__limit_in_bytes=500_000, **files)
-    assert machine_memory(root) == (500_000, 103_000)
+    assert Machine(root).memory() == (500_000, 103_000)
 
 
 def test_groups_of_a_container(root: Path) -> None:
@@ -100,10 +100,10 @@ def test_groups_of_a_container(root: Path) -> None:
     group(root, "cg", memory__max=500_000, memory__current=400_000, memory__stat=stat)
     for own in ("/docker/1234", "/../../elsewhere", "/"):
         described(root, f"0::{own}\n", "30 20 0:26 /docker/1234 /cg rw - cgroup2 cgroup rw\n")
-        assert machine_memory(root) == (500_000, 100_000)
+        assert Machine(root).memory() == (500_000, 100_000)
     group(root, "cg/below", memory__max=50_000, memory__current=40_000, memory__stat=stat)
     described(root, "0::/docker/1234/below\n", "30 20 0:26 /docker/1234 /cg rw - cgroup2 c rw\n")
-    assert machine_memory(root) == (50_000, 10_000)
+    assert Machine(root).memory() == (50_000, 10_000)
 
 
 def test_this_machine() -> None:
@@ -115,7 +115,7 @@ def test_this_machine() -> None:
 # A limit
 
 
-@pytest.mark.parametrize("size", [100, 5000, 100_000, 3 * MiB])
+@pytest.mark.parametrize("size", [1000, 5000, 100_000, 3 * MiB])
 def test_the_limit_is_reached_and_kept(size: int) -> None:
     limit = 40 * MiB
     with memory(limit) as target:
@@ -131,6 +131,9 @@ def test_the_limit_is_reached_and_kept(size: int) -> None:
         # A small region takes a slot, and a row.
         taken = size if size > 64 * 1024 else 1024 + (1 << (size - 1).bit_length())
         assert 0.8 * limit < len(regions) * taken <= limit
+        for _ in range(3):
+            with pytest.raises(errors.StorageFull, match="do not fit"):
+                target.create_and_write(data + bytes(2048))
         assert target.room()[1] < 2 * taken + limit / 10
         for region in regions[: len(regions) // 2 + 1]:
             target.erase(region)
@@ -163,9 +166,52 @@ def test_writing_over_what_is_there_goes_on_when_all_is_full() -> None:
                 target.write(full, offset, bytes(100_000))
         for _ in range(20):
             target.write(first, 1000, bytes(MiB - 1000))
-        target.erase(full)
-        for _ in range(20):
             target.write(sparse, 2 * MiB, bytes(MiB))
+        with pytest.raises(errors.StorageFull):
+            target.write(sparse, MiB, bytes(MiB + 1))
+        target.erase(full)
+        target.write(sparse, MiB, bytes(MiB + 1))
+
+
+def test_the_memory_of_files_between_others_is_used_again() -> None:
+    with memory(32 * MiB) as target:
+        regions = []
+        with pytest.raises(errors.StorageFull):
+            while True:
+                regions.append(target.create_and_write(b"a" * 5000))
+        for region in regions[::2]:
+            target.erase(region)
+        half = len(regions) // 2
+        assert target.room()[1] > half * 8192 - 2 * MiB
+        again = [target.create_and_write(b"b" * 5000) for _ in range(half)]
+        with pytest.raises(errors.StorageFull):
+            target.create_and_write(bytes(MiB))
+        for region in again:
+            target.erase(region)
+        large = target.create_and_write(b"c" * (half * 8192 - 2 * MiB))
+        with pytest.raises(errors.StorageFull):
+            target.create_and_write(bytes(4 * MiB))
+        target.erase(large)
+        for _ in range(half - 100):
+            region = target.create(5000)
+            assert target.read(region, 0, 5000) == bytes(5000)
+        for region in regions[1::2]:
+            assert target.read(region, 0, 5000) == b"a" * 5000
+
+
+def test_large_regions_without_descriptors_of_their_own() -> None:
+    with memory(32 * MiB) as target:
+        target._storage._own_limit = 2  # type: ignore[attr-defined]
+        kept = []
+        with pytest.raises(errors.StorageFull):
+            for _ in range(100):
+                region = target.create(0)
+                target.write(region, 0, b"d" * MiB, extend=True)
+                kept.append(region)
+        assert 24 < len(kept) < 32
+        target.erase(kept.pop())
+        target.erase(kept.pop())
+        kept.append(target.create_and_write(b"e" * MiB))
 
 
 def test_what_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,10 @@ from typing import ClassVar
 
 from warabi import descriptors, errors
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Place, Storage
-from warabi.backends.memory_budget import Budget
+from warabi.backends.memory_budget import PAGE, Budget
 from warabi.backends.own import Own, Spare
 from warabi.backends.populated import Populated
-from warabi.fileio import copy_file, pread_full
+from warabi.fileio import copy_file, pread_full, punch
 from warabi.region import RegionID
 from warabi.shared_memory import SharedMemory
 
@@ -44,7 +44,9 @@ _MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of 
 class _Segment:
     """A mapped memfd cut into slots of one size."""
 
-    __slots__ = ("__weakref__", "_memory", "free", "fresh", "number", "slot_size", "view")
+    __slots__ = (
+        "__weakref__", "_memory", "free", "fresh", "number", "punched", "slot_size", "view",
+    )  # fmt: skip
 
     def __init__(self, slot_size: int, number: int) -> None:
         self.slot_size = slot_size
@@ -54,6 +56,7 @@ class _Segment:
         self.view = self._memory.view
         self.fresh = 0  # slots from this offset on were never handed out
         self.free: list[int] = []  # offsets that were, and came back
+        self.punched: list[int] = []  # such whose memory was given back, too
 
     @property
     def fd(self) -> int:
@@ -61,21 +64,36 @@ class _Segment:
 
     @property
     def full(self) -> bool:
-        return not self.free and self.fresh + self.slot_size > len(self.view)
+        left = self.free or self.punched
+        return not left and self.fresh + self.slot_size > len(self.view)
 
     @property
     def empty(self) -> bool:
-        return len(self.free) * self.slot_size == self.fresh
+        return (len(self.free) + len(self.punched)) * self.slot_size == self.fresh
 
     @property
     def taken(self) -> int:
-        """Bytes of memory that it takes."""
-        return os.fstat(self.fd).st_blocks * 512
+        """Bytes of memory that it takes, at most."""
+        return self.fresh - len(self.punched) * self.slot_size
+
+    @property
+    def spare(self) -> int:
+        """Bytes of memory that :meth:`give_back` can give back."""
+        return len(self.free) * self.slot_size if self.slot_size >= PAGE else 0
+
+    def give_back(self, size: int) -> None:
+        """Give back the memory of free slots, *size* bytes if there are so many; raises as
+        :func:`punch`."""
+        for _ in range(min(len(self.free), -(-size // self.slot_size))):
+            punch(self.fd, self.free[-1], self.slot_size)
+            self.punched.append(self.free.pop())
 
     def take(self) -> int:
         """The offset of a free slot; the segment is not full."""
         if self.free:
             return self.free.pop()
+        if self.punched:
+            return self.punched.pop()
         offset = self.fresh
         self.fresh += self.slot_size
         return offset
@@ -175,8 +193,9 @@ class MemoryStorage(Storage):
                 if own in self._unsure:  # it was not freed meanwhile
                     self._unsure.discard(own)
                     self._taken += own.look()
-        segments = sum(segment.taken for segment in [*self._segments])
-        return self._taken + segments + self._spare.size + len(self._regions) * _ROW
+        with self._lock:
+            segments = sum(segment.taken for segment in self._segments)
+            return self._taken + segments + self._spare.size + len(self._regions) * _ROW
 
     def _promised(self) -> int:
         """Bytes of memory that others may still fill without asking."""
@@ -192,9 +211,17 @@ class MemoryStorage(Storage):
                     self._lent.discard(own)
         return promised
 
-    def _relieve(self) -> None:
+    def _relieve(self, size: int) -> None:
+        """Give back at least *size* bytes that are kept for later, if there are so many."""
         with self._lock:
+            size -= self._spare.size
             self._spare.clear()
+            for segment in self._segments:
+                if size <= 0:
+                    break
+                if spare := segment.spare:
+                    segment.give_back(size)
+                    size -= spare
 
     def _promise(self, item: _Slot | Own) -> bool:
         """Whether others may fill what a region has of holes without asking: it fits."""
@@ -207,7 +234,7 @@ class MemoryStorage(Storage):
         return True
 
     def create(self, rid: RegionID, size: int) -> None:
-        self._budget.charge(_ROW + (self._slot_size(size) if size < OWN_DESCRIPTOR else 0))
+        self._charge_place(size, 0)
         with self._lock:
             self._regions[rid] = self._allocate(size)
 
@@ -418,7 +445,11 @@ class MemoryStorage(Storage):
         charged = None
         if isinstance(item, Own) and offset + len(data) > item.filled:
             charged = item
-            self._budget.charge(item.missing(offset, len(data)))
+            try:
+                self._budget.charge(item.missing(offset, len(data)))
+            except errors.StorageFull:
+                # It may be written already; to find out takes system calls.
+                self._budget.charge(item.holes(offset, len(data)))
         try:
             _write(item, offset, data)
         except OSError as error:
@@ -471,8 +502,15 @@ class MemoryStorage(Storage):
 
     def _charge_move(self, rid: RegionID, size: int) -> None:
         """Before a region's bytes get another place; not with the lock, which a look takes."""
-        kept = min(size, self._regions[rid].size)
-        self._budget.charge(kept if size >= OWN_DESCRIPTOR else self._slot_size(size))
+        self._charge_place(size, min(size, self._regions[rid].size))
+
+    def _charge_place(self, size: int, filled: int) -> None:
+        """Before a region of *size* bytes gets a place, and *filled* bytes there."""
+        if size < OWN_DESCRIPTOR or self._own >= self._own_limit:
+            slot_size = self._slot_size(size)
+            segments = self._open.get(slot_size, [])[-1:]  # another thread may take it away
+            filled = 0 if segments and segments[0].free else slot_size
+        self._budget.charge(_ROW + filled)
 
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
         self._charge_move(rid, size)
@@ -531,7 +569,9 @@ class MemoryStorage(Storage):
     def room(self) -> tuple[int, int]:
         total, available = self._budget.room()
         # What is spare is given back when little is left.
-        return total, min(total, available + self._spare.size)
+        with self._lock:
+            spare = self._spare.size + sum(segment.spare for segment in self._segments)
+        return total, min(total, available + spare)
 
     def scan(self) -> Iterator[tuple[RegionID, int]]:
         return ((RegionID(rid), item.size) for rid, item in list(self._regions.items()))

@@ -9,37 +9,91 @@ with the memory meanwhile is seen in time, for an allowance is a part of what is
 
 from __future__ import annotations
 
+import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from warabi.errors import StorageFull
 
 PAGE = 4096
 _STEP = 64 * 1024 * 1024  # bytes of an allowance, at most
+_RELIEF = 8 * 1024 * 1024  # more bytes that are given back than are missing
 _PART = 4  # no allowance is more than this part of what is left
 _LARGEST_RESERVE = 256 * 1024 * 1024
 _RESERVE_PART = 16
 _UNLIMITED = 1 << 60  # what version 1 of control groups says without a limit is more
+_PATIENCE = 60.0  # seconds
+_MOST_READ = 16 * 1024
+_NAMES = (b"MemTotal", b"MemAvailable", b"SwapTotal", b"SwapFree")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
-def physical_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process could have: the machine's without swap space, or the limit
-    of one of its control groups.  *root* is where ``proc`` is, for tests."""
-    limits = [limit for limit, _ in _groups(root)]
-    return min([_meminfo(root)["MemTotal"], *limits])
+class Machine:
+    """The memory of this machine, as far as this process and its control groups can have it.
+
+    Where the groups are is read again after a minute at the earliest, as a process hardly ever gets
+    into others; their limits are read each time.
+
+    Args:
+        root: the directory with ``proc``, for tests.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._meminfo = str(root / "proc/meminfo")
+        self._groups: list[_Group] = []
+        self._until = 0.0  # when to look for the groups again
+
+    def physical(self) -> int:
+        """Bytes of memory without swap space, or the limit of a control group."""
+        limits = [limit for limit, _ in self._limits()]
+        return min([self._info()[b"MemTotal"], *limits])
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes in all, and those that can be had now, swap space included."""
+        info = self._info()
+        total = info[b"MemTotal"] + info[b"SwapTotal"]
+        available = info[b"MemAvailable"] + info[b"SwapFree"]
+        for limit, left in self._limits():
+            total, available = min(total, limit), min(available, left)
+        return total, available
+
+    def _info(self) -> dict[bytes, int]:
+        found = {}
+        for line in _content(self._meminfo).splitlines():
+            name, _, value = line.partition(b":")
+            if name in _NAMES:
+                found[name] = int(value.split()[0]) * 1024
+        return found
+
+    def _limits(self) -> list[tuple[int, int]]:
+        """Limit, and bytes left below it, of each control group with one."""
+        if (now := time.monotonic()) >= self._until:
+            self._groups = _groups(self._root)
+            self._until = now + _PATIENCE
+        return [limit for group in self._groups if (limit := _limit(group)) is not None]
 
 
-def machine_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes that this process could have, and those that it can get now, swap space included."""
-    info = _meminfo(root)
-    total = info["MemTotal"] + info["SwapTotal"]
-    available = info["MemAvailable"] + info["SwapFree"]
-    for limit, left in _groups(root):
-        total, available = min(total, limit), min(available, left)
-    return total, available
+_machine = Machine()
+physical_memory = _machine.physical
+machine_memory = _machine.memory
+
+
+def _content(path: str) -> bytes:
+    """All of a file of the kernel's, by as few system calls as that takes; raises ``OSError``."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.read(fd, _MOST_READ)
+        # Shorter reads are the end: the kernel makes the text of such a file at once.
+        while found and len(found) % PAGE == 0 and (more := os.read(fd, _MOST_READ)):
+            found += more
+        return found
+    finally:
+        os.close(fd)
 
 
 def reserve(total: int) -> int:
@@ -47,21 +101,25 @@ def reserve(total: int) -> int:
     return min(_LARGEST_RESERVE, total // _RESERVE_PART)
 
 
-def _meminfo(root: Path) -> dict[str, int]:
-    with open(root / "proc/meminfo", encoding="ascii") as file:
-        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+class _Group(NamedTuple):
+    """The files of a control group, and how the names in the last one begin."""
+
+    limit: str
+    usage: str
+    stat: str
+    prefix: bytes
 
 
-def _groups(root: Path) -> list[tuple[int, int]]:
-    """Limit, and bytes left below it, of each control group with one that this process is in."""
+def _groups(root: Path) -> list[_Group]:
+    """The control groups for memory that this process is in, and those above them."""
     found = []
-    for directory, top, files in _places(root):
-        while True:
-            if (group := _group(directory, *files)) is not None:
-                found.append(group)
-            if directory == top or top not in directory.parents:
+    for directory, top, (limit, usage, prefix) in _places(root):
+        for each in (directory, *directory.parents):
+            if (each / limit).exists():  # there is none at the root of a hierarchy
+                files = [str(each / name) for name in (limit, usage, "memory.stat")]
+                found.append(_Group(files[0], files[1], files[2], prefix.encode()))
+            if each == top:
                 break
-            directory = directory.parent
     return found
 
 
@@ -105,18 +163,19 @@ def _path(field: bytes) -> Path:
     return Path(text.decode(errors="surrogateescape"))
 
 
-def _group(directory: Path, limit: str, usage: str, prefix: str) -> tuple[int, int] | None:
+def _limit(group: _Group) -> tuple[int, int] | None:
+    """A group's limit, and the bytes left below it; None without one."""
     try:
-        most = int((directory / limit).read_bytes())
+        most = int(_content(group.limit))
         if most >= _UNLIMITED:
             return None
-        used = int((directory / usage).read_bytes())
-        stat = dict(line.split() for line in (directory / "memory.stat").read_bytes().splitlines())
+        used = int(_content(group.usage))
+        stat = dict(line.split() for line in _content(group.stat).splitlines())
         # Pages of files are given back before a process is killed; those of regions are none.
         files = sum(
-            int(stat.get(f"{prefix}{kind}_file".encode(), 0)) for kind in ("inactive", "active")
+            int(stat.get(group.prefix + kind, 0)) for kind in (b"inactive_file", b"active_file")
         )
-    except (OSError, ValueError):  # "max", or no such file at the root of a hierarchy
+    except (OSError, ValueError):  # "max", or the group is gone
         return None
     return most, max(0, most - used + files)
 
@@ -128,7 +187,7 @@ class Budget:
         limit: bytes that they may take in all; None for what the machine can give.
         used: how many they take.
         promised: how many more they would take if others filled what they may fill.
-        relieve: gives back what is kept and not used.
+        relieve: gives back at least so many bytes that are kept and not used, if there are.
     """
 
     def __init__(
@@ -136,7 +195,7 @@ class Budget:
         limit: int | None,
         used: Callable[[], int],
         promised: Callable[[], int],
-        relieve: Callable[[], None],
+        relieve: Callable[[int], None],
     ) -> None:
         self.limit = limit
         self._used = used
@@ -161,14 +220,16 @@ class Budget:
             self._allowance = 0
             left = self._left()
             if left < count:
-                self._relieve()
+                self._relieve(count - left + _RELIEF)
                 left = self._left()
                 if left < count:
                     raise StorageFull(self._refusal(count, left))
             self._allowance = min(_STEP, (left - count) // _PART)
 
     def _left(self) -> int:
-        total, available = machine_memory()
+        return self._below(*machine_memory())
+
+    def _below(self, total: int, available: int) -> int:
         left = available - reserve(total)
         if self.limit is not None:
             left = min(left, self.limit - self._used())
@@ -183,9 +244,7 @@ class Budget:
         return f"{count} more bytes do not fit: this machine has memory for {left} more"
 
     def room(self) -> tuple[int, int]:
-        """Total and available bytes."""
+        """Total bytes, and those that can be had now without relief."""
         total, available = machine_memory()
-        if self.limit is not None:
-            total = min(total, self.limit)
-            available = min(available, max(0, self.limit - self._used()))
-        return total, available
+        left = self._below(total, available)
+        return total if self.limit is None else min(total, self.limit), left

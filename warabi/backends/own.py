@@ -14,6 +14,7 @@ What a region was made of is never seen: it is written or cleared before the reg
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -115,6 +116,24 @@ class Own:
         if (new := offset + size - max(offset, self.filled)) <= 0:
             return 0
         return (new + PAGE - 1) & -PAGE
+
+    def holes(self, offset: int, size: int) -> int:
+        """As :meth:`missing`, exactly; raises ``OSError``."""
+        offset, end = offset & -PAGE, (offset + size + PAGE - 1) & -PAGE
+        missing = 0
+        while offset < end:
+            data = min(end, self._seek(offset, os.SEEK_DATA))
+            missing += data - offset
+            offset = end if data == end else self._seek(data, os.SEEK_HOLE)
+        return missing
+
+    def _seek(self, offset: int, what: int) -> int:
+        try:
+            return os.lseek(self.fd, offset, what)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing comes after it
+                raise
+            return _END
 
     @property
     def seen(self) -> bool:
