@@ -284,17 +284,22 @@ def _unread(peer: RawPeer) -> int:
     return count[0]
 
 
-def test_memory_that_a_guest_cut_off_kills_nobody(plain: Served) -> None:
-    """Who was granted a region has its descriptor, and may truncate it behind the provider."""
+def test_granted_memory_cannot_be_cut_off(plain: Served) -> None:
+    """A client that was granted a region has its descriptor, which is sealed against shrinking:
+    a load or store of the provider beyond the end would kill it."""
     region = plain.handle.create_and_write(pattern(LARGE))
     plain.handle.write(region, 0, pattern(LARGE))
     plain.handle.read(region, 0, LARGE)
     place = plain.target._storage.share(region, writable=True)
     assert place is not None
-    os.ftruncate(place.fd, 0)
-    os.close(place.fd)
-    assert len(plain.handle.read(region, 0, LARGE)) == LARGE
-    plain.handle.write(region, 0, pattern(LARGE))
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(place.fd, 0)
+        os.truncate(f"/proc/self/fd/{place.fd}", LARGE)  # the same size cuts nothing off
+        with pytest.raises(PermissionError):
+            os.truncate(f"/proc/self/fd/{place.fd}", LARGE - 1)
+    finally:
+        os.close(place.fd)
     assert plain.handle.read(region, 0, LARGE) == pattern(LARGE)
 
 
