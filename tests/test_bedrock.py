@@ -175,6 +175,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         "$.margo.tokenfile: unknown key, did you mean token_file?",
     ),
     "null": ({"margo": {"token_file": None}}, "$.token_file: None is no path"),
+    "key of the engine in a section of Margo's": (
+        {"margo": {"mercury": {"address": "na+sm", "token_file": "/x"}}},
+        "$.margo.mercury.token_file: has no effect in mercury",
+    ),
     "mistyped limit": ({"margo": {"limits": {"request": 5}}}, "$.limits.request: unknown key, did"),
     "mistyped setting": (
         service({"config": {"target": {"type": "memory", "config": {"capasity": 1}}}}),

@@ -72,6 +72,7 @@ def path(tmp_path: Path) -> Path:
         (file_config(Path("/x"), typo=1), "$.target.config.typo", "unknown key"),
         (file_config(Path("/x"), abt_io=1), "$.target.config.abt_io", "object"),
         (file_config(Path("/x\0y")), "$.target.config.path", "null"),
+        ({"target": {"typ": "memory"}}, "$.target.type", "required key is missing"),
         ({"target": {"type": "memory", "typo": 1}}, "$.target.typo", "unknown key"),
         ({"target": {"type": "memory", "config": {"path": ""}}}, "$.target.config.path", "unknown"),
         ({"transfer_manager": {"type": "x"}}, "$.transfer_manager.type", "'x'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import select
 import signal
 import stat
 import subprocess
@@ -194,6 +196,82 @@ def test_what_a_user_may_not_do(tmp_path: Path) -> None:
         assert content(top) == ["closed", "others", "shared"]
     finally:
         subprocess.run(["rm", "-rf", top], check=True, timeout=9)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling", "fifo", "link to a link"])
+def test_what_another_user_made_where_all_may(kind: str, tmp_path: Path) -> None:
+    """Before this process came, to get what it writes or to have it written elsewhere."""
+    top, path = tmp_path / "sticky", tmp_path / "sticky" / "out"
+    top.mkdir()
+    top.chmod(0o1777)
+    mine = tmp_path / "mine"
+    if kind == "file":
+        path.write_bytes(OLD)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(mine)
+        if kind != "dangling":
+            mine.write_bytes(OLD)
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+    given = path
+    if kind == "link to a link":
+        given = tmp_path / "first"
+        given.symlink_to(path)
+    with pytest.raises(errors.PermissionDenied, match="another user's"):
+        write_file(given, b"secret")
+    if kind == "file":
+        assert path.read_bytes() == OLD
+    assert mine.exists() == (kind.startswith("link"))
+    assert content(top) == ["out"]
+    # Nor does it matter in a directory that is not for all.
+    top.chmod(0o755)
+    if kind != "fifo":
+        write_file(given, b"public")
+        assert path.read_bytes() == b"public"
+
+
+def test_the_directory_s_owner_and_this_user_are_no_others(tmp_path: Path) -> None:
+    top = tmp_path / "sticky"
+    top.mkdir()
+    top.chmod(0o1777)
+    os.chown(top, 1, 1)
+    for name, owner in (("its", 1), ("own", os.geteuid())):
+        (top / name).write_bytes(OLD)
+        os.chown(top / name, owner, -1)
+        (top / f"{name}-link").symlink_to(name)
+        os.chown(top / f"{name}-link", owner, -1, follow_symlinks=False)
+        write_file(top / f"{name}-link", b"new")
+        assert (top / name).read_bytes() == b"new"
+
+
+def test_a_pipe_that_does_not_block_and_a_high_descriptor() -> None:
+    """As a program with many descriptors may have it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 1500
+    ours, theirs = os.pipe2(os.O_NONBLOCK)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1501), hard))
+    try:
+        high = os.dup2(theirs, 1500, inheritable=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    os.close(theirs)
+    data, got = pattern(1 << 20), bytearray()
+
+    def read() -> None:
+        while len(got) < len(data):
+            select.select([ours], [], [], PATIENCE)
+            got.extend(os.read(ours, 1 << 16))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert write_file(f"/proc/self/fd/{high}", data) is None
+        reader.join(PATIENCE)
+        assert got == data
+    finally:
+        os.close(ours)
+        os.close(high)
 
 
 def test_a_full_disk_leaves_the_old_file(small: Path) -> None:

@@ -31,9 +31,8 @@ def check_private(directory: Path) -> None:
     assert found
     for path in found:
         mode = path.lstat().st_mode
-        inside = ".regions/" in str(path) and stat.S_ISDIR(mode)
         wanted = 0o700 if stat.S_ISDIR(mode) else 0o600
-        assert inside or stat.S_IMODE(mode) == wanted, (path, oct(mode))
+        assert stat.S_IMODE(mode) == wanted, (path, oct(mode))
 
 
 @pytest.mark.parametrize("mask", [0, 0o022, 0o077])

@@ -139,6 +139,12 @@ def test_file_that_everybody_may_read(tmp_path: Path, mode: int) -> None:
         ({"tls_cert": "/x"}, r"\$\.tls_cert: unknown key"),
         ({"limits": {"connection": 1}}, r"\$\.limits\.connection: unknown key, did you mean con"),
         ({"privileged": "all"}, r"\$\.privileged: unknown key"),
+        ({"security": {"token": TOKEN}}, r"\$\.security: unknown key, expected"),
+        (
+            {"mercury": {"token": TOKEN}},
+            r"\$\.mercury\.token: has no effect there, expected \$\.token",
+        ),
+        ({"argobots": {"tls": {}}}, r"\$\.argobots\.tls: has no effect there"),
         ({5: 5}, r"\$\.5: unknown key"),
         ({"insecure": "yes"}, r"\$\.insecure"),
     ],

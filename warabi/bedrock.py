@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from warabi import errors, keys
-from warabi.config import FileTarget, ProviderConfig, _Model, checked, unknown_key
+from warabi.config import FileTarget, ProviderConfig, _Model, checked, refused_key, unknown_key
 from warabi.engine import Address, Engine, server
 from warabi.errors import ConfigError
 from warabi.security import KEYS
@@ -95,6 +95,9 @@ class _Margo(_Model):
         for key in self.model_extra or ():
             if key not in keys.MARGO:
                 raise unknown_key(key, type(self).model_fields)
+        if path := keys.misplaced(self.model_extra or {}):
+            section, key = path.split(".")
+            raise refused_key(path, f"has no effect in {section}, expected beside it")
         return self
 
     def engine(self) -> dict[str, Any]:

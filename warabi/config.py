@@ -43,8 +43,12 @@ class MemoryConfig(_Model):
 
 def unknown_key(key: str, known: Collection[str]) -> PydanticCustomError:
     """For validators of models that accept some keys that they have no field for."""
-    context = {"key": key, "reason": keys.unknown(key, known)}
-    return PydanticCustomError("unknown_key", "{reason}", context)
+    return refused_key(key, keys.unknown(key, known))
+
+
+def refused_key(key: str, reason: str) -> PydanticCustomError:
+    """As :func:`unknown_key`, for another reason; *key* may have dots."""
+    return PydanticCustomError("unknown_key", "{reason}", {"key": key, "reason": reason})
 
 
 class AbtIoConfig(_Model):
@@ -230,6 +234,8 @@ def _explain(
             reason = "expected an object"
         elif item["type"] == "missing":
             reason = "required key is missing"
+        elif item["type"] == "union_tag_not_found":
+            path, reason = f"{path}.type", "required key is missing"
         elif item["type"] == "union_tag_invalid":
             reason = f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
             path += ".type"

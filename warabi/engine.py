@@ -437,6 +437,10 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
     for key in config:
         if key not in known and key not in keys.MARGO:
             raise errors.ConfigError(f"engine configuration: $.{key}: {keys.unknown(key, known)}")
+    if path := keys.misplaced(config):
+        raise errors.ConfigError(
+            f"engine configuration: $.{path}: has no effect there, expected $.{path.split('.')[1]}"
+        )
     if ignored := sorted(config.keys() & keys.MARGO):
         Engine.logger.debug("engine configuration: without effect here: %s", ", ".join(ignored))
     return _Settings(

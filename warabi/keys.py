@@ -4,7 +4,7 @@ have been meant to be."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 MARGO = frozenset({
     "argobots", "diagnostics", "enable_abt_profiling", "enable_diagnostics", "enable_profiling",
@@ -21,11 +21,26 @@ ABT_IO = frozenset({
 """What ABT-IO takes, but for ``backing_thread_count``, which has an effect here."""
 
 
+PROTECTING = frozenset({"read_only_token", "read_only_token_file", "tls", "token", "token_file"})
+"""Keys of an engine that protect it.  In a section without effect they are no key of Mochi's."""
+
+
+def misplaced(config: Mapping[str, object]) -> str | None:
+    """The path of a key that protects an engine and is in one of Mochi's sections of *config*,
+    where it has no effect; None if there is none."""
+    for name in sorted(MARGO & config.keys()):
+        section = config[name]
+        if isinstance(section, dict) and (found := PROTECTING & section.keys()):
+            return f"{name}.{min(found)}"
+    return None
+
+
 def unknown(key: object, known: Collection[str]) -> str:
     """What is said of a *key* that is none of the *known* ones."""
     word = str(key).lower().replace("-", "_")
-    close = difflib.get_close_matches(word, known, 1) or [
-        other for other in sorted(known) if len(word) > 2 and other.startswith(word)
+    meant = [other for other in sorted(known) if other != "insecure"]  # never by accident
+    close = difflib.get_close_matches(word, meant, 1) or [
+        other for other in meant if len(word) > 2 and other.startswith(word)
     ]
     if close:
         return f"unknown key, did you mean {close[0]}?"

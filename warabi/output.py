@@ -5,6 +5,10 @@ same directory, which is synced and renamed.  When anything fails, or the comman
 the old file is as it was and the temporary file is gone.  Whatever else is at the path, a device,
 a FIFO, a terminal or a descriptor of the process such as ``/dev/stdout``, is written to as a stream
 and stays what it is.  Symbolic links are followed.
+
+In a directory where every user may make files, such as ``/tmp``, what another user made is neither
+followed, replaced nor written to.  It is what ``fs.protected_symlinks`` and its like do, but the
+kernel cannot see what is resolved here.
 """
 
 from __future__ import annotations
@@ -70,7 +74,9 @@ class Output:
                 try:
                     data = data[os.write(self._fd, data) :]
                 except BlockingIOError:  # a pipe that its other users made so
-                    select.select([], [self._fd], [])
+                    waiting = select.poll()
+                    waiting.register(self._fd, select.POLLOUT)
+                    waiting.poll()
 
 
 @contextmanager
@@ -85,7 +91,8 @@ def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Ou
 
     Raises:
         ConfigError: a directory, or in none that exists.
-        PermissionDenied: the file may not be written, or no file be made in its directory.
+        PermissionDenied: the file may not be written, or no file be made in its directory; or
+            another user made what is there, in a directory for everybody.
         StorageFull, StorageError: the medium.
     """
     text = os.fspath(path)
@@ -101,7 +108,7 @@ def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Ou
         return
     name = f"output {text}"
     with _translated(name):
-        place = _resolved(text)
+        place = _resolved(text, name)
         stream = _stream(place)
         if stream is None and place.endswith("/"):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -142,16 +149,30 @@ def _translated(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: contains a null byte") from None
 
 
-def _resolved(path: str) -> str:
+def _resolved(path: str, name: str) -> str:
     """*path* with its last component's symbolic links followed, but for those of /proc, which
     lead to what is open, wherever its name is now."""
     for _ in range(_MOST_LINKS):
         parent, last = os.path.split(path)
         path = os.path.join(os.path.realpath(parent), last)
+        _refuse_planted(path, name)
         if not os.path.islink(path) or _DESCRIPTOR.fullmatch(path):
             return path
         path = os.path.join(os.path.dirname(path), os.readlink(path))
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _refuse_planted(path: str, name: str) -> None:
+    """Refuse what another user may have put at *path* for this one to find."""
+    try:
+        found, above = os.lstat(path), os.stat(os.path.dirname(path))
+    except FileNotFoundError:
+        return
+    shared = above.st_mode & stat.S_ISVTX and above.st_mode & stat.S_IWOTH
+    if shared and found.st_uid not in (os.geteuid(), above.st_uid):
+        raise PermissionDenied(
+            f"{name}: {path} is another user's, in a directory where every user may make files"
+        )
 
 
 def _stream(path: str) -> int | None:

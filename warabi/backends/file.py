@@ -148,7 +148,7 @@ class FileStorage(Storage):
         """The path of a region's file, in a directory that is there."""
         shard = _shard(rid)
         if shard not in self._shards:
-            os.makedirs(f"{self.root}/{shard}", exist_ok=True)
+            os.makedirs(f"{self.root}/{shard}", 0o700, exist_ok=True)
             with self._lock:
                 self._shards.add(shard)
                 self._fresh_shards.add(shard)

@@ -212,7 +212,7 @@ class FileCheck:
             return None
         if not self._report.problem(text, f"moved to {right.parent}"):
             return None
-        right.parent.mkdir(exist_ok=True)
+        right.parent.mkdir(mode=0o700, exist_ok=True)
         file.path.rename(right)
         sync_directory(right.parent)
         return file._replace(path=right)
@@ -301,7 +301,7 @@ class FileCheck:
     def _make_empty(self, rid: RegionID) -> None:
         """Make an empty file for a region."""
         file = place(self._regions, rid)
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         sync_directory(file.parent)
         self._db.execute(f"UPDATE inode SET packed = {OWN} WHERE ino = ?", (rid.slot,))
