@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.processes import PATIENCE, Failed, provider, run, scratch
 from benchmarks.subjects import MEMORY
-from warabifs.options import OPTIONS
+from warabifs.mount.options import OPTIONS
 
 TMPFS, DISK, BINDFS, RCLONE = "tmpfs", "disk", "bindfs on tmpfs", "rclone mount of tmpfs"
 OURS = "warabifs memory:"
@@ -96,7 +96,9 @@ def _ours(
 ) -> contextlib.AbstractContextManager[Place]:
     log = path.with_suffix(".log")
     words = ",".join((f"log={log}", *options))
-    return mounted(name, path, sys.executable, "-m", "warabifs.mount", source, path, "-o", words)
+    return mounted(
+        name, path, sys.executable, "-m", "warabifs.mount.main", source, path, "-o", words
+    )
 
 
 @contextlib.contextmanager

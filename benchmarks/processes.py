@@ -90,7 +90,7 @@ def line_of(process: subprocess.Popen[str], patience: float = PATIENCE) -> str:
 
 @contextlib.contextmanager
 def provider(
-    transport: str, configs: Sequence[dict[str, Any]], command: str = "warabi.cli"
+    transport: str, configs: Sequence[dict[str, Any]], command: str = "warabi.tools.cli.main"
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Address and process of ``warabi serve`` with providers 1, 2, ... of these configurations.
 

@@ -11,7 +11,7 @@ from benchmarks.stats import Round, Series
 from benchmarks.subjects import MEMORY
 from benchmarks.usage import cpu_seconds, resident
 
-IMPORTS = ("warabi", "warabi.client", "warabi.server", "warabi.aio", "warabifs.mount")
+IMPORTS = ("warabi", "warabi.client", "warabi.server", "warabi.aio", "warabifs.mount.main")
 READY = "Engine and Provider ready"
 LIMITS = {"import warabi": 150_000.0, READY: 50_000.0}
 """Goals, in microseconds."""

@@ -7,7 +7,8 @@ that are counted when they happen.
 
 from __future__ import annotations
 
-from warabi import cli, durability, pace
+from warabi.target import commit, write_throttle
+from warabi.tools.cli import main as cli
 
 _LATER = 3600
 """Seconds; no count takes so long."""
@@ -15,8 +16,8 @@ _LATER = 3600
 
 def steady() -> None:
     """Have this process do only what it is asked for, and whatever takes long, too."""
-    durability.COMMIT_INTERVAL = _LATER
-    pace._SLOW = _LATER * 10**9
+    commit.COMMIT_INTERVAL = _LATER
+    write_throttle._SLOW = _LATER * 10**9
 
 
 def main() -> None:

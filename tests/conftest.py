@@ -17,9 +17,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.helpers import Served, file_config, provider_process, three_backends, tls_config
-from tests.migrations import fill, handle
-from warabi import log_limit
+from tests.support.helpers import Served, file_config, provider_process, three_backends, tls_config
+from tests.support.migrations import fill, handle
+from warabi._core import log_limit
 from warabi.client import TargetHandle
 from warabi.engine import Engine, client
 from warabi.server import Provider
@@ -56,9 +56,9 @@ def every_message() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def halt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``halt.c``, to be preloaded."""
+    """``support/halt.c``, to be preloaded."""
     library = tmp_path_factory.mktemp("halt") / "halt.so"
-    source = Path(__file__).parent / "halt.c"
+    source = Path(__file__).parent / "support" / "halt.c"
     flags = ("-O1", "-fPIC", "-shared", "-fno-builtin", "-Wall", "-Werror")
     subprocess.run(["gcc", *flags, source, "-o", library], check=True, timeout=60)
     return library

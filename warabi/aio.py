@@ -21,23 +21,25 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from warabi import address as _address
-from warabi import arrays, errors, security, transport
-from warabi.address import Endpoint
-from warabi.aio_connection import Connection
-from warabi.aio_link import DirectLink, Link, Place, WireLink
-from warabi.aio_readonly import ReadOnlyLink
-from warabi.aio_side_channel import SideChannel
-from warabi.answers import RegionStat
-from warabi.buffers import Lender, abandon, checked_path, checked_size, readable, writable
-from warabi.connection import TIMEOUT
-from warabi.extents import EXTENTS, check_total, checked_extents, pack
-from warabi.feed import Changes
-from warabi.operations import PAGE
+from warabi import arrays, errors
+from warabi._core.buffers import Lender, abandon, checked_path, checked_size, readable, writable
+from warabi._core.changes import Changes
+from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
+from warabi._core.results import RegionStat
+from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
+from warabi.protocol import address as _address
+from warabi.protocol import auth, transport
+from warabi.protocol.address import Endpoint
+from warabi.protocol.operations import PAGE
+from warabi.protocol.pending import Patience
+from warabi.protocol.transport import Transport
 from warabi.region import RegionID
-from warabi.request import Patience
-from warabi.target import Target as LocalTarget
-from warabi.transport import Transport
+from warabi.remote.aio_connection import TrioConnection
+from warabi.remote.aio_direct import AsyncDirectAccessChannel
+from warabi.remote.aio_link import AsyncWireLink
+from warabi.remote.aio_readonly import AsyncReadOnlyLink
+from warabi.remote.connection import TIMEOUT
+from warabi.target.target import Target as LocalTarget
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
@@ -52,7 +54,7 @@ class Target:
     Every method is a coroutine; a cancelled one has taken effect or not.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: AsyncLink) -> None:
         self._link = link
 
     def __reduce__(self) -> str:
@@ -62,7 +64,7 @@ class Target:
         )
 
     def call(self, name: str, *arguments: Any) -> Awaitable[Any]:
-        """Carry out an operation of :data:`warabi.operations.OPERATIONS`."""
+        """Carry out an operation of :data:`warabi.protocol.operations.OPERATIONS`."""
         return self._link.call(name, arguments)
 
     async def create(self, size: int) -> RegionID:
@@ -114,7 +116,7 @@ class Target:
         view = writable(buffer, "read_some: buffer")
         return await self.read_later(region, offset, len(view), lambda: view)
 
-    async def read_later(self, region: RegionID, offset: int, size: int, place: Place) -> int:
+    async def read_later(self, region: RegionID, offset: int, size: int, place: GetBuffer) -> int:
         """As :meth:`read_some`, of *size* bytes into the view of as many that *place* gives.
 
         It is asked when they come, or not at all, so that who waits for many replies needs no
@@ -307,13 +309,13 @@ async def connect(
     check_loop("warabi.aio.connect()")
     endpoint = _address.parse(str(address))
     given = {"tls": tls, "token": token, "token_file": token_file}
-    shown = security.from_config({key: value for key, value in given.items() if value is not None})
+    shown = auth.from_config({key: value for key, value in given.items() if value is not None})
     limit = min(timeout, _CONNECT_TIMEOUT)
 
-    async def opened(*, descriptors: bool = False) -> Connection:
+    async def opened(*, descriptors: bool = False) -> TrioConnection:
         plain, over = await _in_thread(endpoint, limit, shown)
         plain.setblocking(False)
-        connection = Connection(
+        connection = TrioConnection(
             trio.socket.from_stdlib_socket(plain),
             over,
             str(endpoint),
@@ -338,14 +340,14 @@ async def connect(
             connection = await opened()
             side = None
             if share and endpoint.local:
-                side = SideChannel(
+                side = AsyncDirectAccessChannel(
                     nursery,
                     partial(opened, descriptors=True),
                     provider_id,
                     writable=not read_only,
                 )
-            link: Link = WireLink(connection, provider_id, side)
-            target = Target(ReadOnlyLink(link) if read_only else link)
+            link: AsyncLink = AsyncWireLink(connection, provider_id, side)
+            target = Target(AsyncReadOnlyLink(link) if read_only else link)
             await target.call("ping")
             try:
                 yield target
@@ -360,7 +362,7 @@ async def connect(
 
 
 async def _in_thread(
-    endpoint: Endpoint, limit: float, shown: security.Security
+    endpoint: Endpoint, limit: float, shown: auth.Security
 ) -> tuple[socket.socket, Transport]:
     """As ``transport.connect``; a connection that comes after a cancellation is closed."""
     lock = threading.Lock()
@@ -385,7 +387,7 @@ async def _in_thread(
         raise
 
 
-async def _run(connection: Connection, ended: trio.Event | None) -> None:
+async def _run(connection: TrioConnection, ended: trio.Event | None) -> None:
     try:
         await connection.run()
     finally:
@@ -393,7 +395,7 @@ async def _run(connection: Connection, ended: trio.Event | None) -> None:
             ended.set()
 
 
-async def _run_until_closed(connection: Connection) -> None:
+async def _run_until_closed(connection: TrioConnection) -> None:
     """Whoever is cancelled: there is a last word to say."""
     with trio.CancelScope(shield=True):
         await connection.run()
@@ -403,7 +405,7 @@ def attach(target: LocalTarget) -> Target:
     """The Trio API on a target of this process; what may wait for its medium goes to threads."""
     if _asyncio_runs():
         check_loop("warabi.aio.attach()")
-    return Target(DirectLink(target))
+    return Target(AsyncDirectLink(target))
 
 
 __all__ = ["RegionID", "RegionStat", "Target", "attach", "connect"]

@@ -26,12 +26,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from warabi import errors, keys
-from warabi.config import FileTarget, ProviderConfig, _Model, checked, refused_key, unknown_key
+from warabi import errors
+from warabi._core import config_keys
 from warabi.engine import Address, Engine, server
 from warabi.errors import ConfigError
-from warabi.security import KEYS
+from warabi.protocol.auth import KEYS
 from warabi.server import Provider
+from warabi.target.config import (
+    FileTarget,
+    ProviderConfig,
+    _Model,
+    checked,
+    refused_key,
+    unknown_key,
+)
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +101,9 @@ class _Margo(_Model):
     @model_validator(mode="after")
     def _known(self) -> _Margo:
         for key in self.model_extra or ():
-            if key not in keys.MARGO:
+            if key not in config_keys.MARGO:
                 raise unknown_key(key, type(self).model_fields)
-        if path := keys.misplaced(self.model_extra or {}):
+        if path := config_keys.misplaced(self.model_extra or {}):
             section, key = path.split(".")
             raise refused_key(path, f"has no effect in {section}, expected beside it")
         return self

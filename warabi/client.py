@@ -8,18 +8,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from warabi import address as _address
-from warabi import arrays, forks, interrupts, processes
-from warabi.answers import RegionStat
-from warabi.buffers import checked_path, checked_size, filled_bytes, readable, writable
+from warabi import arrays, processes
+from warabi._core import forks, interrupts
+from warabi._core.buffers import checked_path, checked_size, filled_bytes, readable, writable
+from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
+from warabi._core.results import RegionStat
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
-from warabi.extents import EXTENTS, check_total, checked_extents, pack
-from warabi.link import DirectLink, Link, WireLink, wait_all
-from warabi.operations import PAGE
-from warabi.readonly import ReadOnlyLink
+from warabi.local.link import DirectLink, Link, wait_all
+from warabi.protocol import address as _address
+from warabi.protocol.operations import PAGE
+from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
-from warabi.request import Request
+from warabi.remote.link import WireLink
+from warabi.remote.readonly import ReadOnlyLink
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
@@ -43,7 +45,7 @@ def _id(region: Any) -> RegionID:
 class AsyncRequest:
     """An operation under way.  Dropping it neither cancels the operation nor harms others."""
 
-    def __init__(self, link: Link, requests: Sequence[Request]) -> None:
+    def __init__(self, link: Link, requests: Sequence[PendingRequest]) -> None:
         self._link = link
         self._requests = requests
 
@@ -168,7 +170,7 @@ class TargetHandle:
         size = checked_size(size, "create: size")
         return self._creating(lambda: self._link.start("create", size))
 
-    def _creating(self, start: Callable[[], list[Request]]) -> AsyncCreateRequest:
+    def _creating(self, start: Callable[[], list[PendingRequest]]) -> AsyncCreateRequest:
         return interrupts.creating(
             lambda: AsyncCreateRequest(self._link, start()),
             lambda made: self._link.undo(made._requests),

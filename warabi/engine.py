@@ -1,7 +1,7 @@
 """Engines: the process's end of the network, serving or not.
 
-A serving engine runs a Trio loop in a background thread (``runtime.py``); a client's engine has
-no thread, its calls do their own I/O.  Neither keeps the interpreter from exiting: an engine
+A serving engine runs a Trio loop in a background thread (``provider/loop.py``); a client's engine
+has no thread, its calls do their own I/O.  Neither keeps the interpreter from exiting: an engine
 that is collected or outlived is finalized then.
 """
 
@@ -20,17 +20,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from warabi import address, errors, forks, interrupts, keys, limits, processes, security
-from warabi.address import Endpoint
-from warabi.connection import TIMEOUT, Connection
-from warabi.limits import EngineLimits
-from warabi.request import Patience
-from warabi.security import Security
-from warabi.service import Ending
-from warabi.side_channel import SideChannel
+from warabi import errors, processes
+from warabi._core import config_keys, forks, interrupts
+from warabi.protocol import address, auth, limits
+from warabi.protocol.address import Endpoint
+from warabi.protocol.auth import Security
+from warabi.protocol.limits import EngineLimits
+from warabi.protocol.pending import Patience
+from warabi.remote.connection import TIMEOUT, BlockingConnection
+from warabi.remote.direct import DirectAccessChannel
+from warabi.service import ShutdownSignals
 
 if TYPE_CHECKING:
-    from warabi.runtime import Runtime
+    from warabi.provider.loop import Runtime
 
 
 _LONGEST = 1_000_000_000
@@ -77,7 +79,7 @@ class Address:
             PermissionDenied: it has not enabled remote shutdown.
             ConnectionFailed: nobody listens there.
         """
-        from warabi.link import WireLink
+        from warabi.remote.link import WireLink
 
         if self._engine is None:
             raise errors.ConnectionFailed(f"shutdown {self._text}: the address has no engine")
@@ -99,9 +101,9 @@ class Connections:
         self.patience = patience
         self._security = security
         self._share = share
-        self._side: dict[tuple[str, int, bool], SideChannel] = {}
+        self._side: dict[tuple[str, int, bool], DirectAccessChannel] = {}
         self._lock = threading.Lock()
-        self._open: dict[tuple[str, bool], Connection] = {}
+        self._open: dict[tuple[str, bool], BlockingConnection] = {}
         self._closed = False
         forks.register(self)
 
@@ -110,8 +112,8 @@ class Connections:
         self._lock = threading.Lock()
         self._open = {}
 
-    def get(self, text: str, read_only: bool = False) -> Connection:
-        """A usable connection to *text*; raises as ``Connection`` does."""
+    def get(self, text: str, read_only: bool = False) -> BlockingConnection:
+        """A usable connection to *text*; raises as ``BlockingConnection`` does."""
         key = (text, read_only)
         found = self._open.get(key)
         if found is not None and found.usable and not self._closed:
@@ -122,7 +124,9 @@ class Connections:
             self._check_open(text)
             found = self._open.get(key)
             if found is None or not found.usable:
-                found = Connection(address.parse(text), self.patience, self._security, read_only)
+                found = BlockingConnection(
+                    address.parse(text), self.patience, self._security, read_only
+                )
                 self._open[key] = found
             return found
 
@@ -130,26 +134,30 @@ class Connections:
         if self._closed:
             raise errors.ConnectionFailed(f"connect to {text}: the engine is finalized")
 
-    def side_channel(self, text: str, provider_id: int, read_only: bool) -> SideChannel | None:
+    def side_channel(
+        self, text: str, provider_id: int, read_only: bool
+    ) -> DirectAccessChannel | None:
         """What reaches the regions of a provider directly; None where that cannot be."""
         endpoint = address.parse(text)
         if not (self._share and endpoint.local):
             return None
 
-        def connect() -> Connection:
-            return Connection(endpoint, self.patience, self._security, read_only, descriptors=True)
+        def connect() -> BlockingConnection:
+            return BlockingConnection(
+                endpoint, self.patience, self._security, read_only, descriptors=True
+            )
 
         with self._lock:
             if self._closed:
                 return None
             key = (text, provider_id, read_only)
             if key not in self._side:
-                self._side[key] = SideChannel(connect, provider_id, writable=not read_only)
+                self._side[key] = DirectAccessChannel(connect, provider_id, writable=not read_only)
             return self._side[key]
 
-    def alone(self, text: str) -> Connection:
+    def alone(self, text: str) -> BlockingConnection:
         """As :meth:`get`, a new connection that the caller shares with nobody, and closes."""
-        return Connection(address.parse(text), self.patience, self._security)
+        return BlockingConnection(address.parse(text), self.patience, self._security)
 
     def close(self) -> None:
         with self._lock:
@@ -265,7 +273,7 @@ class Engine:
             ``insecure``, who may connect and do what, see docs/security.md; ``limits``, how much
             peers may take; ``share`` (default true), whether processes of the same host may reach
             regions directly, in memory or files that they share with the provider, in either mode.
-            Margo's own keys (``warabi.keys.MARGO``) have no effect, which is logged.
+            Margo's own keys (``warabi._core.config_keys.MARGO``) have no effect, which is logged.
 
     Raises:
         ConfigError: a malformed address or configuration, an unknown key in it among others, or
@@ -296,7 +304,7 @@ class Engine:
         connections = Connections(settings.patience, settings.security, settings.share)
         self._state = state = _State(connections)
         if self._mode is server:
-            from warabi.runtime import Runtime
+            from warabi.provider.loop import Runtime
 
             state.runtime = Runtime(
                 endpoint,
@@ -339,7 +347,7 @@ class Engine:
         Raises:
             ConfigError: it is malformed.
         """
-        from warabi.address import parse
+        from warabi.protocol.address import parse
 
         return Address(str(parse(address)), self)
 
@@ -377,7 +385,7 @@ class Engine:
             self._state.finalized.wait()
             return
         # To the end: another signal would find the default handler, before all is persisted.
-        with Ending() as ending:
+        with ShutdownSignals() as ending:
             self._state.wakers.append(ending.come)
             try:
                 if not self._state.wanted.is_set():
@@ -433,19 +441,21 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
         raise errors.ConfigError(
             f"engine configuration: $.share: {share!r} is neither true nor false"
         )
-    known = {"timeout", "deadline", "share", "limits", *security.KEYS}
+    known = {"timeout", "deadline", "share", "limits", *auth.KEYS}
     for key in config:
-        if key not in known and key not in keys.MARGO:
-            raise errors.ConfigError(f"engine configuration: $.{key}: {keys.unknown(key, known)}")
-    if path := keys.misplaced(config):
+        if key not in known and key not in config_keys.MARGO:
+            raise errors.ConfigError(
+                f"engine configuration: $.{key}: {config_keys.unknown(key, known)}"
+            )
+    if path := config_keys.misplaced(config):
         raise errors.ConfigError(
             f"engine configuration: $.{path}: has no effect there, expected $.{path.split('.')[1]}"
         )
-    if ignored := sorted(config.keys() & keys.MARGO):
+    if ignored := sorted(config.keys() & config_keys.MARGO):
         Engine.logger.debug("engine configuration: without effect here: %s", ", ".join(ignored))
     return _Settings(
         Patience(timeout or TIMEOUT, deadline),
-        security.from_config(config),
+        auth.from_config(config),
         limits.from_config(config.get("limits")),
         share,
     )

@@ -17,7 +17,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from warabi import forks
+from warabi._core import forks
 
 if TYPE_CHECKING:
     from warabi.engine import Engine

@@ -10,7 +10,7 @@ Rules of this module:
 * A call that is not answered while others are fails and is not repeated.  If it may have pinned
   something, the connection is given up, which gives it back.  Nor is a call repeated that was lost
   first longer than ``patience`` ago: it may be what ends the connections.
-* A call whose caller is gone (``warabi/caller.py``) is neither sent nor repeated.
+* A call whose caller is gone (``warabi/_core/caller.py``) is neither sent nor repeated.
 * What a connection holds at the provider ends with it: pins are taken again before the next
   link is used.  An inode that went meanwhile stays gone, its region is invalid.
 * What was written and not synced may be lost when a provider ends otherwise than in order.  A
@@ -31,16 +31,16 @@ from typing import Any, TypeVar
 import trio
 
 from warabi import aio, errors
-from warabi.aio_link import Link, Place
-from warabi.answers import Opened
-from warabi.caller import is_gone
-from warabi.connection import TIMEOUT
-from warabi.extents import Extent
-from warabi.feed import Changes
-from warabi.inode import Attributes
-from warabi.operations import OPERATIONS, Syncs, operation_named
-from warabi.operations import Changes as Changing
+from warabi._core.attributes import Attributes
+from warabi._core.caller import is_gone
+from warabi._core.changes import Changes
+from warabi._core.extents import Extent
+from warabi._core.results import OpenedInode
+from warabi.local.aio_link import AsyncLink, GetBuffer
+from warabi.protocol.operations import OPERATIONS, Syncs, operation_named
+from warabi.protocol.operations import ChangeScope as Changing
 from warabi.region import RegionID
+from warabi.remote.connection import TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ReconnectingLink:
         self._open_target = open_target
         self._name = name
         self._patience = patience
-        self._link: Link | None = None  # of the connection that is there
+        self._link: AsyncLink | None = None  # of the connection that is there
         self._ended = trio.Event()  # that connection has, or shall
         self._back = trio.Event()  # the next one is there
         self._since = 0.0  # when the outage began, by Trio's clock
@@ -113,7 +113,7 @@ class ReconnectingLink:
             await trio.sleep(delay)
             delay = min(2 * delay, most)
 
-    async def _restore(self, link: Link) -> None:
+    async def _restore(self, link: AsyncLink) -> None:
         """See who is there, and take again what the last connection held."""
         found = (await link.call("uuid", ()), await link.call("epoch", ()))
         if self._identity is not None and found[0] != self._identity[0]:
@@ -128,7 +128,7 @@ class ReconnectingLink:
             self._tear()
         self._identity = found
 
-    async def _pin_again(self, link: Link, ino: int) -> bool:
+    async def _pin_again(self, link: AsyncLink, ino: int) -> bool:
         try:
             found: Attributes = await link.call("pin", (ino,))
             if found.generation == self._generations.get(ino, found.generation):
@@ -150,7 +150,7 @@ class ReconnectingLink:
         self._unsynced.clear()
         self._names_changed = 0
 
-    def _lose(self, link: Link, reason: errors.Exception) -> None:
+    def _lose(self, link: AsyncLink, reason: errors.Exception) -> None:
         if self._link is link:
             log.warning("%s; calls wait up to %g s for it", reason, self._patience)
             self._link = None
@@ -159,7 +159,7 @@ class ReconnectingLink:
             self._back = trio.Event()
             self._ended.set()
 
-    async def _usable(self) -> Link:
+    async def _usable(self) -> AsyncLink:
         if self._link is None:
             with trio.move_on_at(self._since + self._patience):
                 while self._link is None:
@@ -172,7 +172,9 @@ class ReconnectingLink:
             raise kind(str(reason))
         return self._link
 
-    async def _do(self, name: str, work: Callable[[Link], Awaitable[_T]]) -> tuple[_T, Link]:
+    async def _do(
+        self, name: str, work: Callable[[AsyncLink], Awaitable[_T]]
+    ) -> tuple[_T, AsyncLink]:
         """The result of *work*, which is the operation *name*, and the link that it came by."""
         repeated_until = 0.0
         while True:
@@ -217,7 +219,7 @@ class ReconnectingLink:
         return result
 
     async def _count_pins(
-        self, name: str, arguments: tuple[Any, ...], result: Any, link: Link | None
+        self, name: str, arguments: tuple[Any, ...], result: Any, link: AsyncLink | None
     ) -> None:
         pins = OPERATIONS[name].pins
         pinned = None if pins is None else pins(arguments, result)
@@ -230,7 +232,7 @@ class ReconnectingLink:
             self._generations.pop(ino, None)
             self._gone.discard(ino)
             return
-        found = result.attributes if isinstance(result, Opened) else result
+        found = result.attributes if isinstance(result, OpenedInode) else result
         if isinstance(found, Attributes):
             self._generations[ino] = found.generation
         if count > 0 and self._link not in (link, None):  # it was pinned on one that ended since
@@ -301,7 +303,7 @@ class ReconnectingLink:
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         await self._do("read", lambda link: link.read_into(region, offset, place))
 
-    async def read_some(self, region: RegionID, offset: int, size: int, place: Place) -> int:
+    async def read_some(self, region: RegionID, offset: int, size: int, place: GetBuffer) -> int:
         count, _ = await self._do("read", lambda link: link.read_some(region, offset, size, place))
         return count
 

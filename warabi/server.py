@@ -7,17 +7,18 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from warabi import config as _config
-from warabi import interrupts, layout
-from warabi.address import parse
-from warabi.config import MemoryTarget, PipelineTransfer, ProviderConfig
+from warabi._core import interrupts
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, TargetBusy
-from warabi.migration.options import parse as migration_options
-from warabi.migration.send import Sending
-from warabi.provider import ProviderCore
-from warabi.target import Target
-from warabi.transfer import DefaultTransfers, PipelineTransfers, Transfers
+from warabi.protocol.address import parse
+from warabi.provider.buffer_pool import DefaultTransfers, PipelineTransfers, Transfers
+from warabi.provider.core import ProviderCore
+from warabi.provider.migration.options import parse as migration_options
+from warabi.provider.migration.send import Sending
+from warabi.target import config as _config
+from warabi.target import opening
+from warabi.target.config import MemoryTarget, PipelineTransfer, ProviderConfig
+from warabi.target.target import Target
 
 __all__ = ["Exception", "Provider"]
 
@@ -108,7 +109,7 @@ class Provider:
         still open somewhere stay behind.  Reads are served meanwhile; changes, of clients too,
         wait, and then fail, or go on when the migration failed.  Afterwards operations here raise
         ``TargetNotFound``, which says where the target went.  What can fail when, and what is
-        left then: ``warabi.migration``.
+        left then: ``warabi.provider.migration``.
 
         Args:
             address: the destination's engine.
@@ -186,13 +187,13 @@ def _open(settings: ProviderConfig) -> Target | None:
     if target is None:
         return None
     if isinstance(target, MemoryTarget):
-        return layout.open_memory(target.config)
+        return opening.open_memory(target.config)
     try:
-        return layout.open_target(target)
+        return opening.open_target(target)
     except TargetBusy:
         # Perhaps by ourselves, for a provider that nobody can reach through its object any more.
         holder = _by_path.get(os.path.realpath(target.config.path))
         if holder is None or not holder.abandoned:
             raise
         holder.close()
-        return layout.open_target(target)
+        return opening.open_target(target)

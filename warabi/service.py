@@ -11,20 +11,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from warabi._core.output import write_file
 from warabi.errors import Exception
-from warabi.output import write_file
 
 log = logging.getLogger(__name__)
 
 
-class Ending:
+class ShutdownSignals:
     """Waits for the end of the process: SIGTERM, SIGINT or :meth:`come`; for the main thread.
 
     Signals count from ``with`` on.  They arrive through a socket, because a signal that another
     thread happens to take interrupts no wait in the main thread.
     """
 
-    def __enter__(self) -> Ending:
+    def __enter__(self) -> ShutdownSignals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         # SIGINT first, and last at the end: in between its handler raises nothing.

@@ -19,10 +19,33 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from warabi import fileio, journal, layout
-from warabi.backends import base, direct, file, mapping, pack, packed, pmem, times
+from warabi._core import fileio
+from warabi.backends import (
+    base,
+    direct_io,
+    file,
+    pack_format,
+    packed,
+    pmem,
+    range_flush,
+    xattr_times,
+)
+from warabi.metadata import journal
+from warabi.target import lockfile, opening
 
-MODULES = (fileio, base, file, pack, packed, pmem, direct, times, journal, layout)
+MODULES = (
+    fileio,
+    base,
+    file,
+    pack_format,
+    packed,
+    pmem,
+    direct_io,
+    xattr_times,
+    journal,
+    lockfile,
+    opening,
+)
 CALLS = {
     "open", "close", "pwrite", "pread", "preadv", "ftruncate", "posix_fallocate", "fstat",
     "statvfs", "fsync", "fdatasync", "unlink", "makedirs", "scandir", "rename", "copy_file_range",
@@ -133,11 +156,11 @@ class _Os:
 
 
 class _Libc:
-    """libc as ``mapping`` sees it."""
+    """libc as ``range_flush`` sees it."""
 
     def __init__(self, injector: Injector) -> None:
         self._injector = injector
-        self._real = mapping._libc
+        self._real = range_flush._libc
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -153,7 +176,7 @@ class _Libc:
         return result
 
 
-MSYNC = Site(mapping.__name__, 0, "msync")
+MSYNC = Site(range_flush.__name__, 0, "msync")
 SYNCFS = Site(file.__name__, 0, "syncfs")
 
 
@@ -164,7 +187,7 @@ def injector() -> Iterator[Injector]:
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
             patch.setattr(module, "os", _Os(made, module.__name__))
-        patch.setattr(mapping, "_libc", _Libc(made))
+        patch.setattr(range_flush, "_libc", _Libc(made))
         real = fileio.sync_file_system
         patch.setattr(file, "sync_file_system", lambda fd: made.call(SYNCFS, real, (fd,), {}))
         yield made

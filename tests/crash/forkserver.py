@@ -16,13 +16,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from tests.helpers import PATIENCE, environment
+from tests.support.helpers import PATIENCE, environment
 
 
 def serve(kind: str, *arguments: str) -> None:
     """``provider CONFIG``, or ``mount SOURCE MOUNTPOINT OPTIONS``."""
     if kind == "mount":
-        from warabifs.mount import main
+        from warabifs.mount.main import main
 
         source, mountpoint, options = arguments
         main([source, mountpoint, "-f", "-o", options])
@@ -38,7 +38,7 @@ def serve(kind: str, *arguments: str) -> None:
 def main() -> None:
     import warabi.engine
     import warabi.server  # noqa: F401
-    import warabifs.mount  # noqa: F401
+    import warabifs.mount.main  # noqa: F401
 
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()

@@ -34,7 +34,7 @@ from tests.crash.workload import (
     on_target,
     step,
 )
-from tests.helpers import PATIENCE, eventually, file_config, pmem_config
+from tests.support.helpers import PATIENCE, eventually, file_config, pmem_config
 from warabi import errors
 from warabi.client import Client
 from warabi.engine import Engine, client

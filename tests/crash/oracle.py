@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from warabi.backends.times import Times
+from warabi.backends.xattr_times import Times
 
 
 class Op(NamedTuple):

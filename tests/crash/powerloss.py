@@ -16,10 +16,10 @@ from tests.crash.oracle import Oracle
 from tests.crash.targets import accounted, opened
 from tests.crash.trace import Event, Reader, record
 from tests.crash.workload import REGION_KINDS, next_op, on_target
-from tests.helpers import environment
-from warabi import fsck
-from warabi.backends.times import Times
-from warabi.target import Target
+from tests.support.helpers import environment
+from warabi.backends.xattr_times import Times
+from warabi.target.target import Target
+from warabi.tools import fsck
 
 _ENUMERATED = 4
 """Up to so many pending changes all their subsets are tried."""

@@ -14,7 +14,7 @@ import sys
 from tests.crash.oracle import Oracle
 from tests.crash.targets import opened
 from tests.crash.workload import REGION_KINDS, TrioSurface, next_op, on_target, promised_times
-from warabi import durability
+from warabi.target import commit
 
 
 def say(text: str) -> None:
@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 def main() -> None:
     backend, path, seed, operations = sys.argv[1:]
-    durability.COMMIT_INTERVAL = 0.01  # so that regular commits come between everything else
+    commit.COMMIT_INTERVAL = 0.01  # so that regular commits come between everything else
     rng = random.Random(int(seed))
     oracle = Oracle()
     say("opening")

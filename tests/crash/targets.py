@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from warabi import layout
-from warabi.backends.pack import PACK, SLOT, is_pack, pack_of, slots_of
-from warabi.config import FileConfig, PmemConfig
-from warabi.inode import OWN, PACKED
+from warabi.backends.pack_format import PACK, SLOT, is_pack, pack_of, slots_of
+from warabi.metadata.inode import OWN, PACKED
 from warabi.region import RegionID
-from warabi.target import Target
+from warabi.target import opening
+from warabi.target.config import FileConfig, PmemConfig
+from warabi.target.target import Target
 
 BACKENDS = ("file", "loose", "pmem", "sync", "direct", "trio")
 """What is tried: the two storages, files without packs, the settings that change what a write waits
@@ -25,12 +25,12 @@ def opened(
     """The target at *path*, made when it is missing and *create* says so."""
     if backend == "pmem":
         size = POOL if create else 0
-        return layout.open_pmem(
+        return opening.open_pmem(
             PmemConfig(
                 path=str(path), create_if_missing_with_size=size, override_if_exists=override
             )
         )
-    return layout.open_file(
+    return opening.open_file(
         FileConfig(
             path=str(path), create_if_missing=create, override_if_exists=override,
             sync=backend == "sync", directio=backend == "direct",

@@ -21,14 +21,16 @@ from tests.crash.faults import MODULES, MSYNC, SYNCFS, SYNCS, Injector, Site, fa
 from tests.crash.oracle import Found, Oracle
 from tests.crash.targets import accounted, opened
 from tests.crash.workload import REGION_KINDS, next_op, on_target, promised_times
-from tests.helpers import PATIENCE, environment
-from warabi import errors, journal, layout
+from tests.support.helpers import PATIENCE, environment
+from warabi import errors
 from warabi.backends import FileStorage, PmemStorage, base, file
 from warabi.backends.memory import OWN_DESCRIPTOR
-from warabi.backends.times import Times
-from warabi.config import MemoryConfig
+from warabi.backends.xattr_times import Times
+from warabi.metadata import journal
 from warabi.region import RegionID
-from warabi.target import Target
+from warabi.target import opening
+from warabi.target.config import MemoryConfig
+from warabi.target.target import Target
 
 OPERATIONS = 60
 
@@ -130,25 +132,25 @@ def reached(backend: str, place: Path, injector: Injector) -> dict[Site, int]:
 
 ALL = sorted({*(site for module in MODULES for site in faults.sites(module)), MSYNC, SYNCFS})
 UNREACHED = {
-    ("warabi.fileio", "pwrite"): "goes on after a short write",
+    ("warabi._core.fileio", "pwrite"): "goes on after a short write",
     ("warabi.backends.file", "scandir"): "after a crash, for which there is a test of its own",
     # Of regions that other processes map, which are replaced rather than resized
     ("warabi.backends.file", "fsync"): "a region's new file",
     ("warabi.backends.file", "rename"): "a region's new file",
-    ("warabi.fileio", "copy_file_range"): "into a region's new file",
+    ("warabi._core.fileio", "copy_file_range"): "into a region's new file",
     ("warabi.backends.file", "open"): "a region's new file, and the descriptor to share",
     ("warabi.backends.file", "fstat"): "how much is to be copied",
-    ("warabi.fileio", "pread"): "copies where the kernel does not",
+    ("warabi._core.fileio", "pread"): "copies where the kernel does not",
     ("warabi.backends.file", "unlink"): "takes back a region that could not be made",
     ("warabi.backends.pmem", "ftruncate"): "takes back what could not be reserved",
     ("warabi.backends.pmem", "fdatasync"): "with libpmem only",
-    ("warabi.backends.times", "getxattr"): "after a crash, and for a region's new file",
+    ("warabi.backends.xattr_times", "getxattr"): "after a crash, and for a region's new file",
     ("warabi.backends.packed", "fstat"): "after a crash",
-    ("warabi.backends.pack", "pread"): "after a crash",
-    ("warabi.layout", "pread"): "reads who has the target open, when somebody does",
+    ("warabi.backends.pack_format", "pread"): "after a crash",
+    ("warabi.target.lockfile", "pread"): "reads who has the target open, when somebody does",
 }
-SILENT = {("journal", "close"), ("file", "unlink"), ("layout", "fstat"), ("layout", "ftruncate"),
-          ("layout", "pwrite"), ("journal", "pwrite"), ("times", "setxattr")}  # fmt: skip
+SILENT = {("journal", "close"), ("file", "unlink"), ("opening", "fstat"), ("lockfile", "ftruncate"),
+          ("lockfile", "pwrite"), ("journal", "pwrite"), ("xattr_times", "setxattr")}  # fmt: skip
 """Nobody waits for these, or they are tried again, or there is another way."""
 
 
@@ -472,7 +474,7 @@ def test_memory_that_cannot_be_had(
     def refuse(*_: object) -> None:
         raise OSError(number, "no memory")
 
-    with layout.open_memory(MemoryConfig()) as target:
+    with opening.open_memory(MemoryConfig()) as target:
         kept = target.create_and_write(b"kept" * 20_000)
         full = None
         with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.crash.oracle import Found, Op, Oracle
-from tests.helpers import ROOT, environment
+from tests.support.helpers import ROOT, environment
 
 
 @pytest.mark.timeout(600)

@@ -21,10 +21,11 @@ import pytest
 
 from tests.crash.powerloss import Promises, check
 from tests.crash.targets import opened
-from tests.helpers import PATIENCE, environment, file_config, provider_process
-from warabi import errors, fsck
+from tests.support.helpers import PATIENCE, environment, file_config, provider_process
+from warabi import errors
 from warabi.client import Client
 from warabi.engine import Engine, client
+from warabi.tools import fsck
 
 _FICLONE = 0x40049409
 _SHUTDOWN = 0x8004587D

@@ -212,7 +212,7 @@ def test_what_was_persisted_in_a_pack_is_not_lost_when_it_grows_out_of_it(
 ) -> None:
     """Nor when something else of the region, such as its name, is not on the medium yet."""
     script = f"""{BEGIN}
-from warabi import durability
+from warabi.target import commit as durability
 durability.COMMIT_INTERVAL = 3600
 target = opened(backend, path)
 region = target.create_and_write(b"kept" * 100, persist=True)

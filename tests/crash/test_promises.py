@@ -11,8 +11,9 @@ import pytest
 
 from tests.crash.targets import opened
 from tests.crash.workload import on_target
-from tests.helpers import ROOT, eventually, pattern
-from warabi import durability, errors
+from tests.support.helpers import ROOT, eventually, pattern
+from warabi import errors
+from warabi.target import commit
 
 
 def test_every_promise_names_tests_that_exist() -> None:
@@ -29,8 +30,8 @@ def test_changes_are_committed_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without being asked, and what is not committed then is as if it had not been."""
-    assert durability.COMMIT_INTERVAL == 5.0
-    monkeypatch.setattr(durability, "COMMIT_INTERVAL", 0.01)
+    assert commit.COMMIT_INTERVAL == 5.0
+    monkeypatch.setattr(commit, "COMMIT_INTERVAL", 0.01)
     path = tmp_path / "first" / "a"
     with opened("file", path) as target:
         erased = target.create_and_write(b"erased", persist=True)

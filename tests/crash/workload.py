@@ -13,12 +13,12 @@ import trio
 
 from tests.crash.oracle import Found, Op, Oracle
 from warabi import aio
-from warabi.backends.times import Times
-from warabi.calls import CALLS
+from warabi._core.attributes import ROOT
+from warabi.backends.xattr_times import Times
 from warabi.client import TargetHandle
-from warabi.inode import ROOT
 from warabi.region import RegionID
-from warabi.target import Target
+from warabi.target.handlers import CALLS
+from warabi.target.target import Target
 
 MOST_REGIONS = 24
 """Of one oracle; more are erased rather than made."""

@@ -23,7 +23,7 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
-from warabifs import install
+from warabifs.mount import install
 
 
 def limit_of(request: pytest.FixtureRequest) -> float:

@@ -149,7 +149,7 @@ class Mount:
 
     def command(self, *more: str) -> list[str]:
         options = ",".join((f"log={self.log}", *self.options))
-        module = [sys.executable, "-m", "warabifs.mount", self.source, str(self.path)]
+        module = [sys.executable, "-m", "warabifs.mount.main", self.source, str(self.path)]
         return [*module, "-o", options, *more]
 
     def start(self) -> None:

@@ -245,8 +245,8 @@ with open(sys.argv[1], "rb") as file:
 
 
 OLDER = """
-from tests import serve
-from warabi.operations import OPERATIONS
+from tests.support import serve
+from warabi.protocol.operations import OPERATIONS
 
 del OPERATIONS["append"]
 serve.main()

@@ -29,7 +29,7 @@ from tests.mount.support import (
     wait_until,
 )
 
-MOUNT = [sys.executable, "-W", "error", "-m", "warabifs.mount"]
+MOUNT = [sys.executable, "-W", "error", "-m", "warabifs.mount.main"]
 
 
 @pytest.fixture
@@ -312,7 +312,8 @@ def test_a_dev_fuse_that_cannot_be_opened(mountpoint: Path) -> None:
 
 BROKEN = """
 import sys
-from warabifs import filesystem, mount
+from warabifs.fs import filesystem
+from warabifs.mount import main as mount
 good = filesystem.FileSystem.mkdir
 
 async def broken(self, parent, name, *rest):
@@ -331,7 +332,7 @@ def test_a_bug_in_a_handler_is_eio_with_a_logged_traceback_and_the_mount_lives_o
     class Broken(Mount):
         def command(self, *more: str) -> list[str]:
             words = super().command(*more)
-            return [sys.executable, "-c", BROKEN, *words[words.index("warabifs.mount") + 1 :]]
+            return [sys.executable, "-c", BROKEN, *words[words.index("warabifs.mount.main") + 1 :]]
 
     path = place / "mnt"
     path.mkdir()

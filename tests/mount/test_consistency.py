@@ -31,7 +31,7 @@ from tests.mount.support import (
 )
 from tests.mount.test_fsx import OPERATIONS, Exerciser
 from tests.mount.together import BELIEVING, OPTIONS, Together, emptied, region_of, together
-from tests.relay import Relay
+from tests.support.relay import Relay
 from warabi import engine as warabi_engine
 from warabi.client import Client
 from warabi.region import RegionID

@@ -257,18 +257,18 @@ def test_a_signal_that_kills_may_follow_one_that_does_not(
 
 
 LOST = """
-from warabi.session import Session
-_operate = Session._operate
+from warabi.provider.session import ClientSession
+_operate = ClientSession._operate
 async def operate(self, request):
     if request.name not in ("mkdir", "readlink"):
         await _operate(self, request)
-Session._operate = operate
+ClientSession._operate = operate
 """
 """A provider that answers everything else, and says that it lives."""
 
 WEDGED = """
 import trio
-from warabi import dispatch
+from warabi.local import async_ops as dispatch
 _execute = dispatch.execute
 async def execute(target, name, *arguments, **options):
     if name in ("mkdir", "readlink"):

@@ -491,7 +491,7 @@ def test_umount_and_the_command_warabifs_end_a_mount(kept: Mount) -> None:
         assert not is_mounted(kept.path)
 
 
-WARABIFS = [sys.executable, "-c", "import sys; from warabifs.cli import main; main()"]
+WARABIFS = [sys.executable, "-c", "import sys; from warabifs.mount.cli import main; main()"]
 
 
 def test_the_mount_answers_while_its_medium_is_busy(kept: Mount) -> None:
@@ -508,8 +508,8 @@ def test_the_mount_answers_while_its_medium_is_busy(kept: Mount) -> None:
 
 KILLED_IN_AN_UNLUCKY_MOMENT = """
 import sys, threading, trio
-from warabifs import mount
-from warabifs.filesystem import FileSystem
+from warabifs.mount import main as mount
+from warabifs.fs.filesystem import FileSystem
 
 async def mknod(self, parent, *rest):
     # The program that creates holds the directory's lock, which this waits for in the kernel.
@@ -522,7 +522,7 @@ mount.main(["--foreground", *sys.argv[1:]])
 """
 
 REFUSED = """
-from warabifs import device
+from warabifs.frontends.kernel import device
 
 def refused(*arguments):
     raise PermissionError

@@ -12,7 +12,7 @@ import pytest
 
 from tests.mount.support import fails_with, mounting, run, wait_until
 from tests.mount.test_bad_input import refused
-from tests.test_memory_budget import MiB, small_group
+from tests.storage.test_memory_budget import MiB, small_group
 from warabi.backends.memory_budget import physical_memory
 
 __all__ = ["small_group"]
@@ -70,7 +70,7 @@ def test_only_memory_has_a_size(place: Path) -> None:
 def test_a_mount_in_a_control_group_is_not_killed(place: Path, small_group: Path) -> None:
     """By default it has half of the group's memory, and with all of it runs out before."""
     (place / "mnt").mkdir()
-    command = [sys.executable, "-m", "warabifs.mount", "memory:", str(place / "mnt")]
+    command = [sys.executable, "-m", "warabifs.mount.main", "memory:", str(place / "mnt")]
 
     def ended() -> bool:
         return not (small_group / "cgroup.procs").read_text()

@@ -31,10 +31,10 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
-from warabifs import install
+from warabifs.mount import install
 
 BIN = Path(sys.executable).parent
-WARABIFS = [sys.executable, "-c", "import sys; from warabifs.cli import main; main()"]
+WARABIFS = [sys.executable, "-c", "import sys; from warabifs.mount.cli import main; main()"]
 
 
 pytestmark = pytest.mark.usefixtures("helpers")
@@ -592,7 +592,7 @@ def test_the_manual_is_that_of_the_options_and_renders_without_warnings() -> Non
         "/usr/local/share/man/man8/mount.warabifs.8",
     )  # fmt: skip
     assert shown.stderr == ""
-    from warabifs.options import KERNEL, rows
+    from warabifs.mount.options import KERNEL, rows
 
     text = shown.stdout.replace("‐", "-")
     for name, explanation in [*rows(), *KERNEL.items()]:

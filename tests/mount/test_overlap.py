@@ -8,10 +8,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 import warabi.aio
-from tests.helpers import MEMORY, provider_process
-from warabi.inode import ROOT
-from warabifs.filesystem import FileSystem
-from warabifs.writes import KERNEL
+from tests.support.helpers import MEMORY, provider_process
+from warabi._core.attributes import ROOT
+from warabifs.fs.filesystem import FileSystem
+from warabifs.fs.write_ordering import KERNEL
 
 OLD, NEW = b"o" * 8192, b"n" * 12288
 

@@ -1,4 +1,5 @@
-"""What the kernel keeps of the bytes of files that others may change: see ``warabifs/pages.py``."""
+"""What the kernel keeps of the bytes of files that others may change: see
+``warabifs/fs/page_versions.py``."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from tests.mount.support import (
     wait_until,
 )
 from tests.mount.together import OPTIONS, Together, client_of, emptied, region_of, together
-from tests.relay import Relay
+from tests.support.relay import Relay
 from warabi import engine as warabi_engine
 from warabi.client import Client, TargetHandle
 from warabi.region import RegionID
@@ -265,8 +266,8 @@ def _change_while_cut_off(relay: Relay, mount: Mount, target: TargetHandle, data
 
 
 OLDER = """
-from tests import serve
-from warabi.operations import OPERATIONS
+from tests.support import serve
+from warabi.protocol.operations import OPERATIONS
 
 del OPERATIONS["open"]
 serve.main()

@@ -11,10 +11,10 @@ import pytest
 
 from tests.mount.support import SOURCES, Mount, fails_with, mounting, run, source_of, wait_until
 from tests.mount.together import region_of
-from warabi import layout
-from warabi.config import FileConfig
-from warabi.inode import MOVED, PACKED
-from warabi.target import Target
+from warabi.metadata.inode import MOVED, PACKED
+from warabi.target import opening
+from warabi.target.config import FileConfig
+from warabi.target.target import Target
 
 EVERYWHERE = pytest.mark.parametrize("mounted", SOURCES, indirect=True)
 PROVIDED = ("user.warabi.region", "user.warabi.target")
@@ -99,7 +99,7 @@ def test_a_remounted_file_is_the_same_region(kind: str, place: Path) -> None:
 
 
 def opened(place: Path) -> Target:
-    return layout.open_file(FileConfig(path=f"{place}/target", create_if_missing=True))
+    return opening.open_file(FileConfig(path=f"{place}/target", create_if_missing=True))
 
 
 def test_regions_that_a_program_made_in_a_file_target_are_named_by_a_mount(place: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import tls_config
 from tests.mount.support import MIB, PROVIDER_ID, fails_with, mounting, python, run, serving
+from tests.support.helpers import tls_config
 
 TOKEN = "a token of a mount's engine"
 READING = "a token for those who only read"

@@ -13,8 +13,8 @@ import pytest
 
 from tests.mount.support import mounting, serving
 from tests.mount.together import OPTIONS
-from warabi import layout
-from warabi.config import FileConfig
+from warabi.target import opening
+from warabi.target.config import FileConfig
 
 SYNCED = pytest.mark.parametrize(
     "flags",
@@ -57,6 +57,6 @@ def test_they_outlive_the_provider(place: Path, flags: int, option: str) -> None
     ):
         data = write(mount.path / "file", flags)
         provider.kill()
-        with layout.open_file(FileConfig(path=str(place / "target"))) as target:
+        with opening.open_file(FileConfig(path=str(place / "target"))) as target:
             region = target.namespace.open_name("/file")
             assert target.read(region, 0, target.size(region)) == data

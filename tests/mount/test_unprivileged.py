@@ -19,8 +19,8 @@ from tests.mount.support import ROOT, is_mounted, mounting, processes_of, run, w
 
 USER = pwd.getpwnam("nobody").pw_uid
 OTHER = pwd.getpwnam("games").pw_uid
-MOUNT = "warabifs.mount"
-WARABIFS = "import sys; from warabifs.cli import main; main()"
+MOUNT = "warabifs.mount.main"
+WARABIFS = "import sys; from warabifs.mount.cli import main; main()"
 pytestmark = pytest.mark.usefixtures("machine")
 
 
@@ -199,12 +199,12 @@ def test_a_mount_in_a_user_namespace_needs_nobodys_help(place: Path) -> None:
     script = """
 set -e
 mount -t tmpfs none /mnt
-$1 -m warabifs.mount file:$2/target $2/mnt
+$1 -m warabifs.mount.main file:$2/target $2/mnt
 findmnt -n -o FSTYPE $2/mnt
 echo data > $2/mnt/file
 stat -c '%u %g' $2/mnt/file
 umount $2/mnt
-$1 -m warabifs.mount file:$2/target $2/mnt -o ro
+$1 -m warabifs.mount.main file:$2/target $2/mnt -o ro
 cat $2/mnt/file
 umount $2/mnt
 """

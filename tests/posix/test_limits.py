@@ -305,11 +305,11 @@ def test_cp_keeps_the_mode_which_it_sets_by_an_access_control_list(where: Path, 
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 UNPRIVILEGED = f"""
 import os, sys
-import encodings.ascii, trio, warabifs.mount  # before the rights to read them are given up
+import encodings.ascii, trio, warabifs.mount.main  # before the rights to read them are given up
 os.setgroups([])
 os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
-warabifs.mount.main(sys.argv[1:])
+warabifs.mount.main.main(sys.argv[1:])
 """
 
 

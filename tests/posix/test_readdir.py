@@ -21,9 +21,9 @@ from tests.posix.support import (
     make,
     opened,
 )
-from warabi import layout
-from warabi.config import FileConfig
-from warabi.inode import ROOT
+from warabi._core.attributes import ROOT
+from warabi.target import opening
+from warabi.target.config import FileConfig
 
 
 def test_a_listing_has_the_dots_with_their_inodes(where: Path) -> None:
@@ -245,7 +245,7 @@ MANY = 100_000
 def crowded(place: Path) -> Iterator[Mount]:
     """A mount with a directory of ``MANY`` entries."""
     config = FileConfig(path=str(place / "target"), create_if_missing=True)
-    with layout.open_file(config) as target:
+    with opening.open_file(config) as target:
         parent = target.namespace.mkdir(ROOT, b"d", 0o755, 0, 0).ino
         for number in range(MANY):
             target.namespace.mknod(parent, b"%06d" % number, stat.S_IFIFO | 0o644, 0, 0)

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
 
 from warabi import errors
-from warabi.backends.times import Times
+from warabi.backends.xattr_times import Times
 from warabi.errors import WouldBlock
-from warabi.inode import Inode
+from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 
 if TYPE_CHECKING:
-    from warabi.gate import Guard
+    from warabi.target.region_locks import Guard
 
 THIS_PROCESS: Final = 0
 STRANGERS: Final = -1
@@ -25,7 +25,7 @@ whose end is not reported, and the kernel, which moves bytes of a region that is
 and needs a file that ends where the region does."""
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a region's bytes are, for another process that may touch them itself.
 
     Attributes:
@@ -60,7 +60,7 @@ class Fresh(ABC):
         """Give them back, unless they became a region's."""
 
 
-class Owner(Protocol):
+class StorageOwner(Protocol):
     """What a storage asks of the target that it belongs to."""
 
     @property
@@ -85,8 +85,8 @@ class Flush(NamedTuple):
 class Storage(ABC):
     """Bytes of regions, by ID.  Synchronous and thread-safe, without policy.
 
-    The caller (:class:`warabi.target.Target`) has checked every ID and every extent, lets reads
-    and writes of a region run side by side, and never runs ``resize``, ``erase``
+    The caller (:class:`warabi.target.target.Target`) has checked every ID and every extent, lets
+    reads and writes of a region run side by side, and never runs ``resize``, ``erase``
     or ``write_beyond`` beside anything else on that region.
 
     Fresh bytes, of a new region or of one that grew, read as zero.
@@ -264,7 +264,7 @@ class Storage(ABC):
         """Another process made the region grow by the place that :meth:`share` gave."""
 
     @abstractmethod
-    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         """Where the region's bytes are, for another process; None when it may not touch them.
 
         *holder* is the guest, or one of the constants above.  No process that gets a place can make

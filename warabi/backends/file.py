@@ -16,22 +16,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from warabi import descriptors, errors
-from warabi.backends import times as filetimes
-from warabi.backends.base import STRANGERS, Flush, Place, Storage
-from warabi.backends.borrowed import Borrowed, OpenFile, Translated
-from warabi.backends.pages import LEAST, Mapped
-from warabi.backends.times import Times
-from warabi.buffers import MAX_SIZE
-from warabi.errors import CorruptTarget, StorageError, WouldBlock
-from warabi.fileio import (
+from warabi import errors
+from warabi._core import descriptors
+from warabi._core.buffers import MAX_SIZE
+from warabi._core.fileio import (
     copy_file,
     pread_full,
     pwrite_full,
     set_apart,
     sync_file_system,
 )
-from warabi.journal import let_go, sync_directory
+from warabi.backends import xattr_times as filetimes
+from warabi.backends.base import STRANGERS, Flush, Location, Storage
+from warabi.backends.fd_cache import Borrowed, OpenFile, Translated
+from warabi.backends.page_cache import LEAST, CachedFiles
+from warabi.backends.xattr_times import Times
+from warabi.errors import CorruptTarget, StorageError, WouldBlock
+from warabi.metadata.journal import let_go, sync_directory
 from warabi.region import RegionID
 
 NEW = ".new"
@@ -61,7 +62,7 @@ class FileStorage(Storage):
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         # The other half is for connections, what is shared, and everything else.
         self._limit = min(_MOST_DESCRIPTORS, max(16, descriptors.limit() // 2))
-        self._mapped = Mapped(self._limit // 8)
+        self._mapped = CachedFiles(self._limit // 8)
         # Of regions that guests may sync by themselves, a part of the limit: each descriptor is
         # told of what could not be written, so one that stays open hears of it too.
         self._kept: set[bytes] = set()
@@ -454,14 +455,14 @@ class FileStorage(Storage):
     def wrote(self, rid: bytes) -> None:
         self._dirty.add(rid)
 
-    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         with self._translated(rid, "share"), self._borrow(rid):
             # Not a copy of the one that is here, which the kernel would take for the same one.
             flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC
             fd = self._open(self._path(rid), flags)
             if len(self._kept) < self._limit // 4:
                 self._kept.add(rid)
-            return Place(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
+            return Location(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
 
     def firm(self, rid: RegionID) -> bool:
         return rid in self._kept and rid not in self._fresh and rid not in self._failed

@@ -19,14 +19,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-from warabi import descriptors, errors
-from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Place, Storage
+from warabi import errors
+from warabi._core import descriptors
+from warabi._core.fileio import copy_file, pread_full, punch
+from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Location, Storage
+from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, Budget
-from warabi.backends.own import Own, Spare
-from warabi.backends.populated import Populated
-from warabi.fileio import copy_file, pread_full, punch
+from warabi.backends.memory_pool import Own, Spare
 from warabi.region import RegionID
-from warabi.shared_memory import SharedMemory
+from warabi.shm.memory import SharedMemory
 
 OWN_DESCRIPTOR = 64 * 1024
 """From this size on, in bytes, a region has a descriptor of its own."""
@@ -537,7 +538,7 @@ class MemoryStorage(Storage):
             _write(fresh, start, piece)
         self._regions[rid] = fresh
 
-    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         if writable and not self._promise(self._regions[rid]):
             return None
         with self._lock:
@@ -548,9 +549,9 @@ class MemoryStorage(Storage):
                 # A guest that only reads makes no regions, for which the memory could be used.
                 holder = holder if writable or holder == KERNEL else STRANGERS
                 self._spare.given(item, holder)
-                return Place(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
+                return Location(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
             segment = item.segment
-            return Place(
+            return Location(
                 _duplicate(segment.fd, writable), item.offset, segment.slot_size,
                 segment=segment.number, mapped=True,
             )  # fmt: skip

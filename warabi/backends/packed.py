@@ -1,4 +1,4 @@
-"""Small regions in files that they share: *packs*, whose format is in ``pack.py``.
+"""Small regions in files that they share: *packs*, whose format is in ``pack_format.py``.
 
 A file of its own costs a small region more than its bytes do: the file system makes it, names it
 and keeps an inode for it.  So regions of up to ``SLOT`` bytes without a name begin in packs.
@@ -31,9 +31,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
 from warabi import errors
-from warabi.backends.base import STRANGERS, Flush, Owner, Place, Storage
+from warabi._core.fileio import pwrite_full
+from warabi.backends.base import STRANGERS, Flush, Location, Storage, StorageOwner
 from warabi.backends.file import FileStorage
-from warabi.backends.pack import (
+from warabi.backends.pack_format import (
     PACK,
     RECORD,
     RECORDS,
@@ -45,12 +46,11 @@ from warabi.backends.pack import (
     recorded,
     slots_of,
 )
-from warabi.backends.times import Times
-from warabi.catalogue import Catalogue
+from warabi.backends.xattr_times import Times
 from warabi.errors import WouldBlock
-from warabi.fileio import pwrite_full
-from warabi.inode import MOVED, OWN, PACKED, Inode
-from warabi.journal import let_go
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.inode import MOVED, OWN, PACKED, Inode
+from warabi.metadata.journal import let_go
 from warabi.region import RegionID
 
 _ZEROS = memoryview(bytes(SLOT))
@@ -91,7 +91,7 @@ class PackedStorage(Storage):
 
     blocking = True
 
-    def bind(self, target: Owner) -> None:
+    def bind(self, target: StorageOwner) -> None:
         """Say whose storage it is."""
         self._guard = target._storage_guard
 
@@ -457,7 +457,7 @@ class PackedStorage(Storage):
     def grew(self, rid: bytes, size: int) -> None:
         self._files.grew(rid, size)
 
-    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         file, start = self._at(rid)
         try:
             place = self._files.share(file, writable=writable, holder=holder)

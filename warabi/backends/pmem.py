@@ -11,12 +11,12 @@ import errno
 import os
 from pathlib import Path
 
-from warabi.backends.base import STRANGERS, THIS_PROCESS, Place, Storage
-from warabi.backends.borrowed import OpenFile
+from warabi._core.fileio import pwrite_full
+from warabi.backends.base import STRANGERS, THIS_PROCESS, Location, Storage
+from warabi.backends.fd_cache import OpenFile
 from warabi.backends.file import FileStorage
-from warabi.backends.mapping import Mapping, PageCacheMapping, map_persistent
+from warabi.backends.range_flush import FlushMapping, PageCacheMapping, map_persistent
 from warabi.errors import CorruptTarget
-from warabi.fileio import pwrite_full
 from warabi.region import RegionID
 
 _MOST_MAPPINGS = 16384
@@ -29,7 +29,7 @@ class PmemStorage(FileStorage):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self._limit = min(self._limit, _MOST_MAPPINGS)
-        self._mappings: dict[bytes, Mapping] = {}
+        self._mappings: dict[bytes, FlushMapping] = {}
         self._persistent = True  # until libpmem says otherwise of a file here
         # Made or resized since their metadata were put on the medium.
         self._unsettled: set[bytes] = set()
@@ -105,7 +105,7 @@ class PmemStorage(FileStorage):
             self._unsettled.discard(rid)
         self._persist_name(rid)
 
-    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Place | None:
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         if holder != THIS_PROCESS:
             self._shared.add(rid)  # before a persist can overlap with what they do
         return super().share(rid, writable=writable, holder=holder)
@@ -115,7 +115,7 @@ class PmemStorage(FileStorage):
     def firm(self, rid: RegionID) -> bool:
         return False  # to flush a range takes less than to sync the file
 
-    def _mapping(self, rid: bytes, fd: int, length: int) -> Mapping:
+    def _mapping(self, rid: bytes, fd: int, length: int) -> FlushMapping:
         with self._lock:
             mapping = self._mappings.get(rid)
             if mapping is None:

@@ -1,0 +1,1 @@
+"""Clients of the provider's host, which reach regions by shared memory."""

@@ -1,0 +1,212 @@
+"""What guests write is noticed by those who watch the target, however the write ends."""
+
+from __future__ import annotations
+
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.helpers import MEMORY, PATIENCE, environment, eventually, file_config
+from warabi.engine import Engine
+from warabi.region import RegionID
+from warabi.server import Provider
+from warabi.target.leases import Grants
+from warabi.target.target import Target
+
+BOTH = pytest.mark.parametrize("pure", ["0", "1"], ids=["compiled", "pure"])
+PAGE_OF_MARKS = 512
+"""Regions whose marks are in one page."""
+
+
+@contextmanager
+def guest(code: str, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A process with a client, of which *code* is a part; killed at the end."""
+    start = (
+        "import ctypes, os, resource, sys\n"
+        "from warabi import errors\n"
+        "from warabi.client import Client, RegionID\n"
+        "from warabi.engine import Engine, client\n"
+        "engine = Engine('na+sm', client)\n"
+        "handle = Client(engine).make_target_handle(sys.argv[1], 1)\n"
+        "regions = [RegionID(bytes.fromhex(word)) for word in sys.argv[2].split(',')]\n"
+        "def touch(region):\n"
+        "    for _ in range(3):\n"
+        "        handle.read(region, 0, 1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start + code, *arguments],
+        env=environment(**variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def joined(target: Target) -> Iterator[Grants]:
+    """What is shared with guests, kept while all of those leave."""
+    found = target.join()
+    assert found is not None
+    yield found[1]
+    target.leave(found[0])
+
+
+def hexed(regions: list[RegionID]) -> str:
+    return ",".join(region.hex() for region in regions)
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+@pytest.fixture(params=["memory", "file"])
+def target(request: pytest.FixtureRequest, engine: Engine, tmp_path: Path) -> Iterator[Target]:
+    config = MEMORY if request.param == "memory" else file_config(tmp_path / "target")
+    with Provider(engine, 1, config) as provider:
+        yield provider._core.target
+
+
+HALF_MARKED = """
+for region in regions:
+    touch(region)
+with open("/proc/self/maps") as maps:
+    (start,) = (int(line.split("-")[0], 16) for line in maps if "warabi-marks" in line)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+page = resource.getpagesize()
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 1) == 0
+handle.write(regions[-1], 0, b"x")
+"""
+"""A guest that is killed when it stores mark 0."""
+
+
+@BOTH
+def test_a_region_is_marked_before_the_target(target: Target, engine: Engine, pure: str) -> None:
+    """The provider looks at a region's mark only after it has seen that of the whole target change:
+    set in the other order, a write could stay unnoticed for ever."""
+    regions = [target.create_and_write(b"before") for _ in range(PAGE_OF_MARKS + 1)]
+    with (
+        joined(target) as grants,
+        guest(HALF_MARKED, str(engine.addr()), hexed(regions), WARABI_PURE=pure) as process,
+    ):
+        assert process.wait(PATIENCE) == -signal.SIGSEGV
+        marks: Any = grants._marks
+        (index,) = (i for i, inode in grants._shared.items() if inode.rid == regions[-1])
+        assert index >= PAGE_OF_MARKS
+        assert marks[index] != 0
+        assert marks[0] == 0
+        assert target.read(regions[-1], 0, 6) == b"xefore"
+
+
+WRITING = """
+for region in regions:
+    touch(region)
+print("ready", flush=True)
+sys.stdin.readline()
+for round in range(int(sys.argv[3])):
+    for region in regions:
+        handle.write(region, 0, b"x")
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+@BOTH
+def test_no_write_is_missed_by_who_looks_all_the_time(
+    target: Target, engine: Engine, pure: str
+) -> None:
+    regions = [target.create_and_write(b"before") for _ in range(50)]
+    arguments = (str(engine.addr()), hexed(regions), "1000")
+    with guest(WRITING, *arguments, WARABI_PURE=pure) as process:
+        assert line(process) == "ready"
+        grants = target._grants
+        assert grants is not None
+        marks: Any = grants._marks
+        go_on(process)
+        assert process.stdout is not None
+        while not select.select([process.stdout], [], [], 0)[0]:
+            target.look_at_guests()
+        assert line(process) == "done"
+        target.look_at_guests()
+        for index, inode in grants._shared.items():
+            assert inode.share is not None
+            assert inode.share.seen == marks[index] != 0
+            assert inode.mtime == marks[index]
+
+
+PARTIAL = """
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+(region,) = regions
+touch(region)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+for offset in (300_000, 299_990):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        handle.write(region, offset, b"y" * 1000)
+        print("written", flush=True)
+    except errors.Exception as error:
+        print(type(error).__name__, flush=True)
+sys.stdin.readline()
+"""
+"""A guest of a file that may not write beyond so many bytes; it asks nobody else to do it."""
+
+
+@BOTH
+def test_a_part_of_a_write_that_fails_is_noticed(engine: Engine, tmp_path: Path, pure: str) -> None:
+    with Provider(engine, 1, file_config(tmp_path / "target")) as provider:
+        target = provider._core.target
+        region = target.create_and_write(bytes(400_000))
+        before = target.stat(region).mtime_ns
+        arguments = (str(engine.addr()), region.hex())
+        with guest(PARTIAL, *arguments, WARABI_PURE=pure) as process:
+            assert line(process) == "ready"
+            go_on(process)
+            assert line(process) == "OutOfBounds"
+            assert target.stat(region).mtime_ns == before  # nothing was written
+            assert line(process) == "ready"
+            go_on(process)
+            assert line(process) == "OutOfBounds"
+            target.look_at_guests()
+            assert target.read(region, 299_980, 30) == bytes(10) + b"y" * 10 + bytes(10)
+            assert target.stat(region).mtime_ns > before
+
+
+HALTED = """
+(region,) = regions
+touch(region)
+ctypes.CDLL(None).halt_at(80, b"late", 40)
+handle.write(region, 10, b"late" * 20)
+"""
+"""A guest that stops after it has stored a half of what it writes."""
+
+
+@BOTH
+def test_what_a_killed_guest_stored_is_noticed(
+    target: Target, engine: Engine, halt: Path, pure: str
+) -> None:
+    region = target.create_and_write(bytes(100_000))
+    before = target.stat(region).mtime_ns
+    preload = {"LD_PRELOAD": str(halt), "WARABI_PURE": pure}
+    with guest(HALTED, str(engine.addr()), region.hex(), **preload) as process:
+        assert line(process) == "inside"
+        process.kill()
+        process.wait(PATIENCE)
+    eventually(lambda: target.stat(region).mtime_ns > before)
+    assert target.read(region, 0, 100) == bytes(10) + b"late" * 10 + bytes(50)

@@ -1,0 +1,612 @@
+"""Export and import: a target comes back as it was, all of it or nothing, while clients write."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.storage.test_checksums import open_target, region_file
+from tests.support.helpers import (
+    MEMORY,
+    PATIENCE,
+    environment,
+    eventually,
+    file_config,
+    pattern,
+    pmem_config,
+    provider_process,
+)
+from tests.target.test_upgrade import DATA
+from tests.tools.test_cli import COMMAND, fails, ok, run
+from warabi import errors
+from warabi.local.link import DirectLink, Link
+from warabi.provider.core import ProviderCore
+from warabi.region import RegionID
+from warabi.target import opening
+from warabi.target.config import MemoryConfig
+from warabi.target.entries import ArchiveEntry, unpack_all
+from warabi.target.target import Target
+from warabi.tools.access import owned, served
+from warabi.tools.archive.export import export
+from warabi.tools.archive.restore import restore
+
+MiB = 1 << 20
+
+
+def fill(target: Target) -> None:
+    """Some of everything that a target may hold."""
+    names = target.namespace
+    above = names.mkdir(1, b"dir", 0o2751, 3, 4)
+    below = names.mkdir(above.ino, b"below " + b"x" * 200, 0o700, 0, 0)
+    sizes = {b"empty": 0, b"small": 3, b"\xff\xfe not text": 512, b"big": 9 * MiB}
+    for name, size in sizes.items():
+        made = names.mknod(below.ino, name, 0o640, 1000, 0)
+        target.write(made.region, 0, pattern(size), extend=True)
+    big = names.lookup(below.ino, b"big")
+    names.link(big.ino, 1, b"hard")
+    names.setattr(big.ino, gid=2**31, atime_ns=-1, mtime_ns=1_234_567_890_123_456_789)
+    names.setxattr(big.ino, b"user.bytes", bytes(range(256)))
+    names.setxattr(big.ino, b"user.a=b\xff", b"")
+    names.setxattr(above.ino, b"trusted.text", b"text")
+    names.setxattr(1, b"user.root", b"yes")
+    names.symlink(above.ino, b"link", b"../hard", 5, 6)
+    names.symlink(1, b"dangling", b"n\xffwhere", 5, 6)
+    link = names.lookup(above.ino, b"link")
+    names.link(link.ino, 1, b"hard symlink")
+    for kind, rdev in ((stat.S_IFIFO, 0), (stat.S_IFSOCK, 0), (stat.S_IFCHR, os.makedev(1, 3))):
+        names.mknod(1, b"special %d" % kind, kind | 0o600, 7, 8, rdev)
+    target.create_and_write(pattern(70_000, 1))
+    names.setxattr(target.create(0).slot, b"user.x", b"of a nameless one")
+    names.setattr(1, mode=0o711, uid=9)
+    names.setattr(above.ino, mtime_ns=1)
+
+
+def everything(link: Link) -> dict[bytes, tuple[Any, ...]]:
+    """Every entry by path with its content; of slots only whether they are the same."""
+    listing = link.call("survey")
+    data = io.BytesIO(bytes(listing.size))
+    link.read_into(listing.region, 0, data.getbuffer())
+    link.call("unpin", listing.ino, 1)
+    found: dict[bytes, tuple[Any, ...]] = {}
+    first: dict[int, bytes] = {}
+    for entry in unpack_all(data):
+        content = memoryview(bytearray(entry.size if entry.is_region else 0))
+        if content:
+            link.read_into(entry.region, 0, content)
+        same = first.setdefault(entry.slot, entry.path)
+        kept = entry if entry.is_region else entry._replace(slot=0, generation=0)
+        # The target's own listing went, which changes nothing; a directory's size is none.
+        found[entry.path] = (kept._replace(links=entry.links), same, bytes(content))
+    return found
+
+
+def without_ids(found: dict[bytes, tuple[Any, ...]]) -> list[Any]:
+    """As ``everything``, but for the IDs of regions."""
+    plain = []
+    for path, (entry, same, content) in found.items():
+        assert isinstance(entry, ArchiveEntry)
+        nameless = entry.anonymous
+        plain.append(
+            (b"" if nameless else path, entry._replace(slot=0, generation=0, path=b""),
+             b"" if nameless else same, content)
+        )  # fmt: skip
+    return sorted(plain)
+
+
+@contextlib.contextmanager
+def link_to(target: Target) -> Iterator[Link]:
+    core = ProviderCore(0, target)
+    try:
+        yield DirectLink(core)
+    finally:
+        core.close()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> tuple[bytes, dict[bytes, tuple[Any, ...]]]:
+    """An archive of a small target, and what was in it."""
+    shutil.copytree(DATA / "v1", tmp_path / "v1")
+    with owned(tmp_path / "v1" / "file") as link:
+        out = io.BytesIO()
+        export(link, out, copying=False)
+        return out.getvalue(), everything(link)
+
+
+# There and back
+
+
+@pytest.mark.parametrize(("source", "into"), [("file", "pmem"), ("pmem", "file")])
+def test_a_target_comes_back_as_it_was(tmp_path: Path, source: str, into: str) -> None:
+    path, tar, fresh = (tmp_path / name for name in ("target", "out.tar", "fresh"))
+    with open_target(source, path) as target:
+        fill(target)
+    assert ok("export", path, tar) == b""
+    assert not (tmp_path / "out.tar.part").exists()
+    options = ["--pmem-size", str(1 << 30)] if into == "pmem" else []
+    assert ok("import", *options, tar, fresh) == b""
+    with owned(path) as old, owned(fresh) as new:
+        before, after = everything(old), everything(new)
+        assert after == before
+        assert len(after) > 15
+    assert ok("fsck", fresh) == f"{fresh}: 0 problems, 0 corrected\n".encode()
+    with open_target(into, fresh, checksums=None) as target:
+        names = target.namespace
+        assert names.resolve("/hard").ino == names.resolve(f"/dir/below {'x' * 200}/big").ino
+        assert target.create(1) not in [entry.region for entry, _, _ in before.values()]
+
+
+def test_served_targets_through_a_pipe(tmp_path: Path) -> None:
+    """From one provider to another, with copies of the regions, and IDs restored."""
+    configs = [file_config(tmp_path / "a"), MEMORY, pmem_config(tmp_path / "c")]
+    with open_target("file", tmp_path / "a", checksums=False) as target:
+        fill(target)
+    with provider_process("na+sm", *configs) as process:
+        for provider_id in ("2", "3"):
+            data = ok("export", "-p", str(int(provider_id) - 1), process.address, "-")
+            assert ok("import", "-p", provider_id, "-", process.address, stdin=data) == b""
+        with (
+            served(process.address, 1) as a,
+            served(process.address, 2) as b,
+            served(process.address, 3) as c,
+        ):
+            assert everything(a) == everything(b) == everything(c)
+            # Neither copies nor listings stay.
+            counts = [link.call("room")[2] for link in (a, b, c)]
+            assert counts[0] == len({e.slot for e, _, _ in everything(a).values() if e.is_region})
+            assert len(set(counts)) == 1
+
+
+def test_plain_tar_extracts_it(tmp_path: Path) -> None:
+    with open_target("file", tmp_path / "target") as target:
+        fill(target)
+        nameless = target.list()[-2].hex()
+    ok("export", tmp_path / "target", tmp_path / "out.tar")
+    (tmp_path / "files").mkdir()
+    command = ["tar", "--warning=no-unknown-keyword", "--xattrs", "--numeric-owner", "-xpf"]
+    subprocess.run(
+        [*command, str(tmp_path / "out.tar"), "-C", str(tmp_path / "files")],
+        check=True, timeout=PATIENCE, capture_output=True,
+    )  # fmt: skip
+    files = tmp_path / "files"
+    below = files / "dir" / f"below {'x' * 200}"
+    assert (below / "big").read_bytes() == pattern(9 * MiB)
+    assert (below / "big").samefile(files / "hard")
+    assert (below / "big").stat().st_mtime_ns == 1_234_567_890_123_456_789
+    assert (below / "big").stat().st_gid == 2**31
+    assert (below / os.fsdecode(b"\xff\xfe not text")).read_bytes() == pattern(512)
+    assert (files / "dir").stat().st_mode == 0o42751
+    assert os.readlink(files / "dir" / "link") == "../hard"
+    assert (files / nameless).read_bytes() == pattern(70_000, 1)
+    assert stat.S_ISCHR((files / f"special {stat.S_IFCHR}").stat().st_mode)
+    assert os.getxattr(files / "hard", "user.bytes") == bytes(range(256))
+
+
+def test_into_a_target_that_has_regions(tmp_path: Path, archive: Any) -> None:
+    data, before = archive
+    fresh = tmp_path / "fresh"
+    ok("import", "-", fresh, stdin=data)
+    assert "this target has that region in its slot" in fails("import", "-", fresh, stdin=data)
+    text = fails("import", "--new-ids", "-", fresh, stdin=data)
+    assert "the target has that name already" in text
+    with owned(fresh) as link:
+        assert everything(link) == before
+    with open_target("file", tmp_path / "other", checksums=False) as target:
+        kept = target.create_and_write(b"kept")
+        target.namespace.mkdir(1, b"results", 0o700, 1, 1)  # a directory takes more entries
+    assert "another inode in its slot" in fails("import", "-", tmp_path / "other", stdin=data)
+    ok("import", "--new-ids", "-", tmp_path / "other", stdin=data)
+    with owned(tmp_path / "other") as link:
+        found = everything(link)
+        assert found.pop(kept.hex().encode())[2] == b"kept"
+        assert found[b"results"][0].mode == stat.S_IFDIR | 0o700
+        for path in (b"", b"results"):
+            assert path in found
+            del found[path], before[path]
+        assert without_ids(found) == without_ids(before)
+
+
+# Archives that are not what they should be
+
+
+def refuse(target: Target, data: bytes, kind: type[Exception] = errors.BadArchive) -> str:
+    """The message of an import that fails and leaves no trace."""
+    held = DirectLink(ProviderCore(0, target))
+    before = everything(held)
+    with pytest.raises(kind) as caught:
+        restore(held, io.BytesIO(data))
+    for inode in [i for i in target._catalogue._cache.values() if i.pins]:
+        target.namespace.unpin(inode.ino)  # as the end of a connection does
+    assert everything(held) == before
+    return str(caught.value)
+
+
+def test_archives_that_are_cut_off(tmp_path: Path, archive: Any) -> None:
+    data, before = archive
+    end = data.rindex(b"The end of an archive")
+    points = [*range(0, 2048, 511), *range(2048, len(data), 1777), end, end + 50]
+    with open_target("file", tmp_path / "target") as target:
+        for size in points:
+            if size < end + 100:
+                refuse(target, data[:size])
+        assert target.list() == []
+        # After its last word nothing is missed.
+        assert (
+            restore(DirectLink(ProviderCore(0, target)), io.BytesIO(data[: end + 512]))
+            == len(before) - 1
+        )
+
+
+def test_damaged_archives(archive: Any) -> None:
+    data, before = archive
+    dice = random.Random(1)
+    refused = 0
+    for _ in range(200):
+        place = dice.randrange(len(data))
+        spoiled = bytearray(data)
+        spoiled[place] ^= 1 << dice.randrange(8)
+        target = opening.open_memory(MemoryConfig())
+        with link_to(target) as link:
+            try:
+                restore(link, io.BytesIO(spoiled))
+            except errors.BadArchive:
+                refused += 1
+                assert target.namespace.readdir(1) == []
+                continue
+            assert everything(link) == before  # padding, or what plain tar alone looks at
+    assert refused > 50
+
+
+def test_what_is_no_archive(tmp_path: Path, archive: Any) -> None:
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("file"))
+    whole = archive[0]
+    end = whole.rindex(b"././@PaxHeader")
+    with open_target("file", tmp_path / "target") as target:
+        for data in (b"", b"text" * 1000, plain.getvalue(), bytes(10_240)):
+            refuse(target, data)
+        assert "format 99" in refuse(target, whole.replace(b'"format": 1', b'"format":99'))
+        assert "its end is missing" in refuse(target, whole[:end] + bytes(1024))
+    assert "expected" not in fails("import", "-", tmp_path / "fresh", stdin=b"nothing")
+    assert not (tmp_path / "fresh").exists()
+
+
+def craft(target: Target, *entries: ArchiveEntry) -> int:
+    """Have *entries* grafted as a client may ask for it."""
+    link = DirectLink(ProviderCore(0, target))
+    place = link.call("adopt", RegionID(), 0)
+    data = b"".join(entry.pack() for entry in entries)
+    link.write(place.region, 0, memoryview(data), False, True)
+    try:
+        return int(link.call("graft", place.region))
+    finally:
+        link.call("unpin", place.ino, 1)
+
+
+def test_entries_that_make_no_sense(tmp_path: Path) -> None:
+    """Whoever can write to a target can send any; the tree stays as it was."""
+    good = ArchiveEntry(b"x", 5, 5, stat.S_IFIFO | 0o600, 0, 0, 0, 0, 0, 0, 0, False, 1, None, [])
+    root = good._replace(path=b"", mode=stat.S_IFDIR | 0o755)
+    with open_target("file", tmp_path / "target") as target:
+        target.namespace.mknod(1, b"there", 0o600, 0, 0)
+        link = DirectLink(ProviderCore(0, target))
+        before = everything(link)
+        for bad in (
+            good._replace(path=b"a/b"),
+            good._replace(path=b"/a"),
+            good._replace(path=b".."),
+            good._replace(path=b"a\0b"),
+            good._replace(path=b"n" * 256),
+            good._replace(path=b"there"),
+            good._replace(path=b"x"),  # once more
+            good._replace(path=b"there/x"),
+            good._replace(mode=0),
+            good._replace(mode=stat.S_IFLNK | 0o777),
+            good._replace(mode=stat.S_IFLNK | 0o777, target=b"t" * 5000),
+            good._replace(mode=stat.S_IFREG | 0o600),  # of no region that was adopted
+            good._replace(mode=stat.S_IFREG | 0o600, slot=2),
+            good._replace(slot=-1),
+            good._replace(mtime_ns=1 << 63),
+            good._replace(xattrs=[(b"system.x", b"")]),
+        ):
+            with pytest.raises((errors.BadArchive, errors.PathError)):
+                craft(target, root, good, bad)
+            assert everything(link) == before, bad
+        for garbage in (b"\xc1", b"\x93\x01\x02\x03", b"\xdd\xff\xff\xff\xff", good.pack()[:-3]):
+            region = target.create_and_write(garbage)
+            with contextlib.suppress(errors.BadArchive):
+                link.call("graft", region)
+            target.erase(region)
+            assert everything(link) == before
+        assert craft(target, root, good) == 1
+
+
+# While clients write
+
+
+def test_regions_are_of_one_instant(tmp_path: Path) -> None:
+    """Regions that are overwritten as a whole all the time are never seen half new."""
+    size = 1 << 20
+    config = file_config(tmp_path / "target")
+    with provider_process("na+sm", config) as process, served(process.address, 1) as link:
+        regions = [link.create_and_write(memoryview(bytes(size)), False) for _ in range(4)]
+        stop = threading.Event()
+
+        def write() -> None:
+            with served(process.address, 1) as mine:
+                number = 0
+                while not stop.is_set():
+                    number = (number + 1) % 256
+                    for region in regions:
+                        mine.write(region, 0, memoryview(bytes([number]) * size), False, False)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(5):
+                out = io.BytesIO()
+                export(link, out, copying=True)
+                seen = set()
+                out.seek(0)
+                with tarfile.open(fileobj=out) as tar:
+                    for member in tar:
+                        if len(member.name) == 32:
+                            content = tar.extractfile(member)
+                            assert content is not None
+                            data = content.read()
+                            assert data == data[:1] * size
+                            seen.add(member.name)
+                assert seen == {region.hex() for region in regions}
+        finally:
+            stop.set()
+            writer.join()
+
+
+def test_names_are_of_one_instant(tmp_path: Path) -> None:
+    """What moves all the time is in an archive once; what is erased after it began is there."""
+    with open_target("file", tmp_path / "target") as target:
+        names = target.namespace
+        directories = [names.mkdir(1, b"%d" % i, 0o755, 0, 0).ino for i in range(30)]
+        for ino in directories:
+            for i in range(30):
+                names.mknod(ino, b"%d" % i, 0o600, 0, 0)
+        moving = names.mknod(directories[0], b"moving", 0o600, 0, 0)
+        stop = threading.Event()
+
+        def move() -> None:
+            here = 0
+            while not stop.is_set():
+                there = (here * 7 + 11) % 30
+                if there != here:
+                    names.rename(directories[here], b"moving", directories[there], b"moving")
+                here = there
+
+        mover = threading.Thread(target=move)
+        mover.start()
+        try:
+            for _ in range(10):
+                found = everything(DirectLink(ProviderCore(0, target)))
+                assert sum(path.endswith(b"/moving") for path in found) == 1
+                assert len(found) == 1 + 30 + 900 + 1
+        finally:
+            stop.set()
+            mover.join()
+        assert moving.region in target.list(limit=10_000)
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_what_is_erased_meanwhile_is_kept_for_the_export(tmp_path: Path, kind: str) -> None:
+    memory = kind == "memory"
+    target = opening.open_memory(MemoryConfig()) if memory else open_target(kind, tmp_path / "t")
+    with link_to(target) as link:
+        data = pattern(100_000)
+        gone = [target.create_and_write(data) for _ in range(3)]
+        file = target.namespace.mknod(1, b"name", 0o600, 0, 0).region
+        target.write(file, 0, data, extend=True)
+        listing = link.call("survey")
+        target.resize(gone[1], 5)
+        for region in gone:
+            target.erase(region)
+        target.namespace.unlink_name("/name")
+        target.commit()
+        for region, content in zip([*gone, file], [data, data[:5], data, data], strict=True):
+            with pytest.raises(errors.InvalidRegion):
+                target.size(region)
+            copy = link.call("copy", region)
+            assert target.read(copy.region, 0, copy.size) == content
+            link.call("unpin", copy.ino, 1)
+        link.call("unpin", listing.ino, 1)
+        target.commit()
+        with pytest.raises(errors.InvalidRegion):
+            link.call("copy", gone[0])
+        assert target.list() == []
+        assert list(target._storage.scan()) == []
+
+
+@pytest.mark.parametrize("refused", [None, errno.EOPNOTSUPP])
+def test_copies_keep_holes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int | None
+) -> None:
+    """Also where the kernel copies nothing from file to file."""
+
+    def refuse_copies(*arguments: Any) -> int:
+        raise OSError(refused, "not here")
+
+    if refused is not None:
+        monkeypatch.setattr(os, "copy_file_range", refuse_copies)
+    target = open_target("file", tmp_path / "target", checksums=False)
+    with link_to(target) as link:
+        region = target.create(1 << 33)
+        for offset in (0, 5 * MiB + 1, (1 << 33) - 3):
+            target.write(region, offset, b"xyz")
+        copy = link.call("copy", region)
+        assert copy.size == 1 << 33
+        for offset in (0, 5 * MiB + 1, (1 << 33) - 3):
+            assert target.read(copy.region, offset, 3) == b"xyz"
+        assert target.read(copy.region, 4 * MiB, MiB) == bytes(MiB)
+        file = region_file(tmp_path / "target", copy.region)
+        assert file.stat().st_blocks < 1000
+
+
+def test_an_exporter_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        provider_process("na+sm", file_config(tmp_path / "target")) as process,
+        served(process.address, 1) as link,
+    ):
+        for i in range(3):
+            link.create_and_write(memoryview(pattern(16 * MiB, i)), False)
+        with subprocess.Popen(
+            [*COMMAND, "export", "-p", "1", process.address, "-"],
+            env=environment(), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        ) as exporter:  # fmt: skip
+            assert exporter.stdout is not None
+            exporter.stdout.read(20 * MiB)
+            exporter.kill()
+        eventually(lambda: link.call("room")[2] == 3)
+        link.call("commit")
+        files = Path(f"{tmp_path}/target.regions")
+        eventually(lambda: sum(len(p.name) == 32 for p in files.rglob("*")) == 3)
+
+
+def start_import(data: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [*COMMAND, "import", *arguments[:-1], "-", arguments[-1]],
+        env=environment(), stdin=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    whole = data.read_bytes()
+    process.stdin.write(whole[: len(whole) * 3 // 4])
+    process.stdin.flush()
+    return process
+
+
+@pytest.fixture
+def large_archive(tmp_path: Path) -> Path:
+    with open_target("file", tmp_path / "source") as target:
+        for i in range(4):
+            region = target.create_and_write(pattern(4 * MiB, i))
+            target.namespace.link_name(region, f"/{i}")
+    ok("export", tmp_path / "source", tmp_path / "out.tar")
+    return tmp_path / "out.tar"
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    assert process.wait(PATIENCE) == -signal.SIGKILL
+
+
+def test_an_importer_that_is_killed_leaves_nothing(tmp_path: Path, large_archive: Path) -> None:
+    with (
+        provider_process("na+sm", file_config(tmp_path / "target")) as process,
+        served(process.address, 1) as link,
+    ):
+        mine = link.create_and_write(memoryview(b"mine"), False)
+        importer = start_import(large_archive, "--new-ids", "-p", "1", process.address)
+        eventually(lambda: link.call("room")[2] > 2)
+        assert [name for name, _ in link.call("readdir", 1, b"", 100)] == [mine.hex().encode()]
+        kill(importer)
+        eventually(lambda: link.call("list", RegionID(), 10) == [mine])
+    path = tmp_path / "fresh"
+    importer = start_import(large_archive, str(path))
+    regions = Path(f"{path}.regions")
+    eventually(lambda: sum(len(p.name) == 32 for p in regions.rglob("*")) > 1)
+    kill(importer)
+    with open_target("file", path, checksums=False) as target:
+        assert target.list() == []
+        assert target.namespace.readdir(1) == []
+    ok("import", large_archive, path)
+    assert ok("fsck", path).endswith(b": 0 problems, 0 corrected\n")
+
+
+def test_a_provider_that_is_killed_during_an_import(tmp_path: Path, large_archive: Path) -> None:
+    path = tmp_path / "target"
+    with provider_process("na+sm", file_config(path)) as process:
+        importer = start_import(large_archive, "-p", "1", process.address)
+        with served(process.address, 1) as link:
+            eventually(lambda: link.call("room")[2] > 2)
+            link.call("commit")
+        process.kill()
+        assert importer.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            importer.stdin.write(large_archive.read_bytes()[-5 * MiB :])
+        with contextlib.suppress(BrokenPipeError):
+            importer.stdin.close()
+        assert importer.wait(PATIENCE) == 1
+    with open_target("file", path, checksums=False) as target:
+        assert target.list() == []
+
+
+# Limits
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """An archive of 300 MiB needs no more memory than a small one does, there and back."""
+    with open_target("file", tmp_path / "target", checksums=False) as target:
+        region = target.create(300 * MiB)
+        target.write(region, 299 * MiB, b"the end")
+    script = """
+import sys
+from warabi.tools.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:  # not getrusage(), which counts what the parent had before this program began
+    with open("/proc/self/status") as file:
+        status = file.read()
+    print(int(status.split("VmHWM:")[1].split()[0]) // 1024, file=sys.stderr)
+"""
+    command = [sys.executable, "-c", script]
+    with (
+        subprocess.Popen([*command, "export", str(tmp_path / "target"), "-"], env=environment(),
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE) as exporter,
+        subprocess.Popen([*command, "import", "-", str(tmp_path / "new")], env=environment(),
+                         stdin=exporter.stdout, stderr=subprocess.PIPE) as importer,
+    ):  # fmt: skip
+        assert exporter.stdout is not None
+        exporter.stdout.close()
+        used = [int(process.communicate(timeout=PATIENCE)[1]) for process in (exporter, importer)]
+    assert max(used) < 200
+    with open_target("file", tmp_path / "new", checksums=False) as target:
+        assert target.read(region, 299 * MiB, 7) == b"the end"
+
+
+def test_errors_of_the_commands(tmp_path: Path) -> None:
+    fails("export", tmp_path / "missing", tmp_path / "out.tar")
+    assert os.listdir(tmp_path) == []
+    with open_target("file", tmp_path / "target") as target:
+        target.create(10)
+        assert "already open" in fails("export", tmp_path / "target", tmp_path / "out.tar")
+        assert "already open" in fails("import", "-", tmp_path / "target")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "export", str(tmp_path / "target"), "-"], stdout=full,
+            stderr=subprocess.PIPE, env=environment(), timeout=PATIENCE, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr
+    assert run("export", tmp_path / "target", tmp_path / "no" / "such.tar").returncode == 1
+
+
+def test_a_full_target_takes_nothing(tmp_path: Path, large_archive: Path) -> None:
+    path = tmp_path / "small"
+    text = fails("import", "--pmem-size", str(10 * MiB), large_archive, path)
+    assert "do not fit" in text
+    assert not path.exists()
+    assert not Path(f"{path}.regions").exists()

@@ -1,0 +1,1 @@
+"""Targets that move to another provider."""

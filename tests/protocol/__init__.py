@@ -1,0 +1,1 @@
+"""The wire protocol, TLS, tokens, and peers that break the rules."""

@@ -1,0 +1,1 @@
+"""Engines, providers and clients, over every transport."""

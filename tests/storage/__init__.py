@@ -1,0 +1,1 @@
+"""Backends and what lies on top of them."""

@@ -1,0 +1,1 @@
+"""Targets: regions, names, times, durability."""

@@ -1,0 +1,1 @@
+"""Commands, examples, the README, and the benchmark machinery."""

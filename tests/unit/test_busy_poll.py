@@ -1,0 +1,278 @@
+"""Waiting for messages awake: when it is done, and that nobody else waits for it."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.helpers import (
+    MEMORY,
+    RawPeer,
+    file_config,
+    pattern,
+    provider_process,
+    raw_connection,
+)
+from warabi.client import Client
+from warabi.engine import Engine, client
+from warabi.eventloop.busy_poll import Attention, Lookout
+from warabi.protocol import wire
+from warabi.server import Provider
+
+
+class Receiver:
+    """One end of a connection, which counts how often it is looked at."""
+
+    def __init__(self) -> None:
+        self.here, self.peer = socket.socketpair()
+        self.looks = 0
+        self.place = memoryview(bytearray(100))
+
+    def __call__(self, place: memoryview, size: int, flags: int) -> int:
+        self.looks += 1
+        return self.here.recv_into(place, size, flags)
+
+    def send_soon(self, seconds: float) -> None:
+        threading.Timer(seconds, self.peer.send, [b"late"]).start()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.here.close()
+    receiver.peer.close()
+
+
+def _expecting(receiver: Receiver) -> Lookout:
+    """A lookout to which the last message came at once."""
+    lookout = Lookout()
+    lookout.came(time.perf_counter_ns())
+    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert receiver.looks > 1
+    receiver.looks = 0
+    return lookout
+
+
+def test_what_is_there_is_taken(receiver: Receiver) -> None:
+    receiver.peer.send(b"here")
+    assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == 4
+    receiver.peer.send(b"here")
+    assert Lookout().receive(receiver, receiver.place) == 4
+    assert bytes(receiver.place[:4]) == b"here"
+
+
+def test_nothing_is_looked_for_at_first(receiver: Receiver) -> None:
+    assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert receiver.looks == 1
+    receiver.peer.send(b"here")
+    Lookout().receive(receiver, receiver.place)
+    assert receiver.looks == 2
+
+
+def test_what_came_late_is_slept_for(receiver: Receiver) -> None:
+    lookout = _expecting(receiver)
+    receiver.send_soon(0.02)
+    assert lookout.receive(receiver, receiver.place) == 4
+    assert receiver.looks > 1
+    receiver.looks = 0
+    receiver.send_soon(0.0)
+    assert lookout.receive(receiver, receiver.place) == 4
+    assert receiver.looks == 1
+
+
+def test_the_end_of_a_connection_is_seen_awake(receiver: Receiver) -> None:
+    lookout = _expecting(receiver)
+    receiver.peer.close()
+    assert lookout.receive(receiver, receiver.place) == 0
+    assert receiver.looks == 1
+
+
+def test_a_core_that_others_want_is_left_to_them(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookout = _expecting(receiver)
+    monkeypatch.setattr("os.sched_yield", lambda: time.sleep(0.002))
+    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    receiver.looks = 0
+    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert receiver.looks == 1
+
+
+def test_after_many_bytes_it_looks_longer(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
+    monkeypatch.setattr("warabi.eventloop.busy_poll.perf_counter_ns", lambda: next(clock))
+    lookout = Lookout()
+    lookout.came(next(clock))
+
+    def looks() -> int:
+        receiver.looks = 0
+        assert lookout.look(receiver, receiver.place, next(clock)) == -1
+        return receiver.looks
+
+    assert looks() == pytest.approx(10, abs=2)
+    lookout.moved(300_000)
+    lookout.moved(200_000)
+    assert looks() == pytest.approx(60, abs=2)
+    lookout.moved(100_000_000)
+    assert looks() == pytest.approx(110, abs=2)
+    receiver.peer.send(b"here")
+    assert lookout.look(receiver, receiver.place, next(clock)) == 4
+    assert looks() == pytest.approx(10, abs=2)
+
+    lookout.moved(500_000)
+    began = next(clock)
+    for _ in range(50):  # it slept, and would have been awake
+        next(clock)
+    lookout.came(began)
+    assert looks() == pytest.approx(10, abs=2)
+
+
+def test_the_pieces_of_a_message_are_looked_for(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether messages come soon or not, until a piece was late."""
+    clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
+    monkeypatch.setattr("warabi.eventloop.busy_poll.perf_counter_ns", lambda: next(clock))
+    lookout = Lookout()
+
+    def looks(wait: bool = True) -> int:
+        receiver.looks = 0
+        assert lookout.piece(receiver, receiver.place, next(clock), wait=wait) == -1
+        return receiver.looks
+
+    assert looks() == pytest.approx(10, abs=2)
+    assert looks(wait=False) == 1
+    receiver.peer.send(b"here")
+    assert lookout.piece(receiver, receiver.place, next(clock)) == 4
+    began = next(clock)
+    for _ in range(50):
+        next(clock)
+    lookout.piece_came(began)
+    assert looks() == 1
+    lookout.piece_came(next(clock))
+    assert looks() == pytest.approx(10, abs=2)
+
+
+@pytest.mark.parametrize("backend", ["memory", "file"])
+def test_a_payload_that_never_stops_coming_keeps_nobody_waiting(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it goes to its place or through a buffer, and however long pieces are looked for."""
+    for name in ("_MOMENT", "_LATE"):
+        monkeypatch.setattr(f"warabi.eventloop.busy_poll.{name}", 1 << 60)
+    monkeypatch.setattr(Lookout, "came", lambda self, began: None)  # for messages it sleeps
+    monkeypatch.setattr(Attention, "alone", lambda self, connection, now: True)
+    config = MEMORY if backend == "memory" else file_config(tmp_path / "target")
+    with (
+        Engine("tcp") as own,
+        Provider(own, 1, config),
+        Engine("tcp", client) as engine,
+        raw_connection(str(own.addr())) as connection,
+    ):
+        handle = Client(engine).make_target_handle(str(own.addr()), 1)
+        data = pattern(4 << 20)
+        region = handle.create_and_write(bytes(len(data)))
+        peer = RawPeer(connection)
+        header = [7, 1, "write", [bytes(region), 0, False, False], None]
+        peer.socket.sendall(wire.frame(header, len(data)) + data[:100_000])
+        answered = threading.Event()
+
+        def send() -> None:
+            sent = 100_000
+            while not answered.is_set():
+                peer.socket.sendall(data[sent : sent + 1])
+                sent += 1
+            peer.socket.sendall(data[sent:])
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        try:
+            for _ in range(10):
+                assert handle.size(region) == len(data)
+        finally:
+            answered.set()
+            sending.join()
+        assert peer.reply() == [7, None]
+        assert handle.read(region, 0, len(data)) == data
+
+
+def test_nobody_is_alone_among_others() -> None:
+    attention = Attention()
+    now = 10 * Attention.ALONE
+    attention.give("a", now)
+    assert not attention.alone("a", now)
+    assert attention.alone("a", now + 2 * Attention.ALONE)
+    assert not attention.alone("b", now + 2 * Attention.ALONE)
+    attention.give("b", now + 2 * Attention.ALONE)
+    attention.give("a", now + 2 * Attention.ALONE)
+    assert not attention.alone("a", now + 2 * Attention.ALONE)
+
+
+def test_who_never_stops_asking_keeps_nobody_waiting() -> None:
+    """Neither one that waits for each answer nor one that sends without end."""
+    with provider_process("na+sm", MEMORY) as served:
+        over = threading.Event()
+        asked = [0, 0]
+
+        def ask() -> None:
+            with Engine("na+sm", client) as engine:
+                handle = Client(engine).make_target_handle(served.address, 1)
+                while not over.is_set():
+                    handle.erase(handle.create(10))
+                    asked[0] += 1
+
+        def pour() -> None:
+            with raw_connection(served.address) as connection:
+                peer = RawPeer(connection)
+                while not over.is_set():
+                    connection.sendall(wire.frame([1, 1, "ping", [], None]) * 1000)
+                    for _ in range(1000):
+                        assert peer.reply() == [1, None]
+                    asked[1] += 1
+
+        threads = [threading.Thread(target=ask), threading.Thread(target=pour)]
+        for thread in threads:
+            thread.start()
+        try:
+            with Engine("na+sm", client) as engine:
+                handle = Client(engine).make_target_handle(served.address, 1)
+                while min(asked) < 10:
+                    handle.erase(handle.create_and_write(b"mine"))
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+
+@pytest.mark.parametrize("transport", ["na+sm", "tcp"])
+def test_who_has_nothing_to_do_sleeps(transport: str) -> None:
+    """Also right after many calls one after another, and many bytes."""
+    with (
+        provider_process(transport, MEMORY) as served,
+        Engine(transport, client) as engine,
+    ):
+        handle = Client(engine).make_target_handle(served.address, 1)
+        for _ in range(500):
+            handle.erase(handle.create(10))
+        data = bytes(1 << 20)
+        region = handle.create_and_write(data)
+        for _ in range(20):
+            handle.write(region, 0, data)
+
+        def used() -> int:
+            """Its processor time, in ticks of 10 ms."""
+            text = Path(f"/proc/{served.process.pid}/stat").read_text()
+            return sum(map(int, text.rpartition(")")[2].split()[11:13]))
+
+        before = used()
+        time.sleep(0.4)
+        assert used() - before < 20

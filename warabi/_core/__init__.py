@@ -1,0 +1,1 @@
+"""What every layer uses: buffers, extents, attributes, file I/O."""

@@ -1,0 +1,38 @@
+"""Attributes of an inode, as ``stat`` reports them."""
+
+from __future__ import annotations
+
+import stat
+from typing import NamedTuple
+
+from warabi.region import RegionID
+
+ROOT = 1
+"""The inode number of the tree's root directory; FUSE's too."""
+
+
+class Attributes(NamedTuple):
+    """What ``stat`` tells about a region or another inode; times in ns since the epoch."""
+
+    ino: int
+    generation: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def region(self) -> RegionID:
+        """The ID; it names a region only when the inode is a regular file."""
+        return RegionID.from_parts(self.ino, self.generation)
+
+
+def without_setid(mode: int) -> int:
+    """What a change leaves of a file's mode; a set-group-ID bit counts with group execution."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

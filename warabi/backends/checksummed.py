@@ -1,0 +1,427 @@
+"""A storage with checksums: blocks are summed when they are persisted, and can be verified.
+
+Of every region that was touched lately, ``_State`` knows which blocks were written since they
+were summed.  What is true when:
+
+* A block that is being written, or was and is not persisted, is ``dirty``; it becomes so before
+  its bytes change.
+* Before the bytes of a region that has sums change, its *unsettled* mark is on the medium
+  (:mod:`warabi.metadata.checksums`), so that a sum which a crash leaves behind is not believed.
+* A persist *claims* the blocks that were dirty.  It first puts the bytes on the medium, then sums
+  these blocks, then stores the sums of those that it still claims: whoever writes to a block takes
+  it out of all claims, so that of several persists only the last one's sum counts.  The commit
+  that follows in the target makes them durable.
+* The mark is removed later, when nothing is dirty: regions that are written and persisted all the
+  time pay for a mark every few seconds, not with every persist.
+
+Locks: the target's lock, taken through the guard, is outside ``_lock``, which is never held over
+a system call.  ``create`` is called with the target's lock held and does not take it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol
+
+from warabi import errors
+from warabi._core.results import Verified
+from warabi.backends import base
+from warabi.backends.base import STRANGERS, Location, Storage
+from warabi.backends.xattr_times import Times
+from warabi.errors import CorruptTarget
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.checksums import BLOCK, SumRows, digest
+from warabi.metadata.inode import Inode
+from warabi.region import RegionID
+
+
+class ChecksumOwner(base.StorageOwner, Protocol):
+    """What the storage asks of the target that it belongs to."""
+
+    def _commit(self) -> None:
+        """Make the catalogue durable."""
+
+
+class _State:
+    """What this process did to a region's blocks; ``_lock`` guards it."""
+
+    __slots__ = ("claims", "dirty", "marked_at", "sumless", "writing")
+
+    def __init__(self, *, sumless: bool = False) -> None:
+        self.sumless = sumless  # made by this process and never summed: needs no mark
+        self.marked_at: int | None = None  # the change of the catalogue that set the mark
+        self.dirty: set[int] = set()
+        self.writing: list[range] = []  # blocks, one entry for each write that goes on
+        self.claims: list[set[int]] = []  # of persists that have not stored their sums yet
+
+    @property
+    def idle(self) -> bool:
+        return not (self.dirty or self.writing or self.claims)
+
+    def soil(self, blocks: Iterable[int]) -> None:
+        """The bytes of *blocks* are about to change."""
+        self.dirty.update(blocks)
+        for claim in self.claims:
+            claim.difference_update(blocks)
+
+
+class SummedStorage(Storage):
+    """*inner*, whose blocks are summed.  Not usable before :meth:`bind`, but for what needs no
+    catalogue: create, erase, scan."""
+
+    write_waits = True  # for the mark
+    shares_writes = False
+    blocking = True
+
+    def __init__(self, inner: Storage, catalogue: Catalogue) -> None:
+        self._inner = inner
+        self._catalogue = catalogue
+        self._rows = SumRows(catalogue)
+        self._digest = digest()
+        self._lock = threading.Lock()
+        self._states: dict[bytes, _State] = {}
+        self._doubtful = self._rows.unsettled()  # inodes whose mark a crash left behind
+        self._seen: dict[int, int] = {}  # of those: blocks verified from the start on
+
+    def bind(self, target: ChecksumOwner) -> None:
+        """Say whose storage it is."""
+        self._guard = target._storage_guard
+        self._commit = target._commit
+
+    # Writing
+
+    def _state(self, rid: bytes) -> _State:
+        state = self._states.get(rid)
+        if state is None:
+            state = self._states[rid] = _State()
+        return state
+
+    @contextmanager
+    def _changing(self, rid: RegionID, blocks: range) -> Iterator[None]:
+        """Let the block change the bytes of *blocks*."""
+        with self._lock:
+            state = self._state(rid)
+            state.writing.append(blocks)
+            state.soil(blocks)
+            marked = state.sumless or (
+                state.marked_at is not None and self._catalogue.is_synced(state.marked_at)
+            )
+        try:
+            if not marked:
+                self._mark(rid, state)
+            yield
+        finally:
+            with self._lock:
+                state.writing.remove(blocks)
+
+    def _mark(self, rid: RegionID, state: _State) -> None:
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(rid)
+            if state.marked_at is None and inode is not None and not inode.dead:
+                self._rows.unsettle(inode)
+                with self._lock:
+                    state.marked_at = self._catalogue.change
+        self._commit()
+
+    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        with self._changing(rid, _blocks(offset, offset + len(data))):
+            self._inner.write(rid, offset, data)
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        # From the old end on: the gap's zeros share a block with the last bytes, or with the data.
+        start = min(offset, self._size(rid))
+        tail = _blocks(start, start + 1)
+        with (
+            self._changing(rid, tail),
+            self._changing(rid, _blocks(offset, offset + len(data))),
+        ):
+            self._inner.write_beyond(rid, offset, data)
+
+    def resize(self, rid: RegionID, size: int) -> None:
+        old = self._size(rid)
+        end = min(old, size)
+        with self._changing(rid, _blocks(end, end + 1)):
+            self._inner.resize(rid, size)
+            if size < old:
+                first = -(-size // BLOCK)
+                with self._lock:
+                    state = self._state(rid)
+                    for blocks in (state.dirty, *state.claims):
+                        blocks.difference_update([b for b in blocks if b >= first])
+                with self._guard.lock, self._guard.checked:
+                    if (inode := self._catalogue.region(rid)) is not None:
+                        self._rows.drop_from(inode, first)
+
+    def _size(self, rid: RegionID) -> int:
+        """The region's size before an exclusive call changes it."""
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(rid)
+            return 0 if inode is None else inode.size
+
+    # Persisting
+
+    def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
+        # Whole blocks: a sum must not speak of bytes that are not on the medium.
+        start = offset // BLOCK * BLOCK
+        end = min(-(-(offset + size) // BLOCK) * BLOCK, self._size(rid))
+        claim = self._claim(rid, _blocks(start, end) if size else range(0))
+        try:
+            self._inner.persist(rid, start, max(0, end - start) if size else 0)
+            self._sum(rid, claim)
+        finally:
+            self._give_back(rid, claim)
+
+    def persist_all(self) -> None:
+        with self._lock:
+            regions = [rid for rid, state in self._states.items() if state.dirty]
+        claims = {rid: self._claim(rid, None) for rid in regions}
+        try:
+            self._inner.persist_all()
+            for rid, claim in claims.items():
+                with suppress(CorruptTarget):  # erased meanwhile
+                    self._sum(RegionID(rid), claim)
+        finally:
+            for rid, claim in claims.items():
+                self._give_back(rid, claim)
+        self.settle()
+
+    def _claim(self, rid: bytes, blocks: range | None) -> set[int]:
+        """Dirty blocks, of those given, that nobody is writing; they are not dirty any more.
+
+        The caller ends with :meth:`_give_back`.
+        """
+        with self._lock:
+            state = self._state(rid)
+            if blocks is None:
+                claim = set(state.dirty)
+            elif len(blocks) < len(state.dirty):
+                claim = state.dirty.intersection(blocks)
+            else:
+                claim = {block for block in state.dirty if block in blocks}
+            for writing in state.writing:
+                claim.difference_update(writing)
+            state.dirty -= claim
+            state.claims.append(claim)
+            return claim
+
+    def _give_back(self, rid: bytes, claim: set[int]) -> None:
+        """End a claim; what is left of it got no sums."""
+        with self._lock:
+            if (state := self._states.get(rid)) is not None:  # else erased meanwhile
+                state.dirty |= claim
+                state.claims = [other for other in state.claims if other is not claim]
+
+    def _sum(self, rid: RegionID, claim: set[int]) -> None:
+        """Store the sums of the claimed blocks, which are on the medium, and end the claim."""
+        with self._lock:
+            blocks = sorted(claim)
+        sums = dict(self._sums(rid, blocks, self._size(rid))) if blocks else {}
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(rid)
+            gone = inode is None or inode.dead
+            with self._lock:
+                good = {} if gone else {b: value for b, value in sums.items() if b in claim}
+                if good:
+                    self._state(rid).sumless = False
+                claim.clear()
+            if inode is not None and good:
+                self._rows.put(inode, good)
+
+    def _sums(self, rid: RegionID, blocks: Iterable[int], size: int) -> Iterator[tuple[int, int]]:
+        buffer = memoryview(bytearray(BLOCK))
+        for block in blocks:
+            place = buffer[: max(0, min(BLOCK, size - block * BLOCK))]
+            if place:
+                self._inner.read_into(rid, block * BLOCK, place)
+                yield block, self._digest(place)
+
+    def settle(self) -> None:
+        self._inner.settle()
+        with self._lock:
+            idle = any(state.idle for state in self._states.values())
+        if not idle:
+            return
+        with self._guard.lock, self._guard.checked, self._lock:
+            settled = []
+            for rid, state in list(self._states.items()):
+                if state.idle:
+                    del self._states[rid]
+                    slot = RegionID(rid).slot
+                    if state.marked_at is not None and slot not in self._doubtful:
+                        settled.append(slot)
+            if settled:
+                self._rows.settle(settled)
+
+    # Verifying
+
+    def verify(self, rid: RegionID, first: int, count: int) -> Verified:
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(rid)
+            if inode is None:
+                return Verified(0, 0, [])
+            size = inode.size
+            last = min(first + count, -(-size // BLOCK))
+            known = self._rows.get(inode, first, last - first)
+        rotten = []
+        unverified = max(0, last - first) - len(known)
+        for block, value in sorted(known.items()):
+            try:
+                differs = next(iter(self._sums(rid, (block,), size)))[1] != value
+            except CorruptTarget:  # its file is gone, or too short
+                differs = True
+            if not differs:
+                continue
+            if self._superseded(rid, block, value, size):
+                unverified += 1
+            else:
+                rotten.append(block)
+        if inode.ino in self._doubtful:
+            self._resolve_doubt(inode, rotten, first, last, -(-size // BLOCK))
+            unverified += len(rotten)
+            rotten = []
+        return Verified(max(0, last - first) - unverified - len(rotten), unverified, rotten)
+
+    def _superseded(self, rid: RegionID, block: int, value: int, size: int) -> bool:
+        """Whether a block was, or is being, written since *value* was its sum."""
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(rid)
+            if inode is None or inode.dead or inode.size != size:
+                return True
+            with self._lock:
+                state = self._states.get(rid)
+                if state is not None and (state.claims or block in state.dirty):
+                    return True
+            return self._rows.get(inode, block, 1) != {block: value}
+
+    def _resolve_doubt(
+        self, inode: Inode, differing: list[int], first: int, last: int, blocks: int
+    ) -> None:
+        """After a crash: drop sums that may be older than the bytes; the rest is believed again."""
+        with self._guard.lock, self._guard.checked:
+            if inode.dead:
+                return
+            self._rows.drop(inode, differing)
+            if first <= self._seen.get(inode.ino, 0):
+                self._seen[inode.ino] = max(last, self._seen.get(inode.ino, 0))
+            if self._seen.get(inode.ino, 0) >= blocks:
+                self._doubtful.discard(inode.ino)
+                with self._lock:
+                    state = self._states.get(inode.rid)
+                if state is None or state.marked_at is None:
+                    self._rows.settle([inode.ino])
+
+    def update(self, rid: RegionID, first: int, count: int) -> None:
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(rid)
+            if inode is None:
+                return
+            last = min(first + count, -(-inode.size // BLOCK))
+            known = self._rows.get(inode, first, last - first)
+        with self._changing(rid, range(0)), self._lock:
+            self._state(rid).dirty.update(b for b in range(first, last) if b not in known)
+
+    # What sums have no part in
+
+    def create(self, rid: RegionID, size: int) -> None:
+        self._inner.create(rid, size)
+        with self._lock:
+            self._states[rid] = _State(sumless=True)
+
+    def packs(self, size: int) -> bool:
+        return self._inner.packs(size)
+
+    def retire(self, inode: Inode) -> None:
+        self._inner.retire(inode)
+
+    def found(self, inode: Inode) -> bool:
+        return self._inner.found(inode)
+
+    def tidy(self, attests: Callable[[Inode, int], bool]) -> bool:
+        return self._inner.tidy(attests)
+
+    def erase(self, rid: RegionID) -> None:
+        with self._lock:
+            self._states.pop(rid, None)
+        self._inner.erase(rid)
+
+    def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
+        with self._lock:
+            for rid in rids:
+                self._states.pop(rid, None)
+        return self._inner.erase_all(rids)
+
+    def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
+        self._inner.read_into(rid, offset, out)
+
+    def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
+        self._inner.read_into_nowait(rid, offset, out)
+
+    def check(self, rid: RegionID, size: int) -> None:
+        self._inner.check(rid, size)
+
+    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
+        self._inner.clone(rid, copy, size)
+
+    def kept_times(self, rid: RegionID) -> Times | None:
+        return self._inner.kept_times(rid)  # of a time without checksums
+
+    def attests(self, inode: Inode, size: int) -> bool:
+        return self._rows.attests(inode, size)
+
+    def moves(self, rid: RegionID, size: int) -> bool:
+        return self._inner.moves(rid, size)
+
+    def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
+        self.resize(rid, size)  # others only read where the bytes are
+        return lambda: None
+
+    def persist_names(self) -> None:
+        self._inner.persist_names()
+
+    def oldest_fresh(self) -> RegionID | None:
+        return self._inner.oldest_fresh()
+
+    def sync_found(self) -> None:
+        self._inner.sync_found()
+
+    def vacate(self, rid: RegionID) -> None:
+        self._inner.vacate(rid)
+
+    def wrote(self, rid: bytes) -> None:
+        """Nobody does."""
+
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
+        return self._inner.share(rid, writable=False)
+
+    def room(self) -> tuple[int, int]:
+        return self._inner.room()
+
+    def scan(self) -> Iterator[tuple[RegionID, int]]:
+        return self._inner.scan()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def destroy(self) -> None:
+        self._inner.destroy()
+
+
+def _blocks(start: int, end: int) -> range:
+    """The blocks that hold the bytes from *start* to *end*."""
+    return range(start // BLOCK, -(-end // BLOCK))
+
+
+def storage_with_sums(
+    storage: Storage, catalogue: Catalogue, wanted: bool | None
+) -> SummedStorage | None:
+    """*storage* with the sums that are wanted, or with None, that the catalogue has; or None.
+
+    Sums that are not wanted any more go: nobody would keep them true.
+    """
+    wanted = catalogue.summed is not None if wanted is None else wanted
+    if wanted:
+        digest()  # before anything changes
+    SumRows(catalogue).enable(wanted)
+    return SummedStorage(storage, catalogue) if wanted else None

@@ -1,0 +1,163 @@
+"""Region files read and written past the page cache, with ``O_DIRECT``.
+
+The kernel takes only aligned offsets, sizes and memory then.  What is aligned of a transfer goes
+through an aligned bounce buffer past the page cache; the head and tail that are not go through the
+ordinary descriptor.  The kernel keeps the two views of a file in step: a direct write drops
+cached pages of its range, a direct read first writes dirty ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from warabi._core.fileio import pread_full, pwrite_full
+from warabi.backends.base import STRANGERS, Location, Storage
+from warabi.backends.fd_cache import OpenFile
+from warabi.backends.file import FileStorage
+from warabi.errors import CorruptTarget, WouldBlock
+from warabi.metadata.journal import let_go
+from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 4096  # no Linux file system asks for a larger alignment
+_BOUNCE = 1024 * 1024  # bytes of a bounce buffer, a multiple of every alignment in use
+_LARGEST_ALIGNMENT = _BOUNCE
+
+
+def supports_direct_io(root: Path) -> bool:
+    """Whether files in the directory *root* can be opened with ``O_DIRECT``."""
+    probe = root / ".direct-io"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+class DirectFileStorage(FileStorage):
+    """As :class:`FileStorage`, past the page cache.
+
+    Args:
+        root: a directory that belongs to the target.
+        sync: whether each write waits until it is on the medium.
+        alignment: of offsets and sizes, in bytes; at least that of the file systems is used.
+    """
+
+    write_waits = True
+
+    def __init__(self, root: Path, *, sync: bool = False, alignment: int = 8) -> None:
+        super().__init__(root, sync=sync)
+        wanted = math.lcm(alignment, _BLOCK)
+        self._alignment = wanted if wanted <= _LARGEST_ALIGNMENT else _BLOCK
+        self._bounce: list[mmap.mmap] = []  # idle buffers
+        self._direct: dict[int, int] = {}  # direct descriptors by the ordinary ones; `_lock`
+
+    def _close(self, rid: bytes, held: OpenFile) -> None:
+        direct = self._direct.pop(held.fd, None)
+        if direct is not None:
+            let_go(direct)
+        super()._close(rid, held)
+
+    def _direct_descriptor(self, rid: bytes, fd: int) -> int:
+        with self._lock:
+            direct = self._direct.get(fd)
+            if direct is None:
+                direct = self._open(self._path(rid), self._flags | os.O_DIRECT, locked=True)
+                self._direct[fd] = direct
+            return direct
+
+    @contextlib.contextmanager
+    def _buffer(self) -> Iterator[memoryview]:
+        with self._lock:
+            buffer = self._bounce.pop() if self._bounce else mmap.mmap(-1, _BOUNCE)
+        try:
+            with memoryview(buffer) as view:
+                yield view
+        finally:
+            with self._lock:
+                self._bounce.append(buffer)
+
+    def _middle(self, offset: int, size: int) -> tuple[int, int]:
+        """Start and end, relative to *offset*, of the aligned part; equal when there is none."""
+        start = -offset % self._alignment
+        end = (offset + size) // self._alignment * self._alignment - offset
+        return (start, end) if start < end else (size, size)
+
+    def _read(self, rid: bytes, offset: int, out: memoryview, flags: int) -> None:
+        start, end = self._middle(offset, len(out))
+        if flags and start < end:
+            raise WouldBlock
+        super()._read(rid, offset, out[:start], flags)
+        if start < end:
+            self._read_direct(rid, offset + start, out[start:end])
+            super()._read(rid, offset + end, out[end:], flags)
+
+    def _read_direct(self, rid: bytes, offset: int, out: memoryview) -> None:
+        with self._translated(rid, "read"), self._borrow(rid) as fd, self._buffer() as bounce:
+            direct = self._direct_descriptor(rid, fd)
+            for start in range(0, len(out), _BOUNCE):
+                piece = out[start : start + _BOUNCE]
+                if pread_full(direct, bounce[: len(piece)], offset + start) < len(piece):
+                    raise CorruptTarget(
+                        f"read region {rid.hex()}: its file ends within {len(piece)} bytes at"
+                        f" {offset + start}"
+                    )
+                piece[:] = bounce[: len(piece)]
+
+    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        with self._translated(rid, "write"), self._borrow(rid) as fd:
+            self._check_end(rid, fd, "write", offset + len(data))
+        self.write_beyond(rid, offset, data)
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        start, end = self._middle(offset, len(data))
+        super().write_beyond(rid, offset, data[:start])
+        if start < end:
+            self._write_direct(rid, offset + start, data[start:end])
+            super().write_beyond(rid, offset + end, data[end:])
+
+    def _write_direct(self, rid: bytes, offset: int, data: memoryview) -> None:
+        with self._translated(rid, "write"), self._borrow(rid) as fd, self._buffer() as bounce:
+            try:
+                direct = self._direct_descriptor(rid, fd)
+                for start in range(0, len(data), _BOUNCE):
+                    piece = data[start : start + _BOUNCE]
+                    bounce[: len(piece)] = piece
+                    pwrite_full(direct, bounce[: len(piece)], offset + start)
+            finally:
+                self._dirty.add(rid)
+
+    view = Storage.view  # which has none
+
+    def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
+        return None  # another process would go through the page cache
+
+    def close(self) -> None:
+        super().close()
+        with self._lock:
+            self._bounce.clear()  # the traceback of a failure may still refer to one
+
+
+def open_storage(
+    root: Path, *, direct: bool, sync: bool, alignment: int
+) -> tuple[FileStorage, dict[str, Any]]:
+    """The storage that the settings of ``abtio`` ask for, and the settings that it has instead."""
+    if direct and not supports_direct_io(root):
+        log.warning("%s: the file system refuses direct I/O, the page cache is used", root)
+        return FileStorage(root, sync=sync), {"directio": False}
+    if direct:
+        return DirectFileStorage(root, sync=sync, alignment=alignment), {}
+    return FileStorage(root, sync=sync), {}

@@ -1,0 +1,141 @@
+"""Mapped files, for flushing a range: by ``msync``, or by libpmem on persistent memory.
+
+Nothing reads or writes region data through a mapping, so none can fault: ``msync`` touches no
+byte, and before ``pmem_persist`` does the pages are mapped by a call that fails where a plain
+access would raise SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+from abc import ABC, abstractmethod
+
+_MS_SYNC = 4
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones refuse it
+_FAILED = ctypes.c_void_p(-1).value
+_PAGE = mmap.PAGESIZE
+
+_pointer, _size_t, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+# Calls through CDLL release the GIL, as mmap.flush() does not; mmap.mmap() costs a descriptor, too.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = [_pointer, _size_t, _int, _int, _int, ctypes.c_long]
+_libc.mmap.restype = _pointer
+_libc.munmap.argtypes = [_pointer, _size_t]
+_libc.msync.argtypes = [_pointer, _size_t, _int]
+_libc.madvise.argtypes = [_pointer, _size_t, _int]
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+class FlushMapping(ABC):
+    """A file's first *size* bytes, mapped."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self._address = address
+        self.size = size
+
+    @abstractmethod
+    def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
+        """Return when those bytes are on the medium; raises ``OSError``.
+
+        *shared* says that another process has the file, and so may cut it off at any moment.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unmap; called once."""
+
+    def _pages(self, offset: int, size: int) -> tuple[int, int]:
+        """Address and length of the pages that hold those bytes."""
+        start = self._address + offset
+        first = start - start % _PAGE
+        length = start + size - first
+        return first, length + -length % _PAGE
+
+    def _msync(self, offset: int, size: int) -> None:
+        while _libc.msync(*self._pages(offset, size), _MS_SYNC) != 0:
+            if ctypes.get_errno() != errno.EINTR:
+                raise _error()
+
+
+class PageCacheMapping(FlushMapping):
+    """A file of any file system.  Metadata needed to find the bytes are flushed with them."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        if address == _FAILED:
+            raise _error()
+        super().__init__(address, size)
+
+    def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
+        self._msync(offset, size)
+
+    def close(self) -> None:
+        _libc.munmap(self._address, self.size)
+
+
+class PersistentMapping(FlushMapping):
+    """A file on persistent memory; ``flush`` enters the kernel only to be safe."""
+
+    def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
+        if shared:
+            self._msync(offset, size)  # pmem_persist would raise SIGBUS at a page that is gone
+            return
+        # Bytes come by pwrite, which leaves the allocation of their blocks in the journal.  Making
+        # the pages writable in a MAP_SYNC mapping puts it on the medium; pages that are writable
+        # already cost a walk of the page table.
+        if _libc.madvise(*self._pages(offset, size), _MADV_POPULATE_WRITE) != 0:
+            self._msync(offset, size)  # an old kernel, or a page that cannot be had
+            return
+        library = libpmem()
+        assert library is not None
+        library.pmem_persist(self._address + offset, size)
+
+    def close(self) -> None:
+        library = libpmem()
+        assert library is not None
+        library.pmem_unmap(self._address, self.size)
+
+
+@functools.cache
+def libpmem() -> ctypes.CDLL | None:
+    """The library, where it is installed."""
+    try:
+        library = ctypes.CDLL("libpmem.so.1", use_errno=True)
+    except OSError:
+        return None
+    library.pmem_map_file.argtypes = [
+        ctypes.c_char_p, _size_t, _int, ctypes.c_uint,
+        ctypes.POINTER(_size_t), ctypes.POINTER(_int),
+    ]  # fmt: skip
+    library.pmem_map_file.restype = _pointer
+    library.pmem_unmap.argtypes = [_pointer, _size_t]
+    library.pmem_persist.argtypes = [_pointer, _size_t]
+    library.pmem_persist.restype = None
+    return library
+
+
+def map_persistent(fd: int) -> PersistentMapping | None:
+    """The open file, which is not empty, mapped by libpmem; None when that is not there, or says
+    that the file is not on persistent memory (``PMEM_IS_PMEM_FORCE=1`` makes it say so)."""
+    library = libpmem()
+    if library is None:
+        return None
+    size, is_pmem = _size_t(), _int()
+    # The library alone knows which of its own mappings are persistent memory, so it has to map.
+    path = f"/proc/self/fd/{fd}".encode()
+    address = library.pmem_map_file(path, 0, 0, 0, ctypes.byref(size), ctypes.byref(is_pmem))
+    if address is None:
+        return None
+    mapping = PersistentMapping(address, size.value)
+    if not is_pmem.value:
+        mapping.close()
+        return None
+    return mapping

@@ -1,0 +1,1 @@
+"""Waiting in Trio programs: busy polling, worker threads, asynchronous fsync."""

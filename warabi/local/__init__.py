@@ -1,0 +1,1 @@
+"""Links to a target in the same process."""

@@ -1,0 +1,193 @@
+"""Carrying out operations from a Trio task without ever keeping its loop waiting.
+
+What memory or the page cache can answer is done at once; what has to wait for the medium goes
+to a worker thread, or without *wait* raises ``WouldBlock``, nothing having been done.  Used by the
+provider and by Trio programs that hold a target themselves.  A call that went to a thread runs to
+its end even when the task is cancelled meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import trio
+
+from warabi import errors
+from warabi._core.buffers import readable
+from warabi._core.extents import Extent
+from warabi._core.log_limit import RateLimit
+from warabi.errors import WouldBlock
+from warabi.eventloop.aio_fsync import flushed
+from warabi.eventloop.threads import in_thread, limited
+from warabi.protocol.operations import OPERATIONS
+from warabi.region import RegionID
+from warabi.target.handlers import CALLS, FLUSHING
+from warabi.target.target import Target
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit())
+
+_T = TypeVar("_T")
+
+
+_limiters: trio.lowlevel.RunVar[WeakKeyDictionary[Target, trio.CapacityLimiter]]
+_limiters = trio.lowlevel.RunVar("warabi-limiters")
+
+
+def _limiter(target: Target) -> trio.CapacityLimiter:
+    """How many calls may wait for the medium at once, as the target's settings allow."""
+    if target.threads is None:
+        return trio.to_thread.current_default_thread_limiter()
+    try:
+        limiters = _limiters.get()
+    except LookupError:
+        limiters = WeakKeyDictionary()
+        _limiters.set(limiters)
+    return limiters.setdefault(target, trio.CapacityLimiter(target.threads))
+
+
+async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -> _T:
+    """Run *call* in a worker thread, beside others as far as the limiter allows."""
+    return await in_thread(partial(call, *arguments), _limiter(target))
+
+
+def off_loop(target: Target, name: str) -> bool:
+    """Whether the operation *name* must not run in an event loop's own thread."""
+    operation = OPERATIONS[name]
+    return operation.long or target.occupied or (operation.waits and target.blocking)
+
+
+def _check_free(target: Target) -> None:
+    """Raise ``WouldBlock`` while a worker thread has the target for itself."""
+    if target.occupied:
+        raise WouldBlock
+
+
+async def execute(
+    target: Target, name: str, arguments: list[Any] | tuple[Any, ...], *, wait: bool = True
+) -> Any:
+    """The result of the operation *name* on *target*.
+
+    Without *wait*, ``WouldBlock`` is raised where it would have to wait for another call, or
+    takes long with these arguments.
+    """
+    call = CALLS[name]
+    if not off_loop(target, name):
+        try:
+            return call(target, *arguments)
+        except WouldBlock:
+            if not wait:
+                raise
+        return await _in_thread(target, call, target, *arguments)
+    if name in FLUSHING and not target.occupied:
+        with suppress(WouldBlock):
+            async with limited(_limiter(target)):
+                with FLUSHING[name](target, *arguments) as flush:
+                    await flushed(flush)
+            return None
+    return await _in_thread(target, call, target, *arguments)
+
+
+def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether the upload *name* is known to wait for the medium."""
+    operation = OPERATIONS[name]
+    if target.occupied:
+        return True
+    if operation.waits:
+        return target.blocking
+    persist = bool(arguments[operation.position["persist"]])
+    return target.write_waits or (target.blocking and persist)
+
+
+async def write(
+    target: Target, region: RegionID, offset: int, data: Any, persist: bool, extend: bool,
+    *, wait: bool = True,
+) -> None:  # fmt: skip
+    """As ``Target.write``."""
+    try:
+        _check_free(target)
+        target.write(region, offset, data, extend=extend, wait=not target.blocking)
+    except WouldBlock:
+        if not wait:
+            raise
+        await _in_thread(target, lambda: target.write(region, offset, data, extend=extend))
+    if persist:
+        await execute(target, "persist", (region, offset, len(readable(data, "write: data"))))
+
+
+async def append(
+    target: Target, region: RegionID, data: Any, persist: bool, *, wait: bool = True
+) -> int:
+    """As ``Target.append``."""
+    try:
+        _check_free(target)
+        offset = target.append(region, data, wait=not target.blocking)
+    except WouldBlock:
+        if not wait:
+            raise
+        offset = await _in_thread(target, target.append, region, data)
+    if persist:
+        size = len(readable(data, "append: data"))
+        await execute(target, "persist", (region, offset, size))
+    return offset
+
+
+async def read_into(
+    target: Target, region: RegionID, offset: int, buffer: Any,
+    *, short: bool = False, wait: bool = True,
+) -> int:  # fmt: skip
+    """As ``Target.read_into``."""
+    try:
+        _check_free(target)
+        return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
+    except WouldBlock:
+        if not wait:
+            raise
+        return await _in_thread(
+            target, lambda: target.read_into(region, offset, buffer, short=short)
+        )
+
+
+async def write_vector(target: Target, region: RegionID, extents: list[Extent], data: Any) -> None:
+    """As ``Target.write_vector``."""
+    if not (target.blocking or target.occupied):
+        with suppress(WouldBlock):
+            target.write_vector(region, extents, data)
+            return
+    await _in_thread(target, target.write_vector, region, extents, data)
+
+
+async def read_vector(
+    target: Target, region: RegionID, extents: list[Extent], place: memoryview,
+    *, wait: bool = True,
+) -> None:  # fmt: skip
+    """As ``Target.read_vector``."""
+    if not (target.blocking or target.occupied):
+        with suppress(WouldBlock):
+            target.read_vector(region, extents, place)
+            return
+    if not wait:
+        raise WouldBlock
+    await _in_thread(target, target.read_vector, region, extents, place)
+
+
+async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:
+    """As ``Target.create_and_write``."""
+    if waits(target, "create_and_write", (persist,)):
+        return await _in_thread(target, target.create_and_write, data, persist)
+    return target.create_and_write(data, persist)
+
+
+def failure(error: Exception, name: str) -> errors.Exception:
+    """What a client is told when operation *name* raised *error*; defects are logged."""
+    if isinstance(error, errors.Exception):
+        return error
+    if isinstance(error, OSError):
+        return errors.from_os(error, name)
+    log.error("a defect in operation %s", name, exc_info=error)
+    return errors.ProviderFailed(f"{name}: {type(error).__name__} in the provider, see its log")

@@ -1,0 +1,278 @@
+"""Links of blocking handles: their interface, and the direct one to a target in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from warabi import errors
+from warabi._core import interrupts
+from warabi._core.extents import Extent, pack
+from warabi.errors import WouldBlock
+from warabi.protocol.operations import OPERATIONS, READING
+from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest
+from warabi.region import RegionID
+from warabi.shm.client import DirectAccess
+
+if TYPE_CHECKING:
+    from warabi.provider.core import ProviderCore  # imports Trio, which a client does not need
+
+
+class Link(Protocol):
+    """One way to a target.  The ``start`` methods return requests to wait for, in any order.
+
+    Attributes:
+        writing, reading: direct access, to be tried before :meth:`write` and :meth:`read_into`.
+        eager_write, eager_read: up to how many bytes go inside a header.
+    """
+
+    writing: DirectAccess
+    reading: DirectAccess
+    eager_write: int
+    eager_read: int
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Carry out an operation of the table and return its result."""
+
+    def size(self, region: RegionID) -> int:
+        """Bytes of a region."""
+
+    def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None: ...
+    def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
+    def persist(self, region: RegionID, offset: int, size: int) -> None: ...
+    def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+    def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None: ...
+    def append(self, region: RegionID, data: memoryview, persist: bool) -> int: ...
+    def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None: ...
+
+    def start(self, name: str, *arguments: Any) -> list[PendingRequest]: ...
+    def start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[PendingRequest]: ...
+    def start_read(
+        self, region: RegionID, offset: int, place: memoryview
+    ) -> list[PendingRequest]: ...
+    def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]: ...
+
+    def wait(self, request: PendingRequest) -> Any:
+        """The result of a request, or its error."""
+
+    def poll(self, request: PendingRequest) -> None:
+        """Notice whether a request is done, without waiting."""
+
+    def withdraw(self, requests: Sequence[PendingRequest]) -> None:
+        """Have nothing touch the buffers of reads any more."""
+
+    def undo(self, requests: Sequence[PendingRequest]) -> None:
+        """Give up requests whose caller was interrupted, and erase the regions that they make."""
+
+
+def wait_all(link: Link, requests: Sequence[PendingRequest]) -> Any:
+    """The last result, or the first error once all have ended: none may touch a buffer later."""
+    failure: errors.Exception | None = None
+    result = None
+    for request in requests:
+        if request.late is None:  # else the reply is waited for a little, to undo what it made
+            interrupts.check()
+        try:
+            result = link.wait(request)
+        except errors.Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return result
+
+
+CREATE = ("create", "create_and_write")
+
+
+class DirectLink:
+    """A target in this process: calls, not messages.
+
+    What is not a plain access to a region runs under ``interrupts.uninterrupted``.
+    """
+
+    eager_write = EAGER_THRESHOLD
+    eager_read = EAGER_THRESHOLD
+
+    def __init__(self, core: ProviderCore) -> None:
+        from warabi.target.handlers import CALLS  # which the clients of others do not need
+
+        self._calls = CALLS
+        self._core = core
+        self.writing: DirectAccess = core.direct
+        self.reading: DirectAccess = self.writing
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        if name in CREATE:
+            return interrupts.creating(lambda: self._call(name, *arguments), self._erase)
+        return interrupts.uninterrupted(self._call, name, *arguments)
+
+    def _erase(self, region: RegionID) -> None:
+        self._call("erase", region)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        call = self._calls[name]
+        if name in READING:
+            return call(self._core.target, *arguments)
+        with self._core.changes:
+            return call(self._core.target, *arguments)
+
+    def size(self, region: RegionID) -> int:
+        size = self.reading.size(region)
+        return size if size >= 0 else interrupts.uninterrupted(self._core.target.size, region)
+
+    def write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        if self.writing.write(region, offset, data):
+            if persist:
+                self.persist(region, offset, len(data))
+            return
+        interrupts.uninterrupted(self._write, region, offset, data, persist, extend)
+
+    def _write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
+    ) -> None:
+        with self._core.changes:
+            self._core.target.write(region, offset, data, persist, extend=extend)
+
+    def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        if not self.reading.read_into(region, offset, place):
+            interrupts.uninterrupted(self._core.target.read_into, region, offset, place)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> None:
+        if not self.writing.persist(region, offset, size):
+            interrupts.uninterrupted(self._core.target.persist, region, offset, size)
+
+    def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        return interrupts.creating(lambda: self._create_and_write(data, persist), self._erase)
+
+    def _create_and_write(self, data: memoryview, persist: bool) -> RegionID:
+        with self._core.changes:
+            return self._core.target.create_and_write(data, persist)
+
+    def write_vector(
+        self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
+    ) -> None:
+        interrupts.uninterrupted(self._call, "write_vector", region, pack(extents), persist, data)
+
+    def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        return interrupts.uninterrupted(self._append, region, data, persist)
+
+    def _append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        with self._core.changes:
+            return self._core.target.append(region, data, persist)
+
+    def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        interrupts.uninterrupted(self._core.target.read_vector, region, extents, place)
+
+    def start(self, name: str, *arguments: Any) -> list[PendingRequest]:
+        return self._interruptible(self._start_call, name, *arguments)
+
+    def _interruptible(
+        self, start: Callable[..., list[PendingRequest]], *arguments: Any
+    ) -> list[PendingRequest]:
+        return interrupts.creating(lambda: start(*arguments), self.undo)
+
+    def undo(self, requests: Sequence[PendingRequest]) -> None:
+        for request in requests:
+            if not request.done:
+                request.event.wait()  # a thread is at it, which cannot be stopped, but soon ends
+            if isinstance(request.result, RegionID):
+                self._erase(request.result)
+
+    def _start_call(self, name: str, *arguments: Any) -> list[PendingRequest]:
+        operation = OPERATIONS[name]
+        waits = operation.long or (operation.waits and self._core.target.blocking)
+        waits = waits or (self._core.changes.frozen and name not in READING)
+        return self._start(name, waits, self._call, name, *arguments)
+
+    def start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[PendingRequest]:
+        return self._interruptible(self._start_write, region, offset, data, persist)
+
+    def _start_write(
+        self, region: RegionID, offset: int, data: memoryview, persist: bool
+    ) -> list[PendingRequest]:
+        target = self._core.target
+        waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
+        return self._start("write", waits, self.write, region, offset, data, persist, False)
+
+    def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[PendingRequest]:
+        return self._interruptible(self._start_read, region, offset, place)
+
+    def _start_read(self, region: RegionID, offset: int, place: memoryview) -> list[PendingRequest]:
+        try:
+            if self.reading.read_into(region, offset, place, wait=False):
+                return [finished("read")]
+            target = self._core.target
+            target.read_into(region, offset, place, wait=not target.blocking)
+        except WouldBlock:
+            return self._start("read", True, self.read_into, region, offset, place)
+        except errors.Exception as error:
+            return [finished("read", error=error)]
+        return [finished("read")]
+
+    def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]:
+        return self._interruptible(self._start_create_and_write, data, persist)
+
+    def _start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]:
+        target = self._core.target
+        waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
+        return self._start("create_and_write", waits, self._create_and_write, data, persist)
+
+    def _start(
+        self, what: str, waits: bool, call: Callable[..., Any], *arguments: Any
+    ) -> list[PendingRequest]:
+        """Carry out *call*: at once, or beside the caller if it *waits* for the medium."""
+        if waits:
+            request = PendingRequest(what, buffers=arguments)
+            request.event = interrupts.Wakeup()
+            self._core.run_beside(lambda: self._finish(request, call, arguments))
+            return [request]
+        try:
+            return [finished(what, call(*arguments))]
+        except errors.Exception as error:
+            return [finished(what, error=error)]
+
+    @staticmethod
+    def _finish(
+        request: PendingRequest, call: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> None:
+        try:
+            request.finish(call(*arguments))
+        except errors.Exception as error:
+            request.finish(error=error)
+        except BaseException as error:
+            request.finish(error=errors.ProviderFailed(f"{request.what}: {error!r}"))
+            raise
+
+    def wait(self, request: PendingRequest) -> Any:
+        if not request.done:
+            request.event.wait()
+            request.event.set()  # for another thread that waits for the same request
+        return request.outcome()
+
+    def poll(self, request: PendingRequest) -> None:
+        """Requests here are finished by the threads that carry them out."""
+
+    def withdraw(self, requests: Sequence[PendingRequest]) -> None:
+        for request in requests:
+            if request.what == "read":  # a thread is at it, which cannot be stopped, but soon ends
+                with contextlib.suppress(errors.Exception):
+                    interrupts.uninterrupted(self.wait, request)
+
+
+def finished(
+    what: str, result: Any = None, error: errors.Exception | None = None
+) -> PendingRequest:
+    request = PendingRequest(what)
+    request.finish(result, error)
+    return request

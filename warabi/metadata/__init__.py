@@ -1,0 +1,1 @@
+"""Inodes, names, attributes and checksums, kept in SQLite."""

@@ -1,0 +1,669 @@
+"""Which regions exist: sizes, attributes and names, in SQLite.
+
+Rules of this module:
+
+* Nothing here locks.  Every call is made with the target's lock held (see ``target/target.py``), so
+  a method may rely on nothing changing while it runs.
+* An ``Inode`` object is the truth about its row while it is cached; the row follows at the
+  next ``flush``.  There is one object per inode: only ``trim`` drops objects, and it is called
+  only where nobody holds one.
+* Names are kept and written back in the same way (``dentries.py``).  Whatever reads rows other
+  than by their keys flushes first.
+* Volatile changes gather in one open transaction (``journal.py``).  ``commit`` writes it to the
+  WAL without waiting for the medium; ``sync`` waits, **without** the target's lock, so that a
+  slow medium delays only those who asked for durability, and concurrent persists share one wait.
+* Where the bytes of a region live is not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import random
+import sqlite3
+import stat
+import uuid
+from pathlib import Path
+
+from warabi._core import forks
+from warabi._core.attributes import ROOT, Attributes
+from warabi._core.changes import ATTRIBUTES, CONTENT, ORIGIN
+from warabi.errors import (
+    ConfigError,
+    CorruptTarget,
+    InvalidRegion,
+    StorageError,
+    path_error,
+)
+from warabi.metadata import domain
+from warabi.metadata.clock import Clock
+from warabi.metadata.dentries import Dentries
+from warabi.metadata.inode import OWN, Inode
+from warabi.metadata.journal import Journal, Row, sync_directory, translate
+from warabi.metadata.notifications import Feed
+from warabi.metadata.schema import COLUMNS, OUTSIDE, UPSERT, make, migrate, populate
+from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 100  # so many mended rows are logged one by one
+_CACHED = 65536
+_FLUSH_AT = 4096  # what is left for a commit, which keeps everybody waiting, too
+_FLUSH = 256  # so many at a time, for it keeps everybody waiting
+
+
+class Catalogue:
+    """The catalogue at *path*, or one in memory that dies with its process.
+
+    Args:
+        path: the database, or None.
+        backend: what it was made for; catalogues older than that record have ``file``.
+
+    Raises:
+        ConfigError: it is another backend's; nothing was changed.
+        CorruptTarget: the database is damaged.
+        StorageError: it cannot be opened or written.
+    """
+
+    def __init__(self, path: Path | None, backend: str = "file") -> None:
+        self.path = path
+        self._random = random.Random()
+        self._cache: dict[int, Inode] = {}
+        self._trim_at = _CACHED  # so many inodes in the cache are too many
+        self._removed = 0  # since the tables were made anew
+        self.by_rid: dict[bytes, Inode] = {}
+        self._dirty: dict[int, Inode] = {}
+        # Dirty inodes that cannot be stored: why, and whether a persist has to keep what is not.
+        self._unstored: dict[int, tuple[Exception, bool]] = {}
+        self.change = 0  # counts changes
+        self.feed = Feed()
+        self.clock = Clock()
+        try:
+            self._db = sqlite3.connect(
+                str(path or ":memory:"), isolation_level=None, check_same_thread=False
+            )
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        self._journal = Journal(self._db, path)
+        self._dentries = Dentries(self._db, self._journal)
+        try:
+            self._configure(path)
+            self._next_ino = 1 + self._one(
+                "SELECT max(coalesce(max(ino), 0), coalesce((SELECT value FROM meta"
+                f" WHERE key = 'last'), 0)) FROM inode WHERE ino < {domain.SEQUENCE}"
+            )
+            self._count_on(0)
+            # In halves: the sum of the sizes of sparse regions may have more than 64 bits.
+            self.count, high, low = self._db.execute(
+                "SELECT count(*), coalesce(sum(size >> 32), 0), coalesce(sum(size & 0xffffffff), 0)"
+                f" FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
+            ).fetchone()
+            self.used = (high << 32) + low
+            self._has_xattrs = bool(self._one("SELECT EXISTS(SELECT 1 FROM xattr)"))
+            self.uuid = str(self._one("SELECT value FROM meta WHERE key = 'uuid'"))
+            self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
+            meta = dict(self._db.execute("SELECT key, value FROM meta"))
+            self.epoch = str(meta.get("epoch", "")) if self.clean else ""
+            """The same as long as nothing that was volatile can have been lost."""
+            self.epoch = self.epoch or uuid.uuid4().hex
+            self.capacity: int | None = meta.get("capacity")
+            """The quota in bytes that :meth:`create` was given."""
+            if not isinstance(self.capacity, int | None):
+                raise CorruptTarget(f"catalogue {path}: the capacity is {self.capacity!r}")
+            if (found := meta.get("backend", "file")) != backend:
+                raise ConfigError(f"target {path}: is a target of type {found!r}, not {backend!r}")
+            self._settled: int | None = meta.get("settled")
+            if path is not None:
+                migrate(self._db, path)
+                bad = self._check_rows(path)
+                self._open_wal(path)
+                self._mend_rows(bad)
+            self.summed: str | None = meta.get("checksums")
+            """How blocks of regions are summed, for :mod:`warabi.metadata.checksums`; None: not at
+            all."""
+        except BaseException as error:
+            self.abandon()
+            name = getattr(error, "sqlite_errorname", "")
+            if isinstance(error, TypeError) or name == "SQLITE_ERROR":
+                # A row, or a table, that every catalogue has is missing.
+                raise CorruptTarget(f"catalogue {path}: incomplete; see warabi fsck") from error
+            if isinstance(error, sqlite3.Error):
+                raise translate(error, path) from error
+            raise
+
+    def _one(self, sql: str) -> int:
+        value: int = self._db.execute(sql).fetchone()[0]
+        return value
+
+    def _configure(self, path: Path | None) -> None:
+        if path is None:
+            self._db.execute("PRAGMA journal_mode = OFF")
+            make(self._db)
+            populate(self._db)
+            self._dentries.made(ROOT)
+            return
+        # Exclusive locking before WAL: no -shm file, no lock calls; the target's own lock
+        # already keeps others out.  NORMAL: a commit does not wait for the medium, `sync` does.
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute("PRAGMA wal_autocheckpoint = 4000")
+        self._db.execute("PRAGMA cache_size = -65536")
+        self._db.execute("PRAGMA cache_spill = OFF")
+
+    def _check_rows(self, path: Path) -> list[domain.Row]:
+        """Refuse what is cheap to see and can be no catalogue; ``warabi fsck`` sees the rest.
+
+        Returns the rows with values that older versions let in, and that would keep directories
+        from being listed.
+        """
+        if not stat.S_ISDIR(self._one("SELECT mode FROM inode WHERE ino = 1")):
+            raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
+        rows = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE size < 0 OR {OUTSIDE}")
+        found = [domain.Row(*row) for row in rows]
+        if any(isinstance(row.size, int) and row.size < 0 for row in found):
+            raise CorruptTarget(f"catalogue {path}: a negative size; see warabi fsck")
+        return found
+
+    def _mend_rows(self, bad: list[domain.Row]) -> None:
+        mended = [(row, new) for row in bad if (new := domain.mended(row)) != row]
+        if not mended:
+            return
+        self._journal.write(UPSERT, [new for _, new in mended])
+        self.change += 1
+        for row, new in mended[:_SHOWN]:
+            log.warning(
+                "%s: inode %d had values that no file can have, %r; they became %r",
+                self.path, row.ino, tuple(row), tuple(new),
+            )  # fmt: skip
+        if len(mended) > _SHOWN:
+            log.warning("%s: and so had %d more inodes", self.path, len(mended) - _SHOWN)
+
+    def _open_wal(self, path: Path) -> None:
+        """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` waits for."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES('epoch', ?)", (self.epoch,))
+        self._db.execute("UPDATE meta SET value = 0 WHERE key = 'clean'")
+        self._journal.open_wal()
+        sync_directory(path.parent)
+
+    # Inodes
+
+    def add(self, mode: int, uid: int, gid: int, *, size: int = 0, rdev: int = 0,
+            anonymous: bool = False, target: bytes | None = None,
+            rid: RegionID | None = None, packed: int = OWN) -> Inode:  # fmt: skip
+        """A new inode without names.  A directory starts with two links, its name and its dot.
+
+        With *rid* it gets that ID, which a region of a target that is copied to here had.
+
+        Raises:
+            InvalidRegion: *rid* cannot be a region's, or its slot is taken.
+            PathError: EINVAL for a mode, owner or device number that cannot be, and what
+                ``domain.link_target`` says of *target*.
+        """
+        mode, rdev = domain.mode(mode), domain.device(rdev)
+        uid, gid = domain.owner(uid), domain.owner(gid, "group ID")
+        if stat.S_IFMT(mode) not in domain.KINDS:
+            raise path_error(errno.EINVAL, f"mode {mode:#o}: no file type")
+        if target is not None:
+            domain.link_target(target)
+        now = self.clock.exact()
+        ino, generation = self._next_ino, self._random.getrandbits(63)
+        if rid is not None:
+            ino, generation = rid.slot, rid.generation
+            if not domain.is_region_id(ino, generation):
+                raise InvalidRegion(f"create: {rid!r} cannot be the ID of a region")
+            if (taken := self.get(ino)) is not None:
+                kind = "that region" if taken.rid == rid else "another inode"
+                raise InvalidRegion(f"create: {rid!r}: this target has {kind} in its slot {ino}")
+        self._count_on(ino)
+        inode = Inode(
+            ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
+            size, now, now, now, int(anonymous), target, packed,
+        )  # fmt: skip
+        inode.writer = ORIGIN.get()
+        self._remember(inode)
+        if stat.S_ISDIR(mode):
+            self._dentries.made(ino)
+        if stat.S_ISREG(mode):
+            self.count += 1
+            self.used += size
+        self.touch(inode, durable=True, tell=False)
+        return inode
+
+    def _count_on(self, ino: int) -> None:
+        """Have slots that are given from now on lie behind *ino*; see ``domain.SEQUENCE``."""
+        if ino < domain.SEQUENCE or ino == self._next_ino:
+            self._next_ino = max(self._next_ino, ino + 1)
+        while self._next_ino >= domain.SEQUENCE and self.get(self._next_ino) is not None:
+            self._next_ino += 1  # an imported region has it
+
+    def set_attributes(
+        self, inode: Inode, mode: int | None = None, uid: int | None = None,
+        gid: int | None = None, atime: int | None = None, mtime: int | None = None,
+        ctime: int | None = None,
+    ) -> None:  # fmt: skip
+        """Set what is not None; of *mode* only the permission bits.  The caller touches the inode.
+
+        Times are clamped.
+
+        Raises:
+            PathError: EINVAL for a mode or owner that cannot be; nothing is set then.
+        """
+        if mode is not None:
+            mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(domain.mode(mode))
+        uid = None if uid is None else domain.owner(uid)
+        gid = None if gid is None else domain.owner(gid, "group ID")
+        atime = None if atime is None else domain.clamped(atime, "access time")
+        mtime = None if mtime is None else domain.clamped(mtime, "modification time")
+        inode.mode = inode.mode if mode is None else mode
+        inode.uid = inode.uid if uid is None else uid
+        inode.gid = inode.gid if gid is None else gid
+        inode.atime = inode.atime if atime is None else atime
+        inode.mtime = inode.mtime if mtime is None else mtime
+        inode.ctime = inode.ctime if ctime is None else domain.clamped_change(ctime)
+
+    def _remember(self, inode: Inode) -> None:
+        self._cache[inode.ino] = inode
+        if stat.S_ISREG(inode.mode):
+            self.by_rid[inode.rid] = inode
+
+    def get(self, ino: int) -> Inode | None:
+        """The inode *ino*, or None."""
+        inode = self._cache.get(ino)
+        if inode is None and -(1 << 63) <= ino < 1 << 63:
+            row = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()
+            if row is not None:
+                inode = Inode(*row)
+                inode.stored = True
+                self._remember(inode)
+        return inode
+
+    def get_cached(self, ino: int) -> Inode | None:
+        """The inode *ino* if it is in memory, as every pinned or changed one is."""
+        return self._cache.get(ino)
+
+    def region(self, rid: bytes) -> Inode | None:
+        """The inode of a live region, or None for an ID that is erased, foreign or no ID."""
+        inode = self.by_rid.get(rid)
+        if inode is None and isinstance(rid, RegionID):
+            found = self.get(rid.slot)
+            if found is not None and found.rid == rid and stat.S_ISREG(found.mode):
+                inode = found
+        return inode
+
+    def touch(self, inode: Inode, *, durable: bool, tell: bool = True) -> None:
+        """Note that *inode* changed; *durable* when a persist of it has to keep the change, *tell*
+        unless nobody can know it or somebody tells who watches."""
+        self._dirty[inode.ino] = inode
+        if tell and self.feed.watched:
+            self.feed.inode(inode.ino, ATTRIBUTES)
+        if durable:
+            self.change += 1
+            inode.changed = self.change
+            if inode.share is not None:
+                inode.share.loosen()
+
+    def resize(self, inode: Inode, size: int) -> None:
+        """Note a region's size; what is durable of it is the storage's."""
+        self.used += size - inode.size
+        inode.size = size
+        self.touch(inode, durable=False)
+        if inode.share is not None:
+            inode.share.loosen()
+
+    def remove(self, inode: Inode) -> None:
+        """Forget *inode* and its xattrs; its names are gone already, but for an erased region's."""
+        self._cache.pop(inode.ino, None)
+        self.by_rid.pop(inode.rid, None)
+        self._removed += 1
+        if self._removed >= _CACHED:  # a dictionary keeps the room of what was removed from it
+            self._removed = 0
+            self._cache = dict(self._cache)
+        self._dirty.pop(inode.ino, None)
+        if self._unstored:
+            self._unstored.pop(inode.ino, None)
+            self._dentries.withheld.discard(inode.ino)
+        self._dentries.removed(inode.ino)
+        if stat.S_ISREG(inode.mode):
+            self.count -= 1
+            self.used -= inode.size
+        if inode.stored:
+            self._write("DELETE FROM inode WHERE ino = ?", (inode.ino,))
+            self._write("DELETE FROM xattr WHERE ino = ?", (inode.ino,))
+            if self.summed:
+                self._write("DELETE FROM checksum WHERE ino = ?", (inode.ino,))
+                self._write("DELETE FROM unsettled WHERE ino = ?", (inode.ino,))
+        self.change += 1
+        if self.feed.watched:
+            self.feed.inode(inode.ino, CONTENT)
+            if stat.S_ISREG(inode.mode):
+                self.feed.name(ROOT, inode.rid.hex().encode(), 0)
+
+    def trim(self) -> None:
+        """Drop cached inodes that nobody uses, when there are too many.  Nobody may hold one."""
+        if len(self._dirty) > _FLUSH_AT:
+            self._flush_inodes(_FLUSH)
+        if len(self._dentries.dirty) > _FLUSH_AT:
+            self._dentries.flush(_FLUSH)
+        self._dentries.trim()
+        if len(self._cache) <= self._trim_at:
+            return
+        for inode in list(self._cache.values()):
+            if len(self._cache) <= _CACHED // 2:
+                break
+            used = inode.users or inode.pins or inode.exclusive or inode.share is not None
+            if not (used or inode.ino in self._dirty):
+                del self._cache[inode.ino]
+                self.by_rid.pop(inode.rid, None)
+        # Those in use stay, however many: to look at them again soon would be in vain.
+        self._trim_at = max(_CACHED, len(self._cache) * 3 // 2)
+
+    # Names
+
+    def lookup(self, parent: int, name: bytes) -> int | None:
+        return self._dentries.get(parent, name)
+
+    def link(self, parent: int, name: bytes, inode: Inode, *, new: bool = False) -> None:
+        """Make *name* mean *inode*, instead of what it meant, if it is not *new*; link counts are
+        the caller's."""
+        self._dentries.set(parent, name, inode.ino)
+        self.touch(inode, durable=True)
+        if self.feed.watched:
+            self.feed.name(parent, name, inode.ino, new=new)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        self._dentries.set(parent, name, None)
+        self.change += 1
+        if self.feed.watched:
+            self.feed.name(parent, name, 0)
+
+    def unlink_all(self, inode: Inode) -> list[int]:
+        """Remove every name of *inode*; returns the directories that held one."""
+        names = self.names(inode)
+        for parent, name in names:
+            self.unlink(parent, name)
+        return [parent for parent, _ in names]
+
+    def names(self, inode: Inode, most: int = -1) -> list[tuple[int, bytes]]:
+        """Every (parent, name) that means *inode*, or *most* of them."""
+        return [] if inode.anonymous else self._dentries.of(inode.ino, most)
+
+    def has_entries(self, ino: int) -> bool:
+        return self._dentries.any_in(ino)
+
+    def entries(self, parent: int, after: bytes, limit: int) -> list[tuple[bytes, Attributes]]:
+        """Up to *limit* entries of a directory whose names sort after *after*, by name."""
+        self.flush()
+        rows = self._db.execute(
+            f"SELECT name, i.{COLUMNS.replace(', ', ', i.')} FROM dentry d JOIN inode i"
+            " ON i.ino = d.ino WHERE parent = ? AND name > ? ORDER BY name LIMIT ?",
+            (parent, after, limit),
+        )
+        return [(row[0], self._attributes(row[1:])) for row in rows]
+
+    def regions(self, after: int, limit: int, *, anonymous: bool) -> list[Attributes]:
+        """Up to *limit* regions with slots above *after*, by slot; *anonymous*: nameless ones."""
+        self.flush()
+        after = min(after, (1 << 63) - 1)  # a foreign ID's slot may have 64 bits
+        rows = self._db.execute(
+            f"SELECT {COLUMNS} FROM inode WHERE ino > ? AND mode & {0o170000} = {stat.S_IFREG}"
+            f" {'AND anonymous = 1' if anonymous else ''} ORDER BY ino LIMIT ?",
+            (after, limit),
+        )
+        return [self._attributes(row) for row in rows]
+
+    def _attributes(self, row: tuple[int, ...]) -> Attributes:
+        cached = self._cache.get(row[0])
+        return (cached or Inode(*row)).attributes()  # type: ignore[arg-type]  # the row has the columns' types
+
+    def orphans(self) -> list[Inode]:
+        """Inodes that lost their last name while open, when their target was not closed."""
+        self.flush()
+        rows = self._db.execute(
+            "SELECT ino FROM inode WHERE nlink = 0 AND anonymous = 0"
+        ).fetchall()
+        return [inode for row in rows if (inode := self.get(row[0])) is not None]
+
+    def is_next(self, slots: range) -> bool:
+        """Whether a new inode may get one of *slots*."""
+        return self._next_ino < slots.stop
+
+    def leave(self, slots: range) -> None:
+        """Give no new inode any of *slots*."""
+        if self._next_ino in slots:
+            self._next_ino = slots.stop
+
+    def packed(self, first: int, last: int) -> list[int]:
+        """The regions in slots from *first* to *last* that are, or were, in a pack, by slot."""
+        self.flush()
+        rows = self._db.execute(
+            "SELECT ino FROM inode WHERE ino BETWEEN ? AND ? AND packed != 0 ORDER BY ino",
+            (first, last),
+        )
+        return [row[0] for row in rows]
+
+    # Extended attributes
+
+    def xattrs(self, ino: int) -> list[bytes]:
+        rows = self._db.execute("SELECT name FROM xattr WHERE ino = ? ORDER BY name", (ino,))
+        return [row[0] for row in rows]
+
+    def xattr(self, ino: int, name: bytes) -> bytes | None:
+        if not self._has_xattrs:  # the kernel asks for security.capability before every write
+            return None
+        sql = "SELECT value FROM xattr WHERE ino = ? AND name = ?"
+        row = self._db.execute(sql, (ino, name)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def xattr_bytes(self, ino: int, but: bytes) -> tuple[int, int]:
+        """The bytes of names, each with a NUL, and of values of an inode's attributes other than
+        the one called *but*."""
+        if not self._has_xattrs:
+            return 0, 0
+        names, values = self._db.execute(
+            "SELECT coalesce(sum(length(name) + 1), 0), coalesce(sum(length(value)), 0)"
+            " FROM xattr WHERE ino = ? AND name != ?",
+            (ino, but),
+        ).fetchone()
+        return names, values
+
+    def set_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
+        """Set, or with None remove, an extended attribute; raises as ``domain.xattr``."""
+        if value is not None:
+            domain.xattr(name, value)
+        if value is None:
+            self._write("DELETE FROM xattr WHERE ino = ? AND name = ?", (inode.ino, name))
+        else:
+            self._write("INSERT OR REPLACE INTO xattr VALUES(?, ?, ?)", (inode.ino, name, value))
+        self._has_xattrs = True
+        # The row must exist for the attribute to be found and removed with it.
+        inode.stored = True
+        self.touch(inode, durable=True)
+
+    # Transactions
+
+    def _write(self, sql: str, values: Row) -> None:
+        self._journal.write(sql, (values,))
+
+    def flush(self) -> None:
+        """Write dirty inodes and names into the open transaction.
+
+        What cannot be stored stays dirty, and keeps nothing else from being stored; see
+        :meth:`check_stored`.
+        """
+        if self._dirty:
+            self._flush_inodes(len(self._dirty))
+        self._dentries.flush()
+
+    def _flush_inodes(self, most: int) -> None:
+        inodes = list(itertools.islice(self._dirty.values(), most))
+        failed = self._journal.write_each(UPSERT, [inode.row() for inode in inodes])
+        for inode in inodes:
+            inode.stored = True
+            del self._dirty[inode.ino]
+        if failed or self._unstored:
+            self._note_unstored(inodes, failed)
+
+    def _note_unstored(self, inodes: list[Inode], failed: dict[int, Exception]) -> None:
+        """After a flush of *inodes* that *failed* for some: mend those, or try again later."""
+        for position, inode in enumerate(inodes):
+            error = failed.get(position)
+            if error is not None and self._mend(inode, error):
+                error = None
+            if error is None:
+                self._unstored.pop(inode.ino, None)
+                self._dentries.withheld.discard(inode.ino)
+                continue
+            if inode.ino not in self._unstored:
+                if not self._unstored:  # others are likely to fail for the same reason
+                    log.error(
+                        "inode %d of %s cannot be stored; it is tried again",
+                        inode.ino, self.path, exc_info=error,
+                    )  # fmt: skip
+                row = self._db.execute("SELECT 1 FROM inode WHERE ino = ?", (inode.ino,)).fetchone()
+                if row is None:
+                    self._dentries.withheld.add(inode.ino)
+            missed = inode.changed > self._journal.committed
+            self._unstored[inode.ino] = (error, missed or self._misses(inode.ino))
+            self._dirty[inode.ino] = inode
+
+    def _misses(self, ino: int) -> bool:
+        return self._unstored.get(ino, (None, False))[1]
+
+    def _mend(self, inode: Inode, error: Exception) -> bool:
+        """Store *inode* with the nearest values that can be stored, if that is possible: without
+        them, what it names would be lost.  No operation lets other values in."""
+        before = inode.row()
+        row = domain.mended(before)
+        if row == before or self._journal.write_each(UPSERT, [row]):
+            return False
+        log.error(
+            "inode %d of %s had values that cannot be stored, %r; they became %r",
+            inode.ino, self.path, before, tuple(row), exc_info=error,
+        )  # fmt: skip
+        for column, value in zip(row._fields, row, strict=True):
+            setattr(inode, column, value)
+        return True
+
+    def is_durable(self, inode: Inode) -> bool:
+        """Whether the changes of *inode* and of its names, as far as they have to be kept, are on
+        the medium."""
+        return self._journal.is_synced(inode.changed) and not self._why_unstored(inode)
+
+    def _why_unstored(self, inode: Inode | None) -> Exception | None:
+        """Why *inode*, or None: any, is not stored, or a name of it; None if nothing keeps it."""
+        if not (self._unstored or self._dentries.failed):
+            return None
+        if inode is not None and self._misses(inode.ino):
+            return self._unstored[inode.ino][0]
+        causes = [(ino, error) for ino, error in self._dentries.failed.values()]
+        if inode is None:
+            causes += [(ino, error) for ino, (error, _) in self._unstored.items()]
+        return next((error for ino, error in causes if inode is None or ino == inode.ino), None)
+
+    def check_stored(self, inode: Inode | None = None) -> None:
+        """Raise ``StorageError`` when *inode*, or without one anything, could not be stored."""
+        error = self._why_unstored(inode)
+        if error is not None:
+            raise StorageError(
+                f"catalogue {self.path or 'in memory'}: {error!r} kept"
+                f" {'something' if inode is None else f'inode {inode.ino}'} from being stored; it"
+                " is kept in memory and tried again"
+            ) from error
+
+    @property
+    def uncommitted(self) -> bool:
+        journal = self._journal
+        dirty = self._dirty or self._dentries.dirty
+        return bool(dirty) or self.change > journal.committed or journal.uncommitted
+
+    def is_synced(self, change: int) -> bool:
+        """Whether *change* is on the medium (a catalogue in memory has none to wait for)."""
+        return self._journal.is_synced(change)
+
+    def check(self) -> None:
+        """Raise ``StorageError`` when a sync has failed."""
+        self._journal.check()
+
+    def commit(self, unsettled: RegionID | None = None) -> int:
+        """End the transaction; what it holds survives a crash of the process.
+
+        Args:
+            unsettled: the oldest region whose bytes a power failure may take away with their
+                file, for :meth:`fresh` to tell; None when there is none.
+
+        Returns the change number to give to :meth:`sync`.
+        """
+        self.flush()
+        settled = self._next_ino if unsettled is None else unsettled.slot
+        if settled != self._settled and self._journal.uncommitted:
+            self._write("INSERT OR REPLACE INTO meta VALUES('settled', ?)", (settled,))
+            self._settled = settled
+        return self._journal.commit(self.change)
+
+    def sync(self, change: int) -> None:
+        """Wait until the committed *change* is on the medium.  The target's lock is **not** held.
+
+        Raises:
+            StorageError: the medium refused, now or before; no later sync claims success.
+        """
+        self._journal.sync(change)
+
+    def restore(self) -> None:
+        """After an error of SQLite: have it know again of what is not committed."""
+        self._journal.restore()
+
+    def fresh(self) -> list[RegionID]:
+        """The regions that may lack their bytes when the catalogue was not closed, by slot."""
+        after = self._next_ino if self._settled is None else self._settled - 1
+        found = []
+        while page := self.regions(after, 10000, anonymous=False):
+            # Imported regions beyond the sequence were persisted before they got names.
+            found += [a.region for a in page if a.ino < domain.SEQUENCE]
+            after = page[-1].ino
+        return found
+
+    def close(self, *, clean: bool = True, unsettled: RegionID | None = None) -> None:
+        """Commit, and fold the WAL into the database.
+
+        Args:
+            clean: mark that nothing has to be recovered.
+            unsettled: as for :meth:`commit`.
+        """
+        try:
+            if self.path is not None:
+                if clean:
+                    self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
+                    # A process that was stopped while it wrote to an erased region, by a descriptor
+                    # of several, must never write to another one.
+                    last = (self._next_ino - 1,)
+                    self._write("INSERT OR REPLACE INTO meta VALUES('last', ?)", last)
+                self.commit(unsettled)
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
+        finally:
+            self.abandon()
+
+    def give_up(self) -> None:
+        """In a forked child: the database is the parent's.
+
+        SQLite must not close it, which would put the WAL into it and remove it; its files are
+        closed without SQLite's knowledge.
+        """
+        forks.keep_for_ever(self._db)
+        if self.path is not None:
+            path = os.path.realpath(self.path)
+            regions = f"{path}.regions"
+            files = {path, f"{path}-wal", f"{path}-journal", regions}
+            forks.disconnect(
+                forks.descriptors(lambda name: name in files or name.startswith(f"{regions}/"))
+            )
+
+    def abandon(self) -> None:
+        """Let go of the files as they are, as a crash would; the next to open them recovers."""
+        self._journal.close()
+        self._db.close()

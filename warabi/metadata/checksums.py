@@ -1,0 +1,120 @@
+"""The rows of the catalogue that hold checksums: of blocks of regions, as they were persisted.
+
+A row says what a block's bytes were when they were last persisted.  A region is *unsettled* while
+its bytes on the medium may be newer than its rows: the mark is on the medium before the first
+such byte can be.  Only of a region that is not unsettled a sum that differs means damage.
+
+Every call is made with the target's lock held, as those of the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from warabi.errors import ConfigError
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.inode import Inode
+
+BLOCK = 64 * 1024
+"""Bytes under one checksum."""
+ALGORITHM = f"xxh3_64/{BLOCK}"
+"""What the catalogue calls the sums that are made here."""
+
+
+def digest() -> Callable[[memoryview], int]:
+    """The function that sums a block.
+
+    Raises:
+        ConfigError: the library for it is not installed.
+    """
+    try:
+        import xxhash
+    except ImportError:
+        raise ConfigError(
+            "checksums: the package xxhash is missing, install warabifs[checksums]"
+        ) from None
+
+    def value(data: memoryview) -> int:
+        number: int = xxhash.xxh3_64_intdigest(data)
+        return number - (1 << 64) if number >> 63 else number  # SQLite's integers have a sign
+
+    return value
+
+
+class SumRows:
+    """Checksums and marks of one catalogue."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self._db = catalogue._db
+
+    def enable(self, on: bool) -> None:
+        """Have sums from now on, or no more and none of the old ones; a no-op when it is so."""
+        catalogue = self._catalogue
+        if catalogue.summed == (ALGORITHM if on else None):
+            return
+        for table in ("checksum", "unsettled", "meta WHERE key = 'checksums'"):
+            catalogue._write(f"DELETE FROM {table}", ())
+        if on:
+            catalogue._write("INSERT INTO meta VALUES('checksums', ?)", (ALGORITHM,))
+        catalogue.summed = ALGORITHM if on else None
+        catalogue.change += 1
+        catalogue.sync(catalogue.commit())
+
+    def get(self, inode: Inode, first: int, count: int) -> dict[int, int]:
+        """Sums by block, of those of *count* blocks from *first* on that have one."""
+        return dict(
+            self._db.execute(
+                "SELECT block, sum FROM checksum WHERE ino = ? AND block >= ? AND block < ?",
+                (inode.ino, first, first + count),
+            )
+        )
+
+    def put(self, inode: Inode, sums: dict[int, int]) -> None:
+        self._catalogue._journal.write(
+            "INSERT OR REPLACE INTO checksum VALUES(?, ?, ?)",
+            [(inode.ino, block, value) for block, value in sums.items()],
+        )
+        self._changed(inode)
+
+    def drop(self, inode: Inode, blocks: Iterable[int]) -> None:
+        self._catalogue._journal.write(
+            "DELETE FROM checksum WHERE ino = ? AND block = ?",
+            [(inode.ino, block) for block in blocks],
+        )
+        self._changed(inode)
+
+    def drop_from(self, inode: Inode, first: int) -> None:
+        """Drop the sums of the blocks from *first* to the end."""
+        sql = "DELETE FROM checksum WHERE ino = ? AND block >= ?"
+        self._catalogue._write(sql, (inode.ino, first))
+        self._changed(inode)
+
+    def attests(self, inode: Inode, size: int) -> bool:
+        """Whether the region surely had more than *size* bytes on the medium."""
+        sql = (
+            "SELECT EXISTS(SELECT 1 FROM checksum WHERE ino = ? AND block >= ?)"
+            " AND NOT EXISTS(SELECT 1 FROM unsettled WHERE ino = ?)"
+        )
+        row = self._db.execute(sql, (inode.ino, size // BLOCK, inode.ino)).fetchone()
+        return bool(row[0])
+
+    # Marks
+
+    def unsettled(self) -> set[int]:
+        return {row[0] for row in self._db.execute("SELECT ino FROM unsettled")}
+
+    def unsettle(self, inode: Inode) -> None:
+        self._catalogue._write("INSERT OR REPLACE INTO unsettled VALUES(?)", (inode.ino,))
+        self._changed(inode)
+
+    def settle(self, inos: Iterable[int]) -> None:
+        self._catalogue._journal.write(
+            "DELETE FROM unsettled WHERE ino = ?", [(ino,) for ino in inos]
+        )
+        self._catalogue.change += 1
+
+    def _changed(self, inode: Inode) -> None:
+        # The row must exist for what belongs to it to be removed with it.
+        inode.stored = True
+        self._catalogue.touch(inode, durable=True)

@@ -1,0 +1,291 @@
+"""The domains of the values that a target stores, and the checks on their way in.
+
+A value enters a target through few doors, whatever way it came (API, wire, mount, import,
+migration): ``Catalogue.add``, ``Catalogue.set_attributes`` and ``Catalogue.set_xattr``, the name
+checks of ``Tree``, and the rows of a migration.  Each of them asks the functions here.  They do
+no I/O and know nothing of tables.
+
+Domains are those of Linux, so that whatever a target holds can be shown by a mount, kept by
+SQLite, and carried by an archive:
+
+* Times are *clamped*, as Linux does for what a file system cannot store.
+* Everything else is *refused*, with the errno that the system call would give.
+* What an older version let in is *mended* by :func:`mended`: when a target is opened, and by fsck.
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import stat
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from warabi._core.buffers import MAX_SIZE
+from warabi.errors import PathError, path_error
+from warabi.metadata import acl
+
+TIME_MAX = (1 << 63) - 1
+"""The latest time, in ns since the epoch, in the year 2262; the earliest is its negative."""
+TIME_MIN = -TIME_MAX
+CHANGE_TIME_MAX = TIME_MAX - (1 << 60)
+"""The latest change time.  Each change makes it grow by 1 ns at least; this leaves room for all."""
+OWNER_MAX = (1 << 32) - 2
+"""The largest user or group ID: (uid_t) -1 stands for none."""
+NOBODY = 65534
+"""Linux's overflow ID: the owner of what has one that cannot be."""
+MODE_MAX = 0o177777
+UMASK_MAX = 0o777
+DEVICE_MAX = (1 << 32) - 1
+LINKS_MAX = (1 << 31) - 1
+"""The most names of an inode, and subdirectories of a directory less 2."""
+NAME_MAX = 255
+"""Bytes in one name."""
+TARGET_MAX = 4095
+"""Bytes in what a symbolic link holds."""
+XATTR_NAME_MAX = 255
+XATTR_VALUE_MAX = 64 * 1024
+XATTR_LIST_MAX = 64 * 1024
+"""Bytes of the names of all of an inode's attributes, each with a NUL."""
+XATTR_TOTAL_MAX = 16 * 1024 * 1024
+"""Bytes of all of an inode's attributes; an archive's entry has room for more."""
+SLOT_MIN, SLOT_MAX = 2, (1 << 63) - 2
+"""Of region IDs; slot 1 is the root directory's."""
+GENERATION_MAX = (1 << 63) - 1
+SEQUENCE = 1 << 62
+"""New slots are counted on from the largest one below this.  An import may bring regions in slots
+above it; they do not move the count, so it never gets to the end of the slots, and each ID that
+is ever given can be imported elsewhere."""
+
+KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
+         stat.S_IFBLK)  # fmt: skip
+"""The types of inodes."""
+SPACES = (b"user.", b"trusted.", b"security.")
+"""What names of extended attributes begin with, but for those of access control lists."""
+LISTS = (acl.ACCESS, acl.DEFAULT)
+
+RANGES: dict[str, tuple[int, int]] = {
+    "generation": (0, GENERATION_MAX),
+    "mode": (0, MODE_MAX),
+    "nlink": (0, LINKS_MAX),
+    "uid": (0, OWNER_MAX),
+    "gid": (0, OWNER_MAX),
+    "rdev": (0, DEVICE_MAX),
+    "size": (0, MAX_SIZE),
+    "atime": (TIME_MIN, TIME_MAX),
+    "mtime": (TIME_MIN, TIME_MAX),
+    "ctime": (TIME_MIN, CHANGE_TIME_MAX),
+}
+"""The least and the largest value of each number that an inode has."""
+
+
+# Times
+
+
+def clamped(ns: Any, what: str = "time") -> int:
+    """A time in ns since the epoch, or the nearest one that can be stored."""
+    return max(TIME_MIN, min(TIME_MAX, _integer(ns, what)))
+
+
+def clamped_change(ns: int) -> int:
+    """As :func:`clamped`, for a change time."""
+    return max(TIME_MIN, min(CHANGE_TIME_MAX, ns))
+
+
+# Numbers
+
+
+def _integer(value: Any, what: str) -> int:
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return int(operator.index(value))  # NumPy's integers count
+    except TypeError:
+        raise path_error(errno.EINVAL, f"{what} {value!r:.60}: not an integer") from None
+
+
+def _within(value: Any, low: int, high: int, what: str) -> int:
+    number = _integer(value, what)
+    if not low <= number <= high:
+        raise path_error(errno.EINVAL, f"{what} {number}: must be from {low} to {high}")
+    return number
+
+
+def owner(value: Any, what: str = "user ID") -> int:
+    """A user or group ID; PathError EINVAL for -1, too, which chown(2) takes for "unchanged":
+    here that is None."""
+    return _within(value, 0, OWNER_MAX, what)
+
+
+def mode(value: Any) -> int:
+    """File type, which may be missing, and permissions; PathError EINVAL."""
+    return _within(value, 0, MODE_MAX, "mode")
+
+
+def umask(value: Any) -> int:
+    """Permissions that are not given; PathError EINVAL."""
+    return _within(value, 0, UMASK_MAX, "umask")
+
+
+def device(value: Any) -> int:
+    """A device's number; PathError EINVAL."""
+    return _within(value, 0, DEVICE_MAX, "device number")
+
+
+def count(value: Any, what: str) -> int:
+    """How many of something; PathError EINVAL."""
+    return _within(value, 0, MAX_SIZE, what)
+
+
+def is_region_id(slot: int, generation: int) -> bool:
+    """Whether a region can have that slot and generation."""
+    return SLOT_MIN <= slot <= SLOT_MAX and 0 <= generation <= GENERATION_MAX
+
+
+# Names and what is found under them
+
+
+def length(name: bytes) -> None:
+    """PathError ENAMETOOLONG for what is too long for a name."""
+    if len(name) > NAME_MAX:
+        raise path_error(errno.ENAMETOOLONG, f"{os.fsdecode(name)}: longer than {NAME_MAX} bytes")
+
+
+def name(value: bytes) -> bytes:
+    """A name in a directory; PathError EINVAL, ENAMETOOLONG."""
+    length(value)
+    if not value or value in (b".", b"..") or b"/" in value or b"\0" in value:
+        raise path_error(errno.EINVAL, f"{os.fsdecode(value)!r}: not a file name")
+    return value
+
+
+def link_target(value: bytes) -> bytes:
+    """What a symbolic link holds; PathError ENOENT when empty, ENAMETOOLONG, EINVAL."""
+    if not 0 < len(value) <= TARGET_MAX:
+        number = errno.ENAMETOOLONG if value else errno.ENOENT
+        raise path_error(number, f"symlink: a target has 1 to {TARGET_MAX} bytes, not {len(value)}")
+    if b"\0" in value:
+        raise path_error(errno.EINVAL, f"symlink: the target {value!r:.100} has a NUL byte")
+    return value
+
+
+def xattr_name(value: bytes) -> bytes:
+    """The name of an extended attribute; PathError ERANGE for its length, EINVAL, EOPNOTSUPP."""
+    if value in LISTS:
+        return value
+    if not 0 < len(value) <= XATTR_NAME_MAX:
+        raise path_error(
+            errno.ERANGE,
+            f"extended attribute: a name has 1 to {XATTR_NAME_MAX} bytes, not {len(value)}",
+        )
+    if not value.startswith(SPACES):
+        raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(value)}: not supported")
+    if value in SPACES:
+        raise path_error(errno.EINVAL, f"{os.fsdecode(value)}: no name after the dot")
+    if b"\0" in value:
+        raise path_error(errno.EINVAL, f"{os.fsdecode(value)!r}: a NUL byte in an attribute's name")
+    return value
+
+
+def xattr(key: bytes, value: bytes) -> None:
+    """An extended attribute; PathError as :func:`xattr_name`, E2BIG, and for a malformed list."""
+    xattr_name(key)
+    if len(value) > XATTR_VALUE_MAX:
+        raise path_error(
+            errno.E2BIG,
+            f"{os.fsdecode(key)}: a value has at most {XATTR_VALUE_MAX} bytes, not {len(value)}",
+        )
+    if key in LISTS:
+        acl.unpack(value)
+
+
+# Whole rows
+
+
+class Row(NamedTuple):
+    """An inode's values, in the order in which the catalogue has them."""
+
+    ino: int
+    generation: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    atime: int
+    mtime: int
+    ctime: int
+    anonymous: int
+    target: bytes | None
+    packed: int = 0
+
+
+def fault(values: Sequence[Any]) -> str:
+    """What is wrong with the values of an inode, empty when nothing is."""
+    row = Row(*values)
+    numbers = (*values[:12], row.packed)
+    if not all(type(value) is int for value in numbers):
+        return "a number is no integer"
+    for column, (low, high) in RANGES.items():
+        value = getattr(row, column)
+        if not low <= value <= high:
+            return f"{column} {value} is not from {low} to {high}"
+    if not 1 <= row.ino <= SLOT_MAX:
+        return f"ino {row.ino} is not from 1 to {SLOT_MAX}"
+    if stat.S_IFMT(row.mode) not in KINDS:
+        return f"mode {row.mode:#o} is of no file type"
+    region, link = stat.S_ISREG(row.mode), stat.S_ISLNK(row.mode)
+    if row.anonymous not in (0, 1) or (row.anonymous and not region):
+        return f"anonymous is {row.anonymous}"
+    if row.packed not in (0, 1, 2) or (row.packed and not region):
+        return f"packed is {row.packed}"
+    if not link:
+        return "" if row.target is None else "it has a target and is no symbolic link"
+    if not isinstance(row.target, bytes):
+        return "it is a symbolic link without a target"
+    try:
+        link_target(row.target)
+    except PathError as error:
+        return str(error)
+    return "" if row.size == len(row.target) else "its size is not its target's"
+
+
+def mended(values: Sequence[Any]) -> Row:
+    """The values of an inode with numbers, or a link's target, that cannot be, made the nearest
+    thing that can be.
+
+    Owners become ``NOBODY``, and a file that gets that one loses its set-ID bits; a device's
+    number becomes 0; a link's target ends before its first NUL, as every program saw it.  What
+    cannot be guessed, the type and the size, is left to fsck.
+    """
+    row = Row(*values)
+    new: dict[str, Any] = {
+        column: _mended_number(column, getattr(row, column))
+        for column in RANGES
+        if column not in ("generation", "size")
+    }
+    if (new["uid"], new["gid"]) != (row.uid, row.gid) and stat.S_ISREG(new["mode"]):
+        new["mode"] &= ~(stat.S_ISUID | stat.S_ISGID)
+    if stat.S_ISLNK(new["mode"]) and isinstance(row.target, bytes):
+        target = row.target.partition(b"\0")[0][:TARGET_MAX] or b"?"
+        new.update(target=target, size=len(target))
+    return row._replace(**new)
+
+
+def _mended_number(column: str, value: Any) -> int:
+    low, high = RANGES[column]
+    if type(value) is int and low <= value <= high:
+        return value
+    if column in ("uid", "gid"):
+        return NOBODY
+    if column == "mode" and type(value) is int:
+        return value & MODE_MAX
+    if column == "nlink":  # 0 would have it removed
+        return max(1, min(value, high)) if type(value) is int else 1
+    if column == "rdev" or type(value) is not int:
+        return 0
+    return max(low, min(high, value))

@@ -1,0 +1,189 @@
+"""Names as a target offers them: the tree, with extended attributes and paths."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from warabi._core.attributes import ROOT, Attributes
+from warabi.errors import InvalidRegion, PathError, path_error
+from warabi.metadata import acl, domain
+from warabi.metadata.inode import Inode
+from warabi.metadata.tree import Tree
+from warabi.region import RegionID
+
+_REGION_XATTR = b"user.warabi.region"
+_TARGET_XATTR = b"user.warabi.target"
+
+
+class Namespace(Tree):
+    """Directories, links, symlinks, special files and extended attributes of one target."""
+
+    # Extended attributes
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """An extended attribute; ENODATA when there is none, EOPNOTSUPP when there can be none.
+
+        ``user.warabi.region`` is a region's ID in hex, ``user.warabi.target`` the target's UUID.
+        """
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ino)
+            if name == _REGION_XATTR and stat.S_ISREG(inode.mode):
+                return inode.rid.hex().encode()
+            if name == _TARGET_XATTR:
+                return self._catalogue.uuid.encode()
+            value = self._catalogue.xattr(ino, name)
+            if value is None:
+                domain.xattr_name(name)
+                raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
+            return value
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True) -> None:
+        """Set an extended attribute; EPERM for the two that the target gives, EOPNOTSUPP for a
+        name outside ``user.``, ``trusted.`` and ``security.`` that is no access control list,
+        ERANGE, E2BIG and ENOSPC for what is too long or too much.
+
+        A list changes the mode too, and is not kept when the mode says all of it.  Without
+        *keep_setgid*, for who is not in the file's group, it takes the set-group-ID bit away.
+        """
+        if name in (acl.ACCESS, acl.DEFAULT):
+            self._set_list(ino, name, acl.unpack(value), keep_setgid)
+        else:
+            self._change_xattr(ino, name, value)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Remove an extended attribute; ENODATA when there is none that is no list."""
+        self._change_xattr(ino, name, None)
+
+    def _set_list(
+        self, ino: int, name: bytes, entries: list[acl.AclEntry], keep_setgid: bool
+    ) -> None:
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ino)
+            if stat.S_ISLNK(inode.mode):
+                raise path_error(errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no such list")
+            if name == acl.DEFAULT and not stat.S_ISDIR(inode.mode):
+                raise path_error(errno.EACCES, f"inode {ino}: only a directory has a default list")
+            kept, mode = entries, inode.mode
+            if name == acl.ACCESS and entries:
+                mode = mode & ~0o777 | acl.mode_of(entries)
+                if not keep_setgid:
+                    mode &= ~stat.S_ISGID
+                kept = entries if acl.extended(entries) else []
+            self._catalogue.set_xattr(inode, name, acl.pack(kept) if kept else None)
+            self._catalogue.set_attributes(inode, mode)
+            inode.changed_at(self._catalogue.clock.exact())
+
+    def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ino)
+            if name in (_REGION_XATTR, _TARGET_XATTR):
+                raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
+            domain.xattr_name(name)
+            if value is not None:
+                self._check_xattr_room(ino, name, value)
+            if value is None and self._catalogue.xattr(ino, name) is None:
+                if name in (acl.ACCESS, acl.DEFAULT):
+                    return  # as Linux has it: nothing was to be removed
+                raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
+            self._catalogue.set_xattr(inode, name, value)
+            inode.changed_at(self._catalogue.clock.exact())
+
+    def _check_xattr_room(self, ino: int, name: bytes, value: bytes) -> None:
+        names, values = self._catalogue.xattr_bytes(ino, name)
+        names += len(name) + 1
+        if names > domain.XATTR_LIST_MAX or names + values + len(value) > domain.XATTR_TOTAL_MAX:
+            raise path_error(
+                errno.ENOSPC,
+                f"{os.fsdecode(name)}: all names of an inode's attributes have at most"
+                f" {domain.XATTR_LIST_MAX} bytes, all attributes {domain.XATTR_TOTAL_MAX}",
+            )
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """Names of the extended attributes that can be set."""
+        with self._guard.lock, self._guard.checked:
+            self._get(ino)
+            return self._catalogue.xattrs(ino)
+
+    # Paths
+
+    def resolve(self, path: str) -> Attributes:
+        """The inode at *path*, from the root; symbolic links are not followed."""
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ROOT)
+            for name in _parts(path):
+                if not stat.S_ISDIR(inode.mode):
+                    raise path_error(errno.ENOTDIR, f"{path}: not a directory on the way")
+                found = self._find(inode, name)
+                if found is None:
+                    raise path_error(errno.ENOENT, f"{path}: no such file or directory")
+                inode = found
+            return inode.attributes()
+
+    def open_name(self, path: str) -> RegionID:
+        """The region at *path*; ENOENT, ENOTDIR, and EISDIR or EINVAL for what is no region."""
+        with _about("open_name", path):
+            found = self.resolve(path)
+            if stat.S_ISREG(found.mode):
+                return found.region
+            raise path_error(errno.EISDIR if stat.S_ISDIR(found.mode) else errno.EINVAL)
+
+    def link_name(self, region: RegionID, path: str) -> None:
+        """Give *region* the name *path*, in a directory that exists; EEXIST when it is taken."""
+        with _about("link_name", path):
+            parent, name = self._split(path)
+            with self._guard.lock, self._guard.checked:
+                inode = self._catalogue.region(region)
+                if inode is None or inode.dead:
+                    raise InvalidRegion(f"link_name {path}: no region {region!r} in this target")
+                ino = inode.ino
+            self.link(ino, parent, name)
+
+    def unlink_name(self, path: str) -> None:
+        """Remove the name *path*; with its last name a region is erased."""
+        with _about("unlink_name", path):
+            self.unlink(*self._split(path))
+
+    def _split(self, path: str) -> tuple[int, bytes]:
+        parts = _parts(path)
+        if not parts:
+            raise path_error(errno.EISDIR, f"{path!r}: the root directory")
+        return self.resolve(os.fsdecode(b"/".join(parts[:-1]))).ino, parts[-1]
+
+    def paths(self, inode: Inode, most: int = -1) -> list[str]:
+        """Paths of an inode from the root, *most* of them or all; the guard is held."""
+        above: dict[int, bytes] = {}
+        found = []
+        for parent, name in self._catalogue.names(inode, most):
+            if parent not in above:
+                above[parent] = self._path(parent)
+            found.append(os.fsdecode(above[parent] + b"/" + name))
+        return found
+
+    def _path(self, ino: int) -> bytes:
+        names: list[bytes] = []
+        while ino != ROOT and (above := self._catalogue.names(self._get(ino))):
+            ino, name = above[0]
+            names.append(b"/" + name)
+        return b"".join(reversed(names))
+
+
+@contextlib.contextmanager
+def _about(what: str, path: str) -> Iterator[None]:
+    """Name the operation and the whole path in the message of a ``PathError``."""
+    try:
+        yield
+    except PathError as error:
+        number = error.errno or errno.EIO
+        raise path_error(number, f"{what} {path}: {os.strerror(number)}") from None
+
+
+def _parts(path: str) -> list[bytes]:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeError as error:
+        raise path_error(errno.EINVAL, f"{path!r:.100}: {error}") from None
+    return [part for part in encoded.split(b"/") if part not in (b"", b".")]

@@ -1,0 +1,195 @@
+"""The tables of a catalogue, their versions, and the way from an older version to this one.
+
+A change of the tables is a new version: ``SCHEMA`` makes it, ``_STEPS`` has the statements that
+make it of the version before, and a target of that version goes into ``tests/data``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import stat
+import time
+import uuid
+from pathlib import Path
+
+from warabi._core.attributes import ROOT
+from warabi.metadata import domain
+from warabi.metadata.inode import Inode
+from warabi.metadata.journal import sync_directory, translate
+
+log = logging.getLogger(__name__)
+
+APPLICATION_ID = 0x57617261
+SCHEMA_VERSION = 3
+
+_CHECKSUMS = (
+    """
+CREATE TABLE checksum(
+    ino INTEGER NOT NULL,
+    block INTEGER NOT NULL,       -- number of the block in the region
+    sum INTEGER NOT NULL,         -- of its bytes when they were persisted
+    PRIMARY KEY(ino, block)
+) WITHOUT ROWID
+""",
+    """
+CREATE TABLE unsettled(
+    ino INTEGER PRIMARY KEY       -- a region that may have been written since its sums were made
+)
+""",
+)
+SCHEMA = f"""
+CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE inode(
+    ino INTEGER PRIMARY KEY,      -- the slot of a region's ID
+    generation INTEGER NOT NULL,  -- random, 63 bits
+    mode INTEGER NOT NULL,        -- file type and permissions
+    nlink INTEGER NOT NULL,       -- names; for a directory 2 + subdirectories
+    uid INTEGER NOT NULL,
+    gid INTEGER NOT NULL,
+    rdev INTEGER NOT NULL,
+    size INTEGER NOT NULL,        -- bytes
+    atime INTEGER NOT NULL,       -- nanoseconds since the epoch
+    mtime INTEGER NOT NULL,
+    ctime INTEGER NOT NULL,
+    anonymous INTEGER NOT NULL,   -- 1: never had a name, shown by its ID
+    target BLOB,                  -- of a symlink
+    packed INTEGER NOT NULL DEFAULT 0 -- 1: a region in a pack, 2: in a file of its own since
+);
+CREATE INDEX anonymous ON inode(ino) WHERE anonymous = 1;
+CREATE TABLE dentry(
+    parent INTEGER NOT NULL, name BLOB NOT NULL, ino INTEGER NOT NULL,
+    PRIMARY KEY(parent, name)
+) WITHOUT ROWID;
+CREATE INDEX dentry_ino ON dentry(ino);
+CREATE TABLE xattr(
+    ino INTEGER NOT NULL, name BLOB NOT NULL, value BLOB NOT NULL,
+    PRIMARY KEY(ino, name)
+) WITHOUT ROWID;
+{";".join(_CHECKSUMS)};
+"""
+COLUMNS = (
+    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target,"
+    " packed"
+)
+OUTSIDE = " OR ".join(
+    [
+        *(
+            f"{column} NOT BETWEEN {least} AND {most}"
+            for column, (least, most) in domain.RANGES.items()
+            if column not in ("generation", "size")
+        ),
+        f"(target IS NOT NULL AND mode & {0o170000} = {stat.S_IFLNK} AND typeof(target) = 'blob'"
+        f" AND (length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
+    ]
+)
+"""The condition for inodes that ``domain.mended`` mends."""
+UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 14)})"
+_STEPS: dict[int, tuple[str, ...]] = {
+    1: _CHECKSUMS,
+    2: ("ALTER TABLE inode ADD COLUMN packed INTEGER NOT NULL DEFAULT 0",),
+}
+"""Statements that make the next version of a version's tables."""
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the tables of the catalogue at *path* to this version, at once or not at all.
+
+    The database itself has the new version when this returns, not only its WAL, so that an older
+    program refuses it.
+    """
+    found = version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version not in _STEPS:
+        return
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        while version in _STEPS:
+            for statement in _STEPS[version]:
+                db.execute(statement)
+            version += 1
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.execute("PRAGMA synchronous = NORMAL")
+    log.info("%s: schema %d became schema %d", path, found, version)
+
+
+def show_as_new(db: sqlite3.Connection) -> None:
+    """Let queries see the rows of a catalogue of any version as this version has them."""
+    if "packed" not in {row[1] for row in db.execute("PRAGMA main.table_info(inode)")}:
+        db.execute("CREATE TEMP VIEW inode AS SELECT *, 0 AS packed FROM main.inode")
+
+
+def populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
+    """Fill empty tables: the root directory, the target's UUID, and *meta*."""
+    now = time.time_ns()
+    mode = stat.S_IFDIR | 0o755
+    root = Inode(ROOT, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
+    db.execute(UPSERT, root.row())
+    rows = {"uuid": str(uuid.uuid4()), "clean": 1, **meta}
+    db.executemany("INSERT INTO meta VALUES(?, ?)", rows.items())
+
+
+def make(db: sqlite3.Connection) -> None:
+    """Make the tables in an empty database."""
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.executescript(SCHEMA)
+
+
+def connect_new(path: Path) -> sqlite3.Connection:
+    """An empty database at *path*, where nothing is, which only its owner may read; SQLite gives
+    its log and its journal the same permissions."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)  # whatever the umask is
+    finally:
+        os.close(fd)
+    return sqlite3.connect(path, isolation_level=None)
+
+
+def create(path: Path, backend: str = "file", capacity: int | None = None) -> None:
+    """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
+
+    *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.  It is
+    not marked as closed, so whatever lies where its regions would be is removed at open.
+    """
+    fresh = Path(f"{path}.new")
+    for leftover in (fresh, Path(f"{fresh}-journal")):
+        leftover.unlink(missing_ok=True)
+    # What is there gets whole without its WAL, so that a crash leaves either it or the new one.
+    there = f"{path.absolute().as_uri()}?mode=rw"
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(there, uri=True)) as old,
+    ):
+        old.execute("PRAGMA locking_mode = EXCLUSIVE")
+        old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    try:
+        db = connect_new(fresh)
+        try:
+            # It is nobody's before it is renamed, and put on the medium as a whole.
+            db.execute("PRAGMA journal_mode = OFF")
+            db.execute("PRAGMA synchronous = OFF")
+            make(db)
+            populate(db, backend=backend, capacity=capacity, clean=None)
+        finally:
+            db.close()
+        with open(fresh, "rb") as file:
+            os.fsync(file.fileno())
+        # SQLite would play what another database left here into this one.
+        for leftover in (Path(f"{path}-wal"), Path(f"{path}-journal")):
+            leftover.unlink(missing_ok=True)
+        sync_directory(path.parent)
+        fresh.replace(path)
+        sync_directory(path.parent)
+    except sqlite3.Error as error:
+        fresh.unlink(missing_ok=True)
+        raise translate(error, path) from error

@@ -1,0 +1,488 @@
+"""The tree of names over a target's regions, with the rules of a POSIX file system.
+
+Every method takes the target's guard for its whole run, so each is atomic towards all mounts
+and clients of the target, and an ``Inode`` never leaves a method.  Errors are ``PathError``
+with the errno that the system call of the same name would give; permission checks are the
+kernel's, on the attributes returned here.
+
+A region that never had a name appears in the root directory under the 32 hex digits of its
+ID.  Such a name in the root always means the region of that ID, if there is one: also for a
+region that has been named since, which is not listed under it and not removable by it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Protocol
+
+from warabi._core.attributes import ROOT, Attributes
+from warabi._core.changes import ORIGIN, Origin
+from warabi._core.results import OpenedInode
+from warabi.errors import path_error
+from warabi.metadata import acl, domain
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.inode import Inode
+from warabi.region import RegionID
+
+if TYPE_CHECKING:
+    from warabi.target.region_locks import Guard
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+_NOBODY = Origin()  # who changes a target in its own process
+_RENAMES = (
+    0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, RENAME_NOREPLACE | RENAME_WHITEOUT,
+)  # fmt: skip
+
+
+class Regions(Protocol):
+    """What the tree asks of the target that it belongs to, with the guard held."""
+
+    def new_region(self, mode: int, uid: int | None, gid: int | None) -> Inode: ...
+    def discard(self, inode: Inode) -> None: ...
+    def _reap(self) -> None: ...
+
+
+def region_of_name(name: bytes) -> RegionID | None:
+    """The ID that a name of 32 lower-case hex digits spells, else None."""
+    if len(name) != 32 or name.strip(b"0123456789abcdef"):
+        return None
+    return RegionID(bytes.fromhex(name.decode()))
+
+
+class Tree:
+    """Directories, links, symlinks, special files and extended attributes of one target."""
+
+    def __init__(self, catalogue: Catalogue, guard: Guard, regions: Regions) -> None:
+        self._catalogue = catalogue
+        self._guard = guard
+        self._regions = regions
+
+    # Finding; the guard is held
+
+    def _get(self, ino: int) -> Inode:
+        inode = self._catalogue.get(ino)
+        if inode is None or inode.dead:
+            raise path_error(errno.ESTALE, f"inode {ino}: no longer exists")
+        if inode.exposed is not None:
+            inode.exposed.settle()
+        return inode
+
+    def _directory(self, ino: int) -> Inode:
+        inode = self._get(ino)
+        if not stat.S_ISDIR(inode.mode):
+            raise path_error(errno.ENOTDIR, f"inode {ino}: not a directory")
+        return inode
+
+    def _find(self, parent: Inode, name: bytes) -> Inode | None:
+        if parent.ino == ROOT and (rid := region_of_name(name)) is not None:
+            region = self._catalogue.region(rid)
+            if region is not None and (region.anonymous or region.nlink):
+                return region
+        ino = self._catalogue.lookup(parent.ino, name)
+        return None if ino is None else self._get(ino)
+
+    def _existing(self, parent: Inode, name: bytes) -> Inode:
+        inode = self._find(parent, name)
+        if inode is None:
+            domain.length(name)
+            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: no such file or directory")
+        return inode
+
+    def _destination(self, parent: int, name: bytes) -> Inode:
+        """The directory *parent*, when *name* may be made in it."""
+        directory = self._directory(parent)
+        domain.name(name)
+        if directory.nlink == 0:
+            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its directory was removed")
+        return directory
+
+    def _absent(self, parent: int, name: bytes) -> Inode:
+        directory = self._destination(parent, name)
+        if self._find(directory, name) is not None:
+            raise path_error(errno.EEXIST, f"{os.fsdecode(name)}: exists")
+        return directory
+
+    def _hex_alias(self, parent: Inode, name: bytes, inode: Inode) -> bool:
+        """Whether *name* is *inode*'s ID rather than a dentry."""
+        return parent.ino == ROOT and region_of_name(name) == inode.rid
+
+    # Changing; the guard is held
+
+    def _changed(self, *inodes: Inode) -> None:
+        now = self._catalogue.clock.exact()
+        for inode in inodes:
+            inode.changed_at(now)
+            if stat.S_ISDIR(inode.mode):
+                inode.mtime = now
+            self._catalogue.touch(inode, durable=True)
+
+    def _named(self, parent: Inode, name: bytes, inode: Inode) -> None:
+        if max(parent.nlink, inode.nlink) >= domain.LINKS_MAX:
+            raise path_error(errno.EMLINK, f"{os.fsdecode(name)}: too many links")
+        self._catalogue.link(parent.ino, name, inode, new=True)
+        inode.anonymous = 0
+        if stat.S_ISDIR(inode.mode):
+            parent.nlink += 1
+        else:
+            inode.nlink += 1
+        self._changed(parent)
+
+    def _unnamed(self, parent: Inode, name: bytes, inode: Inode, hold: bool) -> None:
+        """Take one name from *inode*; without names and holders it goes."""
+        if self._hex_alias(parent, name, inode):
+            if not inode.anonymous:
+                raise path_error(
+                    errno.EPERM, f"{os.fsdecode(name)}: the region has another name, remove that"
+                )
+            inode.anonymous = 0
+        else:
+            self._catalogue.unlink(parent.ino, name)
+            if stat.S_ISDIR(inode.mode):
+                inode.nlink = 0
+                parent.nlink -= 1
+            else:
+                inode.nlink -= 1
+        inode.changed_at(self._catalogue.clock.exact())
+        self._catalogue.touch(inode, durable=True)
+        self._changed(parent)
+        if inode.nlink == 0:
+            inode.pins += hold
+            if not inode.pins:
+                self._regions.discard(inode)
+
+    # Access control lists; the guard is held
+
+    def _inherited(self, directory: Inode, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
+        """The mode, and the lists as attributes, of what is made in *directory* with *mode*.
+
+        Where the directory has a default list, that limits the mode instead of the umask.
+        """
+        mode, umask = domain.mode(mode), domain.umask(umask)
+        value = self._catalogue.xattr(directory.ino, acl.DEFAULT)
+        if value is None:
+            return mode & ~umask, {}
+        entries = acl.unpack(value)
+        mode &= ~0o777 | acl.mode_of(entries)
+        lists = {acl.DEFAULT: value} if stat.S_ISDIR(mode) else {}
+        if acl.extended(entries):
+            lists[acl.ACCESS] = acl.pack(acl.with_mode(entries, mode))
+        return mode, lists
+
+    def _list_follows_mode(self, inode: Inode) -> None:
+        """Set in an access control list what stands for the permission bits."""
+        value = self._catalogue.xattr(inode.ino, acl.ACCESS)
+        if value is not None:
+            entries = acl.with_mode(acl.unpack(value), inode.mode)
+            self._catalogue.set_xattr(inode, acl.ACCESS, acl.pack(entries))
+
+    def _set_xattrs(self, inode: Inode, values: dict[bytes, bytes]) -> None:
+        for name, value in values.items():
+            self._catalogue.set_xattr(inode, name, value)
+
+    def forget_names(self, inode: Inode) -> None:
+        """Drop every name of a region that is being erased; the guard is held."""
+        for parent in self._catalogue.unlink_all(inode):
+            directory = self._catalogue.get(parent)
+            if directory is not None:
+                self._changed(directory)
+
+    # Inodes
+
+    def lookup(self, parent: int, name: bytes) -> Attributes:
+        """The inode that *name* means in directory *parent*; ENOENT, ENOTDIR, ESTALE.
+
+        "." and ".." are the inode *parent* itself and a directory that it is in, whatever its
+        type: file handles (NFS) are resolved so.
+        """
+        with self._guard.lock, self._guard.checked:
+            if name == b".":
+                return self._get(parent).attributes()
+            if name == b"..":
+                return self._above(self._get(parent)).attributes()
+            return self._existing(self._directory(parent), name).attributes()
+
+    def _above(self, inode: Inode) -> Inode:
+        """A directory that has *inode*; the root for itself, and for what has no name."""
+        names = self._catalogue.names(inode)
+        return self._get(names[0][0] if names else ROOT)
+
+    def getattr(self, ino: int) -> Attributes:
+        """An inode's attributes; ESTALE when it is gone."""
+        inode = self._catalogue.get_cached(ino)  # a single dict access needs no lock
+        if inode is not None and not inode.dead and inode.exposed is None:
+            return inode.attributes()
+        with self._guard.lock, self._guard.checked:
+            return self._get(ino).attributes()
+
+    def setattr(
+        self,
+        ino: int,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> Attributes:
+        """Change what is not None, and the change time; of *mode* only the permission bits.
+
+        Times beyond what can be stored become the nearest that can, as on Linux.  EINVAL for an
+        owner or mode that cannot be; also for -1, which is no owner and does not mean "unchanged".
+        """
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ino)
+            self._catalogue.set_attributes(inode, mode, uid, gid, atime_ns, mtime_ns)
+            if mode is not None:
+                self._list_follows_mode(inode)
+            inode.changed_at(self._catalogue.clock.exact())
+            self._catalogue.touch(inode, durable=True)
+            return inode.attributes()
+
+    def pin(self, ino: int) -> Attributes:
+        """Keep an inode for an open file even when its last name goes; see :meth:`unpin`."""
+        with self._guard.lock, self._guard.checked:
+            return self._pinned(self._get(ino))
+
+    def open(self, ino: int) -> OpenedInode:
+        """As :meth:`pin`; tells, too, whether what the caller keeps of the bytes is still true."""
+        origin = ORIGIN.get() or _NOBODY
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ino)
+            return OpenedInode(self._pinned(inode), inode.version(origin))
+
+    @staticmethod
+    def _pinned(inode: Inode) -> Attributes:
+        inode.pins += 1
+        return inode.attributes()
+
+    def unpin(self, ino: int, count: int = 1) -> None:
+        """End *count* pins; the last one lets a nameless inode go.  Of a gone inode: no effect."""
+        count = domain.count(count, "unpin: count")
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.get_cached(ino)
+            if inode is None or inode.dead:
+                return
+            inode.pins = max(0, inode.pins - count)
+            if not inode.pins and inode.nlink == 0 and not inode.anonymous:
+                self._regions.discard(inode)
+        self._regions._reap()
+
+    # Directory entries
+
+    def mknod(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        pin: bool = False,
+        umask: int = 0,
+    ) -> Attributes:
+        """Make a regular file (an empty region), FIFO, socket or device node.
+
+        *umask* is taken from *mode*, unless the directory's default access control list says what
+        the mode may be.
+        """
+        with self._guard.lock, self._guard.checked:
+            directory = self._absent(parent, name)
+            mode, lists = self._inherited(directory, mode, umask)
+            gid = directory.gid if directory.mode & stat.S_ISGID else gid
+            if stat.S_IFMT(mode) in (0, stat.S_IFREG):
+                inode = self._regions.new_region(mode, uid, gid)
+            elif stat.S_IFMT(mode) in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK):
+                inode = self._catalogue.add(mode, uid, gid, rdev=rdev)
+            else:
+                raise path_error(errno.EINVAL, f"mknod: mode {mode:#o} is no file type")
+            self._named(directory, name, inode)
+            self._set_xattrs(inode, lists)
+            inode.pins += pin
+            return inode.attributes()
+
+    def mkdir(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Attributes:
+        """Make an empty directory, which inherits a set-group-ID bit; *umask* as for mknod."""
+        with self._guard.lock, self._guard.checked:
+            directory = self._absent(parent, name)
+            mode = stat.S_IFDIR | stat.S_IMODE(domain.mode(mode))
+            mode, lists = self._inherited(directory, mode, umask)
+            if directory.mode & stat.S_ISGID:
+                mode, gid = mode | stat.S_ISGID, directory.gid
+            inode = self._catalogue.add(mode, uid, gid)
+            self._named(directory, name, inode)
+            self._set_xattrs(inode, lists)
+            return inode.attributes()
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attributes:
+        """Make a symbolic link that holds *target*: 1 to 4095 bytes without a NUL."""
+        with self._guard.lock, self._guard.checked:
+            directory = self._absent(parent, name)
+            gid = directory.gid if directory.mode & stat.S_ISGID else gid
+            inode = self._catalogue.add(
+                stat.S_IFLNK | 0o777, uid, gid, size=len(target), target=target
+            )
+            self._named(directory, name, inode)
+            return inode.attributes()
+
+    def readlink(self, ino: int) -> bytes:
+        """What a symbolic link holds; EINVAL for anything else."""
+        with self._guard.lock, self._guard.checked:
+            target = self._get(ino).target
+            if target is None:
+                raise path_error(errno.EINVAL, f"inode {ino}: not a symbolic link")
+            return target
+
+    def link(self, ino: int, parent: int, name: bytes) -> Attributes:
+        """Give an inode, not a directory, one more name."""
+        with self._guard.lock, self._guard.checked:
+            inode = self._get(ino)
+            directory = self._absent(parent, name)
+            if stat.S_ISDIR(inode.mode):
+                raise path_error(errno.EPERM, f"link: inode {ino} is a directory")
+            if inode.nlink == 0 and not inode.anonymous:
+                raise path_error(errno.ENOENT, f"link: inode {ino} was removed")
+            self._named(directory, name, inode)
+            self._changed(inode)
+            return inode.attributes()
+
+    def unlink(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
+        """Remove a name that is no directory's.  With the last one the region is erased.
+
+        With *hold* an inode without names is pinned once for the caller instead, who ends it
+        with :meth:`unpin`.  Returns the attributes after the removal.
+        """
+        with self._guard.lock, self._guard.checked:
+            directory = self._directory(parent)
+            inode = self._existing(directory, name)
+            if stat.S_ISDIR(inode.mode):
+                raise path_error(errno.EISDIR, f"{os.fsdecode(name)}: is a directory")
+            self._unnamed(directory, name, inode, hold)
+            attributes = inode.attributes()
+        self._regions._reap()
+        return attributes
+
+    def rmdir(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
+        """Remove an empty directory; *hold* and the result are as for :meth:`unlink`."""
+        with self._guard.lock, self._guard.checked:
+            directory = self._directory(parent)
+            inode = self._existing(directory, name)
+            self._check_empty(inode, name)
+            self._unnamed(directory, name, inode, hold)
+            return inode.attributes()
+
+    def _check_empty(self, inode: Inode, name: bytes) -> None:
+        if not stat.S_ISDIR(inode.mode):
+            raise path_error(errno.ENOTDIR, f"{os.fsdecode(name)}: not a directory")
+        if self._catalogue.has_entries(inode.ino):
+            raise path_error(errno.ENOTEMPTY, f"{os.fsdecode(name)}: directory not empty")
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0,
+        hold: bool = False,
+    ) -> Attributes | None:  # fmt: skip
+        """Move a name, replacing what is there; *flags* are those of renameat2(2).
+
+        Returns the attributes of what was replaced (see *hold* of :meth:`unlink`), or None.
+        """
+        if flags not in _RENAMES:
+            raise path_error(errno.EINVAL, f"rename: unknown flags {flags:#x}")
+        with self._guard.lock, self._guard.checked:
+            source = self._directory(parent)
+            inode = self._existing(source, name)
+            into = self._destination(new_parent, new_name)
+            victim = self._find(into, new_name)
+            if victim is not None and flags & RENAME_NOREPLACE:
+                raise path_error(errno.EEXIST, f"{os.fsdecode(new_name)}: exists")
+            if victim is inode:
+                return None  # two names of one inode: both stay
+            self._check_no_loop(inode, into)
+            if flags == RENAME_EXCHANGE:
+                self._exchange(source, name, inode, into, new_name)
+                return None
+            if self._hex_alias(source, name, inode) and not inode.anonymous:
+                raise path_error(errno.EPERM, f"{os.fsdecode(name)}: the region has another name")
+            if victim is not None:
+                self._check_replaceable(inode, victim, new_name)
+                self._unnamed(into, new_name, victim, hold)
+            self._move(source, name, inode, into, new_name)
+            if flags & RENAME_WHITEOUT:
+                self._named(source, name, self._catalogue.add(stat.S_IFCHR, 0, 0))
+            replaced = victim.attributes() if victim else None
+        self._regions._reap()
+        return replaced
+
+    def _check_no_loop(self, inode: Inode, into: Inode) -> None:
+        ancestor = into.ino
+        while stat.S_ISDIR(inode.mode) and ancestor != ROOT:
+            if ancestor == inode.ino:
+                raise path_error(errno.EINVAL, "rename: a directory cannot move into itself")
+            above = self._catalogue.names(self._get(ancestor))
+            if not above:
+                return
+            ancestor = above[0][0]
+
+    def _check_replaceable(self, inode: Inode, victim: Inode, name: bytes) -> None:
+        if stat.S_ISDIR(inode.mode):
+            self._check_empty(victim, name)
+        elif stat.S_ISDIR(victim.mode):
+            raise path_error(errno.EISDIR, f"{os.fsdecode(name)}: is a directory")
+
+    def _move(self, source: Inode, name: bytes, inode: Inode, into: Inode, new_name: bytes) -> None:
+        if inode.anonymous:
+            inode.anonymous = 0
+            inode.nlink = 1
+        else:
+            self._catalogue.unlink(source.ino, name)
+        self._catalogue.link(into.ino, new_name, inode)
+        if stat.S_ISDIR(inode.mode):
+            source.nlink -= 1
+            into.nlink += 1
+        inode.changed_at(self._catalogue.clock.exact())
+        self._changed(source, into)
+
+    def _exchange(
+        self, source: Inode, name: bytes, inode: Inode, into: Inode, new_name: bytes
+    ) -> None:
+        victim = self._existing(into, new_name)
+        if self._hex_alias(source, name, inode) or self._hex_alias(into, new_name, victim):
+            raise path_error(errno.EINVAL, "rename: a region without a name has none to exchange")
+        self._check_no_loop(victim, source)
+        self._catalogue.link(into.ino, new_name, inode)
+        self._catalogue.link(source.ino, name, victim)
+        moved = stat.S_ISDIR(inode.mode) - stat.S_ISDIR(victim.mode)
+        source.nlink -= moved
+        into.nlink += moved
+        now = self._catalogue.clock.exact()
+        inode.changed_at(now)
+        victim.changed_at(now)
+        self._changed(source, into)
+
+    def readdir(
+        self, ino: int, after: bytes = b"", limit: int = 1000
+    ) -> list[tuple[bytes, Attributes]]:
+        """Up to *limit* entries of a directory that follow *after*, in the order of their names.
+
+        The root directory's nameless regions come after its names, in the order of their IDs;
+        *after* is then such a hex name that is no dentry.
+        """
+        limit = min(max(limit, 1), 10000)
+        with self._guard.lock, self._guard.checked:
+            self._directory(ino)
+            nameless = self._nameless_cursor(ino, after)
+            page = [] if nameless else self._catalogue.entries(ino, after, limit)
+            if ino == ROOT and len(page) < limit:
+                left = self._catalogue.regions(nameless, limit - len(page), anonymous=True)
+                page += [(a.region.hex().encode(), a) for a in left]
+            return page
+
+    def _nameless_cursor(self, ino: int, after: bytes) -> int:
+        """The slot after which the nameless regions go on; 0 while names are still being listed."""
+        rid = region_of_name(after) if ino == ROOT else None
+        if rid is None or self._catalogue.lookup(ino, after) is not None:
+            return 0
+        return rid.slot

@@ -1,0 +1,1 @@
+"""Addresses, transports, and the wire protocol without I/O."""

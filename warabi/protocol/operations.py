@@ -1,0 +1,413 @@
+"""The operations of a provider: one table, with everything that is said of each of them.
+
+A client names an operation and gives positional arguments.  The table says which forms these and
+the result have, what the operation takes and changes, whether it may be repeated, and how it is
+run; every other table in this package that is keyed by operation is derived from it.  A new
+operation is one entry here and one method: in ``target/handlers.py`` for one that a target carries
+out.
+
+Bytes of regions are not arguments: they travel next to them, as the *payload*.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from warabi.errors import ProtocolError
+from warabi.protocol import change_codec, forms
+from warabi.protocol.auth import RequiredAccess
+from warabi.protocol.forms import (
+    ATTRIBUTES,
+    BYTES,
+    ENTRIES,
+    FLAG,
+    INTEGER,
+    NOTHING,
+    OPENED,
+    OPTIONAL_INTEGER,
+    REGION,
+    REGION_STAT,
+    STATS,
+    TEXT,
+    VERIFIED,
+    Form,
+    list_of,
+    optional,
+)  # fmt: skip
+
+PAGE = 1000
+"""Most entries of a list in one reply."""
+
+
+class ChangeScope(enum.Enum):
+    """What an operation changes, and so what has to be synced to be durable."""
+
+    NOTHING = enum.auto()
+    NAMES = enum.auto()
+    """Entries of directories, or which regions there are: durable with any sync."""
+    REGION = enum.auto()
+    """The bytes or the size of the region in the argument ``region``."""
+    INODE = enum.auto()
+    """The attributes of an inode, which may be a region's: those in the result, if it has any."""
+    SUMS = enum.auto()
+    """What the target knows of its bytes: their checksums, which are durable when it returns."""
+    UNNAMED = enum.auto()
+    """A new region without a name that is gone when the connection ends; nothing to be synced."""
+    TARGET = enum.auto()
+    """The target as a whole, or the engine."""
+
+
+class Syncs(enum.Enum):
+    """What an operation makes durable; all but ``NOTHING`` make names durable, too."""
+
+    NOTHING = enum.auto()
+    RANGE = enum.auto()
+    """A part of the region in the first argument."""
+    REGION = enum.auto()
+    """All of the region in the first argument."""
+    NAMES = enum.auto()
+    EVERYTHING = enum.auto()
+
+
+class Payload(enum.Enum):
+    """Whether bytes of regions travel with an operation: the last argument of its method is the
+    bytes, or the place for them."""
+
+    NONE = enum.auto()
+    UPLOAD = enum.auto()  # with the request
+    DOWNLOAD = enum.auto()  # with the reply
+
+
+class Served(enum.Enum):
+    """Which part of a provider carries an operation out."""
+
+    TARGET = enum.auto()  # a function of ``calls.CALLS``
+    TRANSFER = enum.auto()  # methods of links and sessions of their own
+    ENGINE = enum.auto()  # ``provider/session.py`` itself
+    DIRECT_ACCESS = enum.auto()  # ``provider/direct_access.py``
+    MIGRATION = enum.auto()  # ``provider/migration/exchange.py``
+
+
+Pins = Callable[[Sequence[Any], Any], tuple[int, int] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        arguments: the form of each, by name, in their order.
+        result: the form of the result.
+        access: what it takes to be permitted; it is asked for with ``security.permit``.
+        changes: what it changes.  What changes anything waits while the target is being migrated.
+        payload: whether bytes of regions travel with it.
+        repeatable: whether a client sends it again, on another connection, when the reply was lost
+            and nothing tells whether it took effect.  It may only read, or set again what it has
+            set; an operation that may find its own first effect in the way must not.
+        syncs: what it makes durable.
+        waits: whether it may wait for the medium, and so would keep an event loop waiting.
+        long: whether it may take longer than an event loop may be held, without waiting for
+            anything: it runs in a worker thread for every target.
+        exclusive: whether it holds the target's lock all the while, so that other operations of
+            the same target wait for its end.
+        served: what carries it out.
+        pins: the inode, and by how much, that it pins for the caller, from its arguments and
+            result.
+        forms: those of *arguments*, in their order.
+        position: where each argument is, by name.
+    """
+
+    arguments: Mapping[str, Form]
+    result: Form
+    access: RequiredAccess
+    changes: ChangeScope
+    payload: Payload = Payload.NONE
+    repeatable: bool = False
+    syncs: Syncs = Syncs.NOTHING
+    waits: bool = False
+    long: bool = False
+    exclusive: bool = False
+    served: Served = Served.TARGET
+    pins: Pins | None = None
+    forms: tuple[Form, ...] = field(init=False)
+    position: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forms", tuple(self.arguments.values()))
+        object.__setattr__(self, "position", {name: i for i, name in enumerate(self.arguments)})
+
+    @property
+    def owner(self) -> int | None:
+        """Where the owner of what it makes is among its arguments, before the group; None if it
+        makes nothing that it is told the owner of."""
+        return self.position.get("uid") if self.changes is ChangeScope.NAMES else None
+
+
+def _pinned_if(position: int) -> Pins:
+    return lambda args, result: (result.ino, 1) if args[position] else None
+
+
+def _pinned(args: Sequence[Any], result: Any) -> tuple[int, int]:
+    return result.ino, 1
+
+
+def _pinned_argument(args: Sequence[Any], result: Any) -> tuple[int, int]:
+    return args[0], 1
+
+
+def _held_if(position: int) -> Pins:
+    def held(args: Sequence[Any], result: Any) -> tuple[int, int] | None:
+        return (result.ino, 1) if args[position] and result and result.nlink == 0 else None
+
+    return held
+
+
+_READ, _CHANGE = RequiredAccess.READ, RequiredAccess.CHANGE
+_UPLOAD, _DOWNLOAD = Payload.UPLOAD, Payload.DOWNLOAD
+_NOTHING, _NAMES, _UNNAMED = ChangeScope.NOTHING, ChangeScope.NAMES, ChangeScope.UNNAMED
+_BYTES_OF, _INODE, _TARGET = ChangeScope.REGION, ChangeScope.INODE, ChangeScope.TARGET
+_TRANSFER, _ENGINE = Served.TRANSFER, Served.ENGINE
+_DIRECT, _MIGRATION = Served.DIRECT_ACCESS, Served.MIGRATION
+_RANGE = {"region": REGION, "offset": INTEGER, "size": INTEGER}
+_ENTRY_AT = {"parent": INTEGER, "name": BYTES}
+_OWNER = {"uid": INTEGER, "gid": INTEGER}
+
+OPERATIONS: dict[str, Operation] = {
+    # Regions
+    "create": Operation({"size": INTEGER}, REGION, _CHANGE, _NAMES),
+    "create_and_write": Operation(
+        {"persist": FLAG}, REGION, _CHANGE, _NAMES, payload=_UPLOAD, served=_TRANSFER
+    ),
+    "write": Operation(
+        {"region": REGION, "offset": INTEGER, "persist": FLAG, "extend": FLAG},
+        NOTHING, _CHANGE, _BYTES_OF, payload=_UPLOAD, repeatable=True, served=_TRANSFER,
+    ),
+    "read": Operation(
+        {**_RANGE, "eager": FLAG, "short": FLAG},
+        NOTHING, _READ, _NOTHING, payload=_DOWNLOAD, repeatable=True, served=_TRANSFER,
+    ),
+    "write_vector": Operation(
+        {"region": REGION, "extents": BYTES, "persist": FLAG},
+        NOTHING, _CHANGE, _BYTES_OF, payload=_UPLOAD, repeatable=True, waits=True,
+    ),
+    # Once more would be twice.
+    "append": Operation(
+        {"region": REGION, "persist": FLAG},
+        INTEGER, _CHANGE, _BYTES_OF, payload=_UPLOAD, served=_TRANSFER,
+    ),
+    "read_vector": Operation(
+        {"region": REGION, "extents": BYTES},
+        NOTHING, _READ, _NOTHING, payload=_DOWNLOAD, repeatable=True, waits=True,
+    ),
+    "erase": Operation({"region": REGION}, NOTHING, _CHANGE, _NAMES),
+    "resize": Operation(
+        {"region": REGION, "size": INTEGER},
+        NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True,
+    ),
+    "size": Operation({"region": REGION}, INTEGER, _READ, _NOTHING, repeatable=True),
+    "stat": Operation({"region": REGION}, REGION_STAT, _READ, _NOTHING, repeatable=True),
+    "list": Operation(
+        {"after": REGION, "limit": INTEGER}, list_of(REGION), _READ, _NOTHING, repeatable=True
+    ),
+    "list_stats": Operation(
+        {"after": REGION, "limit": INTEGER}, STATS, _READ, _NOTHING, repeatable=True
+    ),
+    # Making durable what others wrote is no change.
+    "persist": Operation(
+        _RANGE, NOTHING, _READ, _NOTHING, syncs=Syncs.RANGE, repeatable=True, waits=True
+    ),
+    "persist_vector": Operation(
+        {"region": REGION, "extents": BYTES},
+        NOTHING, _READ, _NOTHING, syncs=Syncs.RANGE, repeatable=True, waits=True,
+    ),
+    "fsync": Operation(
+        {"region": REGION, "times": FLAG},
+        NOTHING, _READ, _NOTHING, syncs=Syncs.REGION, repeatable=True, waits=True,
+    ),
+    "commit": Operation(
+        {}, NOTHING, _READ, _NOTHING, syncs=Syncs.NAMES, repeatable=True, waits=True
+    ),
+    "sync": Operation(
+        {}, NOTHING, _READ, _NOTHING, syncs=Syncs.EVERYTHING, repeatable=True, waits=True
+    ),
+    # The target
+    "room": Operation({}, forms.numbers("three sizes", 3), _READ, _NOTHING, repeatable=True),
+    "uuid": Operation({}, TEXT, _READ, _NOTHING, repeatable=True),
+    "epoch": Operation({}, TEXT, _READ, _NOTHING, repeatable=True),
+    "used": Operation({}, INTEGER, _READ, _NOTHING, repeatable=True),
+    # Maintenance
+    "summed": Operation({}, FLAG, _READ, _NOTHING, repeatable=True),
+    "verify": Operation(
+        {"region": REGION, "first": INTEGER, "count": INTEGER},
+        VERIFIED, _READ, _NOTHING, repeatable=True, waits=True,
+    ),
+    "update": Operation({"region": REGION}, NOTHING, _CHANGE, ChangeScope.SUMS, waits=True),
+    # What these make is gone with the connection that it was made on, unless it is named.
+    "survey": Operation(
+        {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, long=True, exclusive=True,
+        pins=_pinned,
+    ),
+    "copy": Operation(
+        {"region": REGION}, ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, long=True, pins=_pinned
+    ),
+    "adopt": Operation(
+        {"region": REGION, "size": INTEGER},
+        ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, pins=_pinned,
+    ),
+    "graft": Operation(
+        {"listing": REGION}, INTEGER, _CHANGE, _NAMES, waits=True, long=True, exclusive=True
+    ),
+    # Names
+    "lookup": Operation(_ENTRY_AT, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
+    "getattr": Operation({"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
+    "setattr": Operation(
+        {
+            "ino": INTEGER,
+            "mode": OPTIONAL_INTEGER,
+            "uid": OPTIONAL_INTEGER,
+            "gid": OPTIONAL_INTEGER,
+            "atime_ns": OPTIONAL_INTEGER,
+            "mtime_ns": OPTIONAL_INTEGER,
+        },
+        ATTRIBUTES, _CHANGE, _INODE, repeatable=True,
+    ),
+    # Pins end with the connection, and so are none of the target's changes.
+    "pin": Operation(
+        {"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True, pins=_pinned_argument
+    ),
+    "open": Operation(
+        {"ino": INTEGER}, OPENED, _READ, _NOTHING, repeatable=True, pins=_pinned_argument
+    ),
+    "unpin": Operation(
+        {"ino": INTEGER, "count": INTEGER}, NOTHING, _READ, _NOTHING, repeatable=True,
+        pins=lambda args, result: (args[0], -args[1]),
+    ),
+    "mknod": Operation(
+        {**_ENTRY_AT, "mode": INTEGER, **_OWNER, "rdev": INTEGER, "pin": FLAG, "umask": INTEGER},
+        ATTRIBUTES, _CHANGE, _NAMES, pins=_pinned_if(6),
+    ),
+    "mkdir": Operation(
+        {**_ENTRY_AT, "mode": INTEGER, **_OWNER, "umask": INTEGER}, ATTRIBUTES, _CHANGE, _NAMES
+    ),
+    "symlink": Operation({**_ENTRY_AT, "target": BYTES, **_OWNER}, ATTRIBUTES, _CHANGE, _NAMES),
+    "readlink": Operation({"ino": INTEGER}, BYTES, _READ, _NOTHING, repeatable=True),
+    "link": Operation({"ino": INTEGER, **_ENTRY_AT}, ATTRIBUTES, _CHANGE, _NAMES),
+    "unlink": Operation(
+        {**_ENTRY_AT, "hold": FLAG}, ATTRIBUTES, _CHANGE, _NAMES, pins=_held_if(2)
+    ),
+    "rmdir": Operation(
+        {**_ENTRY_AT, "hold": FLAG}, ATTRIBUTES, _CHANGE, _NAMES, pins=_held_if(2)
+    ),
+    "rename": Operation(
+        {
+            **_ENTRY_AT, "new_parent": INTEGER, "new_name": BYTES, "flags": INTEGER, "hold": FLAG,
+        },
+        optional(ATTRIBUTES), _CHANGE, _NAMES, pins=_held_if(5),
+    ),
+    "readdir": Operation(
+        {"ino": INTEGER, "after": BYTES, "limit": INTEGER},
+        ENTRIES, _READ, _NOTHING, repeatable=True,
+    ),
+    "getxattr": Operation({"ino": INTEGER, "name": BYTES}, BYTES, _READ, _NOTHING, repeatable=True),
+    "setxattr": Operation(
+        {"ino": INTEGER, "name": BYTES, "value": BYTES, "keep_setgid": FLAG},
+        NOTHING, _CHANGE, _INODE, repeatable=True,
+    ),
+    "removexattr": Operation({"ino": INTEGER, "name": BYTES}, NOTHING, _CHANGE, _INODE),
+    "listxattr": Operation({"ino": INTEGER}, list_of(BYTES), _READ, _NOTHING, repeatable=True),
+    "resolve": Operation({"path": TEXT}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
+    "open_name": Operation({"path": TEXT}, REGION, _READ, _NOTHING, repeatable=True),
+    "link_name": Operation({"region": REGION, "path": TEXT}, NOTHING, _CHANGE, _NAMES),
+    "unlink_name": Operation({"path": TEXT}, NOTHING, _CHANGE, _NAMES),
+    # The engine
+    "ping": Operation({}, NOTHING, _READ, _NOTHING, repeatable=True, served=_ENGINE),
+    "shutdown": Operation({}, NOTHING, _CHANGE, _TARGET, served=_ENGINE),
+    "watch": Operation(
+        {"number": INTEGER, "new_names": FLAG}, change_codec.CHANGES, _READ, _NOTHING,
+        repeatable=True, served=_ENGINE,
+    ),
+    # Direct access; a connection that may not change anything is granted none to write.
+    "join": Operation(
+        {"writable": FLAG}, optional(forms.JOINED), _READ, _NOTHING, served=_DIRECT
+    ),
+    "grant": Operation(
+        {"region": REGION}, optional(forms.GRANTED), _READ, _NOTHING, served=_DIRECT
+    ),
+    "make": Operation({"size": INTEGER}, optional(forms.MADE), _CHANGE, _NAMES, served=_DIRECT),
+    "leave": Operation({}, NOTHING, _READ, _NOTHING, served=_DIRECT),
+    # Migration; who may do this, and to what, is a matter of the provider's configuration, too.
+    # ``migrate`` asks a source, with options as JSON; the others but ``migration_progress`` are
+    # the source's to its destination.  Those that wait are answered concurrently with others.
+    "migrate": Operation(
+        {"address": TEXT, "provider_id": INTEGER, "options": TEXT},
+        NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION,
+    ),
+    "migration_progress": Operation(
+        {}, forms.numbers("bytes that were sent, and all", 2),
+        _READ, _NOTHING, repeatable=True, served=_MIGRATION,
+    ),
+    "receive_begin": Operation({"plan": TEXT}, NOTHING, _CHANGE, _TARGET, served=_MIGRATION),
+    "receive_rows": Operation(
+        {"table": TEXT}, NOTHING, _CHANGE, _TARGET, payload=_UPLOAD, served=_MIGRATION
+    ),
+    "receive_data": Operation(
+        {}, NOTHING, _CHANGE, _TARGET, payload=_UPLOAD, served=_MIGRATION
+    ),
+    "receive_finish": Operation(
+        {"regions": INTEGER}, NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION
+    ),
+    "receive_commit": Operation({}, NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION),
+    "receive_abort": Operation({}, NOTHING, _CHANGE, _TARGET, served=_MIGRATION),
+    # It changes nothing, but only a source has a reason to ask.
+    "receive_outcome": Operation(
+        {"uuid": TEXT}, FLAG, _CHANGE, _NOTHING, repeatable=True, waits=True, served=_MIGRATION
+    ),
+}  # fmt: skip
+
+READING = frozenset(
+    name
+    for name, operation in OPERATIONS.items()
+    if operation.changes is ChangeScope.NOTHING and operation.served in (Served.TARGET, _TRANSFER)
+)
+"""Operations that go on while the target is being sent to another provider; the others wait.
+
+``pin`` and ``unpin`` concern inodes without names, which stay behind.
+"""
+
+RESULTS: dict[str, Callable[[Any], Any]] = {
+    name: operation.result.decode for name, operation in OPERATIONS.items()
+}
+"""What makes of each operation's result in a reply what the operation returned."""
+
+
+def operation_named(name: str) -> Operation:
+    """The operation *name*.
+
+    Raises:
+        ProtocolError: there is none.
+    """
+    operation = OPERATIONS.get(name)
+    if operation is None:
+        raise ProtocolError(f"unknown operation {name!r:.60}")
+    return operation
+
+
+def access(name: str) -> RequiredAccess:
+    """What the operation *name* takes.
+
+    Raises:
+        ProtocolError: there is none.
+    """
+    return operation_named(name).access
+
+
+def checked_arguments(name: str, arguments: Any) -> list[Any]:
+    """The arguments of the operation *name* from a message, converted.
+
+    Raises:
+        ProtocolError: they are not as many, or have not the forms, that the table says.
+    """
+    return forms.checked_arguments(name, OPERATIONS[name].forms, arguments)

@@ -1,0 +1,1 @@
+"""The server: connections, requests, transfers, and migration."""

@@ -1,0 +1,434 @@
+"""One connection's bytes on the provider's side: events in, frames out, on a Trio socket.
+
+What goes over the socket may be TLS (``protocol/transport.py``); who is at its other end is found
+out before anything else is taken from it (``protocol/handshake.py``).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import math
+import socket
+from collections.abc import Sequence
+from time import perf_counter_ns
+
+import trio
+
+from warabi.errors import PermissionDenied, ProtocolError
+from warabi.protocol import handshake, wire
+from warabi.protocol.auth import Peer, Security
+from warabi.protocol.transport import NO_TLS, Part, Plain, Tls, Transport
+from warabi.protocol.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
+from warabi.provider.idle_connections import TURN, Crowd, Serve
+
+OPENING_PATIENCE = 10.0
+"""Seconds that a peer has for its opening, with everything that belongs to it."""
+STALL_PATIENCE = 60.0
+"""Seconds that a peer may take for each ``STALL_SIZE`` bytes that go through shared buffers."""
+STALL_SIZE = 4 * 1024 * 1024
+_PIECES = 2_000_000
+"""Nanoseconds after which others get a turn while the pieces of a payload are looked for."""
+_ONE = memoryview(bytearray(1))  # what is looked at goes there, and is received later
+_UNREAD = 64  # pieces of input that are thrown away at the end
+_UNREAD_PIECE = 256 * 1024
+
+
+class Channel:
+    """A connected socket and the protocol on it.
+
+    One task receives, or the crowd's leader for it.  Any number send; a frame, or a :meth:`stream`
+    of several parts, is never mixed with another's.
+
+    What can be received and sent at once is, without a turn of Trio's loop, which would cost more
+    than most requests.  The loop gets one when there is nothing to do, and after ``TURN``.
+
+    Args:
+        sock: the connected socket.
+        limits: what this side receives from those whom it has let in.
+        crowd: where all channels of the loop stand while nothing is under way on them.
+
+    Attributes:
+        draining: no more is taken than has come in.
+    """
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        limits: Limits,
+        crowd: Crowd,
+    ) -> None:
+        self._socket = sock
+        self._transport: Transport = Plain(sock._sock)  # type: ignore[attr-defined]
+        self._encrypted = False
+        self._crowd = crowd
+        self._attention = self._crowd.attention
+        self._lookout = self._crowd.lookout
+        self._turn = 0  # when this task last had one of Trio's loop
+        self._limits = limits
+        self._connection = wire.ProtocolConnection(handshake.STRANGER)
+        self._sending = trio.Lock()
+        self.draining = False
+        self._deaf = False  # the peer no longer takes replies; its requests still count
+        self.peer = Limits()
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return self._socket.fileno()
+
+    @property
+    def limits(self) -> Limits:
+        """What this side receives, and allocates."""
+        return self._limits
+
+    async def open(self, security: Security, *, local: bool) -> Peer | None:
+        """Exchange openings and find out who the peer is; None when it closes instead.
+
+        Raises:
+            PermissionDenied: it may not come in.
+            ProtocolError, trio.TooSlowError, OSError: it is no peer of ours.
+        """
+        with trio.fail_after(OPENING_PATIENCE):
+            if security.tls is not None and not local:
+                await self._start_tls(security)
+            dialogue = handshake.provider(self._limits, security, local=local)
+            say = next(dialogue)
+            try:
+                while True:
+                    if say:
+                        await self.send([say])
+                    event = await self.next_event()
+                    if event is None:
+                        return None
+                    say = dialogue.send(event)
+            except StopIteration as end:
+                who: Peer
+                self.peer, who, say = end.value
+            self._connection.limits = self._limits
+            if say:
+                await self.send([say])
+        return who
+
+    async def _start_tls(self, security: Security) -> None:
+        assert security.tls is not None
+        plain = self._socket._sock  # type: ignore[attr-defined]
+        tls = Tls(plain, security.tls.server, None)
+        done = False
+        while not done:
+            try:
+                done = tls.shake_hands()
+            except (PermissionDenied, ProtocolError):
+                await self.send([tls.unsent() or NO_TLS])
+                self._deaf = True  # an alert is all that it may understand
+                raise
+            if unsent := tls.unsent():
+                await self.send([unsent])
+            if not done:
+                await trio.lowlevel.wait_readable(self._socket)
+                with contextlib.suppress(BlockingIOError):  # there was nothing, after all
+                    tls.receive()
+        self._transport = tls
+        self._encrypted = True
+
+    def _look(self, buffer: memoryview, began: int, look: bool, within: bool) -> int:
+        """Receive what comes without a turn for others; -1 when they have to get one."""
+        receive = self._transport.recv_into
+        alone = self._attention.alone(self, began)
+        count = -1
+        if alone or self._encrypted:  # of what was received before, something may be left there
+            if within:
+                count = self._lookout.piece(receive, buffer, began, wait=alone)
+                self._lookout.moved(max(0, count))
+            else:
+                count = self._lookout.look(receive, buffer, began, wait=look and alone)
+        if count >= 0:
+            self._attention.give(self, perf_counter_ns())
+        return count
+
+    async def _receive(self, buffer: memoryview, within: bool) -> int:
+        began = perf_counter_ns()
+        count = -1
+        while count < 0:
+            await trio.lowlevel.wait_readable(self._socket)
+            with contextlib.suppress(BlockingIOError):
+                count = self._transport.recv_into(buffer, 0, 0)
+        self._came(began, within)
+        self._lookout.moved(count)
+        self._attention.give(self, self._turn)
+        return count
+
+    def _came(self, began: int, within: bool) -> None:
+        """Something came after a sleep, since *began*: a message, or within one, a piece."""
+        if within:
+            self._lookout.piece_came(began)
+        else:
+            self._lookout.came(began)
+        self._turn = perf_counter_ns()
+
+    async def _turn_within(self) -> int:
+        """Let others have a turn after many pieces of a message; returns the present time."""
+        now = perf_counter_ns()
+        if now - self._turn > _PIECES:
+            await trio.lowlevel.checkpoint()
+            self._turn = now = perf_counter_ns()
+        return now
+
+    def drain(self) -> None:
+        """From now on :meth:`next_event` gives what has come in, and then None."""
+        self.draining = True
+
+    async def next_event(self, *, look: bool = False, wait: bool = True) -> wire.Event | None:
+        """The next event, or None when the peer closed between two messages.
+
+        With *look* the loop may stand still for a moment, for nothing of this connection is under
+        way.  Without *wait* it is ``NEED_DATA`` if others had better get a turn before it comes.
+
+        Raises:
+            ProtocolError: the peer broke a rule, or closed elsewhere.
+            OSError: the connection broke.
+        """
+        if perf_counter_ns() - self._turn > TURN:
+            await trio.lowlevel.checkpoint()
+            self._turn = perf_counter_ns()
+        while (event := self._connection.next_event()) is NEED_DATA:
+            if self.draining and self._connection.between_messages:
+                last = self.event_nowait()
+                if last is not NEED_DATA:
+                    return last
+                continue  # a part of a message, whose rest is waited for
+            within = not self._connection.between_messages
+            began = await self._turn_within() if within else perf_counter_ns()
+            buffer = self._connection.buffer()
+            count = self._look(buffer, began, look, within)
+            if count < 0 and not wait:
+                return event
+            if count < 0:
+                count = await self._receive(buffer, within)
+            if count == 0 and self._connection.between_messages:
+                return None
+            self._connection.received(count)
+        return event
+
+    def event_nowait(self) -> wire.Event | None:
+        """The next event in what is there, ``NEED_DATA`` if it is not whole; as
+        :meth:`next_event`."""
+        connection = self._connection
+        event = connection.next_event()
+        if event is NEED_DATA:
+            try:
+                count = self._transport.recv_into(connection.buffer())
+            except BlockingIOError:
+                return None if self.draining and connection.between_messages else event
+            self._lookout.message(count)
+            self._attention.give(self, perf_counter_ns())
+            if count == 0 and connection.between_messages:
+                return None
+            connection.received(count)
+            event = connection.next_event()
+        return event
+
+    async def stand(self, serve: Serve) -> None:
+        """As :meth:`warabi.provider.idle_connections.Crowd.stand`; only on a connection that is
+        :attr:`plain`."""
+        if self._socket.fileno() < 0:
+            raise trio.ClosedResourceError
+        await self._crowd.stand(self._socket.fileno(), serve)
+
+    @property
+    def between_messages(self) -> bool:
+        """As of :class:`warabi.protocol.wire.ProtocolConnection`."""
+        return self._connection.between_messages
+
+    async def fill(self, place: memoryview, patience: float = math.inf) -> None:
+        """Receive the next bytes of the current payload into *place*, all of it.
+
+        Raises:
+            trio.TooSlowError: the peer took more than *patience* seconds for each ``STALL_SIZE``
+                bytes; a byte now and then is not enough.
+        """
+        self._connection.accept_payload(place)
+        with trio.fail_after(_scaled(patience, len(place))):
+            event = await self.next_event()
+        if event not in (PAYLOAD_DONE, PLACE_FULL):
+            raise ProtocolError("the peer closed the connection within a payload")
+
+    async def readable(self) -> None:
+        """Return when the next piece of a payload is there, or the peer has gone.
+
+        Only without TLS, with which the socket does not tell.
+        """
+        began = await self._turn_within()
+        alone = self._attention.alone(self, began)
+        if self._lookout.piece(self._peek, _ONE, began, wait=alone) < 0:
+            await trio.lowlevel.wait_readable(self._socket)
+            self._came(began, True)
+
+    def _peek(self, place: memoryview, size: int, flags: int) -> int:
+        return self._transport.recv_into(place, size, flags | socket.MSG_PEEK)
+
+    @property
+    def plain(self) -> bool:
+        """Whether bytes go to and from the socket as they are."""
+        return isinstance(self._transport, Plain)
+
+    def arrived(self) -> memoryview:
+        """As :meth:`warabi.protocol.wire.ProtocolConnection.arrived`."""
+        return self._connection.arrived()
+
+    @property
+    def alone(self) -> bool:
+        """Whether the next message is worth looking for at this connection only."""
+        now = perf_counter_ns()
+        return self._attention.alone(self, now) and self._lookout.until(now) > now
+
+    def skip(self, count: int) -> None:
+        """As :meth:`warabi.protocol.wire.ProtocolConnection.skip`."""
+        self._connection.skip(count)
+
+    def fill_nowait(self, place: memoryview) -> int:
+        """As :meth:`fill`, without waiting; returns how many bytes were there to be received."""
+        connection = self._connection
+        connection.accept_payload(place)
+        try:
+            while connection.next_event() is NEED_DATA:
+                count = self._transport.recv_into(connection.buffer())
+                connection.received(count)
+                self._lookout.moved(count)
+        except BaseException as error:
+            done = len(place) - connection.take_back()
+            if isinstance(error, BlockingIOError) or (done and isinstance(error, OSError)):
+                return done
+            raise
+        return len(place)
+
+    async def drop_payload(self) -> None:
+        """Receive what is left of the current payload into nothing."""
+        self._connection.accept_payload(None)
+        if await self.next_event() is not PAYLOAD_DONE:
+            raise ProtocolError("the peer closed the connection within a payload")
+
+    async def send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
+        """Send *parts* as one; a peer that is gone is no error, for its requests still count.
+
+        Over a local socket *descriptors* go with the first of them.
+        """
+        if not (descriptors or self._encrypted or self._sending.locked()):
+            # Most is sent with this, without the lock: nobody else has a turn meanwhile.
+            try:
+                parts = self._send_some(parts)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._deaf = True
+            if self._deaf or not parts:
+                return
+        if self._sending.locked():
+            await self._sending.acquire()
+        else:  # acquire() would let others go first, between what is sent already and the rest
+            self._sending.acquire_nowait()
+        try:
+            await self._send(parts, descriptors)
+        finally:
+            self._sending.release()
+
+    def _send_some(
+        self, parts: Sequence[Part], rights: Sequence[tuple[int, int, array.array[int]]] = ()
+    ) -> Sequence[Part]:
+        """Send what the socket takes at once, and return the rest."""
+        sent: int = self._socket._sock.sendmsg(parts, rights)  # type: ignore[attr-defined]
+        self._lookout.moved(sent)
+        rest: list[Part] = []
+        for part in parts:
+            if sent >= len(part):
+                sent -= len(part)
+            else:
+                rest.append(memoryview(part)[sent:])
+                sent = 0
+        return rest
+
+    async def _send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
+        if self._deaf:
+            return
+        rights = []
+        if descriptors:
+            rights.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors)))
+        try:
+            for piece in self._transport.sealed(parts):
+                rest: Sequence[Part] = piece
+                while rest:
+                    try:
+                        rest = self._send_some(rest, rights)
+                        rights = []
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_writable(self._socket)
+        except (OSError, ProtocolError, PermissionDenied):
+            self._deaf = True
+
+    def send_nowait(self, parts: Sequence[Part]) -> int:
+        """Send what the socket takes at once, in a :meth:`stream`; returns how many bytes.
+
+        Parts that cannot be read are not sent.
+        """
+        plain: socket.socket = self._socket._sock  # type: ignore[attr-defined]
+        try:
+            sent = 0 if self._deaf else plain.sendmsg(parts)
+            self._lookout.moved(sent)
+            return sent
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._deaf = error.errno != errno.EFAULT
+            return 0
+
+    def stream(self, patience: float) -> Stream:
+        """A frame whose parts are sent one by one: ``async with channel.stream(...) as stream``.
+
+        Sending a part raises ``trio.TooSlowError`` when the peer takes less than ``STALL_SIZE``
+        bytes in *patience* seconds.
+        """
+        return Stream(self, patience)
+
+    def close(self) -> None:
+        """End the connection; replies that were sent arrive.
+
+        Input that nobody has read would have the kernel reset the connection, and what the peer has
+        not received by then would be lost.
+        """
+        with contextlib.suppress(OSError):  # there is no more
+            for _ in range(_UNREAD):
+                if not self._socket._sock.recv(_UNREAD_PIECE):  # type: ignore[attr-defined]
+                    break
+        self._crowd.closing(self._socket.fileno())
+        self._socket.close()
+
+
+def _scaled(patience: float, size: int) -> float:
+    """Seconds for *size* bytes, from those for ``STALL_SIZE``, which are the fewest, too."""
+    return patience * max(1.0, size / STALL_SIZE)
+
+
+class Stream:
+    """The right to send, held for several parts; one that is left half way ends the connection."""
+
+    def __init__(self, channel: Channel, patience: float) -> None:
+        self._channel = channel
+        self._patience = patience
+
+    async def __aenter__(self) -> Stream:
+        try:
+            self._channel._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._channel._sending.acquire()
+        return self
+
+    async def send(self, *parts: Part) -> None:
+        """Send all of *parts*, however long it takes within the patience."""
+        with trio.fail_after(_scaled(self._patience, sum(map(len, parts)))):
+            await self._channel._send(parts)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._channel._deaf = True
+            self._channel.close()
+        self._channel._sending.release()

@@ -1,0 +1,165 @@
+"""What serves one provider ID."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from warabi import errors
+from warabi._core import forks
+from warabi.provider.buffer_pool import DefaultTransfers, Transfers
+from warabi.provider.freeze import ChangeGate
+from warabi.provider.local_access import LocalAccess
+from warabi.provider.occupancy import Occupancy
+from warabi.target.config import ProviderConfig
+from warabi.target.target import Target
+
+if TYPE_CHECKING:
+    from warabi.provider.migration.exchange import Receiving
+    from warabi.provider.migration.send import Sending
+    from warabi.remote.connection import BlockingConnection
+
+_THREADS = 16  # for asynchronous requests from the provider's own process
+
+
+class ProviderCore:
+    """What serves one provider ID: a target, or none yet.
+
+    Attributes:
+        provider_id: 0 to 65535.
+        target: the target; operations fail with ``TargetNotFound`` without one.
+        transfers: its transfer manager.
+        abandoned: set when the last reference to the ``Provider`` object is gone.
+        config: its effective configuration, whose target is the one that it has now.
+        changes: the gate that every change of the target passes.
+        occupancy: whether an operation has the target for itself.
+        sending: the latest migration of its target away, under way or ended.
+        receiving: the migration that brings it a target, while it is under way.
+        connect: a connection to an engine, for a migration alone.
+        on_adopt: called after a target was brought.
+        direct: reaches its regions past the target.
+    """
+
+    def __init__(
+        self, provider_id: int, target: Target | None, transfers: Transfers | None = None
+    ) -> None:
+        self.provider_id = provider_id
+        self._target = target
+        self.transfers = transfers or DefaultTransfers()
+        self.abandoned = False
+        self.config = ProviderConfig()
+        self.changes = ChangeGate()
+        self.occupancy = Occupancy()
+        self.sending: Sending | None = None
+        self.receiving: Receiving | None = None
+        self.connect: Callable[[str], BlockingConnection] | None = None
+        self.on_adopt: Callable[[ProviderCore], None] = lambda core: None
+        self._lock = threading.Lock()  # of what target it has, and whether it is closed
+        self._closed = False
+        self._gone = ""  # where its target went
+        self._parents: Target | None = None  # in a forked child
+        self._pool: ThreadPoolExecutor | None = None
+        self.direct = LocalAccess(self)
+        self._pid = os.getpid()
+        forks.register(self)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+        # It stays referred to: to deallocate all that is in it would copy the parent's memory.
+        self._parents, self._target = self._target, None
+        self._gone = f"the target belongs to process {self._pid}, from which this one was forked"
+        self.sending = self.receiving = self._pool = None
+
+    def run_beside(self, work: Callable[[], None]) -> None:
+        """Have *work*, which waits for the medium, done by a thread; before :meth:`close` ends."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="warabi-async")
+        self._pool.submit(work)
+
+    @property
+    def target(self) -> Target:
+        target = self._target
+        if target is None:
+            raise errors.TargetNotFound(self._gone or f"provider {self.provider_id} has no target")
+        return target
+
+    @property
+    def has_target(self) -> bool:
+        return self._target is not None
+
+    def check_open(self) -> None:
+        """Raise ``ProviderNotFound`` once it is closed."""
+        if self._closed:
+            raise errors.ProviderNotFound(f"provider {self.provider_id} is closed")
+
+    def begin_sending(self, sending: Sending) -> None:
+        """Let *sending* be the one migration of the target away.
+
+        Raises:
+            TargetNotFound, ProviderNotFound: there is nothing to send.
+            TargetBusy: another migration is under way.
+        """
+        with self._lock:
+            self.check_open()
+            if self.sending is not None and not self.sending.ended:
+                raise errors.TargetBusy(
+                    f"migrate: the target of provider {self.provider_id} is being migrated already"
+                )
+            _ = self.target
+            self.sending = sending
+
+    def begin_receiving(self, receiving: Receiving) -> None:
+        """Let *receiving* be the one migration that brings a target.
+
+        Raises:
+            ConfigError: there is a target already.
+            ProviderNotFound: it is closed.
+            TargetBusy: another migration is under way.
+        """
+        with self._lock:
+            self.check_open()
+            if self._target is not None:
+                raise errors.ConfigError(
+                    f"migrate: provider {self.provider_id} has a target already"
+                )
+            if self.receiving is not None:
+                raise errors.TargetBusy(
+                    f"migrate: provider {self.provider_id} is being brought a target already"
+                )
+            self.receiving = receiving
+
+    def adopt(self, target: Target, config: ProviderConfig) -> None:
+        """Serve *target*, which was brought; closes it and raises when this provider is closed."""
+        with self._lock:
+            if not self._closed:
+                self._target, self.config, self._gone = target, config, ""
+        if self._closed:
+            target.close()
+            self.check_open()
+        self.on_adopt(self)
+
+    def give_up(self, reason: str) -> Target:
+        """Serve no target any more; operations raise ``TargetNotFound`` with *reason*.
+
+        Returns the target, which is the caller's to close.
+        """
+        with self._lock:
+            target = self.target
+            target.say_closed(reason)
+            self.config = self.config.model_copy(update={"target": None})
+            self._target, self._gone = None, reason
+        return target
+
+    def close(self) -> None:
+        """Finish what runs beside and close the target; ends a migration.  Idempotent."""
+        with self._lock:
+            self._closed = True
+        if self.sending is not None:
+            self.sending.stop()
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self._target is not None:
+            self._target.close()

@@ -1,0 +1,143 @@
+"""The provider's part of direct access: what one connection was granted, and its descriptors.
+
+A guest's connection does nothing else.  It sends ``join [writable]`` and gets ``[word offset, word
+value, writable]`` with four descriptors (life sign, table, marks or, when not writable, the table
+again, and its board), and then ``grant [region]``, which is answered by ``[index, stamp, offset,
+room, segment, mapped, waits, follows]``, of a :class:`~warabi.backends.base.Location`, and, if it
+*follows*, one descriptor.  ``make [size]`` creates a region and grants it: ``[region, ...]``, as
+for ``grant`` and with a descriptor of the region's own, or ``[region]`` where there is none.  Each
+is answered by ``None`` where direct access is not to be had.  Numbers are bytes but for
+``segment``, which names a descriptor that several regions share and that is sent once.
+
+A guest that says ``leave`` touches nothing any more.  One whose connection ends without that may
+still be in the middle of an access, so it counts as there until its process has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import trio
+
+from warabi import errors
+from warabi.errors import WouldBlock
+from warabi.region import RegionID
+from warabi.shm.liveness import LifeSigns
+from warabi.target.leases import GrantHolder
+from warabi.target.sharing import Granted
+from warabi.target.target import Target
+
+log = logging.getLogger(__name__)
+
+
+class Host:
+    """What the guests of one connection hold.
+
+    Args:
+        life: of the loop's thread.
+        pid: of the guest's process; 0 when it cannot be seen from here.
+    """
+
+    def __init__(self, life: LifeSigns, pid: int) -> None:
+        self._life = life
+        self._pid = pid
+        self._process = -1  # a descriptor that tells when it ends
+        self._waiting = trio.CancelScope()
+        self._guest: GrantHolder | None = None
+        self._target: Target | None = None
+        self._writable = False
+
+    async def answer(
+        self, target: Target, name: str, arguments: list[Any]
+    ) -> tuple[Any, list[int]]:
+        """The result of an operation, and descriptors for the caller to send and close."""
+        if name == "join":
+            return self._join(target, arguments[0])
+        if self._guest is None or target is not self._target:
+            raise errors.ProtocolError(f"{name}: without a join before it")
+        if name == "leave":
+            self._leave()
+            return None, []
+        if name == "make":
+            return self._make(target, self._guest, arguments[0])
+        return await self._grant(target, self._guest, arguments[0])
+
+    def _join(self, target: Target, writable: bool) -> tuple[Any, list[int]]:
+        if self._guest is not None:
+            raise errors.ProtocolError("join: a second time on one connection")
+        try:
+            life = self._life.take()
+        except OSError as error:
+            log.info("no direct access to regions: %s", error.strerror)
+            return None, []
+        joined = target.join()
+        if joined is None:
+            self._life.drop()
+            return None, []
+        with contextlib.suppress(OSError, ValueError):
+            self._process = os.pidfd_open(self._pid)
+        self._guest, grants = joined
+        self._target = target
+        self._writable = self._guest.writes = writable and target.shares_writes
+        marks = grants.marks if self._writable else grants.table
+        shown = (life.memory, grants.table, marks, self._guest.board)
+        answer = [life.offset, life.value, self._writable]
+        return answer, [os.dup(memory.fd) for memory in shown]
+
+    async def _grant(
+        self, target: Target, guest: GrantHolder, region: RegionID
+    ) -> tuple[Any, list[int]]:
+        try:
+            granted = target.grant(region, guest.number, writable=self._writable, wait=False)
+        except WouldBlock:
+            granted = await trio.to_thread.run_sync(self._grant_slowly, target, guest, region)
+        if granted is None:
+            return None, []
+        return granted.answer(guest)
+
+    def _make(self, target: Target, guest: GrantHolder, size: int) -> tuple[Any, list[int]]:
+        if not self._writable:
+            return None, []
+        region = target.make(size, guest.number)
+        try:
+            granted = target.grant(region, guest.number, writable=True, wait=False)
+        except (errors.Exception, WouldBlock):  # somebody found it, and was at it already
+            granted = None
+        if granted is not None and granted.place.segment:
+            os.close(granted.place.fd)
+            granted = None
+        if granted is None:
+            return [region], []
+        answer, descriptors = granted.answer(guest)
+        return [region, *answer], descriptors
+
+    def _grant_slowly(self, target: Target, guest: GrantHolder, region: RegionID) -> Granted | None:
+        return target.grant(region, guest.number, writable=self._writable)
+
+    def _leave(self) -> None:
+        if self._guest is not None and self._target is not None:
+            self._target.leave(self._guest)
+            self._guest = None
+            self._life.drop()
+
+    async def end(self) -> None:
+        """The connection has ended: return when the guest can touch nothing more, or at
+        :meth:`drain`, when the target's end takes care of it."""
+        try:
+            if self._guest is not None and self._target is not None:
+                self._target.asks_no_more(self._guest)
+                with self._waiting:
+                    if self._process < 0:
+                        await trio.sleep_forever()
+                    await trio.lowlevel.wait_readable(self._process)
+                    self._leave()
+        finally:
+            if self._process >= 0:
+                os.close(self._process)
+
+    def drain(self) -> None:
+        """Wait for no guest."""
+        self._waiting.cancel()

@@ -1,0 +1,126 @@
+"""Changes of a provider's target wait while it is being migrated.
+
+Every change through a provider passes its gate: from the wire in ``session.py``, in the process
+in ``remote/link.py``.  Processes that reach regions directly do not pass it: ``pause_sharing``
+sends them to the provider, and so here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable
+
+import trio
+
+from warabi._core import interrupts
+from warabi.errors import ConnectionLost, TimedOut
+
+
+class ChangeGate:
+    """A context that a change runs in: ``with gate``; entering waits until the gate is open.
+
+    Thread-safe.  In a program's main thread it is entered under ``interrupts.uninterrupted`` only.
+    Who enters counts itself and then looks whether the gate is closed; who closes
+    it does so and then counts: one of them sees the other, and an open gate costs no lock.
+    """
+
+    def __init__(self) -> None:
+        self._inside: list[None] = []  # its length counts; append and pop are atomic
+        self._frozen = False  # changed with the lock held
+        self._lock = threading.Lock()  # innermost
+        self._changed = threading.Condition(self._lock)
+        self._wakers: list[Callable[[], None]] = []  # of Trio tasks that wait
+
+    def __enter__(self) -> None:
+        self._inside.append(None)
+        if self._frozen:
+            self.leave()
+            self._enter_later()
+
+    def _enter_later(self) -> None:
+        while not self.enter_nowait():
+            with self._lock:
+                while self._frozen:
+                    self._changed.wait(interrupts.LOOK_AROUND if interrupts.waits_held() else None)
+                    interrupts.check()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._inside.pop()
+        if self._frozen:
+            self._tell()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether entering would wait."""
+        return self._frozen
+
+    def enter_nowait(self) -> bool:
+        """Enter if that is possible at once."""
+        self._inside.append(None)
+        if self._frozen:
+            self.leave()
+            return False
+        return True
+
+    async def enter(self) -> None:
+        """Enter, without keeping the loop waiting."""
+        while not self.enter_nowait():
+            opened = trio.Event()
+            token = trio.lowlevel.current_trio_token()
+
+            wake = functools.partial(token.run_sync_soon, opened.set)
+            with self._lock:
+                if self._frozen:
+                    self._wakers.append(wake)
+                else:
+                    opened.set()
+            await opened.wait()
+
+    def leave(self) -> None:
+        """As the end of the context, after :meth:`enter_nowait` or :meth:`enter`."""
+        self._inside.pop()
+        if self._frozen:
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
+
+    def freeze(self, patience: float, stopped: Callable[[], bool]) -> None:
+        """Close the gate and return when the changes inside have ended; only one may.
+
+        Raises:
+            TimedOut: they have not, after *patience* seconds; the gate is open again.
+            ConnectionLost: *stopped* became true meanwhile; the gate is open again.
+        """
+        deadline = time.monotonic() + patience
+        with self._lock:
+            assert not self._frozen
+            self._frozen = True
+            while self._inside:
+                if stopped():
+                    self._thaw()
+                    raise ConnectionLost("migrate: the provider is being closed")
+                if time.monotonic() > deadline:
+                    self._thaw()
+                    raise TimedOut(
+                        f"migrate: {len(self._inside)} changes of the target that were under way"
+                        f" did not end in {patience:g} s"
+                    )
+                self._changed.wait(0.2)
+
+    def thaw(self) -> None:
+        """Open the gate."""
+        with self._lock:
+            self._thaw()
+
+    def _thaw(self) -> None:
+        self._frozen = False
+        self._changed.notify_all()
+        for wake in self._wakers:
+            with contextlib.suppress(trio.RunFinishedError):  # and so has the task
+                wake()
+        self._wakers.clear()

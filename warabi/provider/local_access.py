@@ -1,0 +1,82 @@
+"""Direct access of a provider's own process: the same as a guest's, without a connection."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from warabi import errors
+from warabi._core import forks, interrupts
+from warabi.backends.base import THIS_PROCESS
+from warabi.region import RegionID
+from warabi.shm.client import DirectAccess, Guest
+
+if TYPE_CHECKING:
+    from warabi.provider.core import ProviderCore
+    from warabi.target import leases
+    from warabi.target.target import Target
+
+
+class LocalAccess(DirectAccess):
+    """Reads and writes regions as a :class:`Guest` does: False where the target has to be asked.
+
+    There is one for a provider, made when first needed, and it ends with the target.
+
+    Args:
+        core: whose target.
+    """
+
+    def __init__(self, core: ProviderCore) -> None:
+        super().__init__()
+        self._core = core
+        self._lock = threading.Lock()  # held by who asks; others meanwhile use the target
+        self._target: Target | None = None  # that was joined
+        self._board: leases.GrantHolder | None = None
+        self._accesses = 0
+        forks.register(self)
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+        self.guest = self._board = None
+
+    def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        return None if self._lock.locked() else interrupts.uninterrupted(self._ask, region, size)
+
+    def _ask(self, region: RegionID, size: int) -> Guest | None:
+        held = False
+        try:
+            (held,) = map(self._lock.acquire, (False,))
+            if not held:
+                return None
+            target = self._core.target
+            guest = self.guest
+            if target is not self._target:
+                self._accesses += 1
+                guest = self.guest = self._join(target) if self._accesses > 1 else None
+            if guest is None or self._board is None or not guest.wants(region, size):
+                return None
+            granted = target.grant(region, THIS_PROCESS, writable=target.shares_writes, wait=False)
+            if granted is None:
+                guest.add(region, None, [])
+            else:
+                guest.add(region, *granted.answer(self._board))
+            return guest
+        except (errors.Exception, errors.WouldBlock, OSError):
+            return None  # what the caller does next says what is wrong
+        finally:
+            if held:
+                self._lock.release()
+
+    def _join(self, target: Target) -> Guest | None:
+        self._target = target
+        joined = target.join()
+        if joined is None:
+            return None
+        self._board, shared = joined
+        marks = shared.marks if target.shares_writes else shared.table
+        # The table's first word is its own sign of life.
+        shown = (shared.table, shared.table, marks, self._board.board)
+        guest = Guest([0, 1, target.shares_writes], [os.dup(memory.fd) for memory in shown])
+        shared.on_withdraw, shared.on_forget = guest.let_go, guest.forget
+        return guest

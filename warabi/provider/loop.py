@@ -1,0 +1,217 @@
+"""The Trio loop of a serving engine, in a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+
+import trio
+
+from warabi import errors
+from warabi._core import forks
+from warabi._core.log_limit import RateLimit
+from warabi.eventloop import loop_watchdog
+from warabi.protocol import address
+from warabi.protocol.address import Endpoint
+from warabi.protocol.auth import Security
+from warabi.protocol.limits import EngineLimits
+from warabi.provider.admission import Admission, Visitor
+from warabi.provider.core import ProviderCore
+from warabi.provider.direct_access import Host
+from warabi.provider.idle_connections import Crowd
+from warabi.provider.session import ClientSession
+from warabi.shm.liveness import LifeSigns
+from warabi.target.region_locks import LOOPS
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit())  # peers cause most of what is logged here
+
+_DRAIN_PATIENCE = 2.0
+"""Seconds that peers have, at the end, to send the rest of a request and to take their replies."""
+
+_KEPT_ALIVE = (
+    # The connection of a host that died ends within minutes, and with it what it holds here.
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 15),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 4),
+)
+
+
+class Runtime:
+    """Listens at an endpoint and serves providers until stopped.
+
+    Args:
+        wanted: where to listen; parts may be left out.
+        security: what is demanded of peers.
+        limits: what is taken from them.
+        on_shutdown: called, from the loop, when a peer asks the engine to shut down.
+        share: whether processes of this host may reach regions directly.
+
+    Raises:
+        ConfigError, PermissionDenied: it cannot listen there.
+    """
+
+    def __init__(
+        self,
+        wanted: Endpoint,
+        security: Security,
+        limits: EngineLimits,
+        on_shutdown: Callable[[], None],
+        *,
+        share: bool,
+    ) -> None:
+        if security.tls is not None:
+            assert security.tls.server  # what is wrong with the files is said now
+        self._share = share
+        self._life = LifeSigns()
+        self._listener, self.endpoint = address.listen(wanted, protected=security.protected)
+        self._security = security
+        self._limits = limits
+        self._admission = Admission(limits)
+        self._crowd = Crowd()
+        self.providers: dict[int, ProviderCore] = {}
+        self.remote_shutdown = False
+        self._on_shutdown = on_shutdown
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+        self._accepting = trio.CancelScope()
+        self._sessions: set[ClientSession] = set()
+        self._started = threading.Event()
+        self.pid = os.getpid()
+        forks.register(self)
+        self._thread = threading.Thread(target=self._run, name="warabi-engine", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    def _forked(self) -> None:
+        # Peers must see the end of their connections, and of the listener, when the parent ends.
+        self.providers = {}
+        forks.disconnect(fd for fd in (s.fileno() for s in self._sessions) if fd >= 0)
+        if self._listener.fileno() >= 0:
+            forks.disconnect([self._listener.fileno()])
+
+    def _run(self) -> None:
+        LOOPS.add(threading.get_ident())
+        try:
+            trio.run(self._main, instruments=loop_watchdog.instruments())
+        except BaseException:
+            log.exception("the engine's loop ended with an error")
+        finally:
+            LOOPS.discard(threading.get_ident())
+            self._life.close()
+            self._started.set()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        listener = trio.socket.from_stdlib_socket(self._listener)
+        with self._scope:
+            async with self._crowd.served(), trio.open_nursery() as nursery:
+                with listener, self._accepting:
+                    self._started.set()
+                    await self._accept(listener, nursery)
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                connection, where = await listener.accept()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.debug("accept: %s", error)
+                    continue
+                log.error("accept: %s; no new connections for a moment", error.strerror)
+                await trio.sleep(0.1)
+                continue
+            pid = 0
+            if self.endpoint.local:
+                pid, uid = address.peer(connection)  # type: ignore[arg-type]  # has getsockopt
+                if uid not in (os.getuid(), 0):
+                    log.error("connection refused: from another user, %d", uid)
+                    connection.close()
+                    continue
+            else:
+                address.prepare(connection)  # type: ignore[arg-type]  # has what it needs
+                for option, value in _KEPT_ALIVE:
+                    connection.setsockopt(*option, value)
+            where_from = "" if self.endpoint.local else str(where[0])
+            self._receive(connection, where_from, pid, nursery)
+
+    def _receive(
+        self, connection: trio.socket.SocketType, host: str, pid: int, nursery: trio.Nursery
+    ) -> None:
+        session = ClientSession(
+            connection,
+            self.find,
+            self._shutdown,
+            security=self._security,
+            limits=self._limits,
+            local=self.endpoint.local,
+            admit=lambda: self._admission.admit(visitor),
+            leave=lambda: self._admission.leave(visitor),
+            host=Host(self._life, pid) if self.endpoint.local and self._share else None,
+            crowd=self._crowd,
+        )
+        visitor = Visitor(host, session.drop)
+        self._admission.arrive(visitor)
+        self._sessions.add(session)
+        nursery.start_soon(self._serve, session)
+
+    async def _serve(self, session: ClientSession) -> None:
+        if self._accepting.cancel_called:
+            session.drain()
+        try:
+            await session.run()
+        except Exception:
+            log.exception("a defect ended a connection")
+        finally:
+            self._sessions.discard(session)
+
+    def _drain(self) -> None:
+        """Take nothing new, and end when what has come in is answered."""
+        self._accepting.cancel()
+        self._scope.deadline = trio.current_time() + _DRAIN_PATIENCE
+        for session in list(self._sessions):
+            session.drain()
+
+    def find(self, provider_id: int) -> ProviderCore:
+        """The provider with that ID.
+
+        Raises:
+            ProviderNotFound: there is none.
+        """
+        try:
+            return self.providers[provider_id]
+        except KeyError:
+            raise errors.ProviderNotFound(f"no provider {provider_id} at {self.endpoint}") from None
+
+    def _shutdown(self) -> None:
+        if not self.remote_shutdown:
+            raise errors.PermissionDenied(f"{self.endpoint}: remote shutdown is not enabled")
+        self._on_shutdown()
+
+    def stop(self) -> None:
+        """Answer what has come in, end the loop and close every provider.
+
+        Idempotent; not from the loop itself.
+        """
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._drain)
+        self._thread.join()
+        self._listener.close()
+        if self.endpoint.local:
+            address.local_path(self.endpoint).unlink(missing_ok=True)
+        failures = []
+        for core in list(self.providers.values()):
+            try:
+                core.close()
+            except errors.Exception as error:
+                failures.append(error)
+        self.providers.clear()
+        if failures:
+            raise failures[0]

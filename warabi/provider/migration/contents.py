@@ -1,0 +1,73 @@
+"""What of a target moves: its catalogue's rows and its regions, page by page.
+
+For a target whose changes wait.  Inodes that lost their last name and are still open somewhere
+stay behind.  The target's lock is held for a page at a time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from warabi.metadata.journal import translate
+from warabi.provider.migration.records import TABLES
+from warabi.region import RegionID
+from warabi.target.target import Target
+
+_PAGE = 1000  # rows
+_MOVES = "(nlink > 0 OR anonymous = 1)"
+_REGULAR = f"mode & {0o170000} = {stat.S_IFREG} AND {_MOVES}"
+# Each table's key, and which of its rows move.
+_KEYS = {
+    "inode": (("ino",), _MOVES),
+    "dentry": (("parent", "name"), "1"),
+    "xattr": (
+        ("ino", "name"),
+        f"EXISTS(SELECT 1 FROM inode i WHERE i.ino = xattr.ino AND {_MOVES})",
+    ),
+}
+
+
+def totals(target: Target) -> tuple[int, int]:
+    """How many regions move, and their bytes."""
+    sql = f"SELECT count(*), coalesce(sum(size), 0) FROM inode WHERE {_REGULAR}"
+    regions, used = _page(target, sql)[0]
+    return regions, used
+
+
+def rows(target: Target, table: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table of the catalogue, by their key."""
+    columns = TABLES[table]
+    key, moves = _KEYS[table]
+    last: tuple[Any, ...] = (-1, b"")[: len(key)]
+    sql = (
+        f"SELECT {', '.join(columns)} FROM {table} WHERE {moves} AND"
+        f" ({', '.join(key)}) > ({', '.join('?' * len(key))}) ORDER BY {', '.join(key)} LIMIT ?"
+    )
+    while page := _page(target, sql, *last, _PAGE):
+        yield from page
+        last = tuple(page[-1][columns.index(column)] for column in key)
+
+
+def regions(target: Target) -> Iterator[tuple[RegionID, int]]:
+    """The ID and the size of each region, by slot."""
+    sql = (
+        f"SELECT ino, generation, size FROM inode WHERE ino > ? AND {_REGULAR} ORDER BY ino LIMIT ?"
+    )
+    last = 0
+    while page := _page(target, sql, last, _PAGE):
+        for ino, generation, size in page:
+            yield RegionID.from_parts(ino, generation), size
+        last = page[-1][0]
+
+
+def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    with target._guard.lock, target._guard.checked:
+        try:
+            target._catalogue.flush()
+            target._catalogue.check_stored()  # or it would be missing
+            return target._catalogue._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise translate(error, target._catalogue.path) from error

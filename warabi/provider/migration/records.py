@@ -1,0 +1,129 @@
+"""What a migration's messages hold: rows of the catalogue, and pieces of regions.
+
+The other side may be anybody who is allowed to send a target, so everything is checked here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from warabi.errors import PathError, ProtocolError
+from warabi.metadata import domain
+from warabi.region import RegionID
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "inode": (
+        "ino", "generation", "mode", "nlink", "uid", "gid", "rdev", "size", "atime", "mtime",
+        "ctime", "anonymous", "target",
+    ),
+    "dentry": ("parent", "name", "ino"),
+    "xattr": ("ino", "name", "value"),
+}  # fmt: skip
+"""The catalogue's tables that move, in this order, with their columns."""
+
+_PIECE = struct.Struct("<16sQI?")  # region, offset, length, whether its bytes are all zero
+PIECE_HEADER = _PIECE.size
+_BYTES = {"name", "value"}
+
+
+class Piece(NamedTuple):
+    """Some bytes of a region; None when they are all zero."""
+
+    region: RegionID
+    offset: int
+    length: int
+    data: memoryview | None
+
+
+def put_header(
+    place: memoryview, at: int, region: bytes, offset: int, length: int, zero: bool
+) -> None:
+    """Write what goes before a piece's bytes, ``PIECE_HEADER`` bytes."""
+    _PIECE.pack_into(place, at, region, offset, length, zero)
+
+
+def pieces(payload: memoryview) -> Iterator[Piece]:
+    """The pieces in a message.
+
+    Raises:
+        ProtocolError: it is malformed.
+    """
+    at = 0
+    while at < len(payload):
+        if at + PIECE_HEADER > len(payload):
+            raise ProtocolError("receive_data: a piece without its header")
+        rid, offset, length, zero = _PIECE.unpack_from(payload, at)
+        at += PIECE_HEADER
+        data = None if zero else payload[at : at + length]
+        if data is not None and len(data) != length:
+            raise ProtocolError(f"receive_data: a piece of {length} bytes has {len(data)}")
+        yield Piece(RegionID(rid), offset, length, data)
+        at += 0 if zero else length
+
+
+def pack_row(row: Sequence[Any]) -> bytes:
+    packed: bytes = msgpack.packb(row, use_bin_type=True)
+    return packed
+
+
+def join_rows(packed: Sequence[bytes]) -> memoryview:
+    """A message of rows that were packed one by one."""
+    header: bytes = msgpack.Packer().pack_array_header(len(packed))
+    return memoryview(header + b"".join(packed))
+
+
+def rows(table: str, payload: memoryview) -> list[list[Any]]:
+    """The checked rows of *table* in a message.
+
+    Raises:
+        ProtocolError: they are malformed, or no catalogue could have them.
+    """
+    columns = TABLES.get(table)
+    if columns is None:
+        raise ProtocolError(f"receive_rows: unknown table {table!r:.60}")
+    try:
+        found = msgpack.unpackb(payload, raw=False)  # its size bounds what it can hold
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise ProtocolError(f"receive_rows: malformed rows of {table}: {error}") from None
+    if not isinstance(found, list):
+        raise ProtocolError(f"receive_rows: no rows of {table}: {found!r:.100}")
+    for row in found:
+        if not (isinstance(row, list) and len(row) == len(columns)):
+            raise ProtocolError(f"receive_rows: no row of {table}: {row!r:.100}")
+        _check(table, columns, row)
+    return found
+
+
+def _check(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
+    for column, value in zip(columns, row, strict=True):
+        if column in ("atime", "mtime", "ctime") and type(value) is int:
+            continue  # clamped below
+        if column == "target":
+            good = value is None or isinstance(value, bytes)
+        elif column in _BYTES:
+            good = isinstance(value, bytes)
+        else:
+            good = type(value) is int and -(1 << 63) <= value < 1 << 63
+        if not good:
+            raise ProtocolError(f"receive_rows: {table}.{column} cannot be {value!r:.60}")
+    why = ""
+    try:
+        if table == "inode":
+            row[8:11] = (
+                domain.clamped(row[8]),
+                domain.clamped(row[9]),
+                domain.clamped_change(row[10]),
+            )
+            why = domain.fault(row)
+        elif table == "dentry":
+            domain.name(row[1])
+        else:
+            domain.xattr(row[1], row[2])
+    except PathError as error:
+        why = str(error)
+    if why:
+        raise ProtocolError(f"receive_rows: {table} {row!r:.200}: {why}")

@@ -1,0 +1,200 @@
+"""Where a target that is being received is built, and how it becomes one.
+
+A place gives a database for the catalogue and a storage for the bytes, and then is installed,
+or discarded.  Nobody can open the target before it is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from warabi import errors
+from warabi.backends import MemoryStorage, Storage
+from warabi.errors import ConfigError
+from warabi.metadata import schema
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.dentries import Dentries
+from warabi.metadata.journal import Journal, sync_directory, translate
+from warabi.target import opening
+from warabi.target.config import FileTarget, MemoryConfig, MemoryTarget, PmemTarget
+from warabi.target.target import Target
+
+
+class StagedTarget(ABC):
+    """Attributes: ``db``, with the catalogue's schema and its first rows, ``database``, the path of
+    its file or None, and ``storage``."""
+
+    db: sqlite3.Connection
+    database: Path | None = None
+    storage: Storage
+
+    @abstractmethod
+    def checkpoint(self) -> None:
+        """Put the bytes stored so far on the medium, and forget which they were."""
+
+    @abstractmethod
+    def seal(self) -> None:
+        """Put everything on the medium; nothing is added later."""
+
+    @abstractmethod
+    def install(self) -> Target:
+        """The target, open; it is there for good.  On failure everything is as before."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Leave nothing of the target."""
+
+
+class _Received(Catalogue):
+    """A catalogue in memory whose rows are there already."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._received = db
+        super().__init__(None)
+
+    def _configure(self, path: Path | None) -> None:
+        self._db.close()
+        self._db = self._received
+        self._journal = Journal(self._db, None)
+        self._dentries = Dentries(self._db, self._journal)
+
+
+class StagedMemoryTarget(StagedTarget):
+    """A target in memory."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self._capacity = config.capacity
+        self.storage = MemoryStorage()
+        self.db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        schema.make(self.db)
+        schema.populate(self.db)
+
+    def checkpoint(self) -> None:
+        """Memory is as durable as it gets."""
+
+    seal = checkpoint
+
+    def install(self) -> Target:
+        return Target(_Received(self.db), self.storage, capacity=self._capacity)
+
+    def discard(self) -> None:
+        self.db.close()
+        self.storage.close()
+
+
+class StagedFileTarget(StagedTarget):
+    """A target on a file system, whose path and lock are taken at once.
+
+    Args:
+        target: its configuration.
+        path: where its catalogue will be, an absolute path without symbolic links.
+        quota: of a pmem target, in bytes.
+
+    Raises:
+        ConfigError: there is something already, or there can be no target.
+        TargetBusy: another process has the path.
+        StorageFull, StorageError, PermissionDenied: the medium.
+    """
+
+    def __init__(self, target: FileTarget | PmemTarget, path: Path, quota: int | None) -> None:
+        self._path = path
+        self._staged = self.database = opening.staged(path)
+        self._plan = opening._plan(target)._replace(path=str(path))
+        self._made: list[Path] = []  # directories, outermost first
+        self._sealed = False
+        try:
+            self._claim(quota)
+        except OSError as error:
+            if isinstance(error, errors.Exception):
+                raise
+            raise errors.from_os(error, f"target {path}") from error
+
+    def _claim(self, quota: int | None) -> None:
+        self._check_free()
+        missing = [above for above in self._path.parents if not above.exists()]
+        try:
+            for above in reversed(missing):
+                above.mkdir(exist_ok=True)
+                self._made.append(above)
+            self._regions, self._lock, made = opening.lock_regions(self._path, 0.0)
+        except BaseException:
+            self._remove_made()
+            raise
+        if made:
+            self._made.append(self._regions)
+        try:
+            self._check_free()  # again, now that nobody else can change it
+            opening.clear(self._path, self._regions)
+            self.storage = self._plan.make(self._regions)[0]
+            schema.create(self._staged, self._plan.backend, quota)
+            self.db = sqlite3.connect(self._staged, isolation_level=None, check_same_thread=False)
+            # Until it is sealed nothing in it is worth saving.
+            self.db.execute("PRAGMA journal_mode = OFF")
+            self.db.execute("PRAGMA synchronous = OFF")
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _check_free(self) -> None:
+        if opening._inspect(self._path) == "target":
+            raise ConfigError(f"target {self._path}: exists; a migration never replaces a target")
+
+    def checkpoint(self) -> None:
+        self.storage.persist_all()
+        self.storage.close()
+        self.storage = self._plan.make(self._regions)[0]
+
+    def seal(self) -> None:
+        self.db.close()
+        self.storage.persist_all()
+        self.storage.close()
+        with open(self._staged, "rb") as file:
+            os.fsync(file.fileno())
+        self._sealed = True
+
+    def install(self) -> Target:
+        self._staged.replace(self._path)
+        try:
+            for directory in (*(made.parent for made in self._made), self._path.parent):
+                sync_directory(directory)
+            return opening._open_holding(self._path, self._plan, self._regions, self._lock)
+        except BaseException:
+            self._path.replace(self._staged)
+            raise
+
+    def discard(self) -> None:
+        if not self._sealed:
+            self.db.close()
+            self.storage.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(OSError):  # the next target here removes what is left
+            opening.clear(self._path, self._regions)
+            if self._regions in self._made:
+                self._lock.remove()
+        self._lock.release()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        with contextlib.suppress(OSError):  # others may have put something there
+            for directory in reversed(self._made):
+                directory.rmdir()
+
+
+def quota_of(target: MemoryTarget | FileTarget | PmemTarget) -> int | None:
+    """The quota in bytes that a target has at its destination."""
+    if isinstance(target, PmemTarget):
+        return target.config.create_if_missing_with_size or None
+    return target.config.capacity
+
+
+def damaged(error: sqlite3.Error, path: Path | None = None) -> errors.Exception:
+    """The library's exception for a failed statement of a catalogue being built."""
+    if isinstance(error, sqlite3.IntegrityError):
+        return errors.ProtocolError(f"receive_rows: a row that is there already: {error}")
+    return translate(error, path)

@@ -1,0 +1,153 @@
+"""A target that is being received: rows first, then the bytes of each region, then it is one."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from pathlib import Path
+from typing import Any
+
+from warabi._core.attributes import ROOT
+from warabi.errors import ProtocolError, StorageFull
+from warabi.provider.migration.options import MigrationPlan
+from warabi.provider.migration.records import TABLES, pieces, rows
+from warabi.provider.migration.staged import (
+    StagedFileTarget,
+    StagedMemoryTarget,
+    StagedTarget,
+    damaged,
+    quota_of,
+)
+from warabi.region import RegionID
+from warabi.target.config import MemoryTarget
+from warabi.target.target import Target
+
+_CHECKPOINT = 16384
+"""Regions after which their bytes are put on the medium, so that no list of them grows."""
+_REGULAR = f"mode & {0o170000} = {stat.S_IFREG}"
+
+
+class Staging:
+    """What has come of a target so far.  For one thread at a time; calls may wait for the medium.
+
+    Everything raises ``ProtocolError`` for what no source would send, ``StorageFull`` and
+    ``StorageError`` of the medium; then only :meth:`discard` is left.
+
+    Args:
+        plan: what the source announced; its target's path is final.
+    """
+
+    def __init__(self, plan: MigrationPlan) -> None:
+        target = plan.target
+        self._plan = plan
+        self._quota = quota_of(target)
+        self._check_quota(plan.used)
+        self._place: StagedTarget
+        if isinstance(target, MemoryTarget):
+            self._place = StagedMemoryTarget(target.config)
+        else:
+            pool = self._quota if target.type in ("pmem", "pmdk") else None
+            self._place = StagedFileTarget(target, Path(target.config.path), pool)
+        self._db = self._place.db
+        self._region = RegionID()  # whose bytes are coming
+        self._size = 0
+        self._next = 0
+        self._regions = 0
+        self._since = 0  # regions since the last checkpoint
+        self._sealed = False
+        try:
+            self._begin()
+        except sqlite3.Error as error:
+            self._place.discard()
+            raise damaged(error, self._place.database) from error
+
+    def _begin(self) -> None:
+        self._db.execute("BEGIN")
+        self._db.execute("DELETE FROM inode")
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'uuid'", (self._plan.uuid,))
+
+    def _check_quota(self, used: int) -> None:
+        if self._quota is not None and used > self._quota:
+            raise StorageFull(
+                f"migrate: the target's {used} bytes exceed the {self._quota} bytes that it may"
+                " have at the destination"
+            )
+
+    def add_rows(self, table: str, payload: memoryview) -> None:
+        """Take rows of a table of the catalogue."""
+        found = rows(table, payload)
+        marks = ", ".join("?" * len(TABLES[table]))
+        sql = f"INSERT INTO {table}({', '.join(TABLES[table])}) VALUES({marks})"
+        try:
+            self._db.executemany(sql, found)
+        except sqlite3.Error as error:
+            raise damaged(error, self._place.database) from error
+
+    def add_data(self, payload: memoryview) -> None:
+        """Take bytes of regions, whose rows are there: one region after the other, by slot."""
+        for region, offset, length, data in pieces(payload):
+            if self._next == self._size and (region != self._region or not self._regions):
+                self._start(region)
+            if region != self._region or offset != self._next or offset + length > self._size:
+                raise ProtocolError(
+                    f"receive_data: {length} bytes at {offset} of {region!r}, expected were those"
+                    f" at {self._next} of {self._region!r} of {self._size} bytes"
+                )
+            if data:
+                self._place.storage.write(region, offset, data)
+            self._next += length
+
+    def _start(self, region: RegionID) -> None:
+        if region.slot <= self._region.slot or region.slot >= 1 << 63:
+            raise ProtocolError(f"receive_data: {region!r} after {self._region!r}")
+        if self._since == _CHECKPOINT:
+            self._place.checkpoint()
+            self._since = 0
+        found = self._one(
+            f"SELECT generation, size FROM inode WHERE ino = ? AND {_REGULAR}", region.slot
+        )
+        if found is None or found[0] != region.generation:
+            raise ProtocolError(f"receive_data: {region!r} is in no row")
+        self._place.storage.create(region, found[1])
+        self._region, self._size, self._next = region, found[1], 0
+        self._regions += 1
+        self._since += 1
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        try:
+            return self._db.execute(sql, values).fetchone()
+        except sqlite3.Error as error:
+            raise damaged(error, self._place.database) from error
+
+    def finish(self, expected: int) -> None:
+        """Check that *expected* regions are there and all fits together; put it on the medium."""
+        regions, used = self._one(f"SELECT count(*), total(size) FROM inode WHERE {_REGULAR}")
+        if regions != self._regions or self._next != self._size or regions != expected:
+            raise ProtocolError(
+                f"receive_finish: {self._regions} regions and {regions} rows of {expected} came"
+            )
+        self._check_quota(int(used))
+        dangling = self._one(
+            "SELECT count(*) FROM dentry d LEFT JOIN inode i ON i.ino = d.ino"
+            " LEFT JOIN inode p ON p.ino = d.parent"
+            f" WHERE i.ino IS NULL OR p.ino IS NULL OR p.mode & {0o170000} != {stat.S_IFDIR}"
+        )[0]
+        root = self._one("SELECT mode FROM inode WHERE ino = ?", ROOT)
+        if dangling or root is None or not stat.S_ISDIR(root[0]):
+            raise ProtocolError(f"receive_finish: {dangling} names lead nowhere, or no root")
+        try:
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise damaged(error, self._place.database) from error
+        self._place.seal()
+        self._sealed = True
+
+    def commit(self) -> Target:
+        """Make it a target, and open it.  When that fails, it is none."""
+        if not self._sealed:
+            raise ProtocolError("receive_commit: before receive_finish")
+        return self._place.install()
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        self._place.discard()

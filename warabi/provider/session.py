@@ -1,0 +1,503 @@
+"""What a provider does with its clients' requests: target operations, and replies.
+
+This is the only place where an exception becomes a failure reply.  One task reads a
+connection; what can be answered at once is answered by that task, what turns out to have to wait
+for a medium runs beside it, so replies may come in any order.  A peer that does not read its
+replies, or that breaks the protocol, stops only its own connection.
+
+Requests are ``[id, provider id, operation, arguments, eager data or None]``, replies ``[id,
+result]`` with an optional third item, eager data, or ``[id, None, None, failure]``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from typing import Any
+
+import trio
+
+from warabi import errors
+from warabi._core import changes
+from warabi._core.log_limit import RateLimit
+from warabi.errors import WouldBlock
+from warabi.local import async_ops
+from warabi.local.watch import Watching
+from warabi.protocol import change_codec, wire
+from warabi.protocol.auth import Peer, Security, permit
+from warabi.protocol.limits import EngineLimits
+from warabi.protocol.operations import (
+    OPERATIONS,
+    READING,
+    Payload,
+    Served,
+    checked_arguments,
+    operation_named,
+)
+from warabi.protocol.wire import NEED_DATA, Message
+from warabi.provider import chunked, zero_copy
+from warabi.provider.admission import Budget
+from warabi.provider.buffer_pool import load
+from warabi.provider.channel import Channel
+from warabi.provider.core import ProviderCore
+from warabi.provider.direct_access import Host
+from warabi.provider.idle_connections import LEAVES, MORE, STAYS, Crowd, Next
+from warabi.provider.inode_refs import Pins
+from warabi.provider.migration.exchange import Exchange
+from warabi.provider.requests import (
+    SMALL,
+    TargetRequest,
+    TransferPlan,
+    check_data,
+    checked_header,
+    checked_request,
+    memory,
+    plan_download,
+)
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit())  # peers cause what is logged here
+
+
+class ClientSession:
+    """One connection of one client.
+
+    Args:
+        sock: the connected socket; closed at the end.
+        find: the provider of an ID; raises ``ProviderNotFound``.
+        shutdown: what a request to shut the engine down calls; raises ``PermissionDenied``.
+        security: what is demanded of the client.
+        limits: what is taken from it.
+        local: whether it is known to be a process of this user, or of root, on this host.
+        admit: called when the client has opened the connection; raises ``ConnectionFailed``.
+        leave: called when the connection has ended.
+        host: grants direct access to regions; None where the peer can have none.
+        crowd: where all sessions of the loop stand while nothing is under way on them.
+    """
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        find: Callable[[int], ProviderCore],
+        shutdown: Callable[[], None],
+        *,
+        security: Security,
+        limits: EngineLimits,
+        local: bool,
+        admit: Callable[[], None],
+        leave: Callable[[], None],
+        host: Host | None,
+        crowd: Crowd,
+    ) -> None:
+        self._host = host
+        self._crowd = crowd
+        self._channel = Channel(sock, limits.wire, crowd)
+        self._exchange = Exchange(local, self._channel.close)
+        self._find = find
+        self._shutdown = shutdown
+        self._security = security
+        self._local = local
+        self._admit = admit
+        self._leave = leave
+        self._peer = Peer(read_only=True)  # until it is known better
+        self._reading = trio.CancelScope()
+        self._handling = False  # a request, not waiting for one
+        self._nursery: trio.Nursery | None = None
+        self._held: wire.Event | None = NEED_DATA  # what the crowd's leader left to this task
+        self._writes = zero_copy.Sequence()
+        self._running = Budget(limits.requests, limits.outstanding)
+        self._pins = Pins()
+        self._origin = changes.Origin()  # inodes remember who wrote to them, and outlive a session
+        self._watching = Watching(self._origin)
+        self._watchers = 0  # requests to watch that are under way
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return self._channel.fileno()
+
+    async def run(self) -> None:
+        """Serve until the peer goes, then give back what it held."""
+        changes.ORIGIN.set(self._origin)
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await self._serve(nursery)
+                finally:
+                    self._watching.end()
+        finally:
+            self._channel.close()
+            self._leave()
+            await self._pins.give_back(self._find)
+            await self._exchange.aclose()
+        if self._host is not None:
+            await self._host.end()
+
+    def drop(self) -> None:
+        """End at once; only while the client has not opened the connection yet."""
+        self._reading.cancel()
+
+    def drain(self) -> None:
+        """Answer the requests that have come in, and end."""
+        self._channel.drain()
+        self._watching.finish()
+        if self._host is not None:
+            self._host.drain()
+        if not self._handling:
+            self._reading.cancel()
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        try:
+            with self._reading:
+                await self._read_requests(nursery)
+            if self._reading.cancelled_caught and self._nursery is not None:
+                await self._take_requests(nursery)  # those that have come, and were not looked at
+        except errors.Exception as error:  # one that answers no request ends the connection
+            log.warning("connection refused: %s", error)
+            await self._fail(0, error)
+        except (OSError, trio.TooSlowError, trio.ClosedResourceError) as error:
+            log.info("connection ended: %s", error or type(error).__name__)
+
+    async def _read_requests(self, nursery: trio.Nursery) -> None:
+        peer = await self._channel.open(self._security, local=self._local)
+        if peer is None:
+            return
+        self._admit()
+        self._peer = peer
+        self._nursery = nursery
+        await self._take_requests(nursery)
+
+    async def _take_requests(self, nursery: trio.Nursery) -> None:
+        channel = self._channel
+        while True:
+            # Those that watch wait for others, who are served then.
+            idle = self._running.under_way == self._watchers
+            event = await channel.next_event(look=idle, wait=not channel.plain)
+            if event is NEED_DATA:
+                self._handling = False
+                await channel.stand(self._serve_at_once)
+                event, self._held = self._held, NEED_DATA
+            if event is None:
+                return
+            if isinstance(event, Message):
+                self._handling = True
+                await self._handle(event, nursery)
+                self._handling = False
+
+    async def _serve_at_once(self) -> Next:
+        """Answer a request that has come, whole, while this connection stands in the crowd."""
+        channel = self._channel
+        event = channel.event_nowait()
+        if event is NEED_DATA:
+            self._handling = False
+            return STAYS
+        self._handling = True
+        if not isinstance(event, Message) or (
+            event.payload and event.payload > len(channel.arrived())
+        ):
+            self._held = event
+            return LEAVES
+        assert self._nursery is not None
+        changes.ORIGIN.set(self._origin)
+        await self._handle(event, self._nursery)
+        self._handling = not channel.between_messages
+        if self._handling:
+            return MORE
+        return LEAVES if channel.alone or channel.draining else STAYS
+
+    async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
+        number, provider_id, name, arguments, eager = checked_header(message.header)
+        try:
+            operation = operation_named(name)
+            permit(self._peer, name, operation.access)
+            check_data(name, eager, message.payload)
+            served = operation.served
+            if served is Served.ENGINE:
+                await self._control(number, provider_id, name, arguments, nursery)
+                return
+            if served is Served.DIRECT_ACCESS:
+                await self._share(number, self._find(provider_id), name, arguments)
+                return
+            request = None
+            if served is not Served.MIGRATION:
+                request = checked_request(
+                    number, self._find(provider_id), name, arguments, eager, message.payload
+                )
+        except errors.Exception as error:
+            if message.payload:
+                await self._channel.drop_payload()
+            await self._fail(number, error)
+            return
+        if request is None:
+            await self._migrate(message, operation.waits, nursery)
+        elif operation.payload is Payload.UPLOAD:
+            await self._upload(request, nursery)
+        elif operation.payload is Payload.DOWNLOAD:
+            await self._start(request, request.target.occupied, nursery, self._download)
+        else:
+            elsewhere = async_ops.off_loop(request.target, name)
+            await self._start(request, elsewhere, nursery, self._operate)
+
+    async def _control(
+        self, number: int, provider_id: int, name: str, arguments: Any, nursery: trio.Nursery
+    ) -> None:
+        checked = checked_arguments(name, arguments)
+        if name == "watch":
+            await self._running.acquire(0)
+            self._watchers += 1
+            nursery.start_soon(self._watch, number, provider_id, checked)
+            return
+        if name == "ping":
+            self._find(provider_id)
+            await self._reply(number, None)
+            return
+        self._shutdown()
+        with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
+            await self._reply(number, None)
+
+    async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
+        checked = checked_arguments(name, arguments)
+        if name == "join":
+            checked[0] = checked[0] and not self._peer.read_only
+        if self._host is None:
+            return await self._reply(number, None)
+        await core.occupancy.wait_free()
+        target = core.target
+        if name == "make" and not core.changes.enter_nowait():
+            return await self._reply(number, None)  # an ordinary request waits
+        try:
+            result, descriptors = await self._host.answer(target, name, checked)
+        finally:
+            if name == "make":
+                core.changes.leave()
+        try:
+            await self._channel.send([wire.frame([number, result])], descriptors)
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+
+    async def _watch(self, number: int, provider_id: int, arguments: list[Any]) -> None:
+        """Answer when something changes that this connection did not change itself."""
+        try:
+            found = await self._watching.changes(lambda: self._find(provider_id).target, *arguments)
+            await self._reply(number, change_codec.to_wire(found))
+        except Exception as error:
+            await self._report(number, "watch", error)
+        finally:
+            self._watchers -= 1
+            self._running.release(0)
+
+    async def _migrate(self, message: Message, concurrently: bool, nursery: trio.Nursery) -> None:
+        """A message of a migration; its payload comes first, whoever may send it."""
+        number, provider_id, name, arguments, _ = message.header
+        data = memoryview(bytearray(message.payload))
+        if message.payload:
+            await self._channel.fill(data)
+
+        async def answer() -> None:
+            try:
+                core = self._find(provider_id)
+                result = await self._exchange.call(core, name, arguments, data)
+                await self._reply(number, result)
+            except Exception as error:
+                await self._report(number, name, error)
+
+        if concurrently:
+            nursery.start_soon(answer)
+        else:
+            await answer()
+
+    async def _start(
+        self,
+        request: TargetRequest,
+        beside: bool,
+        nursery: trio.Nursery,
+        work: Callable[[TargetRequest], Awaitable[None]],
+    ) -> None:
+        """Answer a request, *beside* the ones that follow if it has to wait for anything."""
+        if request.name not in READING and not request.entered:
+            request.entered = request.core.changes.enter_nowait()
+            beside = beside or not request.entered
+        if not beside:
+            try:
+                return await self._answer(request, work)
+            except WouldBlock:
+                pass
+        request.beside = True
+        size = memory(request, self._channel.limits.payload)
+        await self._running.acquire(size)
+        self._crowd.beside += 1
+        nursery.start_soon(self._answer_beside, request, work, size)
+
+    async def _answer_beside(
+        self, request: TargetRequest, work: Callable[[TargetRequest], Awaitable[None]], size: int
+    ) -> None:
+        try:
+            await self._answer(request, work)
+        finally:
+            self._crowd.beside -= 1
+            self._running.release(size)
+
+    async def _answer(
+        self, request: TargetRequest, work: Callable[[TargetRequest], Awaitable[None]]
+    ) -> None:
+        """Do *work*, which replies, once the target may be changed, if it changes it.
+
+        Raises:
+            WouldBlock: it has to be done beside others; it goes on to be inside the gate.
+        """
+        leave = True
+        try:
+            if not request.entered and request.name not in READING:
+                await request.core.changes.enter()
+                request.entered = True
+                request.target = request.core.target  # it may have gone meanwhile
+            if request.target.occupied:
+                await request.core.occupancy.wait_free()
+                request.target = request.core.target
+            await work(request)
+        except WouldBlock:
+            leave = False
+            raise
+        except Exception as error:
+            await self._report(request.number, request.name, error)
+        finally:
+            if request.entered and leave:
+                request.core.changes.leave()
+
+    async def _report(self, number: int, name: str, error: Exception) -> None:
+        """Turn what an operation raised into a failure."""
+        if isinstance(error, trio.TooSlowError):
+            log.info("connection ended: its peer takes no data")
+            self._channel.close()
+        else:
+            await self._fail(number, async_ops.failure(error, name))
+
+    async def _operate(self, request: TargetRequest) -> None:
+        operation = OPERATIONS[request.name]
+        if request.name == "unpin":
+            self._pins.check(request.core.provider_id, *request.arguments)
+        held = operation.exclusive
+        with request.core.occupancy.hold(request.target) if held else nullcontext():
+            result = await async_ops.execute(
+                request.target, request.name, request.arguments, wait=request.beside
+            )
+        if operation.pins and (pinned := operation.pins(request.arguments, result)):
+            self._pins.note(request.core.provider_id, *pinned)
+        await self._reply(request.number, result)
+
+    # Uploads: the payload has to be received before the next request is looked at
+
+    async def _upload(self, request: TargetRequest, nursery: trio.Nursery) -> None:
+        transfers = request.core.transfers
+        if request.payload and request.target.occupied:
+            own = memoryview(bytearray(request.payload))
+            await self._channel.fill(own, transfers.patience)
+            await self._start(request, True, nursery, lambda r: self._store(r, own))
+        elif not request.payload:
+            data = request.eager or b""
+            beside = async_ops.waits(request.target, request.name, request.arguments)
+            await self._start(request, beside, nursery, lambda r: self._store(r, data))
+        elif request.payload <= transfers.chunk:
+            size = request.payload
+            if await zero_copy.receive(self._channel, request):
+                await self._reply(request.number, None)
+                self._writes.answered(request, size)
+                return
+            view = await transfers.acquire(request.payload)
+            try:
+                await self._channel.fill(view, transfers.patience)
+            except BaseException:
+                transfers.release(view)
+                raise
+            request.entered = request.core.changes.enter_nowait()
+            if not request.entered:  # a buffer that others wait for must not wait
+                own = memoryview(bytes(view))
+                transfers.release(view)
+                await self._start(request, True, nursery, lambda r: self._store(r, own))
+                return
+            beside = async_ops.waits(request.target, request.name, request.arguments)
+            await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
+        elif request.name != "append" and request.core.changes.enter_nowait():
+            request.entered = True
+            await self._answer(request, self._store_in_chunks)
+        else:  # an append has to be here as a whole before its place is known
+            own = memoryview(bytearray(request.payload))
+            await self._channel.fill(own, transfers.patience)
+            await self._start(request, True, nursery, lambda r: self._store(r, own))
+
+    async def _store_and_release(self, request: TargetRequest, view: memoryview) -> None:
+        release = True
+        try:
+            await self._store(request, view)
+        except WouldBlock:  # it is done once more
+            release = False
+            raise
+        finally:
+            if release:
+                request.core.transfers.release(view)
+
+    async def _store(self, request: TargetRequest, data: bytes | memoryview) -> None:
+        target = request.target
+        if request.name == "write":
+            region, offset, persist, extend = request.arguments
+            await async_ops.write(
+                target, region, offset, data, persist, extend, wait=request.beside
+            )
+            await self._reply(request.number, None)
+        elif request.name == "create_and_write":
+            region = await async_ops.create_and_write(target, data, request.arguments[0])
+            await self._reply(request.number, region)
+        elif request.name == "append":
+            region, persist = request.arguments
+            wait = request.beside
+            offset = await async_ops.append(target, region, data, persist, wait=wait)
+            await self._reply(request.number, offset)
+        else:
+            await async_ops.execute(target, request.name, [*request.arguments, data])
+            await self._reply(request.number, None)
+
+    async def _store_in_chunks(self, request: TargetRequest) -> None:
+        await self._reply(request.number, await chunked.upload(self._channel, request))
+
+    # Downloads
+
+    async def _download(self, request: TargetRequest) -> None:
+        plan, size, eager = plan_download(request, self._channel.limits, self._channel.peer)
+        transfers = request.core.transfers
+        if eager or size <= SMALL:  # to lend the region would cost more than to copy this
+            data = bytearray(size)
+            await self._load(request, plan, memoryview(data))
+            if eager:
+                await self._reply(request.number, None, data)
+            else:
+                await self._channel.send([wire.frame([request.number, None], size), data])
+        elif size <= transfers.chunk:
+            view = await transfers.acquire(size)
+            try:
+                if not await zero_copy.send(self._channel, request, plan, view):
+                    await self._load(request, plan, view)
+                    async with self._channel.stream(transfers.patience) as stream:
+                        await stream.send(wire.frame([request.number, None], size), view)
+            finally:
+                transfers.release(view)
+        elif request.target.blocking and not request.beside:
+            raise WouldBlock
+        else:
+            await chunked.download(self._channel, request, plan, size)
+
+    @staticmethod
+    def _load(request: TargetRequest, plan: TransferPlan, place: memoryview) -> Awaitable[None]:
+        return load(
+            request.target, plan.region, plan.extents, place, plan.short, wait=request.beside
+        )
+
+    # Replies
+
+    def _reply(self, number: int, result: Any, eager: Any = None) -> Awaitable[None]:
+        header = [number, result] if eager is None else [number, result, eager]
+        return self._channel.send([wire.frame(header, 0, self._channel.peer)])
+
+    def _fail(self, number: int, error: errors.Exception) -> Awaitable[None]:
+        return self._channel.send([wire.frame([number, None, None, errors.to_wire(error)])])

@@ -1,0 +1,431 @@
+"""A Trio client's connection.
+
+One reader task.  The only request under way looks for its reply by itself for a moment, without a
+turn of Trio's loop, if replies come so soon.  Sending is synchronous as far as the socket takes
+it, and goes on in a task of its own where it does not, so that no cancelled caller leaves half a
+frame behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter_ns
+from typing import Any
+
+import trio
+
+from warabi import errors
+from warabi._core import forks
+from warabi.errors import ConnectionLost, TimedOut
+from warabi.eventloop.busy_poll import Lookout
+from warabi.eventloop.inline_wait import Lull
+from warabi.protocol import address as _address
+from warabi.protocol import handshake, wire
+from warabi.protocol.auth import Security
+from warabi.protocol.operations import OPERATIONS
+from warabi.protocol.pending import Patience, PendingRequest, Replies
+from warabi.protocol.transport import Plain, Transport
+from warabi.protocol.wire import NEED_DATA, Limits
+
+_CONNECT_TIMEOUT = 10.0
+_TURN = 250_000
+"""Nanoseconds after which a task that does nothing but requests lets others run."""
+_IN_FLIGHT = 64  # requests of one connection that wait for their replies
+_SLOW = 10
+"""Times as long may a request take that may wait for a medium, while others are answered."""
+_TURN_SIZE = 1024 * 1024
+"""Bytes that may be received before other tasks get a turn; a call counts as a sixteenth."""
+
+
+class TrioConnection(Replies):
+    """A connection to an engine, used by tasks of one Trio loop.
+
+    Args:
+        sock: connected and non-blocking.
+        transport: what goes over it.
+        name: of the peer, for messages.
+        patience: for how long requests wait.
+        descriptors: whether the engine may send some, see :meth:`take_descriptors`.
+        deadlines: whether a request also gives up when the provider answers others, and not it,
+            for *timeout*: ten times as long, if the operation may wait for a medium.
+    """
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        transport: Transport,
+        name: str,
+        patience: Patience,
+        *,
+        descriptors: bool = False,
+        deadlines: bool = False,
+    ) -> None:
+        super().__init__()
+        self._deadlines = deadlines
+        self._socket = sock
+        self._transport = transport
+        self._recv_into = transport.recv_into
+        if descriptors:  # only from local engines, without TLS
+            plain: socket.socket = sock._sock  # type: ignore[attr-defined]
+            self._recv_into = functools.partial(
+                _address.receive_with_descriptors, plain, self._descriptors
+            )
+        self._name = name
+        self._patience = patience
+        self._timeout = patience.silence
+        self._late: dict[
+            int, PendingRequest
+        ] = {}  # given up, and to be undone when they are answered
+        self._heard = 0.0  # when something last came, by Trio's clock
+        self._asked = False  # a sign of life was asked for since then
+        self._lookout = Lookout()
+        self._awaited = 0  # requests under way whose replies may come soon
+        self._turn = 0  # when others could last run
+        self._busy = trio.Event()  # requests wait for replies
+        # With TLS the socket does not tell whether there is something.
+        self._lull = Lull(sock.fileno()) if isinstance(transport, Plain) else None
+        self.limits = Limits()
+        self._ids = itertools.count(1)
+        self._slots = trio.Semaphore(_IN_FLIGHT)
+        self._unyielding = 0  # bytes that were received since other tasks had a turn
+        self._unsent: deque[memoryview] = deque()
+        self._has_unsent = trio.Event()
+        self._running = trio.CancelScope()
+        self._lost: tuple[type[errors.Exception], str] | None = None
+        forks.register(self)
+
+    def _forked(self) -> None:
+        """The socket, and the loop that runs this, are the parent's."""
+        reason = "the connection belongs to the process from which this one was forked"
+        self._lost = (ConnectionLost, f"{self._name}: {reason}")
+        if self._socket.fileno() >= 0:
+            forks.disconnect([self._socket.fileno()])
+
+    async def open(self, security: Security, *, local: bool, read_only: bool) -> None:
+        """Exchange openings; the arguments are those of ``handshake.client``.
+
+        Raises:
+            PermissionDenied: it does not let this side in, or is not who it should be.
+            ProtocolError, TimedOut, ConnectionLost: it is no engine.
+        """
+        limits = self._wire.limits
+        dialogue = handshake.client(limits, security, local=local, read_only=read_only)
+        say = next(dialogue)
+        try:
+            with trio.fail_after(min(self._timeout, _CONNECT_TIMEOUT)):
+                while True:
+                    for parts in self._transport.sealed([say]):
+                        # Who is refused may find out here: what was said before tells more.
+                        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                            await self._socket.send(b"".join(parts))  # little: it fits in
+                    say = dialogue.send(await self._next_event())
+        except StopIteration as end:
+            self.limits = end.value
+        except trio.TooSlowError:
+            raise TimedOut(f"{self._name}: connected, but nothing answers") from None
+        except errors.Exception as error:
+            raise type(error)(f"{self._name}: {error}") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConnectionLost(f"{self._name}: {reason} while connecting") from error
+
+    @trio.lowlevel.enable_ki_protection  # Ctrl-C comes to the main task, at a checkpoint
+    async def run(self) -> None:
+        """Take replies until the connection ends; every request on it then fails."""
+        try:
+            with self._running:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_unsent)
+                    nursery.start_soon(self._watch_silence)
+                    await self._read()
+        finally:
+            self._fail(ConnectionLost, "the connection was closed")
+            self._socket.close()
+            for fd in self.take_descriptors():  # who asked for them was cancelled
+                os.close(fd)
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._take(await self._next_event())
+        except (errors.Exception, OSError) as error:
+            self._end(error)  # before anybody else finds that there is no more to come
+
+    def _end(self, error: errors.Exception | OSError) -> None:
+        """The connection is of no more use, for that reason."""
+        if isinstance(error, errors.Exception):
+            self._fail(type(error), str(error))
+        else:
+            self._fail(ConnectionLost, error.strerror or str(error))
+        self.close()
+
+    def close(self) -> None:
+        """Have :meth:`run` end; the requests under way fail."""
+        self._running.cancel()
+
+    async def _next_event(self) -> wire.Event:
+        while (event := self._wire.next_event()) is NEED_DATA:
+            if self._unyielding >= _TURN_SIZE:
+                self._unyielding = 0
+                await trio.lowlevel.checkpoint()
+            try:
+                self._unyielding += max(self._receive(), _TURN_SIZE // 16)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                self._unyielding = 0
+        return event
+
+    def _receive(self) -> int:
+        # At once or not at all: in a wait between buffer() and the receiving, a request may be
+        # cancelled, whose buffer is its caller's again.
+        count = self._recv_into(self._wire.buffer())
+        self._received(count)
+        return count
+
+    def _received(self, count: int) -> None:
+        if count == 0 and self._wire.between_messages:
+            raise ConnectionResetError("the provider closed the connection")
+        self._wire.received(count)
+        self._heard = trio.current_time()
+        self._asked = False
+
+    def _not_sent(self, error: OSError) -> None:
+        """Nothing can be sent any more; what the provider said before it closed tells more."""
+        try:
+            while True:
+                event = self._wire.next_event()
+                if event is NEED_DATA:
+                    self._receive()
+                else:
+                    self._take(event)
+        except BlockingIOError:
+            self._end(error)
+        except (errors.Exception, OSError) as said:
+            self._end(said)
+
+    def _receive_alone(self, request: PendingRequest) -> None:
+        """Take the reply of the only request that is under way, without a turn of Trio's loop.
+
+        It is looked for for a moment, and then waited for as long as nothing else comes.  The task
+        that reads the connection sleeps meanwhile, and loses nothing: it is between two messages,
+        or between two pieces of one, and receives as this does, at once or not at all.
+        """
+        began = perf_counter_ns()
+        asleep = False
+        lull = self._lull
+        try:
+            while not request.done:
+                event = self._wire.next_event()
+                if event is not NEED_DATA:
+                    self._take(event)
+                elif asleep:
+                    if self._unsent or not (lull and lull.wait()):
+                        return
+                    self._receive()
+                else:
+                    place = self._wire.buffer()
+                    count = self._lookout.look(self._recv_into, place, perf_counter_ns())
+                    if count >= 0:
+                        self._received(count)
+                        continue
+                    asleep = True
+                    if lull:
+                        lull.begin()
+        except BlockingIOError:
+            return
+        except (errors.Exception, OSError) as error:
+            self._end(error)
+        if asleep:
+            self._lookout.came(began)
+
+    def _fail(self, kind: type[errors.Exception], reason: str) -> None:
+        if self._lost is None:
+            self._lost = (kind, f"{self._name}: {reason}")
+        failed, self._requests = list(self._requests.values()), {}
+        for request in failed:
+            request.finish(error=self._lost_error(request.what))
+
+    def _lost_error(self, what: str) -> errors.Exception:
+        """A fresh error each time: one that is raised again gathers tracebacks without end."""
+        assert self._lost is not None
+        kind, reason = self._lost
+        return kind(f"{what}: {reason}")
+
+    @trio.lowlevel.enable_ki_protection
+    async def request(
+        self,
+        request: PendingRequest,
+        header: Sequence[Any],
+        payload: memoryview | None = None,
+        *,
+        soon: bool = True,
+    ) -> Any:
+        """Send *request* and return its result, or raise its error.
+
+        A reply that waits for something to happen does not come *soon*.
+        """
+        if self._lost is not None:
+            raise self._lost_error(request.what)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        turn = (self._lull and self._lull.turn) or _TURN
+        if perf_counter_ns() - self._turn > turn:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._turn = perf_counter_ns()
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            await self._slots.acquire()
+        self._awaited += soon
+        try:
+            return await self._request(request, header, payload, soon and self._awaited == 1)
+        finally:
+            self._awaited -= soon
+            self._slots.release()
+
+    async def _request(
+        self,
+        request: PendingRequest,
+        header: Sequence[Any],
+        payload: memoryview | None,
+        alone: bool,
+    ) -> Any:
+        if self._lost is not None:
+            raise self._lost_error(request.what)
+        request_id = next(self._ids)
+        size = 0 if payload is None else len(payload)
+        frame = wire.frame([request_id, *header], size, self.limits)
+        request.event = trio.Event()
+        request.since = trio.current_time()
+        request.expires = request.since + self._patience.of(request.operation)
+        self._requests[request_id] = request
+        self._busy.set()
+        self._send([frame, payload])
+        began = perf_counter_ns()
+        if alone:
+            self._receive_alone(request)
+        try:
+            if not request.done:
+                await request.event.wait()
+                self._turn = perf_counter_ns()
+                if alone:
+                    self._lookout.came(began)
+        except trio.Cancelled:
+            if request.done and request.error is None and request.late is not None:
+                request.late(request.result)  # it was answered after the wait was cancelled
+            raise
+        finally:
+            answered = request.done
+            if not answered:
+                self._abandon(request_id, request)
+        if not answered:
+            raise self._timed_out(request)
+        return request.outcome()
+
+    def _timed_out(self, request: PendingRequest) -> TimedOut:
+        passed = trio.current_time() - max(self._heard, request.since)
+        if passed >= self._timeout:
+            return TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+        error = TimedOut(
+            f"{request.what}: {self._name} answers, but not this request, for"
+            f" {trio.current_time() - request.since:.0f} s"
+        )
+        error.alone = True
+        return error
+
+    def _deadline(self, request: PendingRequest) -> float:
+        """When *request* gives up, by Trio's clock, if nothing comes until then."""
+        silence = max(self._heard, request.since) + self._timeout
+        operation = OPERATIONS.get(request.operation)
+        silence = min(silence, request.expires)
+        if not self._deadlines or operation is None or request.operation == "watch":
+            return silence
+        slow = operation.waits or operation.long
+        return min(silence, request.since + self._timeout * (_SLOW if slow else 1))
+
+    async def _watch_silence(self) -> None:
+        """Give up on requests when the provider has been silent for too long, or has not answered
+        one of them.
+
+        After half of that a sign of life is asked for, which a provider that is busy with a
+        request gives, and one that is stopped or unreachable does not.  A request that expires is
+        given up whatever signs of life come.
+        """
+        while True:
+            await self._busy.wait()
+            now = trio.current_time()
+            since = max(self._heard, min((r.since for r in self._requests.values()), default=now))
+            late = [r for r in self._requests.values() if now >= self._deadline(r)]
+            if late:
+                for request in late:
+                    request.event.set()
+                await trio.lowlevel.checkpoint()  # they take themselves off the table
+            elif not self._requests:
+                self._busy = trio.Event()
+            else:
+                if now - since >= self._timeout / 2 and not self._asked:
+                    self._asked = True
+                    self._send([wire.frame([next(self._ids), 0, "ping", [], None])])
+                look = since + self._timeout / (1 if self._asked else 2)
+                await trio.sleep_until(min(look, *map(self._deadline, self._requests.values())))
+
+    def _pop(self, number: int) -> PendingRequest | None:
+        return self._requests.pop(number, None) or self._late.pop(number, None)
+
+    def undo_later(self, request: PendingRequest, header: list[Any]) -> None:
+        """Send a request with that header, and the result as its argument, if *request* is
+        answered after it was given up."""
+
+        def undo(result: Any) -> None:
+            if self._lost is None:
+                self._send([wire.frame([next(self._ids), *header, [result], None])])
+
+        request.late = undo
+
+    def _abandon(self, request_id: int, request: PendingRequest) -> None:
+        request.finish(error=errors.TimedOut(f"{request.what}: it was given up"))
+        self._requests.pop(request_id, None)  # its late answer is nobody's
+        if request.late is not None:
+            self._late[request_id] = request
+        if self._message is not None and self._message.header[0] == request_id:
+            self._wire.drop_payload()
+
+    def _send(self, parts: list[Any]) -> None:
+        # With TLS, what the socket does not take at once is held a second time, encrypted.
+        pieces = self._transport.sealed([part for part in parts if part is not None])
+        views = [memoryview(part) for piece in pieces for part in piece]
+        if not self._unsent:
+            try:
+                sent = self._socket._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)  # type: ignore[attr-defined]
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._not_sent(error)
+                return
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if views:
+                views[0] = views[0][sent:]
+        if views:
+            self._unsent.extend(views)
+            self._has_unsent.set()
+
+    async def _send_unsent(self) -> None:
+        while True:
+            await self._has_unsent.wait()
+            while self._unsent:
+                try:
+                    sent = await self._socket.send(self._unsent[0])
+                except OSError as error:
+                    self._not_sent(error)
+                    return
+                if sent == len(self._unsent[0]):
+                    self._unsent.popleft()
+                else:
+                    self._unsent[0] = self._unsent[0][sent:]
+            self._has_unsent = trio.Event()

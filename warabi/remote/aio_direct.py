@@ -1,0 +1,173 @@
+"""How a Trio client comes to direct access; ``direct.py`` is the same for blocking ones."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from warabi import errors
+from warabi.protocol.pending import PendingRequest
+from warabi.region import RegionID
+from warabi.remote.aio_connection import TrioConnection
+from warabi.shm.client import Guest
+
+_PIECE = 4 * 1024 * 1024
+"""Bytes that are copied before other tasks get their turn."""
+_LEAVING_PATIENCE = 2.0
+
+
+class AsyncDirectAccessChannel:
+    """Direct access to one target, if its provider grants it, for the tasks of one Trio loop.
+
+    Methods return how many bytes, from the first on, were moved; the rest is the provider's.
+    Nothing here waits for a medium.
+
+    Args:
+        nursery: where asking goes on when who asked is cancelled.
+        connect: makes the connection, one that takes descriptors and runs until it is closed, also
+            where everything is cancelled.
+        provider_id: whose target.
+        writable: whether regions are to be written.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        connect: Callable[[], Awaitable[TrioConnection]],
+        provider_id: int,
+        *,
+        writable: bool = True,
+    ) -> None:
+        self._nursery = nursery
+        self._connect = connect
+        self._provider_id = provider_id
+        self._writable = writable
+        self._asking = False  # somebody is; others meanwhile use the provider
+        self._connection: TrioConnection | None = None
+        self._guest: Guest | None = None
+        self._over = False
+
+    def size(self, region: RegionID) -> int:
+        """As :meth:`Guest.size`."""
+        return -1 if self._guest is None else self._guest.size(region)
+
+    def wrote(self, marks: set[int]) -> set[int]:
+        """Those of *marks* that are of writes from here, lately."""
+        return marks & set(() if self._guest is None else self._guest.recent)
+
+    async def write(self, region: RegionID, offset: int, data: memoryview) -> int:
+        """Store *data* within the region.
+
+        Raises:
+            StorageFull, StorageError: the medium.
+        """
+        done = 0
+        while done < len(data):
+            piece = data[done : done + _PIECE]
+            guest = self._guest
+            if guest is None or not guest.write(region, offset + done, piece, False):
+                guest = await self._asked(region, len(piece))
+                if guest is None or not guest.write(region, offset + done, piece, False):
+                    break
+            done += len(piece)
+            await trio.lowlevel.checkpoint()
+        return done
+
+    async def read_into(self, region: RegionID, offset: int, place: memoryview) -> int:
+        """Fill *place* from within the region."""
+        done = 0
+        while done < len(place):
+            piece = place[done : done + _PIECE]
+            if await self.read_some(region, offset + done, piece, short=False) < 0:
+                break
+            done += len(piece)
+        return done
+
+    async def read_some(
+        self, region: RegionID, offset: int, place: memoryview, *, short: bool = True
+    ) -> int:
+        """As :meth:`Guest.read_some`, at once: of a size that does not keep others waiting."""
+        count, guest = -1, self._guest
+        if guest is not None:
+            count = guest.read_some(region, offset, place, False, short)
+        if count < 0 and (guest := await self._asked(region, len(place))) is not None:
+            count = guest.read_some(region, offset, place, False, short)
+        if count >= 0:
+            await trio.lowlevel.checkpoint()
+        return count
+
+    async def _asked(self, region: RegionID, size: int) -> Guest | None:
+        """The guest, if it was granted the region now."""
+        if self._over or self._asking:
+            return None
+        if self._guest is not None and not self._guest.wants(region, size):
+            return None
+        # In a task of its own: a caller that is cancelled leaves an answer that belongs to nobody.
+        self._asking = True
+        answered = trio.Event()
+        self._nursery.start_soon(self._ask, region, size, answered)
+        await answered.wait()
+        return self._guest
+
+    async def _ask(self, region: RegionID, size: int, answered: trio.Event) -> None:
+        try:
+            if self._guest is None:
+                self._guest = await self._join()
+                self._over = self._over or self._guest is None
+                if self._guest is None or not self._guest.wants(region, size):
+                    return
+            self._guest.add(region, *await self._call("grant", [region]))
+        except (errors.InvalidRegion, errors.TargetBusy):
+            pass  # what the caller does next says so too
+        except (errors.Exception, OSError):
+            self._end()
+        finally:
+            self._asking = False
+            answered.set()
+
+    async def _join(self) -> Guest | None:
+        self._connection = await self._connect()
+        if self._over:  # closed meanwhile
+            self._connection.close()
+            return None
+        joined, descriptors = await self._call("join", [self._writable])
+        guest = None if joined is None else Guest(joined, descriptors)
+        if guest is not None and self._over:
+            guest.close()
+        return guest
+
+    async def _call(self, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
+        assert self._connection is not None
+        result = await self._request(self._connection, name, arguments)
+        return result, self._connection.take_descriptors()
+
+    async def _request(self, connection: TrioConnection, name: str, arguments: list[Any]) -> Any:
+        header = (self._provider_id, name, arguments, None)
+        return await connection.request(PendingRequest(name), header)
+
+    def _end(self) -> None:
+        """No direct access any more."""
+        self._over = True
+        if self._guest is not None:
+            self._guest.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    async def aclose(self) -> None:
+        """Touch nothing any more, and say so.
+
+        Also where who joined was cancelled before the answer: the provider counts a guest then.
+        """
+        over, self._over = self._over, True
+        if self._guest is not None:
+            self._guest.close()
+        try:
+            if self._connection is not None and not over:
+                # Descriptors that come meanwhile belong to who asks for a grant.
+                with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
+                    await self._request(self._connection, "leave", [])
+        finally:
+            self._end()

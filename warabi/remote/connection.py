@@ -1,0 +1,562 @@
+"""A blocking client's connection: its own socket I/O, in the threads that call it.
+
+There is no background thread.  Any number of threads share a connection; requests are
+pipelined.  Whoever waits for a reply while nobody reads becomes the reader and finishes other
+threads' requests too, until its own is done; then it wakes another waiter to take over.
+
+A call that an exception leaves, a time-out or a signal handler's, withdraws its request: when it
+is left, nothing touches its buffer any more.  A reader that is interrupted while it waits in the
+kernel has lost nothing; one that is interrupted elsewhere gives up the connection, because nothing
+tells how far it had come, and the next call makes another one.  While a region is being made, whose
+ID must not be lost, all calls run under ``interrupts.uninterrupted``, and so are interrupted only
+where they wait, after a moment.
+
+Locks: ``_send_lock`` is held while one frame is written.  ``_mutex`` guards who reads and the
+table of requests; it is innermost and never held over a system call.  A sender that finds the
+socket full reads replies while it waits, for the provider may be stuck until somebody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from warabi import errors
+from warabi._core import forks, interrupts
+from warabi.errors import ConnectionLost, TimedOut
+from warabi.eventloop.busy_poll import NOTHING, UNKNOWN, Lookout
+from warabi.protocol import address, handshake, transport, wire
+from warabi.protocol.address import Endpoint
+from warabi.protocol.auth import Security
+from warabi.protocol.pending import Patience, PendingRequest, Replies
+from warabi.protocol.transport import Part
+from warabi.protocol.wire import NEED_DATA, Limits, Message
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 60.0
+"""Default seconds without a sign of life from the provider after which a call gives up."""
+_CONNECT_TIMEOUT = 10.0
+_LOOK_AROUND = 1.0  # seconds after which a blocked receive looks at its deadline
+_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # to add them up takes time
+
+
+class BlockingConnection(Replies):
+    """A connection to the engine at *endpoint*.
+
+    Args:
+        endpoint: where it listens.
+        patience: for how long calls wait.
+        security: what is shown to the engine, and demanded of it.
+        read_only: have the engine refuse every change.
+        descriptors: whether the engine may send some, see :meth:`take_descriptors`; this costs
+            a little with every reply.  Only for local engines.
+
+    Raises:
+        ConnectionFailed: nobody listens there.
+        PermissionDenied: it does not let this side in, or is not who it should be.
+        ProtocolError: something else does.
+        TimedOut: it does not answer the opening.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        patience: Patience,
+        security: Security | None = None,
+        read_only: bool = False,
+        *,
+        descriptors: bool = False,
+    ) -> None:
+        super().__init__()
+        self.endpoint = endpoint
+        self.patience = patience
+        self.timeout = timeout = patience.silence
+        self._ids = itertools.count(1)
+        self._send_lock = threading.Lock()
+        self._mutex = threading.Lock()
+        self._reading = False
+        self._reader = 0  # the thread
+        self._lost: errors.Exception | None = None
+        self._filling: PendingRequest | None = None  # whose buffer a payload is being received into
+        self._receiving = False  # the reader is, and has not told the protocol what it got
+        self._undoing = 0  # threads that undo what interrupted requests make
+        self._making: set[int] = set()  # requests with something to be undone: see above
+        self.interruptible = True  # also under interrupts.uninterrupted()
+        self._lookout = Lookout()  # the reader's
+        self._heard = 0.0  # when something last came, by the monotonic clock
+        self._asked = False  # a sign of life was asked for since then
+        forks.register(self)
+        security = security or Security()
+        deadline = time.monotonic() + min(timeout, _CONNECT_TIMEOUT)
+        self._socket, self._transport = transport.connect(
+            endpoint, min(timeout, _CONNECT_TIMEOUT), security
+        )
+        # Blocking with a receive timeout: one system call per reply, and still no endless wait.
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(_LOOK_AROUND), 0)
+        )
+        self._recv_into: Callable[[memoryview, int, int], int] = self._transport.recv_into
+        self._at_once = isinstance(self._transport, transport.Plain) and not descriptors  # in C
+        if descriptors:
+            self._recv_into = functools.partial(
+                address.receive_with_descriptors, self._socket, self._descriptors
+            )
+        try:
+            self.limits = self._open(deadline, security, read_only)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _open(self, deadline: float, security: Security, read_only: bool) -> Limits:
+        dialogue = handshake.client(
+            self._wire.limits, security, local=self.endpoint.local, read_only=read_only
+        )
+        say = next(dialogue)
+        try:
+            while True:
+                for parts in self._transport.sealed([say]):
+                    # Who is refused may find out here: what was said before tells more.
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        self._socket.sendall(b"".join(parts))
+                while (event := self._wire.next_event()) is NEED_DATA:
+                    if time.monotonic() > deadline:
+                        raise TimedOut(f"{self.endpoint}: connected, but nothing answers")
+                    try:
+                        self._wire.received(self._recv_into(self._wire.buffer(), 0, 0))
+                    except BlockingIOError:
+                        continue
+                say = dialogue.send(event)
+        except StopIteration as end:
+            limits: Limits = end.value
+            return limits
+        except TimedOut:
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConnectionLost(f"{self.endpoint}: {reason} while connecting") from error
+        except errors.Exception as error:
+            raise type(error)(f"{self.endpoint}: {error}") from None
+
+    @property
+    def own_limits(self) -> Limits:
+        """What this side is ready to receive; ``limits`` is what the provider is."""
+        return self._wire.limits
+
+    @property
+    def usable(self) -> bool:
+        return self._lost is None
+
+    # Sending
+
+    def submit(
+        self, request: PendingRequest, header: list[Any], payload: memoryview | None = None
+    ) -> None:
+        """Send *request*, whose header lacks only its ID, in front.
+
+        Raises:
+            ConnectionLost, TimedOut: it cannot be sent.
+            ProtocolError: it is larger than the provider takes; nothing was sent.
+        """
+        if self._making:
+            interrupts.uninterrupted(self._submit, request, header, payload)
+        else:
+            self._submit(request, header, payload)
+
+    def _submit(
+        self, request: PendingRequest, header: list[Any], payload: memoryview | None
+    ) -> None:
+        request.connection = self
+        request.number = number = next(self._ids)
+        request.expires = time.monotonic() + self.patience.of(request.operation)
+        size = 0 if payload is None else len(payload)
+        parts: list[Part] = [wire.frame([number, *header], size, self.limits)]
+        if payload is not None:
+            parts.append(payload)
+        with self._mutex:
+            if self._lost is not None:
+                raise self._lost
+            self._requests[number] = request
+            if request.late is not None:
+                self._making.add(number)
+        try:
+            with self._send_lock:
+                self._send(parts, request)
+        except BaseException:
+            with self._mutex:
+                self._requests.pop(number, None)
+                self._making.discard(number)
+            raise
+
+    def _send(self, parts: list[Part], request: PendingRequest) -> None:
+        try:
+            for piece in self._transport.sealed(parts):
+                self._send_piece(piece)
+        except OSError as error:
+            self.poll()  # what the provider said before it closed tells more than a broken pipe
+            raise self._fail(f"{request.what}: {error.strerror}") from error
+        except BaseException:
+            self._fail(f"{request.what}: interrupted while it was being sent")
+            raise
+
+    def _send_piece(self, parts: list[Part]) -> None:
+        since = 0.0  # nothing could be sent
+        while parts:
+            try:
+                sent = self._socket.sendmsg(parts, (), _AT_ONCE)
+                since = 0.0
+            except BlockingIOError:
+                since = since or time.monotonic()
+                self._wait_for_room(since + self.timeout)
+                continue
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if parts:
+                parts[0] = memoryview(parts[0])[sent:]
+
+    def _wait_for_room(self, deadline: float) -> None:
+        poller = select.poll()
+        try:
+            poller.register(self._socket, select.POLLOUT | select.POLLIN)
+        except ValueError:  # closed meanwhile; the next send says so
+            return
+        for _, event in poller.poll(_LOOK_AROUND * 1000):
+            if event & select.POLLIN and not self.poll():
+                time.sleep(0.0005)  # another thread is reading
+            return
+        if time.monotonic() > deadline:
+            raise TimedOut(str(self._fail("the provider takes no more requests", TimedOut)))
+
+    # Receiving
+
+    def wait(self, request: PendingRequest) -> Any:
+        """The result of *request*.
+
+        Raises:
+            TimedOut: no answer, nor any other sign of life, for ``timeout`` seconds.  The
+                request may still take effect.
+            ConnectionLost: the provider went.
+        """
+        if self._making:
+            return interrupts.uninterrupted(self._wait, request)
+        return self._wait(request)
+
+    def _wait(self, request: PendingRequest) -> Any:
+        since = time.monotonic()
+        try:
+            while not request.done:
+                if self._read(since, request):
+                    continue
+                if request.done:
+                    break  # finished before it had an event to set
+                if not request.event.wait(_LOOK_AROUND) or request.expires < time.monotonic():
+                    self._check_silence(request, since)
+        except errors.Exception:
+            raise
+        except BaseException:
+            self._wake_another()  # this one may have been meant
+            raise
+        if request.event is not None:
+            request.event.set()  # for another thread that waits for the same request
+        return request.outcome()
+
+    def withdraw(self, request: PendingRequest) -> None:
+        """Give up *request*, which its caller does not wait for any more; nothing touches its
+        buffer afterwards.
+
+        What it makes is undone by a thread, for the answer may take long.
+        """
+        if request.late is not None and not request.done:
+            with self._mutex:
+                self._undoing += 1
+            undoing = threading.Thread(
+                target=self._undo, args=(request, request.late), name="warabi-undo", daemon=True
+            )
+            undoing.start()
+            return
+        self._give_up(request, ConnectionLost(f"{request.what}: the call was interrupted"))
+
+    def _undo(self, request: PendingRequest, undo: Callable[[Any], None]) -> None:
+        try:
+            undo(self.wait(request))
+        except errors.Exception as error:
+            log.debug("%s, which was interrupted, is not undone: %s", request.what, error)
+        finally:
+            with self._mutex:
+                self._undoing -= 1
+
+    def _give_up(self, request: PendingRequest, error: errors.Exception) -> None:
+        with self._mutex:
+            request.finish(error=error)
+            if self._filling is not request:
+                return
+            if not self._reading:  # the rest is for the next reader to throw away
+                self._wire.drop_payload()
+                self._filling = None
+                return
+        # Another thread receives into the buffer just now: soon it is done, or it is made to.
+        deadline = time.monotonic() + _LOOK_AROUND
+        while self._filled_by_another(request):
+            if self.usable and time.monotonic() > deadline:
+                self._fail(f"{request.what}: given up in the middle of its reply")
+            time.sleep(0.0005)
+
+    def _filled_by_another(self, request: PendingRequest) -> bool:
+        """Whether another thread is receiving into the buffer of *request*."""
+        return self._filling is request and self._reading and self._reader != threading.get_ident()
+
+    def _wake_another(self) -> None:
+        """Have another waiting thread look whether it has to be the reader."""
+        with self._mutex:
+            for waiting in self._requests.values():
+                if waiting.event is not None and not waiting.done:
+                    waiting.event.set()
+                    return
+
+    def poll(self) -> bool:
+        """Take the replies that have arrived, without waiting; False when another thread reads."""
+        if self._making:
+            return self.usable and interrupts.uninterrupted(self._read, 0.0, None)
+        return self.usable and self._read(0.0, None)
+
+    def _check_silence(self, request: PendingRequest, since: float) -> None:
+        """Ask for a sign of life after half the timeout without one, give up after the whole.
+
+        A provider that is busy with a request answers; one that is stopped or unreachable does
+        not.  One that answers, but never *request*, is waited for until that expires.
+        """
+        if self.interruptible:
+            interrupts.check()
+        now = time.monotonic()
+        silent = now - max(since, self._heard)
+        if silent > self.timeout:
+            self._time_out(request, f"{self.timeout:g} s")
+        elif now > request.expires:
+            self._time_out(request, f"{self.patience.of(request.operation):g} s, its deadline")
+        elif silent > self.timeout / 2 and not self._asked:
+            self._ask()
+
+    def _ask(self) -> None:
+        # Not by waiting: the caller may be the reader, for whom a sender may be waiting.
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        held = False
+        try:
+            if poller.poll(0):
+                (held,) = map(self._send_lock.acquire, (False,))  # in one step: see interrupts.py
+            if held:
+                self._asked = True
+                self._send(
+                    [wire.frame([next(self._ids), 0, "ping", [], None])], PendingRequest("ping")
+                )
+        finally:
+            if held:
+                self._send_lock.release()
+
+    def _read(self, since: float, request: PendingRequest | None) -> bool:
+        """Be the reader until *request* is done, or with None until nothing more is there.
+
+        False when another thread reads; *request* then has an event to wait for.
+        """
+        reading = False
+        number = 0
+        try:
+            with self._mutex:
+                if self._reading:
+                    if request is not None and request.event is None:
+                        request.event = interrupts.Wakeup()
+                    return False
+                self._reading = reading = True
+                self._reader = threading.get_ident()
+            if request is not None and self._take_whole(since, request):
+                number = request.number
+            while request is None or not request.done:
+                event = self._wire.next_event()
+                if event is not NEED_DATA:
+                    self._take(event)
+                    continue
+                try:
+                    place = self._wire.buffer()
+                    if request is None:
+                        count = self._recv_into(place, 0, socket.MSG_DONTWAIT)
+                    else:
+                        self._lookout.received = UNKNOWN
+                        self._receiving = True
+                        count = self._lookout.receive(self._recv_into, place)
+                        self._receiving = False
+                except BlockingIOError:
+                    self._receiving = False
+                    if request is None:
+                        break
+                    self._check_silence(request, since)
+                    continue
+                if count == 0:
+                    self._fail("the provider closed the connection")
+                    break
+                self._wire.received(count)
+                self._heard = time.monotonic()
+                self._asked = False
+                if request is not None and self._heard > request.expires:
+                    self._check_silence(request, since)
+        except TimedOut:
+            raise
+        except errors.Exception as error:
+            self._fail(str(error), type(error))
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+        except BaseException:
+            if reading and not self._lost_nothing():
+                self._fail("interrupted while a reply was being received")
+            raise
+        finally:
+            successor = None
+            if reading:
+                with self._mutex:
+                    self._reading = False
+                    if number:
+                        self._requests.pop(number, None)
+                        self._making.discard(number)
+                    for waiting in self._requests.values():
+                        if waiting.event is not None and not waiting.done:
+                            successor = waiting.event
+                            break
+                    if self._lost is not None:
+                        self._socket.close()
+            if successor is not None:
+                successor.set()
+        return True
+
+    def _lost_nothing(self) -> bool:
+        """Whether the reader, which was interrupted, can be followed by another one."""
+        receiving, self._receiving = self._receiving, False
+        if interrupts.waits_held():
+            return True  # it was where it may be
+        count = self._lookout.received
+        if not receiving or not self._at_once or count in (UNKNOWN, 0):
+            return False
+        if count != NOTHING:
+            self._wire.received(count)
+        return True
+
+    def _take_whole(self, since: float, request: PendingRequest) -> bool:
+        """Receive *request*'s reply, if it comes next and in one piece, in as few steps as that
+        takes; else False, and what has come is left to the ordinary way."""
+        place = self._wire.vacant()
+        if place is None:
+            return False
+        try:
+            self._lookout.received = UNKNOWN
+            self._receiving = True
+            count = self._lookout.receive(self._recv_into, place)
+            self._receiving = False
+        except BlockingIOError:
+            self._receiving = False
+            self._check_silence(request, since)
+            return False
+        if not count:
+            return False  # the end, which comes again
+        self._heard = time.monotonic()
+        self._asked = False
+        if (message := self._wire.whole(count)) is not None:
+            header, payload = message
+            if request.take_whole(header, payload):
+                return True
+        self._wire.received(count)
+        return False
+
+    def _take(self, event: wire.Event) -> None:
+        if isinstance(event, Message) and event.payload:
+            # With the lock: the request may be given up meanwhile, by another thread.
+            with self._mutex:
+                super()._take(event)
+                found = self._requests.get(event.header[0])
+                self._filling = found if found is not None and found.into is not None else None
+        else:
+            self._filling = None
+            super()._take(event)
+
+    def _finish(self, message: Message) -> None:
+        with self._mutex:  # see _take
+            request = self._requests.pop(message.header[0], None)
+            self._making.discard(message.header[0])
+            if request is None:
+                return
+            if request.done:
+                return
+            try:
+                request.take_reply(message)
+            except errors.Exception as error:  # it is no longer among those that will fail
+                request.finish(error=error)
+                raise
+
+    def _time_out(self, request: PendingRequest, patience: str) -> None:
+        """Give up on *request*; its late reply must not touch the caller's buffer."""
+        with self._mutex:
+            request.finish(
+                error=TimedOut(f"{request.what}: no answer from {self.endpoint} in {patience}")
+            )
+            filling = self._filling is request
+        if filling:
+            self._fail(f"{request.what}: its reply stopped half way")
+            while self._filled_by_another(request):
+                time.sleep(0.0005)
+
+    # The end
+
+    def _fail(self, reason: str, kind: type[errors.Exception] = ConnectionLost) -> errors.Exception:
+        """Give up the connection: every request on it fails."""
+        with self._mutex:
+            if self._lost is None:
+                self._lost = kind(f"{self.endpoint}: {reason}")
+            lost = self._lost
+            failed, self._requests = list(self._requests.values()), {}
+            if not self._reading:
+                self._socket.close()
+            else:  # the reader closes it: its descriptor must not become another file meanwhile
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+        for request in failed:
+            request.finish(error=kind(f"{request.what}: {lost}"))
+        return lost
+
+    def _forked(self) -> None:
+        """Let go of the socket, without a word, for the parent uses it."""
+        self._send_lock = threading.Lock()
+        self._mutex = threading.Lock()
+        self._reading = False
+        self._lost = ConnectionLost(
+            f"{self.endpoint}: the connection belongs to the process from which this one was forked"
+        )
+        self._socket.close()
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            request.event = None  # its lock may be held by a thread that is not here
+            request.finish(error=ConnectionLost(f"{request.what}: {self._lost}"))
+
+    def _unfinished(self) -> bool:
+        """Whether there are requests to wait for, and not only some that were given up."""
+        with self._mutex:
+            return bool(self._undoing) or any(not r.done for r in self._requests.values())
+
+    def close(self, patience: float = 5.0) -> None:
+        """Wait for requests in flight, which must not be lost, and close."""
+        deadline = time.monotonic() + patience
+        while self._unfinished() and self.usable and time.monotonic() < deadline:
+            if not self.poll():
+                time.sleep(0.001)
+                continue
+            if self._unfinished() and self.usable:
+                with contextlib.suppress(ValueError):  # closed meanwhile
+                    poller = select.poll()
+                    poller.register(self._socket, select.POLLIN)
+                    poller.poll(10)
+        self._fail("the client was closed")

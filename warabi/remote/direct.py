@@ -1,0 +1,264 @@
+"""How a blocking client comes to direct access: a connection of its own, for grants only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from warabi import errors
+from warabi._core import forks, interrupts
+from warabi.protocol.pending import PendingRequest
+from warabi.region import RegionID
+from warabi.remote.connection import BlockingConnection
+from warabi.shm.client import DirectAccess, Guest
+from warabi.shm.layout import ENTRIES
+
+_FIRST_SIZE = 64 * 1024
+"""Bytes of a transfer that is worth joining for at once; a smaller one is when it is not alone."""
+_MADE_SIZE = 256 * 1024
+"""Bytes of a new region from which on they are better written past the provider."""
+_MOST_WANTED = 1024
+_ASKING_PATIENCE = 0.5
+"""Seconds that a grant, being asked for, has to come when the client closes."""
+
+
+def _made(made: list[Any], descriptors: list[int]) -> tuple[RegionID, Sequence[Any] | None]:
+    """What ``make`` answered: the region, and what was granted with one descriptor, if it was.
+
+    Raises:
+        ProtocolError: these do not belong together; the descriptors are closed.
+    """
+    region: RegionID = made[0]
+    granted: Sequence[Any] = made[1:]
+    if not descriptors:
+        return region, None
+    if len(descriptors) == 1 and granted and 0 < granted[0] < ENTRIES:
+        return region, granted
+    for fd in descriptors:
+        os.close(fd)
+    raise errors.ProtocolError(f"the provider made {made} with {len(descriptors)} descriptors")
+
+
+class DirectAccessChannel(DirectAccess):
+    """Direct access to one target, if its provider grants it.
+
+    Args:
+        connect: makes the connection, one that takes descriptors.
+        provider_id: whose target.
+        writable: whether regions are to be written.
+    """
+
+    def __init__(
+        self, connect: Callable[[], BlockingConnection], provider_id: int, *, writable: bool = True
+    ) -> None:
+        super().__init__()
+        self._connect = connect
+        self._provider_id = provider_id
+        self._writable = writable
+        self._lock = threading.Lock()  # held by who asks; others meanwhile use the provider
+        self._over = False
+        self._begin()
+        forks.register(self)
+
+    def _begin(self) -> None:
+        self.guest = None
+        self._connection: BlockingConnection | None = None
+        self._accesses = 0
+        self._wanted: dict[RegionID, None] = {}  # by callers that do not wait
+        self._beside = False  # a thread asks for them
+
+    def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        """The guest, if it was granted the region now; without *wait* that comes later.
+
+        Raises:
+            TimedOut: the provider does not answer.
+        """
+        if self._over:
+            return None
+        if wait:
+            if self._lock.locked():
+                return None
+            return interrupts.uninterrupted(self._ask, what, region, size, False)
+        if self.guest is not None and not self.guest.wants(region, size):
+            return None
+        if len(self._wanted) < _MOST_WANTED:
+            self._wanted[region] = None
+        if not self._beside:
+            self._beside = True
+            thread = threading.Thread(
+                target=self._ask_beside, args=(what,), name="warabi-grant", daemon=True
+            )
+            thread.start()
+        return None
+
+    def _ask_beside(self, what: str) -> None:
+        """Ask for what is wanted, while that is anything, for callers that do not wait."""
+        try:
+            while self._wanted and not self._over:
+                region = next(iter(self._wanted))
+                with contextlib.suppress(errors.TimedOut):
+                    self._ask(what, region, _FIRST_SIZE, True)
+                self._wanted.pop(region, None)
+        finally:
+            self._beside = False
+
+    def _ask(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        """Ask for a grant; without *wait* None while others ask."""
+        held = False
+        try:
+            (held,) = map(self._lock.acquire, (wait,))  # in one step: see interrupts.py
+            if not held:
+                return None
+            guest = self.guest
+            if guest is None:
+                self._accesses += 1
+                if self._accesses > 1 or size >= _FIRST_SIZE:
+                    guest = self.guest = self._join(what)
+                    self._over = guest is None
+            if guest is None or not guest.wants(region, size):
+                return None
+            guest.add(region, *self._call(what, "grant", [region]))
+            return guest
+        except (errors.InvalidRegion, errors.TargetBusy):
+            return None  # what the caller does next says so too
+        except errors.TimedOut:
+            self._end()
+            raise
+        except (errors.Exception, OSError):
+            self._end()
+            return None
+        except BaseException:
+            self._restart()
+            raise
+        finally:
+            if held:
+                self._lock.release()
+
+    def make(self, size: int) -> tuple[RegionID, Callable[[memoryview], bool]] | None:
+        """A new region of *size* bytes, and what writes all of them; None when an ordinary request
+        has to do it, False from the latter when one has to do that.
+
+        Raises:
+            StorageFull, StorageError, and what else there is to say of a region that is created.
+            TimedOut: the provider does not answer.
+        """
+        what = "create_and_write"
+        if size < _MADE_SIZE or self._over:
+            return None
+        held, request = False, None
+        try:
+            (held,) = map(self._lock.acquire, (False,))
+            if not held:
+                return None
+            guest = self.guest = self.guest or self._join(what)
+            self._over = guest is None
+            if guest is None or not guest.writes:
+                return None
+            request = self._submit(what, "make", [size])
+            made, descriptors = self._result(request)
+            if made is None:
+                return None
+            region, granted = _made(made, descriptors)
+            if granted is None:
+                return region, lambda data: False
+            return region, functools.partial(guest.fill, region, granted, descriptors[0])
+        except errors.TargetBusy:
+            return None
+        except errors.TimedOut:
+            self._end()
+            raise
+        except (errors.ConnectionLost, errors.ConnectionFailed, errors.ProtocolError, OSError):
+            self._end()
+            return None
+        except errors.Exception:
+            raise
+        except BaseException:
+            connection = self._connection
+            if request is not None and connection is not None:
+                self._connection = None
+                threading.Thread(
+                    target=self._erase_made, args=(connection, request), name="warabi-erase",
+                    daemon=True,
+                ).start()  # fmt: skip
+            self._restart()
+            raise
+        finally:
+            if held:
+                self._lock.release()
+
+    def _join(self, what: str) -> Guest | None:
+        self._connection = self._connect()
+        joined, descriptors = self._call(what, "join", [self._writable])
+        return None if joined is None else Guest(joined, descriptors)
+
+    def _call(self, what: str, name: str, arguments: list[Any]) -> tuple[Any, list[int]]:
+        return self._result(self._submit(what, name, arguments))
+
+    def _submit(self, what: str, name: str, arguments: list[Any]) -> PendingRequest:
+        assert self._connection is not None
+        request = PendingRequest(what, operation=name)
+        self._connection.submit(request, [self._provider_id, name, arguments, None])
+        return request
+
+    def _result(self, request: PendingRequest) -> tuple[Any, list[int]]:
+        assert self._connection is not None
+        result = self._connection.wait(request)
+        return result, self._connection.take_descriptors()
+
+    def _erase_made(self, connection: BlockingConnection, request: PendingRequest) -> None:
+        """Erase the region that *request* makes, whose caller was interrupted; in a thread of its
+        own, because the answer may take long."""
+        with contextlib.suppress(errors.Exception):
+            made = connection.wait(request)
+            for fd in connection.take_descriptors():
+                os.close(fd)
+            if made is not None:
+                erase = PendingRequest("erase")
+                connection.submit(erase, [self._provider_id, "erase", [made[0]], None])
+                connection.wait(erase)
+        connection.close(0.0)
+
+    def _end(self) -> None:
+        """No direct access any more."""
+        self._over = True
+        if self.guest is not None:
+            self.guest.close()
+        if self._connection is not None:
+            self._connection.close(0.0)
+
+    def _restart(self) -> None:
+        """An answer was given up, and with it whatever descriptors come with it: begin anew."""
+        if self.guest is not None:
+            self.guest.close()
+        if self._connection is not None:
+            self._connection.close(0.0)
+        self._begin()
+
+    def _forked(self) -> None:
+        """What was granted is the parent's; the child asks for its own, over its own connection."""
+        self._lock = threading.Lock()
+        self._begin()
+
+    def close(self) -> None:
+        """Touch nothing any more, and say so."""
+        held = False
+        try:
+            (held,) = map(self._lock.acquire, (True,), (_ASKING_PATIENCE,))
+            if not held:
+                # The thread that asks waits for a provider that does not answer.
+                self._over = True
+                if self._connection is not None:
+                    self._connection.close(0.0)
+                (held,) = map(self._lock.acquire, (True,))
+            if self.guest is not None and not self._over:
+                self.guest.close()
+                with contextlib.suppress(errors.Exception):
+                    self._call("leave", "leave", [])
+            self._end()
+        finally:
+            if held:
+                self._lock.release()

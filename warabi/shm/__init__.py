@@ -1,0 +1,1 @@
+"""Shared memory by which processes of one host reach regions without messages."""

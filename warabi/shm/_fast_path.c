@@ -1,0 +1,752 @@
+/* A guest's accesses, compiled: the same two classes as in fast_path.py, which says what they are for
+ * and what they promise.  This file says only what is different in C.
+ *
+ * The interpreter's lock guards everything here but the bytes that are moved and the memory that
+ * is shared with other processes.  It is let go of for system calls that may wait for a medium and
+ * for large copies.  Meanwhile a reference is held to whatever is used: the grant (and with it the
+ * descriptor or mapping), the caller's buffer, and, by the caller, the Reach itself.  Code in
+ * Python may run where a region is hashed or compared, where a buffer is lent or given back, and in
+ * handlers of signals: it may change anything of a Reach, so nothing is kept from before it.
+ *
+ * The order of what others see.  The table is written by another process, which changes a stamp
+ * and then passes membarrier(2): a full barrier in this thread at some point between two of its
+ * instructions.  A store here that precedes a load is thus ordered well enough by the compiler's
+ * not exchanging the two (`ordered`): either the load comes after that point, and gets the new
+ * stamp, or the store came before it, and is seen by whoever passed the barrier.  All other pairs
+ * are ordered in the ordinary way, by acquire and release.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef Py_GIL_DISABLED
+#error "the free lanes are guarded by the interpreter's lock; fast_path.py does without"
+#endif
+_Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
+
+#define LARGE (256 * 1024) /* bytes: from here on letting go of the lock costs less than it gives */
+#define RECENT 4096        /* a power of two */
+
+/* Loads and stores that the compiler before and after must not exchange. */
+#define ordered() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+
+/* Grant */
+
+typedef struct {
+    PyObject_HEAD
+    Py_ssize_t index;
+    uint64_t stamp;
+    int64_t room;
+    int fd;
+    char waits;
+    char slow;        /* the file cannot be read without maybe waiting */
+    char owns;        /* the file is closed with the grant */
+    int64_t start;    /* where the region begins in the file or the memory */
+    Py_buffer view;   /* without an `obj` when there is none */
+    PyObject *keeper; /* of the memory that `view` shows, or of the file */
+} Grant;
+
+static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"index", "stamp", "room", "fd", "waits", "keeper", "view", "start",
+                            NULL};
+    Grant *self = (Grant *)object;
+    PyObject *stamp, *keeper = Py_None, *view = NULL;
+    Py_ssize_t index;
+    long long room, start = 0;
+    int fd = -1, waits = 0;
+
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "nO!L|ipOOL:Grant", names, &index,
+                                     &PyLong_Type, &stamp, &room, &fd, &waits, &keeper, &view,
+                                     &start))
+        return -1;
+    if (self->keeper != NULL) {
+        PyErr_SetString(PyExc_TypeError, "a Grant does not change");
+        return -1;
+    }
+    uint64_t word = PyLong_AsUnsignedLongLongMask(stamp);
+    if (word == (uint64_t)-1 && PyErr_Occurred())
+        return -1;
+    if (view != NULL && PyObject_GetBuffer(view, &self->view, PyBUF_SIMPLE) < 0)
+        return -1;
+    /* Whatever the table says, nothing beyond the view is touched. */
+    if (start < 0 || room > INT64_MAX - start ||
+        (fd < 0 && room > (view == NULL ? 0 : self->view.len) - start)) {
+        PyBuffer_Release(&self->view);
+        PyErr_SetString(PyExc_ValueError, "Grant: more room than there is");
+        return -1;
+    }
+    self->index = index;
+    self->stamp = word;
+    self->room = room;
+    self->fd = fd;
+    self->waits = (char)waits;
+    self->owns = fd >= 0 && keeper == Py_None;
+    self->start = start;
+    self->keeper = Py_NewRef(keeper);
+    return 0;
+}
+
+static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
+{
+    Grant *self = (Grant *)type->tp_alloc(type, 0);
+    if (self != NULL)
+        self->fd = -1; /* until it is known; all else is 0 */
+    return (PyObject *)self;
+}
+
+static void grant_dealloc(PyObject *object)
+{
+    Grant *self = (Grant *)object;
+    PyTypeObject *type = Py_TYPE(self);
+
+    PyBuffer_Release(&self->view);
+    Py_CLEAR(self->keeper);
+    if (self->owns) {
+        Py_BEGIN_ALLOW_THREADS /* the last one to close an erased file gives its blocks back */
+        close(self->fd);
+        Py_END_ALLOW_THREADS
+    }
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyMemberDef grant_members[] = {
+    {"index", T_PYSSIZET, offsetof(Grant, index), READONLY, NULL},
+    {"stamp", T_ULONGLONG, offsetof(Grant, stamp), READONLY, NULL},
+    {"room", T_LONGLONG, offsetof(Grant, room), READONLY, NULL},
+    {"fd", T_INT, offsetof(Grant, fd), READONLY, NULL},
+    {"waits", T_BOOL, offsetof(Grant, waits), READONLY, NULL},
+    {"owns", T_BOOL, offsetof(Grant, owns), READONLY, NULL},
+    {"start", T_LONGLONG, offsetof(Grant, start), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot grant_slots[] = {
+    {Py_tp_doc, "A region that may be reached."},
+    {Py_tp_new, grant_new},
+    {Py_tp_init, grant_init},
+    {Py_tp_dealloc, grant_dealloc},
+    {Py_tp_members, grant_members},
+    {0, NULL},
+};
+
+static PyType_Spec grant_spec = {
+    .name = "warabi.shm._fast_path.Grant",
+    .basicsize = sizeof(Grant),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = grant_slots,
+};
+
+/* Reach */
+
+enum { LIFE, TABLE, MARKS, BOARD, MAPPINGS };
+
+typedef struct {
+    PyObject_HEAD
+    PyTypeObject *grant_type;
+    PyObject *grants; /* a dict, the last thing that is set: before, and after the collector
+                         cleared it, there is nothing to be reached */
+    PyObject *words;  /* the table, for code in Python */
+    PyObject *mappings[MAPPINGS];
+    Py_buffer views[MAPPINGS];
+    const uint32_t *life;
+    const uint64_t *table;
+    uint64_t *marks;
+    uint64_t *board;
+    size_t entries;
+    uint32_t alive;
+    int lanes;
+    uint64_t free; /* a bit for each lane */
+    char usable;
+    char writable;
+    uint64_t writes;         /* that were marked */
+    uint64_t recent[RECENT]; /* a ring of their marks */
+} Reach;
+
+static struct PyModuleDef module_def;
+
+static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"life", "table", "marks", "board", "word", "alive", "writable", NULL};
+    Reach *self = (Reach *)object;
+    PyObject *mappings[MAPPINGS];
+    Py_ssize_t word;
+    unsigned int alive;
+    int writable;
+
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOnIp:Reach", names, &mappings[LIFE],
+                                     &mappings[TABLE], &mappings[MARKS], &mappings[BOARD], &word,
+                                     &alive, &writable))
+        return -1;
+    if (self->mappings[0] != NULL) {
+        PyErr_SetString(PyExc_TypeError, "a Reach is made once");
+        return -1;
+    }
+    PyObject *module = PyType_GetModuleByDef(Py_TYPE(self), &module_def);
+    if (module == NULL)
+        return -1;
+    self->grant_type = (PyTypeObject *)Py_NewRef(*(PyObject **)PyModule_GetState(module));
+    for (int i = 0; i < MAPPINGS; i++)
+        self->mappings[i] = Py_NewRef(mappings[i]);
+    for (int i = 0; i < MAPPINGS; i++) {
+        PyObject *view = PyObject_GetAttrString(mappings[i], "view");
+        if (view == NULL)
+            return -1;
+        int flags = i == BOARD || (i == MARKS && writable) ? PyBUF_WRITABLE : PyBUF_SIMPLE;
+        int got = PyObject_GetBuffer(view, &self->views[i], flags);
+        if (got == 0 && i == TABLE)
+            self->words = PyObject_CallMethod(view, "cast", "s", "Q");
+        Py_DECREF(view);
+        if (got < 0 || (i == TABLE && self->words == NULL))
+            return -1;
+        if ((uintptr_t)self->views[i].buf % 8 != 0) {
+            PyErr_SetString(PyExc_ValueError, "Reach: memory that is not aligned");
+            return -1;
+        }
+    }
+    self->entries = (size_t)self->views[MARKS].len / 8;
+    Py_ssize_t lanes = self->views[BOARD].len / 8;
+    if (word < 0 || word >= self->views[LIFE].len / 4 || lanes < 1 || lanes > 64 ||
+        self->entries < 1 || (size_t)self->views[TABLE].len / 16 < self->entries) {
+        PyErr_SetString(PyExc_ValueError, "Reach: memory of a size that cannot be");
+        return -1;
+    }
+    self->life = (const uint32_t *)self->views[LIFE].buf + word;
+    self->table = self->views[TABLE].buf;
+    self->marks = self->views[MARKS].buf;
+    self->board = self->views[BOARD].buf;
+    self->alive = alive;
+    self->lanes = (int)lanes;
+    self->free = ~(uint64_t)0 >> (64 - lanes);
+    self->writable = (char)writable;
+    self->usable = 1;
+    self->grants = PyDict_New();
+    return self->grants == NULL ? -1 : 0;
+}
+
+/* The mappings, which refer to nobody, are not shown to the collector: it would unmap the memory of
+ * a cycle that it found while somebody in the cycle may still call a method here. */
+static int reach_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Reach *self = (Reach *)object;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->grant_type);
+    Py_VISIT(self->grants);
+    return 0;
+}
+
+static int reach_clear(PyObject *object)
+{
+    Py_CLEAR(((Reach *)object)->grants);
+    return 0;
+}
+
+static void reach_dealloc(PyObject *object)
+{
+    Reach *self = (Reach *)object;
+    PyTypeObject *type = Py_TYPE(self);
+
+    PyObject_GC_UnTrack(self);
+    reach_clear(object);
+    Py_CLEAR(self->words);
+    for (int i = 0; i < MAPPINGS; i++) {
+        PyBuffer_Release(&self->views[i]);
+        Py_CLEAR(self->mappings[i]);
+    }
+    Py_CLEAR(self->grant_type);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static bool living(const Reach *self)
+{
+    return self->grants != NULL && __atomic_load_n(self->life, __ATOMIC_RELAXED) == self->alive;
+}
+
+/* The grant of a region, a new reference; NULL when there is none that is good for anything, or
+ * with an exception of the region's own. */
+static Grant *find(Reach *self, PyObject *region)
+{
+    if (!living(self))
+        return NULL;
+    PyObject *found = PyDict_GetItemWithError(self->grants, region);
+    if (found == NULL || !Py_IS_TYPE(found, self->grant_type))
+        return NULL;
+    Grant *grant = (Grant *)found;
+    if (grant->room < 0 || (size_t)grant->index >= self->entries)
+        return NULL;
+    return (Grant *)Py_NewRef(found);
+}
+
+/* An offset, -1 for one that cannot be within a region, -2 with an exception. */
+static int64_t
+offset_of(PyObject *object)
+{
+    int overflow;
+    int64_t offset = PyLong_AsLongLongAndOverflow(object, &overflow);
+    if (offset == -1 && !overflow && PyErr_Occurred())
+        return -2;
+    return overflow || offset < 0 ? -1 : offset;
+}
+
+static bool counted(const char *name, Py_ssize_t count, Py_ssize_t least, Py_ssize_t most)
+{
+    if (count >= least && count <= most)
+        return true;
+    PyErr_Format(PyExc_TypeError, "%s() takes %zd to %zd arguments, got %zd", name, least, most,
+                 count);
+    return false;
+}
+
+/* An argument that is a switch; -1 with an exception. */
+static int given(PyObject *const *args, Py_ssize_t count, Py_ssize_t which, int otherwise)
+{
+    return which < count ? PyObject_IsTrue(args[which]) : otherwise;
+}
+
+/* Are these unchecked arguments what they should be, beyond doubt?  Then the buffer is held.  If
+ * not, who checks them says what is wrong: there is no exception, but for one like
+ * KeyboardInterrupt. */
+static bool plain(PyObject *const *args, Py_buffer *buffer, int flags)
+{
+    if (!PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != 16 || !PyLong_CheckExact(args[1]))
+        return false;
+    if (PyObject_GetBuffer(args[2], buffer, flags | PyBUF_ND | PyBUF_FORMAT) < 0) {
+        if (PyErr_ExceptionMatches(PyExc_Exception))
+            PyErr_Clear();
+        return false;
+    }
+    if (buffer->format != NULL && strchr(buffer->format, 'O') != NULL) { /* references, maybe */
+        PyBuffer_Release(buffer);
+        return false;
+    }
+    return true;
+}
+
+/* The two words of a grant's entry.  Acquire: what is looked at afterwards is no older. */
+static uint64_t
+stamp_of(const Reach *self, const Grant *grant)
+{
+    return __atomic_load_n(&self->table[2 * grant->index], __ATOMIC_ACQUIRE);
+}
+
+static int64_t
+size_of(const Reach *self, const Grant *grant)
+{
+    uint64_t size = __atomic_load_n(&self->table[2 * grant->index + 1], __ATOMIC_ACQUIRE);
+    return size > INT64_MAX ? INT64_MAX : (int64_t)size;
+}
+
+/* A lane, in which it now says that the grant's region is about to be touched; -1: all are in use,
+ * by as many threads. */
+static int enter(Reach *self, const Grant *grant)
+{
+    if (self->free == 0)
+        return -1;
+    int lane = __builtin_ctzll(self->free);
+    self->free &= self->free - 1;
+    __atomic_store_n(&self->board[lane], (uint64_t)grant->index, __ATOMIC_RELAXED);
+    ordered();
+    return lane;
+}
+
+/* The second look, after the bytes were moved: is the grant still good? */
+static bool still(const Reach *self, const Grant *grant)
+{
+    ordered();                               /* what was stored: see the top of the file */
+    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* what was loaded */
+    return stamp_of(self, grant) == grant->stamp;
+}
+
+/* Whoever finds the lane empty finds all that was done in it. */
+static void leave(Reach *self, int lane)
+{
+    __atomic_store_n(&self->board[lane], 0, __ATOMIC_RELEASE);
+    self->free |= (uint64_t)1 << lane;
+}
+
+static void copy(void *to, const void *from, size_t size)
+{
+    if (size == 0) /* there may be no address then */
+        return;
+    if (size < LARGE) {
+        memcpy(to, from, size);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    memcpy(to, from, size);
+    Py_END_ALLOW_THREADS
+}
+
+enum way { WRITE, READ, READ_AT_ONCE }; /* the last one fails where it would have to wait */
+
+static ssize_t system_call(enum way way, int fd, char *bytes, size_t size, off_t offset)
+{
+    struct iovec piece = {bytes, size};
+    bool hold = way == READ_AT_ONCE && size < LARGE; /* what does not wait keeps nobody waiting */
+    PyThreadState *saved = hold ? NULL : PyEval_SaveThread();
+    ssize_t count = way == WRITE  ? pwrite(fd, bytes, size, offset)
+                    : way == READ ? pread(fd, bytes, size, offset)
+                                  : preadv2(fd, &piece, 1, offset, RWF_NOWAIT);
+    int number = errno;
+    if (saved != NULL)
+        PyEval_RestoreThread(saved);
+    errno = number;
+    return count;
+}
+
+/* RAISED with an exception of a signal's handler, FAILED with `errno`. */
+enum result { DONE, FAILED, RAISED };
+
+/* Move all of `size` bytes; `moved` counts those that were, whatever the result. */
+static enum result
+transfer(enum way way, int fd, char *bytes, int64_t size, int64_t offset, int64_t *moved)
+{
+    while (size > 0) {
+        ssize_t count = system_call(way, fd, bytes, (size_t)size, offset);
+        if (count > 0) {
+            bytes += count;
+            size -= count;
+            offset += count;
+            *moved += count;
+        } else if (count == 0 || errno != EINTR) {
+            errno = count == 0 ? EIO : errno; /* 0: the file was cut off */
+            return FAILED;
+        } else if (PyErr_CheckSignals() < 0) {
+            return RAISED;
+        }
+    }
+    return DONE;
+}
+
+/* Without the lock a reader waits until another thread that computes gives it back, which is some
+ * milliseconds: far longer than to copy what is in memory, as it nearly always is. */
+static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t offset, bool wait)
+{
+    int64_t moved = 0;
+    if (!wait || (!grant->slow && size < LARGE)) {
+        enum result result = transfer(READ_AT_ONCE, grant->fd, bytes, size, offset, &moved);
+        if (!wait || result != FAILED)
+            return result;
+        grant->slow = errno == EOPNOTSUPP;
+    }
+    return transfer(READ, grant->fd, bytes, size, offset, &moved);
+}
+
+/* Note that the region was written just now.  The provider looks at mark 0 first, and at the others
+ * only if that has changed: so the region's comes first, and whoever acquires the new mark 0 finds
+ * it.  Both differ from what mark 0 was, or a clock that is read twice within its resolution would
+ * hide the second write. */
+static void mark(Reach *self, const Grant *grant)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t time = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+    time += time == __atomic_load_n(&self->marks[0], __ATOMIC_RELAXED);
+    __atomic_store_n(&self->marks[grant->index], time, __ATOMIC_RELAXED);
+    __atomic_store_n(&self->marks[0], time, __ATOMIC_RELEASE);
+    self->recent[self->writes++ % RECENT] = time;
+}
+
+/* Have code in Python forget a grant that is not good any more. */
+static void drop(Reach *self, PyObject *region, Grant *grant)
+{
+    Py_XDECREF(PyObject_CallMethod((PyObject *)self, "_drop", "OO", region, grant));
+}
+
+/* Raise what code in Python makes of an error of the medium. */
+static void raise_failure(Reach *self, PyObject *region, int number)
+{
+    PyObject *cause = PyObject_CallFunction(PyExc_OSError, "is", number, strerror(number));
+    if (cause == NULL)
+        return;
+    PyObject *failure = PyObject_CallMethod((PyObject *)self, "_failure", "OO", region, cause);
+    if (failure != NULL && !PyExceptionInstance_Check(failure)) {
+        PyErr_SetString(PyExc_TypeError, "_failure() returned no exception");
+        Py_DECREF(failure);
+    } else if (failure != NULL) {
+        PyException_SetCause(failure, Py_NewRef(cause));
+        PyErr_SetObject((PyObject *)Py_TYPE(failure), failure);
+        Py_DECREF(failure);
+    }
+    Py_DECREF(cause);
+}
+
+/* Write.  Returns whether it was done, -1 with an exception; the buffer is released. */
+static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data, bool wait)
+{
+    enum result result = FAILED;
+    int lane, number = 0;
+    int64_t moved = 0;
+    Grant *grant = find(self, region);
+    if (grant == NULL || offset < 0 || !self->writable || grant->view.readonly ||
+        (grant->waits && !wait) || data->len > grant->room - offset ||
+        (lane = enter(self, grant)) < 0) {
+        Py_XDECREF(grant);
+        PyBuffer_Release(data);
+        return PyErr_Occurred() ? -1 : false;
+    }
+    if (self->usable && stamp_of(self, grant) == grant->stamp &&
+        data->len <= size_of(self, grant) - offset) {
+        if (grant->fd < 0) {
+            copy((char *)grant->view.buf + grant->start + offset, data->buf, (size_t)data->len);
+            moved = data->len;
+            result = DONE;
+        } else {
+            off_t place = grant->start + offset;
+            result = transfer(WRITE, grant->fd, data->buf, data->len, place, &moved);
+            number = result == FAILED ? errno : 0;
+        }
+        if (result == DONE || moved > 0) /* also a part of what then failed */
+            mark(self, grant);
+    }
+    bool good = still(self, grant);
+    leave(self, lane);
+    if (number != 0)
+        raise_failure(self, region, number);
+    else if (result != RAISED && !good)
+        drop(self, region, grant);
+    Py_DECREF(grant);
+    PyBuffer_Release(data);
+    return PyErr_Occurred() ? -1 : result == DONE && good;
+}
+
+/* Read.  Returns how many bytes, -1 when it was not done, -2 with an exception; the buffer is
+ * released. */
+static int64_t
+load(Reach *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait, bool fewer)
+{
+    enum result result = FAILED;
+    int lane;
+    Grant *grant = find(self, region);
+    if (grant == NULL || offset < 0 || (lane = enter(self, grant)) < 0) {
+        Py_XDECREF(grant);
+        PyBuffer_Release(place);
+        return PyErr_Occurred() ? -2 : -1;
+    }
+    int64_t size = place->len;
+    if (self->usable && stamp_of(self, grant) == grant->stamp) {
+        int64_t have = size_of(self, grant) - offset;
+        if (fewer && size > have)
+            size = have = have > 0 ? have : 0;
+        if (size > have || size > grant->room - offset) {
+            result = FAILED; /* the provider says what is wrong, or grants more room */
+        } else if (grant->fd < 0) {
+            copy(place->buf, (const char *)grant->view.buf + grant->start + offset, (size_t)size);
+            result = DONE;
+        } else {
+            result = read_file(grant, place->buf, size, grant->start + offset, wait);
+        }
+    }
+    bool good = still(self, grant);
+    leave(self, lane);
+    if (result != RAISED && !good)
+        drop(self, region, grant);
+    Py_DECREF(grant);
+    PyBuffer_Release(place);
+    return PyErr_Occurred() ? -2 : result == DONE && good ? size : -1;
+}
+
+static PyObject *reach_size(PyObject *object, PyObject *region)
+{
+    Reach *self = (Reach *)object;
+    Grant *grant = find(self, region);
+    if (grant == NULL)
+        return PyErr_Occurred() ? NULL : PyLong_FromLong(-1);
+    int64_t size = size_of(self, grant);
+    bool good = self->usable && stamp_of(self, grant) == grant->stamp;
+    Py_DECREF(grant);
+    return PyLong_FromLongLong(good ? size : -1);
+}
+
+static PyObject *reach_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
+{
+    Py_buffer data;
+    if (!counted("write", count, 3, 4))
+        return NULL;
+    /* One after the other: nothing is called while there is an exception. */
+    int64_t offset = offset_of(args[1]);
+    if (offset < -1)
+        return NULL;
+    int wait = given(args, count, 3, true);
+    if (wait < 0 || PyObject_GetBuffer(args[2], &data, PyBUF_SIMPLE) < 0)
+        return NULL;
+    int done = store((Reach *)object, args[0], offset, &data, wait);
+    return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
+static PyObject *reach_put(PyObject *object, PyObject *const *args, Py_ssize_t count)
+{
+    Py_buffer data;
+    if (!counted("put", count, 3, 3))
+        return NULL;
+    if (!plain(args, &data, PyBUF_SIMPLE))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
+    int done = store((Reach *)object, args[0], offset_of(args[1]), &data, true);
+    return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
+static PyObject *reach_read_some(PyObject *object, PyObject *const *args, Py_ssize_t count)
+{
+    Py_buffer place;
+    if (!counted("read_some", count, 3, 5))
+        return NULL;
+    int64_t offset = offset_of(args[1]);
+    if (offset < -1)
+        return NULL;
+    int wait = given(args, count, 3, true);
+    if (wait < 0)
+        return NULL;
+    int fewer = given(args, count, 4, true);
+    if (fewer < 0 || PyObject_GetBuffer(args[2], &place, PyBUF_WRITABLE) < 0)
+        return NULL;
+    int64_t size = load((Reach *)object, args[0], offset, &place, wait, fewer);
+    return size < -1 ? NULL : PyLong_FromLongLong(size);
+}
+
+static PyObject *reach_take(PyObject *object, PyObject *const *args, Py_ssize_t count)
+{
+    Py_buffer place;
+    if (!counted("take", count, 3, 3))
+        return NULL;
+    if (!plain(args, &place, PyBUF_WRITABLE))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
+    int64_t size = load((Reach *)object, args[0], offset_of(args[1]), &place, true, false);
+    return size < -1 ? NULL : PyBool_FromLong(size >= 0);
+}
+
+static PyObject *reach_living(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(living((Reach *)object));
+}
+
+static PyObject *reach_busy(PyObject *object, void *Py_UNUSED(closure))
+{
+    Reach *self = (Reach *)object;
+    return PyLong_FromLong(self->lanes - __builtin_popcountll(self->free));
+}
+
+static PyObject *reach_recent(PyObject *object, void *Py_UNUSED(closure))
+{
+    Reach *self = (Reach *)object;
+    uint64_t end = self->writes, count = end < RECENT ? end : RECENT;
+    PyObject *found = PyTuple_New((Py_ssize_t)count);
+    for (uint64_t i = 0; found != NULL && i < count; i++) {
+        PyObject *time = PyLong_FromUnsignedLongLong(self->recent[(end - count + i) % RECENT]);
+        if (time == NULL)
+            Py_CLEAR(found);
+        else
+            PyTuple_SET_ITEM(found, (Py_ssize_t)i, time);
+    }
+    return found;
+}
+
+static PyMethodDef reach_methods[] = {
+    {"size", reach_size, METH_O, "size($self, region, /)\n--\n\n"},
+    {"write", (PyCFunction)(void (*)(void))reach_write, METH_FASTCALL,
+     "write($self, region, offset, data, wait=True, /)\n--\n\n"},
+    {"put", (PyCFunction)(void (*)(void))reach_put, METH_FASTCALL,
+     "put($self, region, offset, data, /)\n--\n\n"},
+    {"read_some", (PyCFunction)(void (*)(void))reach_read_some, METH_FASTCALL,
+     "read_some($self, region, offset, place, wait=True, short=True, /)\n--\n\n"},
+    {"take", (PyCFunction)(void (*)(void))reach_take, METH_FASTCALL,
+     "take($self, region, offset, place, /)\n--\n\n"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef reach_members[] = {
+    {"grants", T_OBJECT_EX, offsetof(Reach, grants), READONLY, NULL},
+    {"table", T_OBJECT_EX, offsetof(Reach, words), READONLY, NULL},
+    {"usable", T_BOOL, offsetof(Reach, usable), 0, NULL},
+    {"writable", T_BOOL, offsetof(Reach, writable), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef reach_getset[] = {
+    {"living", reach_living, NULL, "Whether the provider lives.", NULL},
+    {"busy", reach_busy, NULL, "How many accesses are under way.", NULL},
+    {"recent", reach_recent, NULL, "The latest marks of its own.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot reach_slots[] = {
+    {Py_tp_doc, "Reaches what was granted."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_init, reach_init},
+    {Py_tp_traverse, reach_traverse},
+    {Py_tp_clear, reach_clear},
+    {Py_tp_dealloc, reach_dealloc},
+    {Py_tp_methods, reach_methods},
+    {Py_tp_members, reach_members},
+    {Py_tp_getset, reach_getset},
+    {0, NULL},
+};
+
+static PyType_Spec reach_spec = {
+    .name = "warabi.shm._fast_path.Reach",
+    .basicsize = sizeof(Reach),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = reach_slots,
+};
+
+/* The module; its state is the type of grants. */
+
+static int module_exec(PyObject *module)
+{
+    PyObject **grant_type = PyModule_GetState(module);
+    *grant_type = PyType_FromModuleAndSpec(module, &grant_spec, NULL);
+    if (*grant_type == NULL || PyModule_AddType(module, (PyTypeObject *)*grant_type) < 0)
+        return -1;
+    PyObject *reach = PyType_FromModuleAndSpec(module, &reach_spec, NULL);
+    if (reach == NULL)
+        return -1;
+    int added = PyModule_AddType(module, (PyTypeObject *)reach);
+    Py_DECREF(reach);
+    return added;
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    Py_VISIT(*(PyObject **)PyModule_GetState(module));
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    Py_CLEAR(*(PyObject **)PyModule_GetState(module));
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+#if PY_VERSION_HEX >= 0x030C0000
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "warabi.shm._fast_path",
+    .m_doc = "A guest's accesses, compiled; fast_path.py is the same in Python.",
+    .m_size = sizeof(PyObject *),
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC PyInit__fast_path(void)
+{
+    return PyModuleDef_Init(&module_def);
+}

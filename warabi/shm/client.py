@@ -1,0 +1,317 @@
+"""A client's part of direct access to regions of a provider on the same host.
+
+What the parties share, and what keeps a guest from bytes that are not its region's any more, is
+told in ``target/leases.py``.  The accesses themselves are in ``_fast_path.c`` or ``fast_path.py``;
+here is what happens less often: asking for grants, keeping them, the end.
+
+An access that cannot be made returns False, and the caller asks the provider, which also tells
+what is wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from warabi import errors
+from warabi._core import forks
+from warabi._core.buffers import MAX_SIZE
+from warabi._core.descriptors import limit
+from warabi.region import RegionID
+from warabi.shm.layout import ENTRIES, FIRM, LANES, TABLE
+from warabi.shm.memory import STRONGLY_ORDERED, SharedMapping, register
+
+if TYPE_CHECKING or os.environ.get("WARABI_PURE", "0") not in ("", "0"):
+    from warabi.shm.fast_path import Grant, Reach
+else:
+    try:
+        from warabi.shm._fast_path import Grant, Reach
+    except ImportError:  # it was not built: there was no compiler
+        from warabi.shm.fast_path import Grant, Reach
+
+_LARGE = 64 * 1024
+"""Bytes from which on a region is asked for when it is first touched, not the second time."""
+_MOST_GRANTS = 65536
+_MOST_FILES = 16384  # region files that are kept open
+_SPARE_ROOM = 1024 * 1024
+_ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.shm.fast_path"
+"""Whether stores are seen in the order that the protocol needs; compiled code asks for it."""
+_CLOSING_PATIENCE = 5.0
+
+
+class _SharedFile:
+    """A descriptor of a file with several regions, open as long as a grant needs it."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def _mapping(fd: int, size: int, *, writable: bool) -> SharedMapping:
+    """The first *size* bytes, which are there to stay.
+
+    Raises:
+        OSError: they are not, or cannot be mapped.
+    """
+    found = os.fstat(fd).st_size
+    if found < size or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise OSError(errno.EINVAL, f"shared memory of {found} bytes, not sealed to have {size}")
+    return SharedMapping(fd, size, writable=writable)
+
+
+class Guest(Reach):
+    """Direct access to the regions of one target.
+
+    Args:
+        joined: what ``join`` answered.
+        descriptors: what came with it; closed here.
+
+    Raises:
+        OSError: this process cannot take part.
+        ProtocolError: what was answered cannot be understood.
+    """
+
+    def __init__(self, joined: Sequence[int], descriptors: Sequence[int]) -> None:
+        try:
+            offset, alive, writable = joined
+            if not _ORDERS or not register():
+                raise OSError(errno.ENOSYS, "no order between processes")
+            life, table, marks, board = descriptors
+            super().__init__(
+                _mapping(life, resource.getpagesize(), writable=False),
+                _mapping(table, TABLE, writable=False),
+                _mapping(marks, 8 * ENTRIES, writable=bool(writable)),
+                _mapping(board, 8 * LANES, writable=True),
+                offset // 4,
+                alive,
+                bool(writable),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise errors.ProtocolError(f"the provider's answer to join: {error}") from error
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+        self._touched: dict[bytes, int] = {}
+        self._segments: dict[int, SharedMapping] = {}
+        self._shared: WeakValueDictionary[tuple[int, int], _SharedFile] = WeakValueDictionary()
+        self._files = 0
+        self._most_files = min(_MOST_FILES, max(16, limit() // 4))
+        forks.register(self)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it may write to anything."""
+        return self.usable and self.writable
+
+    # Asking for grants
+
+    def wants(self, region: RegionID, size: int) -> bool:
+        """Whether to ask for a grant, now that the region was about to be touched for *size*."""
+        if not self.usable or not self.living:
+            return False
+        if size < _LARGE and region not in self.grants:
+            count = self._touched.get(region, 0)
+            if len(self._touched) >= _MOST_GRANTS:
+                self._touched.clear()
+            self._touched[region] = count + 1
+            if not count:
+                return False
+        grant = self.grants.get(region)
+        # One that is refused stays so; one that is there has to be asked for again when the region
+        # has outgrown it.
+        return grant is None or 0 <= grant.room < self.table[2 * grant.index + 1]
+
+    def add(self, region: RegionID, granted: Sequence[Any] | None, descriptors: list[int]) -> None:
+        """Take what ``grant`` answered; the descriptors are closed here.
+
+        Raises:
+            ProtocolError: it cannot be understood.
+            OSError: the region cannot be mapped.
+        """
+        try:
+            self._make_room()
+            self._touched.pop(region, None)
+            if granted is None:
+                self.grants[region] = Grant(0, -1, -1)
+            else:
+                self.grants[region] = self._granted(granted, descriptors)
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
+            raise errors.ProtocolError(f"the provider's answer to grant: {error}") from error
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+
+    def _granted(self, granted: Sequence[Any], descriptors: list[int]) -> Grant:
+        index, stamp, offset, room, segment, mapped, waits, _ = granted
+        if not 0 < index < ENTRIES:
+            raise ValueError(f"index {index}")
+        if not mapped:
+            grant = Grant(index, stamp, MAX_SIZE, descriptors[-1], bool(waits))
+            descriptors.pop()
+            self._files += 1
+            return grant
+        if segment < 0:
+            file = self._shared_file(descriptors)
+            return Grant(index, stamp, room, file.fd, bool(waits), keeper=file, start=offset)
+        size = self.table[2 * index + 1]
+        if segment:
+            if descriptors:
+                extent = os.fstat(descriptors[0]).st_size
+                self._segments[segment] = _mapping(descriptors[0], extent, writable=self.writable)
+            mapping = self._segments[segment]
+            view = mapping.view[offset : offset + room]
+            return Grant(index, stamp, room, keeper=mapping, view=view)
+        # More than there is: what it grows by can be reached without asking again.
+        room = -(-2 * size // _SPARE_ROOM) * _SPARE_ROOM or _SPARE_ROOM
+        mapping = SharedMapping(descriptors[0], room, writable=self.writable)
+        return Grant(index, stamp, room, keeper=mapping, view=mapping.view)
+
+    def _shared_file(self, descriptors: list[int]) -> _SharedFile:
+        """The file that is one of several regions, by the descriptor that is here already."""
+        info = os.fstat(descriptors[-1])
+        file = self._shared.get((info.st_dev, info.st_ino))
+        if file is None:
+            file = _SharedFile(descriptors.pop())
+            self._shared[info.st_dev, info.st_ino] = file
+        return file
+
+    def _make_room(self) -> None:
+        files = self._files + len(self._shared)
+        if len(self.grants) >= _MOST_GRANTS or files >= self._most_files:
+            for region in list(self.grants)[: len(self.grants) // 4 + 1]:
+                grant = self.grants.pop(region, None)
+                if grant is not None and grant.owns:
+                    self._files -= 1
+
+    # Access
+
+    def fill(self, region: RegionID, granted: Sequence[Any], fd: int, data: memoryview) -> bool:
+        """Store *data* in a region that ``make`` made; as :meth:`write`.  The descriptor is closed.
+
+        By a system call: to map what nobody has touched would take longer than to copy.
+        """
+        self.grants[region] = Grant(granted[0], granted[1], MAX_SIZE, fd)
+        self._files += 1
+        try:
+            return self.write(region, 0, data)
+        finally:
+            self.let_go(region)
+
+    def read_into(
+        self, region: RegionID, offset: int, place: memoryview, *, wait: bool = True
+    ) -> bool:
+        """Fill *place*, from within the region; False when the provider has to do it.
+
+        *place* may have been changed then.  Without *wait*, also where the bytes are not in memory.
+        """
+        return self.read_some(region, offset, place, wait, False) >= 0
+
+    def persist(self, region: RegionID, offset: int, size: int) -> bool:
+        """Put bytes within the region on the medium; False when the provider has to do it, also
+        when that failed: it must know, for the kernel says so only once."""
+        grant = self.grants.get(region)
+        if grant is None or grant.room < 0 or not self.living:
+            return False
+        table, entry, stamp = self.table, 2 * grant.index, grant.stamp
+        if (
+            not self.usable
+            or table[FIRM + grant.index] != stamp
+            or offset + size > table[entry + 1]
+        ):
+            return False
+        if grant.fd >= 0:
+            try:
+                os.fdatasync(grant.fd)
+            except OSError:
+                return False
+        return table[entry] == stamp
+
+    def let_go(self, region: RegionID) -> None:
+        """Keep no descriptor of a region that is gone."""
+        grant = self.grants.get(region)
+        if grant is not None:
+            self._drop(region, grant)
+
+    def _drop(self, region: bytes, grant: Grant) -> None:
+        if self.grants.get(region) is grant:
+            del self.grants[region]
+            if grant.owns:
+                self._files -= 1
+
+    def _failure(self, region: bytes, error: OSError) -> Exception:
+        return errors.from_os(error, f"write {RegionID(region)!r}")
+
+    # The end
+
+    def _forked(self) -> None:
+        self.forget()  # the slots are the parent's
+
+    def forget(self) -> None:
+        """Use no slot any more, and keep no descriptor: when the provider ends in this process."""
+        self.usable = False
+        self.grants.clear()
+
+    def close(self) -> None:
+        """Let nothing more begin, and wait for what is under way."""
+        self.usable = False
+        deadline = time.monotonic() + _CLOSING_PATIENCE
+        while self.busy and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        self.grants.clear()
+
+
+class DirectAccess:
+    """Direct access as a client has it, however it comes to it.
+
+    Like a :class:`Guest` it says False where the provider has to be asked.
+
+    Attributes:
+        guest: who may be asked for an access first; None while there is nobody.
+    """
+
+    def __init__(self) -> None:
+        self.guest: Guest | None = None
+
+    def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
+        """The guest, if it was granted the region now."""
+        return None
+
+    def size(self, region: RegionID) -> int:
+        """As :meth:`Guest.size`."""
+        return -1 if self.guest is None else self.guest.size(region)
+
+    def persist(self, region: RegionID, offset: int, size: int) -> bool:
+        """As :meth:`Guest.persist`."""
+        return self.guest is not None and self.guest.persist(region, offset, size)
+
+    def write(self, region: RegionID, offset: int, data: memoryview, *, wait: bool = True) -> bool:
+        """As :meth:`Guest.write`."""
+        guest = self.guest
+        if guest is not None and guest.write(region, offset, data, wait):
+            return True
+        found = self._asked("write", region, len(data), wait)
+        return found is not None and found.write(region, offset, data, wait)
+
+    def read_into(
+        self, region: RegionID, offset: int, place: memoryview, *, wait: bool = True
+    ) -> bool:
+        """As :meth:`Guest.read_into`."""
+        guest = self.guest
+        if guest is not None and guest.read_some(region, offset, place, wait, False) >= 0:
+            return True
+        found = self._asked("read", region, len(place), wait)
+        return found is not None and found.read_into(region, offset, place, wait=wait)
+
+
+NO_ACCESS = DirectAccess()
+"""For those who have to ask the provider for everything."""

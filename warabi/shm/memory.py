@@ -1,0 +1,182 @@
+"""Memory that several processes map, and what ordering means there.
+
+``barrier`` makes a store of this process, made before it, and the loads and stores of every
+registered process agree on an order: the rare side of a protocol pays a system call, the frequent
+side nothing.  That is membarrier(2), which a process registers for once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import mmap
+import os
+import platform
+from collections.abc import Callable
+
+_SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, Linux 5.1, which Python does not name
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_GLOBAL_EXPEDITED = 1 << 1
+_REGISTER_GLOBAL_EXPEDITED = 1 << 2
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones map page by page
+STRONGLY_ORDERED = platform.machine() in ("x86_64", "s390x")
+"""Whether other processors see stores in the order of the program, and loads are done in it.  Code
+in Python cannot ask for more than that, except with :func:`barrier`."""
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+_pointer, _size_t, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+_mmap, _munmap = libc.mmap, libc.munmap
+_mmap.argtypes = [_pointer, _size_t, _int, _int, _int, ctypes.c_long]
+_mmap.restype = _pointer
+_munmap.argtypes = [_pointer, _size_t]
+libc.madvise.argtypes = [_pointer, _size_t, _int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+@functools.cache
+def register() -> bool:
+    """Make this process, and threads that it starts, take part in barriers; False: not possible."""
+    number = _MEMBARRIER.get(platform.machine())
+    return number is not None and libc.syscall(number, _REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0
+
+
+os.register_at_fork(after_in_child=register.cache_clear)
+
+
+def barrier() -> None:
+    """A full memory barrier in every registered process.
+
+    Raises:
+        OSError: the system has none; :func:`register` said so.
+    """
+    if libc.syscall(_MEMBARRIER[platform.machine()], _GLOBAL_EXPEDITED, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class SharedMapping:
+    """The first *size* bytes behind a descriptor, mapped until nobody refers to this object.
+
+    Unlike ``mmap.mmap`` it keeps no descriptor.  The caller makes sure that what it touches is
+    there: beyond the end of the file an access kills the process.
+
+    Attributes:
+        address: of the first byte.
+        view: the bytes; to be used only while this object is referred to.
+    """
+
+    __slots__ = ("address", "size", "view")
+
+    def __init__(self, fd: int, size: int, *, writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
+        if address == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.address = address
+        self.size = size
+        self.view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+    def populate(self) -> None:
+        """Map all pages at once, for writing, which is quicker than one by one."""
+        libc.madvise(self.address, self.size, _MADV_POPULATE_WRITE)
+
+    def __del__(self, unmap: Callable[[int, int], int] = _munmap) -> None:
+        # A default, because at the interpreter's end the module's names may be gone.
+        if hasattr(self, "address"):
+            unmap(self.address, self.size)
+
+
+class SharedMemory:
+    """Memory of *size* bytes in a descriptor that others may map.
+
+    Its size is sealed.  With *mine* others can only read it, whatever they try.
+
+    Attributes:
+        fd: the descriptor, open until :meth:`close`.
+        address: of its first byte.
+        view: its bytes; to be used only while this object is referred to.
+    """
+
+    def __init__(self, name: str, size: int, *, mine: bool = False) -> None:
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            self._mapping = SharedMapping(self.fd, size, writable=True)
+            seals = _SEALS | (_SEAL_FUTURE_WRITE if mine else 0)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = self._mapping.address
+        self.view = self._mapping.view
+
+    def close(self, *, discard: bool = False) -> None:
+        """Let go of it; with *discard* its bytes are zero from now on, and take no memory, for
+        those who still map it."""
+        if discard:
+            libc.madvise(self.address, self._mapping.size, mmap.MADV_REMOVE)
+        os.close(self.fd)
+
+
+class _Buffer(ctypes.Structure):
+    """Python's ``Py_buffer``."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_void_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_Buffer), ctypes.c_int]
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = [ctypes.POINTER(_Buffer)]
+_release_buffer.restype = None
+_memcpy = libc.memcpy
+_memcpy.argtypes = [_pointer, _pointer, _size_t]
+_memcpy.restype = _pointer
+_LARGE = 256 * 1024
+"""Bytes from which on a copy lets other threads run: below, that costs more than the copy."""
+
+
+def _address(view: memoryview, held: _Buffer) -> int:
+    _get_buffer(view, held, 0)
+    return held.buf or 0
+
+
+def address(view: memoryview) -> int:
+    """Where the bytes of *view* are, for as long as its owner keeps them there."""
+    held = _Buffer()
+    found = _address(view, held)
+    _release_buffer(held)
+    return found
+
+
+def copy(place: memoryview, data: memoryview) -> None:
+    """Copy between views of bytes of the same size, without the interpreter's lock if large."""
+    if len(data) < _LARGE:
+        place[:] = data
+        return
+    to, source = _Buffer(), _Buffer()
+    target = _address(place, to)
+    try:
+        origin = _address(data, source)
+        try:
+            _memcpy(target, origin, len(data))
+        finally:
+            _release_buffer(source)
+    finally:
+        _release_buffer(to)

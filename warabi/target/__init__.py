@@ -1,0 +1,1 @@
+"""A target: catalogue and storage as one, with locks, commits and leases."""

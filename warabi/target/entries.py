@@ -1,0 +1,139 @@
+"""What an archive knows of an inode under one of its names, and how that is spelled.
+
+A list of entries is a sequence of msgpack arrays.  It crosses the wire as the content of a region
+without a name, so no message limits it and it goes away with the connection of whoever wanted it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import msgpack
+
+from warabi._core.attributes import Attributes
+from warabi.errors import BadArchive, PathError
+from warabi.metadata import domain
+from warabi.region import RegionID
+
+CHUNK = 8 * 1024 * 1024
+"""Bytes that are read or written at once."""
+
+
+_LARGEST = 64 * 1024 * 1024  # bytes of an entry, which are mostly its extended attributes
+
+
+class Readable(Protocol):
+    """What entries can be read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class ArchiveEntry(NamedTuple):
+    """One name of one inode; of a region that never had one, the ID in hex.
+
+    The root directory's path is empty, others are relative to it.  The slot tells the names of
+    one inode; with the generation it is a region's ID.  Times in ns since the epoch.
+    """
+
+    path: bytes
+    slot: int
+    generation: int
+    mode: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    anonymous: bool
+    links: int
+    target: bytes | None
+    xattrs: list[tuple[bytes, bytes]]
+
+    @property
+    def region(self) -> RegionID:
+        """The ID, of a region."""
+        return RegionID.from_parts(self.slot, self.generation)
+
+    @property
+    def is_region(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def shown(self) -> str:
+        """The path for a message."""
+        return os.fsdecode(b"/" + self.path)
+
+    @classmethod
+    def of(
+        cls, path: bytes, a: Attributes, *, anonymous: bool = False, target: bytes | None = None,
+        xattrs: list[tuple[bytes, bytes]] | None = None,
+    ) -> ArchiveEntry:  # fmt: skip
+        """The entry of an inode with attributes *a*."""
+        return cls(
+            path, a.ino, a.generation, a.mode, a.uid, a.gid, a.rdev, a.size, a.atime_ns,
+            a.mtime_ns, a.ctime_ns, anonymous, a.nlink, target, xattrs or [],
+        )  # fmt: skip
+
+    def pack(self) -> bytes:
+        packed: bytes = msgpack.packb(tuple(self))
+        return packed
+
+
+_TYPES: tuple[Any, ...] = (bytes, *[int] * 10, bool, int, (bytes, type(None)), list)
+
+
+def _checked(item: Any) -> ArchiveEntry:
+    if not (
+        isinstance(item, list)
+        and len(item) == len(_TYPES)
+        and all(isinstance(value, kind) for value, kind in zip(item, _TYPES, strict=True))
+        and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(part, bytes) for part in pair)
+            for pair in item[-1]
+        )
+    ):
+        raise BadArchive(f"not an entry: {item!r:.100}")
+    found = ArchiveEntry._make([*item[:-1], [(name, value) for name, value in item[-1]]])
+    found = found._replace(
+        atime_ns=domain.clamped(found.atime_ns),
+        mtime_ns=domain.clamped(found.mtime_ns),
+        ctime_ns=domain.clamped_change(found.ctime_ns),
+    )
+    why = domain.fault((
+        found.slot, found.generation, found.mode, found.links, found.uid, found.gid, found.rdev,
+        found.size, found.atime_ns, found.mtime_ns, found.ctime_ns, int(found.anonymous),
+        found.target,
+    ))  # fmt: skip
+    try:
+        for name, value in found.xattrs:
+            domain.xattr(name, value)
+    except PathError as error:
+        why = str(error)
+    if why:
+        raise BadArchive(f"{found.shown}: no target can have it: {why}")
+    return found
+
+
+def unpack(data: bytes) -> ArchiveEntry:
+    """The entry that *data* spells; raises ``BadArchive``."""
+    try:
+        return _checked(msgpack.unpackb(data))
+    except (ValueError, msgpack.UnpackException) as error:
+        raise BadArchive(f"not an entry: {error}") from None
+
+
+def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
+    """Every entry in *file*; raises ``BadArchive``."""
+    unpacker = msgpack.Unpacker(file, max_buffer_size=_LARGEST)
+    try:
+        for item in unpacker:
+            yield _checked(item)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise BadArchive(f"not a list of entries: {error}") from None

@@ -1,0 +1,128 @@
+"""How a target carries out the operations of ``protocol/operations.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from warabi._core.extents import unpack
+from warabi._core.results import RegionStat
+from warabi.backends.base import Flush
+from warabi.errors import InvalidRegion
+from warabi.metadata.namespace import Namespace
+from warabi.protocol.operations import OPERATIONS, PAGE, Served
+from warabi.region import RegionID
+from warabi.target.graft import adopt, graft
+from warabi.target.snapshot import copy, survey
+from warabi.target.target import Target
+from warabi.target.verify import summed, update, verify
+
+_NAMES = 64 * 1024
+"""Characters of names in one reply, about: a reply has at most 1 MiB."""
+_STATS = 250
+"""Regions in one reply with their names, which take some time each."""
+
+
+def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
+    found = target.stat(region, PAGE)
+    length, some = 0, list[str]()
+    for name in found.names:
+        length += len(name)
+        if some and length > _NAMES:
+            break
+        some.append(name)
+    return found._replace(names=some)
+
+
+def _list_stats(target: Target, after: RegionID, limit: int) -> list[tuple[RegionID, RegionStat]]:
+    """As ``list``, with what ``stat`` tells of each; empty only where no region is left."""
+    length, found = 0, []
+    while regions := target.list(after, min(limit, _STATS)):
+        for region in regions:
+            with contextlib.suppress(InvalidRegion):  # erased meanwhile
+                known = _stat_with_some_names(target, region)
+                found.append((region, known))
+                length += sum(map(len, known.names))
+                if length > _NAMES:
+                    return found
+        if found:
+            break
+        after = regions[-1]
+    return found
+
+
+def _names(method: str) -> Callable[..., Any]:
+    function = getattr(Namespace, method)
+    return lambda target, *args: function(target.namespace, *args)
+
+
+def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextManager[Flush]:
+    return target.persisting(region, 0, 0, times=times)
+
+
+FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
+    "persist": Target.persisting,
+    "fsync": _fsyncing,
+}
+"""Operations that may be no more than the flush of a file, which these give; they raise
+``WouldBlock`` where it is more."""
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "create": Target.create,
+    "erase": Target.erase,
+    "resize": Target.resize,
+    "size": Target.size,
+    "stat": _stat_with_some_names,
+    "list": lambda target, after, limit: target.list(after, min(limit, PAGE)),
+    "list_stats": _list_stats,
+    "persist": Target.persist,
+    "write_vector": lambda target, region, packed, persist, data: target.write_vector(
+        region, unpack(packed, "write_vector"), data, persist
+    ),
+    "read_vector": lambda target, region, packed, place: target.read_vector(
+        region, unpack(packed, "read_vector"), place
+    ),
+    "persist_vector": lambda target, region, packed: target.persist_vector(
+        region, unpack(packed, "persist_vector")
+    ),
+    "fsync": Target.fsync,
+    "commit": Target.commit,
+    "sync": Target.sync,
+    "room": Target.room,
+    "uuid": lambda target: target.uuid,
+    "epoch": lambda target: target.epoch,
+    "used": lambda target: target.used,
+    "summed": summed,
+    "verify": verify,
+    "update": update,
+    "survey": survey,
+    "copy": copy,
+    "adopt": adopt,
+    "graft": graft,
+    "readdir": lambda target, ino, after, limit: target.namespace.readdir(
+        ino, after, min(limit, PAGE)
+    ),
+}
+"""Those that are no methods of a target's names."""
+
+_METHODS = tuple(
+    name
+    for name, operation in OPERATIONS.items()
+    if operation.served is Served.TARGET and name not in _CALLS
+)
+
+CALLS = {**_CALLS, **{method: _names(method) for method in _METHODS}}
+"""By name: what is called with a target and the arguments."""
+
+
+def bound(target: Target) -> dict[str, Callable[..., Any]]:
+    """The operations of one target, which are called with what follows it."""
+    calls: dict[str, Callable[..., Any]] = {
+        name: partial(call, target) for name, call in CALLS.items()
+    }
+    for method in _METHODS:
+        calls[method] = getattr(target.namespace, method)
+    return calls

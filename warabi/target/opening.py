@@ -1,0 +1,333 @@
+"""A target on a file system: what its path may be, who owns it, and how it is opened.
+
+``path`` is the catalogue.  Regions live in ``path + ".regions/"``, and the lock that makes one
+process the owner is the file ``LOCK`` in there: SQLite's own locks are on the catalogue file,
+where closing any other descriptor of it would drop them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from warabi import errors
+from warabi.backends import FileStorage, MemoryStorage, PmemStorage
+from warabi.backends.checksummed import storage_with_sums
+from warabi.backends.direct_io import open_storage
+from warabi.backends.packed import PackedStorage
+from warabi.errors import ConfigError, CorruptTarget, PermissionDenied
+from warabi.metadata import schema
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.journal import let_go, sync_directory
+from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION
+from warabi.target.config import FileConfig, FileTarget, MemoryConfig, PmemConfig, PmemTarget
+from warabi.target.lockfile import LockFile
+from warabi.target.target import Target
+
+
+class _OpenPlan(NamedTuple):
+    """What the settings of a backend on a file system come down to."""
+
+    path: str
+    backend: str
+    """The type that the catalogue records."""
+    create: bool
+    creation: str
+    """The setting that asks for *create*."""
+    override: bool
+    make: Callable[[Path], tuple[FileStorage, dict[str, Any]]]
+    """Opens the storage; also gives the settings that it has instead of those asked for."""
+    pool: int | None = None
+    """The quota in bytes that a new target has for ever."""
+    capacity: int | None = None
+    """The quota in bytes while it is open this time."""
+    packed: bool | None = None
+    """Whether new small regions share files; None: none can."""
+    checksums: bool | None = None
+    """Whether blocks are summed; None: as they have been so far."""
+    threads: int | None = None
+    """How many calls may wait for the medium at once."""
+
+
+def open_target(target: FileTarget | PmemTarget) -> Target:
+    """The target that a provider's configuration names; raises as :func:`open_file`."""
+    return _open(_plan(target), 0.0)
+
+
+def _plan(target: FileTarget | PmemTarget) -> _OpenPlan:
+    if isinstance(target, PmemTarget):
+        return _pmem_plan(target.config)
+    return _file_plan(target.config)
+
+
+def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
+    """An empty target in memory.
+
+    *limit* is how many bytes of memory its regions may take, holes not counted; without it as many
+    as the machine can give.  The configuration's ``capacity`` counts sizes.
+    """
+    return Target(Catalogue(None), MemoryStorage(limit), capacity=config.capacity)
+
+
+def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
+    """The target at ``config.path``, created where the configuration says so.
+
+    Args:
+        config: the backend's settings.
+        patience: seconds to wait for another owner to let go.
+
+    Raises:
+        ConfigError: the path is no target of this type (it is left as it is), or is missing and
+            not to be created.
+        TargetBusy: another process, named by its pid, has it open.
+        CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
+    """
+    return _open(_file_plan(config), patience)
+
+
+def _file_plan(config: FileConfig) -> _OpenPlan:
+    def make(root: Path) -> tuple[FileStorage, dict[str, Any]]:
+        return open_storage(
+            root, direct=config.directio, sync=config.sync, alignment=config.alignment
+        )
+
+    return _OpenPlan(
+        config.path, "file", config.create_if_missing, "create_if_missing",
+        config.override_if_exists, make, capacity=config.capacity,
+        threads=config.abt_io.backing_thread_count, checksums=config.checksums,
+        packed=config.packed is not False and not config.directio,
+    )  # fmt: skip
+
+
+def open_pmem(config: PmemConfig, *, patience: float = 0.0) -> Target:
+    """As :func:`open_file`.  The size that the target was created with is its quota, whatever the
+    configuration says later; an empty file that becomes a target without a size has none."""
+    return _open(_pmem_plan(config), patience)
+
+
+def _pmem_plan(config: PmemConfig) -> _OpenPlan:
+    size = config.create_if_missing_with_size
+    return _OpenPlan(
+        config.path, "pmem", bool(size), "create_if_missing_with_size", config.override_if_exists,
+        lambda root: (PmemStorage(root), {}), pool=size or None,
+        checksums=config.checksums,
+    )  # fmt: skip
+
+
+def _open(plan: _OpenPlan, patience: float) -> Target:
+    path = Path(plan.path)
+    if "\0" in plan.path:
+        raise ConfigError("configuration: $.target.config.path: contains a null byte")
+    if plan.override and not plan.create:
+        raise ConfigError(
+            f"configuration: $.target.config.override_if_exists needs {plan.creation}"
+        )
+    try:
+        state = _inspect(path)
+        path = Path(os.path.realpath(path))  # the regions are beside the catalogue, not the link
+        if state == "missing" and not plan.create:
+            raise ConfigError(f"target {path}: no such file, and {plan.creation} is not set")
+        if state == "missing":
+            _make_directories(path.parent)
+        return _open_locked(path, plan, patience)
+    except OSError as error:
+        if isinstance(error, errors.Exception):
+            raise
+        raise errors.from_os(error, f"target {path}") from error
+
+
+def _make_directories(path: Path) -> None:
+    """A directory and those above it, as far as they are missing, each on the medium."""
+    missing = [path, *path.parents]
+    for directory in reversed(missing[: [a.exists() for a in missing].index(True)]):
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def _inspect(path: Path) -> str:
+    """``missing``, ``empty`` or ``target``; refuses what is something else."""
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(f"target {path}: a dangling symbolic link") from None
+        return "missing"
+    except NotADirectoryError:
+        raise ConfigError(f"target {path}: a part of its path is not a directory") from None
+    if stat.S_ISDIR(info.st_mode):
+        raise ConfigError(f"target {path}: is a directory")
+    if not stat.S_ISREG(info.st_mode):
+        raise ConfigError(f"target {path}: is not a regular file")
+    if info.st_size == 0:
+        return "empty"
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise PermissionDenied(f"target {path}: cannot be read and written by this user")
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        raise ConfigError(f"target {path}: the file is not a warabi target; it was left untouched")
+    version, application = struct.unpack(">I4xI", header[60:72])
+    if application != APPLICATION_ID:
+        raise ConfigError(
+            f"target {path}: the database is not a warabi target; it was left untouched"
+        )
+    if version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"target {path}: written by a newer version (schema {version}, this one reads up to"
+            f" {SCHEMA_VERSION})"
+        )
+    return "target"
+
+
+def _is_ours(regions: Path) -> bool:
+    """Whether a directory is a target's, or empty and so may become one's."""
+    return regions.is_dir() and ((regions / "LOCK").is_file() or not any(regions.iterdir()))
+
+
+def lock_regions(path: Path, patience: float) -> tuple[Path, LockFile, bool]:
+    """The directory for the regions of a target at *path*, its lock, and whether it was made.
+
+    Raises:
+        ConfigError: it is something else.
+        TargetBusy: another process, named by its pid, has the target open.
+    """
+    regions = Path(f"{path}.regions")
+    made = not regions.exists()
+    if not made and not _is_ours(regions):
+        raise ConfigError(
+            f"target {path}: {regions}, where its regions would be, is something else; it was left"
+            " untouched"
+        )
+    regions.mkdir(mode=0o700, exist_ok=True)
+    return regions, LockFile(path, regions / "LOCK", patience), made
+
+
+def _make_private(path: Path, regions: Path) -> None:
+    """Take what other users may do with a target's files away, where this process can.
+
+    Catalogues used to be made with the permissions that the umask leaves; names, sizes and IDs in
+    them are the owner's as much as the bytes of the regions.
+    """
+    for place in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-journal")), regions):
+        with contextlib.suppress(OSError):
+            mode = place.lstat().st_mode
+            if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and mode & 0o077:
+                place.chmod(stat.S_IMODE(mode) & 0o700)
+
+
+def clear(path: Path, regions: Path) -> None:
+    """Remove what a target, or half of one that was being brought, left without a catalogue."""
+    FileStorage(regions).destroy()
+    # SQLite would play a log that was left into whatever catalogue comes to be beside it.
+    for leftover in (f"{path}-wal", f"{staged(path)}", f"{staged(path)}-journal"):
+        Path(leftover).unlink(missing_ok=True)
+
+
+def staged(path: Path) -> Path:
+    """Where the catalogue of a target that is being brought to *path* is made."""
+    return Path(f"{path}.migrating")
+
+
+def _open_locked(path: Path, plan: _OpenPlan, patience: float) -> Target:
+    regions, lock, made = lock_regions(path, patience)
+    try:
+        state = _inspect(path)  # again, now that nobody else can change it
+        if state != "target" or plan.override:
+            if not (plan.override or staged(path).exists()) and _any_regions(regions):
+                raise CorruptTarget(
+                    f"target {path}: its catalogue is {state}, and {regions} holds regions; run"
+                    f" warabi fsck --repair {path}, or remove them"
+                )
+            # The catalogue first: what a crash leaves of the regions is removed at the next open.
+            schema.create(path, plan.backend, plan.pool)
+            clear(path, regions)
+        return _open_holding(path, plan, regions, lock)
+    except BaseException:
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):
+                lock.remove()
+                regions.rmdir()
+        raise
+
+
+def _any_regions(regions: Path) -> bool:
+    storage = FileStorage(regions)
+    try:
+        return next(storage.scan(), None) is not None
+    finally:
+        storage.close()
+
+
+def _open_holding(path: Path, plan: _OpenPlan, regions: Path, lock: LockFile) -> Target:
+    """Open a target that is there; its lock, which is held, goes with it, but not on failure."""
+    _make_private(path, regions)
+    with contextlib.ExitStack() as undo:
+        storage, instead = plan.make(regions)
+        undo.callback(storage.close)
+        catalogue = Catalogue(path, plan.backend)
+        undo.callback(catalogue.abandon)
+        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        undo.callback(let_go, held)
+
+        def closed() -> None:
+            # Callers may remove the catalogue while it is open, as one does with a temporary file:
+            # nothing can ever reach the regions then, and they go too.
+            with contextlib.suppress(OSError):
+                if os.fstat(held).st_nlink == 0:
+                    FileStorage(regions).destroy()
+                    Path(f"{path}-wal").unlink(missing_ok=True)
+                    lock.remove()
+                    regions.rmdir()
+            let_go(held)
+            lock.release()
+
+        packed = None
+        if plan.packed is not None:
+            packed = PackedStorage(storage, catalogue, packing=plan.packed)
+        summed = storage_with_sums(packed or storage, catalogue, plan.checksums)
+        if summed is not None:
+            instead = {**instead, "checksums": True}
+        target = Target(
+            catalogue,
+            summed or packed or storage,
+            capacity=catalogue.capacity if plan.capacity is None else plan.capacity,
+            threads=plan.threads,
+            instead=instead,
+            on_close=closed,
+            on_closing=lock.closing,
+        )
+        for part in (packed, summed):
+            if part is not None:
+                part.bind(target)
+        undo.pop_all()
+        return target
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Own the target at *path*, in whatever state it is, without opening it.
+
+    Gives its path with symbolic links followed, and the directory of its regions.
+
+    Raises:
+        ConfigError: there is nothing that can be, or have been, a target.
+        TargetBusy: it is open, here or elsewhere.
+    """
+    path = Path(os.path.realpath(path))
+    regions = Path(f"{path}.regions")
+    if not (regions / "LOCK").is_file() and _inspect(path) != "target":
+        raise ConfigError(f"target {path}: no such target")
+    if regions.exists() and not _is_ours(regions):
+        raise ConfigError(f"target {path}: {regions} is something else")
+    regions.mkdir(mode=0o700, exist_ok=True)
+    lock = LockFile(path, regions / "LOCK", 0.0)
+    try:
+        yield path, regions
+    finally:
+        lock.release()

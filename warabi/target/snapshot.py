@@ -1,0 +1,145 @@
+"""Operations of a target for an export: all names at one instant, and copies of regions.
+
+While a survey's region exists, bytes of regions that are erased are kept, so that whatever the
+survey tells of can still be copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+
+from warabi._core.attributes import ROOT, Attributes
+from warabi.errors import InvalidRegion
+from warabi.metadata.inode import Inode
+from warabi.region import RegionID
+from warabi.target.entries import CHUNK, ArchiveEntry
+from warabi.target.target import Target
+
+_PAGE = 10_000
+_IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that need no file
+
+
+def survey(target: Target) -> Attributes:
+    """A new region without a name that lists every entry of the target, as of one instant.
+
+    It is pinned for the caller, who ends it and the keeping of erased regions with ``unpin``.
+    """
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+        with target._guard.lock, target._guard.checked:
+            for entry in _entries(target):
+                spool.write(entry.pack())
+            inode = _pinned(target)
+            target._holds.add(inode.rid)
+        try:
+            spool.seek(0)
+            offset = 0
+            while piece := spool.read(CHUNK):
+                target.write(inode.rid, offset, piece, extend=True)
+                offset += len(piece)
+        except BaseException:
+            target.namespace.unpin(inode.ino)
+            raise
+    return target.namespace.getattr(inode.ino)
+
+
+def _pinned(target: Target) -> Inode:
+    """A new, empty region that has no name and goes when its pin does; the guard is held."""
+    inode = target.new_region(0o600, None, None)
+    inode.pins = 1
+    return inode
+
+
+def _entries(target: Target) -> Iterator[ArchiveEntry]:
+    """Every entry: a directory before what is in it; the guard is held."""
+    catalogue = target._catalogue
+    catalogue.flush()
+    catalogue.check_stored()  # or it would be missing
+    pending = [(b"", target.namespace._get(ROOT).attributes())]
+    while pending:
+        path, directory = pending.pop()
+        yield ArchiveEntry.of(path, directory, xattrs=_xattrs(target, directory.ino))
+        prefix = path + b"/" if path else b""
+        last = b""
+        while page := catalogue.entries(directory.ino, last, _PAGE):
+            last = page[-1][0]
+            for name, found in page:
+                if stat.S_ISDIR(found.mode):
+                    pending.append((prefix + name, found))
+                    continue
+                link = stat.S_ISLNK(found.mode)
+                yield ArchiveEntry.of(
+                    prefix + name, found, xattrs=_xattrs(target, found.ino),
+                    target=target.namespace._get(found.ino).target if link else None,
+                )  # fmt: skip
+    slot = 0
+    while regions := catalogue.regions(slot, _PAGE, anonymous=True):
+        slot = regions[-1].ino
+        for found in regions:
+            name = found.region.hex().encode()
+            yield ArchiveEntry.of(name, found, anonymous=True, xattrs=_xattrs(target, found.ino))
+
+
+def _xattrs(target: Target, ino: int) -> list[tuple[bytes, bytes]]:
+    catalogue = target._catalogue
+    if not catalogue._has_xattrs:
+        return []
+    return [(name, catalogue.xattr(ino, name) or b"") for name in catalogue.xattrs(ino)]
+
+
+def copy(target: Target, region: RegionID) -> Attributes:
+    """A new region without a name, with the bytes and times that *region* has at one instant.
+
+    Writers of the region wait while its file is copied, which takes no time where the file system
+    can share blocks.  While a survey goes on, a region that was erased since can be copied too.
+    The copy is pinned for the caller, and no quota refuses it.
+
+    Raises:
+        InvalidRegion: unknown, and in no survey that goes on.
+        StorageFull, StorageError, CorruptTarget: the medium; there is no copy then.
+    """
+    try:
+        source = target._enter_exclusive(region, "copy", True)
+    except InvalidRegion:
+        size = _kept(target, region)
+        if size is None:
+            raise
+        return _copied(target, region, size, None)
+    try:
+        target.quieten(source)
+        return _copied(target, region, source.size, source)
+    finally:
+        target._leave_exclusive(source)
+
+
+def _kept(target: Target, region: RegionID) -> int | None:
+    """The size of a region that was erased and is kept for a survey, once calls that were inside
+    it have come to their end."""
+    with target._lock:
+        while region in target._ending:
+            target._wait(True)
+        return target._kept.get(region)
+
+
+def _copied(target: Target, region: RegionID, size: int, source: Inode | None) -> Attributes:
+    with target._guard.lock, target._guard.checked:
+        inode = target._catalogue.add(stat.S_IFREG | 0o600, os.getuid(), os.getgid(), size=size)
+        inode.pins = 1
+    try:
+        target._storage.clone(region, inode.rid, size)
+    except BaseException:
+        with target._guard.lock, target._guard.checked:
+            target._catalogue.remove(inode)
+            inode.dead = True
+        with contextlib.suppress(KeyError):  # it was not even made
+            target._storage.erase(inode.rid)
+        raise
+    with target._guard.lock, target._guard.checked:
+        if source is not None:
+            target._catalogue.set_attributes(
+                inode, atime=source.atime, mtime=source.mtime, ctime=source.ctime
+            )
+        return inode.attributes()

@@ -1,0 +1,1 @@
+"""The ``warabi`` command and what it does: archives, scrub, fsck."""

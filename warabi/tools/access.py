@@ -1,0 +1,101 @@
+"""How a command reaches a target: served at an address, or by its path, which it then owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from warabi.client import Client
+from warabi.engine import Engine, Mode
+from warabi.errors import ConfigError
+from warabi.local.link import DirectLink, Link
+from warabi.protocol.auth import config_of
+
+
+def is_address(text: str) -> bool:
+    """Whether *text* names an engine rather than a path."""
+    return "://" in text
+
+
+@contextmanager
+def served(
+    address: str, provider_id: int, security: dict[str, str] | None = None
+) -> Iterator[Link]:
+    """The target of a provider, while the block runs; *security* as ``security.config_of`` takes
+    it."""
+    with Engine(address.split("://")[0], Mode.CLIENT, config=config_of(security or {})) as engine:
+        yield Client(engine).make_target_handle(address, provider_id)._link
+
+
+@contextmanager
+def owned(path: Path, **settings: Any) -> Iterator[Link]:
+    """The target at *path*, of whatever type, while the block runs; nobody else can have it.
+
+    Raises:
+        ConfigError: there is none.
+        TargetBusy: it is open elsewhere.
+    """
+    from warabi.provider.core import ProviderCore
+    from warabi.target import opening
+    from warabi.target.config import FileConfig, PmemConfig
+
+    name = str(path).removeprefix("file:")
+    try:
+        target = opening.open_file(FileConfig(path=name, **settings))
+    except ConfigError:
+        try:
+            target = opening.open_pmem(PmemConfig(path=name, **settings))
+        except ConfigError:
+            target = None
+        if target is None:
+            raise
+    core = ProviderCore(0, target)
+    try:
+        yield DirectLink(core)
+    finally:
+        core.close()
+
+
+@contextmanager
+def made_or_reached(
+    where: str, provider_id: int, security: dict[str, str], pmem_size: int | None
+) -> Iterator[Link]:
+    """As :func:`reached`; a target that is missing at a path is made, and removed again when the
+    block fails.  *pmem_size* makes it one of persistent memory, of that many bytes."""
+    path = Path(where.removeprefix("file:"))
+    if is_address(where) or (path.exists() and path.stat().st_size):
+        with reached(where, provider_id, security) as link:
+            yield link
+        return
+    from warabi.provider.core import ProviderCore
+    from warabi.target import opening
+    from warabi.target.config import FileConfig, PmemConfig
+
+    if pmem_size is None:
+        target = opening.open_file(FileConfig(path=str(path), create_if_missing=True))
+    else:
+        pmem = PmemConfig(path=str(path), create_if_missing_with_size=pmem_size)
+        target = opening.open_pmem(pmem)
+    core = ProviderCore(0, target)
+    try:
+        yield DirectLink(core)
+    except BaseException:
+        path.unlink()  # closing a target whose catalogue is gone removes the rest
+        raise
+    finally:
+        core.close()
+
+
+@contextmanager
+def reached(
+    where: str, provider_id: int, security: dict[str, str], **settings: Any
+) -> Iterator[Link]:
+    """The target at an address or a path; settings are those of a path's backend."""
+    if is_address(where):
+        with served(where, provider_id, security) as link:
+            yield link
+    else:
+        with owned(Path(where), **settings) as link:
+            yield link

@@ -1,0 +1,195 @@
+"""A target as a tar archive, streamed.
+
+Every name is a member, in pax format, that any tar extracts; the record ``WARABI.entry`` of its
+header has the whole truth about it (:class:`warabi.target.entries.ArchiveEntry`).  The last member
+tells how many there were and the SHA-256 of their entries and bytes, so that an archive that was
+cut off or damaged is known as such.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import stat
+import tarfile
+import tempfile
+from collections.abc import Callable
+from typing import IO, Protocol
+
+from warabi.local.link import Link
+from warabi.region import RegionID
+from warabi.target.entries import CHUNK, ArchiveEntry, unpack_all
+
+FORMAT = 1
+ENTRY, HEAD, TAIL = "WARABI.entry", "WARABI.archive", "WARABI.end"
+_BLOCK = 512
+_RECORD = 10_240  # what tar pads an archive to
+_KINDS = {
+    stat.S_IFDIR: tarfile.DIRTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+}  # sockets, which tar does not know, become empty files
+
+
+class Sink(Protocol):
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+class Digest:
+    """Count and SHA-256 of what an archive has."""
+
+    def __init__(self) -> None:
+        self.members = 0
+        self._hash = hashlib.sha256()
+
+    def entry(self, packed: bytes, size: int) -> None:
+        """A member begins: its entry, and how many bytes follow."""
+        self.members += 1
+        self._hash.update(b"%d %d " % (len(packed), size) + packed)
+
+    def data(self, piece: memoryview) -> None:
+        self._hash.update(piece)
+
+    def tail(self) -> str:
+        """What the last member says."""
+        return json.dumps({"members": self.members, "sha256": self._hash.hexdigest()})
+
+
+def export(
+    link: Link, out: Sink, *, copying: bool, advance: Callable[[int], None] = lambda count: None
+) -> int:
+    """Write everything that the target has to *out*; returns how many members there are.
+
+    The names and the set of regions are those of one instant.  With *copying*, which is needed
+    when others may write meanwhile, each region's bytes are those of one later instant.
+    *advance* is told of bytes that were written.
+    """
+    listing = link.call("survey")
+    try:
+        with tempfile.TemporaryFile() as spool:
+            _fetch(link, listing.region, listing.size, spool.write)
+            spool.seek(0)
+            return _Writer(link, out, copying, advance).run(spool)
+    finally:
+        link.call("unpin", listing.ino, 1)
+
+
+def _fetch(link: Link, region: RegionID, size: int, write: Callable[[memoryview], object]) -> None:
+    buffer = memoryview(bytearray(min(size, CHUNK)))
+    for offset in range(0, size, CHUNK):
+        piece = buffer[: size - offset]
+        link.read_into(region, offset, piece)
+        write(piece)
+
+
+class _Writer:
+    def __init__(
+        self, link: Link, out: Sink, copying: bool, advance: Callable[[int], None]
+    ) -> None:
+        self._link = link
+        self._out = out
+        self._copying = copying
+        self._advance = advance
+        self._written = 0
+        self._digest = Digest()
+        self._first: dict[int, str] = {}  # the first name of what has several
+
+    def run(self, listing: IO[bytes]) -> int:
+        uuid = str(self._link.call("uuid"))
+        head = {"format": FORMAT, "uuid": uuid}
+        self._write(tarfile.TarInfo.create_pax_global_header({HEAD: json.dumps(head)}))
+        for entry in unpack_all(listing):
+            self._member(entry)
+        tail = self._digest.tail()
+        text = f"The end of an archive that warabi export made: {tail}\n".encode()
+        info = tarfile.TarInfo(f".warabi-export-{uuid}")
+        info.size = len(text)
+        info.pax_headers = {TAIL: tail}
+        self._header(info)
+        self._data(memoryview(text))
+        self._pad(_BLOCK)
+        self._write(bytes(2 * _BLOCK))
+        self._pad(_RECORD)
+        return self._digest.members
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._out.write(data)
+        self._written += len(data)
+
+    def _header(self, info: tarfile.TarInfo) -> None:
+        self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+
+    def _data(self, piece: memoryview) -> None:
+        self._write(piece)
+        self._digest.data(piece)
+
+    def _pad(self, block: int) -> None:
+        self._write(bytes(-self._written % block))
+
+    def _member(self, entry: ArchiveEntry) -> None:
+        if not entry.is_region or entry.slot in self._first:
+            self._begin(entry._replace(size=0) if entry.is_region else entry)
+            return
+        if not self._copying:
+            self._region(entry, entry.region)
+            return
+        copy = self._link.call("copy", entry.region)
+        try:
+            times = {name: getattr(copy, name) for name in ("atime_ns", "mtime_ns", "ctime_ns")}
+            self._region(entry._replace(size=copy.size, **times), copy.region)
+        finally:
+            self._link.call("unpin", copy.ino, 1)
+
+    def _region(self, entry: ArchiveEntry, place: RegionID) -> None:
+        self._begin(entry)
+        _fetch(self._link, place, entry.size, self._region_data)
+        self._pad(_BLOCK)
+
+    def _region_data(self, piece: memoryview) -> None:
+        self._data(piece)
+        self._advance(len(piece))
+
+    def _begin(self, entry: ArchiveEntry) -> None:
+        packed = entry.pack()
+        size = entry.size if entry.is_region else 0
+        self._digest.entry(packed, size)
+        name = os.fsdecode(entry.path) or "."
+        info = tarfile.TarInfo(name)
+        info.type = _KINDS.get(stat.S_IFMT(entry.mode), tarfile.REGTYPE)
+        info.mode = stat.S_IMODE(entry.mode)
+        info.uid, info.gid = entry.uid, entry.gid
+        info.mtime = entry.mtime_ns // 10**9
+        info.size = size
+        info.devmajor, info.devminor = os.major(entry.rdev), os.minor(entry.rdev)
+        if entry.target is not None:
+            info.linkname = os.fsdecode(entry.target)
+        if entry.links > 1 and not stat.S_ISDIR(entry.mode):
+            if entry.slot in self._first:
+                info.type, info.linkname = tarfile.LNKTYPE, self._first[entry.slot]
+            else:
+                self._first[entry.slot] = name
+        info.pax_headers = {
+            "mtime": _seconds(entry.mtime_ns),
+            "atime": _seconds(entry.atime_ns),
+            **_schily(entry),
+            ENTRY: base64.b64encode(packed).decode(),
+        }
+        self._header(info)
+
+
+def _seconds(ns: int) -> str:
+    whole, rest = divmod(abs(ns), 10**9)
+    return f"{'-' if ns < 0 else ''}{whole}.{rest:09}"
+
+
+def _schily(entry: ArchiveEntry) -> dict[str, str]:
+    """Extended attributes as GNU tar and others write them, but for names they cannot spell."""
+    found = {}
+    for name, value in entry.xattrs:
+        if b"=" not in name and name.isascii():
+            found[f"SCHILY.xattr.{name.decode()}"] = value.decode("utf-8", "surrogateescape")
+    return found

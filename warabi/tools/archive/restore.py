@@ -1,0 +1,153 @@
+"""A tar archive that ``export`` made, as a target again: all of it or nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO
+
+from warabi.errors import BadArchive
+from warabi.local.link import Link
+from warabi.region import RegionID
+from warabi.target.entries import CHUNK, ArchiveEntry, unpack
+from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest
+
+_TAIL_SIZE = 4096  # bytes that the last member has at most
+
+
+def restore(
+    link: Link, source: IO[bytes], *, new_ids: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> int:  # fmt: skip
+    """Put everything that the archive *source* has into the target; returns how many names.
+
+    Until all of it is there and on the medium, none of it has a name; when that fails, nothing
+    remains once the link is closed.  With *new_ids* regions get IDs of the target's own.
+
+    Raises:
+        BadArchive: it is damaged, cut off, or none.
+        InvalidRegion: the target has one of its IDs.
+        PathError: EEXIST, the target has one of its names.
+        StorageFull, StorageError: the medium.
+    """
+    with tempfile.TemporaryFile() as listing:
+        importer = _Importer(link, listing, new_ids, advance)
+        try:
+            importer.read(source)
+        except (tarfile.TarError, EOFError, UnicodeError) as error:
+            raise BadArchive(f"the archive is damaged or cut off: {error}") from error
+        place = link.call("adopt", RegionID(), 0)
+        listing.seek(0)
+        offset = 0
+        while piece := listing.read(CHUNK):
+            link.write(place.region, offset, memoryview(piece), False, True)
+            offset += len(piece)
+        link.call("sync")
+        names = link.call("graft", place.region)
+        link.call("unpin", place.ino, 1)
+        link.call("commit")
+        return int(names)
+
+
+class _Importer:
+    def __init__(
+        self, link: Link, listing: IO[bytes], new_ids: bool, advance: Callable[[int], None]
+    ) -> None:
+        self._link = link
+        self._listing = listing
+        self._new_ids = new_ids
+        self._advance = advance
+        self._digest = Digest()
+        self._regions: dict[int, RegionID] = {}  # of slots with several names
+        self._buffer = memoryview(bytearray(CHUNK))
+
+    def read(self, source: IO[bytes]) -> None:
+        with tarfile.open(
+            fileobj=source, mode="r|", bufsize=1 << 20, encoding="utf-8", errors="surrogateescape"
+        ) as tar:
+            ended = False
+            for member in _members(tar):
+                if ended:
+                    raise BadArchive("the archive goes on after its end")
+                if self._digest.members == 0:
+                    self._check_head(tar.pax_headers)
+                ended = TAIL in member.pax_headers
+                if ended:
+                    self._check_tail(tar, member)
+                else:
+                    self._member(tar, member)
+            if not ended:
+                raise BadArchive("the archive is cut off: its end is missing")
+
+    @staticmethod
+    def _check_head(headers: Mapping[str, str]) -> None:
+        try:
+            version = json.loads(headers[HEAD])["format"]
+        except (KeyError, ValueError, TypeError):
+            raise BadArchive("not an archive that warabi export made") from None
+        if version != FORMAT:
+            raise BadArchive(f"the archive has format {version}, this program reads {FORMAT}")
+
+    def _check_tail(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        if member.pax_headers[TAIL] != self._digest.tail():
+            raise BadArchive("the archive is damaged: it is not what its end says it is")
+        if member.size > _TAIL_SIZE or len(_content(tar, member).read()) != member.size:
+            raise BadArchive("the archive is cut off within its end")
+
+    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        try:
+            packed = base64.b64decode(member.pax_headers[ENTRY], validate=True)
+        except (KeyError, ValueError):
+            raise BadArchive(f"{member.name!r}: not written by warabi export") from None
+        entry = unpack(packed)
+        size = member.size if member.isreg() else 0
+        self._digest.entry(packed, size)
+        if entry.is_region:
+            entry = self._region(tar, member, entry, size)
+        self._listing.write(entry.pack())
+
+    def _region(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, entry: ArchiveEntry, size: int
+    ) -> ArchiveEntry:
+        region = self._regions.get(entry.slot)
+        if region is None:
+            if size != entry.size or not member.isreg():
+                raise BadArchive(f"{entry.shown}: {size} bytes instead of {entry.size}")
+            wanted = RegionID() if self._new_ids else entry.region
+            region = self._link.call("adopt", wanted, size).region
+            self._fill(region, _content(tar, member), entry)
+            if entry.links > 1:
+                self._regions[entry.slot] = region
+        return entry._replace(slot=region.slot, generation=region.generation)
+
+    def _fill(self, region: RegionID, content: IO[bytes], entry: ArchiveEntry) -> None:
+        offset = 0
+        while offset < entry.size:
+            piece = self._buffer[: min(CHUNK, entry.size - offset)]
+            have = 0
+            while have < len(piece) and (read := content.read(len(piece) - have)):
+                piece[have : have + len(read)] = read
+                have += len(read)
+            if have < len(piece):
+                raise BadArchive(f"the archive is cut off within {entry.shown}")
+            self._digest.data(piece)
+            self._link.write(region, offset, piece, False, False)
+            self._advance(len(piece))
+            offset += len(piece)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    content = tar.extractfile(member)
+    if content is None:
+        raise BadArchive(f"{member.name!r}: has no content")
+    return content
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Every member, of which none is remembered: an archive may have millions."""
+    while (member := tar.next()) is not None:
+        yield member
+        tar.members.clear()  # type: ignore[attr-defined]  # documented nowhere, and years old

@@ -1,0 +1,87 @@
+"""``warabi scrub`` and ``warabi fsck``: is a target what it was left as?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from warabi.tools.access import is_address, reached
+from warabi.tools.cli.common import echo, one_line, print_lines, reaching
+from warabi.tools.progress import progress
+from warabi.tools.quoting import printable
+
+
+@click.command()
+@click.argument("target", metavar="PATH|ADDRESS")
+@reaching
+@click.option(
+    "--update", is_flag=True, help="Of a PATH: have checksums from now on, and make missing ones."
+)
+def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
+    """Compare the bytes of a target with their checksums.
+
+    Names each rotten extent with its region and paths, on standard output, and exits with 1 when
+    there is one.
+    """
+    from warabi.tools.scrub import Totals
+    from warabi.tools.scrub import scrub as rotten
+
+    if update and is_address(target):
+        raise click.UsageError("--update goes with a PATH; a provider's target has `checksums`")
+    totals = Totals()
+    with (
+        one_line(),
+        reached(target, provider_id, security, **({"checksums": True} if update else {})) as link,
+        progress("scrub", link.call("used")) as advance,
+    ):
+        for rot in rotten(link, totals, advance=advance, updating=update):
+            print_lines([printable(str(rot)).encode(errors="surrogateescape")])
+        echo(
+            f"{totals.regions} regions: {totals.verified} blocks verified,"
+            f" {totals.unverified} unverified, {totals.rotten} rotten"
+        )
+    sys.exit(1 if totals.rotten else 0)
+
+
+class _WrongUsage(click.UsageError):
+    exit_code = 16
+
+
+class _Fsck(click.Command):
+    """A command with the exit statuses of fsck(8), where a wrong command line has its own."""
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **settings)
+        except click.UsageError as error:
+            raise _WrongUsage(error.message, error.ctx) from None
+
+
+@click.command(cls=_Fsck)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Put right what is wrong.")
+@click.option("--type", "backend", type=click.Choice(["file", "pmem"]), default=None,
+              help="The type of a target whose catalogue does not tell it any more.")  # fmt: skip
+def fsck(path: Path, repair: bool, backend: str | None) -> None:
+    """Check the target at PATH, which nobody has open, for damage.
+
+    Says what is wrong, and with --repair what was done about it.  Files that belong to no region
+    go to PATH.lost+found, regions without a place in the tree to its /lost+found.
+
+    The exit status is 0 when nothing is wrong, 1 when everything was put right, 4 when something
+    is left, 8 when the check could not be done, 16 when the command line is wrong.
+    """
+    from warabi.tools.fsck import check
+
+    def say(text: str) -> None:
+        print_lines([os.fsencode(printable(text))])
+
+    with one_line(status=8):
+        report = check(path, repair=repair, say=say, backend=backend or "")
+    found = report.corrected + report.left
+    say(f"{path}: {found} problems, {report.corrected} corrected")
+    sys.exit(report.status)

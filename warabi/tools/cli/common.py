@@ -1,0 +1,177 @@
+"""What the modules of the ``warabi`` command share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from warabi.errors import Exception
+from warabi.tools.quoting import printable
+
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+def explained(error: BaseException) -> str:
+    """One line that says what failed: the library's message, or of an error of the system the
+    file, if it names one, and the system's words."""
+    if isinstance(error, OSError) and not isinstance(error, Exception) and error.strerror:
+        files = [os.fsdecode(file) for file in (error.filename, error.filename2)
+                 if isinstance(file, str | bytes)]  # fmt: skip
+        return printable(": ".join([*files, error.strerror]))
+    return printable(str(error) or type(error).__name__)
+
+
+@contextlib.contextmanager
+def one_line(program: str = "warabi", status: int = 1) -> Iterator[None]:
+    """End the command with *status* and one line when the block fails as commands may fail."""
+    try:
+        yield
+    except (Exception, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # the reader is gone: see Commands
+        click.echo(f"{program}: {explained(error)}", err=True)
+        sys.exit(status)
+
+
+class Commands(click.Group):
+    """Commands that end as others do: with one line when they fail, with nothing when the reader of
+    their output has gone (status 141, as of a process that SIGPIPE ended), with 130 at Ctrl-C, and
+    with what they have half done undone at SIGTERM and SIGHUP."""
+
+    program = "warabi"
+    unwinds = True
+    """Whether SIGTERM and SIGHUP are handled here; a command that serves does it itself."""
+
+    def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run = partial(super().main, args, *rest, standalone_mode=False, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            with _ending_on_signals() if self.unwinds else contextlib.nullcontext():
+                run()
+                _flush_output()
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _drop_output()
+            sys.exit(INTERRUPTED)
+        except OSError as error:  # of --help, or of what a command left in the buffer
+            error.filename = error.filename or "standard output"
+            _drop_output()
+            with one_line(self.program):
+                raise
+        sys.exit(0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with one_line(self.program):
+                try:
+                    return super().invoke(ctx)
+                finally:
+                    _flush_output()
+        except OSError:  # EPIPE, of which click would make status 1
+            _drop_output()
+            sys.exit(BROKEN_PIPE)
+
+
+def echo(text: str) -> None:
+    """Write a line to standard output, at once; raises ``OSError``."""
+    print_lines([os.fsencode(text)])
+    _flush_output()
+
+
+def print_lines(lines: Sequence[bytes]) -> None:
+    """Write lines to standard output; raises ``OSError``."""
+    stream = sys.stdout
+    if stream is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
+    with _naming_output():
+        stream.buffer.write(b"".join(line + b"\n" for line in lines))
+
+
+def _flush_output() -> None:
+    """Write what is left in the buffer now: when Python ends it is too late to say what fails."""
+    if sys.stdout is not None:
+        with _naming_output():
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _naming_output() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        _drop_output()
+        raise
+
+
+def _drop_output() -> None:
+    """What is left in the buffer would be written, and fail again, when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack, unless they are ignored, as nohup(1) has it."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    old = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                old[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+_FILES = {
+    "token_file": "A token that both sides have to know.",
+    "tls_cert": "With TLS: this side's certificate, PEM.",
+    "tls_key": "The certificate's key.",
+    "tls_ca": "The certificate of who signs both sides'.",
+}
+
+
+def secured(function: Any, variables: bool) -> Any:
+    """The options for what is shown to the other side, and demanded of it."""
+    for name, words in reversed(_FILES.items()):
+        variable = f"WARABI_{name.upper()}" if variables else None
+        option = click.option(
+            f"--{name.replace('_', '-')}", metavar="FILE", default=None, envvar=variable,
+            help=words, show_envvar=variables,
+        )  # fmt: skip
+        function = option(function)
+    return function
+
+
+def reaching(function: Any) -> Any:
+    """The options that say which provider, and how to reach it."""
+    option = click.option("-p", "--provider-id", type=int, default=0, show_default=True)
+    return option(authenticated(function))
+
+
+def authenticated(function: Any) -> Any:
+    """The options that say how to reach a provider."""
+    name = click.option("--tls-name", metavar="NAME", default=None, envvar="WARABI_TLS_NAME",
+                        help="The name in the server's certificate, if not the address's host.",
+                        show_envvar=True)  # fmt: skip
+    return secured(name(function), True)

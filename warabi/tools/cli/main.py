@@ -1,0 +1,310 @@
+"""``warabi``: serve targets, and look into one.
+
+Every command exits with 0, or with 1 and one line on standard error; with 2 and a hint when the
+command line itself is wrong.  Interrupted, it exits with 130; with 141, and quietly, when what
+reads its output has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+import warabi
+from warabi._core.output import output
+from warabi.client import Client, TargetHandle
+from warabi.engine import Engine, Mode
+from warabi.errors import ConfigError, Exception
+from warabi.protocol.auth import config_of
+from warabi.region import RegionID
+from warabi.tools.cli.archive import export_command, import_command
+from warabi.tools.cli.check import fsck, scrub
+from warabi.tools.cli.common import (
+    Commands,
+    authenticated,
+    echo,
+    one_line,
+    print_lines,
+    reaching,
+    secured,
+)
+from warabi.tools.progress import overall_progress
+from warabi.tools.quoting import escaped, shell_quoted
+
+_STEP = 8 * 1024 * 1024
+"""Bytes of a region that are in memory at once."""
+
+if TYPE_CHECKING:
+    from warabi.bedrock import Server  # takes time to import, which the other commands need not
+
+
+@contextlib.contextmanager
+def _handle(
+    address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
+) -> Iterator[TargetHandle]:
+    with one_line():
+        config = config_of(security)
+        with Engine(address.split("://")[0], Mode.CLIENT, config=config) as engine:
+            yield Client(engine).make_target_handle(address, provider_id, read_only)
+
+
+def _target(function: Any) -> Any:
+    """The arguments that name a target and say how to reach it."""
+    return click.argument("address")(reaching(function))
+
+
+def _serving(function: Any) -> Any:
+    """The options for whom to serve."""
+    reading = click.option("--read-only-token-file", metavar="FILE", default=None,
+                           help="A token for those who only read.")  # fmt: skip
+    insecure = click.option("--insecure", is_flag=True,
+                            help="Listen beyond loopback without any of these.")  # fmt: skip
+    return secured(reading(insecure(function)), False)
+
+
+def _region(text: str) -> RegionID:
+    try:
+        return RegionID(bytes.fromhex(text))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a region ID of 32 hex digits") from None
+
+
+@click.group(cls=Commands)
+@click.version_option(warabi.__version__, prog_name="warabi")
+def main() -> None:
+    """Serve Warabi targets, and reach one."""
+
+
+main.add_command(scrub)
+main.add_command(fsck)
+main.add_command(export_command)
+main.add_command(import_command)
+
+
+@main.command()
+@click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
+@click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
+@click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
+              help="Keep the address in FILE while it serves.")  # fmt: skip
+@click.option("-t", "--target", metavar="TARGET",
+              help="Serve just this: memory: or file:PATH, made when missing.")  # fmt: skip
+@click.option("-p", "--provider-id", type=int, help="The ID of that target's provider, 0 if none.")
+@_serving
+def serve(
+    config: Path | None,
+    address: str,
+    address_file: Path | None,
+    target: str | None,
+    provider_id: int | None,
+    **security: Any,
+) -> None:
+    """Serve what CONFIG.json says, in the form that Mochi's Bedrock takes, or one TARGET.
+
+    Prints the address when it serves.  SIGTERM and SIGINT end it, in order.
+    """
+    from warabi import service
+    from warabi._core import descriptors
+
+    if (config is None) == (target is None):
+        raise click.UsageError("expected either CONFIG.json or --target")
+    if config is not None and provider_id is not None:
+        raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
+    logging.basicConfig(format="warabi: %(message)s")
+    descriptors.raise_limit()
+    with (
+        one_line(),
+        service.ShutdownSignals() as ending,
+        _server(config, address, target, provider_id or 0, config_of(security)) as server,
+        service.address_file(address_file, str(server.address)),
+    ):
+        server.engine.on_finalize(ending.come)
+        echo(str(server.address))
+        service.notify("READY=1")
+        ending.wait()
+        service.notify("STOPPING=1")
+
+
+def _server(
+    config: Path | None,
+    address: str,
+    target: str | None,
+    provider_id: int,
+    engine: dict[str, Any],
+) -> Server:
+    from warabi.bedrock import Server
+
+    if config is not None:
+        return Server.from_config_file(address, config, engine)
+    kind, _, path = str(target).partition(":")
+    if target == "memory:":
+        settings: dict[str, Any] = {"type": "memory"}
+    elif kind == "file" and path:
+        settings = {"type": "file", "config": {"path": path, "create_if_missing": True}}
+    else:
+        raise ConfigError(f"target {target!r}: expected memory: or file:PATH")
+    provider = {"type": "warabi", "provider_id": provider_id, "config": {"target": settings}}
+    return Server(address, {"providers": [provider]}, engine)
+
+
+@main.command("ls")
+@_target
+def list_regions(address: str, provider_id: int, **security: str) -> None:
+    """List every region: its ID, size in bytes, and names.
+
+    On a terminal names are quoted as ls(1) quotes them.  Elsewhere blanks, control characters and
+    backslashes in them are a backslash and three octal digits, as in /proc/mounts, so that each
+    region is one line and each name one word of it.
+    """
+    shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
+    with _handle(address, provider_id, security, read_only=True) as target:
+        for region, found in target.list_stats():
+            words = [b"%s %14d" % (region.hex().encode(), found.size), *map(shown, found.names)]
+            print_lines([b" ".join(words)])
+
+
+def _shell_quoted(name: str) -> bytes:
+    return shell_quoted(name).encode(errors="surrogateescape")
+
+
+@main.command()
+@_target
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option("-n", "--name", help="Give the region this path in the tree of names.")
+def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **security: str) -> None:
+    """Store FILE, or standard input, as a new region, durably; prints its ID.
+
+    When that fails or is interrupted no region is left; when this command is killed, one without a
+    name may be.
+    """
+    with _handle(address, provider_id, security) as target:
+        piece = file.read(_STEP)
+        if len(piece) < _STEP:
+            region = target.create_and_write(piece, persist=True)
+        else:
+            region = target.create(max(_size(file), len(piece)))
+        try:
+            if len(piece) == _STEP:
+                _fill(target, region, piece, file)
+            if name:
+                target.link_name(region, name)
+                target.persist(region, 0, 0)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                target.erase(region)
+            raise
+        echo(region.hex())
+
+
+def _size(file: IO[bytes]) -> int:
+    """Bytes that there seem to be; 0 for a pipe, where nobody knows."""
+    found = os.fstat(file.fileno())
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
+def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes]) -> None:
+    """Write *piece* and what else *file* has to a new region, durably, however much it is."""
+    size, end = target.size(region), 0
+    while piece:
+        if end + len(piece) > size:
+            size = end + len(piece)
+            target.resize(region, size)
+        target.write(region, end, piece)
+        end += len(piece)
+        piece = file.read(_STEP)
+    if end < size:  # the file became shorter, or was not read from its start
+        target.resize(region, end)
+    target.persist(region, 0, end)
+
+
+@main.command()
+@_target
+@click.argument("region")
+@click.argument("file", default="-")
+def get(address: str, provider_id: int, region: str, file: str, **security: str) -> None:
+    """Write a region, by its ID or its path, to FILE or standard output.
+
+    FILE appears, or is replaced, when it is complete.
+    """
+    with _handle(address, provider_id, security, read_only=True) as target:
+        found = target.open_name(region) if region.startswith("/") else _region(region)
+        size = target.size(found)
+        buffer = memoryview(bytearray(min(size, _STEP)))
+        with output(file) as out:
+            for offset in range(0, size, _STEP):
+                piece = buffer[: size - offset]
+                target.read_into(found, offset, piece)
+                out.write(piece)
+
+
+@main.command()
+@_target
+@click.argument("region")
+def rm(address: str, provider_id: int, region: str, **security: str) -> None:
+    """Erase a region by its ID, or remove a name by its path."""
+    with _handle(address, provider_id, security) as target:
+        if region.startswith("/"):
+            target.unlink_name(region)
+        else:
+            target.erase(_region(region))
+
+
+@main.command()
+@click.argument("source", metavar="SOURCE_ADDRESS")
+@click.argument("source_id", metavar="SOURCE_PROVIDER", type=click.IntRange(0, 65535))
+@click.argument("destination", metavar="DEST_ADDRESS")
+@click.argument("destination_id", metavar="DEST_PROVIDER", type=click.IntRange(0, 65535))
+@click.option("--new-root", metavar="PATH",
+              help="The target's path at the destination, or a directory for it.")  # fmt: skip
+@click.option("--transfer-size", metavar="BYTES", type=click.IntRange(min=0),
+              help="Bytes of regions in a message.")  # fmt: skip
+@click.option("--merge-config", metavar="JSON",
+              help="What to merge into the target's configuration.")  # fmt: skip
+@click.option("--keep-source", is_flag=True, help="Do not remove the source's files.")
+@authenticated
+def migrate(
+    source: str,
+    source_id: int,
+    destination: str,
+    destination_id: int,
+    new_root: str | None,
+    transfer_size: int | None,
+    merge_config: str | None,
+    keep_source: bool,
+    **security: str,
+) -> None:
+    """Have a running provider move its target to another one, which has none yet.
+
+    DEST_ADDRESS and paths are as the source and the destination see them.  Reads go on meanwhile,
+    changes wait.  An interrupt ends this command, not the migration.
+    """
+    from warabi.tools.migrate import ask
+
+    options: dict[str, Any] = {"remove_source": not keep_source}
+    if new_root is not None:
+        options["new_root"] = new_root
+    if transfer_size is not None:
+        options["transfer_size"] = transfer_size
+    if merge_config is not None:
+        try:
+            options["merge_config"] = json.loads(merge_config)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise click.BadParameter(
+                f"not valid JSON: {error}", param_hint="--merge-config"
+            ) from None
+    where = (source, source_id), (destination, destination_id)
+    scheme = source.split("://")[0]
+    with (
+        one_line(),
+        Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine,
+        overall_progress("migrate") as show,
+    ):
+        ask(engine, *where, options, show)

@@ -1,0 +1,101 @@
+"""Comparing the bytes of all regions with their checksums, over any link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from warabi._core.results import RegionStat, Verified
+from warabi.errors import ConfigError, InvalidRegion
+from warabi.local.link import Link
+from warabi.metadata.checksums import BLOCK
+from warabi.protocol.operations import PAGE
+from warabi.region import RegionID
+from warabi.target.verify import STEP
+
+
+@dataclass
+class Totals:
+    """What a scrub found, in blocks."""
+
+    regions: int = 0
+    verified: int = 0
+    unverified: int = 0
+    rotten: int = 0
+
+
+@dataclass
+class Rot:
+    """Blocks of a region that are not what was persisted: bytes from *offset* on."""
+
+    region: RegionID
+    offset: int
+    size: int
+    names: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        names = f" ({', '.join(self.names)})" if self.names else ""
+        return f"region {self.region.hex()}{names}: {self.size} bytes at {self.offset} are rotten"
+
+
+def regions(link: Link) -> Iterator[RegionID]:
+    """Every region of a target."""
+    last = RegionID()
+    while page := link.call("list", last, PAGE):
+        yield from page
+        last = page[-1]
+
+
+def scrub(
+    link: Link, totals: Totals, *, advance: Callable[[int], None], updating: bool = False
+) -> Iterator[Rot]:
+    """Verify every region, filling *totals* and yielding what is rotten.
+
+    With *updating*, sums that are missing are made.  *advance* is told of bytes that are done.
+
+    Raises:
+        ConfigError: the target has no checksums.
+    """
+    if not link.call("summed"):
+        raise ConfigError("scrub: the target has no checksums (its setting `checksums`)")
+    for region in regions(link):
+        try:
+            if updating:
+                link.call("update", region)
+            found: RegionStat = link.call("stat", region)
+            yield from _scrub_region(link, region, found, totals, advance)
+        except InvalidRegion:
+            continue  # erased meanwhile
+        totals.regions += 1
+
+
+def _scrub_region(
+    link: Link,
+    region: RegionID,
+    found: RegionStat,
+    totals: Totals,
+    advance: Callable[[int], None],
+) -> Iterator[Rot]:
+    for first in range(0, -(-found.size // BLOCK), STEP):
+        seen: Verified = link.call("verify", region, first, STEP)
+        totals.verified += seen.verified
+        totals.unverified += seen.unverified
+        totals.rotten += len(seen.rotten)
+        for start, count in _runs(seen.rotten):
+            offset = start * BLOCK
+            yield Rot(region, offset, min(count * BLOCK, found.size - offset), found.names)
+        advance(min(STEP * BLOCK, found.size - first * BLOCK))
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """First number and length of each run of consecutive numbers."""
+    start = count = 0
+    for number in numbers:
+        if count and number == start + count:
+            count += 1
+            continue
+        if count:
+            yield start, count
+        start, count = number, 1
+    if count:
+        yield start, count

@@ -1,0 +1,1 @@
+"""How requests of programs reach the file system."""

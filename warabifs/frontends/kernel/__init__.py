@@ -1,0 +1,1 @@
+"""The FUSE protocol on ``/dev/fuse``, without a library."""

@@ -1,0 +1,162 @@
+"""Mounting: with mount(2) where that is allowed, else by ``fusermount3``, which lets every user."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import os
+import select
+import socket
+import subprocess
+
+from warabi.errors import ConfigError
+from warabifs.frontends.kernel.mountinfo import mounted_on
+
+_FLAGS = {
+    "ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "sync": 0x10, "dirsync": 0x80,
+    "noatime": 0x400, "nodiratime": 0x800,
+}  # fmt: skip
+_DETACH = 2
+READ_AHEAD = 512
+"""KiB; the kernel's own value is 128, four requests in the place of one.  More would leave the
+processor's caches before it is copied out."""
+READ_AHEAD_REMOTE = 4096
+"""What comes over a network has to be under way while what came before is taken."""
+_DEFAULT = frozenset(("nosuid", "nodev"))  # as fusermount3 has it
+_FOR_KERNEL = ("default_permissions", "allow_other")
+_KIND = "fuse.warabifs"
+_PATIENCE = 30.0  # seconds for fusermount3
+
+
+class Device:
+    """``/dev/fuse``, opened and mounted.
+
+    Args:
+        mountpoint: an existing directory, absolute.
+        name: the source that mount(8) and df show.
+        options: the kernel's, and those of fuse(4) that have no value of ours; labels with their
+            value as it is.
+
+    Attributes:
+        fd: the descriptor by which the mount is served.
+
+    Raises:
+        ConfigError: it cannot be mounted; the message says what the kernel or fusermount3 said.
+    """
+
+    def __init__(self, mountpoint: str, name: str, options: set[str]) -> None:
+        self._mountpoint = mountpoint
+        try:
+            self.fd = _mount(mountpoint, name, options)
+            self._by_us = True
+        except PermissionError:
+            self.fd = _fusermount(mountpoint, name, options)
+            self._by_us = False
+        except OSError as error:
+            raise _failed(mountpoint, error.strerror or str(error)) from error
+
+    def read_ahead(self, size: int) -> None:
+        """Have the kernel read ahead by *size* KiB at least, where this user may set that.
+
+        To be called once the session has begun, which sets it too.
+        """
+        mount = mounted_on(self._mountpoint)
+        path = f"/sys/class/bdi/{mount.device if mount else None}/read_ahead_kb"
+        with contextlib.suppress(OSError), open(path, "r+", encoding="ascii") as file:
+            if int(file.read()) < size:
+                file.write(str(size))
+
+    def close(self, *, unmount: bool) -> None:
+        """Let go of the kernel; with *unmount* the mount ends too, if it is still there."""
+        still_ours = unmount and not _ended(self.fd)
+        # First of all the descriptor: unmounting would wait for somebody to read from it.
+        os.close(self.fd)
+        if not still_ours:
+            return
+        if self._by_us:
+            with contextlib.suppress(OSError):
+                _check(_libc().umount2(os.fsencode(self._mountpoint), _DETACH))
+        else:
+            command = ["fusermount3", "-u", "-q", "-z", "--", self._mountpoint]
+            subprocess.run(command, capture_output=True, timeout=_PATIENCE)
+
+
+def _failed(mountpoint: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"mount point {mountpoint}: the mount failed ({why}); is /dev/fuse usable, and may this"
+        " user mount there?"
+    )
+
+
+def _ended(fd: int) -> bool:
+    """Whether the kernel ended the session: what is mounted there now is another's."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _mount(mountpoint: str, name: str, options: set[str]) -> int:
+    """Mount with mount(2); the descriptor."""
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    wanted = (_DEFAULT | options) - {"no" + option for option in options}
+    flags = sum(flag for option, flag in _FLAGS.items() if option in wanted)
+    data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    data += "".join("," + option for option in _FOR_KERNEL if option in options)
+    for option in options:  # labels, which may have commas
+        key, has_value, value = option.partition("=")
+        if has_value:
+            data += f',{key}="{value}"'
+    arguments = (os.fsencode(name), os.fsencode(mountpoint), _KIND.encode())
+    try:
+        _check(_libc().mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _fusermount(mountpoint: str, name: str, options: set[str]) -> int:
+    """Have ``fusermount3`` mount; it hands over the descriptor.
+
+    Raises:
+        ConfigError: it does not, or is not there.
+    """
+    shown = name.encode("ascii", "replace").decode()
+    items = [f"fsname={shown}", "subtype=warabifs", *sorted(options)]
+    settings = ",".join(item.replace("\\", "\\\\").replace(",", "\\,") for item in items)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, its:
+        try:
+            done = subprocess.run(
+                ["fusermount3", "-o", settings, "--", mountpoint],
+                pass_fds=[its.fileno()],
+                env={**os.environ, "_FUSE_COMMFD": str(its.fileno())},
+                stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE,
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise _failed(mountpoint, "fusermount3 is not in PATH") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise _failed(mountpoint, f"fusermount3: {error}") from None
+        if done.returncode:
+            raise _failed(mountpoint, done.stderr.decode(errors="replace").strip())
+        its.close()
+        fds = array.array("i")
+        size = socket.CMSG_LEN(fds.itemsize)
+        _, messages, _, _ = ours.recvmsg(1, size, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in messages:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    if not fds:
+        raise _failed(mountpoint, "fusermount3 handed over no descriptor")
+    return fds[0]

@@ -1,0 +1,581 @@
+"""The kernel's requests, taken apart, and the only place where an exception becomes an errno.
+
+What the library raises becomes its errno, what nobody expected becomes ``EIO`` with a traceback in
+the log, and ``trio.Cancelled``, which is no ``Exception``, passes.
+
+What follows a request's header lies in a buffer that is used again after the answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from warabi import errors
+from warabi._core.attributes import ROOT, Attributes
+from warabi.metadata.domain import NAME_MAX, clamped
+from warabi.region import RegionID
+from warabifs.frontends.kernel import protocol
+from warabifs.frontends.kernel.passthrough import Passing
+from warabifs.frontends.kernel.protocol import Feature, Header, Opcode, Open, Valid, is_errno
+from warabifs.frontends.kernel.session import Answer, Early, Told
+from warabifs.fs.filesystem import BLOCK, CAPABILITY, FileSystem
+from warabifs.fs.write_ordering import KERNEL
+
+log = logging.getLogger(__name__)
+
+_ERRNO: dict[type[errors.Exception], int] = {
+    errors.InvalidRegion: errno.ESTALE,
+    errors.OutOfBounds: errno.EFBIG,  # offsets come from the kernel, never negative
+    errors.InvalidBuffer: errno.EINVAL,
+    errors.ConfigError: errno.EINVAL,
+    errors.ProviderNotFound: errno.ENXIO,
+    errors.TargetNotFound: errno.ENXIO,
+    errors.ConnectionFailed: errno.ENOTCONN,
+    errors.ConnectionLost: errno.ENOTCONN,
+    errors.ProtocolError: errno.EPROTO,
+    errors.TimedOut: errno.ETIMEDOUT,
+    errors.StorageFull: errno.ENOSPC,
+    errors.StorageError: errno.EIO,
+    errors.CorruptTarget: errno.EIO,
+    errors.PermissionDenied: errno.EACCES,
+    errors.TargetBusy: errno.EBUSY,
+    errors.ProviderFailed: errno.EIO,
+}
+_QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
+
+_ENTRIES = (
+    Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK, Opcode.CREATE,
+    Opcode.READDIRPLUS,
+)  # fmt: skip
+"""Requests by whose answers the kernel comes to know inodes."""
+_SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
+"""Requests that are not answered."""
+_SECOND = 1_000_000_000
+_NAME = b"\0"  # ends a name
+_LARGE = 64 * 1024
+"""Bytes from which on storing them takes longer than to have the program go on meanwhile."""
+_APPEND, _ACCESS, _WRITE_ONLY = os.O_APPEND, os.O_ACCMODE, os.O_WRONLY
+_SYNC = os.O_SYNC  # of which O_DSYNC is a part
+_READ_DIRECT, _WRITE_DIRECT = protocol.READ_LOCKOWNER, protocol.WRITE_LOCKOWNER
+_CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
+
+Handler = Callable[["Operations", Header, memoryview], Coroutine[Any, Any, Answer]]
+_HANDLERS: dict[int, Handler] = {}
+
+
+def _handles(*opcodes: Opcode) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        for opcode in opcodes:
+            _HANDLERS[opcode] = handler
+        return handler
+
+    return register
+
+
+def name_of(opcode: int) -> str:
+    """What the log calls a request; an opcode that is not known here is named by its number."""
+    try:
+        return Opcode(opcode).name.lower()
+    except ValueError:
+        return f"opcode {opcode}"
+
+
+def errno_of(error: Exception, what: str) -> int:
+    """The errno that a program gets for *error*; what the program cannot know is logged."""
+    if isinstance(error, OSError) and is_errno(error.errno):  # PathError too, as a provider sent it
+        return error.errno
+    number = _ERRNO.get(type(error))  # type: ignore[arg-type]  # a miss for classes of others
+    if number is None:
+        log.error("a defect in %s", what, exc_info=error)
+        return errno.EIO
+    if not isinstance(error, _QUIET):
+        log.error("%s: %s", what, error)
+    return number
+
+
+def _groups(header: Header) -> Callable[[], set[int]] | None:
+    """What tells the groups of who makes a request; None for root."""
+    return None if header.uid == 0 else lambda: {header.gid, *_supplementary(header.pid)}
+
+
+def _supplementary(pid: int) -> list[int]:
+    """The supplementary groups of a process; none when it is gone, or of another namespace."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return []
+    found = re.search(r"^Groups:(.*)$", status, re.MULTILINE)
+    return [int(group) for group in found[1].split()] if found else []
+
+
+def _seconds(timeout: float) -> tuple[int, int]:
+    """Whole seconds, and the rest in ns."""
+    return divmod(int(timeout * _SECOND), _SECOND)
+
+
+def _last(body: memoryview, start: int = 0) -> bytes:
+    """The name that a request ends with, after its first *start* bytes."""
+    return bytes(body[start:-1])
+
+
+def _packed(attributes: Attributes) -> bytes:
+    ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime = attributes
+    return protocol.pack_attributes(
+        ino, size, -(-size // 512) if stat.S_ISREG(mode) else 0,
+        atime // _SECOND, mtime // _SECOND, ctime // _SECOND,
+        atime % _SECOND, mtime % _SECOND, ctime % _SECOND,
+        mode, nlink, uid, gid, rdev & 0xFFFFFFFF, BLOCK, 0,
+    )  # fmt: skip
+
+
+# Looked up here, not in their class at each request.
+_SIZE, _MODE, _UID, _GID, _ATIME, _MTIME = (
+    Valid.SIZE, Valid.MODE, Valid.UID, Valid.GID, Valid.ATIME, Valid.MTIME
+)  # fmt: skip
+_ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = Valid.ATIME_NOW, Valid.MTIME_NOW, Valid.KILL_SUIDGID
+_NOW = _ATIME_NOW | _MTIME_NOW
+
+_ENTRY = protocol.ENTRY_SIZE + protocol.direntry_size(b"name")
+"""Bytes that a directory entry with a short name takes: what is fetched and does not fit is fetched
+once more."""
+_NO_ATTRIBUTES = bytes(protocol.ATTRIBUTES_SIZE)
+_NO_ENTRY = bytes(protocol.ENTRY_SIZE)
+
+
+class Operations:
+    """Requests of the kernel, handed to a :class:`FileSystem`.
+
+    Args:
+        files: the file system.
+        entry_timeout: seconds for which the kernel may believe a name.
+        directory_timeout: likewise, if it is a directory's.
+        attr_timeout: seconds for which it may believe attributes.
+        negative_timeout: seconds for which it may believe that a name does not exist.
+        direct_io: whether reads and writes bypass the page cache.
+        writeback: whether the kernel may hold back writes, until a file is closed or synced.
+        passing: the files that the kernel reads and writes by itself; None for none.
+        interrupt: is told which request was interrupted; None where waiting cannot be cut short.
+    """
+
+    def __init__(
+        self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
+        attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool,
+        passing: Passing | None = None, interrupt: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._files = files
+        self._interrupt = interrupt
+        self._passing = passing
+        self._entry_valid = _seconds(entry_timeout)
+        self._directory_valid = _seconds(directory_timeout)
+        self._attr_valid = _seconds(attr_timeout)
+        self._negative_valid = _seconds(negative_timeout)
+        self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
+        self._openless = files.openless and not direct_io  # which is said of each open file
+        self.features = (
+            Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
+            | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO | Feature.PARALLEL_DIROPS
+            | Feature.MAX_PAGES | Feature.INIT_EXT
+            # The kernel obeys the lists, the target keeps them true to the modes.
+            | Feature.POSIX_ACL
+            # Whose writes take set-ID bits away is told with them, instead of asking before each
+            # whether there is a capability to take away.
+            | Feature.HANDLE_KILLPRIV_V2
+        )  # fmt: skip
+        """What the kernel is asked for; once it was, what it agreed to."""
+        if not self._openless:
+            self.features |= Feature.ATOMIC_O_TRUNC
+        if not files.openless and not (files.pages.told and attr_timeout):
+            # With it each read after a write asks for the attributes, finds that the file changed,
+            # and drops all its pages: in vain where nobody but this kernel can have changed it, or
+            # where it is told who has; unless somebody wants to be asked each time.
+            self.features |= Feature.AUTO_INVAL_DATA
+        if writeback:
+            self.features |= Feature.WRITEBACK_CACHE
+        if files.appends and not direct_io:
+            self.features |= Feature.DIRECT_IO_ALLOW_MMAP
+        if passing is not None:
+            self.features |= Feature.PASSTHROUGH
+
+    def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
+        """Handle a request.
+
+        A view that is returned is valid until the caller's task waits for anything.
+        """
+        return _HANDLERS.get(header.opcode, _unknown)(self, header, body)
+
+    def refusal(self, header: Header, error: Exception) -> Answer:
+        """The answer to a request whose handler raised *error*."""
+        number = errno_of(error, name_of(header.opcode))
+        return None if header.opcode in _SILENT else number
+
+    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
+        """Give back what *answer* to a request refers to, which the kernel will not get."""
+        opcode = header.opcode
+        if opcode in _ENTRIES:
+            await self._files.forget([(ino, 1) for ino in protocol.inodes_of(opcode, answer)])
+        if opcode in (Opcode.OPEN, Opcode.CREATE):
+            start = protocol.ENTRY_SIZE if opcode == Opcode.CREATE else 0
+            if self._passing is not None:
+                self._passing.release(header.node)
+            await self._files.release(protocol.HANDLE.unpack_from(answer, start)[0])
+        elif opcode == Opcode.OPENDIR:
+            self._files.releasedir(protocol.HANDLE.unpack_from(answer)[0])
+
+    def _entry(self, attributes: Attributes) -> bytes:
+        directory = stat.S_ISDIR(attributes.mode)
+        valid, rest = self._directory_valid if directory else self._entry_valid
+        attr_valid, attr_rest = self._attr_valid
+        # The kernel keeps 32 bits of the generation, and knows the root without asking, with 0.
+        generation = 0 if attributes.ino == ROOT else attributes.generation
+        start = protocol.pack_entry(attributes.ino, generation, valid, attr_valid, rest, attr_rest)
+        return start + _packed(attributes)
+
+    def _attributes(self, attributes: Attributes) -> bytes:
+        return protocol.pack_validity(*self._attr_valid) + _packed(attributes)
+
+    def _opened(self, handle: int, region: RegionID, flags: int, keep_cache: bool) -> bytes:
+        if self._passing is not None:
+            backing = self._passing.open(region, flags)
+            if backing:
+                return protocol.opened(handle, Open.PASSTHROUGH | Open.NOFLUSH, backing)
+            keep_cache = keep_cache and self._passing.is_cache_true(region.slot)
+        open_flags = self._open_flags | keep_cache * Open.KEEP_CACHE
+        if flags & _APPEND and self._appends_past_cache(flags):
+            open_flags |= Open.DIRECT_IO
+        return protocol.opened(handle, open_flags)
+
+    def _appends_past_cache(self, flags: int) -> bool:
+        """Whether a file that is opened to append has its writes go past the page cache.
+
+        The cache would have them where the kernel believes the end to be until it is told where
+        they went.  What is open for reading, too, could not be mapped without the feature.
+        """
+        if not self._files.appends:
+            return False
+        writes_only = flags & _ACCESS == _WRITE_ONLY
+        return writes_only or bool(self.features & Feature.DIRECT_IO_ALLOW_MMAP)
+
+    # Inodes
+
+    @_handles(Opcode.LOOKUP)
+    async def lookup(self, header: Header, body: memoryview) -> Answer:
+        name = _last(body)
+        try:
+            return self._entry(await self._files.lookup(header.node, name))
+        except errors.PathError as error:
+            if error.errno != errno.ENOENT or self._negative_valid == (0, 0):
+                raise
+            if not self._files.note_absent(header.node, name):
+                raise
+            valid, rest = self._negative_valid
+            return protocol.pack_entry(0, 0, valid, 0, rest, 0) + _NO_ATTRIBUTES
+
+    @_handles(Opcode.FORGET)
+    async def forget(self, header: Header, body: memoryview) -> Answer:
+        await self._files.forget([(header.node, protocol.FORGET.unpack_from(body)[0])])
+        return None
+
+    @_handles(Opcode.BATCH_FORGET)
+    async def forget_many(self, header: Header, body: memoryview) -> Answer:
+        count, _ = protocol.FORGET_COUNT.unpack_from(body)
+        items = body[protocol.FORGET_COUNT.size :][: count * protocol.FORGET_ONE.size]
+        await self._files.forget(list(protocol.FORGET_ONE.iter_unpack(items)))
+        return None
+
+    @_handles(Opcode.NOTIFY_REPLY)
+    async def notify_reply(self, header: Header, body: memoryview) -> Answer:
+        return None  # nothing was asked
+
+    @_handles(Opcode.INTERRUPT)
+    async def interrupted(self, header: Header, body: memoryview) -> Answer:
+        if self._interrupt is None:
+            return errno.ENOSYS  # the kernel asks no more then
+        self._interrupt(protocol.INTERRUPTED.unpack_from(body)[0])
+        return None
+
+    @_handles(Opcode.DESTROY)
+    async def destroy(self, header: Header, body: memoryview) -> Answer:
+        return b""
+
+    @_handles(Opcode.GETATTR)
+    async def getattr(self, header: Header, body: memoryview) -> Answer:
+        return self._attributes(await self._files.getattr(header.node))
+
+    @_handles(Opcode.SETATTR)
+    async def setattr(self, header: Header, body: memoryview) -> Answer:
+        (
+            valid, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
+        ) = protocol.SETATTR.unpack_from(body)  # fmt: skip
+        now = time.time_ns() if valid & _NOW else 0
+        # The kernel's seconds alone have 64 bits; no message has room for so many nanoseconds.
+        new_atime = now if valid & _ATIME_NOW else clamped(atime * _SECOND + atime_ns)
+        new_mtime = now if valid & _MTIME_NOW else clamped(mtime * _SECOND + mtime_ns)
+        changed = await self._files.setattr(
+            header.node,
+            size if valid & _SIZE else None,
+            mode if valid & _MODE else None,
+            uid if valid & _UID else None,
+            gid if valid & _GID else None,
+            new_atime if valid & _ATIME else None,
+            new_mtime if valid & _MTIME else None,
+            kill_setid=valid & _KILL_SUIDGID != 0,
+        )
+        return self._attributes(changed)
+
+    @_handles(Opcode.READLINK)
+    async def readlink(self, header: Header, body: memoryview) -> Answer:
+        return await self._files.readlink(header.node)
+
+    @_handles(Opcode.STATFS)
+    async def statfs(self, header: Header, body: memoryview) -> Answer:
+        total, available, count = await self._files.statfs()
+        free = max(0, available // BLOCK)
+        return protocol.pack_statfs(
+            total // BLOCK, free, free, count + free, free, BLOCK, NAME_MAX, BLOCK, 0
+        )
+
+    # Names
+
+    @_handles(Opcode.MKNOD)
+    async def mknod(self, header: Header, body: memoryview) -> Answer:
+        mode, rdev, umask, _ = protocol.MKNOD.unpack_from(body)
+        name = _last(body, protocol.MKNOD.size)
+        made = await self._files.mknod(header.node, name, mode, header.uid, header.gid, rdev, umask)
+        return self._entry(made)
+
+    @_handles(Opcode.MKDIR)
+    async def mkdir(self, header: Header, body: memoryview) -> Answer:
+        mode, umask = protocol.MKDIR.unpack_from(body)
+        name = _last(body, protocol.MKDIR.size)
+        made = await self._files.mkdir(header.node, name, mode, header.uid, header.gid, umask)
+        return self._entry(made)
+
+    @_handles(Opcode.SYMLINK)
+    async def symlink(self, header: Header, body: memoryview) -> Answer:
+        name, _, target = _last(body).partition(_NAME)
+        made = await self._files.symlink(header.node, name, target, header.uid, header.gid)
+        return self._entry(made)
+
+    @_handles(Opcode.LINK)
+    async def link(self, header: Header, body: memoryview) -> Answer:
+        (ino,) = protocol.LINK.unpack_from(body)
+        name = _last(body, protocol.LINK.size)
+        return self._entry(await self._files.link(ino, header.node, name))
+
+    @_handles(Opcode.UNLINK)
+    async def unlink(self, header: Header, body: memoryview) -> Answer:
+        await self._files.unlink(header.node, _last(body))
+        return b""
+
+    @_handles(Opcode.RMDIR)
+    async def rmdir(self, header: Header, body: memoryview) -> Answer:
+        await self._files.rmdir(header.node, _last(body))
+        return b""
+
+    @_handles(Opcode.RENAME)
+    async def rename(self, header: Header, body: memoryview) -> Answer:
+        (directory,) = protocol.RENAME.unpack_from(body)
+        return await self._rename(header.node, directory, 0, _last(body, protocol.RENAME.size))
+
+    @_handles(Opcode.RENAME2)
+    async def rename_with_flags(self, header: Header, body: memoryview) -> Answer:
+        directory, flags, _ = protocol.RENAME2.unpack_from(body)
+        names = _last(body, protocol.RENAME2.size)
+        return await self._rename(header.node, directory, flags, names)
+
+    async def _rename(self, old: int, new: int, flags: int, names: bytes) -> Answer:
+        name, _, new_name = names.partition(_NAME)
+        await self._files.rename(old, name, new, new_name, flags)
+        return b""
+
+    # Files
+
+    @_handles(Opcode.CREATE)
+    async def create(self, header: Header, body: memoryview) -> Answer:
+        if self._openless:
+            # The kernel has it made with MKNOD and opens it by itself, here too: no RELEASE.
+            return errno.ENOSYS
+        flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
+        name = _last(body, protocol.CREATE.size)
+        handle, fresh, made = await self._files.create(
+            header.node, name, mode, header.uid, header.gid, flags, umask
+        )
+        return self._entry(made) + self._opened(handle, made.region, flags, fresh)
+
+    @_handles(Opcode.OPEN)
+    async def open(self, header: Header, body: memoryview) -> Answer:
+        if self._openless:
+            return errno.ENOSYS  # the kernel opens this and all other files by itself
+        flags, more = protocol.OPEN.unpack_from(body)
+        if self.features & Feature.HANDLE_KILLPRIV_V2:
+            keep_setid = not more & protocol.OPEN_KILL_SUIDGID
+        else:
+            keep_setid = header.uid == 0
+        handle, fresh, found = await self._files.open(header.node, flags, keep_setid=keep_setid)
+        return self._opened(handle, found.region, flags, fresh)
+
+    @_handles(Opcode.READ)
+    async def read(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size, flags = protocol.READ.unpack_from(body)
+        if not flags & _READ_DIRECT:
+            self._files.fill_pages(header.node, offset, size)
+        return await self._files.read(header.node, handle, offset, size, header.pid)
+
+    @_handles(Opcode.WRITE)
+    async def write(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size, flags, _, opened, _ = protocol.WRITE.unpack_from(body)
+        data = body[protocol.WRITE.size :][:size]
+        kill_setid = bool(flags & protocol.WRITE_KILL_SUIDGID)
+        direct = flags & _WRITE_DIRECT
+        if not direct:
+            self._files.fill_pages(header.node, offset, size)
+        # After others the kernel sends FSYNC by itself; after synchronous ones with O_DIRECT, too.
+        synced = opened & _SYNC if direct else 0
+        if opened & _APPEND and self._files.appends:
+            await self._files.append(header.node, handle, offset, data, header.pid, kill_setid)
+            return await self._written(header.node, handle, offset, size, direct, synced)
+        pages = direct and self._files.may_have_pages(header.node, offset, size)
+        if size >= _LARGE and not (kill_setid or synced or pages):
+            rest = self._files.begin_write(header.node, handle, offset, data)
+            if rest is not None:
+                return Early(protocol.written(size), rest)
+        who = KERNEL if flags & protocol.WRITE_CACHE else header.pid
+        await self._files.write(header.node, handle, offset, data, who, kill_setid=kill_setid)
+        return await self._written(header.node, handle, offset, size, direct, synced)
+
+    async def _written(
+        self, node: int, handle: int, offset: int, size: int, direct: int, synced: int
+    ) -> Answer:
+        """The answer to a write, once what it asks for besides has been done.
+
+        The kernel drops pages before it sends a write that goes past them, and after it only if the
+        program waits for it.  What is read or written meanwhile by way of the page cache would stay
+        there, older than the file.
+        """
+        if synced:
+            await self._files.fsync(node, handle, synced != _SYNC)
+        answer = protocol.written(size)
+        if direct and self._files.drop_pages(node, offset, size):
+            return Told(answer)
+        return answer
+
+    @_handles(Opcode.FLUSH)
+    async def flush(self, header: Header, body: memoryview) -> Answer:
+        """Nothing is held back: every write has reached the target when it returned.
+
+        Told so in this way, the kernel asks only once, and not at each close.
+        """
+        return errno.ENOSYS
+
+    @_handles(Opcode.FSYNC)
+    async def fsync(self, header: Header, body: memoryview) -> Answer:
+        handle, flags = protocol.HANDLE.unpack_from(body)
+        await self._files.fsync(header.node, handle, bool(flags & protocol.FSYNC_DATA))
+        return b""
+
+    @_handles(Opcode.RELEASE)
+    async def release(self, header: Header, body: memoryview) -> Answer:
+        if self._passing is not None:
+            self._passing.release(header.node)
+        await self._files.release(protocol.HANDLE.unpack_from(body)[0])
+        return b""
+
+    # Directories
+
+    @_handles(Opcode.OPENDIR)
+    async def opendir(self, header: Header, body: memoryview) -> Answer:
+        return protocol.opened(self._files.opendir(header.node), 0)
+
+    @_handles(Opcode.READDIRPLUS)
+    async def readdir(self, header: Header, body: memoryview) -> Answer:
+        """Entries with their attributes, as many as there is room for."""
+        handle, cookie, room, _ = protocol.READ.unpack_from(body)
+        files = self._files
+        found: list[bytes] = []
+        while entries := await files.readdir(handle, cookie, max(1, room // _ENTRY)):
+            for entry in entries:
+                room -= protocol.ENTRY_SIZE + protocol.direntry_size(entry.name)
+                if room < 0:
+                    return b"".join(found)
+                name, attributes, cookie = entry
+                if entry.dot:
+                    # The kernel keeps no count of these, and may not be told of them so.
+                    found.append(_NO_ENTRY)
+                else:
+                    found.append(self._entry(attributes))
+                    files.count_entry(handle, entry)
+                found.append(protocol.pack_direntry(attributes.ino, cookie, attributes.mode, name))
+        return b"".join(found)
+
+    @_handles(Opcode.RELEASEDIR)
+    async def releasedir(self, header: Header, body: memoryview) -> Answer:
+        self._files.releasedir(protocol.HANDLE.unpack_from(body)[0])
+        return b""
+
+    @_handles(Opcode.FSYNCDIR)
+    async def fsyncdir(self, header: Header, body: memoryview) -> Answer:
+        await self._files.fsyncdir()
+        return b""
+
+    # Extended attributes
+
+    @_handles(Opcode.GETXATTR)
+    async def getxattr(self, header: Header, body: memoryview) -> Answer:
+        size, _ = protocol.SIZE.unpack_from(body)
+        name = _last(body, protocol.SIZE.size)
+        if name == CAPABILITY and self._files.is_incapable(header.node):
+            return errno.ENODATA
+        return _fitting(await self._files.getxattr(header.node, name), size)
+
+    @_handles(Opcode.SETXATTR)
+    async def setxattr(self, header: Header, body: memoryview) -> Answer:
+        size, flags = protocol.SETXATTR.unpack_from(body)
+        name, _, rest = bytes(body[protocol.SETXATTR.size :]).partition(_NAME)
+        if flags and await self._has_xattr(header.node, name) == bool(flags & _CREATE):
+            return errno.EEXIST if flags & _CREATE else errno.ENODATA
+        await self._files.setxattr(header.node, name, rest[:size], _groups(header))
+        return b""
+
+    async def _has_xattr(self, ino: int, name: bytes) -> bool:
+        try:
+            await self._files.getxattr(ino, name)
+        except errors.PathError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return False
+        return True
+
+    @_handles(Opcode.REMOVEXATTR)
+    async def removexattr(self, header: Header, body: memoryview) -> Answer:
+        await self._files.removexattr(header.node, _last(body), _groups(header))
+        return b""
+
+    @_handles(Opcode.LISTXATTR)
+    async def listxattr(self, header: Header, body: memoryview) -> Answer:
+        size, _ = protocol.SIZE.unpack_from(body)
+        names = await self._files.listxattr(header.node)
+        if (
+            header.uid != 0
+        ):  # the kernel lets nobody else read these, and hides them nowhere but here
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return _fitting(b"".join(name + _NAME for name in names), size)
+
+
+def _fitting(value: bytes, room: int) -> Answer:
+    """A value, or only its size for who has no room for it yet."""
+    if not room:
+        return protocol.written(len(value))
+    return value if len(value) <= room else errno.ERANGE
+
+
+async def _unknown(operations: Operations, header: Header, body: memoryview) -> Answer:
+    """The kernel asks no more then, and falls back to what it can do itself."""
+    return errno.ENOSYS

@@ -1,0 +1,296 @@
+"""The kernel's side of FUSE as bytes, without I/O: what requests say and how answers look.
+
+The layouts are those of Linux's ``include/uapi/linux/fuse.h``, version 7.31 and what later
+versions added behind flags.  All numbers are in the machine's own byte order.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple, TypeGuard
+
+from warabifs.fs.limits import MAX_WRITE
+
+MAJOR = 7
+OLDEST_MINOR = 31
+"""Of Linux 5.4; from there on names and sizes of what is used here are as below."""
+MINOR = 38
+_TELLING_MINOR = 42
+"""Of Linux 6.14; since 6.13 the times of files tell each write from what was seen before it."""
+BUFFER = MAX_WRITE + 4096
+"""Bytes that a buffer for any request must have."""
+_PAGES = MAX_WRITE // 4096
+MAX_BACKGROUND = 128
+"""Requests that programs do not wait for, such as readahead and asynchronous writes with
+``O_DIRECT``, which the kernel has under way at a time; the next ones wait for their answers."""
+
+
+class Opcode(IntEnum):
+    """What a request asks for."""
+
+    LOOKUP = 1
+    FORGET = 2  # is not answered
+    GETATTR = 3
+    SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    FSYNCDIR = 30
+    CREATE = 35
+    INTERRUPT = 36
+    DESTROY = 38
+    NOTIFY_REPLY = 41  # is not answered
+    BATCH_FORGET = 42  # is not answered
+    READDIRPLUS = 44
+    RENAME2 = 45
+
+
+class Feature:
+    """What kernel and file system agree on when a mount begins."""
+
+    ASYNC_READ = 1 << 0
+    ATOMIC_O_TRUNC = 1 << 3  # opening truncates
+    EXPORT_SUPPORT = 1 << 4  # "." and ".." can be looked up
+    BIG_WRITES = 1 << 5
+    DONT_MASK = 1 << 6  # the file system applies the umask
+    AUTO_INVAL_DATA = 1 << 12
+    DO_READDIRPLUS = 1 << 13
+    READDIRPLUS_AUTO = 1 << 14
+    ASYNC_DIO = 1 << 15
+    WRITEBACK_CACHE = 1 << 16
+    PARALLEL_DIROPS = 1 << 18
+    POSIX_ACL = 1 << 20
+    MAX_PAGES = 1 << 22
+    HANDLE_KILLPRIV_V2 = 1 << 28
+    DIRECT_IO_ALLOW_MMAP = 1 << 36  # shared mappings of files that are opened with DIRECT_IO
+    INIT_EXT = 1 << 30  # there are more than 32 flags
+    PASSTHROUGH = 1 << 37  # a descriptor may stand behind an open file
+
+
+class Open:
+    """How the kernel is to treat an open file."""
+
+    DIRECT_IO = 1 << 0
+    KEEP_CACHE = 1 << 1
+    NOFLUSH = 1 << 5
+    PARALLEL_DIRECT_WRITES = 1 << 6
+    PASSTHROUGH = 1 << 7
+
+
+class Valid:
+    """Which attributes a SETATTR sets."""
+
+    MODE = 1 << 0
+    UID = 1 << 1
+    GID = 1 << 2
+    SIZE = 1 << 3
+    ATIME = 1 << 4
+    MTIME = 1 << 5
+    ATIME_NOW = 1 << 7
+    MTIME_NOW = 1 << 8
+    KILL_SUIDGID = 1 << 11
+
+
+WRITE_CACHE = 1 << 0
+"""In the flags of a WRITE: the kernel writes back pages, which it holds, on nobody's behalf."""
+WRITE_LOCKOWNER = 1 << 1
+"""In the flags of a WRITE: a lock owner is given, as only what goes past the page cache does."""
+READ_LOCKOWNER = 1 << 1
+"""The like of a READ: the bytes become no pages."""
+WRITE_KILL_SUIDGID = 1 << 2
+"""In the flags of a WRITE: the writer has no right to keep set-ID bits."""
+OPEN_KILL_SUIDGID = 1 << 0
+"""The like of an OPEN that truncates."""
+FSYNC_DATA = 1 << 0
+"""In the flags of a FSYNC: fdatasync(2) was called."""
+
+
+class Header(NamedTuple):
+    """What every request begins with."""
+
+    length: int
+    opcode: int
+    unique: int  # by which the answer is known
+    node: int  # the inode
+    uid: int
+    gid: int
+    pid: int  # of the thread that asks; 0: of another namespace
+    extensions: int
+
+
+HEADER = struct.Struct("=IIQQIIII")
+_ANSWER = struct.Struct("=IiQ")  # length, negative errno, unique
+_ERRNOS = 512
+"""Errnos from here on are the kernel's internal ones."""
+
+_INIT = struct.Struct("=IIIII")  # major, minor, readahead, features, and their upper half
+_INIT_ANSWER = struct.Struct("=IIIIHHIIHHII24x")
+_OLD_INIT = struct.Struct("=II")
+
+INTERRUPTED = struct.Struct("=Q")  # the request's unique number
+FORGET = struct.Struct("=Q")  # how often it was looked up
+FORGET_COUNT = struct.Struct("=II")
+FORGET_ONE = struct.Struct("=QQ")  # inode, how often
+SETATTR = struct.Struct("=I4xQQQqqqIIIIIIII")
+"""Valid, handle, size, lock owner, times in s, times in ns, mode, (none), uid, gid, (none)."""
+MKNOD = struct.Struct("=IIII")  # mode, device, umask
+MKDIR = struct.Struct("=II")  # mode, umask
+RENAME = struct.Struct("=Q")  # the new directory
+RENAME2 = struct.Struct("=QII")  # the new directory, flags
+LINK = struct.Struct("=Q")  # the inode
+OPEN = struct.Struct("=II")  # flags of open(2), OPEN_...
+CREATE = struct.Struct("=IIII")  # flags of open(2), mode, umask, OPEN_...
+READ = struct.Struct("=QQII")  # handle, offset, size, READ_..., and what is of no use here
+WRITE = struct.Struct("=QQIIQII")
+"""Handle, offset, size, WRITE_..., lock owner, flags of the open file as open(2) takes them."""
+HANDLE = struct.Struct("=QI")  # handle, flags
+SETXATTR = struct.Struct("=II")  # size, flags
+SIZE = struct.Struct("=II")
+
+_ENTRY = struct.Struct("=QQQQII")
+_VALIDITY = struct.Struct("=QI4x")
+_ATTRIBUTES = struct.Struct("=QQQqqqIIIIIIIIII")
+_OPENED = struct.Struct("=QII")
+_STATFS = struct.Struct("=QQQQQIIII24x")
+_DIRENT = struct.Struct("=QQII")
+_INVAL_INODE = struct.Struct("=Qqq")
+_INVAL_ENTRY = struct.Struct("=QII")
+_BACKING = struct.Struct("=iIQ")  # descriptor, (none)
+_BACKING_ID = struct.Struct("=I")
+BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502
+"""ioctl(2) requests of ``/dev/fuse``, for what the two functions here pack."""
+_NOTIFY_INVAL_INODE, _NOTIFY_INVAL_ENTRY = 2, 3
+
+pack_entry = _ENTRY.pack
+"""Inode and generation; how long name and attributes may be believed, in s and the rest in ns.
+Attributes follow."""
+pack_validity = _VALIDITY.pack
+"""How long attributes, which follow, may be believed, in s and the rest in ns."""
+pack_attributes = _ATTRIBUTES.pack
+"""Inode, size, blocks of 512 bytes; atime, mtime, ctime in s, and the rest in ns; mode, links,
+owner, group, device, block size, flags."""
+pack_statfs = _STATFS.pack
+"""Blocks, of which free, of which available; inodes, of which free; block size, longest name,
+fragment size, 0."""
+ATTRIBUTES_SIZE = _ATTRIBUTES.size
+ENTRY_SIZE = _ENTRY.size + ATTRIBUTES_SIZE
+_DIRENT_SIZE = _DIRENT.size
+
+
+def is_errno(number: object) -> TypeGuard[int]:
+    """Whether *number* may be in an answer.  The kernel refuses an answer with any other number,
+    and the program would wait for ever."""
+    return isinstance(number, int) and 0 < number < _ERRNOS
+
+
+def answer(unique: int, size: int) -> bytes:
+    """What comes before *size* bytes of an answer."""
+    return _ANSWER.pack(_ANSWER.size + size, 0, unique)
+
+
+def refusal(unique: int, number: int) -> bytes:
+    """The answer that is an errno."""
+    return _ANSWER.pack(_ANSWER.size, -number, unique)
+
+
+def init_answer(body: memoryview, wanted: int) -> tuple[int, bytes]:
+    """What is agreed on, and the bytes that say so.
+
+    Raises:
+        ValueError: the kernel is too old; the message says how old.
+    """
+    major, minor = _OLD_INIT.unpack_from(body)
+    if (major, minor) < (MAJOR, OLDEST_MINOR):
+        raise ValueError(f"FUSE {major}.{minor}; at least {MAJOR}.{OLDEST_MINOR} (Linux 5.4)")
+    if major > MAJOR:  # it asks again, in this version
+        return 0, _OLD_INIT.pack(MAJOR, MINOR) + bytes(_INIT_ANSWER.size - _OLD_INIT.size)
+    _, _, readahead, lower, upper = _INIT.unpack_from(bytes(body).ljust(_INIT.size, b"\0"))
+    offered = lower | (upper << 32 if lower & Feature.INIT_EXT else 0)
+    if minor < _TELLING_MINOR:
+        offered &= ~Feature.PASSTHROUGH
+    agreed = wanted & offered
+    return agreed, _INIT_ANSWER.pack(
+        MAJOR, MINOR, readahead, agreed & 0xFFFFFFFF, MAX_BACKGROUND, MAX_BACKGROUND,
+        MAX_WRITE, 1, _PAGES, 0, agreed >> 32,
+        1 if agreed & Feature.PASSTHROUGH else 0,  # file systems like this one that may be below
+    )  # fmt: skip
+
+
+def opened(handle: int, flags: int, backing: int = 0) -> bytes:
+    """The answer to an OPEN, and what ends that to a CREATE; *backing* with ``PASSTHROUGH``."""
+    return _OPENED.pack(handle, flags, backing)
+
+
+def backing(fd: int) -> bytearray:
+    """What ``BACKING_OPEN`` takes, which returns a number for the descriptor."""
+    return bytearray(_BACKING.pack(fd, 0, 0))  # of bytes, fcntl.ioctl would return a copy
+
+
+def backing_id(number: int) -> bytearray:
+    """What ``BACKING_CLOSE`` takes."""
+    return bytearray(_BACKING_ID.pack(number))
+
+
+def written(size: int) -> bytes:
+    """The answer to a WRITE; also that of a size to who asks for one."""
+    return SIZE.pack(size, 0)
+
+
+def direntry_size(name: bytes) -> int:
+    """Bytes that an entry of a directory takes."""
+    return (_DIRENT_SIZE + len(name) + 7) & ~7
+
+
+def inodes_of(opcode: int, answer: bytes | memoryview) -> Iterator[int]:
+    """The inodes that the kernel comes to know by an answer, one that has entries."""
+    position = 0
+    while position + _ENTRY.size <= len(answer):
+        (ino,) = FORGET.unpack_from(answer, position)
+        if ino:
+            yield ino
+        if opcode != Opcode.READDIRPLUS:
+            return
+        position += ENTRY_SIZE
+        _, _, length, _ = _DIRENT.unpack_from(answer, position)
+        position += (_DIRENT_SIZE + length + 7) & ~7
+
+
+def pack_direntry(ino: int, cookie: int, mode: int, name: bytes) -> bytes:
+    """An entry of a directory; *cookie* continues behind it."""
+    padding = -(_DIRENT_SIZE + len(name)) & 7
+    return _DIRENT.pack(ino, cookie, len(name), mode >> 12) + name + bytes(padding)
+
+
+def forget_inode(ino: int, offset: int, size: int = 0) -> bytes:
+    """Tells the kernel to forget attributes and, unless *offset* is negative, what is behind it:
+    all, or *size* bytes."""
+    body = _INVAL_INODE.pack(ino, offset, size)
+    return _ANSWER.pack(_ANSWER.size + len(body), _NOTIFY_INVAL_INODE, 0) + body
+
+
+def forget_name(directory: int, name: bytes) -> bytes:
+    """Tells the kernel to forget what a name means."""
+    body = _INVAL_ENTRY.pack(directory, len(name), 0) + name + b"\0"
+    return _ANSWER.pack(_ANSWER.size + len(body), _NOTIFY_INVAL_ENTRY, 0) + body

@@ -1,0 +1,1 @@
+"""File system semantics over a target, independent of FUSE."""

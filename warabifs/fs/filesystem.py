@@ -1,0 +1,588 @@
+"""File semantics over a target: what the kernel's requests mean.
+
+Knows nothing of the kernel's protocol; raises the library's exceptions and ``OSError``.
+
+The kernel keeps *lookup counts*: an inode number that was handed out may be used in requests
+until it is forgotten, even when its last name is gone.  So a removed inode stays pinned in the
+target until its count is zero (``Known.held``), and an open file pins its inode.
+
+Tasks interleave only where a method awaits.  The tables are changed between awaits, never
+across one: look at ``_known`` again after an await instead of keeping an entry.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from warabi import errors
+from warabi._core.attributes import ROOT, Attributes, without_setid
+from warabi._core.changes import ATTRIBUTES, Changes
+from warabi.aio import Target
+from warabi.errors import path_error
+from warabi.metadata import acl
+from warabi.metadata.tree import RENAME_EXCHANGE, region_of_name
+from warabi.region import RegionID
+from warabi.target.target import Target as LocalTarget
+from warabifs.fs.dentry_mirror import BelievedNames
+from warabifs.fs.handles import Directory, DirectoryEntry, File, Known, Listing, Listings, Outdated
+from warabifs.fs.page_versions import PageVersions
+from warabifs.fs.read_buffers import Buffers
+from warabifs.fs.write_ordering import Writes
+
+log = logging.getLogger(__name__)
+
+BLOCK = 4096
+CAPABILITY = b"security.capability"
+"""What the kernel asks for before each write to a file, because the write would remove it."""
+_PAGE = 512  # directory entries fetched at a time
+_FORGOTTEN = 65536  # inodes, after which the table of those that the kernel knows is made anew
+_SPARE_NAMES = 200_000  # of directories that nobody has open any more, or that are gone
+
+
+class FileSystem:
+    """The files of a target.
+
+    Args:
+        target: where they are.
+        exclusive: nobody else changes the target, so what the kernel cached stays true.
+        attr_timeout: seconds for which what was read of an inode may be believed.
+        local: *target* itself, when it is in this process: bytes go to and fro directly.
+        drop_name: makes the kernel let go of a name in a directory, later.
+        drop_attributes: makes the kernel forget what it believes of an inode, later.
+        remember_names: the kernel believes not only names of directories for a while.
+        openless: files need no opening.  What is removed while it is open stays as long as the
+            kernel knows it, and nobody else is there to remove it.
+    """
+
+    def __init__(
+        self, target: Target, *, exclusive: bool, attr_timeout: float,
+        drop_name: Callable[[int, bytes], None],
+        drop_attributes: Callable[[int], None] = lambda ino: None,
+        local: LocalTarget | None = None, remember_names: bool = False, openless: bool = False,
+    ) -> None:  # fmt: skip
+        self._target = target
+        self._attr_timeout = attr_timeout
+        self._local = local
+        self._exclusive = exclusive
+        self.openless = openless
+        self.appends = not exclusive
+        """Whether the provider has to say where appended bytes go: others change files, too."""
+        self._drop_name = drop_name
+        self._drop_attributes = drop_attributes
+        self._remember_names = remember_names
+        self._names = BelievedNames(drop_name)
+        self._known: dict[int, Known] = {}
+        self._forgotten = 0  # inodes, since that table was made anew
+        self._handles: dict[int, File | Directory] = {}
+        self._next_handle = itertools.count(1)
+        self._xattr_changes = 0
+        self._listings = Listings(_SPARE_NAMES)
+        self.pages = PageVersions(target, alone=exclusive)
+        self._buffers = Buffers()
+        self.writes = Writes()
+
+    # What the kernel knows
+
+    def _count(
+        self, attributes: Attributes, parent: int | None = None, name: bytes = b""
+    ) -> Attributes:
+        known = self._known.get(attributes.ino)
+        if known is None:
+            known = self._known[attributes.ino] = Known(
+                attributes.region, stat.S_ISDIR(attributes.mode)
+            )
+        known.count += 1
+        if parent is not None and (known.directory or self._remember_names):
+            self._means(parent, name, attributes.ino)
+        if parent == ROOT and region_of_name(name) == known.region:
+            known.aliased = True
+        return attributes
+
+    def _new(self, attributes: Attributes, parent: int, name: bytes) -> Attributes:
+        """As :meth:`_count`, of an inode that was just made."""
+        self._count(attributes, parent, name)
+        self.pages.made(attributes.ino)
+        known = self._known[attributes.ino]
+        known.incapable = time.monotonic() + self._attr_timeout
+        if self._exclusive and attributes.mode == without_setid(attributes.mode):
+            known.harmless = known.incapable
+        return attributes
+
+    def count_entry(self, handle: int, entry: DirectoryEntry) -> None:
+        """The kernel took an entry that :meth:`readdir` of *handle* gave."""
+        self._count(entry.attributes, self._handles[handle].ino, entry.name)
+
+    async def forget(self, inodes: Iterable[tuple[int, int]]) -> None:
+        """The kernel dropped so many references to each inode."""
+        for ino, count in inodes:
+            known = self._known.get(ino)
+            if known is None:
+                continue
+            known.count -= count
+            if known.count <= 0:
+                del self._known[ino]
+                self._forgotten += 1
+                self._listings.forget(ino)
+                self.pages.forget(ino)
+                self._names.forget(ino)
+                if known.held:
+                    await self._target.call("unpin", ino, known.held)
+        if self._forgotten >= _FORGOTTEN:  # a dictionary keeps the room of what was removed from it
+            self._forgotten = 0
+            self._known = dict(self._known)
+
+    def _means(self, parent: int, name: bytes, ino: int) -> None:
+        """The kernel knows that a name means *ino* now; 0: that it must ask."""
+        if self._exclusive:
+            return  # nobody needs to be told
+        self._names.set(parent, name, ino)
+
+    def note_absent(self, parent: int, name: bytes) -> bool:
+        """The kernel may believe for a while that a name means nothing; whether it may."""
+        if self._exclusive:
+            return True
+        if parent == ROOT and region_of_name(name) is not None:
+            return False  # regions that are made without a name are not told of
+        self._names.set_absent(parent, name)
+        return True
+
+    def is_directory(self, ino: int) -> bool:
+        """Whether the kernel knows *ino* as a directory."""
+        known = self._known.get(ino)
+        return ino == ROOT or (known is not None and known.directory)
+
+    def outdated(self, changes: Changes) -> Outdated:
+        """What of *changes* concerns the kernel."""
+        if changes.everything:
+            self.pages.forget_all()
+            return Outdated(dict.fromkeys((ROOT, *self._known), False), self._names.all())
+        inodes = {}
+        for ino, what in changes.inodes.items():
+            if ino in self._known or ino == ROOT:
+                inodes[ino] = what == ATTRIBUTES
+                if what != ATTRIBUTES:
+                    self.pages.forget(ino)
+        names = {}
+        for (parent, name), ino in changes.names.items():
+            believed = self._names.get(parent, name)
+            if (parent in self._known or parent == ROOT) and not 0 < ino == believed:
+                names[parent, name] = believed
+                self._names.forget_absent(parent, name)
+        return Outdated(inodes, names)
+
+    def _region(self, ino: int) -> RegionID:
+        known = self._known.get(ino)
+        if known is None:
+            raise path_error(errno.ESTALE, f"inode {ino}: unknown")
+        return known.region
+
+    async def _released(self, attributes: Attributes | None) -> None:
+        """Keep the pin on an inode that lost its last name until the kernel forgets it."""
+        if attributes is None or attributes.nlink:
+            return
+        known = self._known.get(attributes.ino)
+        if known is not None:
+            known.held += 1
+            if known.aliased:  # else that name keeps the kernel from forgetting the inode
+                self._drop_name(ROOT, attributes.region.hex().encode())
+        else:
+            await self._target.call("unpin", attributes.ino, 1)
+
+    # Inodes
+
+    async def lookup(self, parent: int, name: bytes) -> Attributes:
+        found = await self._target.call("lookup", parent, name)
+        if name in (b".", b".."):  # a file handle is resolved: no name means it by that
+            return self._count(found)
+        return self._count(found, parent, name)
+
+    async def getattr(self, ino: int) -> Attributes:
+        attributes: Attributes = await self._target.call("getattr", ino)
+        return attributes
+
+    async def setattr(
+        self, ino: int, size: int | None, mode: int | None, uid: int | None, gid: int | None,
+        atime_ns: int | None, mtime_ns: int | None, *, kill_setid: bool = False,
+    ) -> Attributes:  # fmt: skip
+        """Change what is not None; with *kill_setid* the change takes the set-ID bits away."""
+        if kill_setid and not (mode is None and self._exclusive and self._is_harmless(ino)):
+            mode = without_setid(mode or (await self.getattr(ino)).mode)
+        if mode is not None and ino in self._known:
+            self._known[ino].harmless = 0.0
+        if size is not None:
+            await self._target.resize(self._region(ino), size)
+            if mode is uid is gid is atime_ns is mtime_ns is None:
+                return await self.getattr(ino)
+        attributes: Attributes = await self._target.call(
+            "setattr", ino, mode, uid, gid, atime_ns, mtime_ns
+        )
+        return attributes
+
+    async def readlink(self, ino: int) -> bytes:
+        target: bytes = await self._target.call("readlink", ino)
+        return target
+
+    async def statfs(self) -> tuple[int, int, int]:
+        """Total and available bytes, and the number of regions."""
+        room: tuple[int, int, int] = await self._target.call("room")
+        return room
+
+    # Names
+
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, umask: int
+    ) -> Attributes:
+        made = await self._target.call("mknod", parent, name, mode, uid, gid, rdev, False, umask)
+        return self._new(made, parent, name)
+
+    async def mkdir(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int
+    ) -> Attributes:
+        made = await self._target.call("mkdir", parent, name, mode, uid, gid, umask)
+        return self._count(made, parent, name)
+
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, uid: int, gid: int
+    ) -> Attributes:
+        made = await self._target.call("symlink", parent, name, target, uid, gid)
+        return self._count(made, parent, name)
+
+    async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
+        return self._count(await self._target.call("link", ino, parent, name), parent, name)
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        removed = await self._target.call("unlink", parent, name, True)
+        self._means(parent, name, 0)
+        await self._released(removed)
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        removed = await self._target.call("rmdir", parent, name, True)
+        self._means(parent, name, 0)
+        await self._released(removed)
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
+    ) -> None:
+        replaced = await self._target.call(
+            "rename", parent, name, new_parent, new_name, flags, True
+        )
+        moved = self._names.get(parent, name)
+        exchanged = self._names.get(new_parent, new_name) if flags & RENAME_EXCHANGE else 0
+        self._means(parent, name, exchanged)
+        self._means(new_parent, new_name, moved)
+        await self._released(replaced)
+
+    # Files
+
+    def _add_handle(self, handle: File | Directory) -> int:
+        number = next(self._next_handle)
+        self._handles[number] = handle
+        return number
+
+    def _region_of(self, ino: int, handle: int) -> RegionID:
+        """The region of an open file; where the kernel opens files by itself, the inode tells."""
+        if not handle:
+            return self._region(ino)
+        found = self._handles[handle]
+        assert isinstance(found, File)
+        self.pages.used(found)
+        return found.region
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
+    ) -> tuple[int, bool, Attributes]:
+        """Make and open a file; returns as :meth:`open`."""
+        try:
+            made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
+        except errors.PathError as error:
+            if error.errno != errno.EEXIST or flags & os.O_EXCL:
+                raise
+            # Somebody else was faster than the kernel's lookup.
+            found = await self._target.call("lookup", parent, name)
+            opened = await self.open(found.ino, flags, keep_setid=uid == 0)
+            self._count(opened[2], parent, name)
+            return opened
+        self._new(made, parent, name)
+        return self._add_handle(File(made.ino, made.region)), True, made
+
+    def _is_harmless(self, ino: int) -> bool:
+        """Whether it is known that a file has no set-ID bits."""
+        known = self._known.get(ino)
+        return known is not None and time.monotonic() < known.harmless
+
+    async def _kill_setid(self, ino: int) -> None:
+        """Take the set-ID bits away from a file that somebody who may not keep them writes to."""
+        if self._is_harmless(ino):
+            return
+        now = time.monotonic()
+        mode = (await self.getattr(ino)).mode
+        if mode != without_setid(mode):
+            await self.setattr(ino, None, without_setid(mode), None, None, None, None)
+            self._drop_attributes(ino)  # it believes the old mode for as long as it may
+        known = self._known.get(ino)
+        if known is not None:
+            known.harmless = now + self._attr_timeout
+
+    async def _emptied(self, attributes: Attributes, *, keep_setid: bool) -> Attributes:
+        """Truncate a pinned file that is being opened; the kernel leaves ``O_TRUNC`` to us.
+
+        Unless *keep_setid*, as for root, that takes the set-ID bits away like any other change.
+        """
+        try:
+            await self._target.resize(attributes.region, 0)
+            mode = without_setid(attributes.mode)
+            if mode == attributes.mode or keep_setid:
+                return await self.getattr(attributes.ino)
+            return await self.setattr(attributes.ino, None, mode, None, None, None, None)
+        except BaseException:
+            await self._target.call("unpin", attributes.ino, 1)
+            raise
+
+    async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, bool, Attributes]:
+        """Open a file; returns its handle, whether the kernel's page cache is still true, and the
+        file's attributes.
+
+        With *keep_setid* truncation (``O_TRUNC``) leaves the set-ID bits alone.
+        """
+        attributes, version = await self.pages.pin(ino)
+        if flags & os.O_TRUNC:
+            attributes = await self._emptied(attributes, keep_setid=keep_setid)
+        file = File(ino, attributes.region)
+        return self._add_handle(file), self.pages.opened(file, version), attributes
+
+    def fill_pages(self, ino: int, offset: int, size: int) -> None:
+        """The kernel reads or writes bytes by way of its page cache."""
+        known = self._known.get(ino)
+        if known is not None:
+            known.fill_pages(offset, size)
+
+    def may_have_pages(self, ino: int, offset: int, size: int) -> bool:
+        """Whether the kernel may have pages with some of these bytes."""
+        known = self._known.get(ino)
+        return known is not None and known.may_have_pages(offset, size)
+
+    def drop_pages(self, ino: int, offset: int, size: int) -> bool:
+        """Have the kernel drop its pages with these bytes, later; whether it may have any."""
+        if not self.may_have_pages(ino, offset, size):
+            return False
+        self.writes.drop(ino, *self._known[ino].drop_pages(offset, size))
+        return True
+
+    async def read(self, ino: int, handle: int, offset: int, size: int, who: int = 0) -> memoryview:
+        """Up to *size* bytes, fewer only at the end of the file; *who* as in ``write_ordering.py``.
+
+        The result is valid until the caller's task waits for anything.
+        """
+        region = self._region_of(ino, handle)
+        if self._local is None or self.writes.under_way:
+            await self.writes.read(region, who, offset, size)
+        if self._local is not None:
+            view = self._local.view(region, offset, size)
+            if view is not None:
+                return view
+        with self._buffers.loan(size) as loan:
+            count = await self._read_some(region, offset, size, loan.place)
+            return loan.taken[:count]
+
+    async def _read_some(
+        self, region: RegionID, offset: int, size: int, place: Callable[[], memoryview]
+    ) -> int:
+        local = self._local
+        if local is not None:
+            with suppress(errors.WouldBlock):
+                wait = not local.blocking
+                return local.read_into(region, offset, place(), short=True, wait=wait)
+        return await self._target.read_later(region, offset, size, place)
+
+    async def write(
+        self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
+    ) -> int:
+        """Store *data*, all of them; with *kill_setid* that takes the set-ID bits away."""
+        region = self._region_of(ino, handle)
+        if kill_setid or not self._wrote(region, offset, data):
+            if self.writes.under_way:
+                await self.writes.follow(region, offset, len(data))
+            with self.writes.one(region, who, offset, len(data)):
+                if kill_setid:
+                    await self._kill_setid(ino)
+                await self._target.write(region, offset, data, extend=True)
+        return len(data)
+
+    async def append(
+        self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
+    ) -> None:
+        """Store *data* at the end that the file has at the provider; the rest is as in
+        :meth:`write`.
+
+        The kernel takes *offset*, the end that it knows of, for their place.  If they went to
+        another one, it is made to forget the file's size, and its pages at either place.
+        """
+        region, size = self._region_of(ino, handle), len(data)
+        with self.writes.one(region, who, offset, size) as write:
+            await self.writes.after_appends(write)
+            if kill_setid:
+                await self._kill_setid(ino)
+            found = await self._append(region, offset, data)
+        if found != offset:
+            self.writes.drop(ino, offset, size)
+            self.writes.drop(ino, found, size)
+
+    async def _append(self, region: RegionID, offset: int, data: Any) -> int:
+        if self.appends:
+            try:
+                return await self._target.append(region, data)
+            except errors.ProtocolError as error:
+                if "unknown operation" not in str(error):
+                    raise
+                log.warning("appends of several mounts may overwrite each other: %s", error)
+                self.appends = False
+        await self._target.write(region, offset, data, extend=True)
+        return offset
+
+    def _wrote(self, region: RegionID, offset: int, data: Any) -> bool:
+        """Store *data* if it needs no waiting; whether it did."""
+        local = self._local
+        if local is not None:
+            with suppress(errors.WouldBlock):
+                local.write(region, offset, data, extend=True, wait=not local.blocking)
+                return True
+        return False
+
+    def begin_write(
+        self, ino: int, handle: int, offset: int, data: memoryview
+    ) -> Callable[[], None] | None:
+        """What stores *data*; None where that might wait or fail: then :meth:`write` does it."""
+        if self._local is None:
+            return None
+        return self._local.begin_write(self._region_of(ino, handle), offset, data)
+
+    async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
+        await self._target.fsync(self._region_of(ino, handle), times=not datasync)
+
+    async def release(self, handle: int) -> None:
+        file = self._handles.pop(handle)
+        if isinstance(file, File) and file.ino in self._known:
+            self.pages.used(file)
+        await self._target.call("unpin", file.ino, 1)
+
+    # Directories
+
+    def opendir(self, ino: int) -> int:
+        return self._add_handle(Directory(ino, self._listings.open(ino)))
+
+    def releasedir(self, handle: int) -> None:
+        directory = self._handles.pop(handle)
+        assert isinstance(directory, Directory)
+        self._listings.close(directory.ino, directory.listing)
+
+    async def fsyncdir(self) -> None:
+        await self._target.call("commit")
+
+    async def readdir(self, handle: int, cookie: int, most: int) -> list[DirectoryEntry]:
+        """Entries that follow *cookie*, 0 being the start; none at the end.  Of those that follow
+        the dots there are *most* at most.
+
+        Entries come in the order of their names, so what is added or removed meanwhile moves
+        no other; attributes are fetched anew each time, for the kernel takes them over.
+        """
+        directory = self._handles[handle]
+        assert isinstance(directory, Directory)
+        entries: list[DirectoryEntry] = []
+        if cookie < 2:
+            if cookie == 0:
+                directory.listing = self._listings.begin(directory.ino, directory.listing)
+                directory.met = 0
+            for position, name in enumerate((b".", b"..")[cookie:], cookie):
+                dot = await self._target.call("lookup", directory.ino, name)
+                entries.append(DirectoryEntry(name, dot, position + 1))
+            cookie = 2
+        start, listing = cookie - 2, directory.listing
+        while start > len(listing.names):
+            if not (listing.in_order and await self._read_ahead(directory.ino, listing)):
+                return []  # a cookie that was never given
+        after = listing.names[start - 1] if start else b""
+        page = await self._target.call("readdir", directory.ino, after, min(most, _PAGE))
+        directory.met += len(page)
+        if not page:
+            listing.length = max(listing.length, directory.met)
+        positions = listing.place([name for name, _ in page], start)
+        for position, (name, attributes) in zip(positions, page, strict=True):
+            entries.append(DirectoryEntry(name, attributes, position + 3))
+        return entries
+
+    async def _read_ahead(self, ino: int, listing: Listing) -> bool:
+        """Find positions of further names in a directory, for a cookie that an earlier listing
+        gave, as an NFS server may bring one; whether there were any.  If the directory has not
+        changed since they are what they were."""
+        await trio.lowlevel.checkpoint()
+        start = len(listing.names)
+        after = listing.names[-1] if start else b""
+        page = await self._target.call("readdir", ino, after, _PAGE)
+        if start == len(listing.names):  # no other task did so meanwhile
+            listing.place([name for name, _ in page], start)
+        return bool(page)
+
+    # Extended attributes
+
+    def is_incapable(self, ino: int) -> bool:
+        """Whether it is known that an inode has no ``CAPABILITY``."""
+        known = self._known.get(ino)
+        return known is not None and time.monotonic() < known.incapable
+
+    async def getxattr(self, ino: int, name: bytes) -> bytes:
+        known, changes = self._known.get(ino), self._xattr_changes
+        try:
+            value: bytes = await self._target.call("getxattr", ino, name)
+        except errors.PathError as error:
+            absent = name == CAPABILITY and error.errno == errno.ENODATA
+            if absent and known is not None and changes == self._xattr_changes:
+                known.incapable = time.monotonic() + self._attr_timeout
+            raise
+        return value
+
+    async def setxattr(
+        self, ino: int, name: bytes, value: bytes, groups: Callable[[], Container[int]] | None
+    ) -> None:
+        """Set an extended attribute.
+
+        *groups* tells the caller's; None for root, who keeps the set-group-ID bit of every file
+        whose access control list he changes.
+        """
+        lost = await self._loses_setgid(ino, name, groups)
+        await self._target.call("setxattr", ino, name, value, lost is None)
+        self._xattr_changes += 1  # to who has asked before, and is not answered yet
+        if ino in self._known:
+            self._known[ino].incapable = 0.0
+
+    async def _loses_setgid(
+        self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
+    ) -> Attributes | None:
+        """The attributes before, when a change of *name* takes the set-group-ID bit away."""
+        if name != acl.ACCESS or groups is None:
+            return None
+        file = await self.getattr(ino)
+        return file if file.mode & stat.S_ISGID and file.gid not in groups() else None
+
+    async def removexattr(
+        self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
+    ) -> None:
+        """Remove an extended attribute; *groups* as for :meth:`setxattr`."""
+        lost = await self._loses_setgid(ino, name, groups)
+        await self._target.call("removexattr", ino, name)
+        if lost is not None:
+            mode = lost.mode & ~stat.S_ISGID
+            await self._target.call("setattr", ino, mode, None, None, None, None)
+
+    async def listxattr(self, ino: int) -> list[bytes]:
+        names: list[bytes] = await self._target.call("listxattr", ino)
+        return names

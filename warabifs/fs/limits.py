@@ -1,0 +1,6 @@
+"""Limits of the kernel's requests."""
+
+from __future__ import annotations
+
+MAX_WRITE = 1024 * 1024
+"""Bytes in one read or write."""

@@ -1,0 +1,1 @@
+"""``mount.warabifs``: options, mounting, unmounting, and the commands around it."""

@@ -1,0 +1,498 @@
+"""``mount.warabifs``: check, fork, mount, serve, and end with everything persisted.
+
+The fork comes first: Trio and SQLite must not be carried over one.  The parent waits until the
+child has mounted, asks the mount for its root directory, and only then exits with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import gc
+import logging
+import logging.handlers
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, NoReturn
+
+import trio
+
+import warabi
+from warabi import aio, reconnect
+from warabi._core import descriptors
+from warabi.backends.memory_budget import physical_memory
+from warabi.errors import ConfigError, Exception, PermissionDenied
+from warabi.eventloop import inline_wait, loop_watchdog
+from warabi.protocol.auth import config_of
+from warabi.target import opening
+from warabi.target.config import FileConfig, MemoryConfig
+from warabi.target.target import Target
+from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
+from warabifs.frontends.kernel.dispatch import Operations
+from warabifs.frontends.kernel.mountinfo import device_number
+from warabifs.frontends.kernel.passthrough import Passing
+from warabifs.frontends.kernel.protocol import Feature
+from warabifs.frontends.kernel.session import FuseSession
+from warabifs.fs.filesystem import FileSystem
+from warabifs.fs.invalidator import Follower
+from warabifs.fs.owner_override import ShownLink
+from warabifs.mount.options import Options, Source, help_text, parse_options, parse_source
+from warabifs.mount.remount import remount
+from warabifs.mount.shutdown_socket import ShutdownSocket
+from warabifs.mount.unmount import find
+from warabifs.mount.utab import UtabEntry
+from warabifs.mount.watchdog import Watchdog
+
+log = logging.getLogger("warabifs")
+
+_PATIENCE = 2.0  # seconds to wait for an earlier mount of the target to let go
+_ANSWER = 30.0  # seconds for a fresh mount to answer
+_DAY = 86400.0
+_LET_GO = 'exec 3<"$1" && fusermount3 -u -z "$1" && { sync -f /dev/fd/3; true; }'
+
+
+def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> None:
+    """The command; exits with 0 when the mount can be used, or with 1 and one line on stderr.
+
+    As mount(8)'s *helper*, ``-f`` means what it means for mount(8): check, and mount nothing.
+    """
+    parsed = _parser(helper).parse_intermixed_args(arguments)
+    if parsed.namespace:
+        _enter(parsed.namespace, sys.argv[1:] if arguments is None else arguments, helper)
+    try:
+        options = parse_options(
+            parsed.option, root=os.geteuid() == 0, sloppy=parsed.sloppy, helper=helper
+        )
+        options.read_only = options.read_only or parsed.read_only
+        if options.remount:
+            _remount(parsed.mountpoint, options)
+            return
+        source = parse_source(parsed.source, create=options.create)
+        if options.passthrough and not source.embedded:
+            raise ConfigError("option passthrough: only for embedded targets, memory: or file:")
+        if options.size is not None and (source.path is not None or not source.embedded):
+            raise ConfigError("option size: only for memory:")
+        mountpoint = _check_mountpoint(parsed.mountpoint)
+        _check_device()
+        if parsed.fake:
+            return
+        if parsed.foreground:
+            _log_to(options, foreground=True)
+            _serve(source, mountpoint, options, lambda: None)
+        else:
+            _serve_in_background(source, mountpoint, options)
+    except Exception as error:
+        line = str(error).replace("\n", "\\n")
+        sys.exit(f"mount.warabifs: {line}")
+
+
+def _parser(helper: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mount.warabifs",
+        usage="%(prog)s SOURCE MOUNTPOINT [-f] [-r] [-o OPTION[,OPTION...]]",
+        description="Show every region of a Warabi target as a file.",
+        epilog="options of -o:\n" + help_text() + "\n\nUnmount with: umount MOUNTPOINT, or"
+        " fusermount3 -u MOUNTPOINT",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="memory:, file:/path, na+sm://PID-N or ofi+tcp://HOST:PORT"
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument("-o", dest="option", action="append", default=[], metavar="OPTION")
+    parser.add_argument(
+        "-f", dest="fake" if helper else "foreground", action="store_true",
+        help="check everything, mount nothing" if helper else "stay in the foreground",
+    )  # fmt: skip
+    parser.add_argument(
+        "--foreground", action="store_true", help="stay in the foreground, also under mount(8)"
+    )
+    parser.add_argument("-r", dest="read_only", action="store_true", help="same as -o ro")
+    parser.add_argument(
+        "-s", dest="sloppy", action="store_true", help="pass over options that are unknown"
+    )
+    # What else mount(8) passes to every helper.
+    for flag in ("-w", "-n", "-v"):
+        parser.add_argument(flag, action="store_true", dest="_" + flag[1:], help=argparse.SUPPRESS)
+    parser.add_argument("-t", dest="_t", help=argparse.SUPPRESS)
+    parser.add_argument("-N", dest="namespace", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-V", "--version", action="version", version=f"warabifs {warabi.__version__}"
+    )
+    parser.set_defaults(fake=False)
+    return parser
+
+
+def _enter(namespace: str, arguments: Sequence[str], helper: bool) -> NoReturn:
+    """Start again in another mount namespace, where this Python must be visible too."""
+    rest = list(arguments)
+    at = next(n for n, word in enumerate(rest) if word.startswith("-N"))
+    del rest[at : at + (2 if rest[at] == "-N" else 1)]
+    module = ["warabifs.mount.helper", "mount"] if helper else ["warabifs.mount.main"]
+    python = [sys.executable, "-P", "-m", *module, *rest]
+    os.execvp("nsenter", ["nsenter", f"--mount={namespace}", "--", *python])
+
+
+def _remount(text: str, options: Options) -> None:
+    path = find(text).path
+    remount(path, options.flags, read_only=options.read_only)
+    ignored = [item for item in options.fixed if item not in ("allow_other", "noallow_other")]
+    if ignored:
+        print(
+            f"mount.warabifs: {path}: remounting leaves these as they were: {', '.join(ignored)}",
+            file=sys.stderr,
+        )
+
+
+def _check_mountpoint(text: str) -> str:
+    """The absolute mount point, a directory that is no mount point yet; a dead mount is removed."""
+    path = os.path.abspath(text)
+    try:
+        os.statvfs(path)  # unlike stat, never answered from what the kernel cached of a dead mount
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ConfigError(f"mount point {path}: does not exist") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise ConfigError(f"mount point {path}: {error.strerror}") from None
+        # What a killed mount leaves behind.
+        done = subprocess.run(
+            ["fusermount3", "-u", "-z", path], capture_output=True, text=True, timeout=_ANSWER
+        )
+        if done.returncode:
+            raise ConfigError(
+                f"mount point {path}: a dead mount that cannot be removed: {done.stderr.strip()}"
+            ) from None
+        return _check_mountpoint(text)
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"mount point {path}: is not a directory")
+    if os.path.ismount(path):
+        raise ConfigError(f"mount point {path}: something is mounted there already")
+    return os.path.realpath(path)  # as the kernel's list of mounts has it
+
+
+def _check_device() -> None:
+    if not Path("/dev/fuse").exists():
+        raise ConfigError("/dev/fuse does not exist: load the kernel module fuse (modprobe fuse)")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise PermissionDenied("/dev/fuse: this user may not open it (usual is mode 0666)")
+
+
+def _serve_in_background(source: Source, mountpoint: str, options: Options) -> None:
+    """Fork; the parent returns when the mount answers."""
+    receiving, sending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receiving)
+        with open(sending, "w", encoding="utf-8", errors="surrogateescape") as pipe:
+            os._exit(_child(source, mountpoint, options, pipe))
+    os.close(sending)
+    with open(receiving, encoding="utf-8", errors="surrogateescape") as pipe:
+        word = pipe.read()
+    if word != "ready":
+        raise ConfigError(word or "the mount's process ended without a word")
+    try:
+        # Another process must ask: the mount's own would wait for itself.
+        done = subprocess.run(["stat", "-f", mountpoint], capture_output=True, timeout=_ANSWER)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"mount point {mountpoint}: the mount does not answer") from None
+    if done.returncode:
+        raise ConfigError(
+            f"mount point {mountpoint}: {done.stderr.decode(errors='replace').strip()}"
+        )
+
+
+def _child(source: Source, mountpoint: str, options: Options, pipe: IO[str]) -> int:
+    os.setsid()
+    os.chdir("/")
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.close(null)
+        pipe.write("ready")
+        pipe.close()
+
+    try:
+        _log_to(options, foreground=False)
+        _serve(source, mountpoint, options, ready)
+        return 0
+    except Exception as error:
+        return _report(str(error), pipe)
+    except BaseException as error:
+        return _report(f"{type(error).__name__}: {error}", pipe, defect=error)
+
+
+def _report(message: str, pipe: IO[str], defect: BaseException | None = None) -> int:
+    if pipe.closed:
+        log.error("%s", message, exc_info=defect)
+    else:
+        pipe.write(message)
+        pipe.flush()
+    logging.shutdown()
+    return 1
+
+
+def _log_to(options: Options, *, foreground: bool) -> None:
+    handler: logging.Handler
+    try:
+        if options.log_file:
+            handler = logging.FileHandler(options.log_file)
+        elif foreground:
+            handler = logging.StreamHandler()
+        elif Path("/dev/log").exists():
+            handler = logging.handlers.SysLogHandler("/dev/log")
+        else:
+            handler = logging.NullHandler()
+    except OSError as error:
+        raise ConfigError(f"log {options.log_file}: {error.strerror}") from None
+    form = "warabifs[%(process)d]: %(levelname)s: %(message)s"
+    stamped = "%(asctime)s " + form if options.log_file or foreground else form
+    handler.setFormatter(logging.Formatter(stamped))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _serve(source: Source, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
+    """Mount, serve until unmounted or told to end, persist, and tell those who wait for that."""
+    ending = ShutdownSocket()
+    try:
+        _serve_and_persist(source, mountpoint, options, ready, ending)
+    except BaseException as error:
+        ending.say(str(error) or type(error).__name__)
+        raise
+    ending.say("")
+
+
+def _serve_and_persist(
+    source: Source,
+    mountpoint: str,
+    options: Options,
+    ready: Callable[[], None],
+    ending: ShutdownSocket,
+) -> None:
+    descriptors.raise_limit()
+    local: Target | None = None
+    if source.path is not None:
+        config = FileConfig(path=str(source.path), create_if_missing=options.create)
+        local = opening.open_file(config, patience=_PATIENCE)
+    elif source.embedded:
+        local = opening.open_memory(MemoryConfig(), limit=_limit(options))
+    # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
+    gc.set_threshold(10_000)
+    try:
+        failure = trio.run(
+            _mount_and_serve, source, local, mountpoint, options, ready, ending,
+            instruments=loop_watchdog.instruments(),
+        )  # fmt: skip
+    finally:
+        if local is not None:
+            local.close()
+    if failure is not None:
+        raise failure
+
+
+def _limit(options: Options) -> int | None:
+    """Bytes of memory that the files of a ``memory:`` mount may take: half of it, as tmpfs has it,
+    unless something else was asked for; 0 is as much as there is."""
+    memory = physical_memory()
+    return (memory // 2 if options.size is None else options.size(memory)) or None
+
+
+@asynccontextmanager
+async def _open(
+    source: Source, local: Target | None, options: Options
+) -> AsyncIterator[aio.Target]:
+    if local is not None:
+        yield _shown(aio.attach(local), options)
+        return
+    security = config_of(options.security)
+    async with reconnect.connect(
+        source.address,
+        options.provider_id,
+        timeout=options.timeout,
+        patience=options.reconnect,
+        read_only=options.read_only,
+        tls=security.get("tls"),
+        token_file=security.get("token_file"),
+    ) as target:
+        yield _shown(target, options)
+
+
+def _shown(target: aio.Target, options: Options) -> aio.Target:
+    return aio.Target(ShownLink(target._link, options.shown)) if options.shown else target
+
+
+async def _mount_and_serve(
+    source: Source,
+    local: Target | None,
+    mountpoint: str,
+    options: Options,
+    ready: Callable[[], None],
+    ending: ShutdownSocket,
+) -> BaseException | None:
+    """Returns what ended the mount, other than being unmounted."""
+    try:
+        # From before the kernel knows of the mount until all is persisted: a signal that finds no
+        # receiver ends the process on the spot.
+        async with (
+            _signals() as signals,
+            _open(source, local, options) as target,
+        ):
+            alone = source.embedded or options.exclusive
+            # Others change what an engine serves: each use of a file's name asks anew, which also
+            # brings the size that reading and appending after an open rely on (close-to-open).
+            attributes, names, directories = (_DAY, _DAY, _DAY) if alone else (1.0, 0.0, 1.0)
+            if options.passthrough:
+                attributes = 1.0  # a file that is changed through a mapping has other times
+            attributes = attributes if options.attr_timeout is None else options.attr_timeout
+            if options.entry_timeout is not None:
+                names = directories = options.entry_timeout
+            negative = names if options.negative_timeout is None else options.negative_timeout
+            device = _mount(source, mountpoint, options)
+            session = FuseSession(device.fd)
+            files = FileSystem(
+                target,
+                exclusive=alone,
+                attr_timeout=attributes,
+                drop_name=session.drop_name,
+                drop_attributes=session.drop_attributes,
+                local=local,
+                remember_names=names > 0,
+                openless=local is not None and not options.passthrough,
+            )
+            files.writes.drop = session.drop_bytes
+            if source.remote:
+                await files.pages.learn()
+            follower = Follower(
+                target,
+                files,
+                forget_inode=session.forget_inode,
+                forget_name=session.forget_name,
+                new_names=bool(negative),
+            )
+            operations = Operations(
+                files,
+                attr_timeout=attributes,
+                entry_timeout=names,
+                directory_timeout=directories,
+                negative_timeout=negative,
+                direct_io=options.direct_io,
+                writeback=options.exclusive,
+                passing=Passing(local, session) if options.passthrough and local else None,
+                # What waits for a medium in this process cannot be cut short.
+                interrupt=None if source.embedded else session.interrupt,
+            )
+            unmount = True
+            entry = UtabEntry(options.fsname or source.text, mountpoint)
+            try:
+                operations.features = session.begin(operations.features)
+                if options.passthrough and not operations.features & Feature.PASSTHROUGH:
+                    raise ConfigError("option passthrough: this kernel has none (Linux 6.14 has)")
+                device.read_ahead(READ_AHEAD_REMOTE if source.remote else READ_AHEAD)
+                try:
+                    ending.announce(mountpoint)
+                except (PermissionDenied, OSError) as error:
+                    log.warning("umount cannot wait for this process to persist: %s", error)
+                entry.add()
+                with Watchdog(device_number(mountpoint)):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
+                        if not alone:
+                            nursery.start_soon(follower.run)
+                        ready()
+                        with inline_wait.serving(device.fd):
+                            await session.serve(operations)
+                        unmount = False  # the kernel ended the session: it is unmounted already
+                        nursery.cancel_scope.cancel()
+            except (ValueError, TimeoutError) as error:
+                raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
+            finally:
+                ending.gather()
+                entry.remove()
+                if local is not None:
+                    local.will_close()
+                await follower.stop()
+                session.silence()
+                device.close(unmount=unmount)
+                with trio.CancelScope(shield=True):
+                    await target.call("sync")
+    except BaseExceptionGroup as group:
+        return group.exceptions[0]
+    except Exception as error:
+        return error
+    return None
+
+
+def _mount(source: Source, mountpoint: str, options: Options) -> Device:
+    fuse = {"default_permissions", *options.fuse}
+    if options.read_only:
+        fuse.add("ro")
+    if options.allow_other:
+        fuse.add("allow_other")
+    return Device(mountpoint, options.fsname or source.text, fuse)
+
+
+@asynccontextmanager
+async def _signals() -> AsyncIterator[trio.MemoryReceiveChannel[signal.Signals]]:
+    """The signals that ask for an end; those that nobody takes are passed over."""
+    sending, receiving = trio.open_memory_channel[signal.Signals](1)
+
+    async def receive(task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                with contextlib.suppress(trio.WouldBlock):
+                    sending.send_nowait(signal.Signals(number))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(receive)
+        yield receiving
+        nursery.cancel_scope.cancel()
+
+
+async def _end_on_signal(
+    signals: trio.MemoryReceiveChannel[signal.Signals],
+    mountpoint: str,
+    follower: Follower,
+    session: FuseSession,
+) -> None:
+    """Unmount on a signal: the kernel hands over what it holds, then the session ends."""
+    async for number in signals:
+        log.info("ending on %s", number.name)
+        if await _run("fusermount3", "-u", mountpoint) == 0:
+            if not session.ended:  # it is mounted elsewhere too, perhaps where nothing is seen
+                log.info("%s: other mounts of it are left, which end now", mountpoint)
+                await _run("sync")
+                await follower.stop()
+                session.stop()
+            return
+        # Busy: programs have files open.  Let go of the tree, and take over dirty pages before
+        # that and after it, for they go on writing.
+        await _run("sync", "-f", mountpoint)
+        if await _run("sh", "-c", _LET_GO, "sh", mountpoint) == 0:
+            await follower.stop()
+            session.stop()
+            return
+
+
+async def _run(*command: str) -> int:
+    """Run a command beside the loop that it needs; its exit status."""
+    with trio.move_on_after(_ANSWER):
+        done = await trio.run_process(command, check=False, capture_stderr=True)
+        if done.returncode:
+            log.info("%s: %s", " ".join(command), done.stderr.decode(errors="replace").strip())
+        return done.returncode
+    return 1
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,133 @@
+"""The manual page mount.warabifs(8), made from the tables that ``--help`` and parsing use.
+
+``python -m warabifs.mount.manual`` prints it.
+"""
+
+from __future__ import annotations
+
+import warabi
+from warabifs.mount.options import KERNEL, rows
+
+_HEAD = """\
+.TH MOUNT.WARABIFS 8 "" "warabifs @VERSION@" "System Administration"
+.SH NAME
+mount.warabifs \\- show every region of a Warabi target as a file
+.SH SYNOPSIS
+.B mount \\-t warabifs
+.RB [ \\-o
+.IR OPTION [, OPTION ...]]
+.I SOURCE MOUNTPOINT
+.PP
+.B mount.warabifs
+.I SOURCE MOUNTPOINT
+.RB [ \\-f ]
+.RB [ \\-r ]
+.RB [ \\-o
+.IR OPTION [, OPTION ...]]
+.SH DESCRIPTION
+A target is a store of regions, runs of bytes.
+Mounted, every region is a file, and every file a region.
+.I SOURCE
+is one of these:
+.TP
+.B memory:
+An empty target in memory, gone when it is unmounted.
+.TP
+.BI file: /path/of/the/target
+The target at that path, made when it is missing.
+.TP
+.BI na+sm:// PID\\-N
+The target of a provider on this host.
+.TP
+.BI ofi+tcp:// host:port
+The target of a provider that is reached by TCP.
+.PP
+The command returns when the mount can be used.
+.B mount.warabifs \\-f
+stays in the foreground; called by
+.BR mount (8),
+.B \\-f
+checks everything and mounts nothing, and
+.B \\-\\-foreground
+is the other.
+.SH OPTIONS
+.SS Of warabifs
+"""
+_TAIL = """\
+.SH UNMOUNTING
+.BR umount (8)
+returns when everything is persisted, or says what is not, and exits with 1 then.
+It waits for a minute at most.
+With
+.B \\-l
+it does not wait for files that are open; the mount's process ends when the last one is closed.
+.B fusermount3 \\-u
+returns when the kernel has let go, while the process may still be persisting; the next mount of
+the target waits for it.
+.SH REMOUNTING
+.B mount \\-o remount
+changes
+.BR ro ,
+.BR rw ,
+.B noatime
+and the other options of the kernel's, and nothing else.
+.SH EXIT STATUS
+0 when the mount can be used; 1, with one line on standard error, when it could not be made; 2 when
+the command line is wrong.
+.SH FILES
+.TP
+.I /etc/fstab
+.nf
+file:/srv/target     /mnt/a  warabifs  noauto,user           0 0
+ofi+tcp://host:5555  /mnt/b  warabifs  _netdev,provider_id=3 0 0
+.fi
+.TP
+.I /etc/fuse.conf
+Has
+.B user_allow_other
+where users other than root may give
+.BR allow_other .
+.SH DIAGNOSTICS
+A mount in the background logs to the system log, or to the file that
+.BI log= FILE
+names.
+.B warabifs doctor
+looks for what keeps mounts from working.
+.SH SEE ALSO
+.BR mount (8),
+.BR umount (8),
+.BR fstab (5),
+.BR fusermount3 (1)
+"""
+
+
+def _text(text: str) -> str:
+    """*text* as roff takes it, whatever it starts with."""
+    escaped = text.replace("\\", "\\e").replace("-", "\\-")
+    return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
+
+
+def _entry(left: str, right: str) -> str:
+    name, equals, value = left.partition("=")
+    if equals and value and "," not in left:
+        shown = f".BI {_text(name)}= {_text(value)}"
+    else:
+        shown = f'.B "{_text(left)}"'
+    return f".TP\n{shown}\n{_text(right)}\n"
+
+
+def page() -> str:
+    """The manual page."""
+    return "".join(
+        (
+            _HEAD.replace("@VERSION@", warabi.__version__),
+            *(_entry(left, right) for left, right in rows()),
+            ".SS Of every file system\n",
+            *(_entry(left, right) for left, right in KERNEL.items()),
+            _TAIL,
+        )
+    )
+
+
+if __name__ == "__main__":
+    print(page(), end="")

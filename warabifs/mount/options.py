@@ -1,0 +1,367 @@
+"""Sources and options of ``mount.warabifs``: one table for parsing, help, manual and messages."""
+
+from __future__ import annotations
+
+import difflib
+import grp
+import pwd
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from warabi.errors import ConfigError
+from warabi.protocol import address
+from warabifs.fs.owner_override import Shown
+
+
+@dataclass
+class Options:
+    """What was asked for with ``-o``."""
+
+    read_only: bool = False
+    create: bool = True
+    provider_id: int = 0
+    timeout: float = 60.0
+    reconnect: float = 30.0
+    attr_timeout: float | None = None
+    entry_timeout: float | None = None
+    negative_timeout: float | None = None
+    direct_io: bool = False
+    exclusive: bool = False
+    passthrough: bool = False
+    allow_other: bool = False
+    size: Callable[[int], int] | None = None  # of the bytes of memory that there are
+    fsname: str = ""
+    log_file: str = ""
+    security: dict[str, str] = field(
+        default_factory=dict
+    )  # as warabi.protocol.auth.config_of takes it
+    fuse: set[str] = field(default_factory=set)  # handed to the kernel as they are
+    shown: Shown = field(default_factory=Shown)
+    remount: bool = False
+    flags: set[str] = field(default_factory=set)  # the kernel's, as given
+    fixed: list[str] = field(default_factory=list)  # ours, which a remount cannot change
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One option: what it sets, and what the help says of it."""
+
+    apply: Callable[[Options, str], None]
+    help: str
+    value: str = ""  # the value's placeholder; empty for an option without one
+
+
+def _number(name: str, text: str, low: float, high: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise ConfigError(f"option {name}={text}: expected a number from {low:g} to {high:g}")
+    return number
+
+
+def _flag(attribute: str, value: bool) -> Callable[[Options, str], None]:
+    return lambda options, _: setattr(options, attribute, value)
+
+
+def _text(attribute: str) -> Callable[[Options, str], None]:
+    return lambda options, text: setattr(options, attribute, text)
+
+
+def _path(attribute: str) -> Callable[[Options, str], None]:
+    # Absolute: the mount's process changes its directory.
+    return lambda options, text: setattr(options, attribute, text and str(Path(text).absolute()))
+
+
+def _seconds(name: str) -> Callable[[Options, str], None]:
+    return lambda options, text: setattr(options, name, _number(name, text, 0, 1e9))
+
+
+def _security(name: str) -> Callable[[Options, str], None]:
+    return lambda options, text: options.security.update({name: text})
+
+
+def _file(name: str) -> Callable[[Options, str], None]:
+    return lambda options, text: options.security.update({name: str(Path(text).absolute())})
+
+
+def _provider_id(options: Options, text: str) -> None:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ConfigError(f"option provider_id={text}: expected a number from 0 to 65535")
+    options.provider_id = int(text)
+
+
+def _uid(options: Options, text: str) -> None:
+    options.shown.uid = _user_or_group("uid", text, lambda name: pwd.getpwnam(name).pw_uid)
+
+
+def _gid(options: Options, text: str) -> None:
+    options.shown.gid = _user_or_group("gid", text, lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _user_or_group(name: str, text: str, find: Callable[[str], int]) -> int:
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) < (1 << 32) - 1:  # the last one is nobody
+        return int(text)
+    try:
+        return find(text)
+    except (KeyError, ValueError):
+        what = "user" if name == "uid" else "group"
+        raise ConfigError(f"option {name}={text}: no such {what}, and no number of one") from None
+
+
+def _umask(options: Options, text: str) -> None:
+    if not re.fullmatch("0{0,9}[0-7]{1,3}", text):
+        raise ConfigError(f"option umask={text}: expected an octal number from 0 to 777")
+    options.shown.umask = int(text, 8)
+
+
+def _size(options: Options, text: str) -> None:
+    found = re.fullmatch("([0-9]{1,20})([kmgtKMGT%]?)", text)
+    if not found or (found[2] == "%" and int(found[1]) > 100):
+        raise ConfigError(
+            f"option size={text}: expected bytes, with k, m, g or t behind them or not, or 0% to"
+            " 100% of the memory"
+        )
+    number, unit = int(found[1]), found[2].lower()
+    if unit == "%":
+        options.size = lambda memory: memory * number // 100
+    else:
+        size = number << 10 * " kmgt".index(unit or " ")
+        options.size = lambda memory: size
+
+
+OPTIONS: dict[str, _Option] = {
+    "ro": _Option(_flag("read_only", True), "refuse every change"),
+    "rw": _Option(_flag("read_only", False), "allow changes (default)"),
+    "nocreate": _Option(_flag("create", False), "file: sources: refuse a target that is missing"),
+    "size": _Option(
+        _size, "memory: sources: bytes of memory that files may take (k, m, g, t behind them), or a"
+        " part of the memory (default 50%; 0: as much as there is)", "BYTES|N%",
+    ),
+    "provider_id": _Option(_provider_id, "which provider of the engine (default 0)", "N"),
+    "timeout": _Option(
+        _seconds("timeout"), "seconds after which an unanswered request fails (default 60)", "S"
+    ),
+    "reconnect": _Option(
+        _seconds("reconnect"), "seconds for which operations wait for a provider that went away"
+        " (default 30; 0: they fail at once)", "S",
+    ),
+    "attr_timeout": _Option(
+        _seconds("attr_timeout"), "seconds for which attributes are believed (default: 1 for an"
+        " engine, a day for an embedded target)", "S",
+    ),
+    "entry_timeout": _Option(
+        _seconds("entry_timeout"),
+        "seconds for which names are believed (default: 0 for an engine, 1 if they are names of"
+        " directories, a day for an embedded target); above 0, a file opened at the moment in which"
+        " another client changes it may be the old one",
+        "S",
+    ),
+    "negative_timeout": _Option(
+        _seconds("negative_timeout"), "seconds for which it is believed that a name does not exist"
+        " (default: as entry_timeout)", "S",
+    ),
+    "direct_io": _Option(
+        _flag("direct_io", True), "strict: every read and write goes to the target, past the page"
+        " cache; no shared mmap",
+    ),
+    "exclusive": _Option(
+        _flag("exclusive", True), "nobody else changes the target: writes are held back until a"
+        " file is closed or synced, and what is known is believed for a day",
+    ),
+    "passthrough": _Option(
+        _flag("passthrough", True), "embedded targets, root only, Linux 6.14: the kernel reads and"
+        " writes regions by itself, at their speed; to open and close a file takes longer; implies"
+        " nosuid",
+    ),
+    "allow_other": _Option(
+        _flag("allow_other", True), "let other users in, as permissions say (default for root)"
+    ),
+    "noallow_other": _Option(_flag("allow_other", False), "let nobody else in"),
+    "token_file": _Option(_file("token_file"), "an engine's token, for those who have one", "FILE"),
+    "tls_cert": _Option(_file("tls_cert"), "with TLS: the mount's certificate, PEM", "FILE"),
+    "tls_key": _Option(_file("tls_key"), "the certificate's key", "FILE"),
+    "tls_ca": _Option(_file("tls_ca"), "the certificate of who signs both sides'", "FILE"),
+    "tls_name": _Option(
+        _security("tls_name"), "the name in the engine's certificate, if not its host's", "NAME"
+    ),
+    "uid": _Option(_uid, "show everything as this user's, and make new files so", "USER"),
+    "gid": _Option(_gid, "show everything as this group's, and make new files so", "GROUP"),
+    "umask": _Option(
+        _umask, "show everything with the permissions 0777 less these, whatever is stored", "OCTAL"
+    ),
+    "remount": _Option(
+        _flag("remount", True), "change ro, noatime and other options of the kernel's of what is"
+        " mounted (root only); the options of this list stay as they are",
+    ),
+    "fsname": _Option(_text("fsname"), "the source that mount(8) and df show", "NAME"),
+    "log": _Option(_path("log_file"), "log to this file instead of the system log", "FILE"),
+}  # fmt: skip
+
+KERNEL = {
+    "noatime, atime, relatime, strictatime, nodiratime":
+        "accepted; reads never change access times",
+    "nosuid, suid": "whether set-id bits count when a program is run (default: nosuid; suid for"
+        " root's mounts by mount(8) and fstab without uid=, gid=, umask=)",
+    "nodev, dev": "whether device files can be opened (default: as for suid)",
+    "noexec, exec": "whether programs can be run",
+    "sync, async, dirsync": "whether the kernel syncs after every write",
+    "context=, fscontext=, defcontext=, rootcontext=":
+        "SELinux labels; refused where SELinux is not enabled",
+    "default_permissions": "always on: the kernel checks permissions",
+    "_netdev, auto, noauto, nofail, user, users, owner, group, defaults, x-*":
+        "for mount(8) and systemd, without effect here",
+}  # fmt: skip
+"""What else ``-o`` takes, for help and manual."""
+
+_FLAGS = frozenset(
+    "suid nosuid dev nodev exec noexec async sync dirsync atime noatime diratime nodiratime"
+    " relatime norelatime strictatime nostrictatime".split()
+)
+_TO_FUSE = frozenset("suid nosuid dev nodev exec noexec async sync dirsync noatime".split())
+_OPPOSITE = {"sync": "async", "async": "sync"}  # of the others one has "no" in front
+_IGNORED = frozenset(
+    "defaults auto noauto user nouser users nousers owner noowner group nogroup nofail _netdev"
+    " default_permissions nolazytime lazytime silent loud noiversion iversion".split()
+)
+_LABELS = frozenset("context fscontext defcontext rootcontext".split())
+_SHOWN = frozenset("user_id group_id fd rootmode max_read blksize uhelper".split())
+"""What the lists of mounts have, and mount(8) hands over when it remounts."""
+
+
+def parse_options(
+    groups: list[str], *, root: bool, sloppy: bool = False, helper: bool = False
+) -> Options:
+    """The options of all ``-o`` arguments.
+
+    Args:
+        groups: each a comma-separated list.
+        root: whether the mount is made by root, whose mounts others may use.
+        sloppy: whether to pass over what is unknown.
+        helper: whether mount(8) hands them over.  It strips ``suid`` and ``dev``, which are its
+            defaults, so root's mounts have both unless the opposite is said, as with mount.fuse3.
+
+    Raises:
+        ConfigError: an unknown option, with the closest known one, or a bad value.
+    """
+    options = Options(allow_other=root)
+    items = [item for group in groups for item in _items(group)]
+    for item in items:
+        name, has_value, value = item.partition("=")
+        known = OPTIONS.get(name)
+        if known is not None:
+            if bool(known.value) != bool(has_value):
+                form = f"{name}={known.value}" if known.value else name
+                raise ConfigError(f"option {item}: expected {form}")
+            known.apply(options, value)
+            if name not in ("ro", "rw", "remount"):
+                options.fixed.append(item)
+        elif item in _FLAGS:
+            options.flags -= {f"no{item}", item.removeprefix("no"), _OPPOSITE.get(item, "")}
+            options.flags.add(item)
+        elif name in _LABELS and has_value:
+            options.fuse.add(_label(name, value))
+        elif name in _SHOWN and "remount" in items:
+            continue
+        elif item not in _IGNORED and not name.startswith(("x-", "X-", "comment")) and not sloppy:
+            raise ConfigError(_unknown(name))
+    if options.exclusive and options.direct_io:
+        raise ConfigError("options exclusive and direct_io: at most one of them")
+    if options.passthrough:
+        if not root:
+            raise ConfigError("option passthrough: only root may have the kernel use descriptors")
+        if options.exclusive or options.direct_io:
+            other = "exclusive" if options.exclusive else "direct_io"
+            raise ConfigError(f"options passthrough and {other}: at most one of them")
+        if "suid" in options.flags:
+            raise ConfigError("options passthrough and suid: nobody takes set-id bits away in time")
+        if "sync" in options.flags:
+            raise ConfigError("options passthrough and sync: the kernel would sync bytes alone")
+        options.flags.add("nosuid")
+    options.fuse |= options.flags & _TO_FUSE
+    # Not where owners or permissions are overridden: a set-ID program would run as the owner that
+    # is shown, and a device would be open to everybody.
+    if helper and root and not options.shown:
+        options.fuse |= {flag for flag in ("suid", "dev") if f"no{flag}" not in options.flags}
+    return options
+
+
+def _items(group: str) -> Iterator[str]:
+    """The options of a list; commas between double quotes separate nothing."""
+    for item in re.findall(r'(?:"[^"]*"|[^,"]|")+', group):
+        yield item.replace('"', "") if item.split("=")[0] in _LABELS else item
+
+
+def _label(name: str, value: str) -> str:
+    if not Path("/sys/fs/selinux/enforce").exists():
+        raise ConfigError(f"option {name}={value}: SELinux is not enabled here")
+    return f"{name}={value}"
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, [*OPTIONS, *_FLAGS, *_IGNORED, *_LABELS], 1)
+    hint = f", did you mean {close[0]}?" if close else "; --help lists the options"
+    return f"unknown option {name}{hint}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to mount: exactly one of memory, a target's path, or an engine's address."""
+
+    text: str
+    path: Path | None = None
+    address: str = ""
+
+    @property
+    def embedded(self) -> bool:
+        return not self.address
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is behind a network, or may be."""
+        return bool(self.address) and not address.parse(self.address).local
+
+
+def parse_source(text: str, *, create: bool) -> Source:
+    """The source that *text* names.
+
+    Raises:
+        ConfigError: it names none, or its parent directory does not exist.
+    """
+    kind, colon, rest = text.partition(":")
+    if kind == "memory" and colon:
+        if rest:
+            raise ConfigError(f"source {text}: expected memory: and nothing after it")
+        return Source(text)
+    if kind == "file" and colon:
+        if not rest:
+            raise ConfigError(f"source {text}: expected file:/path/of/the/target")
+        path = Path(rest).absolute()
+        if not path.parent.is_dir():
+            raise ConfigError(f"source {text}: the directory {path.parent} does not exist")
+        if not create and not path.exists():
+            raise ConfigError(f"source {text}: no such target, and nocreate was given")
+        return Source(f"file:{path}", path=path)
+    if colon and "://" in text:
+        return Source(text, address=str(address.parse(text)))
+    raise ConfigError(
+        f"source {text}: expected memory:, file:/path/of/the/target, or an engine's address"
+        " such as na+sm://123-0 or ofi+tcp://host:port"
+    )
+
+
+def rows() -> list[tuple[str, str]]:
+    """The options of ours, as they are written, and what each does."""
+    return [(f"{n}={o.value}" if o.value else n, o.help) for n, o in OPTIONS.items()]
+
+
+def help_text() -> str:
+    """The options as ``--help`` lists them."""
+    width = max(len(left) for left, _ in rows())
+    lines = [f"  {left:<{width}}  {right}" for left, right in rows()]
+    lines += ["", "and as for any file system:"]
+    lines += [f"  {left}: {right}" for left, right in KERNEL.items()]
+    return "\n".join(lines)
