@@ -277,6 +277,8 @@ class BlockingConnection(Replies):
         """
         if request.late is not None and not request.done:
             with self._mutex:
+                if request.number not in self._requests:
+                    return  # it was not sent: no answer will come
                 self._undoing += 1
             undoing = threading.Thread(
                 target=self._undo, args=(request, request.late), name="warabi-undo", daemon=True
@@ -348,7 +350,10 @@ class BlockingConnection(Replies):
     def _ask(self) -> None:
         # Not by waiting: the caller may be the reader, for whom a sender may be waiting.
         poller = select.poll()
-        poller.register(self._socket, select.POLLOUT)
+        try:
+            poller.register(self._socket, select.POLLOUT)
+        except ValueError:  # closed meanwhile; who waits is told so
+            return
         held = False
         try:
             if poller.poll(0):
