@@ -231,6 +231,16 @@ def test_opening_mends_what_older_versions_let_in(
             assert not domain.fault(row)
 
 
+def test_without_a_malformed_list_the_group_gets_no_more(sample: Sample) -> None:
+    """Its permissions in the mode were the most that the list gave to anybody."""
+    edit(sample.path, f"UPDATE inode SET mode = {0o100664} WHERE ino = 4")
+    edit(sample.path, "INSERT INTO xattr VALUES(4, CAST('system.posix_acl_access' AS BLOB), X'00')")
+    assert fsck(sample.path, "--repair")[0] == 1
+    with open_target("file", sample.path) as target:
+        assert target.namespace.getattr(4).mode == 0o100604
+        assert target.namespace.listxattr(4) == [b"user.x"]
+
+
 def test_who_had_an_owner_that_cannot_be_is_nobody(sample: Sample) -> None:
     """A program that ran as that owner is not root's."""
     edit(sample.path, f"UPDATE inode SET uid = {1 << 32}, mode = {0o106755} WHERE ino = 4")

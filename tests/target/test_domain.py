@@ -7,7 +7,9 @@ import contextlib
 import errno
 import io
 import itertools
+import json
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -357,6 +359,10 @@ def test_what_no_message_can_hold_is_said_before_it_is_sent() -> None:
         for values in ((1, None, 1 << 70, None, None, None), (1, None, None, None, None, -1 << 70)):
             with pytest.raises(errors.ProtocolError, match="cannot be sent"):
                 call(handle, "setattr", *values)
+        with pytest.raises(errors.ProtocolError, match="cannot be sent"):
+            call(handle, "create", 1 << 70)
+        # Nothing was made, and nothing waits for an answer to undo it.
+        assert not any(thread.name == "warabi-undo" for thread in threading.enumerate())
         assert call(handle, "getattr", 1).ino == 1  # the connection is still good
 
 
@@ -422,30 +428,87 @@ def test_an_archive_with_access_control_lists() -> None:
 
 ENTRY = ArchiveEntry(b"f", 2, 7, 0o100644, 0, 0, 0, 0, 0, 0, 0, False, 1, None, [])
 LINK = ENTRY._replace(mode=0o120777, size=1, target=b"t")
-BAD: list[dict[str, Any]] = [
-    {"uid": 1 << 32}, {"gid": (1 << 32) - 1}, {"uid": -1}, {"mode": 1 << 32 | 0o100644},
-    {"mode": 0o644}, {"rdev": 1 << 32}, {"rdev": -1}, {"size": -1}, {"generation": 1 << 63},
-    {"slot": 0}, {"slot": (1 << 63) - 1}, {"links": 1 << 31}, {"links": -1}, {"target": b"t"},
-    {"xattrs": [(b"user.", b"")]}, {"xattrs": [(b"user.x", bytes(65537))]},
-    {"xattrs": [(b"system.x", b"")]}, {"xattrs": [(acl.ACCESS, b"no list")]},
+REFUSED_ROWS: list[dict[str, Any]] = [
+    {"mode": 0o644}, {"size": -1}, {"generation": 1 << 63}, {"slot": 0}, {"slot": (1 << 63) - 1},
+    {"target": b"t"}, {"mode": 0o120777, "size": 1},
 ]  # fmt: skip
-BAD_LINKS: list[dict[str, Any]] = [
-    {"target": b"a\0b", "size": 3}, {"target": b"", "size": 0}, {"size": 2}, {"target": None},
-    {"target": b"t" * 4096, "size": 4096},
+MENDED_ROWS: list[tuple[ArchiveEntry, dict[str, Any]]] = [
+    (ENTRY._replace(uid=1 << 32), {"uid": domain.NOBODY}),
+    (ENTRY._replace(uid=-1, mode=0o106755), {"uid": domain.NOBODY, "mode": 0o100755}),
+    (ENTRY._replace(gid=(1 << 32) - 1), {"gid": domain.NOBODY}),
+    (ENTRY._replace(mode=1 << 32 | 0o100640), {"mode": 0o100640}),
+    (ENTRY._replace(rdev=1 << 32), {"rdev": 0}),
+    (ENTRY._replace(rdev=-1), {"rdev": 0}),
+    (ENTRY._replace(links=1 << 31), {"links": domain.LINKS_MAX}),
+    (ENTRY._replace(links=-1), {"links": 1}),
+    (LINK._replace(size=2), {"size": 1}),
+    (LINK._replace(target=b"a\0b", size=3), {"target": b"a", "size": 1}),
+    (LINK._replace(target=b"t" * 4096, size=4096), {"target": b"t" * 4095, "size": 4095}),
+]
+ODD_XATTRS = [
+    (b"user.", b""), (b"user.x", bytes(65537)), (b"system.x", b""), (b"user.\xff\n\0", b""),
+    (acl.DEFAULT, b"no list"), (acl.ACCESS, b"no list"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [*(ENTRY._replace(**bad) for bad in BAD), *(LINK._replace(**bad) for bad in BAD_LINKS)],
-)
-def test_archives_and_migrations_are_checked(entry: ArchiveEntry) -> None:
+def _row(entry: ArchiveEntry) -> list[Any]:
+    """The row of an inode in a migration."""
+    return [*entry[1:4], entry.links, *entry[4:11], int(entry.anonymous), entry.target]
+
+
+@pytest.mark.parametrize("bad", REFUSED_ROWS)
+def test_archives_and_migrations_are_checked(bad: dict[str, Any]) -> None:
+    entry = ENTRY._replace(**bad)
     with pytest.raises(errors.BadArchive, match="/f: no target can have it"):
         list(unpack_all(io.BytesIO(entry.pack())))
-    row = [*entry[1:4], entry.links, *entry[4:11], int(entry.anonymous), entry.target]
-    with pytest.raises(errors.ProtocolError):
-        rows("inode", memoryview(_message([row])))
-        rows("xattr", memoryview(_message([[2, *pair] for pair in entry.xattrs])))
+    with pytest.raises(errors.ProtocolError, match="receive_rows: inode"):
+        rows("inode", memoryview(_message([_row(entry)])))
+
+
+@pytest.mark.parametrize(("entry", "mended"), MENDED_ROWS)
+def test_what_older_versions_let_in_is_mended_on_its_way(
+    entry: ArchiveEntry, mended: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = entry._replace(**mended)
+    assert list(unpack_all(io.BytesIO(entry.pack()))) == [wanted]
+    assert rows("inode", memoryview(_message([_row(entry)]))) == [_row(wanted)]
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("way", ["archive", "migration"])
+def test_a_target_of_an_older_version_moves(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With values that were not checked, and without what cannot be kept."""
+    with Engine("na+sm") as engine:
+        provider = Provider(engine, 1, MEMORY)
+        source = Client(engine).make_target_handle(str(engine.addr()), 1)
+        furnish(source)
+        target = provider._core.target
+        with target._guard.lock, target._guard.checked:
+            inode = target._catalogue.get(2)
+            assert inode is not None
+            inode.uid, inode.mode = 1 << 32, 0o104775
+            sql = "INSERT INTO xattr VALUES(2, ?, ?)"
+            target._catalogue._db.executemany(sql, [*ODD_XATTRS, (b"user.good", b"kept")])
+            target._catalogue._has_xattrs = True
+        if way == "archive":
+            archive = io.BytesIO()
+            export(DirectLink(provider._core), archive, copying=False)
+            archive.seek(0)
+            other = Provider(engine, 2, MEMORY)
+            restore(DirectLink(other._core), archive)
+        else:
+            other = Provider(engine, 2)
+            migration = {"new_root": str(tmp_path), "merge_config": {}}
+            provider.migrate_target(str(engine.addr()), 2, json.dumps(migration))
+        moved = Client(engine).make_target_handle(str(engine.addr()), 2)
+        found = call(moved, "resolve", "/f")
+        assert (found.uid, oct(found.mode)) == (domain.NOBODY, oct(0o100705))
+        assert call(moved, "listxattr", found.ino) == [b"user.good"]
+        check_whole(moved)
+    assert all(record.exc_info is None for record in caplog.records)
+    assert "no file can have" in caplog.text
 
 
 def _message(found: list[list[Any]]) -> bytes:
@@ -457,8 +520,7 @@ def test_times_from_elsewhere_are_clamped() -> None:
     (found,) = unpack_all(io.BytesIO(entry.pack()))
     clamped = (domain.TIME_MAX, domain.TIME_MIN, domain.CHANGE_TIME_MAX)
     assert (found.atime_ns, found.mtime_ns, found.ctime_ns) == clamped
-    row = [*entry[1:4], entry.links, *entry[4:11], 0, None]
-    assert tuple(rows("inode", memoryview(_message([row])))[0][8:11]) == clamped
+    assert tuple(rows("inode", memoryview(_message([_row(entry)])))[0][8:11]) == clamped
 
 
 def test_a_change_time_can_always_grow() -> None:

@@ -10,7 +10,8 @@ SQLite, and carried by an archive:
 
 * Times are *clamped*, as Linux does for what a file system cannot store.
 * Everything else is *refused*, with the errno that the system call would give.
-* What an older version let in is *mended* by :func:`mended`: when a target is opened, and by fsck.
+* What an older version let in is *mended* by :func:`mended` and :func:`mended_xattrs`: when a
+  target is opened, checked by fsck, imported from an archive or received in a migration.
 """
 
 from __future__ import annotations
@@ -289,3 +290,36 @@ def _mended_number(column: str, value: Any) -> int:
     if column == "rdev" or type(value) is not int:
         return 0
     return max(low, min(high, value))
+
+
+def mended_xattrs(
+    mode: int, xattrs: Sequence[tuple[bytes, bytes]]
+) -> tuple[int, list[tuple[bytes, bytes]], list[str]]:
+    """The mode and the extended attributes of an inode, without the attributes that cannot be, and
+    what was wrong with those."""
+    kept, faults = [], []
+    for key, value in xattrs:
+        if not (why := xattr_fault(key, value)):
+            kept.append((key, value))
+            continue
+        faults.append(why)
+        mode = mode_without(key, mode)
+    return mode, kept, faults
+
+
+def xattr_fault(key: bytes, value: bytes) -> str:
+    """What is wrong with an extended attribute, empty when nothing is."""
+    try:
+        xattr(key, value)
+    except PathError as error:
+        return str(error)
+    return ""
+
+
+def mode_without(key: bytes, mode: int) -> int:
+    """The mode of an inode that loses an attribute that could not be.
+
+    With an access control list the permissions of the group are the most that the list gives to
+    anybody; without it the group would get them.  What it had is not known: it gets none.
+    """
+    return mode & ~stat.S_IRWXG if key == acl.ACCESS else mode

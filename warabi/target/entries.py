@@ -6,6 +6,7 @@ without a name, so no message limits it and it goes away with the connection of 
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 
 from warabi._core.attributes import Attributes
-from warabi.errors import BadArchive, PathError
+from warabi._core.log_limit import RateLimit
+from warabi.errors import BadArchive
 from warabi.metadata import domain
 from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit())  # an archive may have millions
 
 CHUNK = 8 * 1024 * 1024
 """Bytes that are read or written at once."""
@@ -106,18 +111,26 @@ def _checked(item: Any) -> ArchiveEntry:
         mtime_ns=domain.clamped(found.mtime_ns),
         ctime_ns=domain.clamped_change(found.ctime_ns),
     )
-    why = domain.fault((
+    row = domain.Row(
         found.slot, found.generation, found.mode, found.links, found.uid, found.gid, found.rdev,
         found.size, found.atime_ns, found.mtime_ns, found.ctime_ns, int(found.anonymous),
         found.target,
-    ))  # fmt: skip
-    try:
-        for name, value in found.xattrs:
-            domain.xattr(name, value)
-    except PathError as error:
-        why = str(error)
+    )  # fmt: skip
+    why = domain.fault(row)
     if why:
-        raise BadArchive(f"{found.shown}: no target can have it: {why}")
+        row = domain.mended(row)
+        if domain.fault(row):
+            raise BadArchive(f"{found.shown}: no target can have it: {why}")
+    mode, xattrs, faults = domain.mended_xattrs(row.mode, found.xattrs)
+    if why or faults:  # an older version let it in, or it was not made by export
+        log.warning(
+            "%a has values that no file can have, and gets the nearest that it can: %a",
+            found.shown, "; ".join(filter(None, [why, *faults])),
+        )  # fmt: skip
+        found = found._replace(
+            mode=mode, uid=row.uid, gid=row.gid, rdev=row.rdev, size=row.size, links=row.nlink,
+            target=row.target, xattrs=xattrs,
+        )  # fmt: skip
     return found
 
 

@@ -5,15 +5,20 @@ The other side may be anybody who is allowed to send a target, so everything is 
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
 
+from warabi._core.log_limit import RateLimit
 from warabi.errors import PathError, ProtocolError
 from warabi.metadata import domain
 from warabi.region import RegionID
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit())
 
 TABLES: dict[str, tuple[str, ...]] = {
     "inode": (
@@ -77,7 +82,7 @@ def join_rows(packed: Sequence[bytes]) -> memoryview:
 
 
 def rows(table: str, payload: memoryview) -> list[list[Any]]:
-    """The checked rows of *table* in a message.
+    """The checked rows of *table* in a message; numbers that older versions let in are mended.
 
     Raises:
         ProtocolError: they are malformed, or no catalogue could have them.
@@ -94,11 +99,18 @@ def rows(table: str, payload: memoryview) -> list[list[Any]]:
     for row in found:
         if not (isinstance(row, list) and len(row) == len(columns)):
             raise ProtocolError(f"receive_rows: no row of {table}: {row!r:.100}")
-        _check(table, columns, row)
-    return found
+        _check_types(table, columns, row)
+    if table == "inode":
+        return [_inode(row) for row in found]
+    for row in found if table == "dentry" else ():
+        try:
+            domain.name(row[1])
+        except PathError as error:
+            raise ProtocolError(f"receive_rows: name {row!r:.200}: {error}") from None
+    return found  # what is wrong with attributes is for Staging.add_rows() to mend
 
 
-def _check(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
+def _check_types(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
     for column, value in zip(columns, row, strict=True):
         if column in ("atime", "mtime", "ctime") and type(value) is int:
             continue  # clamped below
@@ -110,20 +122,23 @@ def _check(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
             good = type(value) is int and -(1 << 63) <= value < 1 << 63
         if not good:
             raise ProtocolError(f"receive_rows: {table}.{column} cannot be {value!r:.60}")
-    why = ""
-    try:
-        if table == "inode":
-            row[8:11] = (
-                domain.clamped(row[8]),
-                domain.clamped(row[9]),
-                domain.clamped_change(row[10]),
-            )
-            why = domain.fault(row)
-        elif table == "dentry":
-            domain.name(row[1])
-        else:
-            domain.xattr(row[1], row[2])
-    except PathError as error:
-        why = str(error)
-    if why:
-        raise ProtocolError(f"receive_rows: {table} {row!r:.200}: {why}")
+
+
+def _inode(values: list[Any]) -> list[Any]:
+    """The row of an inode; what older versions let in is mended."""
+    values[8:11] = (
+        domain.clamped(values[8]),
+        domain.clamped(values[9]),
+        domain.clamped_change(values[10]),
+    )
+    why = domain.fault(values)
+    if not why:
+        return values
+    row = domain.mended(values)
+    if domain.fault(row):
+        raise ProtocolError(f"receive_rows: inode {values!r:.200}: {why}")
+    log.warning(
+        "inode %d of a migration has values that no file can have, and gets the nearest that it"
+        " can: %a", row.ino, why,
+    )  # fmt: skip
+    return [*row[: len(values)]]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import stat
 from pathlib import Path
 from typing import Any
 
 from warabi._core.attributes import ROOT
+from warabi._core.log_limit import RateLimit
 from warabi.errors import ProtocolError, StorageFull
+from warabi.metadata import domain
 from warabi.provider.migration.options import MigrationPlan
 from warabi.provider.migration.records import TABLES, pieces, rows
 from warabi.provider.migration.staged import (
@@ -21,6 +24,9 @@ from warabi.provider.migration.staged import (
 from warabi.region import RegionID
 from warabi.target.config import MemoryTarget
 from warabi.target.target import Target
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit())
 
 _CHECKPOINT = 16384
 """Regions after which their bytes are put on the medium, so that no list of them grows."""
@@ -76,12 +82,25 @@ class Staging:
     def add_rows(self, table: str, payload: memoryview) -> None:
         """Take rows of a table of the catalogue."""
         found = rows(table, payload)
+        if table == "xattr":
+            found = [row for row in found if self._is_attribute(*row)]
         marks = ", ".join("?" * len(TABLES[table]))
         sql = f"INSERT INTO {table}({', '.join(TABLES[table])}) VALUES({marks})"
         try:
             self._db.executemany(sql, found)
         except sqlite3.Error as error:
             raise damaged(error, self._place.database) from error
+
+    def _is_attribute(self, ino: int, name: bytes, value: bytes) -> bool:
+        """Whether an attribute can be; the inode does without one that an older version let in."""
+        why = domain.xattr_fault(name, value)
+        if not why:
+            return True
+        log.warning("inode %d of a migration loses an attribute that cannot be: %a", ino, why)
+        if (found := self._one("SELECT mode FROM inode WHERE ino = ?", ino)) is not None:
+            mode = domain.mode_without(name, found[0])
+            self._one("UPDATE inode SET mode = ? WHERE ino = ?", mode, ino)
+        return False
 
     def add_data(self, payload: memoryview) -> None:
         """Take bytes of regions, whose rows are there: one region after the other, by slot."""

@@ -14,7 +14,6 @@ import uuid
 from typing import Any
 
 from warabi._core.attributes import ROOT
-from warabi.errors import PathError
 from warabi.metadata import domain
 from warabi.metadata.checksums import BLOCK
 from warabi.metadata.domain import SLOT_MAX
@@ -225,12 +224,13 @@ class TreeCheck:
             f" OR name IN ({bare})"
             f" OR (1 {spaces})"
         ):
-            try:
-                domain.xattr(name, value)
-            except PathError as error:
-                text = f"attribute {shown(name)[:60]} of inode {ino} cannot be: {error}"
-                if self._report.problem(text, "removed", details=f"{name!r} {value!r}"):
-                    self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+            why = domain.xattr_fault(name, value)
+            text = f"attribute {shown(name)[:60]} of inode {ino} cannot be: {why}"
+            if why and self._report.problem(text, "removed", details=f"{name!r} {value!r}"):
+                self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+                (mode,) = self._all("SELECT mode FROM inode WHERE ino = ?", ino)[0]
+                mode = domain.mode_without(name, mode)
+                self._db.execute("UPDATE inode SET mode = ? WHERE ino = ?", (mode, ino))
 
     def _nameless(self) -> None:
         """Inodes that no name leads to."""
