@@ -271,6 +271,26 @@ def test_recent_marks_are_the_latest(rig: Rig) -> None:
     assert recent[-1] == rig.marks[3]
 
 
+@pytest.mark.parametrize("ahead", [0, 5_000_000])
+def test_marks_go_on_where_the_clock_does_not(rig: Rig, ahead: int) -> None:
+    """A mark that was there before would hide a write from the provider that has seen it."""
+    rig.grant(1)
+    last = rig.marks[0] = time.time_ns() + ahead + 5_000_000
+    for _ in range(10):
+        rig.reach.write(REGION, 0, b"x")
+        assert rig.marks[0] == rig.marks[3] == last + 1
+        last += 1
+
+
+@pytest.mark.parametrize("lie", [1 << 62, (1 << 64) - 1, 10**9])
+def test_a_mark_far_ahead_is_not_believed(rig: Rig, lie: int) -> None:
+    rig.grant(1)
+    rig.marks[0] = lie if lie > 10**9 else time.time_ns() + lie
+    first = time.time_ns()
+    rig.reach.write(REGION, 0, b"x")
+    assert first < rig.marks[0] == rig.marks[3] <= time.time_ns()
+
+
 def test_short_reads(rig: Rig, file: int) -> None:
     for granted in (lambda: rig.grant(200), lambda: rig.grant_file(file, 100)):
         granted()

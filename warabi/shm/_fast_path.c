@@ -36,6 +36,7 @@ _Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
 
 #define LARGE (256 * 1024) /* bytes: from here on letting go of the lock costs less than it gives */
 #define RECENT 4096        /* a power of two */
+#define RESOLUTION 10000000 /* ns: that of the coarsest clock */
 
 /* Loads and stores that the compiler before and after must not exchange. */
 #define ordered() __atomic_signal_fence(__ATOMIC_SEQ_CST)
@@ -446,14 +447,16 @@ static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t of
 
 /* Note that the region was written just now.  The provider looks at mark 0 first, and at the others
  * only if that has changed: so the region's comes first, and whoever acquires the new mark 0 finds
- * it.  Both differ from what mark 0 was, or a clock that is read twice within its resolution would
- * hide the second write. */
+ * it.  Both are later than mark 0 was, even if the clock tells the same time again, or the provider
+ * could take this write for one that it has seen.  A mark 0 that is far ahead is not believed. */
 static void mark(Reach *self, const Grant *grant)
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     uint64_t time = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-    time += time == __atomic_load_n(&self->marks[0], __ATOMIC_RELAXED);
+    uint64_t last = __atomic_load_n(&self->marks[0], __ATOMIC_RELAXED);
+    if (last - time < RESOLUTION)
+        time = last + 1;
     __atomic_store_n(&self->marks[grant->index], time, __ATOMIC_RELAXED);
     __atomic_store_n(&self->marks[0], time, __ATOMIC_RELEASE);
     self->recent[self->writes++ % RECENT] = time;

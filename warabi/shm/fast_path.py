@@ -20,6 +20,7 @@ from warabi.region import RegionID
 from warabi.shm.memory import SharedMapping, copy
 
 _RECENT = 4096
+_RESOLUTION = 10_000_000  # ns: that of the coarsest clock
 _FLAT = (bytes, bytearray)
 _NOTHING = memoryview(b"")
 
@@ -190,12 +191,13 @@ class Reach:
                 finally:
                     if touched:
                         # The provider looks at mark 0 first, and at the others only if that has
-                        # changed: so the region's comes first.  Both differ from what mark 0 was,
-                        # or a clock that is read twice within its resolution would hide a write.
+                        # changed: so the region's comes first.  Both are later than mark 0 was,
+                        # even if the clock tells the same time again, or the provider could take
+                        # this write for one that it has seen.  One far ahead is not believed.
                         marks = self._marks
                         now = time_ns()
-                        if now == marks[0]:
-                            now += 1
+                        if 0 <= (last := marks[0]) - now < _RESOLUTION:
+                            now = last + 1
                         marks[grant.index] = now
                         marks[0] = now
                         self._recent.append(now)
