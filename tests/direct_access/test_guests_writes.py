@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import select
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from tests.support.helpers import MEMORY, PATIENCE, environment, eventually, fil
 from warabi.engine import Engine
 from warabi.region import RegionID
 from warabi.server import Provider
+from warabi.target.config import MemoryConfig
 from warabi.target.leases import Grants
+from warabi.target.opening import open_memory
 from warabi.target.target import Target
 
 BOTH = pytest.mark.parametrize("pure", ["0", "1"], ids=["compiled", "pure"])
@@ -147,6 +151,46 @@ def test_no_write_is_missed_by_who_looks_all_the_time(
             assert inode.share is not None
             assert inode.share.seen == marks[index] != 0
             assert inode.mtime == marks[index]
+
+
+def test_marks_are_found_wherever_they_are() -> None:
+    """Also where the marks of erased regions were."""
+    chance = random.Random(7)
+    told: list[bytes] = []
+    with open_memory(MemoryConfig()) as memory, memory._guard.lock, memory._guard.checked:
+        catalogue = memory._catalogue
+        grants = Grants(catalogue, told.append)
+        marks: Any = grants._marks
+        inodes = [catalogue.add(stat.S_IFREG, 0, 0) for _ in range(3 * PAGE_OF_MARKS)]
+        shared = {grants.grant(inode)[0]: inode for inode in inodes}  # type: ignore[index]
+        for now in range(1, 50):
+            chosen = chance.sample([*shared], chance.choice([0, 1, 2, 100]))
+            for index in chosen:
+                marks[index] = now
+            alone = chosen[: len(chosen) // 2]
+            for index in alone:  # looked at by itself
+                share = shared[index].share
+                assert share is not None
+                assert share.settle(shared[index])
+            marks[0] = now
+            grants.settle_all(thorough=chance.random() < 0.5)
+            assert sorted(told) == sorted(shared[index].rid for index in chosen)
+            told.clear()
+            for index in chance.sample([*shared], 3):
+                share = shared.pop(index).share
+                assert share is not None
+                grants.withdraw(share)
+                grants.recycle(index)
+                marks[index] = chance.choice([marks[index], 1000 + now])
+                fresh = catalogue.add(stat.S_IFREG, 0, 0)
+                inodes.append(fresh)
+                found = grants.grant(fresh)
+                assert found is not None
+                assert found[0] == index
+                shared[index] = fresh
+        grants.forget()
+        for inode in inodes:  # there are no bytes of them
+            catalogue.remove(inode)
 
 
 PARTIAL = """

@@ -35,6 +35,8 @@ from warabi.region import RegionID
 from warabi.shm.layout import ENTRIES, FIRM, LANES, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMemory, barrier
 
+_PAGE = 4096  # bytes of marks that are compared at once
+
 
 class GrantHolder:
     """Somebody who may hold grants.
@@ -105,6 +107,7 @@ class Grants:
         # Nobody can guess what a stamp of an earlier provider was, nor meet it by accident.
         self._stamp = secrets.randbits(62) + 1
         self._seen = 0  # of mark 0
+        self._known = b""  # all marks, as they were when all were last looked at
         self._later: list[tuple[int, Callable[[], None]]] = []
         self.on_withdraw: Callable[[RegionID], None] = lambda region: None
         """Called when a region is gone; a guest in this process lets go of it then."""
@@ -241,10 +244,19 @@ class Grants:
         self._seen = self._marks[0]
         if not STRONGLY_ORDERED:
             barrier()  # or a region's mark might be loaded before mark 0, which was set after it
-        for index, inode in self._shared.items():
-            share = inode.share
-            if share is not None and self._marks[index] != share.seen:
-                self.settle(share, inode)
+        # There may be hundreds of thousands, and the target's lock is held: only where something
+        # changed are they looked at one by one.
+        marks = bytes(self.marks.view[: 8 * self._next])
+        known = self._known.ljust(len(marks), b"\0")
+        for start in range(0, len(marks), _PAGE):
+            end = start + _PAGE
+            if marks[start:end] == known[start:end]:
+                continue
+            for index in range(start // 8, min(end, len(marks)) // 8):
+                inode = self._shared.get(index)
+                if inode is not None and inode.share is not None:
+                    self.settle(inode.share, inode)
+        self._known = marks
 
     # The end
 
