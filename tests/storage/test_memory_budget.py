@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import warabi.backends.memory_budget as budget
 from tests.support.helpers import environment
 from warabi import errors
 from warabi.backends.memory_budget import Machine, machine_memory, physical_memory
+from warabi.metadata.tree import RENAME_WHITEOUT
 from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabi.target.target import Target
@@ -182,7 +184,7 @@ def test_the_memory_of_files_between_others_is_used_again() -> None:
                 regions.append(target.create_and_write(b"a" * 5000))
         for region in regions[::2]:
             target.erase(region)
-        half = len(regions) // 2
+        half = len(regions) // 2 - 50
         assert target.room()[1] > half * 8192 - 2 * MiB
         again = [target.create_and_write(b"b" * 5000) for _ in range(half)]
         with pytest.raises(errors.StorageFull):
@@ -191,7 +193,7 @@ def test_the_memory_of_files_between_others_is_used_again() -> None:
             target.erase(region)
         large = target.create_and_write(b"c" * (half * 8192 - 2 * MiB))
         with pytest.raises(errors.StorageFull):
-            target.create_and_write(bytes(4 * MiB))
+            target.create_and_write(bytes(6 * MiB))
         target.erase(large)
         for _ in range(half - 100):
             region = target.create(5000)
@@ -243,6 +245,64 @@ def test_what_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None
         # What they may fill by themselves counts.
         with pytest.raises(errors.StorageFull):
             target.create_and_write(bytes(20 * MiB))
+
+
+def symbolic_link(target: Target, i: int) -> None:
+    target.namespace.symlink(1, b"%d" % i, b"t" * 4000, 0, 0)
+
+
+def directory(target: Target, i: int) -> None:
+    target.namespace.mkdir(1, b"%d" % i + b"d" * 240, 0o755, 0, 0)
+
+
+def attribute(target: Target, i: int) -> None:
+    ino = target.namespace.mkdir(1, b"%d" % i, 0o755, 0, 0).ino
+    target.namespace.setxattr(ino, b"user.name", b"a" * 60_000)
+
+
+def name(target: Target, i: int) -> None:
+    if i == 0:
+        target.namespace.link_name(target.create(0), "/first")
+    found = target.namespace.lookup(1, b"first")
+    target.namespace.link(found.ino, 1, b"%d" % i + b"n" * 240)
+
+
+def whiteout(target: Target, i: int) -> None:
+    if i == 0:
+        target.namespace.mkdir(1, b"0" + b"w" * 240, 0o755, 0, 0)
+    names = [b"%d" % n + b"w" * 240 for n in (i, i + 1)]
+    target.namespace.rename(1, names[0], 1, names[1], RENAME_WHITEOUT)
+
+
+@pytest.mark.parametrize("make", [symbolic_link, directory, attribute, name, whiteout])
+def test_names_take_memory(make: Callable[[Target, int], None]) -> None:
+    limit = 12 * MiB
+    with memory(limit) as target:
+        before = target._catalogue._one("PRAGMA page_count")
+        i = 0
+        with pytest.raises(errors.StorageFull, match="do not fit"):
+            while i < 100_000:
+                make(target, i)
+                i += 1
+        target._catalogue.flush()
+        taken = 4096 * (target._catalogue._one("PRAGMA page_count") - before)
+        assert limit / 3 < taken < 1.1 * limit
+        # Nothing of it was done, and nothing of what is there lost.
+        page = target.namespace.readdir(1, b"", 10_000)
+        listed = [*page]
+        while page:
+            page = target.namespace.readdir(1, page[-1][0], 10_000)
+            listed += page
+        assert len(listed) == i + (make in (attribute, name, whiteout))
+        assert target.room()[1] < limit / 3
+        with pytest.raises(errors.StorageFull):
+            target.create_and_write(bytes(limit // 2))
+        for each, attributes in listed:
+            if stat.S_ISDIR(attributes.mode):
+                target.namespace.rmdir(1, each)
+            else:
+                target.namespace.unlink(1, each)
+        target.create_and_write(bytes(limit // 2))
 
 
 # In a real control group

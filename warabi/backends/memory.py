@@ -165,11 +165,12 @@ class MemoryStorage(Storage):
     Args:
         limit: bytes of memory that they may take, holes not counted; None for what the machine and
             the control groups of this process can give, less a reserve.
+        others: how many bytes of memory of that something else takes: the catalogue.
     """
 
     blocking: ClassVar[bool] = False
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, others: Callable[[], int] = int) -> None:
         self._regions: dict[bytes, _Slot | Own] = {}
         # Guards the slots' book-keeping; the bytes of a region need no lock (see Storage).
         self._lock = threading.Lock()
@@ -185,6 +186,7 @@ class MemoryStorage(Storage):
         self._taken = 0  # by large regions, as far as they were looked at
         self._unsure: set[Own] = set()  # those that may take more by now
         self._lent: set[Own] = set()  # those that others may fill without asking
+        self._others = others
         self._budget = Budget(limit, self._used, self._promised, self._relieve)
 
     def _used(self) -> int:
@@ -196,7 +198,8 @@ class MemoryStorage(Storage):
                     self._taken += own.look()
         with self._lock:
             segments = sum(segment.taken for segment in self._segments)
-            return self._taken + segments + self._spare.size + len(self._regions) * _ROW
+            regions = self._taken + segments + self._spare.size + len(self._regions) * _ROW
+        return regions + self._others()
 
     def _promised(self) -> int:
         """Bytes of memory that others may still fill without asking."""
@@ -211,6 +214,14 @@ class MemoryStorage(Storage):
                 else:
                     self._lent.discard(own)
         return promised
+
+    def charge(self, count: int) -> None:
+        """Take note that something else is about to take *count* bytes of memory.
+
+        Raises:
+            StorageFull: they do not fit.
+        """
+        self._budget.charge(count)
 
     def _relieve(self, size: int) -> None:
         """Give back at least *size* bytes that are kept for later, if there are so many."""

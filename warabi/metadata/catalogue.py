@@ -25,6 +25,7 @@ import random
 import sqlite3
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from warabi._core import forks
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 100  # so many mended rows are logged one by one
 _CACHED = 65536
+_ROW = 1024  # bytes of memory that an inode or a name takes without what is long in it, at most
 _FLUSH_AT = 4096  # what is left for a commit, which keeps everybody waiting, too
 _FLUSH = 256  # so many at a time, for it keeps everybody waiting
 
@@ -78,6 +80,7 @@ class Catalogue:
         # Dirty inodes that cannot be stored: why, and whether a persist has to keep what is not.
         self._unstored: dict[int, tuple[Exception, bool]] = {}
         self.change = 0  # counts changes
+        self._charge: Callable[[int], None] | None = None
         self.feed = Feed()
         self.clock = Clock()
         try:
@@ -188,6 +191,36 @@ class Catalogue:
         self._journal.open_wal()
         sync_directory(path.parent)
 
+    # Memory
+
+    def limit(self, charge: Callable[[int], None]) -> None:
+        """Have *charge* called before rows take memory; it raises StorageFull if they may not."""
+        self._charge = charge
+
+    def charge(self, count: int) -> None:
+        """A row with *count* bytes, and what each takes, is about to be made.
+
+        Before anything is changed: an inode that is no region (those are charged with their bytes),
+        another name of one, an attribute.
+
+        Raises:
+            StorageFull: there is no memory for it.
+        """
+        if self._charge is not None:
+            self._charge(count + _ROW)
+
+    def memory(self) -> int:
+        """Bytes that a catalogue in memory takes, about.  Needs no lock: SQLite has its own."""
+        try:
+            pages = self._one("PRAGMA page_count") - self._one("PRAGMA freelist_count")
+            size = pages * self._one("PRAGMA page_size")
+        except sqlite3.ProgrammingError:  # closed
+            return 0
+        pending = [
+            len(inode.target or b"") for inode in [*self._dirty.values()] if not inode.stored
+        ]
+        return size + sum(pending) + (len(pending) + len(self._dentries.dirty)) * _ROW // 2
+
     # Inodes
 
     def add(self, mode: int, uid: int, gid: int, *, size: int = 0, rdev: int = 0,
@@ -201,6 +234,7 @@ class Catalogue:
             InvalidRegion: *rid* cannot be a region's, or its slot is taken.
             PathError: EINVAL for a mode, owner or device number that cannot be, and what
                 ``domain.link_target`` says of *target*.
+            StorageFull: as :meth:`charge`.
         """
         mode, rdev = domain.mode(mode), domain.device(rdev)
         uid, gid = domain.owner(uid), domain.owner(gid, "group ID")
@@ -217,6 +251,8 @@ class Catalogue:
             if (taken := self.get(ino)) is not None:
                 kind = "that region" if taken.rid == rid else "another inode"
                 raise InvalidRegion(f"create: {rid!r}: this target has {kind} in its slot {ino}")
+        if not stat.S_ISREG(mode):
+            self.charge(len(target or b""))
         self._count_on(ino)
         inode = Inode(
             ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,

@@ -73,7 +73,9 @@ class Namespace(Tree):
                 if not keep_setgid:
                     mode &= ~stat.S_ISGID
                 kept = entries if acl.extended(entries) else []
-            self._catalogue.set_xattr(inode, name, acl.pack(kept) if kept else None)
+            value = acl.pack(kept) if kept else None
+            self._catalogue.charge(len(value or b""))
+            self._catalogue.set_xattr(inode, name, value)
             self._catalogue.set_attributes(inode, mode)
             inode.changed_at(self._catalogue.clock.exact())
 
@@ -85,6 +87,7 @@ class Namespace(Tree):
             domain.xattr_name(name)
             if value is not None:
                 self._check_xattr_room(ino, name, value)
+                self._catalogue.charge(len(value))
             if value is None and self._catalogue.xattr(ino, name) is None:
                 if name in (acl.ACCESS, acl.DEFAULT):
                     return  # as Linux has it: nothing was to be removed

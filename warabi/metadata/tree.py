@@ -170,6 +170,7 @@ class Tree:
         lists = {acl.DEFAULT: value} if stat.S_ISDIR(mode) else {}
         if acl.extended(entries):
             lists[acl.ACCESS] = acl.pack(acl.with_mode(entries, mode))
+        self._catalogue.charge(sum(map(len, lists.values())))
         return mode, lists
 
     def _list_follows_mode(self, inode: Inode) -> None:
@@ -346,6 +347,7 @@ class Tree:
                 raise path_error(errno.EPERM, f"link: inode {ino} is a directory")
             if inode.nlink == 0 and not inode.anonymous:
                 raise path_error(errno.ENOENT, f"link: inode {ino} was removed")
+            self._catalogue.charge(len(name))
             self._named(directory, name, inode)
             self._changed(inode)
             return inode.attributes()
@@ -408,10 +410,13 @@ class Tree:
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: the region has another name")
             if victim is not None:
                 self._check_replaceable(inode, victim, new_name)
+            # There may be no memory for it, so before anything is changed.
+            whiteout = self._catalogue.add(stat.S_IFCHR, 0, 0) if flags & RENAME_WHITEOUT else None
+            if victim is not None:
                 self._unnamed(into, new_name, victim, hold)
             self._move(source, name, inode, into, new_name)
-            if flags & RENAME_WHITEOUT:
-                self._named(source, name, self._catalogue.add(stat.S_IFCHR, 0, 0))
+            if whiteout is not None:
+                self._named(source, name, whiteout)
             replaced = victim.attributes() if victim else None
         self._regions._reap()
         return replaced

@@ -199,5 +199,6 @@ class _Graft:
             inode, entry.mode, entry.uid, entry.gid, entry.atime_ns, entry.mtime_ns, ctime
         )
         for name, value in entry.xattrs:
+            self._catalogue.charge(len(value))
             self._catalogue.set_xattr(inode, name, value)
         self._catalogue.touch(inode, durable=True)

@@ -68,10 +68,13 @@ def _plan(target: FileTarget | PmemTarget) -> _OpenPlan:
 def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
     """An empty target in memory.
 
-    *limit* is how many bytes of memory its regions may take, holes not counted; without it as many
-    as the machine can give.  The configuration's ``capacity`` counts sizes.
+    *limit* is how many bytes of memory its regions and names may take, holes not counted; without
+    it as many as the machine can give.  The configuration's ``capacity`` counts sizes.
     """
-    return Target(Catalogue(None), MemoryStorage(limit), capacity=config.capacity)
+    catalogue = Catalogue(None)
+    storage = MemoryStorage(limit, catalogue.memory)
+    catalogue.limit(storage.charge)
+    return Target(catalogue, storage, capacity=config.capacity)
 
 
 def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
