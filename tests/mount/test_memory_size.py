@@ -84,3 +84,21 @@ def test_a_mount_in_a_control_group_is_not_killed(place: Path, small_group: Path
         finally:
             run("fusermount3", "-u", place / "mnt")
         wait_until(ended, "the end of the mount's process")
+
+
+def test_names_in_a_control_group_do_not_kill_the_mount(place: Path, small_group: Path) -> None:
+    (place / "mnt").mkdir()
+    command = [sys.executable, "-m", "warabifs.mount.main", "memory:", str(place / "mnt")]
+    join = f'echo $$ > {small_group}/cgroup.procs && exec "$@"'
+    run("sh", "-c", join, "sh", *command)
+    made = 0
+    try:
+        with fails_with(errno.ENOSPC):
+            while made < 100_000:
+                os.symlink("t" * 4000, place / "mnt" / str(made))
+                made += 1
+        assert made > 10_000
+        assert len(os.listdir(place / "mnt")) == made
+    finally:
+        run("fusermount3", "-u", place / "mnt")
+    wait_until(lambda: not (small_group / "cgroup.procs").read_text(), "the end of the process")
