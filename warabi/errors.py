@@ -106,6 +106,11 @@ class WouldBlock(builtins.Exception):
     """Internal: a ``*_nowait`` call would have to wait.  Never leaves the library."""
 
 
+class Lengthy(builtins.Exception):
+    """Internal: a call would take more steps than it was allowed, and has done nothing.  Never
+    leaves the library."""
+
+
 _BY_CODE: dict[str, type[Exception]] = {
     "region": InvalidRegion,
     "bounds": OutOfBounds,

@@ -45,7 +45,6 @@ WAITING = """
     receive_finish receive_outcome resize survey sync update verify write_vector
 """.split()
 LONG = "copy graft survey".split()
-EXCLUSIVE = "graft survey".split()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -87,7 +86,6 @@ def test_which_operations_may_run_in_a_loop() -> None:
     """Those that wait for a medium, or take long without, are not forgotten."""
     assert {name for name, one in OPERATIONS.items() if one.waits} == set(WAITING)
     assert {name for name, one in OPERATIONS.items() if one.long} == set(LONG)
-    assert {name for name, one in OPERATIONS.items() if one.exclusive} == set(EXCLUSIVE)
 
 
 def test_a_new_operation_is_not_repeated() -> None:

@@ -9,6 +9,7 @@ import trio
 
 from warabi._core.changes import Changes
 from warabi._core.extents import Extent, pack
+from warabi.errors import WouldBlock
 from warabi.local import async_ops
 from warabi.local.watch import Watching
 from warabi.region import RegionID
@@ -55,15 +56,18 @@ class AsyncDirectLink:
         self._at_once = {
             name: call
             for name, call in bound(target).items()
-            if not async_ops.off_loop(target, name)
+            if not async_ops.needs_thread(target, name)
         }
 
     @trio.lowlevel.enable_ki_protection
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         call = self._at_once.get(name)
-        if call is None:
-            return await async_ops.execute(self._target, name, tuple(arguments))
-        return call(*arguments)
+        if call is not None and not self._target.occupied:
+            try:
+                return call(*arguments)
+            except WouldBlock:
+                """It takes long with these arguments."""
+        return await async_ops.execute(self._target, name, tuple(arguments))
 
     @trio.lowlevel.enable_ki_protection
     async def changes(self, number: int, new_names: bool) -> Changes:
@@ -71,7 +75,8 @@ class AsyncDirectLink:
 
     @trio.lowlevel.enable_ki_protection
     async def size(self, region: RegionID) -> int:
-        return self._target.size(region)
+        size: int = await self.call("size", (region,))
+        return size
 
     @trio.lowlevel.enable_ki_protection
     async def write(

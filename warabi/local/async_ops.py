@@ -24,6 +24,7 @@ from warabi._core.log_limit import RateLimit
 from warabi.errors import WouldBlock
 from warabi.eventloop.aio_fsync import flushed
 from warabi.eventloop.threads import in_thread, limited
+from warabi.local.occupancy import wait_free
 from warabi.protocol.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target.handlers import CALLS, FLUSHING
@@ -56,16 +57,22 @@ async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -
     return await in_thread(partial(call, *arguments), _limiter(target))
 
 
-def off_loop(target: Target, name: str) -> bool:
-    """Whether the operation *name* must not run in an event loop's own thread."""
+def needs_thread(target: Target, name: str) -> bool:
+    """Whether the operation *name* never runs in an event loop's own thread."""
     operation = OPERATIONS[name]
-    return operation.long or target.occupied or (operation.waits and target.blocking)
+    return operation.long or (operation.waits and target.blocking)
 
 
-def _check_free(target: Target) -> None:
-    """Raise ``WouldBlock`` while a worker thread has the target for itself."""
-    if target.occupied:
+def off_loop(target: Target, name: str) -> bool:
+    """Whether the operation *name* must not run in an event loop's own thread now."""
+    return target.occupied or needs_thread(target, name)
+
+
+async def _when_free(target: Target, wait: bool) -> None:
+    """Return when nothing holds the target's lock for long; raise ``WouldBlock`` without *wait*."""
+    if not wait:
         raise WouldBlock
+    await wait_free(target)
 
 
 async def execute(
@@ -77,14 +84,16 @@ async def execute(
     takes long with these arguments.
     """
     call = CALLS[name]
-    if not off_loop(target, name):
+    if target.occupied:
+        await _when_free(target, wait)
+    if not needs_thread(target, name):
         try:
             return call(target, *arguments)
         except WouldBlock:
             if not wait:
                 raise
         return await _in_thread(target, call, target, *arguments)
-    if name in FLUSHING and not target.occupied:
+    if name in FLUSHING:
         with suppress(WouldBlock):
             async with limited(_limiter(target)):
                 with FLUSHING[name](target, *arguments) as flush:
@@ -109,8 +118,9 @@ async def write(
     *, wait: bool = True,
 ) -> None:  # fmt: skip
     """As ``Target.write``."""
+    if target.occupied:
+        await _when_free(target, wait)
     try:
-        _check_free(target)
         target.write(region, offset, data, extend=extend, wait=not target.blocking)
     except WouldBlock:
         if not wait:
@@ -124,8 +134,9 @@ async def append(
     target: Target, region: RegionID, data: Any, persist: bool, *, wait: bool = True
 ) -> int:
     """As ``Target.append``."""
+    if target.occupied:
+        await _when_free(target, wait)
     try:
-        _check_free(target)
         offset = target.append(region, data, wait=not target.blocking)
     except WouldBlock:
         if not wait:
@@ -142,8 +153,9 @@ async def read_into(
     *, short: bool = False, wait: bool = True,
 ) -> int:  # fmt: skip
     """As ``Target.read_into``."""
+    if target.occupied:
+        await _when_free(target, wait)
     try:
-        _check_free(target)
         return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
     except WouldBlock:
         if not wait:
@@ -155,7 +167,9 @@ async def read_into(
 
 async def write_vector(target: Target, region: RegionID, extents: list[Extent], data: Any) -> None:
     """As ``Target.write_vector``."""
-    if not (target.blocking or target.occupied):
+    if target.occupied:
+        await wait_free(target)
+    if not target.blocking:
         with suppress(WouldBlock):
             target.write_vector(region, extents, data)
             return
@@ -167,7 +181,9 @@ async def read_vector(
     *, wait: bool = True,
 ) -> None:  # fmt: skip
     """As ``Target.read_vector``."""
-    if not (target.blocking or target.occupied):
+    if target.occupied:
+        await _when_free(target, wait)
+    if not target.blocking:
         with suppress(WouldBlock):
             target.read_vector(region, extents, place)
             return
@@ -178,6 +194,8 @@ async def read_vector(
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:
     """As ``Target.create_and_write``."""
+    if target.occupied:
+        await wait_free(target)
     if waits(target, "create_and_write", (persist,)):
         return await _in_thread(target, target.create_and_write, data, persist)
     return target.create_and_write(data, persist)

@@ -14,6 +14,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,14 @@ from warabi.errors import CorruptTarget, StorageError, StorageFull
 Row = Sequence[int | str | bytes | None]
 
 _AHEAD = bytes(256 * 1024)
+_CHECKPOINT = 4000
+"""Pages in the WAL that are put into the database, 16 MiB."""
+_MOST = 4 * _CHECKPOINT  # then SQLite does it, if it comes to that
+_PAGES = 8  # that a row changes, at most and about: in a table and its indexes
+_MANY = 8192  # rows that take long to commit
+_WAL_HEADER = 32  # bytes, before the pages, each of which has a header of its own
+_PAGE_HEADER = 24
+_SALT = 8  # bytes, in both headers: those of pages that were written since the WAL was begun anew
 
 
 _OF_THE_ROW = (
@@ -98,9 +107,14 @@ class Journal:
         self._failed = ""  # why nothing can be promised any more
         self._wal = -1
         self._wal_size = 0
+        self._rows = 0  # in the transaction
+        self._look_after = _CHECKPOINT // _PAGES  # rows until the WAL may be long
+        self._page = 0  # bytes of one in the WAL
 
     def open_wal(self) -> None:
         """From now on ``sync`` waits for the WAL, which a first commit has made."""
+        self._page = _PAGE_HEADER + self._db.execute("PRAGMA page_size").fetchone()[0]
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {_MOST}")
         self._wal = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
         self._go_ahead()
         os.fdatasync(self._wal)
@@ -109,7 +123,7 @@ class Journal:
         """When the WAL has grown, have it grow further, by zeros, which mean its end to SQLite.
 
         A sync of what does not grow is one flush; else the file system commits its own journal.
-        SQLite begins the WAL anew, and lets it have its size, when it is 16 MiB long.
+        SQLite begins the WAL anew, and lets it have its size, after a checkpoint.
         """
         with contextlib.suppress(OSError):
             size = os.lseek(self._wal, 0, os.SEEK_END)
@@ -130,6 +144,7 @@ class Journal:
                 self.roll_back()  # a part of *rows*: there is nothing to commit
             raise
         self._open.append((sql, rows))
+        self._rows += len(rows)
 
     def write_each(self, sql: str, rows: Sequence[Row]) -> dict[int, Exception]:
         """As :meth:`write`; but rows that cannot be stored do not keep the others from being so.
@@ -197,11 +212,45 @@ class Journal:
                 self.restore()
                 raise
             self._open.clear()
+            self._look_after -= self._rows
+            self._rows = 0
             self.committed = change
             if self._wal >= 0:
                 self._go_ahead()
         self.committed = change
         return change
+
+    @property
+    def is_long(self) -> bool:
+        """Whether to commit the transaction takes long."""
+        return self._rows > _MANY
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the WAL is so long that who commits is to call :meth:`checkpoint`."""
+        if self._look_after > 0 or self._wal < 0:
+            return False
+        left = _CHECKPOINT - self._pages()
+        self._look_after = max(left, _CHECKPOINT // _PAGES) // _PAGES
+        return left <= 0
+
+    def _pages(self) -> int:
+        """How many pages the WAL has.  SQLite begins it anew, with another salt, and does not cut
+        it off: what follows is of before, or zero."""
+        salt = os.pread(self._wal, _SALT, _WAL_HEADER - _SALT - _SALT)
+
+        def old(page: int) -> bool:
+            header = _WAL_HEADER + page * self._page
+            return os.pread(self._wal, _SALT, header + _SALT) != salt
+
+        size = os.lseek(self._wal, 0, os.SEEK_END)
+        return bisect_left(range((size - _WAL_HEADER) // self._page), True, key=old)
+
+    def checkpoint(self) -> None:
+        """Put what the WAL has into the database, and that on the medium, so that SQLite begins the
+        WAL anew.  Nothing else can be done with the database meanwhile; nothing is uncommitted."""
+        self._look_after = _CHECKPOINT // _PAGES
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def check(self) -> None:
         """Raise ``StorageError`` when a sync has failed."""

@@ -7,9 +7,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from functools import partial
 
 from warabi._core.attributes import ROOT, Attributes
-from warabi.errors import InvalidRegion, PathError, path_error
+from warabi.errors import InvalidRegion, Lengthy, PathError, path_error
 from warabi.metadata import acl, domain
 from warabi.metadata.inode import Inode
 from warabi.metadata.tree import Tree
@@ -115,9 +116,14 @@ class Namespace(Tree):
 
     def resolve(self, path: str) -> Attributes:
         """The inode at *path*, from the root; symbolic links are not followed."""
+        return self._regions.patiently(partial(self._resolve, path, _parts(path)))
+
+    def _resolve(self, path: str, parts: list[bytes], steps: float) -> Attributes:
+        if len(parts) > steps:
+            raise Lengthy
         with self._guard.lock, self._guard.checked:
             inode = self._get(ROOT)
-            for name in _parts(path):
+            for name in parts:
                 if not stat.S_ISDIR(inode.mode):
                     raise path_error(errno.ENOTDIR, f"{path}: not a directory on the way")
                 found = self._find(inode, name)
@@ -156,21 +162,28 @@ class Namespace(Tree):
             raise path_error(errno.EISDIR, f"{path!r}: the root directory")
         return self.resolve(os.fsdecode(b"/".join(parts[:-1]))).ino, parts[-1]
 
-    def paths(self, inode: Inode, most: int = -1) -> list[str]:
-        """Paths of an inode from the root, *most* of them or all; the guard is held."""
+    def paths(self, inode: Inode, most: int, characters: float, steps: float) -> list[str]:
+        """Paths of an inode from the root, *most* of them, or all for -1, and no more once they
+        have so many *characters*; the guard is held, as long as *steps* say."""
         above: dict[int, bytes] = {}
-        found = []
+        found: list[str] = []
         for parent, name in self._catalogue.names(inode, most):
             if parent not in above:
-                above[parent] = self._path(parent)
+                above[parent] = self._path(parent, steps)
+                steps -= above[parent].count(b"/")
             found.append(os.fsdecode(above[parent] + b"/" + name))
+            characters -= len(found[-1])
+            if characters < 0:
+                break
         return found
 
-    def _path(self, ino: int) -> bytes:
+    def _path(self, ino: int, steps: float) -> bytes:
         names: list[bytes] = []
-        while ino != ROOT and (above := self._catalogue.names(self._get(ino))):
+        while ino != ROOT and (above := self._catalogue.names(self._get(ino), 1)):
             ino, name = above[0]
             names.append(b"/" + name)
+            if len(names) > steps:
+                raise Lengthy
         return b"".join(reversed(names))
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from warabi._core.attributes import ROOT, Attributes
 from warabi._core.changes import ORIGIN, Origin
 from warabi._core.results import OpenedInode
-from warabi.errors import path_error
+from warabi.errors import Lengthy, path_error
 from warabi.metadata import acl, domain
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
@@ -28,6 +30,8 @@ from warabi.region import RegionID
 
 if TYPE_CHECKING:
     from warabi.target.region_locks import Guard
+
+_T = TypeVar("_T")
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -44,6 +48,7 @@ class Regions(Protocol):
     def new_region(self, mode: int, uid: int | None, gid: int | None) -> Inode: ...
     def discard(self, inode: Inode) -> None: ...
     def _reap(self) -> None: ...
+    def patiently(self, work: Callable[[float], _T]) -> _T: ...
 
 
 def region_of_name(name: bytes) -> RegionID | None:
@@ -208,7 +213,7 @@ class Tree:
 
     def _above(self, inode: Inode) -> Inode:
         """A directory that has *inode*; the root for itself, and for what has no name."""
-        names = self._catalogue.names(inode)
+        names = self._catalogue.names(inode, 1)
         return self._get(names[0][0] if names else ROOT)
 
     def getattr(self, ino: int) -> Attributes:
@@ -393,6 +398,15 @@ class Tree:
         """
         if flags not in _RENAMES:
             raise path_error(errno.EINVAL, f"rename: unknown flags {flags:#x}")
+        arguments = parent, name, new_parent, new_name, flags, hold
+        replaced = self._regions.patiently(partial(self._rename, *arguments))
+        self._regions._reap()
+        return replaced
+
+    def _rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, hold: bool,
+        steps: float,
+    ) -> Attributes | None:  # fmt: skip
         with self._guard.lock, self._guard.checked:
             source = self._directory(parent)
             inode = self._existing(source, name)
@@ -402,9 +416,9 @@ class Tree:
                 raise path_error(errno.EEXIST, f"{os.fsdecode(new_name)}: exists")
             if victim is inode:
                 return None  # two names of one inode: both stay
-            self._check_no_loop(inode, into)
+            self._check_no_loop(inode, into, steps)
             if flags == RENAME_EXCHANGE:
-                self._exchange(source, name, inode, into, new_name)
+                self._exchange(source, name, inode, into, new_name, steps)
                 return None
             if self._hex_alias(source, name, inode) and not inode.anonymous:
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: the region has another name")
@@ -417,19 +431,20 @@ class Tree:
             self._move(source, name, inode, into, new_name)
             if whiteout is not None:
                 self._named(source, name, whiteout)
-            replaced = victim.attributes() if victim else None
-        self._regions._reap()
-        return replaced
+            return victim.attributes() if victim else None
 
-    def _check_no_loop(self, inode: Inode, into: Inode) -> None:
+    def _check_no_loop(self, inode: Inode, into: Inode, steps: float) -> None:
         ancestor = into.ino
         while stat.S_ISDIR(inode.mode) and ancestor != ROOT:
             if ancestor == inode.ino:
                 raise path_error(errno.EINVAL, "rename: a directory cannot move into itself")
-            above = self._catalogue.names(self._get(ancestor))
+            above = self._catalogue.names(self._get(ancestor), 1)
             if not above:
                 return
             ancestor = above[0][0]
+            steps -= 1
+            if steps < 0:
+                raise Lengthy
 
     def _check_replaceable(self, inode: Inode, victim: Inode, name: bytes) -> None:
         if stat.S_ISDIR(inode.mode):
@@ -451,12 +466,12 @@ class Tree:
         self._changed(source, into)
 
     def _exchange(
-        self, source: Inode, name: bytes, inode: Inode, into: Inode, new_name: bytes
+        self, source: Inode, name: bytes, inode: Inode, into: Inode, new_name: bytes, steps: float
     ) -> None:
         victim = self._existing(into, new_name)
         if self._hex_alias(source, name, inode) or self._hex_alias(into, new_name, victim):
             raise path_error(errno.EINVAL, "rename: a region without a name has none to exchange")
-        self._check_no_loop(victim, source)
+        self._check_no_loop(victim, source, steps)
         self._catalogue.link(into.ino, new_name, inode)
         self._catalogue.link(source.ino, name, victim)
         moved = stat.S_ISDIR(inode.mode) - stat.S_ISDIR(victim.mode)

@@ -111,8 +111,6 @@ class Operation:
         waits: whether it may wait for the medium, and so would keep an event loop waiting.
         long: whether it may take longer than an event loop may be held, without waiting for
             anything: it runs in a worker thread for every target.
-        exclusive: whether it holds the target's lock all the while, so that other operations of
-            the same target wait for its end.
         served: what carries it out.
         pins: the inode, and by how much, that it pins for the caller, from its arguments and
             result.
@@ -129,7 +127,6 @@ class Operation:
     syncs: Syncs = Syncs.NOTHING
     waits: bool = False
     long: bool = False
-    exclusive: bool = False
     served: Served = Served.TARGET
     pins: Pins | None = None
     forms: tuple[Form, ...] = field(init=False)
@@ -247,8 +244,7 @@ OPERATIONS: dict[str, Operation] = {
     "update": Operation({"region": REGION}, NOTHING, _CHANGE, ChangeScope.SUMS, waits=True),
     # What these make is gone with the connection that it was made on, unless it is named.
     "survey": Operation(
-        {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, long=True, exclusive=True,
-        pins=_pinned,
+        {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, long=True, pins=_pinned
     ),
     "copy": Operation(
         {"region": REGION}, ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, long=True, pins=_pinned
@@ -258,7 +254,7 @@ OPERATIONS: dict[str, Operation] = {
         ATTRIBUTES, _CHANGE, _UNNAMED, waits=True, pins=_pinned,
     ),
     "graft": Operation(
-        {"listing": REGION}, INTEGER, _CHANGE, _NAMES, waits=True, long=True, exclusive=True
+        {"listing": REGION}, INTEGER, _CHANGE, _NAMES, waits=True, long=True
     ),
     # Names
     "lookup": Operation(_ENTRY_AT, ATTRIBUTES, _READ, _NOTHING, repeatable=True),

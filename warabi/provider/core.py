@@ -13,7 +13,6 @@ from warabi._core import forks
 from warabi.provider.buffer_pool import DefaultTransfers, Transfers
 from warabi.provider.freeze import ChangeGate
 from warabi.provider.local_access import LocalAccess
-from warabi.provider.occupancy import Occupancy
 from warabi.target.config import ProviderConfig
 from warabi.target.target import Target
 
@@ -35,7 +34,6 @@ class ProviderCore:
         abandoned: set when the last reference to the ``Provider`` object is gone.
         config: its effective configuration, whose target is the one that it has now.
         changes: the gate that every change of the target passes.
-        occupancy: whether an operation has the target for itself.
         sending: the latest migration of its target away, under way or ended.
         receiving: the migration that brings it a target, while it is under way.
         connect: a connection to an engine, for a migration alone.
@@ -52,7 +50,6 @@ class ProviderCore:
         self.abandoned = False
         self.config = ProviderConfig()
         self.changes = ChangeGate()
-        self.occupancy = Occupancy()
         self.sending: Sending | None = None
         self.receiving: Receiving | None = None
         self.connect: Callable[[str], BlockingConnection] | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import trio
 
 from warabi import errors
+from warabi.local.occupancy import wait_free
 from warabi.provider.core import ProviderCore
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ class Pins:
         """
         for number, ((provider_id, ino), count) in enumerate(self._held.items()):
             try:
-                core = find(provider_id)
-                if core.occupancy.busy:
+                target = find(provider_id).target
+                if target.occupied:
                     with trio.CancelScope(shield=True):
-                        await core.occupancy.wait_free()
-                core.target.namespace.unpin(ino, count)
+                        await wait_free(target)
+                target.namespace.unpin(ino, count)
             except errors.Exception as error:
                 log.debug("unpin of inode %d: %s", ino, error)
             if number % _TURN == _TURN - 1:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from typing import Any
 
 import trio
@@ -24,6 +23,7 @@ from warabi._core import changes
 from warabi._core.log_limit import RateLimit
 from warabi.errors import WouldBlock
 from warabi.local import async_ops
+from warabi.local.occupancy import wait_free
 from warabi.local.watch import Watching
 from warabi.protocol import change_codec, wire
 from warabi.protocol.auth import Peer, Security, permit
@@ -262,7 +262,8 @@ class ClientSession:
             checked[0] = checked[0] and not self._peer.read_only
         if self._host is None:
             return await self._reply(number, None)
-        await core.occupancy.wait_free()
+        if core.target.occupied:
+            await wait_free(core.target)
         target = core.target
         if name == "make" and not core.changes.enter_nowait():
             return await self._reply(number, None)  # an ordinary request waits
@@ -354,7 +355,7 @@ class ClientSession:
                 request.entered = True
                 request.target = request.core.target  # it may have gone meanwhile
             if request.target.occupied:
-                await request.core.occupancy.wait_free()
+                await wait_free(request.target)
                 request.target = request.core.target
             await work(request)
         except WouldBlock:
@@ -378,11 +379,9 @@ class ClientSession:
         operation = OPERATIONS[request.name]
         if request.name == "unpin":
             self._pins.check(request.core.provider_id, *request.arguments)
-        held = operation.exclusive
-        with request.core.occupancy.hold(request.target) if held else nullcontext():
-            result = await async_ops.execute(
-                request.target, request.name, request.arguments, wait=request.beside
-            )
+        result = await async_ops.execute(
+            request.target, request.name, request.arguments, wait=request.beside
+        )
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)

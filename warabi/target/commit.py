@@ -128,9 +128,12 @@ class DurableRegions(RegionGate):
     def _commit(self) -> None:
         """As :meth:`commit`, by a caller that keeps the target from closing, and does not mind
         that regions which nobody persisted may be lost."""
-        with self._lock, self._errors_translated():
-            self._settle_all()
-            change = self._catalogue.commit(self._storage.oldest_fresh())
+        if self._catalogue.commit_is_long:
+            with self._long:
+                self._announce()
+                change = self._commit_to_wal()
+        else:
+            change = self._commit_to_wal()
         try:
             self._catalogue.sync(change)
         except BaseException:
@@ -138,8 +141,32 @@ class DurableRegions(RegionGate):
                 if self._grants is not None:
                     self._grants.loosen_all()
             raise
+        if self._catalogue.checkpoint_due:
+            self._checkpoint()
         if self._freed:
             self._reap()
+
+    def _commit_to_wal(self) -> int:
+        with self._lock, self._errors_translated():
+            self._settle_all()
+            return self._catalogue.commit(self._storage.oldest_fresh())
+
+    def _checkpoint(self) -> None:
+        """Put the catalogue's WAL, which is long, into its database.
+
+        SQLite waits for the medium meanwhile, and does nothing else with the database.  What was to
+        be made durable is so, whether or not this succeeds.
+        """
+        with self._long:
+            self._announce()
+            try:
+                with self._lock, self._errors_translated():
+                    self._catalogue.commit(self._storage.oldest_fresh())
+                    self._catalogue.checkpoint()
+            except errors.Exception as error:
+                log.warning(
+                    "checkpoint of %s failed, and is tried again: %s", self._catalogue.path, error
+                )
 
     def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
         """Persist an extent of a region that the caller is in, and with *times* its times."""

@@ -150,3 +150,9 @@ def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
             yield _checked(item)
     except (ValueError, msgpack.UnpackException) as error:
         raise BadArchive(f"not a list of entries: {error}") from None
+
+
+def unpack_again(file: Readable) -> Iterator[ArchiveEntry]:
+    """Every entry in *file*, to which entries that had been checked were packed."""
+    for item in msgpack.Unpacker(file, max_buffer_size=_LARGEST):
+        yield ArchiveEntry._make([*item[:-1], [(name, value) for name, value in item[-1]]])

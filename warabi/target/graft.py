@@ -18,7 +18,7 @@ from warabi.errors import BadArchive, TargetBusy, path_error
 from warabi.metadata.inode import Inode
 from warabi.metadata.tree import region_of_name
 from warabi.region import RegionID
-from warabi.target.entries import CHUNK, ArchiveEntry, unpack_all
+from warabi.target.entries import CHUNK, ArchiveEntry, unpack_again, unpack_all
 from warabi.target.target import Target
 
 _NOTHING = RegionID()
@@ -62,8 +62,10 @@ def graft(target: Target, listing: RegionID) -> int:
         for entry in unpack_all(_Listing(target, listing)):
             spool.write(entry.pack())
         spool.seek(0)
-        with target._guard.lock, target._guard.checked:
-            return _Graft(target).run(spool)
+        with target._long:
+            target._announce()
+            with target._guard.lock, target._guard.checked:
+                return _Graft(target).run(spool)
 
 
 class _Listing:
@@ -97,7 +99,7 @@ class _Graft:
     def run(self, file: IO[bytes]) -> int:
         empty = not self._catalogue.has_entries(ROOT)
         try:
-            for entry in unpack_all(file):
+            for entry in unpack_again(file):
                 if entry.path:
                     self._add(entry)
                 else:

@@ -27,14 +27,7 @@ _STATS = 250
 
 
 def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
-    found = target.stat(region, PAGE)
-    length, some = 0, list[str]()
-    for name in found.names:
-        length += len(name)
-        if some and length > _NAMES:
-            break
-        some.append(name)
-    return found._replace(names=some)
+    return target.stat(region, PAGE, _NAMES)
 
 
 def _list_stats(target: Target, after: RegionID, limit: int) -> list[tuple[RegionID, RegionStat]]:

@@ -2,7 +2,8 @@
 
 ``_lock`` guards the catalogue, the inodes and the book-keeping here.  It is held for short
 steps, never while bytes move or a medium is waited for, and is the outermost lock: storage
-locks nest inside it, the catalogue's sync lock is taken without it.
+locks nest inside it, the catalogue's sync lock is taken without it.  What has to hold it for
+longer than an event loop may wait takes ``_long`` first, and says so by that (``occupied``).
 
 A region is *entered* by reads and writes side by side (``Inode.users``), and *closed* by
 whoever resizes it (``Inode.exclusive``), who waits for those inside.  ``erase`` waits for
@@ -16,17 +17,28 @@ from __future__ import annotations
 
 import builtins
 import logging
+import math
 import os
 import sqlite3
 import threading
+import time
 from collections import Counter, deque
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 from warabi._core import forks, interrupts
 from warabi._core.changes import CONTENT, ORIGIN
 from warabi.backends import Storage
-from warabi.errors import Exception, InvalidRegion, TargetBusy, TargetNotFound, WouldBlock
+from warabi.errors import (
+    Exception,
+    InvalidRegion,
+    Lengthy,
+    TargetBusy,
+    TargetNotFound,
+    WouldBlock,
+)
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
@@ -36,9 +48,16 @@ from warabi.target.leases import Grants, Share
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 LOOPS: set[int] = set()
-"""Threads that run an engine's event loop.  What would have one of them wait for a region, or do
-what takes long, raises ``WouldBlock`` there, nothing having been done; a worker thread does it."""
+"""Threads that run the event loop of an engine or a mount.  What would have one of them wait for a
+region, or do what takes long, raises ``WouldBlock`` there, nothing having been done; a worker
+thread does it."""
+_GRACE = 0.02
+"""Seconds between when a target is found free and when its lock is taken, at most and about."""
+STEPS = 5000
+"""Names or directories, of some microseconds each, that are gone through while others wait."""
 LONG = 32 * 1024 * 1024
 """Bytes of memory that take long to give back."""
 
@@ -183,8 +202,7 @@ class RegionGate:
         self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
         self._ending: set[RegionID] = set()  # of those, the ones that calls are still inside
-        self.occupied = False
-        """Whether a worker thread holds the lock for long; event loops leave the target alone."""
+        self._long = threading.Lock()  # taken before `_lock` by what holds that for long
         self._pid = os.getpid()
         forks.register(self)
 
@@ -192,13 +210,38 @@ class RegionGate:
         """The target is the parent's: every call here fails, at once and without a lock of old."""
         reason = f"the target belongs to process {self._pid}, from which this one was forked"
         self._closed = True
-        self._lock = threading.Lock()
+        self._lock, self._long = threading.Lock(), threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._changed = threading.Event()
         for guard in (self._guard, self._storage_guard):
             guard.lock, guard.closed, guard.reason = self._lock, True, reason
         self._catalogue.give_up()
         self._grants = None
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a thread holds the lock for long, or is about to; event loops, which would have
+        everybody wait, leave the target alone meanwhile."""
+        return self._long.locked()
+
+    def _announce(self) -> None:
+        """Let event loops that found the target free, and are about to take its lock, do so; the
+        caller holds ``_long``, and is about to hold the lock for long."""
+        time.sleep(_GRACE)
+
+    def patiently(self, work: Callable[[float], _T]) -> _T:
+        """The result of *work*, which takes the lock and is told how many steps it may do with it.
+
+        Where more are needed it raises ``Lengthy``, having done nothing, and is called once more,
+        in a thread that may take its time.
+        """
+        try:
+            return work(STEPS)
+        except Lengthy:
+            self._not_in_a_loop()
+        with self._long:
+            self._announce()
+            return work(math.inf)
 
     @property
     def feed(self) -> Feed:

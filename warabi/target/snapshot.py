@@ -8,41 +8,59 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 
 from warabi._core.attributes import ROOT, Attributes
 from warabi.errors import InvalidRegion
 from warabi.metadata.inode import Inode
+from warabi.metadata.journal import translate
+from warabi.metadata.schema import COLUMNS
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry
 from warabi.target.target import Target
 
-_PAGE = 10_000
 _IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that need no file
+_COLUMNS = COLUMNS.replace(", ", ", i.")
 
 
 def survey(target: Target) -> Attributes:
     """A new region without a name that lists every entry of the target, as of one instant.
 
     It is pinned for the caller, who ends it and the keeping of erased regions with ``unpin``.
+    Other calls wait while the catalogue is copied, and go on while the copy is read.
     """
-    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+    with target._long:
+        target._announce()
         with target._guard.lock, target._guard.checked:
-            for entry in _entries(target):
-                spool.write(entry.pack())
-            inode = _pinned(target)
+            target._settle_all()
+            target._catalogue.commit(target._storage.oldest_fresh())
+            target._catalogue.check_stored()  # or it would be missing
+            snapshot = target._catalogue.snapshot()
+            try:
+                inode = _pinned(target)
+            except BaseException:
+                snapshot.close()
+                raise
             target._holds.add(inode.rid)
-        try:
+    try:
+        with closing(snapshot), tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+            try:
+                for entry in _entries(snapshot):
+                    spool.write(entry.pack())
+            except sqlite3.Error as error:
+                raise translate(error, None) from error
             spool.seek(0)
             offset = 0
             while piece := spool.read(CHUNK):
                 target.write(inode.rid, offset, piece, extend=True)
                 offset += len(piece)
-        except BaseException:
-            target.namespace.unpin(inode.ino)
-            raise
+    except BaseException:
+        target.namespace.unpin(inode.ino)
+        raise
     return target.namespace.getattr(inode.ino)
 
 
@@ -53,41 +71,43 @@ def _pinned(target: Target) -> Inode:
     return inode
 
 
-def _entries(target: Target) -> Iterator[ArchiveEntry]:
-    """Every entry: a directory before what is in it; the guard is held."""
-    catalogue = target._catalogue
-    catalogue.flush()
-    catalogue.check_stored()  # or it would be missing
-    pending = [(b"", target.namespace._get(ROOT).attributes())]
+def _entries(db: sqlite3.Connection) -> Iterator[ArchiveEntry]:
+    """Every entry of a catalogue: a directory before what is in it."""
+    row = db.execute(f"SELECT i.{_COLUMNS} FROM inode i WHERE ino = ?", (ROOT,)).fetchone()
+    pending = [(b"", Inode(*row).attributes())]
     while pending:
         path, directory = pending.pop()
-        yield ArchiveEntry.of(path, directory, xattrs=_xattrs(target, directory.ino))
+        yield ArchiveEntry.of(path, directory, xattrs=_xattrs(db, directory.ino))
         prefix = path + b"/" if path else b""
-        last = b""
-        while page := catalogue.entries(directory.ino, last, _PAGE):
-            last = page[-1][0]
-            for name, found in page:
-                if stat.S_ISDIR(found.mode):
-                    pending.append((prefix + name, found))
-                    continue
-                link = stat.S_ISLNK(found.mode)
-                yield ArchiveEntry.of(
-                    prefix + name, found, xattrs=_xattrs(target, found.ino),
-                    target=target.namespace._get(found.ino).target if link else None,
-                )  # fmt: skip
-    slot = 0
-    while regions := catalogue.regions(slot, _PAGE, anonymous=True):
-        slot = regions[-1].ino
-        for found in regions:
-            name = found.region.hex().encode()
-            yield ArchiveEntry.of(name, found, anonymous=True, xattrs=_xattrs(target, found.ino))
+        rows = db.execute(
+            f"SELECT name, i.{_COLUMNS} FROM dentry d JOIN inode i ON i.ino = d.ino"
+            " WHERE parent = ? ORDER BY name",
+            (directory.ino,),
+        )
+        for name, *columns in rows:
+            found = Inode(*columns)
+            if stat.S_ISDIR(found.mode):
+                pending.append((prefix + name, found.attributes()))
+                continue
+            yield ArchiveEntry.of(
+                prefix + name, found.attributes(), xattrs=_xattrs(db, found.ino),
+                target=found.target if stat.S_ISLNK(found.mode) else None,
+            )  # fmt: skip
+    rows = db.execute(
+        f"SELECT i.{_COLUMNS} FROM inode i WHERE anonymous = 1"
+        f" AND mode & {0o170000} = {stat.S_IFREG} ORDER BY ino"
+    )
+    for row in rows:
+        found = Inode(*row)
+        yield ArchiveEntry.of(
+            found.rid.hex().encode(), found.attributes(), anonymous=True,
+            xattrs=_xattrs(db, found.ino),
+        )  # fmt: skip
 
 
-def _xattrs(target: Target, ino: int) -> list[tuple[bytes, bytes]]:
-    catalogue = target._catalogue
-    if not catalogue._has_xattrs:
-        return []
-    return [(name, catalogue.xattr(ino, name) or b"") for name in catalogue.xattrs(ino)]
+def _xattrs(db: sqlite3.Connection, ino: int) -> list[tuple[bytes, bytes]]:
+    sql = "SELECT name, value FROM xattr WHERE ino = ? ORDER BY name"
+    return db.execute(sql, (ino,)).fetchall()
 
 
 def copy(target: Target, region: RegionID) -> Attributes:

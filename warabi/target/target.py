@@ -5,8 +5,10 @@ Locks, and who may be where: ``region_locks.py``.  What is on the medium when: `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter_ns
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +18,7 @@ from warabi._core.extents import Extent, check_total, checked_extents, views
 from warabi._core.results import RegionStat
 from warabi.backends import Storage
 from warabi.backends.base import Flush
-from warabi.errors import OutOfBounds, WouldBlock
+from warabi.errors import Lengthy, OutOfBounds, WouldBlock
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.metadata.namespace import Namespace
@@ -394,11 +396,16 @@ class Target(MadeRegions):
         Raises:
             InvalidRegion: unknown or erased already.
         """
+        self.patiently(partial(self._erase, region))
+        self._reap()
+
+    def _erase(self, region: RegionID, steps: float) -> None:
         with self._guard.lock, self._guard.checked:
             inode = self._find(region, "erase")
+            if inode.nlink > steps:
+                raise Lengthy
             self.namespace.forget_names(inode)
             self.discard(inode)
-        self._reap()
 
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.
@@ -430,14 +437,18 @@ class Target(MadeRegions):
         with self._lock:
             return self._find(region, "size").size
 
-    def stat(self, region: RegionID, names: int = -1) -> RegionStat:
-        """Size, times and names of a region; *names* of these, or all."""
+    def stat(self, region: RegionID, names: int = -1, characters: float = math.inf) -> RegionStat:
+        """Size, times and names of a region; *names* of these, or all, and no more once they have
+        so many *characters*."""
+        return self.patiently(partial(self._stat, region, names, characters))
+
+    def _stat(self, region: RegionID, names: int, characters: float, steps: float) -> RegionStat:
         with self._guard.lock, self._guard.checked:
             inode = self._find(region, "stat")
             found = inode.attributes()
             return RegionStat(
                 found.size, found.atime_ns, found.mtime_ns, found.ctime_ns,
-                self.namespace.paths(inode, names),
+                self.namespace.paths(inode, names, characters, steps),
             )  # fmt: skip
 
     def list(self, after: RegionID | None = None, limit: int = 1000) -> list[RegionID]:

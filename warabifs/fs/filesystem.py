@@ -386,7 +386,7 @@ class FileSystem:
         region = self._region_of(ino, handle)
         if self._local is None or self.writes.under_way:
             await self.writes.read(region, who, offset, size)
-        if self._local is not None:
+        if self._local is not None and not self._local.occupied:
             view = self._local.view(region, offset, size)
             if view is not None:
                 return view
@@ -398,7 +398,7 @@ class FileSystem:
         self, region: RegionID, offset: int, size: int, place: Callable[[], memoryview]
     ) -> int:
         local = self._local
-        if local is not None:
+        if local is not None and not local.occupied:
             with suppress(errors.WouldBlock):
                 wait = not local.blocking
                 return local.read_into(region, offset, place(), short=True, wait=wait)
@@ -452,7 +452,7 @@ class FileSystem:
     def _wrote(self, region: RegionID, offset: int, data: Any) -> bool:
         """Store *data* if it needs no waiting; whether it did."""
         local = self._local
-        if local is not None:
+        if local is not None and not local.occupied:
             with suppress(errors.WouldBlock):
                 local.write(region, offset, data, extend=True, wait=not local.blocking)
                 return True

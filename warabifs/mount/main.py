@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from warabi.eventloop import inline_wait, loop_watchdog
 from warabi.protocol.auth import config_of
 from warabi.target import opening
 from warabi.target.config import FileConfig, MemoryConfig
+from warabi.target.region_locks import LOOPS
 from warabi.target.target import Target
 from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
 from warabifs.frontends.kernel.dispatch import Operations
@@ -287,12 +289,14 @@ def _serve_and_persist(
         local = opening.open_memory(MemoryConfig(), limit=_limit(options))
     # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
     gc.set_threshold(10_000)
+    LOOPS.add(threading.get_ident())
     try:
         failure = trio.run(
             _mount_and_serve, source, local, mountpoint, options, ready, ending,
             instruments=loop_watchdog.instruments(),
         )  # fmt: skip
     finally:
+        LOOPS.discard(threading.get_ident())
         if local is not None:
             local.close()
     if failure is not None:

@@ -66,7 +66,7 @@ class Passing:
         if passed is not None:
             passed.openings += 1
             return passed.backing
-        usual = self._in_vain or flags & os.O_DSYNC or self._usual[ino]
+        usual = self._in_vain or flags & os.O_DSYNC or self._usual[ino] or self._target.occupied
         backing = 0 if usual else self._back(region)
         if backing:
             self._passed[ino] = _Passed(region, backing)
@@ -78,6 +78,8 @@ class Passing:
         try:
             fd = self._target.expose(region)
             return 0 if fd is None else self._session.back(fd)
+        except errors.WouldBlock:
+            return 0
         except (errors.Exception, OSError) as error:
             self._target.conceal(region)
             number = error.errno or 0 if isinstance(error, OSError) else 0
