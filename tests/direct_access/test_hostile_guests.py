@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "file": file_config,
     "pmem": pmem_config,
 }
-SECONDS = 3.0
+SECONDS = 1.5
 LIFE = "0.4"
 """Seconds, after which a hostile guest is followed by another one."""
 SIZES = (5, 3000, 70_000, 1 << 20)

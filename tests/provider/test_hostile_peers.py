@@ -33,6 +33,7 @@ from tests.support.helpers import (
     python_process,
     raw_connection,
 )
+from tests.support.loops import check_never_held, watched_loops
 from warabi import errors
 from warabi.client import Client
 from warabi.engine import Engine, client
@@ -52,6 +53,14 @@ PIPELINE: dict[str, Any] = {
         "buffer_size_multiplier": 2,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def loops() -> Iterator[None]:
+    """Those of this process's engines, which nothing may hold."""
+    with watched_loops() as held:
+        yield
+    check_never_held(held)
 
 
 @pytest.fixture(params=["tcp", "tls"])
