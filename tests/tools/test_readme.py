@@ -1,24 +1,41 @@
-"""The README's commands and programs, run as they stand there."""
+"""The commands, programs and configurations of the README and of docs/, run as they stand there."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.mount.support import processes_of, wait_until
+from tests.support.helpers import ROOT
+from warabi.backends import STORAGES
+from warabi.bedrock import Server
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WALKS = ("README.md", "docs/tutorial.md")
+"""Pages whose commands can be run one after the other in a checkout."""
 
 
-def blocks(language: str) -> list[str]:
-    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of that language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    found: list[str] = fence.findall(page.read_text())
     return found
+
+
+def all_blocks(language: str) -> list[Any]:
+    """Of all pages; the parameters of a test, named after the page."""
+    return [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks(page, language))
+    ]
 
 
 def unmount(path: Path) -> None:
@@ -49,11 +66,12 @@ def checkout() -> Iterator[Path]:
 
 @pytest.mark.timeout(300)
 def test_the_commands_run(checkout: Path) -> None:
-    commands = blocks("sh")
+    commands = [command for page in WALKS for command in blocks(ROOT / page, "sh")]
     assert commands[1].split()[0] == "tools/test"  # is what runs this
-    script = "set -euxo pipefail\n" + "".join(commands[:1] + commands[2:])
+    del commands[1]
+    assert len(commands) >= 3
     done = subprocess.run(
-        ["bash", "-c", script],
+        ["bash", "-c", "set -euxo pipefail\n" + "".join(commands)],
         cwd=checkout, env=ENVIRONMENT, timeout=240, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +79,7 @@ def test_the_commands_run(checkout: Path) -> None:
     assert not (checkout / "mnt").is_mount()
 
 
-@pytest.mark.parametrize("program", blocks("python"))
+@pytest.mark.parametrize("program", all_blocks("python"))
 def test_the_programs_run(program: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -73,9 +91,21 @@ def test_the_programs_run(program: str, tmp_path: Path) -> None:
     assert not done.stderr
 
 
-def test_the_table_of_backends_is_complete() -> None:
-    from warabi.backends import STORAGES
+@pytest.mark.parametrize("text", all_blocks("json"))
+def test_the_configurations_are_right(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Services are served; what only names files of certificates and tokens is at least JSON."""
+    config = json.loads(text)
+    monkeypatch.chdir(tmp_path)
+    if "migration" in config:
+        config = {"providers": [{"type": "warabi", "config": config}]}
+    if "providers" in config:
+        with Server("na+sm", config) as server:
+            assert len(server.providers) == len(config["providers"])
 
-    table = README.split("## Backends")[1].split("##")[0]
+
+def test_the_table_of_backends_is_complete() -> None:
+    table = (ROOT / "docs" / "backends.md").read_text().split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     assert {name.strip(" `") for row in rows for name in row.split(",")} == set(STORAGES)
