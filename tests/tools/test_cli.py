@@ -387,10 +387,20 @@ def test_a_peer_that_takes_no_replies_does_not_hold_up_the_end(client_engine: En
 # Looking into a target
 
 
-@pytest.fixture
-def address() -> Iterator[str]:
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
     with serving("-t", "memory:") as service:
         yield service.address
+
+
+@pytest.fixture
+def address(served: str) -> Iterator[str]:
+    """Of a provider without regions."""
+    yield served
+    with Engine("na+sm", client) as engine:
+        target = handle(engine, served)
+        for region in target.list():
+            target.erase(region)
 
 
 def test_put_ls_get_rm(address: str, tmp_path: Path) -> None:
@@ -520,11 +530,11 @@ def test_more_names_than_a_reply_takes(address: str, client_engine: Engine) -> N
 
 def test_put_takes_little_memory(address: str, tmp_path: Path) -> None:
     """Of a file and of a pipe, more than there may be in memory."""
-    size = 150 << 20
+    size = 100 << 20
     file = tmp_path / "file"
     with open(file, "wb") as sparse:
         sparse.truncate(size)
-        sparse.seek(100 << 20)
+        sparse.seek(60 << 20)
         sparse.write(b"here")
     program = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (80 << 20, 80 << 20))\n"
     limited = [sys.executable, "-c", program + COMMAND[-1]]
@@ -541,7 +551,7 @@ def test_put_takes_little_memory(address: str, tmp_path: Path) -> None:
         ok("get", address, region, tmp_path / "out")
         with open(tmp_path / "out", "rb") as out:
             assert os.fstat(out.fileno()).st_size == size
-            assert os.pread(out.fileno(), 6, (100 << 20) - 1) == b"\0here\0"
+            assert os.pread(out.fileno(), 6, (60 << 20) - 1) == b"\0here\0"
         ok("rm", address, region)
 
 
@@ -595,7 +605,7 @@ def test_the_reader_of_a_listing_goes(address: str, client_engine: Engine) -> No
 
 
 WITHOUT_RIGHTS = """
-import importlib, os, pkgutil
+import importlib, json, os, pkgutil, sys
 import warabi
 for module in pkgutil.walk_packages(warabi.__path__, "warabi."):  # that another user may not read
     importlib.import_module(module.name)
@@ -603,7 +613,24 @@ for module in pkgutil.walk_packages(warabi.__path__, "warabi."):  # that another
 os.setgroups([2])
 os.setgid(2)
 os.setuid(1)
-warabi.tools.cli.main.main()
+done = []
+for arguments in json.loads(sys.argv[1]):
+    ours, theirs = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.dup2(theirs, 1)
+            os.dup2(theirs, 2)
+            sys.argv = ["warabi", *arguments]
+            warabi.tools.cli.main.main()
+        except SystemExit as ended:
+            os._exit(ended.code)
+        finally:
+            os._exit(99)
+    os.close(theirs)
+    with open(ours) as output:
+        text = output.read()
+    done.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text))
+print(json.dumps(done))
 """
 
 
@@ -614,23 +641,22 @@ def test_places_that_may_not_be_used(tmp_path: Path) -> None:
         (top / "closed").mkdir(mode=0o700)
         ok("export", made(tmp_path / "target"), top / "archive.tar")
         (top / "archive.tar").chmod(0o644)
-        for arguments in (
+        commands = [
             ["import", f"{top}/archive.tar", f"{top}/closed/new"],
             ["import", f"{top}/archive.tar", f"{top}/new"],
             ["export", f"{top}/closed/new", f"{top}/out.tar"],
             ["serve", "-a", "tcp", "-t", f"file:{top}/closed/new"],
             ["fsck", f"{top}/closed/new"],
-        ):
-            done = subprocess.run(
-                [sys.executable, "-c", WITHOUT_RIGHTS, *arguments], capture_output=True, text=True,
-                env=environment(), timeout=PATIENCE, check=False,
-            )  # fmt: skip
-            assert done.returncode == (8 if arguments[0] == "fsck" else 1), done
-            assert done.stdout == ""
+        ]
+        done = run_python(WITHOUT_RIGHTS, json.dumps(commands))
+        assert done.returncode == 0, done.stderr
+        for arguments, (status, text) in zip(commands, json.loads(done.stdout), strict=True):
+            assert status == (8 if arguments[0] == "fsck" else 1), (arguments, status, text)
+            # All that it wrote, to standard error or standard output, is one line.
             assert re.fullmatch(
-                rf"warabi: .*{top}/[^\n]*(Permission denied|this user)[^\n]*\n", done.stderr
-            ), done.stderr
-            assert "Errno" not in done.stderr
+                rf"warabi: .*{top}/[^\n]*(Permission denied|this user)[^\n]*\n", text
+            ), text
+            assert "Errno" not in text
     finally:
         shutil.rmtree(top)
 
