@@ -10,7 +10,9 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from warabi._core import forks
 from warabi._core.output import write_file
 from warabi.errors import Exception
 
@@ -21,35 +23,57 @@ class ShutdownSignals:
     """Waits for the end of the process: SIGTERM, SIGINT or :meth:`come`; for the main thread.
 
     Signals count from ``with`` on.  They arrive through a socket, because a signal that another
-    thread happens to take interrupts no wait in the main thread.
+    thread happens to take interrupts no wait in the main thread.  What comes through the socket
+    only wakes: it may stem from another signal that the program handles.
+
+    A child that another thread forks has the program's own handlers, and does not wake its parent.
     """
+
+    def __init__(self) -> None:
+        self._came = False
+        self._handlers: list[tuple[int, Any]] = []  # the program's
+        self._wakeup = -1  # the program's
+        forks.register(self)
 
     def __enter__(self) -> ShutdownSignals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         # SIGINT first, and last at the end: in between its handler raises nothing.
-        self._handlers = [
-            (number, signal.signal(number, lambda *_: None))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        ]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers.append((number, signal.signal(number, self._note)))
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         return self
 
+    def _note(self, number: int, frame: object) -> None:
+        self._came = True
+
     def wait(self) -> None:
         """Return when the end has come."""
-        self._reader.recv(1)
+        while not self._came:
+            self._reader.recv(1)
 
     def come(self) -> None:
         """Let the end come; from any thread."""
+        self._came = True
         with contextlib.suppress(OSError):  # it is here already
             self._writer.send(b"\0")
 
     def __exit__(self, *exc: object) -> None:
-        signal.set_wakeup_fd(self._wakeup)
+        self._restore()
         self._reader.close()
         self._writer.close()
-        for number, handler in reversed(self._handlers):
+
+    def _restore(self) -> None:
+        if self._handlers:
+            signal.set_wakeup_fd(self._wakeup)
+        while self._handlers:
+            number, handler = self._handlers.pop()
             signal.signal(number, handler)
+
+    def _forked(self) -> None:
+        if self._handlers:
+            self._restore()
+            forks.disconnect([self._reader.fileno(), self._writer.fileno()])
 
 
 def notify(state: str) -> None:

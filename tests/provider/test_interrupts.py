@@ -30,6 +30,7 @@ from warabi._core import interrupts
 from warabi.client import Client, RegionID
 from warabi.engine import Engine, client
 from warabi.errors import ConfigError, ConnectionLost, TimedOut
+from warabi.metadata.catalogue import Catalogue
 from warabi.protocol.pending import Patience
 from warabi.server import Provider
 
@@ -223,11 +224,11 @@ def test_a_lost_reply_ends_a_blocking_call() -> None:
         handle = Client(engine).make_target_handle(address, 1)
         buffer = bytearray(10)
         began = time.monotonic()
+        request = handle.persist_async(REGION, 0, 1)
         with pytest.raises(TimedOut, match="4 s, its deadline"):
             handle.read_into(REGION, 0, buffer)
         assert time.monotonic() - began > 3.9
         assert handle.size(REGION) == 7  # the connection is as good as before
-        request = handle.persist_async(REGION, 0, 1)
         with pytest.raises(TimedOut, match="deadline"):
             request.wait()
 
@@ -278,6 +279,48 @@ def test_for_how_long_replies_are_waited_for() -> None:
             Engine("tcp", client, config={"deadline": wrong})
     with Engine("tcp", client, config={"deadline": 9}) as engine:
         assert Client(engine).get_config() == '{"timeout": 60.0, "deadline": 9.0}'
+
+
+def test_a_recovery_is_interrupted_and_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "target"
+    done = run_python(UNCLOSED, str(path))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    looked: list[RegionID] = []
+    trim = Catalogue.trim
+
+    def interrupted(catalogue: Catalogue) -> None:
+        trim(catalogue)
+        looked.append(REGION)
+        if len(looked) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with Engine("na+sm") as engine:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Catalogue, "trim", interrupted)
+            Provider(engine, 1, file_config(path))
+        assert len(looked) == 2  # of 5
+        with Provider(engine, 1, file_config(path)):
+            handle = Client(engine).make_target_handle(str(engine.addr()), 1)
+            for number, region in enumerate(handle.list()):
+                assert handle.read(region, 99_999, 1) == bytes([number])
+            assert number == 4
+
+
+UNCLOSED = """
+import os, sys
+from tests.support.helpers import file_config
+from warabi.client import Client
+from warabi.engine import Engine
+from warabi.server import Provider
+engine = Engine("na+sm")
+provider = Provider(engine, 1, file_config(sys.argv[1]))
+handle = Client(engine).make_target_handle(str(engine.addr()), 1)
+for number in range(5):
+    handle.create_and_write(bytes([number]) * 100_000, persist=True)
+os.kill(os.getpid(), 9)
+"""
 
 
 def test_a_second_interrupt_does_not_cut_the_end_short(tmp_path: Path) -> None:

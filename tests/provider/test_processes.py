@@ -182,6 +182,88 @@ def test_requests_of_the_parents_fail_in_the_child(config: dict[str, Any]) -> No
         assert handle.read(region, 0, 4) == b"data"
 
 
+def test_a_request_that_a_thread_carries_out_fails_in_the_child(tmp_path: Path) -> None:
+    with serving(file_config(tmp_path / "target")) as (_, provider, handle):
+        region = handle.create_and_write(b"data")
+        changes = provider._core.changes
+        changes.freeze(PATIENCE, lambda: False)  # so that the request is under way for certain
+        request = handle.write_async(region, 0, b"more")
+        creation = handle.create_async(10)
+
+        def work() -> None:
+            for each in (request, creation):
+                with pytest.raises(ConnectionLost, match="was forked"):
+                    each.wait()
+
+        in_child(work)
+        changes.thaw()
+        request.wait()
+        assert handle.read(region, 0, 4) == b"more"
+        assert set(handle.list()) == {region, creation.wait()}
+
+
+SIGNALLED = """
+import multiprocessing, os, signal, threading, time
+from warabi._core import interrupts
+from warabi.client import Client
+from warabi.engine import Engine
+from warabi.server import Provider
+
+def sleep():
+    ready.set()
+    time.sleep(60)
+
+def ended_by(number):
+    child = context.Process(target=sleep)
+    child.start()
+    ready.wait()
+    ready.clear()
+    os.kill(child.pid, number)
+    child.join(30)
+    assert child.exitcode in (-number, 1), child.exitcode
+
+def work():
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        time.sleep(0.001)
+    ended_by(signal.SIGTERM)
+    ended_by(signal.SIGINT)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+    done.set()
+
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the children's KeyboardInterrupt
+signal.signal(signal.SIGUSR1, lambda *_: None)
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+with Engine("na+sm") as engine, Provider(engine, 1, {"target": {"type": "memory"}}):
+    handle = Client(engine).make_target_handle(str(engine.addr()), 1)
+    done = threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    interrupts.uninterrupted(done.wait)
+    thread.join()
+    done = threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    end = threading.Thread(target=lambda: (done.wait(), print(handle.create(1) != b""),
+                                           os.kill(os.getpid(), signal.SIGTERM)))
+    end.start()
+    engine.wait_for_finalize()
+    assert done.is_set()
+    thread.join()
+    end.join()
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print("done")
+"""
+
+
+def test_signals_of_children_that_threads_fork() -> None:
+    """They reach the child, whatever the parent's main thread waits for, and not the parent."""
+    done = run_python(SIGNALLED)
+    assert (done.returncode, done.stdout) == (0, "True\ndone\n"), done.stderr
+
+
 def test_a_child_serves_for_itself(tmp_path: Path) -> None:
     with serving(MEMORY) as (_, _, handle):
         region = handle.create_and_write(b"parent")

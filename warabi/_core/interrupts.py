@@ -50,7 +50,10 @@ class _Held:
         self.came = True
 
     def forked(self) -> None:
-        self.thread = threading.get_ident()  # the only one, which is the main thread now
+        held, self.thread = self.thread, threading.get_ident()  # the main thread now, the only one
+        if self.thread != held and _signal.getsignal(SIGINT) is self.note:
+            # The thread that would have put the handler back is not here.
+            _signal.signal(SIGINT, self.handler)
 
 
 _held = _Held()
@@ -68,10 +71,10 @@ def uninterrupted(call: Callable[..., _T], *arguments: Any) -> _T:
     if not callable(handler) or handler is _held.note:
         return call(*arguments)
     _held.came = False
+    _held.handler = handler  # first: another thread may fork from the next step on
     _signal.signal(SIGINT, _held.note)
     # From here on nothing is raised by a signal.
     try:
-        _held.handler = handler
         return call(*arguments)
     finally:
         _signal.signal(SIGINT, handler)

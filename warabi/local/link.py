@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from warabi import errors
-from warabi._core import interrupts
+from warabi._core import forks, interrupts
 from warabi._core.extents import Extent, pack
 from warabi.errors import WouldBlock
 from warabi.protocol.operations import OPERATIONS, READING
@@ -196,23 +196,25 @@ class DirectLink:
     def start_write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool
     ) -> list[PendingRequest]:
-        return self._interruptible(self._start_write, region, offset, data, persist)
-
-    def _start_write(
-        self, region: RegionID, offset: int, data: memoryview, persist: bool
-    ) -> list[PendingRequest]:
         target = self._core.target
         waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
-        return self._start("write", waits, self.write, region, offset, data, persist, False)
+        start = ("write", waits, self.write, region, offset, data, persist, False)
+        # Without a thread nothing is under way when an exception passes.
+        return self._interruptible(self._start, *start) if waits else self._start(*start)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[PendingRequest]:
-        return self._interruptible(self._start_read, region, offset, place)
-
-    def _start_read(self, region: RegionID, offset: int, place: memoryview) -> list[PendingRequest]:
         try:
             if self.reading.read_into(region, offset, place, wait=False):
                 return [finished("read")]
-            target = self._core.target
+        except errors.Exception as error:
+            return [finished("read", error=error)]
+        except WouldBlock:
+            pass
+        return self._interruptible(self._start_read, region, offset, place)
+
+    def _start_read(self, region: RegionID, offset: int, place: memoryview) -> list[PendingRequest]:
+        target = self._core.target
+        try:
             target.read_into(region, offset, place, wait=not target.blocking)
         except WouldBlock:
             return self._start("read", True, self.read_into, region, offset, place)
@@ -235,6 +237,7 @@ class DirectLink:
         if waits:
             request = PendingRequest(what, buffers=arguments)
             request.event = interrupts.Wakeup()
+            forks.register(request)
             self._core.run_beside(lambda: self._finish(request, call, arguments))
             return [request]
         try:

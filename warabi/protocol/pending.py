@@ -78,6 +78,15 @@ class PendingRequest:
         if self.event is not None:
             self.event.set()
 
+    def _forked(self) -> None:
+        """Of a request that a thread carries out, which is not in this process."""
+        self.event = None  # its lock may be held by another thread
+        self.finish(
+            error=errors.ConnectionLost(
+                f"{self.what}: it goes on in the process from which this one was forked"
+            )
+        )
+
     def outcome(self) -> Any:
         """The result; raises the error."""
         if self.error is not None:

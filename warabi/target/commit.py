@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from warabi import errors
+from warabi._core import interrupts
 from warabi.backends import Storage
 from warabi.backends.base import Flush
 from warabi.backends.xattr_times import Times
@@ -271,7 +272,7 @@ class DurableRegions(RegionGate):
         """After a crash: drop bytes that no row mentions, believe the files' sizes.
 
         A region that was not persisted and lost its file is gone; if it had a name, that means
-        an empty region now, as on other file systems.
+        an empty region now, as on other file systems.  This may take long, and Ctrl-C ends it.
         """
         catalogue = self._catalogue
         orphaned = resized = lost = 0
@@ -301,7 +302,9 @@ class DurableRegions(RegionGate):
                     catalogue.set_attributes(found, mtime=times.mtime, ctime=times.ctime)
                     catalogue.touch(found, durable=False)
             catalogue.trim()
+            interrupts.check()  # the next to open begins anew, as after a crash
         for rid in sorted(missing):
+            interrupts.check()
             found = catalogue.region(rid)
             if found is not None and not self._storage.found(found):
                 lost += 1
