@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.storage.test_checksums import open_target
 from tests.support.helpers import PATIENCE, environment, pattern, run_python
 from tests.tools.test_cli import COMMAND, fails, ok, serving
 from warabi import errors
@@ -115,6 +116,23 @@ def test_what_cannot_be_a_file(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         write_file(name, b"data")
     assert content(tmp_path) == ["file", "there"]
     assert not content(tmp_path / "there")
+
+
+def test_no_target_is_replaced(tmp_path: Path) -> None:
+    """By its own archive, for one."""
+    path = tmp_path / "target"
+    with open_target("file", path) as target:
+        region = target.create_and_write(b"data", persist=True)
+        for name in ("target", "target-wal"):
+            with pytest.raises(errors.ConfigError, match=r"is a target, or another database"):
+                write_file(tmp_path / name, b"data")
+    (tmp_path / "link").symlink_to(path)
+    for name in ("target", "link"):
+        assert "is a target" in fails("export", path, tmp_path / name)
+        assert "is a target" in fails("serve", "-t", f"file:{path}", "--address-file", path)
+    assert content(tmp_path) == ["link", "target", "target.regions"]
+    with open_target("file", path) as target:
+        assert target.read(region, 0, 4) == b"data"
 
 
 def test_devices_stay_devices(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ PRIVATE = 0o600
 """Mode of new files that only their owner may read, whatever the umask."""
 _PUBLIC = 0o666  # less the umask
 _BUFFER = 256 * 1024
+_DATABASES = (b"SQLite format 3\0", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
+"""How an SQLite database begins, and its log of either byte order."""
 _MOST_LINKS = 40  # as many as the kernel follows
 _KEPT_XATTRS = ("system.posix_acl_access", "security.selinux")
 _DESCRIPTOR = re.compile(r"/proc/(?:self|thread-self|[0-9]+)(?:/task/[0-9]+)?/fd/([0-9]+)")
@@ -90,7 +92,8 @@ def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Ou
             them, owner and group.
 
     Raises:
-        ConfigError: a directory, or in none that exists.
+        ConfigError: a directory, or in none that exists; or a database, such as a target's
+            catalogue, which no command is to replace.
         PermissionDenied: the file may not be written, or no file be made in its directory; or
             another user made what is there, in a directory for everybody.
         StorageFull, StorageError: the medium.
@@ -200,6 +203,11 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
             old = None
         if old is not None and not os.access(path, os.W_OK, effective_ids=True):
             raise PermissionDenied(f"{name}: may not be written by this user")
+        if old is not None and _is_database(path):
+            raise ConfigError(
+                f"{name}: is a target, or another database, which is not replaced; remove it first"
+                " if it is not needed any more"
+            )
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         kept = old is not None or mode is not None
         part = path.with_name(f".warabi-{secrets.token_hex(8)}.part")
@@ -226,6 +234,14 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
             os.close(fd)
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _is_database(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(16).startswith(_DATABASES)
+    except PermissionError:  # it may be written and not read
+        return False
 
 
 def _take_over(fd: int, path: Path, old: os.stat_result) -> None:
