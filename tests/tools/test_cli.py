@@ -695,6 +695,19 @@ def test_bad_input(address: str, tmp_path: Path) -> None:
         assert b"Traceback" not in done.stderr
 
 
+def test_standard_input_that_is_closed(address: str, tmp_path: Path) -> None:
+    for arguments in (["put", address], ["import", "-", str(tmp_path / "new")]):
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND, *arguments], capture_output=True,
+            env=environment(), timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.endswith(b": standard input is closed\n")
+    assert not list(tmp_path.iterdir())
+    assert "link_name" in fails("put", address, "-n", "")
+    assert ok("ls", address) == b""
+
+
 def test_put_under_a_name_that_is_taken_leaves_nothing(address: str) -> None:
     ok("put", address, "-n", "/name", stdin=b"first")
     assert "link_name /name: File exists" in fails("put", address, "-n", "/name", stdin=b"second")

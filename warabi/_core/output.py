@@ -148,6 +148,8 @@ def _translated(name: str) -> Iterator[None]:
         if isinstance(error, errors.Exception):
             raise
         raise errors.from_os(error, name) from error
+    except errors.Exception:
+        raise
     except ValueError:  # a null byte
         raise ConfigError(f"{name}: contains a null byte") from None
 

@@ -10,7 +10,7 @@ import click
 
 from warabi._core.output import PRIVATE, output
 from warabi.tools.access import is_address, made_or_reached, reached
-from warabi.tools.cli.common import one_line, reaching
+from warabi.tools.cli.common import InputFile, one_line, reaching
 from warabi.tools.progress import progress
 
 
@@ -38,7 +38,7 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
 
 
 @click.command("import")
-@click.argument("source", metavar="IN.tar", type=click.File("rb"))
+@click.argument("source", metavar="IN.tar", type=InputFile())
 @click.argument("target", metavar="PATH|ADDRESS")
 @reaching
 @click.option("--new-ids", is_flag=True, help="Give the regions new IDs.")

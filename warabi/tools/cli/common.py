@@ -30,6 +30,18 @@ def explained(error: BaseException) -> str:
     return printable(str(error) or type(error).__name__)
 
 
+class InputFile(click.File):
+    """A file to read bytes from, or - for standard input."""
+
+    def __init__(self) -> None:
+        super().__init__("rb")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "-" and sys.stdin is None:
+            self.fail("standard input is closed", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @contextlib.contextmanager
 def one_line(program: str = "warabi", status: int = 1) -> Iterator[None]:
     """End the command with *status* and one line when the block fails as commands may fail."""

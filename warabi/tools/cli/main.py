@@ -30,6 +30,7 @@ from warabi.tools.cli.archive import export_command, import_command
 from warabi.tools.cli.check import fsck, scrub
 from warabi.tools.cli.common import (
     Commands,
+    InputFile,
     authenticated,
     echo,
     one_line,
@@ -177,7 +178,7 @@ def _shell_quoted(name: str) -> bytes:
 
 @main.command()
 @_target
-@click.argument("file", type=click.File("rb"), default="-")
+@click.argument("file", type=InputFile(), default="-")
 @click.option("-n", "--name", help="Give the region this path in the tree of names.")
 def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **security: str) -> None:
     """Store FILE, or standard input, as a new region, durably; prints its ID.
@@ -194,7 +195,7 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
         try:
             if len(piece) == _STEP:
                 _fill(target, region, piece, file)
-            if name:
+            if name is not None:
                 target.link_name(region, name)
                 target.persist(region, 0, 0)
         except BaseException:
