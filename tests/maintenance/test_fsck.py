@@ -231,6 +231,53 @@ def test_opening_mends_what_older_versions_let_in(
             assert not domain.fault(row)
 
 
+@pytest.mark.parametrize("value", ["-1", "'x'", "X'01'"])
+@pytest.mark.parametrize("column", ["size", "generation"])
+@pytest.mark.parametrize("ino", [1, 4, 5])
+def test_opening_refuses_what_only_fsck_can_mend(
+    sample: Sample, column: str, value: str, ino: int
+) -> None:
+    edit(sample.path, f"UPDATE inode SET {column} = {value} WHERE ino = {ino}")
+    with pytest.raises(errors.CorruptTarget, match=f"inode {ino} has a size or generation"):
+        open_target("file", sample.path)
+    assert fsck(sample.path, "--repair")[0] == 1
+    assert fsck(sample.path)[0] == 0
+    open_target("file", sample.path).close()
+
+
+def test_a_root_whose_mode_is_too_large(sample: Sample) -> None:
+    edit(sample.path, f"UPDATE inode SET mode = {1 << 40 | 0o40755} WHERE ino = 1")
+    before = sample.path.read_bytes()
+    with open_target("file", sample.path) as target:
+        assert target.namespace.getattr(1).mode == 0o40755
+    sample.path.write_bytes(before)
+    assert fsck(sample.path, "--repair")[0] == 1
+    with open_target("file", sample.path) as target:
+        assert target.namespace.getattr(1).mode == 0o40755
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE inode SET uid = CAST(X'ff' AS TEXT) WHERE ino = 4",
+        "UPDATE dentry SET parent = CAST(X'ff' AS TEXT) WHERE ino = 4",
+        "UPDATE dentry SET name = CAST(X'ff' AS TEXT) WHERE ino = 5",
+        "UPDATE xattr SET value = CAST(X'ff' AS TEXT)",
+        "UPDATE meta SET value = CAST(X'ff' AS TEXT) WHERE key = 'uuid'",
+        "INSERT INTO meta VALUES(CAST(X'ff' AS TEXT), 1)",
+    ],
+)
+def test_text_that_is_none(sample: Sample, statement: str) -> None:
+    """Python's module for SQLite reads no row of it."""
+    edit(sample.path, statement)
+    status, output = fsck(sample.path)
+    assert (status, "Could not decode" in output) == (4, True)
+    assert fsck(sample.path, "--repair")[0] == 1
+    assert fsck(sample.path)[0] == 0
+    with open_target("file", sample.path) as target:
+        assert len(list(target.regions())) == 3
+
+
 def test_without_a_malformed_list_the_group_gets_no_more(sample: Sample) -> None:
     """Its permissions in the mode were the most that the list gave to anybody."""
     edit(sample.path, f"UPDATE inode SET mode = {0o100664} WHERE ino = 4")

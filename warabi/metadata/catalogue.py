@@ -161,13 +161,23 @@ class Catalogue:
         Returns the rows with values that older versions let in, and that would keep directories
         from being listed.
         """
-        if not stat.S_ISDIR(self._one("SELECT mode FROM inode WHERE ino = 1")):
+        if self._one(f"SELECT mode & {0o170000} FROM inode WHERE ino = 1") != stat.S_IFDIR:
             raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
-        rows = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE size < 0 OR {OUTSIDE}")
-        found = [domain.Row(*row) for row in rows]
-        if any(isinstance(row.size, int) and row.size < 0 for row in found):
-            raise CorruptTarget(f"catalogue {path}: a negative size; see warabi fsck")
-        return found
+        wrong = " OR ".join(
+            f"{column} NOT BETWEEN {least} AND {most}"
+            for column, (least, most) in domain.RANGES.items()
+            if column in ("size", "generation")
+        )
+        rows = self._db.execute(
+            f"SELECT {wrong}, {COLUMNS} FROM inode WHERE {wrong} OR {OUTSIDE}"
+        ).fetchall()
+        for beyond, *row in rows:
+            if beyond:
+                raise CorruptTarget(
+                    f"catalogue {path}: inode {row[0]} has a size or generation that cannot be;"
+                    " see warabi fsck"
+                )
+        return [domain.Row(*row) for _, *row in rows]
 
     def _mend_rows(self, bad: list[domain.Row]) -> None:
         mended = [(row, new) for row in bad if (new := domain.mended(row)) != row]

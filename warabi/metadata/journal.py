@@ -81,7 +81,8 @@ def translate(error: sqlite3.Error, path: Path | None) -> errors.Exception:
     text = f"catalogue {path or 'in memory'}: {error}"
     if name.startswith("SQLITE_FULL"):
         return StorageFull(text)
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+    not_utf8 = not name and "Could not decode" in text  # said by Python's module
+    if not_utf8 or name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         if path is not None and (why := read_error(path)):
             return StorageError(f"catalogue {path}: {why}")
         return CorruptTarget(text)

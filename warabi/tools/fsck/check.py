@@ -141,6 +141,7 @@ def _trouble_inside(path: Path, report: Report) -> list[str]:
             tables = {row[0] for row in db.execute("SELECT name FROM sqlite_schema")}
             gone = {"meta", "inode", "dentry", "xattr", "anonymous", "dentry_ino"} - tables
             lines += [f"there is no {name}" for name in sorted(gone)]
+            lines += _undecodable(db)
     except sqlite3.DatabaseError as error:
         if not error.sqlite_errorname.startswith(_DAMAGE):
             raise
@@ -150,6 +151,19 @@ def _trouble_inside(path: Path, report: Report) -> list[str]:
             f"catalogue {path}: {why}; copy the target to a medium that can be read, first"
         )
     return [f"catalogue: {' '.join(line.split())}" for line in lines]
+
+
+def _undecodable(db: sqlite3.Connection) -> Iterator[str]:
+    """Which tables have text that is not UTF-8: no statement can read, or name, such a row."""
+    for (table,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
+        columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+        texts = " OR ".join(f"typeof({column}) = 'text'" for column in columns)
+        try:
+            db.execute(f"SELECT * FROM {table} WHERE {texts or 0}").fetchall()
+        except sqlite3.OperationalError as error:
+            if hasattr(error, "sqlite_errorname"):
+                raise
+            yield f"table {table}: {error}"
 
 
 def _integrity(db: sqlite3.Connection) -> list[str]:

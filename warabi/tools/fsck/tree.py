@@ -59,8 +59,8 @@ class TreeCheck:
     def run(self) -> None:
         """Everything but link counts, which come last, when nothing moves any more."""
         self._meta()
-        self._root()
         self._rows()
+        self._root()  # which may have been removed just now
         self._names()
         self._extra_names()
         self._belongings()
@@ -88,7 +88,7 @@ class TreeCheck:
 
     def _root(self) -> None:
         rows = self._all(f"SELECT {COLUMNS} FROM inode WHERE ino = {ROOT}")
-        if rows and isinstance(rows[0][2], int) and stat.S_ISDIR(rows[0][2]):
+        if rows and isinstance(rows[0][2], int) and rows[0][2] & _TYPE == stat.S_IFDIR:
             return
         what = "the root directory is missing" if not rows else f"inode {ROOT} is no directory"
         if self._report.problem(what, "made anew", details=repr(rows)):
