@@ -231,7 +231,10 @@ class Journal:
         """Whether the WAL is so long that who commits is to call :meth:`checkpoint`."""
         if self._look_after > 0 or self._wal < 0:
             return False
-        left = _CHECKPOINT - self._pages()
+        try:
+            left = _CHECKPOINT - self._pages()
+        except OSError:
+            left = 0  # what keeps it from being read, the checkpoint will tell
         self._look_after = max(left, _CHECKPOINT // _PAGES) // _PAGES
         return left <= 0
 
