@@ -59,9 +59,11 @@ class TimedOut(Exception):
 
     Attributes:
         alone: whether other requests are answered, on the connection on which this one is not.
+        unsent: whether it was not sent, since its caller was gone.
     """
 
     alone = False
+    unsent = False
 
 
 class StorageFull(Exception):

@@ -8,7 +8,8 @@ Rules of this module:
   does no harm (``Operation.repeatable``).  The others may or may not have taken effect, so they
   raise.
 * A call that is not answered while others are fails and is not repeated.  If it may have pinned
-  something, the connection is given up, which gives it back.  Nor is a call repeated that was lost
+  something, the connection is given up, which gives it back.  Only ``watch`` is asked again after
+  that time, since it may rightly wait.  Nor is a call repeated that was lost
   first longer than ``patience`` ago: it may be what ends the connections.
 * A call whose caller is gone (``warabi/_core/caller.py``) is neither sent nor repeated.
 * What a connection holds at the provider ends with it: pins are taken again before the next
@@ -186,7 +187,8 @@ class ReconnectingLink:
                 repeated_until = repeated_until or now + self._patience
                 operation = OPERATIONS[name]
                 alone = isinstance(error, errors.TimedOut) and error.alone
-                if not alone or operation.pins is not None:
+                unsent = isinstance(error, errors.TimedOut) and error.unsent
+                if not alone or (operation.pins is not None and not unsent):
                     self._lose(link, error)
                 if alone or not operation.repeatable or now > repeated_until or is_gone():
                     raise
@@ -205,7 +207,13 @@ class ReconnectingLink:
             return None
         if changes is Changing.NAMES:
             self._names_changed = before
-        result, link = await self._do(name, lambda link: link.call(name, arguments))
+        try:
+            result, link = await self._do(name, lambda link: link.call(name, arguments))
+        except _NOBODY_THERE:
+            if name == "unpin":
+                # The pins ended with the connection; the next one must not take them again.
+                await self._count_pins(name, arguments, None, None)
+            raise
         if syncs:
             self._check_torn(name, arguments)  # torn while it was repeated
             self._synced(name, arguments, before)
@@ -283,8 +291,15 @@ class ReconnectingLink:
             }
 
     async def changes(self, number: int, new_names: bool) -> Changes:
-        changes, _ = await self._do("watch", lambda link: link.changes(number, new_names))
-        return changes
+        while True:
+            try:
+                changes, _ = await self._do("watch", lambda link: link.changes(number, new_names))
+            except errors.TimedOut as error:
+                if not error.alone:
+                    raise
+                # Nothing has changed, or the reply was lost, which the provider finds by *number*.
+            else:
+                return changes
 
     # Bytes
 

@@ -75,14 +75,14 @@ class Handlers:
 
     def __init__(self, handler: Callable[[Header, memoryview], Coroutine[Any, Any, Answer]]):
         self.handle = handler
+        self.undone: list[tuple[int, bytes, Answer]] = []
 
-        self.undone: list[tuple[int, bytes]] = []
-
-    def refusal(self, header: Header, error: Exception) -> Answer:
+    def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
         return errno.EIO
 
-    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
-        self.undone.append((header.unique, bytes(answer)))
+    async def undo(self, header: Header, body: memoryview, answer: Answer) -> None:
+        assert not caller.is_gone()
+        self.undone.append((header.unique, bytes(body), answer))
 
 
 async def test_what_both_sides_know_is_agreed_on(kernel: Kernel) -> None:
@@ -133,10 +133,10 @@ async def test_who_waits_keeps_nobody_waiting(kernel: Kernel) -> None:
         kernel.session.stop()
 
 
-async def test_more_requests_wait_than_there_are_workers(
+async def test_more_requests_wait_than_there_is_room_for(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "_WORKERS", 100)
+    monkeypatch.setattr(session_module, "_ROOM", 100 * session_module._TASK)
     done = trio.Event()
     kernel.here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
@@ -233,7 +233,7 @@ async def test_no_handler_leaves_a_request_unanswered(kernel: Kernel, late: bool
         return answer
 
     class Unsure(Handlers):
-        def refusal(self, header: Header, error: Exception) -> Answer:
+        def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
             raise LookupError("nor does this know an errno")
 
     async with trio.open_nursery() as nursery:
@@ -265,7 +265,7 @@ def test_every_exception_of_every_opcode_becomes_one_errno() -> None:
                 (errors.StorageFull("full"), errno.ENOSPC),
             ):
                 expected = None if opcode in silent else number
-                assert found.refusal(header, error) == expected
+                assert found.refusal(header, memoryview(b""), error) == expected
             if opcode not in [*Opcode]:
                 with pytest.raises(StopIteration) as answered:
                     found.handle(header, memoryview(b"")).send(None)
@@ -333,7 +333,7 @@ async def test_a_request_of_a_killed_thread_is_answered_and_what_it_brings_given
     async with trio.open_nursery() as nursery:
         nursery.start_soon(kernel.session.serve, handlers)
         for unique in (2, 4):
-            kernel.send(Opcode.LOOKUP, unique)
+            kernel.send(Opcode.LOOKUP, unique, b"name\0")
         await trio.testing.wait_all_tasks_blocked(0.05)
         for interrupted in (2, 2, 6, 4711):  # of two nothing is known
             kernel.send(Opcode.INTERRUPT, interrupted | 1, struct.pack("=Q", interrupted))
@@ -346,7 +346,7 @@ async def test_a_request_of_a_killed_thread_is_answered_and_what_it_brings_given
         done.set()
         assert await kernel.answer() == (4, 0, b"an inode")
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert handlers.undone == [(2, b"an inode")]
+        assert handlers.undone == [(2, b"name\0", b"an inode")]
         assert gone == {2: True, 4: False}
         killed.clear()
         for unique in (8, 10):  # nothing is left of it where the next ones are handled

@@ -8,19 +8,25 @@ import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from click.testing import CliRunner
 
 from tests.support.helpers import MEMORY, PATIENCE, Served, file_config, provider_process
 from tests.support.relay import Relay, relay
 from warabi import aio, errors, reconnect
 from warabi._core.attributes import ROOT
+from warabi._core.caller import CALLER, Caller
 from warabi.client import Client
 from warabi.engine import Engine
+from warabi.provider.session import Session
 from warabi.region import RegionID
+from warabi.server import Provider
 from warabi.tools.cli.main import main
 
 REG = stat.S_IFREG | 0o644
@@ -278,6 +284,113 @@ async def test_an_open_file_without_a_name_ends_with_the_connection(relayed: Rel
             await target.size(made.region)
         await target.call("unpin", made.ino, 1)  # as the kernel's release of it does
         assert await target.call("getattr", ROOT)
+
+
+async def test_a_pin_that_is_given_back_in_vain_is_not_taken_again(relayed: Relay) -> None:
+    async with (
+        reconnect.connect(relayed.address, 1, patience=0.2) as target,
+        aio.connect(relayed.engine, 1) as other,
+    ):
+        made = await target.call("mknod", ROOT, b"file", REG, 0, 0, 0, True, 0)
+        engine, relayed.engine = relayed.engine, ""
+        relayed.cut()
+        with pytest.raises((errors.ConnectionLost, errors.ConnectionFailed)):
+            await target.call("unpin", made.ino, 1)
+        relayed.engine = engine
+        with trio.fail_after(PATIENCE):
+            while True:
+                with contextlib.suppress(errors.ConnectionLost, errors.ConnectionFailed):
+                    await target.call("getattr", made.ino)
+                    break
+        await other.call("unlink", ROOT, b"file", False)
+        with pytest.raises(errors.InvalidRegion):
+            await other.size(made.region)
+
+
+# Replies that never come while others do
+
+
+@contextlib.contextmanager
+def losing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[tuple[str, list[str]]]:
+    """A provider without replies to the operations *names*; its address, and these, which may be
+    changed."""
+    lost = list(names)
+    watch, operate = Session._watch, Session._operate
+
+    async def lost_watch(self: Session, number: int, *arguments: Any) -> None:
+        await watch(self, number + 1_000_000 * ("watch" in lost), *arguments)
+
+    async def lost_operate(self: Session, request: Any) -> None:
+        if request.name not in lost:
+            await operate(self, request)
+
+    monkeypatch.setattr(Session, "_watch", lost_watch)
+    monkeypatch.setattr(Session, "_operate", lost_operate)
+    with Engine("tcp") as engine, Provider(engine, 1, MEMORY):
+        yield str(engine.addr()), lost
+
+
+async def test_a_lost_reply_to_a_watch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with losing(monkeypatch) as (address, lost):
+        async with (
+            reconnect.connect(address, 1, timeout=1.0) as target,
+            aio.connect(address, 1) as other,
+            aclosing(target.changes()) as changes,
+        ):
+            with trio.fail_after(PATIENCE):
+                await anext(changes)  # that everything may have changed
+                lost.append("watch")
+                async with trio.open_nursery() as nursery:
+
+                    @nursery.start_soon
+                    async def change() -> None:
+                        await trio.sleep(0.1)  # it is asked
+                        await other.call("mkdir", ROOT, b"directory", 0o755, 0, 0, 0)
+                        await trio.sleep(0.2)  # that is answered
+                        lost.clear()
+
+                    assert (await anext(changes)).everything
+
+
+async def test_waiting_for_others_that_get_no_reply_is_a_part_of_a_requests_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with losing(monkeypatch, "commit") as (address, _):
+        async with (
+            reconnect.connect(address, 1, timeout=0.5) as target,
+            trio.open_nursery() as nursery,
+        ):
+            region = await target.create(1)
+            scopes: list[trio.CancelScope] = []
+            ended = 0
+
+            async def commit() -> None:
+                nonlocal ended
+                with trio.CancelScope() as scope, contextlib.suppress(errors.TimedOut):
+                    scopes.append(scope)
+                    await target.call("commit")
+                ended += 1
+
+            async def resize(caller: Caller) -> None:
+                CALLER.set(caller)
+                with pytest.raises(errors.TimedOut, match="caller is gone"):
+                    await target.resize(region, 2)
+                assert await target.size(region) == 1
+
+            for _ in range(64):
+                nursery.start_soon(commit)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            with trio.fail_after(PATIENCE):
+                with pytest.raises(errors.TimedOut, match="not sent"):
+                    await target.call("getattr", ROOT)
+                assert ended == 0
+                async with trio.open_nursery() as inner:
+                    caller = Caller()
+                    inner.start_soon(resize, caller)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    caller.gone = True  # what would change something is not sent any more
+                    for scope in scopes:
+                        scope.cancel()
 
 
 # Syncing

@@ -22,13 +22,14 @@ import trio
 
 from warabi import errors
 from warabi._core import forks
+from warabi._core.caller import is_gone
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.eventloop.busy_poll import Lookout
 from warabi.eventloop.inline_wait import Lull
 from warabi.protocol import address as _address
 from warabi.protocol import handshake, wire
 from warabi.protocol.auth import Security
-from warabi.protocol.operations import OPERATIONS
+from warabi.protocol.operations import OPERATIONS, ChangeScope
 from warabi.protocol.pending import Patience, PendingRequest, Replies
 from warabi.protocol.transport import Plain, Transport
 from warabi.protocol.wire import NEED_DATA, Limits
@@ -280,13 +281,38 @@ class TrioConnection(Replies):
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
-            await self._slots.acquire()
+            await self._acquire_slot(request)
         self._awaited += soon
         try:
             return await self._request(request, header, payload, soon and self._awaited == 1)
         finally:
             self._awaited -= soon
             self._slots.release()
+
+    async def _acquire_slot(self, request: PendingRequest) -> None:
+        """Wait until one of the requests under way has ended.
+
+        Raises:
+            TimedOut: the request has waited for as long as it may for its reply, or would change
+                something for a caller that is gone; it was not sent.
+        """
+        request.since = trio.current_time()  # this wait is a part of the request's time
+        limit = self._limit(request)
+        with trio.move_on_after(limit) as scope:
+            await self._slots.acquire()
+        if scope.cancelled_caught:
+            error = TimedOut(
+                f"{request.what}: not sent to {self._name}, which has not answered"
+                f" {_IN_FLIGHT} requests before it for {limit:g} s"
+            )
+            error.alone = True
+            raise error
+        operation = OPERATIONS.get(request.operation)
+        if operation is not None and operation.changes is not ChangeScope.NOTHING and is_gone():
+            self._slots.release()
+            error = TimedOut(f"{request.what}: not sent, since its caller is gone")
+            error.alone = error.unsent = True
+            raise error
 
     async def _request(
         self,
@@ -301,8 +327,8 @@ class TrioConnection(Replies):
         size = 0 if payload is None else len(payload)
         frame = wire.frame([request_id, *header], size, self.limits)
         request.event = trio.Event()
-        request.since = trio.current_time()
-        request.expires = request.since + self._patience.of(request.operation)
+        request.since = request.since or trio.current_time()
+        request.expires = request.since + self._limit(request)
         self._requests[request_id] = request
         self._busy.set()
         self._send([frame, payload])
@@ -340,13 +366,16 @@ class TrioConnection(Replies):
 
     def _deadline(self, request: PendingRequest) -> float:
         """When *request* gives up, by Trio's clock, if nothing comes until then."""
-        silence = max(self._heard, request.since) + self._timeout
+        return min(max(self._heard, request.since) + self._timeout, request.expires)
+
+    def _limit(self, request: PendingRequest) -> float:
+        """Seconds that *request* may take, whatever signs of life come."""
+        limit = self._patience.of(request.operation)
+        if not self._deadlines:
+            return limit
         operation = OPERATIONS.get(request.operation)
-        silence = min(silence, request.expires)
-        if not self._deadlines or operation is None or request.operation == "watch":
-            return silence
-        slow = operation.waits or operation.long
-        return min(silence, request.since + self._timeout * (_SLOW if slow else 1))
+        slow = operation is None or operation.waits or operation.long
+        return min(limit, self._timeout * (_SLOW if slow else 1))
 
     async def _watch_silence(self) -> None:
         """Give up on requests when the provider has been silent for too long, or has not answered

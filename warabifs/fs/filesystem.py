@@ -77,8 +77,8 @@ class FileSystem:
         self.openless = openless
         self.appends = not exclusive
         """Whether the provider has to say where appended bytes go: others change files, too."""
-        self._drop_name = drop_name
-        self._drop_attributes = drop_attributes
+        self.drop_name = drop_name
+        self.drop_attributes = drop_attributes
         self._remember_names = remember_names
         self._names = BelievedNames(drop_name)
         self._known: dict[int, Known] = {}
@@ -194,7 +194,7 @@ class FileSystem:
         if known is not None:
             known.held += 1
             if known.aliased:  # else that name keeps the kernel from forgetting the inode
-                self._drop_name(ROOT, attributes.region.hex().encode())
+                self.drop_name(ROOT, attributes.region.hex().encode())
         else:
             await self._target.call("unpin", attributes.ino, 1)
 
@@ -328,7 +328,7 @@ class FileSystem:
         mode = (await self.getattr(ino)).mode
         if mode != without_setid(mode):
             await self.setattr(ino, None, without_setid(mode), None, None, None, None)
-            self._drop_attributes(ino)  # it believes the old mode for as long as it may
+            self.drop_attributes(ino)  # it believes the old mode for as long as it may
         known = self._known.get(ino)
         if known is not None:
             known.harmless = now + self._attr_timeout

@@ -49,6 +49,8 @@ _ERRNO: dict[type[errors.Exception], int] = {
     errors.TargetBusy: errno.EBUSY,
     errors.ProviderFailed: errno.EIO,
 }
+_UNKNOWN_EFFECT = (errors.ConnectionLost, errors.TimedOut)
+"""What is raised when a reply was lost, and nothing tells whether the request took effect."""
 _QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
 
 _ENTRIES = (
@@ -178,6 +180,8 @@ class Operations:
         self._attr_valid = _seconds(attr_timeout)
         self._negative_valid = _seconds(negative_timeout)
         self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
+        self._writeback = writeback
+        self._firm: set[int] = set()  # requests that are not cut short
         self._openless = files.openless and not direct_io  # which is said of each open file
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
@@ -211,23 +215,42 @@ class Operations:
         """
         return _HANDLERS.get(header.opcode, _unknown)(self, header, body)
 
-    def refusal(self, header: Header, error: Exception) -> Answer:
+    def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*."""
+        if isinstance(error, _UNKNOWN_EFFECT):
+            self._doubt(header, body)
         number = errno_of(error, name_of(header.opcode))
         return None if header.opcode in _SILENT else number
 
-    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
-        """Give back what *answer* to a request refers to, which the kernel will not get."""
+    async def undo(self, header: Header, body: memoryview, answer: Answer) -> None:
+        """Give back what *answer* to a request refers to, which the kernel will not get, and have
+        the kernel ask for what it may have changed.
+
+        Never of a target in this process, for which nothing is interrupted.
+        """
+        self._doubt(header, body)
         opcode = header.opcode
+        if not isinstance(answer, (bytes, memoryview)):
+            return
         if opcode in _ENTRIES:
             await self._files.forget([(ino, 1) for ino in protocol.inodes_of(opcode, answer)])
         if opcode in (Opcode.OPEN, Opcode.CREATE):
             start = protocol.ENTRY_SIZE if opcode == Opcode.CREATE else 0
-            if self._passing is not None:
-                self._passing.release(header.node)
             await self._files.release(protocol.HANDLE.unpack_from(answer, start)[0])
         elif opcode == Opcode.OPENDIR:
             self._files.releasedir(protocol.HANDLE.unpack_from(answer)[0])
+
+    def _doubt(self, header: Header, body: memoryview) -> None:
+        """A request may or may not have changed something: have the kernel believe neither.
+
+        By itself the kernel does so for some requests that are interrupted, and not for what it
+        believes to be absent.
+        """
+        changed = protocol.changed_by(header, body)
+        for directory, name in changed.names:
+            self._files.drop_name(directory, name)
+        for ino in changed.inodes:
+            self._files.drop_attributes(ino)
 
     def _entry(self, attributes: Attributes) -> bytes:
         directory = stat.S_ISDIR(attributes.mode)
@@ -298,7 +321,9 @@ class Operations:
     async def interrupted(self, header: Header, body: memoryview) -> Answer:
         if self._interrupt is None:
             return errno.ENOSYS  # the kernel asks no more then
-        self._interrupt(protocol.INTERRUPTED.unpack_from(body)[0])
+        (unique,) = protocol.INTERRUPTED.unpack_from(body)
+        if unique not in self._firm:
+            self._interrupt(unique)
         return None
 
     @_handles(Opcode.DESTROY)
@@ -318,16 +343,24 @@ class Operations:
         # The kernel's seconds alone have 64 bits; no message has room for so many nanoseconds.
         new_atime = now if valid & _ATIME_NOW else clamped(atime * _SECOND + atime_ns)
         new_mtime = now if valid & _MTIME_NOW else clamped(mtime * _SECOND + mtime_ns)
-        changed = await self._files.setattr(
-            header.node,
-            size if valid & _SIZE else None,
-            mode if valid & _MODE else None,
-            uid if valid & _UID else None,
-            gid if valid & _GID else None,
-            new_atime if valid & _ATIME else None,
-            new_mtime if valid & _MTIME else None,
-            kill_setid=valid & _KILL_SUIDGID != 0,
-        )
+        # With writeback the kernel keeps the size that it believes, and asks for no other one.
+        firm = valid & _SIZE and self._writeback
+        if firm:
+            self._firm.add(header.unique)
+        try:
+            changed = await self._files.setattr(
+                header.node,
+                size if valid & _SIZE else None,
+                mode if valid & _MODE else None,
+                uid if valid & _UID else None,
+                gid if valid & _GID else None,
+                new_atime if valid & _ATIME else None,
+                new_mtime if valid & _MTIME else None,
+                kill_setid=valid & _KILL_SUIDGID != 0,
+            )
+        finally:
+            if firm:
+                self._firm.remove(header.unique)
         return self._attributes(changed)
 
     @_handles(Opcode.READLINK)

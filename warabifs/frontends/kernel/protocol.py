@@ -277,6 +277,38 @@ def inodes_of(opcode: int, answer: bytes | memoryview) -> Iterator[int]:
         position += (_DIRENT_SIZE + length + 7) & ~7
 
 
+class Changed(NamedTuple):
+    """What a request changes, as far as the kernel keeps it."""
+
+    names: list[tuple[int, bytes]]  # in which directory
+    inodes: list[int]  # whose attributes
+
+
+_NAMES_AT: dict[int, int] = {
+    Opcode.SYMLINK: 0, Opcode.UNLINK: 0, Opcode.RMDIR: 0, Opcode.MKNOD: MKNOD.size,
+    Opcode.MKDIR: MKDIR.size, Opcode.LINK: LINK.size, Opcode.CREATE: CREATE.size,
+    Opcode.RENAME: RENAME.size, Opcode.RENAME2: RENAME2.size,
+}  # fmt: skip
+"""Where names are in the bodies of requests that change what names mean."""
+
+
+def changed_by(header: Header, body: memoryview) -> Changed:
+    """What a request changes, if it does; of bytes, and what follows from them, nothing."""
+    opcode = header.opcode
+    start = _NAMES_AT.get(opcode)
+    if start is None:
+        return Changed([], [header.node] if opcode == Opcode.SETATTR else [])
+    name, _, rest = bytes(body[start:]).partition(b"\0")
+    names, inodes = [(header.node, name)], [header.node]
+    if opcode in (Opcode.RENAME, Opcode.RENAME2):
+        (directory,) = RENAME.unpack_from(body)
+        names.append((directory, rest.partition(b"\0")[0]))
+        inodes.append(directory)
+    elif opcode == Opcode.LINK:
+        inodes.append(LINK.unpack_from(body)[0])
+    return Changed(names, inodes)
+
+
 def pack_direntry(ino: int, cookie: int, mode: int, name: bytes) -> bytes:
     """An entry of a directory; *cookie* continues behind it."""
     padding = -(_DIRENT_SIZE + len(name)) & 7

@@ -49,8 +49,12 @@ than all else that it does for a request.
 """
 _STREAK = 16
 """Requests that may be taken between two turns of Trio's loop."""
-_WORKERS = 1000
-"""Requests that may wait at the same time; each has a buffer, of which what it needs is used."""
+_ROOM = 1 << 30
+"""Bytes of memory that requests which wait may take; beyond that none is taken, nor is it noticed
+that a thread which waits is killed.  So this is more than the threads of a machine take, unless
+thousands of them write."""
+_TASK = 16 * 1024
+"""Bytes that such a request takes besides what was asked for: its task, and its buffer's page."""
 _LOOK = 0.2
 """Seconds between two looks whether a thread that was interrupted is being killed."""
 _IN_KERNEL = 0.5
@@ -115,11 +119,12 @@ class Requests(Protocol):
     def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
         """Handle a request, given its header and what follows, which is valid until the answer."""
 
-    def refusal(self, header: Header, error: Exception) -> Answer:
+    def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*."""
 
-    async def undo(self, header: Header, answer: bytes | memoryview) -> None:
-        """Give back what *answer* would have given to the kernel, which will not get it."""
+    async def undo(self, header: Header, body: memoryview, answer: Answer) -> None:
+        """Give back what *answer* would have given to the kernel, which got another one: that the
+        request was interrupted."""
 
 
 class FuseSession:
@@ -140,7 +145,7 @@ class FuseSession:
         self._over = False
         self._led = False  # a worker leads, or is about to
         self._busy = 0  # requests whose handlers wait
-        self._workers = 0
+        self._held = 0  # bytes of memory that they take, about
         self._waiting: dict[int, _Waiting] = {}
         self._idle: list[trio.Event] = []
         self._nursery: trio.Nursery | None = None
@@ -199,17 +204,16 @@ class FuseSession:
     # Workers
 
     def _lead_on(self) -> None:
-        """Have another worker lead, if there may be another one."""
-        if self._idle:
+        """Have another worker lead, if there is room for another request."""
+        if self._held >= _ROOM:
+            self._led = False  # the first that is done will
+        elif self._idle:
             self._led = True
             self._idle.pop().set()
-        elif self._workers < _WORKERS:
+        else:
             assert self._nursery is not None
             self._led = True
-            self._workers += 1
             self._nursery.start_soon(self._work)
-        else:
-            self._led = False  # the first that is done will
 
     async def _work(self) -> None:
         # Memory that takes no room until it is used.
@@ -219,49 +223,49 @@ class FuseSession:
         assert requests is not None
         caller = Caller()
         CALLER.set(caller)
-        try:
-            while not self._over:
-                count = self._take(buffer)
-                if not count:
-                    await self._wait_for_request()
-                    continue
-                header = Header._make(_unpack_header(buffer))
-                handler = requests.handle(header, buffer[_HEADER_SIZE:count])
-                # Begun right here: few have to wait for anything.
-                try:
-                    step = handler.send(None)
-                except StopIteration as done:
-                    self._send(header.unique, done.value)
-                    continue
-                except Exception as error:
-                    self._send(header.unique, self._refusal(header, error))
-                    continue
-                self._busy += 1
-                self._lead_on()
-                self._waiting[header.unique] = _Waiting(header.pid, caller)
-                try:
-                    answer = await continued(handler, step)
-                except Exception as error:
-                    # For a killed thread the kernel has closed by now what its handler uses.
-                    answer = errno.EINTR if caller.gone else self._refusal(header, error)
-                finally:
-                    self._busy -= 1
-                    del self._waiting[header.unique]
-                if caller.gone:
-                    await self._undo(header, answer)
-                    caller.gone = False
-                else:
-                    self._send(header.unique, answer)
-                if not self._led:
-                    self._led = True
-                elif not self._over:
-                    if len(self._idle) >= _IDLE:
-                        return
-                    idle = trio.Event()
-                    self._idle.append(idle)
-                    await idle.wait()
-        finally:
-            self._workers -= 1
+        while not self._over:
+            count = self._take(buffer)
+            if not count:
+                await self._wait_for_request()
+                continue
+            header = Header._make(_unpack_header(buffer))
+            body = buffer[_HEADER_SIZE:count]
+            handler = requests.handle(header, body)
+            # Begun right here: few have to wait for anything.
+            try:
+                step = handler.send(None)
+            except StopIteration as done:
+                self._send(header.unique, done.value)
+                continue
+            except Exception as error:
+                self._send(header.unique, self._refusal(header, body, error))
+                continue
+            self._busy += 1
+            self._held += _TASK + count
+            self._lead_on()
+            self._waiting[header.unique] = _Waiting(header.pid, caller)
+            try:
+                answer = await continued(handler, step)
+            except Exception as error:
+                # For a killed thread the kernel has closed by now what its handler uses.
+                answer = errno.EINTR if caller.gone else self._refusal(header, body, error)
+            finally:
+                self._busy -= 1
+                self._held -= _TASK + count
+                del self._waiting[header.unique]
+            if caller.gone:
+                caller.gone = False  # what is given back, is not for the one that is gone
+                await self._undo(header, body, answer)
+            else:
+                self._send(header.unique, answer)
+            if not self._led:
+                self._led = True
+            elif not self._over:
+                if len(self._idle) >= _IDLE:
+                    return
+                idle = trio.Event()
+                self._idle.append(idle)
+                await idle.wait()
 
     async def _wait_for_request(self) -> None:
         self._streak = 0
@@ -320,23 +324,22 @@ class FuseSession:
                 return
             await trio.sleep(_LOOK)
 
-    async def _undo(self, header: Header, answer: Answer) -> None:
+    async def _undo(self, header: Header, body: memoryview, answer: Answer) -> None:
         """What was asked for was done, after the thread that asked had been killed."""
         assert self._requests is not None
         try:
             if isinstance(answer, Early):
                 answer.rest()
-            elif isinstance(answer, (bytes, memoryview)):
-                await self._requests.undo(header, answer)
+            await self._requests.undo(header, body, answer)
         except Exception as error:
-            self._refusal(header, error)  # logs it
+            self._refusal(header, body, error)  # logs it
 
-    def _refusal(self, header: Header, error: Exception) -> Answer:
+    def _refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*, whatever that is: one exception
         does not end the mount, and no request is left without an answer."""
         assert self._requests is not None
         try:
-            return self._requests.refusal(header, error)
+            return self._requests.refusal(header, body, error)
         except Exception as failure:
             log.error("unhandled exception in opcode %d", header.opcode, exc_info=failure)
             return errno.EIO
