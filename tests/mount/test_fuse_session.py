@@ -356,6 +356,48 @@ async def test_a_request_of_a_killed_thread_is_answered_and_what_it_brings_given
         kernel.session.stop()
 
 
+@pytest.mark.parametrize("writeback", [False, True])
+def test_what_truncates_is_not_cut_short_where_the_kernel_keeps_sizes(writeback: bool) -> None:
+    class Files(FileSystem):
+        async def setattr(self, *arguments: Any, **options: Any) -> Any:
+            await trio.sleep_forever()
+
+        open = setattr
+
+    target = layout.open_memory(MemoryConfig())
+    interrupted: list[int] = []
+    files = Files(aio.attach(target), exclusive=True, attr_timeout=1.0, drop_name=lambda *_: None)
+    found = operations.Operations(
+        files, entry_timeout=1.0, directory_timeout=1.0, attr_timeout=1.0, negative_timeout=1.0,
+        direct_io=True, writeback=writeback, interrupt=interrupted.append,
+    )  # fmt: skip
+
+    def request(opcode: int, unique: int, body: bytes) -> Coroutine[Any, Any, Answer]:
+        return found.handle(Header(40, opcode, unique, 1, 0, 0, 1, 0), memoryview(body))
+
+    async def main() -> None:
+        none = (0,) * 14
+        waiting = [
+            request(Opcode.SETATTR, 2, protocol.SETATTR.pack(protocol.Valid.SIZE, *none)),
+            request(Opcode.SETATTR, 4, protocol.SETATTR.pack(protocol.Valid.MODE, *none)),
+            request(Opcode.OPEN, 6, protocol.OPEN.pack(os.O_WRONLY | os.O_TRUNC, 0)),
+            request(Opcode.OPEN, 8, protocol.OPEN.pack(os.O_WRONLY, 0)),
+        ]
+        for handler in waiting:
+            handler.send(None)
+        for unique in (2, 4, 6, 8):
+            await request(Opcode.INTERRUPT, unique | 1, protocol.INTERRUPTED.pack(unique))
+        assert interrupted == ([4, 8] if writeback else [2, 4, 6, 8])
+        for handler in waiting:
+            handler.close()
+        assert not found._firm
+
+    try:
+        trio.run(main)
+    finally:
+        target.close()
+
+
 WAITING = """
 import signal, sys
 handled, ignored, blocked = map(int, sys.argv[1:])

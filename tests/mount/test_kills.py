@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.mount.support import (
     PROVIDER_ID,
     Mount,
     Provider,
+    another_python,
     environment,
     fails_with,
     is_mounted,
@@ -256,6 +257,99 @@ def test_a_signal_that_kills_may_follow_one_that_does_not(
             assert process.wait(30) == -number
 
 
+MANY_THREADS = """
+import os, sys, threading
+path, count = sys.argv[1], int(sys.argv[2])
+print("ready", flush=True)
+input()
+threading.stack_size(1 << 16)
+for number in range(count):
+    threading.Thread(target=os.path.exists, args=(f"{path}/{number}",)).start()
+print("begun", flush=True)
+"""
+
+
+@pytest.mark.parametrize("provider", ["tcp"], indirect=True)
+def test_a_program_whose_many_threads_all_wait_can_be_killed(
+    provider: Provider, place: Path
+) -> None:
+    with (
+        mounted(provider, place, *FOR_EVER) as mount,
+        another_python(MANY_THREADS, mount.path, "1500") as process,
+    ):
+        assert line_of(process) == "ready"
+        with stopped(provider):
+            print(file=process.stdin, flush=True)
+            assert line_of(process) == "begun"
+            tasks = Path(f"/proc/{process.pid}/task")
+            wait_until(
+                lambda: sum(waits(int(task.name)) for task in tasks.iterdir()) >= 1500, "requests"
+            )
+            process.kill()
+            assert process.wait(30) == -signal.SIGKILL
+        assert os.listdir(mount.path) == []
+
+
+UNANSWERED = """
+import os, trio
+from warabi.session import Session
+_operate, _reply = Session._operate, Session._reply
+async def operate(self, request):
+    if request.name in ("mkdir", "mknod", "symlink", "link", "unlink", "rename"):
+        if os.path.exists({path!r}):
+            self._reply = reply.__get__(self)
+    try:
+        await _operate(self, request)
+    finally:
+        self.__dict__.pop("_reply", None)
+async def reply(self, *arguments):
+    if {late}:
+        while os.path.exists({path!r}):
+            await trio.sleep(0.02)
+        await _reply(self, *arguments)
+Session._operate = operate
+"""
+"""A provider that does what it is asked for, and does not say so, or says it late."""
+
+
+@pytest.mark.parametrize(
+    ("believing", "killed"),
+    [("entry_timeout=600,negative_timeout=600", True), ("exclusive", False)],
+)
+def test_what_took_effect_without_an_answer_is_seen(
+    place: Path, believing: str, killed: bool
+) -> None:
+    """Though the kernel was to believe what it knew of these names for long."""
+    switch = place / "unanswered"
+    timeout = "timeout=600" if killed else "timeout=1"
+    with (
+        serving("tcp", before=UNANSWERED.format(path=str(switch), late=killed)) as provider,
+        mounted(provider, place, believing, timeout) as mount,
+    ):
+        make_files(mount.path)
+        works = [
+            "os.mkdir(path + '/made')", "os.rename(path + '/moved', path + '/there')",
+            "os.mknod(path + '/new')", "os.unlink(path + '/removed')",
+            "os.link(path + '/file', path + '/linked')", "os.symlink('file', path + '/symbolic')",
+        ]  # fmt: skip
+        present = ("made", "there", "new", "linked", "symbolic")
+        for name in present:
+            assert not (mount.path / name).exists()
+        for work in works if killed else works[:2]:
+            with waiters(mount.path, [work]) as (process,):
+                switch.touch()
+                assert begin(process)
+                if killed:
+                    time.sleep(0.1)
+                    process.kill()
+                process.wait(30)
+                switch.unlink()
+        for name in present if killed else present[:2]:
+            wait_until((mount.path / name).exists, name)
+        assert not (mount.path / "moved").exists()
+        assert (mount.path / "removed").exists() != killed
+
+
 LOST = """
 from warabi.provider.session import ClientSession
 _operate = ClientSession._operate
@@ -285,12 +379,15 @@ def test_a_request_that_is_never_answered_ends_at_its_time(
 ) -> None:
     with (
         serving(transport, before=defect) as provider,
-        mounted(provider, place, "timeout=2", "reconnect=1") as mount,
+        mounted(provider, place, "timeout=1", "reconnect=0.5") as mount,
     ):
         path = mount.path
         (path / "link").symlink_to("target")
         (path / "held").write_bytes(b"")
-        for work in ((path / "directory").mkdir, (path / "link").readlink):
+        works: list[Callable[[], object]] = [(path / "directory").mkdir]
+        if defect is LOST:
+            works.append((path / "link").readlink)
+        for work in works:
             with fails_with(errno.ETIMEDOUT, errno.ENOTCONN):
                 work()
             assert sorted(os.listdir(path)) == ["held", "link"]

@@ -8,13 +8,14 @@ What follows a request's header lies in a buffer that is used again after the an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import stat
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,21 @@ class Operations:
         for ino in changed.inodes:
             self._files.drop_attributes(ino)
 
+    @contextlib.contextmanager
+    def _uncut(self, header: Header, truncates: int) -> Iterator[None]:
+        """Do not cut a request short that *truncates* a file whose size the kernel keeps.
+
+        With writeback the kernel believes its own size, and would never ask for the new one.
+        """
+        if not (truncates and self._writeback):
+            yield
+            return
+        self._firm.add(header.unique)
+        try:
+            yield
+        finally:
+            self._firm.remove(header.unique)
+
     def _entry(self, attributes: Attributes) -> bytes:
         directory = stat.S_ISDIR(attributes.mode)
         valid, rest = self._directory_valid if directory else self._entry_valid
@@ -343,11 +359,7 @@ class Operations:
         # The kernel's seconds alone have 64 bits; no message has room for so many nanoseconds.
         new_atime = now if valid & _ATIME_NOW else clamped(atime * _SECOND + atime_ns)
         new_mtime = now if valid & _MTIME_NOW else clamped(mtime * _SECOND + mtime_ns)
-        # With writeback the kernel keeps the size that it believes, and asks for no other one.
-        firm = valid & _SIZE and self._writeback
-        if firm:
-            self._firm.add(header.unique)
-        try:
+        with self._uncut(header, valid & _SIZE):
             changed = await self._files.setattr(
                 header.node,
                 size if valid & _SIZE else None,
@@ -358,9 +370,6 @@ class Operations:
                 new_mtime if valid & _MTIME else None,
                 kill_setid=valid & _KILL_SUIDGID != 0,
             )
-        finally:
-            if firm:
-                self._firm.remove(header.unique)
         return self._attributes(changed)
 
     @_handles(Opcode.READLINK)
@@ -452,7 +461,8 @@ class Operations:
             keep_setid = not more & protocol.OPEN_KILL_SUIDGID
         else:
             keep_setid = header.uid == 0
-        handle, fresh, found = await self._files.open(header.node, flags, keep_setid=keep_setid)
+        with self._uncut(header, flags & os.O_TRUNC):
+            handle, fresh, found = await self._files.open(header.node, flags, keep_setid=keep_setid)
         return self._opened(handle, found.region, flags, fresh)
 
     @_handles(Opcode.READ)
