@@ -364,10 +364,10 @@ def test_what_truncates_is_not_cut_short_where_the_kernel_keeps_sizes(writeback:
 
         open = setattr
 
-    target = layout.open_memory(MemoryConfig())
+    target = opening.open_memory(MemoryConfig())
     interrupted: list[int] = []
     files = Files(aio.attach(target), exclusive=True, attr_timeout=1.0, drop_name=lambda *_: None)
-    found = operations.Operations(
+    found = dispatch.Operations(
         files, entry_timeout=1.0, directory_timeout=1.0, attr_timeout=1.0, negative_timeout=1.0,
         direct_io=True, writeback=writeback, interrupt=interrupted.append,
     )  # fmt: skip

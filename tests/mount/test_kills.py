@@ -292,8 +292,8 @@ def test_a_program_whose_many_threads_all_wait_can_be_killed(
 
 UNANSWERED = """
 import os, trio
-from warabi.session import Session
-_operate, _reply = Session._operate, Session._reply
+from warabi.provider.session import ClientSession
+_operate, _reply = ClientSession._operate, ClientSession._reply
 async def operate(self, request):
     if request.name in ("mkdir", "mknod", "symlink", "link", "unlink", "rename"):
         if os.path.exists({path!r}):
@@ -307,7 +307,7 @@ async def reply(self, *arguments):
         while os.path.exists({path!r}):
             await trio.sleep(0.02)
         await _reply(self, *arguments)
-Session._operate = operate
+ClientSession._operate = operate
 """
 """A provider that does what it is asked for, and does not say so, or says it late."""
 

@@ -24,7 +24,7 @@ from warabi._core.attributes import ROOT
 from warabi._core.caller import CALLER, Caller
 from warabi.client import Client
 from warabi.engine import Engine
-from warabi.provider.session import Session
+from warabi.provider.session import ClientSession
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.tools.cli.main import main
@@ -315,17 +315,17 @@ def losing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[tuple[str, 
     """A provider without replies to the operations *names*; its address, and these, which may be
     changed."""
     lost = list(names)
-    watch, operate = Session._watch, Session._operate
+    watch, operate = ClientSession._watch, ClientSession._operate
 
-    async def lost_watch(self: Session, number: int, *arguments: Any) -> None:
+    async def lost_watch(self: ClientSession, number: int, *arguments: Any) -> None:
         await watch(self, number + 1_000_000 * ("watch" in lost), *arguments)
 
-    async def lost_operate(self: Session, request: Any) -> None:
+    async def lost_operate(self: ClientSession, request: Any) -> None:
         if request.name not in lost:
             await operate(self, request)
 
-    monkeypatch.setattr(Session, "_watch", lost_watch)
-    monkeypatch.setattr(Session, "_operate", lost_operate)
+    monkeypatch.setattr(ClientSession, "_watch", lost_watch)
+    monkeypatch.setattr(ClientSession, "_operate", lost_operate)
     with Engine("tcp") as engine, Provider(engine, 1, MEMORY):
         yield str(engine.addr()), lost
 
