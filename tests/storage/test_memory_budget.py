@@ -17,6 +17,7 @@ from tests.support.helpers import environment
 from warabi import errors
 from warabi.backends.memory_budget import Machine, machine_memory, physical_memory
 from warabi.metadata.tree import RENAME_WHITEOUT
+from warabi.region import RegionID
 from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabi.target.target import Target
@@ -200,6 +201,19 @@ def test_the_memory_of_files_between_others_is_used_again() -> None:
             assert target.read(region, 0, 5000) == bytes(5000)
         for region in regions[1::2]:
             assert target.read(region, 0, 5000) == b"a" * 5000
+
+
+def test_copies_take_memory() -> None:
+    with memory(32 * MiB) as target:
+        region = target.create_and_write(b"f" * (8 * MiB))
+        sparse = target.create(24 * MiB)
+        target.write(sparse, 23 * MiB, b"g")
+        copies = [RegionID.from_parts(1000 + i, 1) for i in range(4)]
+        for copy in copies[:2]:
+            target._storage.clone(region, copy, 8 * MiB)
+        with pytest.raises(errors.StorageFull):
+            target._storage.clone(region, copies[2], 8 * MiB)
+        target._storage.clone(sparse, copies[3], 24 * MiB)
 
 
 def test_large_regions_without_descriptors_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -65,7 +66,7 @@ def test_a_file_that_is_replaced_keeps_what_is_not_its_content(tmp_path: Path) -
     path.write_bytes(OLD)
     os.chown(path, 1, 2)
     os.setxattr(path, "user.note", b"kept")
-    path.chmod(0o640)
+    path.chmod(0o6640)  # the set-ID bits were for the old content
     write_file(path, b"new", PRIVATE)
     info = path.stat()
     assert (info.st_uid, info.st_gid, permissions(path)) == (1, 2, 0o640)
@@ -195,6 +196,7 @@ for path, words in (("closed/new", "may not make files in"), ("others", "may not
     except errors.PermissionDenied as error:
         assert words in str(error), error
 write_file(top / "shared", b"data")
+write_file(top / "open", b"data")
 """
 
 
@@ -203,7 +205,7 @@ def test_what_a_user_may_not_do(tmp_path: Path) -> None:
     top.mkdir()
     try:
         (top / "closed").mkdir(mode=0o555)
-        for name, group, mode in (("others", 0, 0o644), ("shared", 2, 0o664)):
+        for name, group, mode in (("others", 0, 0o644), ("shared", 2, 0o664), ("open", 0, 0o666)):
             (top / name).write_bytes(OLD)
             os.chown(top / name, 0, group)
             (top / name).chmod(mode)
@@ -213,7 +215,10 @@ def test_what_a_user_may_not_do(tmp_path: Path) -> None:
         assert (top / "others").read_bytes() == OLD
         info = (top / "shared").stat()
         assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1, 2, 0o664)
-        assert content(top) == ["closed", "others", "shared"]
+        # The group is this user's now: it does not get what another group had.
+        info = (top / "open").stat()
+        assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1, 2, 0o606)
+        assert content(top) == ["closed", "open", "others", "shared"]
     finally:
         subprocess.run(["rm", "-rf", top], check=True, timeout=9)
 
@@ -303,6 +308,21 @@ def test_a_full_disk_leaves_the_old_file(small: Path) -> None:
                 out.write(bytes(100_000))
         assert (small / "old").read_bytes() == OLD
         assert content(small) == ["old"]
+
+
+def test_what_the_medium_does_not_take_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "old").write_bytes(OLD)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("old", "new"):
+        with pytest.raises(errors.StorageError, match="Input/output error"):
+            write_file(tmp_path / name, b"data")
+    assert (tmp_path / "old").read_bytes() == OLD
+    assert content(tmp_path) == ["old"]
 
 
 def test_a_read_only_directory(small: Path) -> None:

@@ -266,7 +266,7 @@ class MemoryStorage(Storage):
             if own is None:
                 return None
             try:
-                self._budget.charge(_ROW + size)
+                self._budget.charge(_ROW)  # the rest counts already
                 fill(own)
             except BaseException:
                 own.discard()
