@@ -528,6 +528,23 @@ def test_more_names_than_a_reply_takes(address: str, client_engine: Engine) -> N
     assert len(ok("ls", address).splitlines()) == 3
 
 
+def test_a_reply_with_long_paths_is_short(address: str, client_engine: Engine) -> None:
+    """To find them takes time by their directories, not by their length."""
+    target = handle(client_engine, address)
+    link = target._link
+    ino = 1
+    for _ in range(200):
+        ino = link.call("mkdir", ino, b"d", 0o755, 0, 0, 0).ino
+    regions = [target.create(1) for _ in range(60)]
+    for i, region in enumerate(regions):
+        above = link.call("mkdir", ino, b"%d" % i, 0o755, 0, 0, 0).ino
+        link.call("link", region.slot, above, b"name")
+    page = link.call("list_stats", RegionID(), 250)
+    assert 0 < len(page) < 20
+    assert [region for region, _ in target.list_stats()] == regions
+    assert all(found.names[0].count("/") == 202 for _, found in page)
+
+
 def test_put_takes_little_memory(address: str, tmp_path: Path) -> None:
     """Of a file and of a pipe, more than there may be in memory."""
     size = 100 << 20

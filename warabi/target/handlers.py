@@ -22,6 +22,8 @@ from warabi.target.verify import summed, update, verify
 
 _NAMES = 64 * 1024
 """Characters of names in one reply, about: a reply has at most 1 MiB."""
+_COMPONENTS = 2000
+"""Of paths in one reply, about: to find each is some µs of an event loop."""
 _STATS = 250
 """Regions in one reply with their names, which take some time each."""
 
@@ -32,14 +34,15 @@ def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
 
 def _list_stats(target: Target, after: RegionID, limit: int) -> list[tuple[RegionID, RegionStat]]:
     """As ``list``, with what ``stat`` tells of each; empty only where no region is left."""
-    length, found = 0, []
+    length, components, found = 0, 0, []
     while regions := target.list(after, min(limit, _STATS)):
         for region in regions:
             with contextlib.suppress(InvalidRegion):  # erased meanwhile
                 known = _stat_with_some_names(target, region)
                 found.append((region, known))
                 length += sum(map(len, known.names))
-                if length > _NAMES:
+                components += sum(name.count("/") for name in known.names)
+                if length > _NAMES or components > _COMPONENTS:
                     return found
         if found:
             break
