@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     ConfigDict,
     Field,
     StrictBool,
@@ -33,9 +34,8 @@ from warabi.errors import ConfigError
 from warabi.protocol.auth import KEYS
 from warabi.server import Provider
 from warabi.target.config import (
-    FileTarget,
+    Model,
     ProviderConfig,
-    _Model,
     checked,
     refused_key,
     unknown_key,
@@ -81,7 +81,7 @@ def _section(value: Any) -> Any:
 _Section = Annotated[Any, AfterValidator(_section)]
 
 
-class _Margo(_Model):
+class _Margo(Model):
     """The engine's settings.  Margo's own may have any values, and no effect."""
 
     model_config = ConfigDict(extra="allow")
@@ -118,7 +118,7 @@ class _Margo(_Model):
         }
 
 
-class _Provider(_Model):
+class _Provider(Model):
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
     type: Annotated[StrictStr, AfterValidator(_type)]
     provider_id: Annotated[StrictInt, Field(ge=0, le=65535)] | None = None
@@ -130,7 +130,7 @@ class _Provider(_Model):
     tags: list[StrictStr] = Field(default_factory=list)
 
 
-class _Service(_Model):
+class _Service(Model):
     margo: _Margo = Field(default_factory=_Margo)
     libraries: Annotated[Any, AfterValidator(_libraries)] = Field(default_factory=list)
     providers: list[_Provider] = Field(default_factory=list, max_length=65536)
@@ -293,11 +293,15 @@ def _without_effect(settings: _Service) -> Iterator[str]:
             yield f"providers[].{key}"
     targets = [provider.config.target for provider in settings.providers]
     extra = {
-        key for target in targets if isinstance(target, FileTarget)
-        for key in target.config.abt_io.model_extra or ()
-    }  # fmt: skip
+        f"{name}.{key}"
+        for target in targets
+        if target is not None
+        for name, value in target.config
+        if isinstance(value, BaseModel)
+        for key in value.model_extra or ()
+    }
     for key in sorted(extra):
-        yield f"providers[].config.target.config.abt_io.{key}"
+        yield f"providers[].config.target.config.{key}"
 
 
 __all__ = ["Server"]

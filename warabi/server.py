@@ -17,7 +17,7 @@ from warabi.provider.migration.options import parse as migration_options
 from warabi.provider.migration.send import Sending
 from warabi.target import config as _config
 from warabi.target import opening
-from warabi.target.config import MemoryTarget, PipelineTransfer, ProviderConfig
+from warabi.target.config import PipelineTransfer, ProviderConfig
 from warabi.target.target import Target
 
 __all__ = ["Exception", "Provider"]
@@ -171,8 +171,8 @@ def _checked_id(provider_id: int) -> int:
 def _remember(core: ProviderCore) -> None:
     """Note which path a provider has open."""
     target = core.config.target
-    if target is not None and not isinstance(target, MemoryTarget):
-        _by_path[os.path.realpath(target.config.path)] = core
+    if target is not None and target.path is not None:
+        _by_path[os.path.realpath(target.path)] = core
 
 
 def _transfers(settings: ProviderConfig) -> Transfers:
@@ -186,13 +186,11 @@ def _open(settings: ProviderConfig) -> Target | None:
     target = settings.target
     if target is None:
         return None
-    if isinstance(target, MemoryTarget):
-        return opening.open_memory(target.config)
     try:
         return opening.open_target(target)
     except TargetBusy:
         # Perhaps by ourselves, for a provider that nobody can reach through its object any more.
-        holder = _by_path.get(os.path.realpath(target.config.path))
+        holder = _by_path.get(os.path.realpath(target.path or ""))
         if holder is None or not holder.abandoned:
             raise
         holder.close()

@@ -23,8 +23,10 @@ from tests.crash.targets import accounted, opened
 from tests.crash.workload import REGION_KINDS, next_op, on_target, promised_times
 from tests.support.helpers import PATIENCE, environment
 from warabi import errors
-from warabi.backends import FileStorage, PmemStorage, base, file
+from warabi.backends import base, file
+from warabi.backends.file import FileStorage
 from warabi.backends.memory import OWN_DESCRIPTOR
+from warabi.backends.pmem import PmemStorage
 from warabi.backends.xattr_times import Times
 from warabi.metadata import journal
 from warabi.region import RegionID

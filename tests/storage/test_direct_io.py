@@ -17,11 +17,12 @@ import trio
 import warabi.aio
 from tests.support.helpers import PATIENCE
 from warabi.backends.direct_io import DirectFileStorage, supports_direct_io
+from warabi.backends.file import AbtIoConfig
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine
 from warabi.region import RegionID
 from warabi.server import Provider
-from warabi.target.config import AbtIoConfig, FileConfig
+from warabi.target.config import FileConfig
 from warabi.target.opening import open_file
 
 BOUNCE = 1024 * 1024

@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.helpers import PATIENCE, environment, pattern, pmem_config, run_python
 from warabi import errors
-from warabi.backends import PmemStorage
+from warabi.backends.pmem import PmemStorage
 from warabi.client import Client
 from warabi.engine import Engine
 from warabi.region import RegionID

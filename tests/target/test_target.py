@@ -32,7 +32,7 @@ from warabi.local.link import DirectLink
 from warabi.provider.core import ProviderCore
 from warabi.server import Provider
 from warabi.target.config import parse
-from warabi.target.opening import open_memory, open_target
+from warabi.target.opening import open_target
 from warabi.target.target import Target
 
 SIZES = [0, 1, 2047, 2048, 2049, 4097, 65535, 65536, 65537, 262_145]
@@ -56,7 +56,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def _opened(backend: Backend, path: Path) -> Target:
     config = parse(backend[1](path)).target
     assert config is not None
-    return open_memory(config.config) if config.type == "memory" else open_target(config)
+    return open_target(config)
 
 
 @contextlib.contextmanager

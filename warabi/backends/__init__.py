@@ -1,19 +1,26 @@
-"""Where the bytes of regions live.  A new storage is one class and one line here."""
+"""Where the bytes of regions live: each backend is a module with one record.
+
+:mod:`warabi.backends.registry` has the table.  It is not imported here: whoever opens no target
+needs neither storages nor the checks of their settings.
+"""
 
 from __future__ import annotations
 
 from warabi.backends.base import Storage
-from warabi.backends.file import FileStorage
-from warabi.backends.memory import MemoryStorage
-from warabi.backends.pmem import PmemStorage
+from warabi.backends.record import Backend, Plan
 
-STORAGES: dict[str, type[Storage]] = {
-    "memory": MemoryStorage,
-    "abtio": FileStorage,
-    "file": FileStorage,
-    "pmem": PmemStorage,
-    "pmdk": PmemStorage,
-}
-"""Backend names of the configuration, aliases included."""
+__all__ = ["Backend", "Plan", "Storage", "register"]
 
-__all__ = ["STORAGES", "FileStorage", "MemoryStorage", "PmemStorage", "Storage"]
+
+def register(backend: Backend) -> None:
+    """Make a backend known to this process: its name is then a ``type`` of targets.
+
+    A package that is installed announces its backend instead, by an entry point of the group
+    ``warabi.backends``; then mounts and the ``warabi`` command know it, too.
+
+    Raises:
+        ConfigError: one of its names is taken or is no name, or the record contradicts itself.
+    """
+    from warabi.backends import registry
+
+    registry.register(backend)

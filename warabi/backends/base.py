@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
 
 from warabi import errors
 from warabi.backends.xattr_times import Times
@@ -94,6 +95,9 @@ class Storage(ABC):
     Failures of the medium are raised as ``StorageError``, no room as ``StorageFull``, bytes that
     should exist and do not as ``CorruptTarget``.
     """
+
+    instead: Mapping[str, Any] = MappingProxyType({})
+    """Settings that it has instead of those that it was opened with."""
 
     blocking: ClassVar[bool]
     """Whether a call may wait for a medium slower than memory, so that an event loop must not."""

@@ -16,7 +16,6 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from warabi._core.fileio import pread_full, pwrite_full
 from warabi.backends.base import STRANGERS, Location, Storage
@@ -151,13 +150,12 @@ class DirectFileStorage(FileStorage):
             self._bounce.clear()  # the traceback of a failure may still refer to one
 
 
-def open_storage(
-    root: Path, *, direct: bool, sync: bool, alignment: int
-) -> tuple[FileStorage, dict[str, Any]]:
-    """The storage that the settings of ``abtio`` ask for, and the settings that it has instead."""
-    if direct and not supports_direct_io(root):
-        log.warning("%s: the file system refuses direct I/O, the page cache is used", root)
-        return FileStorage(root, sync=sync), {"directio": False}
+def open_storage(root: Path, *, direct: bool, sync: bool, alignment: int) -> FileStorage:
+    """The storage that the settings of ``abtio`` ask for."""
+    if direct and supports_direct_io(root):
+        return DirectFileStorage(root, sync=sync, alignment=alignment)
+    storage = FileStorage(root, sync=sync)
     if direct:
-        return DirectFileStorage(root, sync=sync, alignment=alignment), {}
-    return FileStorage(root, sync=sync), {}
+        log.warning("%s: the file system refuses direct I/O, the page cache is used", root)
+        storage.instead = {"directio": False}
+    return storage

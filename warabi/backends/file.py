@@ -14,10 +14,12 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from warabi import errors
-from warabi._core import descriptors
+from warabi._core import config_keys, descriptors
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.fileio import (
     copy_file,
@@ -30,6 +32,8 @@ from warabi.backends import xattr_times as filetimes
 from warabi.backends.base import STRANGERS, Flush, Location, Storage
 from warabi.backends.fd_cache import Borrowed, OpenFile, Translated
 from warabi.backends.page_cache import LEAST, CachedFiles
+from warabi.backends.record import Backend, Plan, usual_plan
+from warabi.backends.settings import Bytes, Model, PathModel, Positive, unknown_key
 from warabi.backends.xattr_times import Times
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
 from warabi.metadata.journal import let_go, sync_directory
@@ -43,6 +47,37 @@ _SYNC_ONE_BY_ONE = 32
 _MOST_DESCRIPTORS = 16384
 """Region files that are kept open, where the process may have many more: each is kernel memory."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
+
+
+class AbtIoConfig(Model):
+    """Thread-pool settings, as ABT-IO has them; those that mean nothing here are accepted.
+
+    ``backing_thread_count`` is how many requests may wait for the medium at once.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    backing_thread_count: Positive | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> AbtIoConfig:
+        for key in self.model_extra or ():
+            if key not in config_keys.ABT_IO:
+                raise unknown_key(key, {"backing_thread_count", *config_keys.ABT_IO})
+        return self
+
+
+class FileConfig(PathModel):
+    """Settings of the ``abtio`` backend, also called ``file``."""
+
+    create_if_missing: StrictBool = False
+    override_if_exists: StrictBool = False
+    alignment: Annotated[StrictInt, Field(ge=8, multiple_of=8)] = 8
+    directio: StrictBool = False
+    sync: StrictBool = False
+    abt_io: AbtIoConfig = Field(default_factory=AbtIoConfig)
+    capacity: Bytes | None = None
+    checksums: StrictBool | None = None  # None: as the target has been so far
+    packed: StrictBool | None = None  # None: true
 
 
 class FileStorage(Storage):
@@ -508,3 +543,30 @@ class FileStorage(Storage):
 
 def _shard(rid: bytes) -> str:
     return f"{rid[-1]:02x}"
+
+
+def _open(settings: FileConfig, root: Path) -> Storage:
+    from warabi.backends.direct_io import open_storage  # which derives from the class above
+
+    return open_storage(
+        root, direct=settings.directio, sync=settings.sync, alignment=settings.alignment
+    )
+
+
+def _plan(settings: FileConfig) -> Plan:
+    return usual_plan(settings)._replace(
+        packed=settings.packed is not False and not settings.directio,
+        threads=settings.abt_io.backing_thread_count,
+    )
+
+
+BACKEND = Backend(
+    name="file",
+    aliases=("abtio",),
+    config=FileConfig,
+    storage=FileStorage,
+    open=_open,
+    existing=FileStorage,
+    plan=_plan,
+    fsck=True,
+)

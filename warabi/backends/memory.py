@@ -26,6 +26,8 @@ from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Locatio
 from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, Budget
 from warabi.backends.memory_pool import Own, Spare
+from warabi.backends.record import Backend
+from warabi.backends.settings import Bytes, Model
 from warabi.region import RegionID
 from warabi.shm.memory import SharedMemory
 
@@ -137,6 +139,12 @@ def _write(item: _Slot | Own, offset: int, data: memoryview) -> None:
         item.segment.view[start : start + len(data)] = data
     else:
         item.write(offset, data)
+
+
+class MemoryConfig(Model):
+    """Settings of the ``memory`` backend."""
+
+    capacity: Bytes | None = None
 
 
 class _Fresh(Fresh):
@@ -610,3 +618,12 @@ def _duplicate(fd: int, writable: bool) -> int:
     set pwrite(2) ignores the offset.
     """
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+
+BACKEND = Backend(
+    name="memory",
+    config=MemoryConfig,
+    storage=MemoryStorage,
+    open=lambda settings, root: MemoryStorage(),
+    limited=MemoryStorage,
+)

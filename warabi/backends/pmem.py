@@ -10,17 +10,40 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, StrictBool
 
 from warabi._core.fileio import pwrite_full
 from warabi.backends.base import STRANGERS, THIS_PROCESS, Location, Storage
 from warabi.backends.fd_cache import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.backends.range_flush import FlushMapping, PageCacheMapping, map_persistent
+from warabi.backends.record import Backend, Plan, usual_plan
+from warabi.backends.settings import Bytes, PathModel
 from warabi.errors import CorruptTarget
 from warabi.region import RegionID
 
 _MOST_MAPPINGS = 16384
 """Regions open at once; Linux allows a process 65530 mappings, for everything it maps."""
+
+
+SMALLEST_POOL = 8 * 1024 * 1024
+"""Bytes that a target has at least, as PMDK's pools do."""
+
+
+def _no_pool_or_large(size: int) -> int:
+    if 0 < size < SMALLEST_POOL:
+        raise ValueError(f"expected 0 or at least {SMALLEST_POOL}")
+    return size
+
+
+class PmemConfig(PathModel):
+    """Settings of the ``pmem`` backend, also called ``pmdk``."""
+
+    create_if_missing_with_size: Annotated[Bytes, AfterValidator(_no_pool_or_large)] = 0
+    override_if_exists: StrictBool = False
+    checksums: StrictBool | None = None
 
 
 class PmemStorage(FileStorage):
@@ -132,3 +155,24 @@ class PmemStorage(FileStorage):
                 f"{what} region {rid.hex()}: its file ends at {length} bytes, before {end}"
             )
         return length
+
+
+def _plan(settings: PmemConfig) -> Plan:
+    return usual_plan(settings)._replace(
+        create=bool(settings.create_if_missing_with_size),
+        creation="create_if_missing_with_size",
+        pool=settings.create_if_missing_with_size or None,
+    )
+
+
+BACKEND = Backend(
+    name="pmem",
+    aliases=("pmdk",),
+    config=PmemConfig,
+    storage=PmemStorage,
+    open=lambda settings, root: PmemStorage(root),
+    existing=FileStorage,
+    plan=_plan,
+    spelled=False,  # a new one needs a size
+    fsck=True,
+)

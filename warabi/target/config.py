@@ -2,123 +2,98 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
     StrictBool,
     StrictInt,
     StrictStr,
+    TypeAdapter,
     ValidationError,
+    create_model,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from warabi._core import config_keys
+from warabi.backends import Backend, registry
+from warabi.backends.file import FileConfig as FileConfig
+from warabi.backends.memory import MemoryConfig as MemoryConfig
+from warabi.backends.pmem import PmemConfig as PmemConfig
+from warabi.backends.settings import Bytes as Bytes
+from warabi.backends.settings import Model as Model
+from warabi.backends.settings import PathModel, Positive
+from warabi.backends.settings import refused_key as refused_key
+from warabi.backends.settings import unknown_key as unknown_key
 from warabi.errors import ConfigError
-
-Bytes = Annotated[StrictInt, Field(ge=0)]
-Positive = Annotated[StrictInt, Field(ge=1)]
-SMALLEST_POOL = 8 * 1024 * 1024
-"""Bytes that a ``pmem`` target has at least, as PMDK's pools do."""
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
 
 _AnyModel = TypeVar("_AnyModel", bound=BaseModel)
 
 
-class MemoryConfig(_Model):
-    """Settings of the ``memory`` backend."""
+class TargetConfig(Model):
+    """A target: one of the names of its backend, and that backend's settings.
 
-    capacity: Bytes | None = None
-
-
-def unknown_key(key: str, known: Collection[str]) -> PydanticCustomError:
-    """For validators of models that accept some keys that they have no field for."""
-    return refused_key(key, config_keys.unknown(key, known))
-
-
-def refused_key(key: str, reason: str) -> PydanticCustomError:
-    """As :func:`unknown_key`, for another reason; *key* may have dots."""
-    return PydanticCustomError("unknown_key", "{reason}", {"key": key, "reason": reason})
-
-
-class AbtIoConfig(_Model):
-    """Thread-pool settings, as ABT-IO has them; those that mean nothing here are accepted.
-
-    ``backing_thread_count`` is how many requests may wait for the medium at once.
+    What is validated becomes an instance of the subclass for its backend.
     """
 
-    model_config = ConfigDict(extra="allow")
-    backing_thread_count: Positive | None = None
+    type: str
+    config: SerializeAsAny[Model]
 
-    @model_validator(mode="after")
-    def _known(self) -> AbtIoConfig:
-        for key in self.model_extra or ():
-            if key not in config_keys.ABT_IO:
-                raise unknown_key(key, {"backing_thread_count", *config_keys.ABT_IO})
-        return self
+    @property
+    def backend(self) -> Backend:
+        """What ``type`` names."""
+        found = registry.find(self.type)
+        assert found is not None  # it was looked up when this was validated
+        return found
 
+    @property
+    def path(self) -> str | None:
+        """Where the target is, if it has a path."""
+        return self.config.path if isinstance(self.config, PathModel) else None
 
-class FileConfig(_Model):
-    """Settings of the ``abtio`` backend, also called ``file``."""
-
-    path: Annotated[StrictStr, Field(min_length=1)]
-    create_if_missing: StrictBool = False
-    override_if_exists: StrictBool = False
-    alignment: Annotated[StrictInt, Field(ge=8, multiple_of=8)] = 8
-    directio: StrictBool = False
-    sync: StrictBool = False
-    abt_io: AbtIoConfig = Field(default_factory=AbtIoConfig)
-    capacity: Bytes | None = None
-    checksums: StrictBool | None = None  # None: as the target has been so far
-    packed: StrictBool | None = None  # None: true
-
-
-def _no_pool_or_large(size: int) -> int:
-    if 0 < size < SMALLEST_POOL:
-        raise ValueError(f"expected 0 or at least {SMALLEST_POOL}")
-    return size
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_backend(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
+        if cls is not TargetConfig or isinstance(data, TargetConfig):
+            return handler(data)
+        if isinstance(data, dict) and isinstance(kind := data.get("type"), str):
+            registry.find(kind)  # which loads it, if it has to be
+        return _target_types(tuple(registry.loaded())).validate_python(data)
 
 
-class PmemConfig(_Model):
-    """Settings of the ``pmem`` backend, also called ``pmdk``."""
-
-    path: Annotated[StrictStr, Field(min_length=1)]
-    create_if_missing_with_size: Annotated[Bytes, AfterValidator(_no_pool_or_large)] = 0
-    override_if_exists: StrictBool = False
-    checksums: StrictBool | None = None
-
-
-class MemoryTarget(_Model):
-    type: Literal["memory"]
-    config: MemoryConfig = Field(default_factory=MemoryConfig)
-
-
-class FileTarget(_Model):
-    type: Literal["abtio", "file"]
-    config: FileConfig
+@functools.cache
+def _target_model(backend: Backend) -> type[TargetConfig]:
+    """The model of targets of one backend."""
+    settings = backend.config
+    required = any(field.is_required() for field in settings.model_fields.values())
+    names: Any = Literal[backend.names]
+    return create_model(
+        f"{backend.name.capitalize()}Target",
+        __base__=TargetConfig,
+        type=(names, ...),
+        config=(settings, ... if required else Field(default_factory=settings)),
+    )
 
 
-class PmemTarget(_Model):
-    type: Literal["pmem", "pmdk"]
-    config: PmemConfig
+@functools.lru_cache(maxsize=1)
+def _target_types(backends: tuple[Backend, ...]) -> TypeAdapter[TargetConfig]:
+    models = tuple(_target_model(backend) for backend in backends)
+    union: Any = Annotated[Union[models], Field(discriminator="type")]  # noqa: UP007
+    return TypeAdapter(union)
 
 
-class DefaultTransfer(_Model):
+class DefaultTransfer(Model):
     type: Literal["__default__"] = "__default__"
-    config: _Model = Field(default_factory=_Model)
+    config: Model = Field(default_factory=Model)
 
 
-class PipelineConfig(_Model):
+class PipelineConfig(Model):
     """Settings of the ``pipeline`` transfer manager, all required."""
 
     num_pools: Positive
@@ -127,16 +102,15 @@ class PipelineConfig(_Model):
     buffer_size_multiplier: Annotated[StrictInt, Field(gt=1)]
 
 
-class PipelineTransfer(_Model):
+class PipelineTransfer(Model):
     type: Literal["pipeline"]
     config: PipelineConfig
 
 
-TargetConfig = Annotated[MemoryTarget | FileTarget | PmemTarget, Field(discriminator="type")]
 TransferConfig = Annotated[DefaultTransfer | PipelineTransfer, Field(discriminator="type")]
 
 
-class MigrationConfig(_Model):
+class MigrationConfig(Model):
     """What peers over the network may: see ``provider/migration/permission.py``."""
 
     send: StrictBool = False
@@ -144,10 +118,10 @@ class MigrationConfig(_Model):
     root: Annotated[StrictStr, Field(min_length=1)] | None = None
 
 
-class ProviderConfig(_Model):
+class ProviderConfig(Model):
     """What ``Provider`` takes: a target, or none yet, and a transfer manager."""
 
-    target: TargetConfig | None = None
+    target: SerializeAsAny[TargetConfig] | None = None
     migration: MigrationConfig | None = None
     transfer_manager: TransferConfig = Field(default_factory=DefaultTransfer)
 
@@ -206,6 +180,8 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> Collecti
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """Every model that an annotation has."""
+    if annotation is TargetConfig:
+        return [_target_model(backend) for backend in registry.loaded()]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]

@@ -9,80 +9,62 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from warabi import errors
-from warabi.backends import FileStorage, MemoryStorage, PmemStorage
+from warabi.backends import Backend, Plan, Storage, file, memory, pmem, registry
 from warabi.backends.checksummed import storage_with_sums
-from warabi.backends.direct_io import open_storage
+from warabi.backends.file import FileStorage
 from warabi.backends.packed import PackedStorage
 from warabi.errors import ConfigError, CorruptTarget, PermissionDenied
 from warabi.metadata import schema
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.journal import let_go, sync_directory
 from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION
-from warabi.target.config import FileConfig, FileTarget, MemoryConfig, PmemConfig, PmemTarget
+from warabi.target.config import FileConfig, MemoryConfig, PmemConfig, TargetConfig
 from warabi.target.lockfile import LockFile
 from warabi.target.target import Target
 
 
-class _OpenPlan(NamedTuple):
-    """What the settings of a backend on a file system come down to."""
+class Opening(NamedTuple):
+    """How a target on a file system is opened."""
 
     path: str
-    backend: str
-    """The type that the catalogue records."""
-    create: bool
-    creation: str
-    """The setting that asks for *create*."""
-    override: bool
-    make: Callable[[Path], tuple[FileStorage, dict[str, Any]]]
-    """Opens the storage; also gives the settings that it has instead of those asked for."""
-    pool: int | None = None
-    """The quota in bytes that a new target has for ever."""
-    capacity: int | None = None
-    """The quota in bytes while it is open this time."""
-    packed: bool | None = None
-    """Whether new small regions share files; None: none can."""
-    checksums: bool | None = None
-    """Whether blocks are summed; None: as they have been so far."""
-    threads: int | None = None
-    """How many calls may wait for the medium at once."""
+    backend: Backend
+    settings: Any
+    plan: Plan
+
+    def storage(self, regions: Path) -> Storage:
+        """Opens its storage in the directory *regions*."""
+        return self.backend.open(self.settings, regions)
 
 
-def open_target(target: FileTarget | PmemTarget) -> Target:
-    """The target that a provider's configuration names; raises as :func:`open_file`."""
-    return _open(_plan(target), 0.0)
+def opening_of(backend: Backend, settings: Any) -> Opening:
+    """How a target of a backend with files is opened, by checked settings."""
+    return Opening(settings.path, backend, settings, backend.plan(settings))
 
 
-def _plan(target: FileTarget | PmemTarget) -> _OpenPlan:
-    if isinstance(target, PmemTarget):
-        return _pmem_plan(target.config)
-    return _file_plan(target.config)
+def open_target(target: TargetConfig) -> Target:
+    """The target that a provider's configuration names; raises as :func:`open_backend`."""
+    return open_backend(target.backend, target.config)
 
 
-def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
-    """An empty target in memory.
-
-    *limit* is how many bytes of memory its regions and names may take, holes not counted; without
-    it as many as the machine can give.  The configuration's ``capacity`` counts sizes.
-    """
-    catalogue = Catalogue(None)
-    storage = MemoryStorage(limit, catalogue.memory)
-    catalogue.limit(storage.charge)
-    return Target(catalogue, storage, capacity=config.capacity)
-
-
-def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
-    """The target at ``config.path``, created where the configuration says so.
+def open_backend(
+    backend: Backend, settings: Any, *, patience: float = 0.0, limit: int | None = None
+) -> Target:
+    """A target of a backend; created where the settings say so, and if it has no path, empty.
 
     Args:
-        config: the backend's settings.
-        patience: seconds to wait for another owner to let go.
+        backend: its type.
+        settings: an instance of ``backend.config``.
+        patience: seconds to wait for another owner to let go of its path.
+        limit: how many bytes of memory its regions may take, holes not counted; without it as many
+            as the machine can give.  For backends with ``limited`` alone.
 
     Raises:
         ConfigError: the path is no target of this type (it is left as it is), or is missing and
@@ -90,41 +72,40 @@ def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
         TargetBusy: another process, named by its pid, has it open.
         CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
     """
-    return _open(_file_plan(config), patience)
+    if backend.files:
+        return _open(opening_of(backend, settings), patience)
+    if backend.limited is not None and limit is not None:
+        storage = backend.limited(limit)
+    else:
+        storage = backend.open(settings, Path())
+    return volatile(Catalogue(None), storage, backend.plan(settings).capacity)
 
 
-def _file_plan(config: FileConfig) -> _OpenPlan:
-    def make(root: Path) -> tuple[FileStorage, dict[str, Any]]:
-        return open_storage(
-            root, direct=config.directio, sync=config.sync, alignment=config.alignment
-        )
+def volatile(catalogue: Catalogue, storage: Storage, capacity: int | None) -> Target:
+    """A target that ends with its process."""
+    return Target(catalogue, storage, capacity=capacity, instead=storage.instead)
 
-    return _OpenPlan(
-        config.path, "file", config.create_if_missing, "create_if_missing",
-        config.override_if_exists, make, capacity=config.capacity,
-        threads=config.abt_io.backing_thread_count, checksums=config.checksums,
-        packed=config.packed is not False and not config.directio,
-    )  # fmt: skip
+
+def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
+    """An empty target in memory; see :func:`open_backend`.  The configuration's ``capacity`` counts
+    sizes, *limit* memory."""
+    return open_backend(memory.BACKEND, config, limit=limit)
+
+
+def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
+    """The target of files at ``config.path``; see :func:`open_backend`."""
+    return open_backend(file.BACKEND, config, patience=patience)
 
 
 def open_pmem(config: PmemConfig, *, patience: float = 0.0) -> Target:
     """As :func:`open_file`.  The size that the target was created with is its quota, whatever the
     configuration says later; an empty file that becomes a target without a size has none."""
-    return _open(_pmem_plan(config), patience)
+    return open_backend(pmem.BACKEND, config, patience=patience)
 
 
-def _pmem_plan(config: PmemConfig) -> _OpenPlan:
-    size = config.create_if_missing_with_size
-    return _OpenPlan(
-        config.path, "pmem", bool(size), "create_if_missing_with_size", config.override_if_exists,
-        lambda root: (PmemStorage(root), {}), pool=size or None,
-        checksums=config.checksums,
-    )  # fmt: skip
-
-
-def _open(plan: _OpenPlan, patience: float) -> Target:
-    path = Path(plan.path)
-    if "\0" in plan.path:
+def _open(opening: Opening, patience: float) -> Target:
+    path, plan = Path(opening.path), opening.plan
+    if "\0" in opening.path:
         raise ConfigError("configuration: $.target.config.path: contains a null byte")
     if plan.override and not plan.create:
         raise ConfigError(
@@ -137,7 +118,7 @@ def _open(plan: _OpenPlan, patience: float) -> Target:
             raise ConfigError(f"target {path}: no such file, and {plan.creation} is not set")
         if state == "missing":
             _make_directories(path.parent)
-        return _open_locked(path, plan, patience)
+        return _open_locked(path, opening, patience)
     except OSError as error:
         if isinstance(error, errors.Exception):
             raise
@@ -223,9 +204,9 @@ def _make_private(path: Path, regions: Path) -> None:
                 place.chmod(stat.S_IMODE(mode) & 0o700)
 
 
-def clear(path: Path, regions: Path) -> None:
+def clear(path: Path, regions: Path, backend: Backend) -> None:
     """Remove what a target, or half of one that was being brought, left without a catalogue."""
-    FileStorage(regions).destroy()
+    _existing(backend, regions).destroy()
     # SQLite would play a log that was left into whatever catalogue comes to be beside it.
     for leftover in (f"{path}-wal", f"{staged(path)}", f"{staged(path)}-journal"):
         Path(leftover).unlink(missing_ok=True)
@@ -236,20 +217,28 @@ def staged(path: Path) -> Path:
     return Path(f"{path}.migrating")
 
 
-def _open_locked(path: Path, plan: _OpenPlan, patience: float) -> Target:
+def _existing(backend: Backend, regions: Path) -> Storage:
+    assert backend.existing is not None  # it has files
+    return backend.existing(regions)
+
+
+def _open_locked(path: Path, opening: Opening, patience: float) -> Target:
+    plan, backend = opening.plan, opening.backend
     regions, lock, made = lock_regions(path, patience)
     try:
         state = _inspect(path)  # again, now that nobody else can change it
         if state != "target" or plan.override:
-            if not (plan.override or staged(path).exists()) and _any_regions(regions):
+            if not (plan.override or staged(path).exists()) and _any_regions(backend, regions):
                 raise CorruptTarget(
                     f"target {path}: its catalogue is {state}, and {regions} holds regions; run"
                     f" warabi fsck --repair {path}, or remove them"
                 )
+            former = _former(path, backend) if state == "target" else backend
             # The catalogue first: what a crash leaves of the regions is removed at the next open.
-            schema.create(path, plan.backend, plan.pool)
-            clear(path, regions)
-        return _open_holding(path, plan, regions, lock)
+            schema.create(path, backend.name, plan.pool)
+            for each in {former, backend}:
+                clear(path, regions, each)
+        return open_holding(path, opening, regions, lock)
     except BaseException:
         lock.release()
         if made:
@@ -259,21 +248,45 @@ def _open_locked(path: Path, plan: _OpenPlan, patience: float) -> Target:
         raise
 
 
-def _any_regions(regions: Path) -> bool:
-    storage = FileStorage(regions)
+def recorded_backend(path: Path) -> str | None:
+    """What the catalogue at *path* says of its type; None if it cannot be read, or does not say."""
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"  # written once, so no log is needed
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'backend'").fetchone()
+    except sqlite3.Error:
+        return None
+    return row[0] if row is not None and isinstance(row[0], str) else None
+
+
+def _former(path: Path, backend: Backend) -> Backend:
+    """Whose regions there are of a target that one of *backend* replaces."""
+    name = recorded_backend(path)
+    found = backend if name is None else registry.find(name)
+    if found is None or not found.files:
+        raise ConfigError(
+            f"target {path}: is of type {name!r}, which is not known here, so it cannot be replaced"
+        )
+    return found
+
+
+def _any_regions(backend: Backend, regions: Path) -> bool:
+    storage = _existing(backend, regions)
     try:
         return next(storage.scan(), None) is not None
     finally:
         storage.close()
 
 
-def _open_holding(path: Path, plan: _OpenPlan, regions: Path, lock: LockFile) -> Target:
+def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) -> Target:
     """Open a target that is there; its lock, which is held, goes with it, but not on failure."""
     _make_private(path, regions)
+    plan = opening.plan
     with contextlib.ExitStack() as undo:
-        storage, instead = plan.make(regions)
+        storage = opening.storage(regions)
+        instead = storage.instead
         undo.callback(storage.close)
-        catalogue = Catalogue(path, plan.backend)
+        catalogue = Catalogue(path, opening.backend.name)
         undo.callback(catalogue.abandon)
         held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         undo.callback(let_go, held)
@@ -283,7 +296,7 @@ def _open_holding(path: Path, plan: _OpenPlan, regions: Path, lock: LockFile) ->
             # nothing can ever reach the regions then, and they go too.
             with contextlib.suppress(OSError):
                 if os.fstat(held).st_nlink == 0:
-                    FileStorage(regions).destroy()
+                    _existing(opening.backend, regions).destroy()
                     Path(f"{path}-wal").unlink(missing_ok=True)
                     lock.remove()
                     regions.rmdir()
@@ -291,7 +304,7 @@ def _open_holding(path: Path, plan: _OpenPlan, regions: Path, lock: LockFile) ->
             lock.release()
 
         packed = None
-        if plan.packed is not None:
+        if plan.packed is not None and isinstance(storage, FileStorage):
             packed = PackedStorage(storage, catalogue, packing=plan.packed)
         summed = storage_with_sums(packed or storage, catalogue, plan.checksums)
         if summed is not None:

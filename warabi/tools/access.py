@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from warabi.client import Client
 from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError
 from warabi.local.link import DirectLink, Link
 from warabi.protocol.auth import config_of
+
+if TYPE_CHECKING:
+    from warabi.target.target import Target
 
 
 def is_address(text: str) -> bool:
@@ -38,24 +41,28 @@ def owned(path: Path, **settings: Any) -> Iterator[Link]:
         TargetBusy: it is open elsewhere.
     """
     from warabi.provider.core import ProviderCore
-    from warabi.target import opening
-    from warabi.target.config import FileConfig, PmemConfig
 
-    name = str(path).removeprefix("file:")
-    try:
-        target = opening.open_file(FileConfig(path=name, **settings))
-    except ConfigError:
-        try:
-            target = opening.open_pmem(PmemConfig(path=name, **settings))
-        except ConfigError:
-            target = None
-        if target is None:
-            raise
-    core = ProviderCore(0, target)
+    core = ProviderCore(0, _opened(str(path).removeprefix("file:"), settings))
     try:
         yield DirectLink(core)
     finally:
         core.close()
+
+
+def _opened(path: str, settings: dict[str, Any]) -> Target:
+    from warabi.backends import registry
+    from warabi.target import opening
+
+    failure: ConfigError | None = None
+    for backend in registry.every():
+        if backend.files and settings.keys() <= backend.config.model_fields.keys():
+            try:
+                config = backend.config.model_validate({"path": path, **settings})
+                return opening.open_backend(backend, config)
+            except ConfigError as error:
+                failure = failure or error
+    assert failure is not None  # files have every setting that a command gives
+    raise failure
 
 
 @contextmanager

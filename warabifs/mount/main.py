@@ -33,7 +33,6 @@ from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.eventloop import inline_wait, loop_watchdog
 from warabi.protocol.auth import config_of
 from warabi.target import opening
-from warabi.target.config import FileConfig, MemoryConfig
 from warabi.target.region_locks import LOOPS
 from warabi.target.target import Target
 from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
         source = parse_source(parsed.source, create=options.create)
         if options.passthrough and not source.embedded:
             raise ConfigError("option passthrough: only for embedded targets, memory: or file:")
-        if options.size is not None and (source.path is not None or not source.embedded):
+        if options.size is not None and (source.backend is None or not source.backend.limited):
             raise ConfigError("option size: only for memory:")
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
@@ -282,11 +281,14 @@ def _serve_and_persist(
 ) -> None:
     descriptors.raise_limit()
     local: Target | None = None
-    if source.path is not None:
-        config = FileConfig(path=str(source.path), create_if_missing=options.create)
-        local = opening.open_file(config, patience=_PATIENCE)
-    elif source.embedded:
-        local = opening.open_memory(MemoryConfig(), limit=_limit(options))
+    if source.backend is not None:
+        spelled = source.backend.spelled_settings(str(source.path), create=options.create)
+        local = opening.open_backend(
+            source.backend,
+            source.backend.config.model_validate(spelled),
+            patience=_PATIENCE,
+            limit=None if source.backend.limited is None else _limit(options),
+        )
     # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
     gc.set_threshold(10_000)
     LOOPS.add(threading.get_ident())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from warabi.backends import Backend, registry
 from warabi.errors import ConfigError
 from warabi.protocol import address
 from warabifs.fs.owner_override import Shown
@@ -309,9 +310,11 @@ def _unknown(name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """What to mount: exactly one of memory, a target's path, or an engine's address."""
+    """What to mount: exactly one of a backend, with the target's path if it has paths, or an
+    engine's address."""
 
     text: str
+    backend: Backend | None = None
     path: Path | None = None
     address: str = ""
 
@@ -332,25 +335,26 @@ def parse_source(text: str, *, create: bool) -> Source:
         ConfigError: it names none, or its parent directory does not exist.
     """
     kind, colon, rest = text.partition(":")
-    if kind == "memory" and colon:
-        if rest:
-            raise ConfigError(f"source {text}: expected memory: and nothing after it")
-        return Source(text)
-    if kind == "file" and colon:
-        if not rest:
-            raise ConfigError(f"source {text}: expected file:/path/of/the/target")
-        path = Path(rest).absolute()
-        if not path.parent.is_dir():
-            raise ConfigError(f"source {text}: the directory {path.parent} does not exist")
-        if not create and not path.exists():
-            raise ConfigError(f"source {text}: no such target, and nocreate was given")
-        return Source(f"file:{path}", path=path)
-    if colon and "://" in text:
+    if "://" in text and not any(kind in backend.names for backend in registry.loaded()):
         return Source(text, address=str(address.parse(text)))
-    raise ConfigError(
-        f"source {text}: expected memory:, file:/path/of/the/target, or an engine's address"
-        " such as na+sm://123-0 or ofi+tcp://host:port"
-    )
+    backend = registry.find(kind) if colon else None
+    if backend is None or not backend.spelled:
+        raise ConfigError(
+            f"source {text}: expected {', '.join(registry.spellings('/path/of/the/target'))}, or an"
+            " engine's address such as na+sm://123-0 or ofi+tcp://host:port"
+        )
+    if not backend.files:
+        if rest:
+            raise ConfigError(f"source {text}: expected {kind}: and nothing after it")
+        return Source(text, backend)
+    if not rest:
+        raise ConfigError(f"source {text}: expected {kind}:/path/of/the/target")
+    path = Path(rest).absolute()
+    if not path.parent.is_dir():
+        raise ConfigError(f"source {text}: the directory {path.parent} does not exist")
+    if not create and not path.exists():
+        raise ConfigError(f"source {text}: no such target, and nocreate was given")
+    return Source(f"{kind}:{path}", backend, path)
 
 
 def rows() -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from warabi.backends.settings import PathModel
 from warabi.errors import Exception, ProtocolError
 from warabi.protocol.operations import OPERATIONS, Payload, checked_arguments
 from warabi.provider.core import ProviderCore
@@ -20,7 +21,6 @@ from warabi.provider.migration import permission
 from warabi.provider.migration.options import MigrationPlan, parse
 from warabi.provider.migration.send import Sending
 from warabi.provider.migration.staging import Staging
-from warabi.target.config import FileTarget, PmemTarget
 from warabi.target.config import checked as checked_config
 from warabi.target.target import Target
 
@@ -209,9 +209,9 @@ def settle(plan: MigrationPlan, core: ProviderCore, local: bool) -> None:
         PermissionDenied: the peer may not put them there.
     """
     target = plan.target
-    if not isinstance(target, FileTarget | PmemTarget):
+    path = target.path
+    if not isinstance(target.config, PathModel) or path is None:
         return
-    path = target.config.path
     if plan.new_root is not None:
         top = (core.config.migration and core.config.migration.root) or ""
         if path.endswith("/") or os.path.isdir(os.path.join(top, path)):

@@ -5,30 +5,21 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, cast
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, SerializeAsAny, StrictBool, StrictStr
 
+from warabi.backends import registry
 from warabi.errors import ConfigError
 from warabi.target.config import (
     Bytes,
-    FileConfig,
-    MemoryConfig,
-    PmemConfig,
+    Model,
     TargetConfig,
-    _Model,
     checked,
 )
 
 WHAT = "migration options"
-_CONFIGS: dict[Any, type[_Model]] = {
-    "memory": MemoryConfig,
-    "abtio": FileConfig,
-    "file": FileConfig,
-    "pmem": PmemConfig,
-    "pmdk": PmemConfig,
-}
 
 
-class MigrationOptions(_Model):
+class MigrationOptions(Model):
     """What ``migrate_target`` takes; see there."""
 
     new_root: Annotated[StrictStr, Field(min_length=1)] | None = None
@@ -37,18 +28,18 @@ class MigrationOptions(_Model):
     remove_source: StrictBool = True
 
 
-class _Patch(_Model):
+class _Patch(Model):
     type: StrictStr | None = None
     config: dict[str, Any] = Field(default_factory=dict)
 
 
-class Destination(_Model):
+class Destination(Model):
     """The target as its destination is told to have it.
 
     ``new_root`` is there when the path is still the destination's to find.
     """
 
-    target: TargetConfig
+    target: SerializeAsAny[TargetConfig]
     new_root: StrictStr | None = None
 
 
@@ -104,7 +95,8 @@ def destination(
             f"{WHAT}: {where}.config.override_if_exists: a migration never replaces a target"
         )
     kind = patch.type or source["type"]
-    known = set(_CONFIGS[kind].model_fields) if kind in _CONFIGS else set()
+    backend = registry.find(kind)
+    known = set() if backend is None else set(backend.config.model_fields)
     base = {key: value for key, value in source["config"].items() if key in known}
     base.pop("override_if_exists", None)
     if "create_if_missing_with_size" in base:

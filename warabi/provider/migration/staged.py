@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from warabi import errors
-from warabi.backends import MemoryStorage, Storage
+from warabi.backends import Storage
 from warabi.errors import ConfigError
 from warabi.metadata import schema
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.dentries import Dentries
 from warabi.metadata.journal import Journal, sync_directory, translate
 from warabi.target import opening
-from warabi.target.config import FileTarget, MemoryConfig, MemoryTarget, PmemTarget
+from warabi.target.config import TargetConfig
 from warabi.target.target import Target
 
 
@@ -63,23 +63,23 @@ class _Received(Catalogue):
         self._dentries = Dentries(self._db, self._journal)
 
 
-class StagedMemoryTarget(StagedTarget):
-    """A target in memory."""
+class StagedVolatileTarget(StagedTarget):
+    """A target without a path."""
 
-    def __init__(self, config: MemoryConfig) -> None:
-        self._capacity = config.capacity
-        self.storage = MemoryStorage()
+    def __init__(self, target: TargetConfig) -> None:
+        self._capacity = quota_of(target)
+        self.storage = target.backend.open(target.config, Path())
         self.db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         schema.make(self.db)
         schema.populate(self.db)
 
     def checkpoint(self) -> None:
-        """Memory is as durable as it gets."""
+        """Nothing of it outlives the process."""
 
     seal = checkpoint
 
     def install(self) -> Target:
-        return Target(_Received(self.db), self.storage, capacity=self._capacity)
+        return opening.volatile(_Received(self.db), self.storage, self._capacity)
 
     def discard(self) -> None:
         self.db.close()
@@ -92,7 +92,6 @@ class StagedFileTarget(StagedTarget):
     Args:
         target: its configuration.
         path: where its catalogue will be, an absolute path without symbolic links.
-        quota: of a pmem target, in bytes.
 
     Raises:
         ConfigError: there is something already, or there can be no target.
@@ -100,20 +99,20 @@ class StagedFileTarget(StagedTarget):
         StorageFull, StorageError, PermissionDenied: the medium.
     """
 
-    def __init__(self, target: FileTarget | PmemTarget, path: Path, quota: int | None) -> None:
+    def __init__(self, target: TargetConfig, path: Path) -> None:
         self._path = path
         self._staged = self.database = opening.staged(path)
-        self._plan = opening._plan(target)._replace(path=str(path))
+        self._opening = opening.opening_of(target.backend, target.config)._replace(path=str(path))
         self._made: list[Path] = []  # directories, outermost first
         self._sealed = False
         try:
-            self._claim(quota)
+            self._claim()
         except OSError as error:
             if isinstance(error, errors.Exception):
                 raise
             raise errors.from_os(error, f"target {path}") from error
 
-    def _claim(self, quota: int | None) -> None:
+    def _claim(self) -> None:
         self._check_free()
         missing = [above for above in self._path.parents if not above.exists()]
         try:
@@ -128,9 +127,9 @@ class StagedFileTarget(StagedTarget):
             self._made.append(self._regions)
         try:
             self._check_free()  # again, now that nobody else can change it
-            opening.clear(self._path, self._regions)
-            self.storage = self._plan.make(self._regions)[0]
-            schema.create(self._staged, self._plan.backend, quota)
+            opening.clear(self._path, self._regions, self._opening.backend)
+            self.storage = self._opening.storage(self._regions)
+            schema.create(self._staged, self._opening.backend.name, self._opening.plan.pool)
             self.db = sqlite3.connect(self._staged, isolation_level=None, check_same_thread=False)
             # Until it is sealed nothing in it is worth saving.
             self.db.execute("PRAGMA journal_mode = OFF")
@@ -146,7 +145,7 @@ class StagedFileTarget(StagedTarget):
     def checkpoint(self) -> None:
         self.storage.persist_all()
         self.storage.close()
-        self.storage = self._plan.make(self._regions)[0]
+        self.storage = self._opening.storage(self._regions)
 
     def seal(self) -> None:
         self.db.close()
@@ -161,7 +160,7 @@ class StagedFileTarget(StagedTarget):
         try:
             for directory in (*(made.parent for made in self._made), self._path.parent):
                 sync_directory(directory)
-            return opening._open_holding(self._path, self._plan, self._regions, self._lock)
+            return opening.open_holding(self._path, self._opening, self._regions, self._lock)
         except BaseException:
             self._path.replace(self._staged)
             raise
@@ -174,7 +173,7 @@ class StagedFileTarget(StagedTarget):
 
     def _let_go(self) -> None:
         with contextlib.suppress(OSError):  # the next target here removes what is left
-            opening.clear(self._path, self._regions)
+            opening.clear(self._path, self._regions, self._opening.backend)
             if self._regions in self._made:
                 self._lock.remove()
         self._lock.release()
@@ -186,11 +185,10 @@ class StagedFileTarget(StagedTarget):
                 directory.rmdir()
 
 
-def quota_of(target: MemoryTarget | FileTarget | PmemTarget) -> int | None:
+def quota_of(target: TargetConfig) -> int | None:
     """The quota in bytes that a target has at its destination."""
-    if isinstance(target, PmemTarget):
-        return target.config.create_if_missing_with_size or None
-    return target.config.capacity
+    plan = target.backend.plan(target.config)
+    return plan.pool if plan.capacity is None else plan.capacity
 
 
 def damaged(error: sqlite3.Error, path: Path | None = None) -> errors.Exception:

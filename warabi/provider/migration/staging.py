@@ -16,13 +16,12 @@ from warabi.provider.migration.options import MigrationPlan
 from warabi.provider.migration.records import TABLES, pieces, rows
 from warabi.provider.migration.staged import (
     StagedFileTarget,
-    StagedMemoryTarget,
     StagedTarget,
+    StagedVolatileTarget,
     damaged,
     quota_of,
 )
 from warabi.region import RegionID
-from warabi.target.config import MemoryTarget
 from warabi.target.target import Target
 
 log = logging.getLogger(__name__)
@@ -49,11 +48,10 @@ class Staging:
         self._quota = quota_of(target)
         self._check_quota(plan.used)
         self._place: StagedTarget
-        if isinstance(target, MemoryTarget):
-            self._place = StagedMemoryTarget(target.config)
+        if target.path is None:
+            self._place = StagedVolatileTarget(target)
         else:
-            pool = self._quota if target.type in ("pmem", "pmdk") else None
-            self._place = StagedFileTarget(target, Path(target.config.path), pool)
+            self._place = StagedFileTarget(target, Path(target.path))
         self._db = self._place.db
         self._region = RegionID()  # whose bytes are coming
         self._size = 0

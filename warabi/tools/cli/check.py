@@ -61,10 +61,18 @@ class _Fsck(click.Command):
             raise _WrongUsage(error.message, error.ctx) from None
 
 
+def _backend(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    from warabi.backends import registry
+
+    if name is not None and name not in (known := registry.checked_by_fsck()):
+        raise click.BadParameter(f"{name!r} is not one of {', '.join(map(repr, known))}.")
+    return name
+
+
 @click.command(cls=_Fsck)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--repair", is_flag=True, help="Put right what is wrong.")
-@click.option("--type", "backend", type=click.Choice(["file", "pmem"]), default=None,
+@click.option("--type", "backend", metavar="TYPE", callback=_backend,
               help="The type of a target whose catalogue does not tell it any more.")  # fmt: skip
 def fsck(path: Path, repair: bool, backend: str | None) -> None:
     """Check the target at PATH, which nobody has open, for damage.

@@ -145,13 +145,14 @@ def _server(
 
     if config is not None:
         return Server.from_config_file(address, config, engine)
-    kind, _, path = str(target).partition(":")
-    if target == "memory:":
-        settings: dict[str, Any] = {"type": "memory"}
-    elif kind == "file" and path:
-        settings = {"type": "file", "config": {"path": path, "create_if_missing": True}}
-    else:
-        raise ConfigError(f"target {target!r}: expected memory: or file:PATH")
+    from warabi.backends import registry
+
+    kind, colon, path = str(target).partition(":")
+    backend = registry.find(kind) if colon else None
+    if backend is None or not backend.spelled or backend.files != bool(path):
+        expected = " or ".join(registry.spellings("PATH"))
+        raise ConfigError(f"target {target!r}: expected {expected}")
+    settings = {"type": kind, "config": backend.spelled_settings(path, create=True)}
     provider = {"type": "warabi", "provider_id": provider_id, "config": {"target": settings}}
     return Server(address, {"providers": [provider]}, engine)
 

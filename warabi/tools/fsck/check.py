@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+from warabi.backends import registry
 from warabi.backends.pack_format import SLOTS
 from warabi.errors import ConfigError, StorageError
 from warabi.metadata.domain import SEQUENCE
@@ -57,6 +58,9 @@ def _check(
     if _is_unfinished(path, regions):
         report.note("the target was not yet made when its process was killed")
         return
+    name = opening.recorded_backend(path)
+    if name is not None and (known := registry.find(name)) is not None and not known.fsck:
+        raise ConfigError(f"target {path}: is of type {name!r}, whose regions cannot be checked")
     trouble = _trouble_with_header(path) or _trouble_inside(path, report)
     for line in trouble:
         report.note(line)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from warabi.backends import registry
 from warabi.backends.pack_format import is_pack, recorded
 from warabi.metadata import domain
 from warabi.metadata.inode import OWN, PACKED, Inode
@@ -171,7 +172,7 @@ def _directories(db: sqlite3.Connection) -> int:
 def _set_meta(db: sqlite3.Connection, backend: str) -> None:
     """Fill in what every catalogue says of itself."""
     row = db.execute("SELECT value FROM meta WHERE key = 'backend'").fetchone()
-    if backend or row is None or row[0] not in ("file", "pmem"):
+    if backend or row is None or row[0] not in registry.checked_by_fsck():
         kind = backend or "file"
         db.execute("INSERT OR REPLACE INTO meta VALUES('backend', ?)", (kind,))
     db.execute("INSERT OR REPLACE INTO meta VALUES('clean', 0)")

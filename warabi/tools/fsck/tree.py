@@ -14,6 +14,7 @@ import uuid
 from typing import Any
 
 from warabi._core.attributes import ROOT
+from warabi.backends import registry
 from warabi.metadata import domain
 from warabi.metadata.checksums import BLOCK
 from warabi.metadata.domain import SLOT_MAX
@@ -76,7 +77,7 @@ class TreeCheck:
             "uuid": (isinstance(meta.get("uuid"), str), str(uuid.uuid4())),
             # None until it is opened for the first time
             "clean": ("clean" in meta and meta["clean"] in (0, 1, None), 0),
-            "backend": (meta.get("backend", "file") in ("file", "pmem"), "file"),
+            "backend": (meta.get("backend", "file") in registry.checked_by_fsck(), "file"),
             "capacity": (_is_number(meta.get("capacity", 0) or 0), None),
             "last": (_is_number(meta.get("last", 0)) and meta.get("last", 0) < SLOT_MAX, 0),
             "settled": (_is_number(meta.get("settled", 0)), 0),
