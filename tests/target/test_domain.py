@@ -36,7 +36,7 @@ from warabi.provider.migration.records import join_rows, pack_row, rows
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target.config import MemoryConfig
-from warabi.target.entries import ArchiveEntry, unpack_all
+from warabi.target.entries import ArchiveEntry, unpack_again, unpack_all
 from warabi.target.graft import adopt
 from warabi.target.opening import open_memory
 from warabi.tools.archive.export import export
@@ -475,6 +475,13 @@ def test_what_older_versions_let_in_is_mended_on_its_way(
     assert len(caplog.records) == 2
 
 
+@pytest.fixture
+def unchecked_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports have what is in the target, as those of older versions."""
+    monkeypatch.setattr("warabi.tools.archive.export.unpack_all", unpack_again)
+
+
+@pytest.mark.usefixtures("unchecked_export")
 @pytest.mark.parametrize("way", ["archive", "migration"])
 def test_a_target_of_an_older_version_moves(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -509,6 +516,29 @@ def test_a_target_of_an_older_version_moves(
         check_whole(moved)
     assert all(record.exc_info is None for record in caplog.records)
     assert "no file can have" in caplog.text
+
+
+@pytest.mark.usefixtures("unchecked_export")
+def test_what_an_import_mends_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    archive = io.BytesIO()
+    with open_memory(MemoryConfig()) as target:
+        for number in range(30):
+            made = target.namespace.mknod(1, b"f\n%d\xff" % number, 0o644, 0, 0)
+            inode = target._catalogue.get(made.ino)
+            assert inode is not None
+            inode.gid = -1
+        export(DirectLink(ProviderCore(0, target)), archive, copying=False)
+    archive.seek(0)
+    with open_memory(MemoryConfig()) as target:
+        restore(DirectLink(ProviderCore(0, target)), archive)
+        assert {found.gid for _, found in target.namespace.readdir(1)} == {domain.NOBODY}
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 21
+    assert messages[0] == (
+        r"'/f\n0\udcff' has values that no file can have, and gets the nearest that it can:"
+        " 'gid -1 is not from 0 to 4294967294'"
+    )
+    assert messages[-1] == "10 more files have such values"
 
 
 def _message(found: list[list[Any]]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import msgpack
@@ -92,7 +92,11 @@ class ArchiveEntry(NamedTuple):
 _TYPES: tuple[Any, ...] = (bytes, *[int] * 10, bool, int, (bytes, type(None)), list)
 
 
-def _checked(item: Any) -> ArchiveEntry:
+def _log(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
     if not (
         isinstance(item, list)
         and len(item) == len(_TYPES)
@@ -122,11 +126,12 @@ def _checked(item: Any) -> ArchiveEntry:
         if domain.fault(row):
             raise BadArchive(f"{found.shown}: no target can have it: {why}")
     mode, xattrs, faults = domain.mended_xattrs(row.mode, found.xattrs)
-    if why or faults:  # an older version let it in, or it was not made by export
-        log.warning(
-            "%a has values that no file can have, and gets the nearest that it can: %a",
-            found.shown, "; ".join(filter(None, [why, *faults])),
-        )  # fmt: skip
+    if why or faults:
+        faults = [why, *faults] if why else faults
+        tell(
+            f"{found.shown!a} has values that no file can have, and gets the nearest that it can:"
+            f" {'; '.join(faults)!a}"
+        )
         found = found._replace(
             mode=mode, uid=row.uid, gid=row.gid, rdev=row.rdev, size=row.size, links=row.nlink,
             target=row.target, xattrs=xattrs,
@@ -134,10 +139,14 @@ def _checked(item: Any) -> ArchiveEntry:
     return found
 
 
-def unpack(data: bytes) -> ArchiveEntry:
-    """The entry that *data* spells; raises ``BadArchive``."""
+def unpack(data: bytes, tell: Callable[[str], None] = _log) -> ArchiveEntry:
+    """The entry that *data* spells; raises ``BadArchive``.
+
+    *tell* is called with a sentence when the entry had values that no file can have: an older
+    version let them in.
+    """
     try:
-        return _checked(msgpack.unpackb(data))
+        return _checked(msgpack.unpackb(data), tell)
     except (ValueError, msgpack.UnpackException) as error:
         raise BadArchive(f"not an entry: {error}") from None
 
@@ -147,7 +156,7 @@ def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
     unpacker = msgpack.Unpacker(file, max_buffer_size=_LARGEST)
     try:
         for item in unpacker:
-            yield _checked(item)
+            yield _checked(item, _log)
     except (ValueError, msgpack.UnpackException) as error:
         raise BadArchive(f"not a list of entries: {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,9 @@ from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack
 from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest
 
+log = logging.getLogger(__name__)
+
+_SHOWN = 20  # mended entries that are told one by one
 _TAIL_SIZE = 4096  # bytes that the last member has at most
 
 
@@ -63,6 +67,7 @@ class _Importer:
         self._digest = Digest()
         self._regions: dict[int, RegionID] = {}  # of slots with several names
         self._buffer = memoryview(bytearray(CHUNK))
+        self._mended = 0
 
     def read(self, source: IO[bytes]) -> None:
         with tarfile.open(
@@ -81,6 +86,13 @@ class _Importer:
                     self._member(tar, member)
             if not ended:
                 raise BadArchive("the archive is cut off: its end is missing")
+        if self._mended > _SHOWN:
+            log.warning("%d more files have such values", self._mended - _SHOWN)
+
+    def _tell(self, text: str) -> None:
+        self._mended += 1
+        if self._mended <= _SHOWN:
+            log.warning("%s", text)
 
     @staticmethod
     def _check_head(headers: Mapping[str, str]) -> None:
@@ -102,7 +114,7 @@ class _Importer:
             packed = base64.b64decode(member.pax_headers[ENTRY], validate=True)
         except (KeyError, ValueError):
             raise BadArchive(f"{member.name!r}: not written by warabi export") from None
-        entry = unpack(packed)
+        entry = unpack(packed, self._tell)
         size = member.size if member.isreg() else 0
         self._digest.entry(packed, size)
         if entry.is_region:
