@@ -1,4 +1,4 @@
-"""Every relative link in a document, and every document that the code names, exists."""
+"""Links and source files in documents exist, and so do documents that the code names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`[^`\n]*`")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 NAMED = re.compile(r"\b(?:docs|benchmarks|examples)/[\w/]+\.md\b")
+SOURCE = re.compile(r"\b(?:warabi|warabifs|mochi|tests|benchmarks)/[\w/]+\.(?:py|c)\b")
 
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
@@ -71,6 +72,12 @@ def test_the_index_has_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert {page for page in pages if f"({page})" not in index} == set()
+
+
+def test_sources_that_documents_name_exist() -> None:
+    named = {(str(page), name) for page in DOCUMENTS for name in SOURCE.findall(page.read_text())}
+    assert len(named) > 100
+    assert {one for one in named if not (ROOT / one[1]).exists()} == set()
 
 
 def test_documents_that_are_named_exist() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.mount.support import processes_of, wait_until
 from tests.support.helpers import ROOT
-from warabi.backends import registry
+from warabi.backends import Backend, registry
 from warabi.bedrock import Server
 
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -103,6 +103,21 @@ def test_the_configurations_are_right(
     if "providers" in config:
         with Server("na+sm", config) as server:
             assert len(server.providers) == len(config["providers"])
+
+
+@pytest.mark.parametrize("backend", registry.loaded(), ids=lambda backend: backend.name)
+def test_the_settings_of_backends_are_documented(backend: Backend) -> None:
+    """Every one, with its default where that is a number or a truth value."""
+    page = (ROOT / "docs" / "backends.md").read_text()
+    (title,) = (name for name in backend.names if f"## Settings of `{name}`" in page)
+    section = page.split(f"## Settings of `{title}`")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
+    assert set(rows) == set(backend.config.model_fields)
+    for key, field in backend.config.model_fields.items():
+        if field.is_required():
+            assert rows[key] == "required"
+        elif isinstance(field.default, int):  # or bool
+            assert rows[key] == json.dumps(field.default)
 
 
 def test_the_table_of_backends_is_complete() -> None:
