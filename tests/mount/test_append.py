@@ -280,3 +280,38 @@ def test_a_full_target_refuses_all_of_an_append(place: Path) -> None:
             os.write(fd, b"y" * 2000)
         os.write(fd, b"z" * 1000)
         assert (mount.path / "log").read_bytes() == b"x" * 99_000 + b"z" * 1000
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_APPEND], ids=["plain", "append"])
+def test_a_direct_write_that_fails_cuts_off_no_appends(place: Path, flags: int) -> None:
+    """The kernel truncates then to the size that it knew, without those of another mount."""
+    full = {"type": "memory", "config": {"capacity": 300_000}}
+    for name in ("first", "second"):
+        (place / name).mkdir()
+    with (
+        serving("na+sm", full) as provider,
+        mounting(provider.address, place / "first", *OPTIONS) as first,
+        mounting(provider.address, place / "second", *OPTIONS) as second,
+        contextlib.ExitStack() as stack,
+        mmap.mmap(-1, MIB) as large,
+    ):
+        path, other = first.path / "file", second.path / "file"
+        start, lines = b"x" * mmap.PAGESIZE, b"line\n" * 100
+        path.write_bytes(start)
+        fd = os.open(path, flags | os.O_DIRECT)
+        stack.callback(os.close, fd)
+        assert os.fstat(fd).st_size == len(start)
+        with appending(opened_to_write, other) as (appender,):
+            os.write(appender, lines)
+        with pytest.raises(OSError, match="No space left"):
+            os.pwrite(fd, large, len(start))
+        assert other.read_bytes() == path.read_bytes() == start + lines
+        # What programs ask for is done, then as before.
+        with pytest.raises(OSError, match="No space left"):
+            os.pwrite(fd, large, len(start))
+        os.ftruncate(fd, 100)
+        assert other.stat().st_size == path.stat().st_size == 100
+        os.ftruncate(fd, 100_000)
+        assert os.fstat(fd).st_size == 100_000
+        os.ftruncate(fd, 200)
+        assert other.read_bytes() == start[:100] + bytes(100)

@@ -18,7 +18,17 @@ import pytest
 
 from tests.mount.aio import PAGE, writing
 from tests.mount.conftest import disposable, limit_of
-from tests.mount.support import MIB, SOURCES, Mount, mounting, run, source_of, watchdog
+from tests.mount.support import (
+    MIB,
+    SOURCES,
+    Mount,
+    mounting,
+    run,
+    serving,
+    source_of,
+    watchdog,
+)
+from tests.mount.together import BELIEVING
 
 PAGES = 160
 MODES = (*SOURCES, "memory-passed", "engine exclusive", "memory direct_io")
@@ -183,3 +193,44 @@ def test_what_has_ended_is_durable_where_that_was_asked_for(place: Path) -> None
         mount.start()
         found = path.read_bytes()
         assert [found[page * PAGE : page * PAGE + 8] for page in range(PAGES)] == content
+
+
+SLOW = """
+import trio
+from warabi.local import async_ops
+from warabi.provider import zero_copy
+
+at_once = async_ops.write
+
+async def later(*arguments, **options):
+    await trio.sleep(0.2)
+    await at_once(*arguments, **options)
+
+async def refuse(channel, request):
+    return False
+
+async_ops.write = later
+async_ops.waits = lambda target, name, arguments: True
+zero_copy.receive = refuse
+"""
+"""A provider whose writes take their time, while it answers everything else."""
+
+
+def test_what_was_asked_while_writes_were_under_way_is_not_believed(place: Path) -> None:
+    """The kernel believes for long what it was told of the times, and was told before the end."""
+    with (
+        serving("tcp", before=SLOW) as provider,
+        mounting(provider.address, place, *BELIEVING) as mount,
+    ):
+        path = mount.path / "file"
+        path.write_bytes(bytes(PAGE))
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        try:
+            with writing(fd, 1) as writer:
+                for number in range(3):
+                    writer.submit(0, b"%08d" % number)
+                    before = os.fstat(fd).st_mtime_ns
+                    writer.completed()
+                    assert os.fstat(fd).st_mtime_ns > before
+        finally:
+            os.close(fd)

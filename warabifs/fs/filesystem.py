@@ -102,6 +102,7 @@ class FileSystem:
                 attributes.region, stat.S_ISDIR(attributes.mode)
             )
         known.count += 1
+        known.note_attributes(attributes)
         if parent is not None and (known.directory or self._remember_names):
             self._means(parent, name, attributes.ino)
         if parent == ROOT and region_of_name(name) == known.region:
@@ -371,12 +372,66 @@ class FileSystem:
         known = self._known.get(ino)
         return known is not None and known.may_have_pages(offset, size)
 
+    def note_attributes(self, attributes: Attributes) -> None:
+        """The kernel is told attributes of an inode that it knows."""
+        known = self._known.get(attributes.ino)
+        if known is not None:
+            known.note_attributes(attributes)
+
+    def is_believed(self, ino: int, offset: int, size: int) -> bool:
+        """Whether the kernel may have pages with some of these bytes, or believe times of the file
+        from before they were written."""
+        known = self._known.get(ino)
+        return known is not None and (known.believed or known.may_have_pages(offset, size))
+
+    def drop_believed(self, ino: int, offset: int, size: int) -> bool:
+        """Have the kernel drop its pages with these bytes, and what it believes of the file's
+        times, later; whether there may be anything to drop."""
+        known = self._known.get(ino)
+        believed = known is not None and known.believed
+        if known is not None:
+            known.believed = False
+        if self.drop_pages(ino, offset, size):  # which drops the times, too
+            return True
+        if believed:
+            self.drop_attributes(ino)
+        return believed
+
     def drop_pages(self, ino: int, offset: int, size: int) -> bool:
         """Have the kernel drop its pages with these bytes, later; whether it may have any."""
         if not self.may_have_pages(ino, offset, size):
             return False
         self.writes.drop(ino, *self._known[ino].drop_pages(offset, size))
         return True
+
+    def note_written(self, ino: int, end: int) -> None:
+        """The kernel is told that bytes up to *end* were written."""
+        known = self._known.get(ino)
+        if known is not None and known.size < end:
+            known.size = end
+
+    def is_rollback(self, ino: int, handle: int, size: int, who: int) -> bool:
+        """Whether the kernel truncates a file to *size* because *who* failed to make it longer with
+        ``O_DIRECT``, and not because a program asks for it.
+
+        It truncates to the size that it knows, and what others have appended since lies behind.
+        """
+        known, file = self._known.get(ino), self._handles.get(handle)
+        if known is None or not isinstance(file, File):
+            return False
+        failed, file.failed_end = file.failed_end, 0
+        if size == known.size and size < failed:
+            return True
+        return any(
+            write.is_left and write.who == who and write.region == file.region and size < write.end
+            for write in self.writes.under_way
+        )
+
+    def failed_past_pages(self, handle: int, end: int) -> None:
+        """A write past the page cache, of bytes before *end*, has failed."""
+        file = self._handles.get(handle)
+        if isinstance(file, File):
+            file.failed_end = max(file.failed_end, end)
 
     async def read(self, ino: int, handle: int, offset: int, size: int, who: int = 0) -> memoryview:
         """Up to *size* bytes, fewer only at the end of the file; *who* as in ``write_ordering.py``.

@@ -35,6 +35,15 @@ class Known:
     harmless: float = 0.0
     # Where the kernel may have pages of it, a bit for each extent of ``_EXTENT`` bytes.
     pages: int = 0
+    # The size that the kernel takes it to have: what it was told, or has written since.
+    size: int = 0
+    # The kernel was told attributes since its last write past the page cache ended.
+    believed: bool = False
+
+    def note_attributes(self, attributes: Attributes) -> None:
+        """The kernel is told these attributes."""
+        self.size = attributes.size
+        self.believed = True
 
     def fill_pages(self, offset: int, size: int) -> None:
         """The kernel reads or writes bytes by way of its page cache."""
@@ -62,11 +71,14 @@ class File:
     Attributes:
         version: of the bytes that the page cache has not seen an older one of, once the kernel has
             taken note of the opening, as it has when it uses the file; None after that.
+        failed_end: where writes past the page cache that failed would have ended at most, until the
+            kernel has truncated the file after that; 0 when there were none.
     """
 
     ino: int
     region: RegionID
     version: int | None = None
+    failed_end: int = 0
 
 
 class Listing:

@@ -98,11 +98,11 @@ class Writes:
 class Write:
     """One of them."""
 
-    __slots__ = ("_caller", "_ended", "_who", "_writes", "appends", "end", "region", "start")
+    __slots__ = ("_caller", "_ended", "_writes", "appends", "end", "region", "start", "who")
 
     def __init__(self, writes: Writes, region: RegionID, who: int, start: int, end: int) -> None:
         self._writes = writes
-        self._who = who
+        self.who = who
         self._ended: trio.Event | None = None
         self.appends = False
         self._caller = CALLER.get()
@@ -131,6 +131,6 @@ class Write:
 
     def __exit__(self, *_: object) -> None:
         self._writes.under_way.remove(self)
-        self._writes.check(self.region.slot, self._who, self.start, self.end)
+        self._writes.check(self.region.slot, self.who, self.start, self.end)
         if self._ended is not None:
             self._ended.set()

@@ -66,6 +66,7 @@ _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
 """Bytes from which on storing them takes longer than to have the program go on meanwhile."""
 _APPEND, _ACCESS, _WRITE_ONLY = os.O_APPEND, os.O_ACCMODE, os.O_WRONLY
+_DIRECT = os.O_DIRECT
 _SYNC = os.O_SYNC  # of which O_DSYNC is a part
 _READ_DIRECT, _WRITE_DIRECT = protocol.READ_LOCKOWNER, protocol.WRITE_LOCKOWNER
 _CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
@@ -143,6 +144,7 @@ def _packed(attributes: Attributes) -> bytes:
 _SIZE, _MODE, _UID, _GID, _ATIME, _MTIME = (
     Valid.SIZE, Valid.MODE, Valid.UID, Valid.GID, Valid.ATIME, Valid.MTIME
 )  # fmt: skip
+_SIZE_OF_OPEN = Valid.SIZE | Valid.HANDLE
 _ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = Valid.ATIME_NOW, Valid.MTIME_NOW, Valid.KILL_SUIDGID
 _NOW = _ATIME_NOW | _MTIME_NOW
 
@@ -278,6 +280,7 @@ class Operations:
         return start + _packed(attributes)
 
     def _attributes(self, attributes: Attributes) -> bytes:
+        self._files.note_attributes(attributes)
         return protocol.pack_validity(*self._attr_valid) + _packed(attributes)
 
     def _opened(self, handle: int, region: RegionID, flags: int, keep_cache: bool) -> bytes:
@@ -353,8 +356,14 @@ class Operations:
     @_handles(Opcode.SETATTR)
     async def setattr(self, header: Header, body: memoryview) -> Answer:
         (
-            valid, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
+            valid, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
         ) = protocol.SETATTR.unpack_from(body)  # fmt: skip
+        if (
+            self._files.appends
+            and valid & _SIZE_OF_OPEN == _SIZE_OF_OPEN
+            and self._files.is_rollback(header.node, handle, size, header.pid)
+        ):
+            return self._attributes(await self._files.getattr(header.node))
         now = time.time_ns() if valid & _NOW else 0
         # The kernel's seconds alone have 64 bits; no message has room for so many nanoseconds.
         new_atime = now if valid & _ATIME_NOW else clamped(atime * _SECOND + atime_ns)
@@ -482,30 +491,46 @@ class Operations:
             self._files.fill_pages(header.node, offset, size)
         # After others the kernel sends FSYNC by itself; after synchronous ones with O_DIRECT, too.
         synced = opened & _SYNC if direct else 0
-        if opened & _APPEND and self._files.appends:
-            await self._files.append(header.node, handle, offset, data, header.pid, kill_setid)
-            return await self._written(header.node, handle, offset, size, direct, synced)
-        pages = direct and self._files.may_have_pages(header.node, offset, size)
-        if size >= _LARGE and not (kill_setid or synced or pages):
-            rest = self._files.begin_write(header.node, handle, offset, data)
+        # The program need not wait for it: after others the kernel itself drops what it believes.
+        unwaited = direct and opened & _DIRECT
+        files, node = self._files, header.node
+        if unwaited:
+            believed = files.is_believed(node, offset, size)
+        else:
+            believed = bool(direct) and files.may_have_pages(node, offset, size)
+        if size >= _LARGE and not (kill_setid or synced or believed):
+            rest = files.begin_write(node, handle, offset, data)
             if rest is not None:
                 return Early(protocol.written(size), rest)
         who = KERNEL if flags & protocol.WRITE_CACHE else header.pid
-        await self._files.write(header.node, handle, offset, data, who, kill_setid=kill_setid)
-        return await self._written(header.node, handle, offset, size, direct, synced)
+        try:
+            if opened & _APPEND and files.appends:
+                await files.append(node, handle, offset, data, who, kill_setid)
+            else:
+                await files.write(node, handle, offset, data, who, kill_setid)
+        except BaseException:
+            if unwaited:
+                files.failed_past_pages(handle, offset + size)
+            raise
+        if files.appends:
+            files.note_written(node, offset + size)
+        return await self._written(node, handle, offset, size, direct, unwaited, synced)
 
     async def _written(
-        self, node: int, handle: int, offset: int, size: int, direct: int, synced: int
-    ) -> Answer:
+        self, node: int, handle: int, offset: int, size: int,
+        direct: int, unwaited: int, synced: int,
+    ) -> Answer:  # fmt: skip
         """The answer to a write, once what it asks for besides has been done.
 
-        The kernel drops pages before it sends a write that goes past them, and after it only if the
-        program waits for it.  What is read or written meanwhile by way of the page cache would stay
-        there, older than the file.
+        The kernel drops pages, and what it believes of the times, before it sends a write that goes
+        past them, and after it only if the program waits for it.  What is read or written meanwhile
+        by way of the page cache, or asked for, would stay there, older than the file.
         """
         if synced:
             await self._files.fsync(node, handle, synced != _SYNC)
         answer = protocol.written(size)
+        if unwaited:
+            return Told(answer) if self._files.drop_believed(node, offset, size) else answer
         if direct and self._files.drop_pages(node, offset, size):
             return Told(answer)
         return answer
