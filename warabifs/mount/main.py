@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import gc
 import logging
 import logging.handlers
 import os
@@ -30,7 +29,7 @@ from warabi import aio, reconnect
 from warabi._core import descriptors
 from warabi.backends.memory_budget import physical_memory
 from warabi.errors import ConfigError, Exception, PermissionDenied
-from warabi.eventloop import inline_wait, loop_watchdog
+from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog
 from warabi.protocol.auth import config_of
 from warabi.target import opening
 from warabi.target.region_locks import LOOPS
@@ -289,8 +288,7 @@ def _serve_and_persist(
             patience=_PATIENCE,
             limit=None if source.backend.limited is None else _limit(options),
         )
-    # Requests leave no cycles behind: to look for some after every 700 objects is in vain.
-    gc.set_threshold(10_000)
+    gc_pauses.limit_pauses()
     LOOPS.add(threading.get_ident())
     try:
         failure = trio.run(

@@ -114,6 +114,7 @@ def serve(
     """
     from warabi import service
     from warabi._core import descriptors
+    from warabi.eventloop import gc_pauses
 
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG.json or --target")
@@ -121,6 +122,7 @@ def serve(
         raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
     logging.basicConfig(format="warabi: %(message)s")
     descriptors.raise_limit()
+    gc_pauses.limit_pauses()
     with (
         one_line(),
         service.ShutdownSignals() as ending,

@@ -1,0 +1,54 @@
+"""The garbage collector does not visit many objects again and again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import gc, sys, weakref
+from warabi.eventloop.gc_pauses import limit_pauses
+
+class Object:
+    __slots__ = ("__weakref__", "other")
+
+def cycle():
+    one = Object()
+    one.other = one
+    return weakref.ref(one)
+
+gc.collect()
+limit_pauses(float(sys.argv[1]))
+limit_pauses(float(sys.argv[1]))
+kept = [Object() for _ in range(1_000_000)]
+gc.collect()
+before = gc.get_freeze_count()
+visited = len(gc.get_objects())
+found = cycle()
+gc.collect(0)
+assert found() is None, "what is new is still collected"
+del kept
+print(len(gc.callbacks), before, visited, gc.get_freeze_count())
+"""
+
+
+def result(long: float) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(long)], capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_what_survives_a_long_collection_is_not_visited_again() -> None:
+    callbacks, frozen, visited, left = result(0)
+    assert callbacks == 1
+    assert frozen > 900_000
+    assert visited < 100_000
+    assert left < 100_000  # they are freed with their last references
+
+
+def test_what_survives_a_short_collection_is() -> None:
+    _, frozen, visited, _ = result(1000)
+    assert frozen == 0
+    assert visited > 1_000_000
