@@ -23,7 +23,7 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
-from warabifs.mount import install
+from warabifs.mount import install, utab
 
 
 def limit_of(request: pytest.FixtureRequest) -> float:
@@ -53,6 +53,10 @@ def disposable(parent: str) -> Iterator[Path]:
         with contextlib.suppress(AssertionError):  # the processes are told below
             wait_until(lambda: not processes_of(path), "the end of what persists there")
         processes = processes_of(path)
+        for target in map(utab._target, utab._lines()):  # of what was killed
+            left_by = os.fsdecode(target.removeprefix(b"TARGET="))
+            if Path(left_by).is_relative_to(path):
+                utab.UtabEntry("", left_by)._update(remove=True)
         shutil.rmtree(path, ignore_errors=True)
     assert not left, f"left mounted: {left}"
     assert not processes, f"left running: {processes}"

@@ -290,6 +290,28 @@ def test_a_program_whose_many_threads_all_wait_can_be_killed(
         assert os.listdir(mount.path) == []
 
 
+LOST_SYNC = """
+from warabi.provider.session import ClientSession
+_operate, left = ClientSession._operate, ["sync"]
+async def operate(self, request):
+    if request.name in left:
+        left.clear()
+    else:
+        await _operate(self, request)
+ClientSession._operate = operate
+"""
+
+
+def test_a_lost_reply_to_the_last_sync_is_made_up_for(place: Path) -> None:
+    with (
+        serving("tcp", before=LOST_SYNC) as provider,
+        mounted(provider, place, "timeout=1") as mount,
+    ):
+        (mount.path / "file").write_bytes(b"data")
+        mount.unmount()
+        assert "ERROR" not in mount.new_log()
+
+
 UNANSWERED = """
 import os, trio
 from warabi.provider.session import ClientSession

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
-from warabifs.mount import install
+from warabifs.mount import install, shutdown_socket
 
 BIN = Path(sys.executable).parent
 WARABIFS = [sys.executable, "-c", "import sys; from warabifs.mount.cli import main; main()"]
@@ -390,6 +391,42 @@ def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
     assert done.returncode == 1
     assert "whether everything is persisted is not known" in done.stderr
     assert not is_mounted(mountpoint)
+
+
+def test_connections_that_were_given_up_take_no_room(place: Path, mountpoint: Path) -> None:
+    """Such as those of a ``umount`` that was refused, and of each mount that starts."""
+    run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
+    (path,) = sockets_of(device_of(mountpoint))
+    for _ in range(2 * shutdown_socket._QUEUE):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert len(os.listdir(f"/proc/{path.name.rpartition('.')[2]}/fd")) < 100
+    done = run("umount", mountpoint)
+    assert done.stderr == ""
+    assert not locked(place / "target")
+
+
+def entries_of(path: Path) -> int:
+    return Path("/run/mount/utab").read_text().count(f" TARGET={path} ")
+
+
+def test_entries_of_mounts_that_were_killed_are_removed_later(place: Path) -> None:
+    (place / "other").mkdir()
+    with mounting("memory:", place) as mount:
+        mount.kill()
+        assert entries_of(mount.path) == 1  # so umount(8) tells that it was killed
+        run("fusermount3", "-u", "-z", mount.path)
+        with mounting("memory:", place / "other") as other:
+            assert (entries_of(mount.path), entries_of(other.path)) == (0, 1)
+            # In another mount namespace, where nothing of this one's is seen, that one stays.
+            script = (
+                "import ctypes, sys; from warabifs.mount.utab import remove_stale;"
+                " assert ctypes.CDLL(None).umount2(sys.argv[1].encode(), 2) == 0; remove_stale()"
+            )  # umount(8) would remove the entry itself
+            away = ("unshare", "-m", "--propagation=private", sys.executable, "-c", script)
+            run(*away, other.path)
+            assert entries_of(other.path) == 1
+    assert entries_of(other.path) == 0
 
 
 def test_a_killed_mount_has_persisted_nothing_that_is_known(place: Path) -> None:

@@ -43,11 +43,11 @@ from warabifs.frontends.kernel.session import FuseSession
 from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.invalidator import Follower
 from warabifs.fs.owner_override import ShownLink
+from warabifs.mount import utab
 from warabifs.mount.options import Options, Source, help_text, parse_options, parse_source
 from warabifs.mount.remount import remount
 from warabifs.mount.shutdown_socket import ShutdownSocket
 from warabifs.mount.unmount import find
-from warabifs.mount.utab import UtabEntry
 from warabifs.mount.watchdog import Watchdog
 
 log = logging.getLogger("warabifs")
@@ -395,7 +395,7 @@ async def _mount_and_serve(
                 interrupt=None if source.embedded else session.interrupt,
             )
             unmount = True
-            entry = UtabEntry(options.fsname or source.text, mountpoint)
+            entry = utab.UtabEntry(options.fsname or source.text, mountpoint)
             try:
                 operations.features = session.begin(operations.features)
                 if options.passthrough and not operations.features & Feature.PASSTHROUGH:
@@ -405,10 +405,12 @@ async def _mount_and_serve(
                     ending.announce(mountpoint)
                 except (PermissionDenied, OSError) as error:
                     log.warning("umount cannot wait for this process to persist: %s", error)
+                utab.remove_stale()
                 entry.add()
                 with Watchdog(device_number(mountpoint)):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
+                        nursery.start_soon(_accept, ending)
                         if not alone:
                             nursery.start_soon(follower.run)
                         ready()
@@ -427,7 +429,7 @@ async def _mount_and_serve(
                 session.silence()
                 device.close(unmount=unmount)
                 with trio.CancelScope(shield=True):
-                    await target.call("sync")
+                    await _sync(target, None if source.embedded else options.timeout)
     except BaseExceptionGroup as group:
         return group.exceptions[0]
     except Exception as error:
@@ -442,6 +444,38 @@ def _mount(source: Source, mountpoint: str, options: Options) -> Device:
     if options.allow_other:
         fuse.add("allow_other")
     return Device(mountpoint, options.fsname or source.text, fuse)
+
+
+async def _accept(ending: ShutdownSocket) -> None:
+    while ending.fd >= 0:
+        await trio.lowlevel.wait_readable(ending.fd)
+        ending.accept()
+
+
+async def _sync(target: aio.Target, timeout: float | None) -> None:
+    """Sync *target*, and begin to do so once more after *timeout* seconds, in case that the reply
+    was lost; a slow medium may rightly take longer.  Whatever ends first counts.
+
+    Raises:
+        warabi.errors.Exception: that of the sync.
+    """
+    failure: Exception | None = None
+
+    async def sync() -> None:
+        nonlocal failure
+        try:
+            await target.call("sync")
+        except Exception as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sync)
+        if timeout is not None:
+            await trio.sleep(timeout)
+            nursery.start_soon(sync)
+    if failure is not None:
+        raise failure
 
 
 @asynccontextmanager

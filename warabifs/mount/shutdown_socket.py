@@ -2,8 +2,7 @@
 
 The kernel's unmounting returns when the kernel has let go; the process may still be persisting.
 So ``umount`` connects to a Unix socket of the process first, unmounts, and then waits for the
-process's report.  Nothing is done about the socket while the mount serves: connections wait in its
-queue.
+process's report.
 
 The socket is in a directory that only the mount's user can enter
 (``warabi/protocol/socket_directories.py``), so no other user can take its name or fill its queue,
@@ -73,17 +72,34 @@ class ShutdownSocket:
             raise
         self._listener = listener
 
+    @property
+    def fd(self) -> int:
+        """The socket's descriptor, readable when a process has connected; -1 when there is none."""
+        return -1 if self._listener is None else self._listener.fileno()
+
+    def accept(self) -> None:
+        """Take the connections that have come, and let go of those whose processes have gone, such
+        as a ``umount`` that was refused.  They would fill the queue in the course of time."""
+        assert self._listener is not None
+        gone = [connection for connection in self._waiting if _is_closed(connection)]
+        for connection in gone:
+            self._waiting.remove(connection)
+            connection.close()
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                # Nobody else can be there, in such a directory.
+                if peer(connection)[1] in (os.getuid(), 0) and not _is_closed(connection):
+                    self._waiting.append(connection)
+                else:
+                    connection.close()
+
     def gather(self) -> None:
         """The kernel has let go: remove the socket, keep those that have connected."""
         if self._listener is None:
             return
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                if peer(connection)[1] in (os.getuid(), 0):
-                    self._waiting.append(connection)
-                else:  # cannot be, in such a directory
-                    connection.close()
+        self.accept()
         self._listener.close()
         self._listener = None
         self._path.unlink(missing_ok=True)
@@ -92,7 +108,6 @@ class ShutdownSocket:
         """Report what was not persisted, or that everything was."""
         self.gather()
         for waiting in self._waiting:
-            waiting.setblocking(False)
             with contextlib.suppress(OSError), waiting:
                 waiting.send(failure.encode(errors="replace")[:1000] or _DONE)
         self._waiting.clear()
@@ -107,6 +122,32 @@ def _remove_stale(directory: Path) -> None:
             path.unlink(missing_ok=True)
         except OSError:
             pass
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the other side of a non-blocking connection has closed it; it sends nothing."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def live_devices(uid: int) -> set[str]:
+    """The device numbers of all mounts of user *uid* whose processes live, in whatever mount and
+    PID namespaces they are; of those with a socket that is seen from here."""
+    found = set()
+    for directory in socket_directories.existing(uid):
+        for path in directory.glob(f"{_PREFIX}*"):
+            try:
+                _connected(path).close()
+            except (ConnectionRefusedError, FileNotFoundError):
+                continue
+            except OSError:
+                pass  # it is there, but cannot be asked
+            found.add(path.name.removeprefix(_PREFIX).partition(".")[0])
+    return found
 
 
 def _connected(path: Path) -> socket.socket:

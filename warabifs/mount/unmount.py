@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from warabi.errors import ConfigError
 from warabifs.frontends.kernel.mountinfo import Mounted, mounted_on, mounts
 from warabifs.mount.shutdown_socket import Waiting, identity
+from warabifs.mount.utab import remove_stale
 
 PATIENCE = 60.0
 """Default seconds to wait for the end of the mount's process."""
@@ -97,6 +98,7 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
         word = waiting.word(_LAZY_PATIENCE if lazy else patience)
     finally:
         waiting.close()
+        remove_stale()
     if word is None and lazy:
         print(
             f"{name}: process {waiting.pid} goes on until the last file is closed and everything is"

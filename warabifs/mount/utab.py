@@ -3,6 +3,9 @@
 Of what root unmounts, umount(8) asks the kernel for the type alone, which says "fuse" of every
 FUSE file system, and looks no further unless the mount point is in that table.  It would unmount
 then without waiting until everything is persisted.  umount(8) removes the entry afterwards.
+
+The entry of a mount whose process was killed stays, so that umount(8) tells what is not known of
+it.  If it is unmounted otherwise, the next mount or unmounting removes the entry.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ import logging
 import os
 import re
 from pathlib import Path
+
+from warabifs.frontends.kernel.mountinfo import mounts
+from warabifs.mount.shutdown_socket import live_devices
 
 log = logging.getLogger(__name__)
 
@@ -60,37 +66,69 @@ class UtabEntry:
 
     def _is_last(self) -> bool:
         """Whether this is the newest entry of the mount point."""
-        try:
-            lines = _TABLE.read_bytes().splitlines()
-        except OSError:
-            return False
-        of_mountpoint = [
-            fields
-            for fields in ([_plain(field) for field in line.split(b" ")] for line in lines)
-            if b"TARGET=" + self._mountpoint in fields
-        ]
+        of_mountpoint = [fields for fields in _lines() if b"TARGET=" + self._mountpoint in fields]
         wanted = {b"SRC=" + self._source, b"OPTS=" + _OPTION}
         return bool(of_mountpoint) and wanted <= set(of_mountpoint[-1])
 
     def _update(self, *, remove: bool) -> None:
-        library = _libmount()
-        if library is None or os.geteuid() != 0:
-            return
-        update, entry = library.mnt_new_update(), library.mnt_new_fs()
-        try:
-            library.mnt_fs_set_source(entry, self._source)
-            library.mnt_fs_set_target(entry, self._mountpoint)
-            library.mnt_fs_set_options(entry, _OPTION)
-            if remove:
-                status = library.mnt_update_set_fs(update, 0, self._mountpoint, None)
-            else:
-                status = library.mnt_update_set_fs(update, 0, None, entry)
-            status = status or library.mnt_update_table(update, None)
-        finally:
-            library.mnt_unref_fs(entry)
-            library.mnt_free_update(update)
-        if status < 0:
-            log.info("%s: not updated: %s", _TABLE, os.strerror(-status))
+        _update(self._source, self._mountpoint, remove=remove)
+
+
+def remove_stale() -> None:
+    """Remove the entries of mounts that were killed, and are not mounted any more.
+
+    What is not mounted here may be in another mount namespace.  So nothing is removed while a mount
+    lives that is not seen from here.
+    """
+    lines = _lines() if os.geteuid() == 0 else []
+    ours = [fields for fields in lines if b"OPTS=" + _OPTION in fields]
+    if not ours:
+        return
+    live = live_devices(0)  # before what is mounted, or one could come in between
+    here = mounts()
+    mounted = {b"TARGET=" + os.fsencode(mount.path) for mount in here}
+    # By its mount point alone an entry is removed, so that it must be all that there is.
+    kept = {_target(fields) for fields in lines if fields not in ours}
+    stale = {_target(fields) for fields in ours} - mounted - kept
+    if stale and live <= {mount.device for mount in here}:
+        for fields in ours:
+            if _target(fields) in stale:
+                _update(b"", _target(fields).removeprefix(b"TARGET="), remove=True)
+
+
+def _lines() -> list[list[bytes]]:
+    """The fields of each line of the table."""
+    try:
+        lines = _TABLE.read_bytes().splitlines()
+    except OSError:
+        return []
+    return [[_plain(field) for field in line.split(b" ")] for line in lines]
+
+
+def _target(fields: list[bytes]) -> bytes:
+    """The field of the mount point."""
+    return next((field for field in fields if field.startswith(b"TARGET=")), b"")
+
+
+def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
+    library = _libmount()
+    if library is None or os.geteuid() != 0:
+        return
+    update, entry = library.mnt_new_update(), library.mnt_new_fs()
+    try:
+        library.mnt_fs_set_source(entry, source)
+        library.mnt_fs_set_target(entry, mountpoint)
+        library.mnt_fs_set_options(entry, _OPTION)
+        if remove:
+            status = library.mnt_update_set_fs(update, 0, mountpoint, None)
+        else:
+            status = library.mnt_update_set_fs(update, 0, None, entry)
+        status = status or library.mnt_update_table(update, None)
+    finally:
+        library.mnt_unref_fs(entry)
+        library.mnt_free_update(update)
+    if status < 0:
+        log.info("%s: not updated: %s", _TABLE, os.strerror(-status))
 
 
 def _plain(field: bytes) -> bytes:
