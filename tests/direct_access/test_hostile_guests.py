@@ -37,6 +37,8 @@ from warabi.server import Provider
 from warabi.shm.client import Guest
 from warabi.shm.layout import ENTRIES, LANES
 from warabi.shm.memory import SharedMapping
+from warabi.target.config import MemoryConfig
+from warabi.target.opening import open_memory
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "memory": lambda path: MEMORY,
@@ -206,6 +208,27 @@ def test_flags_of_a_guest_s_descriptor_are_its_own(
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)
     asking.write(region, 5, b"here")
     assert asking.read(region, 0, 10) == pattern(100_000)[:5] + b"here" + pattern(100_000)[9:10]
+
+
+def test_memory_that_a_guest_made_longer_can_be_resized() -> None:
+    with open_memory(MemoryConfig()) as target:
+        joined = target.join()
+        assert joined is not None
+        guest, _ = joined
+        region = target.create_and_write(pattern(100_000))
+        granted = target.grant(region, guest.number, writable=True)
+        assert granted is not None
+        os.ftruncate(granted.place.fd, 1 << 30)
+        os.pwrite(granted.place.fd, b"behind the end", 100_000)
+        target.resize(region, 200_000)
+        assert target.read(region, 0, 200_000) == pattern(100_000) + bytes(100_000)
+        target.write(region, 200_000, pattern(1000), extend=True)
+        target.resize(region, 150_000)
+        target.resize(region, 1 << 31)
+        assert target.read(region, 140_000, 100_000) == bytes(100_000)
+        os.close(granted.place.fd)
+        target.erase(region)
+        target.leave(guest)
 
 
 def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:

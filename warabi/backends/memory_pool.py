@@ -92,7 +92,11 @@ class Own:
 
         Views and mappings of bytes that are cut off have to be gone, or never to be touched.
         """
-        if size > self.extent or not self.sealed:
+        if size > self.extent and self.sealed and (length := os.fstat(self.fd).st_size) > size:
+            # A guest has made the file longer, and it cannot be made shorter.
+            punch(self.fd, self.size, _END - self.size)
+            self.extent = length
+        elif size > self.extent or not self.sealed:
             os.ftruncate(self.fd, size)
             self.extent = size
         elif size < self.size:
