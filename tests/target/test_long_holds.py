@@ -356,3 +356,32 @@ def test_large_commits_are_announced(stored: Target, monkeypatch: pytest.MonkeyP
         stored.namespace.setxattr(1, b"user.%d" % number, b"x")
     stored.commit()
     assert True in seen
+
+
+def test_what_an_export_kept_is_erased_beside_the_loop(
+    served: tuple[Target, TargetHandle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions by the thousand that were erased meanwhile, when it ends."""
+    target, handle = served
+    erasing: list[bool] = []
+    erase = type(target._storage).erase
+
+    def watched(self: Any, rid: RegionID) -> None:
+        erasing.append(threading.get_ident() in region_locks.LOOPS)
+        erase(self, rid)
+
+    listing = handle._link.call("survey")
+    for _ in range(1000):
+        target.erase(target.create_and_write(b"x"))
+    kept = handle.create_and_write(b"kept")
+    handle.erase(kept)
+    assert len(target._freed) > 1000
+    monkeypatch.setattr(type(target._storage), "erase", watched)
+    handle._link.call("unpin", listing.ino, 1)
+    with pytest.raises(errors.InvalidRegion):
+        handle._link.call("copy", kept)
+    target.commit()
+    eventually(lambda: not target._freed and not target._erasing)
+    assert True not in erasing
+    assert target.list() == []
+    assert handle.read(handle.create_and_write(b"new"), 0, 3) == b"new"

@@ -58,6 +58,9 @@ _GRACE = 0.02
 """Seconds between when a target is found free and when its lock is taken, at most and about."""
 STEPS = 5000
 """Names or directories, of some microseconds each, that are gone through while others wait."""
+_ERASED = 256
+"""Regions in memory that are erased from storage at a time, by an event loop, too."""
+_ERASED_FILES = 16384  # more, since those that share a file are best erased together
 LONG = 32 * 1024 * 1024
 """Bytes of memory that take long to give back."""
 
@@ -199,6 +202,7 @@ class RegionGate:
         # To erase when that change is synced, and no guest touches that share any more.
         self._freed: deque[tuple[int, RegionID, Share | None]] = deque()
         self._grants: Grants | None = None  # while there are guests
+        self._erasing = False  # a thread erases what loops leave to it
         self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
         self._ending: set[RegionID] = set()  # of those, the ones that calls are still inside
@@ -383,37 +387,77 @@ class RegionGate:
     def _reap(self) -> None:
         """Erase from storage what the catalogue on the medium no longer mentions.
 
-        Files are removed by who commits next: it may take long, and an event loop does not wait.
+        It may take long, and an event loop does not wait: files are removed by who commits next,
+        and many regions in memory by a thread.
         """
         if not (self._freed or self._kept or self._grants is not None):
             return
+        in_loop = threading.get_ident() in LOOPS
+        if not (in_loop and self._freed and self._left_to_others()):
+            while self._erase_some():
+                pass
+        if self._grants is not None and self._grants.waiting:
+            self._free_what_is_quiet()
+
+    def _left_to_others(self) -> bool:
+        """Whether others erase what an event loop would: have them do it."""
+        with self._lock:
+            if not self._holds:
+                self._kept.clear()
+            if self._storage.blocking:
+                self._changed.set()
+                return True
+            if self._holds or len(self._freed) <= _ERASED or self._closed:
+                return False
+            if not self._erasing:
+                self._erasing = True
+                self._inside += 1
+                threading.Thread(target=self._erase_beside, name="warabi-free").start()
+            return True
+
+    def _erase_beside(self) -> None:
+        try:
+            while self._erase_some():
+                pass
+        finally:
+            with self._lock:
+                self._erasing = False
+                self._inside -= 1
+                if self._waiters:
+                    self._idle.notify_all()
+
+    def _erase_some(self) -> bool:
+        """Erase some of what is due; whether there may be more, after others had the lock."""
         due: list[RegionID] = []
-        later = self._storage.blocking and threading.get_ident() in LOOPS
-        if later and self._freed:
-            self._changed.set()
+        most = _ERASED_FILES if self._storage.blocking else _ERASED
+        taken = 0
         with self._lock:
             if not self._holds:
                 self._kept.clear()
             while (
-                not (later or self._holds)
+                taken < most
+                and not self._holds
                 and self._freed
                 and self._catalogue.is_synced(self._freed[0][0])
             ):
+                taken += 1
                 _, rid, share = self._freed.popleft()
                 if share is not None and share.grants is self._grants:
                     share.grants.later(share.index, partial(self._erase_granted, rid, share))
                 else:
                     due.append(rid)
-        if due:
-            self._erase_bytes(due)
-        if self._grants is not None and self._grants.waiting:
-            self._free_what_is_quiet()
+        failed = self._erase_bytes(due) if due else 0
+        return taken == most and not failed
 
-    def _erase_bytes(self, rids: list[RegionID]) -> None:
+    def _erase_bytes(self, rids: list[RegionID]) -> int:
+        """Erase regions from storage; how many could not be."""
+        failed = 0
         for rid, error in self._storage.erase_all(rids):
             # Erased it is, only its bytes are still there: the next one tries again.
             log.warning("%s; it is tried again", error)
             self._freed.append((0, rid, None))
+            failed += 1
+        return failed
 
     def _erase_granted(self, rid: RegionID, share: Share) -> None:
         # Guests that have not noticed yet hold descriptors and mappings, which would keep the room.
