@@ -29,7 +29,7 @@ from warabi import errors
 from warabi._core.results import Verified
 from warabi.backends import base
 from warabi.backends.base import STRANGERS, Location, Storage
-from warabi.backends.xattr_times import Times
+from warabi.backends.wrapper import WrapperStorage
 from warabi.errors import CorruptTarget
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.checksums import BLOCK, SumRows, digest
@@ -67,7 +67,7 @@ class _State:
             claim.difference_update(blocks)
 
 
-class SummedStorage(Storage):
+class SummedStorage(WrapperStorage):
     """*inner*, whose blocks are summed.  Not usable before :meth:`bind`, but for what needs no
     catalogue: create, erase, scan."""
 
@@ -76,7 +76,7 @@ class SummedStorage(Storage):
     blocking = True
 
     def __init__(self, inner: Storage, catalogue: Catalogue) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._catalogue = catalogue
         self._rows = SumRows(catalogue)
         self._digest = digest()
@@ -322,24 +322,22 @@ class SummedStorage(Storage):
         with self._changing(rid, range(0)), self._lock:
             self._state(rid).dirty.update(b for b in range(first, last) if b not in known)
 
+    # What goes through the calls above, or is not offered: nothing may change or become durable
+    # without its sums
+
+    view = Storage.view
+    written = Storage.written
+    cleared = Storage.cleared
+    keep_times = Storage.keep_times
+    flushing = Storage.flushing
+    firm = Storage.firm
+
     # What sums have no part in
 
     def create(self, rid: RegionID, size: int) -> None:
         self._inner.create(rid, size)
         with self._lock:
             self._states[rid] = _State(sumless=True)
-
-    def packs(self, size: int) -> bool:
-        return self._inner.packs(size)
-
-    def retire(self, inode: Inode) -> None:
-        self._inner.retire(inode)
-
-    def found(self, inode: Inode) -> bool:
-        return self._inner.found(inode)
-
-    def tidy(self, attests: Callable[[Inode, int], bool]) -> bool:
-        return self._inner.tidy(attests)
 
     def erase(self, rid: RegionID) -> None:
         with self._lock:
@@ -358,54 +356,26 @@ class SummedStorage(Storage):
     def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
         self._inner.read_into_nowait(rid, offset, out)
 
-    def check(self, rid: RegionID, size: int) -> None:
-        self._inner.check(rid, size)
-
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
         self._inner.clone(rid, copy, size)
 
-    def kept_times(self, rid: RegionID) -> Times | None:
-        return self._inner.kept_times(rid)  # of a time without checksums
-
     def attests(self, inode: Inode, size: int) -> bool:
         return self._rows.attests(inode, size)
-
-    def moves(self, rid: RegionID, size: int) -> bool:
-        return self._inner.moves(rid, size)
 
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
         self.resize(rid, size)  # others only read where the bytes are
         return lambda: None
 
-    def persist_names(self) -> None:
-        self._inner.persist_names()
-
-    def oldest_fresh(self) -> RegionID | None:
-        return self._inner.oldest_fresh()
-
-    def sync_found(self) -> None:
-        self._inner.sync_found()
-
     def vacate(self, rid: RegionID) -> None:
         self._inner.vacate(rid)
 
     def wrote(self, rid: bytes) -> None:
-        """Nobody does."""
+        """No other process writes: see ``shares_writes``."""
+
+    grew = Storage.grew  # nor this
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         return self._inner.share(rid, writable=False)
-
-    def room(self) -> tuple[int, int]:
-        return self._inner.room()
-
-    def scan(self) -> Iterator[tuple[RegionID, int]]:
-        return self._inner.scan()
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def destroy(self) -> None:
-        self._inner.destroy()
 
 
 def _blocks(start: int, end: int) -> range:

@@ -46,6 +46,7 @@ from warabi.backends.pack_format import (
     recorded,
     slots_of,
 )
+from warabi.backends.wrapper import WrapperStorage
 from warabi.backends.xattr_times import Times
 from warabi.errors import WouldBlock
 from warabi.metadata.catalogue import Catalogue
@@ -63,7 +64,7 @@ def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
     return type(error)(str(error).replace(file.hex(), rid.hex()))
 
 
-class PackedStorage(Storage):
+class PackedStorage(WrapperStorage):
     """*files*, of which some are packs.
 
     Args:
@@ -73,7 +74,8 @@ class PackedStorage(Storage):
     """
 
     def __init__(self, files: FileStorage, catalogue: Catalogue, *, packing: bool) -> None:
-        self._files = files
+        super().__init__(files)
+        self._files = files  # the same, with what only files have
         self._catalogue = catalogue
         self._inodes = catalogue.by_rid
         self._packing = packing
@@ -115,6 +117,9 @@ class PackedStorage(Storage):
 
     def packs(self, size: int) -> bool:
         return self._packing and size <= SLOT
+
+    written = Storage.written
+    cleared = Storage.cleared
 
     def create(self, rid: RegionID, size: int) -> None:
         inode = self._inodes.get(rid)
@@ -274,7 +279,7 @@ class PackedStorage(Storage):
         if self._at(rid)[0] is rid:
             self._files.clone(rid, copy, size)
         else:
-            super().clone(rid, copy, size)
+            Storage.clone(self, rid, copy, size)
 
     # The end of a region
 
@@ -353,9 +358,6 @@ class PackedStorage(Storage):
     def keep_times(self, rid: RegionID, times: Times) -> bool:
         return self._at(rid)[0] is rid and self._files.keep_times(rid, times)
 
-    def kept_times(self, rid: RegionID) -> Times | None:
-        return self._files.kept_times(rid)
-
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         file, start = self._at(rid)
         try:
@@ -385,9 +387,6 @@ class PackedStorage(Storage):
         except errors.Exception as error:
             text = re.sub(f"region ({'0' * 16}[0-9a-f]{{16}})", r"small regions in \1", str(error))
             raise type(error)(text) from error.__cause__
-
-    def persist_names(self) -> None:
-        self._files.persist_names()
 
     def oldest_fresh(self) -> RegionID | None:
         with self._files._lock:
@@ -446,9 +445,6 @@ class PackedStorage(Storage):
                 files._set_size(fd, PACK)
         self._catalogue.trim()
 
-    def sync_found(self) -> None:
-        self._files.sync_found()
-
     # Other processes
 
     def wrote(self, rid: bytes) -> None:
@@ -472,12 +468,6 @@ class PackedStorage(Storage):
 
     # The whole
 
-    def room(self) -> tuple[int, int]:
-        return self._files.room()
-
     def close(self) -> None:
         self._let_go()
         self._files.close()
-
-    def destroy(self) -> None:
-        self._files.destroy()
