@@ -283,6 +283,14 @@ class Storage(ABC):
         this storage hears of it by itself when that fails."""
         return False
 
+    def charge(self, count: int) -> None:  # noqa: B027  # most keep nothing in memory
+        """Something else, such as the catalogue, is about to take *count* bytes of memory, which
+        the storage shares with it.
+
+        Raises:
+            StorageFull: they do not fit.
+        """
+
     @abstractmethod
     def room(self) -> tuple[int, int]:
         """Total and available bytes of the medium."""

@@ -625,5 +625,5 @@ BACKEND = Backend(
     config=MemoryConfig,
     storage=MemoryStorage,
     open=lambda settings, root: MemoryStorage(),
-    limited=MemoryStorage,
+    in_memory=MemoryStorage,
 )

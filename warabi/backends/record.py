@@ -71,9 +71,11 @@ class Backend:
     None where nothing outlives the process."""
     plan: Callable[[Any], Plan] = usual_plan
     """What the settings mean to the target."""
-    limited: Callable[[int | None], Storage] | None = None
-    """Opens a storage that takes at most so many bytes of memory, for the mount option ``size``;
-    None where that option has no effect."""
+    in_memory: Callable[[int | None, Callable[[], int]], Storage] | None = None
+    """Opens a storage whose regions are in this process's memory and share a limit with the
+    catalogue.  Its arguments are the limit in bytes, None for what the machine can give, and a
+    function that tells how many bytes the catalogue takes.  None for other backends, for which
+    the mount option ``size`` is refused."""
     spelled: bool = True
     """Whether mounts and ``warabi serve --target`` take it as ``NAME:PATH``, or ``NAME:`` if it
     has no path.  With a path, its settings must have ``create_if_missing``."""

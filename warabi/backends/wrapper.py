@@ -139,6 +139,9 @@ class WrapperStorage(Storage):
     def left(self, holder: int) -> None:
         self._inner.left(holder)
 
+    def charge(self, count: int) -> None:
+        self._inner.charge(count)
+
     def room(self) -> tuple[int, int]:
         return self._inner.room()
 

@@ -63,8 +63,8 @@ def open_backend(
         backend: its type.
         settings: an instance of ``backend.config``.
         patience: seconds to wait for another owner to let go of its path.
-        limit: how many bytes of memory its regions may take, holes not counted; without it as many
-            as the machine can give.  For backends with ``limited`` alone.
+        limit: how many bytes of memory its regions and names may take, holes not counted; without
+            it as many as the machine can give.  For backends with ``in_memory`` alone.
 
     Raises:
         ConfigError: the path is no target of this type (it is left as it is), or is missing and
@@ -74,11 +74,13 @@ def open_backend(
     """
     if backend.files:
         return _open(opening_of(backend, settings), patience)
-    if backend.limited is not None and limit is not None:
-        storage = backend.limited(limit)
+    catalogue = Catalogue(None)
+    if backend.in_memory is not None:
+        storage = backend.in_memory(limit, catalogue.memory)
+        catalogue.limit(storage.charge)
     else:
         storage = backend.open(settings, Path())
-    return volatile(Catalogue(None), storage, backend.plan(settings).capacity)
+    return volatile(catalogue, storage, backend.plan(settings).capacity)
 
 
 def volatile(catalogue: Catalogue, storage: Storage, capacity: int | None) -> Target:

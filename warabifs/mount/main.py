@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
         source = parse_source(parsed.source, create=options.create)
         if options.passthrough and not source.embedded:
             raise ConfigError("option passthrough: only for embedded targets, memory: or file:")
-        if options.size is not None and (source.backend is None or not source.backend.limited):
+        if options.size is not None and (
+            source.backend is None or source.backend.in_memory is None
+        ):
             raise ConfigError("option size: only for memory:")
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
@@ -286,7 +288,7 @@ def _serve_and_persist(
             source.backend,
             source.backend.config.model_validate(spelled),
             patience=_PATIENCE,
-            limit=None if source.backend.limited is None else _limit(options),
+            limit=None if source.backend.in_memory is None else _limit(options),
         )
     gc_pauses.limit_pauses()
     LOOPS.add(threading.get_ident())
