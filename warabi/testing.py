@@ -3,7 +3,7 @@
 A backend inherits :class:`StorageTests`, or :class:`LastingStorageTests` if its regions outlive
 their process, in a class whose name begins with ``Test``, and says how a storage is made and how
 its bytes are reached behind its back; ``tests/storage/test_conformance.py`` and
-``tests/storage/test_dict_backend.py`` show it.  Needs pytest, which nothing else here imports.
+``tests/mount/test_dict_backend.py`` show it.  Needs pytest, which nothing else here imports.
 """
 
 from __future__ import annotations

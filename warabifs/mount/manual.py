@@ -41,6 +41,9 @@ The target of a provider on this host.
 .TP
 .BI ofi+tcp:// host:port
 The target of a provider that is reached by TCP.
+.TP
+.IR NAME :[ PATH ]
+A target of the backend of that name, of an installed package.
 .PP
 The command returns when the mount can be used.
 .B mount.warabifs \\-f
