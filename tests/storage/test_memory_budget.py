@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -108,6 +109,23 @@ def test_groups_of_a_container(root: Path) -> None:
     group(root, "cg/below", memory__max=50_000, memory__current=40_000, memory__stat=stat)
     described(root, "0::/docker/1234/below\n", "30 20 0:26 /docker/1234 /cg rw - cgroup2 c rw\n")
     assert Machine(root).memory() == (50_000, 10_000)
+
+
+def test_without_descriptors_nothing_fails() -> None:
+    with memory() as target:
+        region, other = target.create(MiB), target.create_and_write(bytes(MiB))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                os.dup(0)
+            target._storage._budget._allowance = 0  # type: ignore[attr-defined]
+            target._storage._spare._look = 0.0  # type: ignore[attr-defined]
+            target.write(region, 0, bytes(MiB))
+            target.erase(other)
+            assert target.room()[2] == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_this_machine() -> None:

@@ -47,6 +47,7 @@ class Machine:
         self._meminfo = str(root / "proc/meminfo")
         self._groups: list[_Group] = []
         self._until = 0.0  # when to look for the groups again
+        self._known: tuple[int, int] | None = None
 
     def physical(self) -> int:
         """Bytes of memory without swap space, or the limit of a control group."""
@@ -54,7 +55,18 @@ class Machine:
         return min([self._info()[b"MemTotal"], *limits])
 
     def memory(self) -> tuple[int, int]:
-        """Bytes in all, and those that can be had now, swap space included."""
+        """Bytes in all, and those that can be had now, swap space included.
+
+        When this process has no descriptor left to look with, what was found before.
+        """
+        try:
+            self._known = self._memory()
+        except OSError:
+            if self._known is None:
+                raise
+        return self._known
+
+    def _memory(self) -> tuple[int, int]:
         info = self._info()
         total = info[b"MemTotal"] + info[b"SwapTotal"]
         available = info[b"MemAvailable"] + info[b"SwapFree"]
