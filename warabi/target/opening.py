@@ -77,7 +77,6 @@ def open_backend(
     catalogue = Catalogue(None)
     if backend.in_memory is not None:
         storage = backend.in_memory(limit, catalogue.memory)
-        catalogue.limit(storage.charge)
     else:
         storage = backend.open(settings, Path())
     return volatile(catalogue, storage, backend.plan(settings).capacity)
@@ -85,6 +84,7 @@ def open_backend(
 
 def volatile(catalogue: Catalogue, storage: Storage, capacity: int | None) -> Target:
     """A target that ends with its process."""
+    catalogue.limit(storage.charge)
     return Target(catalogue, storage, capacity=capacity, instead=storage.instead)
 
 
