@@ -63,7 +63,7 @@ class AsyncRequest:
         except Exception:
             raise
         except BaseException:
-            self._link.withdraw(self._requests)
+            interrupts.uninterrupted(self._link.withdraw, self._requests)
             raise
 
     def completed(self) -> bool:

@@ -26,10 +26,11 @@ WAYS = ("embedded", "shared", "messages")
 _SENDER = """
 import os, signal, sys, time
 for line in sys.stdin.buffer:
-    until = time.perf_counter_ns() + int(line)
-    while time.perf_counter_ns() < until:
-        pass
-    os.kill(os.getppid(), signal.SIGINT)
+    for delay in line.split():
+        until = time.perf_counter_ns() + int(delay)
+        while time.perf_counter_ns() < until:
+            pass
+        os.kill(os.getppid(), signal.SIGINT)
     os.write(1, b".")
 """
 SIZE, LARGE = 5000, 300_000
@@ -47,12 +48,12 @@ class Signals:
         assert self._process.stdout is not None
         self._orders, self._sent = self._process.stdin.fileno(), self._process.stdout.fileno()
 
-    def interrupt(self, call: Callable[[], object], delay: float) -> bool:
+    def interrupt(self, call: Callable[[], object], delay: float, again: bytes = b"") -> bool:
         """Have a signal come, after *delay* seconds, in one of several of *call*; whether it was
-        interrupted.  Returns when the signal has come."""
+        interrupted.  Returns when the signal has come, and another one *again* ns later."""
         interrupted = False
         try:
-            os.write(self._orders, b"%d\n" % int(delay * 1e9))
+            os.write(self._orders, b"%d %b\n" % (int(delay * 1e9), again))
             until = time.perf_counter() + delay + 0.01
             while time.perf_counter() < until:
                 call()
@@ -164,7 +165,10 @@ def main(way: str, count: int, path: str = "") -> None:
                 if number == count // 2 and way != "embedded":
                     thread.start()
                 which = random.randrange(len(calls))
-                was = signals.interrupt(calls[which], random.random() * 1.3 * times[which])
+                delay = random.random() * 1.3 * times[which]
+                twice = way == "embedded" and number % 2
+                again = b"%d" % random.randrange(60_000) if twice else b""
+                was = signals.interrupt(calls[which], delay, again)
                 interrupted.append(was)
                 buffer[:] = place[:SIZE] = b"z" * SIZE
                 assert handle.read(region, 0, 100) == b"0" * 100

@@ -106,13 +106,26 @@ def creating(create: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
     """What *create* returns; when Ctrl-C keeps the caller from getting it, *undo* is called with
     it."""
     made: list[_T] = []
+
+    def give_up() -> None:
+        while made:
+            with contextlib.suppress(errors.Exception):  # it is gone, or out of reach
+                undo(made.pop())
+
+    def make() -> None:
+        made.append(create())
+        try:
+            check()
+        except BaseException:
+            give_up()  # here, so that a second Ctrl-C finds it done
+            raise
+
     try:
-        uninterrupted(lambda: made.append(create()))
+        uninterrupted(make)
         return made[0]  # no handler runs between here and the caller's next step
     except BaseException:
-        for thing in made:
-            with contextlib.suppress(errors.Exception):  # it is gone, or out of reach
-                uninterrupted(undo, thing)
+        if made:
+            uninterrupted(give_up)
         raise
 
 

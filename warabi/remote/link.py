@@ -74,7 +74,7 @@ class WireLink:
             begin(requests, *arguments)
             return wait_all(self, requests)
         except BaseException:
-            _withdraw(requests)
+            interrupts.uninterrupted(_withdraw, requests)
             raise
 
     def _begun(self, begin: Callable[..., None], *arguments: Any) -> list[PendingRequest]:
@@ -84,7 +84,7 @@ class WireLink:
             begin(requests, *arguments)
             return requests
         except BaseException:
-            _withdraw(requests)
+            interrupts.uninterrupted(_withdraw, requests)
             raise
 
     def _erase(self, region: RegionID) -> None:
