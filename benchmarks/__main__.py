@@ -71,6 +71,13 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         "--regions", type=int, default=1_000_000, help="of the largest target (default %(default)s)"
     )
     add(
+        "--many",
+        type=int,
+        default=100_000,
+        help="names, links, open files and so on beside which operations are measured; up to"
+        " 1,000,000 (default %(default)s)",
+    )
+    add(
         "--disk",
         type=Path,
         default=ROOT / "build",
@@ -133,6 +140,7 @@ def _growth(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         "outstanding": _json(growth.by_outstanding(disk, some, options.seconds, say)),
         "clients": _json(growth.by_clients(some, 2.0, say)),
         "regions": growth.by_regions(disk, sizes, options.regions, say),
+        "numbers": growth.by_number(options.many, say),
     }
 
 

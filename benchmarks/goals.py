@@ -109,6 +109,17 @@ def starting(series: Iterable[Series], idle: dict[str, float]) -> Iterator[Verdi
         yield Verdict(f"CPU of an idle {who}", used, 0.001, "≤ 0.001 s/s")
 
 
+def numbers(costs: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
+    """What an operation costs does not depend on how many things there are."""
+    by_operation: dict[str, dict[int, float]] = {}
+    for each in costs:
+        by_operation.setdefault(each["operation"], {})[each["count"]] = each["cost"]
+    for operation, found in by_operation.items():
+        fewest, most = min(found), max(found)
+        what = f"{operation}: {most:,} ÷ {fewest:,}"
+        yield Verdict(what, found[most] / found[fewest], 3.0, "≤ 3")
+
+
 def growth(clients: Iterable[Series], regions: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
     """Many clients, and many regions."""
     rates = {(each.subject, each.row): each.value for each in clients if each.unit == "1/s"}

@@ -1,4 +1,4 @@
-"""How cost grows: with size, requests under way, clients and the number of regions."""
+"""How cost grows: with size, requests under way, clients, and the number of things there are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import many
 from benchmarks.api import Progress, all_peers, measure_row
 from benchmarks.processes import line_of, provider, run_module, running
 from benchmarks.rows import KIB, Row, copies, outstanding, shown
@@ -19,6 +20,7 @@ SIZES = [64 * 4**power for power in range(10)]
 OUTSTANDING = [1, 4, 16, 64]
 CLIENTS = [1, 4, 16, 64]
 REGIONS = [1000, 10_000, 100_000, 1_000_000]
+NUMBERS = [1000, 10_000, 100_000, 1_000_000]
 
 
 def by_size(directory: Path, rounds: int, budget: float, say: Progress) -> list[Series]:
@@ -106,4 +108,16 @@ def by_regions(
                 "benchmarks.regions", backend, str(count), str(size), place, timeout=900
             )
         found.append({"backend": backend, "regions": count, "size": size, **told})
+    return found
+
+
+def by_number(most: int, say: Progress) -> list[dict[str, Any]]:
+    """Microseconds of operations while there are so many names, links, attributes, regions,
+    clients, entries of a mounted directory and open files, *most* at most."""
+    counts = [str(count) for count in NUMBERS if count <= most]
+    found = []
+    for kind in many.KINDS:
+        say(f"growth: {kind}, up to {most:,}")
+        for operation, count, cost in run_module("benchmarks.many", kind, *counts, timeout=900):
+            found.append({"kind": kind, "operation": operation, "count": count, "cost": cost})
     return found

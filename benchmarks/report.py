@@ -41,6 +41,7 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
     if "growth" in results:
         told = results["growth"]
         found += goals.growth(_series(told["clients"]), told["regions"])
+        found += goals.numbers(told.get("numbers", ()))
     if "startup" in results:
         told = results["startup"]
         found += goals.starting(_series(told["series"]), told["idle"])
@@ -216,6 +217,14 @@ def _growth(told: dict[str, Any]) -> Iterator[str]:
     ]  # fmt: skip
     head = ["regions", "size", "backend", "create", "read at random", "memory", "open again"]
     yield from _grid(head, many)
+    if "numbers" in told:
+        yield "What operations cost while there are so many of something, µs:"
+        yield ""
+        rows = [
+            (each["kind"], f"{each['count']:,}", each["operation"], number(each["cost"]))
+            for each in told["numbers"]
+        ]
+        yield from _grid(["of", "so many", "operation", "µs"], rows)
 
 
 def _startup(told: dict[str, Any]) -> Iterator[str]:

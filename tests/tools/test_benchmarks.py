@@ -276,3 +276,24 @@ def test_wrong_sections_are_refused() -> None:
     done = bench("--only", "api,fast")
     assert done.returncode == 2
     assert "--only fast: expected some of api, growth" in done.stderr
+
+
+def test_costs_that_grow_with_numbers_miss_their_goal() -> None:
+    costs = [
+        {"kind": "names", "operation": operation, "count": count, "cost": cost}
+        for operation, low, high in (("look up", 1.0, 2.0), ("list", 1.0, 100.0))
+        for count, cost in ((1000, low), (100_000, high))
+    ]
+    found = {verdict.what: verdict.met for verdict in goals.numbers(costs)}
+    assert found == {"look up: 100,000 ÷ 1,000": True, "list: 100,000 ÷ 1,000": False}
+
+
+@pytest.mark.parametrize("kind", ["names", "entries"])
+def test_what_operations_cost_among_many_things(kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.many", kind, "3", "6"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert {count for _, count, _ in found} == {3, 6}
+    assert all(cost > 0 for _, _, cost in found)
