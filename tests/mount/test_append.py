@@ -84,7 +84,7 @@ def test_mounts_that_take_turns_lose_nothing(
     paths = [four.first.path / "log", four.second.path / "log"]
     wanted = b""
     with appending(opening, *paths) as fds:
-        for number in range(24):
+        for number in range(12):
             line = b"%0*d\n" % (size - 1, number)
             assert os.write(fds[number // 2 % 2], line) == size
             wanted += line
@@ -138,7 +138,7 @@ def test_writers_everywhere_at_once_lose_nothing(four: Together) -> None:
     """Two programs on each mount, and a client."""
     paths = [four.first.path / "log", four.second.path / "log"]
     paths[0].touch()
-    region, each = region_of(paths[0]), 300
+    region, each = region_of(paths[0]), 200
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(another_python(_WRITER, paths[n % 2], f"w{n}", str(each)))
@@ -194,14 +194,14 @@ def test_appends_of_more_than_a_request_holds_lose_nothing(four: Together) -> No
 
     def append(path: Path, letter: bytes) -> None:
         with appending(opened_to_write, path) as (fd,):
-            for _ in range(4):
+            for _ in range(2):
                 assert os.write(fd, letter * (3 * MIB + 5)) == 3 * MIB + 5
 
     with ThreadPoolExecutor(2) as pool:
         for one in [pool.submit(append, p, c) for p, c in zip(paths, (b"a", b"b"), strict=True)]:
             one.result(60)
     found = paths[0].read_bytes()
-    assert Counter(found) == {ord("a"): 4 * (3 * MIB + 5), ord("b"): 4 * (3 * MIB + 5)}
+    assert Counter(found) == {ord("a"): 2 * (3 * MIB + 5), ord("b"): 2 * (3 * MIB + 5)}
     assert paths[1].read_bytes() == found
 
 

@@ -32,25 +32,30 @@ from tests.mount.together import BELIEVING
 
 PAGES = 160
 MODES = (*SOURCES, "memory-passed", "engine exclusive", "memory direct_io")
-SOME = pytest.mark.parametrize("mount_module", ["memory", "file", "engine"], indirect=True)
+SOME = pytest.mark.parametrize("mount", ["memory", "file", "engine"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def mount_module(request: pytest.FixtureRequest) -> Iterator[Mount]:
-    kind, _, option = request.param.partition(" ")
-    with (
-        disposable("/tmp") as path,
-        source_of(kind, path) as (source, options),
-        mounting(source, path, *options, *filter(None, [option])) as mount,
-    ):
-        yield mount
+def mounts() -> Iterator[dict[str, Mount]]:
+    """A mount of each mode, made once."""
+    with disposable("/tmp") as path, contextlib.ExitStack() as stack:
+        made = {}
+        for number, mode in enumerate(MODES):
+            kind, _, option = mode.partition(" ")
+            place = path / str(number)
+            place.mkdir()
+            source, options = stack.enter_context(source_of(kind, place))
+            options = [*options, *filter(None, [option])]
+            made[mode] = stack.enter_context(mounting(source, place, *options))
+        yield made
 
 
 @pytest.fixture
-def mount(request: pytest.FixtureRequest, mount_module: Mount) -> Iterator[Mount]:
-    with watchdog(mount_module, limit_of(request)):
-        yield mount_module
-    mount_module.check_log()
+def mount(request: pytest.FixtureRequest, mounts: dict[str, Mount]) -> Iterator[Mount]:
+    mount = mounts[request.param]
+    with watchdog(mount, limit_of(request)):
+        yield mount
+    mount.check_log()
 
 
 def filled(mount: Mount, pages: int = PAGES) -> Path:
@@ -100,13 +105,13 @@ def written(fd: int, depth: int, count: int, check: Callable[[int, bytes], None]
 
 
 @pytest.mark.parametrize(
-    ("mount_module", "reading"),
+    ("mount", "reading"),
     [
         *((mode, "read") for mode in MODES),
         *((mode, "mapping") for mode in ("memory", "engine")),
         *((mode, "buffered writes") for mode in ("memory", "file", "engine")),
     ],
-    indirect=["mount_module"],
+    indirect=["mount"],
 )
 def test_what_has_ended_is_what_is_read(mount: Mount, reading: str) -> None:
     path = filled(mount)
