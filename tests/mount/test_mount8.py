@@ -321,6 +321,11 @@ def device_of(path: Path) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
+def socket_of(device: str) -> Path:
+    """The newest: mounts that were killed leave theirs, and their numbers are used again."""
+    return max(sockets_of(device), key=lambda path: path.stat().st_mtime_ns)
+
+
 def sockets_of(device: str) -> list[Path]:
     return list(Path("/run/warabi").glob(f"umount.{device}.*"))
 
@@ -385,7 +390,7 @@ def test_sigterm_ends_a_mount_that_is_mounted_twice(place: Path) -> None:
 
 def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
     run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
-    (path,) = sockets_of(device_of(mountpoint))
+    path = socket_of(device_of(mountpoint))
     path.rename(place / "hidden")
     done = run("umount", mountpoint, check=False)
     assert done.returncode == 1
@@ -396,7 +401,7 @@ def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
 def test_connections_that_were_given_up_take_no_room(place: Path, mountpoint: Path) -> None:
     """Such as those of a ``umount`` that was refused, and of each mount that starts."""
     run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
-    (path,) = sockets_of(device_of(mountpoint))
+    path = socket_of(device_of(mountpoint))
     for _ in range(2 * shutdown_socket._QUEUE):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -486,7 +491,7 @@ def test_another_user_cannot_speak_for_a_mount(place: Path, mountpoint: Path) ->
         options = f"provider_id={PROVIDER_ID},reconnect=0"
         run("mount", "-t", "warabifs", provider.address, mountpoint, "-o", options)
         device = device_of(mountpoint)
-        (path,) = sockets_of(device)
+        path = socket_of(device)
         with another_python(IMPOSTOR, device, path) as impostor:
             try:
                 assert line_of(impostor) == "ready"
