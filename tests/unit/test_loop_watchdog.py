@@ -61,6 +61,26 @@ def test_a_loop_that_waits_is_not_reported() -> None:
     assert found == []
 
 
+class _SlowToNotice(threading.Event):
+    def wait(self, timeout: float | None = None) -> bool:
+        woken = super().wait(timeout)
+        time.sleep(2.5)
+        return woken
+
+
+def test_the_end_of_a_loop_that_waits_for_the_watchdog_is_not_reported() -> None:
+    found: list[str] = []
+    watchdog = LoopWatchdog(2, lambda seconds, stack: found.append(stack))
+    watchdog._wake = _SlowToNotice()
+
+    async def main() -> None:
+        await trio.lowlevel.checkpoint()
+
+    trio.run(main, instruments=[watchdog])
+    assert not watchdog._thread.is_alive()
+    assert found == []
+
+
 def test_it_sleeps_while_the_loop_is_idle_and_wakes_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

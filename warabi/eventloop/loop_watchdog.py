@@ -67,6 +67,7 @@ class LoopWatchdog(trio.abc.Instrument):
         self._thread.start()
 
     def after_run(self) -> None:
+        self._running = False  # waiting for the thread below does not hold a loop
         self._ended = True
         self._wake.set()
         self._thread.join()
@@ -89,8 +90,11 @@ class LoopWatchdog(trio.abc.Instrument):
             now, began = monotonic(), self._began
             busy = max(busy, now if self._running else began)
             if self._running and began != reported and now - began > self._threshold:
+                stack = self._stack()
+                if self._ended or self._began != began:
+                    continue  # it went on meanwhile, and the stack is another's
                 reported = began
-                self._report(now - began, self._stack())
+                self._report(now - began, stack)
             elif now - busy > _DOZE:
                 self._doze()
                 busy = monotonic()
