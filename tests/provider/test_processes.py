@@ -199,7 +199,8 @@ def test_a_request_that_a_thread_carries_out_fails_in_the_child(tmp_path: Path) 
         changes.thaw()
         request.wait()
         assert handle.read(region, 0, 4) == b"more"
-        assert set(handle.list()) == {region, creation.wait()}
+        created = creation.wait()  # it is in no list before
+        assert set(handle.list()) == {region, created}
 
 
 SIGNALLED = """
