@@ -24,7 +24,7 @@ from warabi._core import descriptors
 from warabi._core.fileio import copy_file, pread_full, punch
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Location, Storage
 from warabi.backends.memfd import Populated
-from warabi.backends.memory_budget import PAGE, Budget
+from warabi.backends.memory_budget import PAGE, MemoryBudget
 from warabi.backends.memory_pool import Own, Spare
 from warabi.backends.record import Backend
 from warabi.backends.settings import Bytes, Model
@@ -195,7 +195,7 @@ class MemoryStorage(Storage):
         self._unsure: set[Own] = set()  # those that may take more by now
         self._lent: set[Own] = set()  # those that others may fill without asking
         self._others = others
-        self._budget = Budget(limit, self._used, self._promised, self._relieve)
+        self._budget = MemoryBudget(limit, self._used, self._promised, self._relieve)
 
     def _used(self) -> int:
         """Bytes of memory that everything takes, but for what is being written."""

@@ -192,7 +192,7 @@ def _limit(group: _Group) -> tuple[int, int] | None:
     return most, max(0, most - used + files)
 
 
-class Budget:
+class MemoryBudget:
     """What regions in memory may still take.
 
     Args:
