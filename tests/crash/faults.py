@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from warabi._core import fileio
+from warabi._core import fileio, syscalls
 from warabi.backends import (
     base,
     direct_io,
@@ -155,27 +155,6 @@ class _Os:
         return call
 
 
-class _Libc:
-    """libc as ``range_flush`` sees it."""
-
-    def __init__(self, injector: Injector) -> None:
-        self._injector = injector
-        self._real = range_flush._libc
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def msync(self, *args: Any) -> int:
-        import ctypes
-
-        try:
-            result: int = self._injector.call(MSYNC, self._real.msync, args, {})
-        except OSError as error:
-            ctypes.set_errno(error.errno or 0)
-            return -1
-        return result
-
-
 MSYNC = Site(range_flush.__name__, 0, "msync")
 SYNCFS = Site(file.__name__, 0, "syncfs")
 
@@ -187,7 +166,7 @@ def injector() -> Iterator[Injector]:
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
             patch.setattr(module, "os", _Os(made, module.__name__))
-        patch.setattr(range_flush, "_libc", _Libc(made))
-        real = fileio.sync_file_system
-        patch.setattr(file, "sync_file_system", lambda fd: made.call(SYNCFS, real, (fd,), {}))
+        msync, syncfs = syscalls.msync, syscalls.syncfs
+        patch.setattr(syscalls, "msync", lambda *args: made.call(MSYNC, msync, args, {}))
+        patch.setattr(syscalls, "syncfs", lambda *args: made.call(SYNCFS, syncfs, args, {}))
         yield made

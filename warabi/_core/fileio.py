@@ -1,22 +1,20 @@
-"""Reading and writing at an offset, all of it, copying, and calls that Python does not offer."""
+"""Reading and writing at an offset, all of it, and copying."""
 
 from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
+
+from warabi._core import syscalls
 
 _NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
 """Errors of file systems where the kernel does not copy from file to file."""
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
 """Requests of ioctl_iflags(2), as most machines have them; elsewhere they are unknown."""
 _TOP_DIRECTORY = 0x20000  # FS_TOPDIR_FL
-_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def pread_full(fd: int, out: memoryview, offset: int, flags: int = 0) -> int:
@@ -65,23 +63,12 @@ def copy_file(source: int, target: int, size: int) -> None:
 
 def punch(fd: int, offset: int, size: int) -> None:
     """Make *size* bytes at *offset* of *fd* zero, and take no room where that can be."""
-    if _libc.fallocate(fd, _PUNCH_HOLE, offset, size) == 0:
-        return
-    if ctypes.get_errno() != errno.EOPNOTSUPP:
-        raise _failed()
-    pwrite_full(fd, memoryview(bytes(size)), offset)
-
-
-def sync_file_system(fd: int) -> None:
-    """Put everything in the file system of *fd* on the medium: syncfs(2)."""
-    while _libc.syncfs(fd) != 0:
-        if ctypes.get_errno() != errno.EINTR:
-            raise _failed()
-
-
-def _failed() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+    try:
+        syscalls.punch_hole(fd, offset, size)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pwrite_full(fd, memoryview(bytes(size)), offset)
 
 
 def set_apart(fd: int) -> None:

@@ -19,15 +19,9 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from warabi import errors
-from warabi._core import config_keys, descriptors
+from warabi._core import config_keys, descriptors, syscalls
 from warabi._core.buffers import MAX_SIZE
-from warabi._core.fileio import (
-    copy_file,
-    pread_full,
-    pwrite_full,
-    set_apart,
-    sync_file_system,
-)
+from warabi._core.fileio import copy_file, pread_full, pwrite_full, set_apart
 from warabi.backends import xattr_times as filetimes
 from warabi.backends.base import STRANGERS, Flush, Location, Storage
 from warabi.backends.fd_cache import Borrowed, OpenFile, Translated
@@ -469,7 +463,7 @@ class FileStorage(Storage):
             fresh, made, swept = list(self._fresh), set(self._fresh_shards), set(self._swept_shards)
         self._dirty -= pending  # before the sync: what is written while it runs is dirty again
         try:
-            sync_file_system(self._root_fd)
+            syscalls.syncfs(self._root_fd)
         except OSError as error:
             text = f"a sync of the file system failed ({error.strerror}); {_ADVICE}"
             for rid in pending:
@@ -483,7 +477,7 @@ class FileStorage(Storage):
 
     def sync_found(self) -> None:
         try:
-            sync_file_system(self._root_fd)
+            syscalls.syncfs(self._root_fd)
         except OSError as error:
             raise errors.from_os(error, f"sync of {self.root}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 
-_MADV_POPULATE_READ = 22
+from warabi._core import syscalls
 
 
 class Populated:
@@ -47,4 +47,4 @@ class Populated:
         longer than writing the page; as if for reading, because faults for that map many pages."""
         start -= start % mmap.PAGESIZE
         with contextlib.suppress(OSError):  # older kernels map them one by one
-            self.memory.madvise(_MADV_POPULATE_READ, start, end - start)
+            self.memory.madvise(syscalls.MADV_POPULATE_READ, start, end - start)

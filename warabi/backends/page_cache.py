@@ -9,20 +9,17 @@ again.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import threading
 
+from warabi._core import syscalls
 from warabi.backends.memfd import Populated
 from warabi.shm.memory import address
 
 LEAST = 128 * 1024
 """Bytes from which on asking for the pages takes less than a copy."""
 _MOST = 1024  # mapped files; each takes a descriptor
-_PAGE = mmap.PAGESIZE
-_mincore = ctypes.CDLL(None, use_errno=True).mincore
-_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 class CachedFile(Populated):
@@ -36,12 +33,12 @@ class CachedFile(Populated):
 
     def show(self, offset: int, end: int) -> memoryview | None:
         """The bytes from *offset* to *end*, unless some of them are not in the page cache."""
-        start = offset - offset % _PAGE
-        count = -(-(end - start) // _PAGE)
-        there = ctypes.create_string_buffer(count)
-        if _mincore(self._address + start, count * _PAGE, there) or b"\0" in there.raw:
+        start = offset - offset % mmap.PAGESIZE
+        try:
+            resident = syscalls.mincore(self._address + start, end - start)
+        except OSError:
             return None
-        return self.view(offset, end)
+        return None if b"\0" in resident else self.view(offset, end)
 
 
 class CachedFiles:

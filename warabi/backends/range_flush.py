@@ -8,30 +8,15 @@ access would raise SIGBUS.
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import mmap
-import os
 from abc import ABC, abstractmethod
 
-_MS_SYNC = 4
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones refuse it
-_FAILED = ctypes.c_void_p(-1).value
+from warabi._core import syscalls
+
 _PAGE = mmap.PAGESIZE
 
 _pointer, _size_t, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-# Calls through CDLL release the GIL, as mmap.flush() does not; mmap.mmap() costs a descriptor, too.
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.argtypes = [_pointer, _size_t, _int, _int, _int, ctypes.c_long]
-_libc.mmap.restype = _pointer
-_libc.munmap.argtypes = [_pointer, _size_t]
-_libc.msync.argtypes = [_pointer, _size_t, _int]
-_libc.madvise.argtypes = [_pointer, _size_t, _int]
-
-
-def _error() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
 
 
 class FlushMapping(ABC):
@@ -60,25 +45,20 @@ class FlushMapping(ABC):
         return first, length + -length % _PAGE
 
     def _msync(self, offset: int, size: int) -> None:
-        while _libc.msync(*self._pages(offset, size), _MS_SYNC) != 0:
-            if ctypes.get_errno() != errno.EINTR:
-                raise _error()
+        syscalls.msync(*self._pages(offset, size))  # mmap.flush() would keep the GIL
 
 
 class PageCacheMapping(FlushMapping):
     """A file of any file system.  Metadata needed to find the bytes are flushed with them."""
 
     def __init__(self, fd: int, size: int) -> None:
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-        if address == _FAILED:
-            raise _error()
-        super().__init__(address, size)
+        super().__init__(syscalls.map_shared(fd, size, mmap.PROT_READ), size)
 
     def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
         self._msync(offset, size)
 
     def close(self) -> None:
-        _libc.munmap(self._address, self.size)
+        syscalls.munmap(self._address, self.size)
 
 
 class PersistentMapping(FlushMapping):
@@ -91,8 +71,10 @@ class PersistentMapping(FlushMapping):
         # Bytes come by pwrite, which leaves the allocation of their blocks in the journal.  Making
         # the pages writable in a MAP_SYNC mapping puts it on the medium; pages that are writable
         # already cost a walk of the page table.
-        if _libc.madvise(*self._pages(offset, size), _MADV_POPULATE_WRITE) != 0:
-            self._msync(offset, size)  # an old kernel, or a page that cannot be had
+        try:
+            syscalls.madvise(*self._pages(offset, size), syscalls.MADV_POPULATE_WRITE)
+        except OSError:  # an old kernel, or a page that cannot be had
+            self._msync(offset, size)
             return
         library = libpmem()
         assert library is not None

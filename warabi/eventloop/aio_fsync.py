@@ -8,29 +8,26 @@ of them at a time, threads do it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import os
-import platform
 import struct
 import sys
 from collections.abc import Iterator
 
 import trio
 
+from warabi._core import syscalls
 from warabi.backends.base import Flush
 from warabi.eventloop.inline_wait import Lull
 from warabi.eventloop.threads import in_thread, signals
 
-_SETUP, _DESTROY, _GETEVENTS, _SUBMIT = range(4)
-_NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
-"""Of the system calls, which the C library does not offer."""
 _FSYNC, _FDSYNC = 2, 3
 _RESFD = 1  # a flag: a descriptor is to be told
 _REQUEST = struct.Struct("=QIIHhIQQqQII")
 _EVENT = struct.Struct("=QQqq")
 _MOST = 128
 """Flushes under way; there are more in threads."""
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 class Flushes:
@@ -41,23 +38,13 @@ class Flushes:
     """
 
     def __init__(self) -> None:
-        if platform.machine() not in _NUMBERS or sys.byteorder != "little":
-            raise OSError("asynchronous fsync is not known on this kind of machine")
-        self._numbers = _NUMBERS[platform.machine()]
-        self._context = ctypes.c_ulong(0)
-        self._call(_SETUP, ctypes.c_uint(_MOST), ctypes.byref(self._context))
+        if sys.byteorder != "little":
+            raise OSError(errno.ENOSYS, "the layout of asynchronous requests is not known here")
+        self._context = syscalls.io_setup(_MOST)
         self._next = itertools.count(1)
         self._request = ctypes.create_string_buffer(_REQUEST.size)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._events = ctypes.create_string_buffer(_EVENT.size * _MOST)
-        self._at_once = (ctypes.c_long * 2)(0, 0)
-
-    def _call(self, which: int, *arguments: object) -> int:
-        result: int = _syscall(ctypes.c_long(self._numbers[which]), *arguments)
-        if result < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        return result
 
     def begin(self, flush: Flush, signal: int) -> int:
         """Begin a flush, at whose end the eventfd *signal* is written to; returns its number.
@@ -70,21 +57,18 @@ class Flushes:
         _REQUEST.pack_into(
             self._request, 0, number, 0, 0, kind, 0, flush.fd, 0, 0, 0, 0, _RESFD, signal
         )  # fmt: skip
-        self._call(_SUBMIT, self._context, ctypes.c_long(1), self._requests)
+        syscalls.io_submit(self._context, self._requests)
         return number
 
     def ended(self) -> Iterator[tuple[int, int]]:
         """Number of each flush that has ended since the last call, and its errno, 0 for none."""
-        count = self._call(
-            _GETEVENTS, self._context, ctypes.c_long(0), ctypes.c_long(_MOST), self._events,
-            self._at_once,
-        )  # fmt: skip
+        count = syscalls.io_getevents(self._context, self._events, _MOST)
         for number, _, result, _ in _EVENT.iter_unpack(self._events.raw[: count * _EVENT.size]):
             yield number, -result
 
     def close(self) -> None:
         """Wait for those that are under way, and end."""
-        self._call(_DESTROY, self._context)
+        syscalls.io_destroy(self._context)
 
 
 class Flusher:

@@ -7,12 +7,12 @@ after SIGKILL, before the process can be waited for.
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import mmap
-import os
 import threading
 
-from warabi.shm.memory import SharedMemory, libc
+from warabi._core import syscalls
+from warabi.shm.memory import SharedMemory
 
 
 class LifeSign:
@@ -30,33 +30,23 @@ class LifeSign:
     def __init__(self) -> None:
         # The mutex has pointers of the C library: others may read it, and never write.
         self.memory = SharedMemory("warabi-life", mmap.PAGESIZE, mine=True)
-        self._mutex = ctypes.c_void_p(self.memory.address)
-        attributes = ctypes.create_string_buffer(128)
         self.value = threading.get_native_id()
         try:
-            for step in (
-                libc.pthread_mutexattr_init(attributes),
-                libc.pthread_mutexattr_setpshared(attributes, 1),
-                libc.pthread_mutexattr_setrobust(attributes, 1),
-                libc.pthread_mutex_init(self._mutex, attributes),
-                libc.pthread_mutex_lock(self._mutex),
-            ):
-                if step:
-                    raise OSError(step, os.strerror(step))
+            syscalls.mutex_lock(self.memory.address)
             with self.memory.view.cast("I") as words:
                 # Where the C library keeps the owner is its own affair; the kernel's word is the
                 # one that says which thread holds the mutex, and comes before any copy of it.
                 self.offset = 4 * words.tolist()[:4].index(self.value)
-        except (AttributeError, ValueError):
+        except ValueError:
             self.memory.close()
-            raise OSError(95, "no robust mutexes") from None
+            raise OSError(errno.EOPNOTSUPP, "the layout of mutexes is unknown") from None
         except OSError:
             self.memory.close()
             raise
 
     def close(self) -> None:
         """Say that the end has come; by the thread that made it."""
-        libc.pthread_mutex_unlock(self._mutex)
+        syscalls.mutex_unlock(self.memory.address)
         self.memory.close()
 
 

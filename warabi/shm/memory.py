@@ -7,40 +7,31 @@ side nothing.  That is membarrier(2), which a process registers for once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import mmap
 import os
-import platform
 from collections.abc import Callable
+
+from warabi._core import syscalls
 
 _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, Linux 5.1, which Python does not name
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_GLOBAL_EXPEDITED = 1 << 1
-_REGISTER_GLOBAL_EXPEDITED = 1 << 2
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones map page by page
-STRONGLY_ORDERED = platform.machine() in ("x86_64", "s390x")
+STRONGLY_ORDERED = os.uname().machine in ("x86_64", "s390x")
 """Whether other processors see stores in the order of the program, and loads are done in it.  Code
 in Python cannot ask for more than that, except with :func:`barrier`."""
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
-_pointer, _size_t, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-_mmap, _munmap = libc.mmap, libc.munmap
-_mmap.argtypes = [_pointer, _size_t, _int, _int, _int, ctypes.c_long]
-_mmap.restype = _pointer
-_munmap.argtypes = [_pointer, _size_t]
-libc.madvise.argtypes = [_pointer, _size_t, _int]
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 @functools.cache
 def register() -> bool:
     """Make this process, and threads that it starts, take part in barriers; False: not possible."""
-    number = _MEMBARRIER.get(platform.machine())
-    return number is not None and libc.syscall(number, _REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0
+    try:
+        syscalls.membarrier(syscalls.MEMBARRIER_REGISTER_GLOBAL_EXPEDITED)
+    except OSError:
+        return False
+    return True
 
 
 os.register_at_fork(after_in_child=register.cache_clear)
@@ -52,9 +43,7 @@ def barrier() -> None:
     Raises:
         OSError: the system has none; :func:`register` said so.
     """
-    if libc.syscall(_MEMBARRIER[platform.machine()], _GLOBAL_EXPEDITED, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    syscalls.membarrier(syscalls.MEMBARRIER_GLOBAL_EXPEDITED)
 
 
 class SharedMapping:
@@ -72,19 +61,16 @@ class SharedMapping:
 
     def __init__(self, fd: int, size: int, *, writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        address = _mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
-        if address == _MAP_FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self.address = address
+        self.address = syscalls.map_shared(fd, size, protection)
         self.size = size
-        self.view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+        self.view = memoryview((ctypes.c_char * size).from_address(self.address)).cast("B")
 
     def populate(self) -> None:
         """Map all pages at once, for writing, which is quicker than one by one."""
-        libc.madvise(self.address, self.size, _MADV_POPULATE_WRITE)
+        with contextlib.suppress(OSError):  # older kernels map page by page
+            syscalls.madvise(self.address, self.size, syscalls.MADV_POPULATE_WRITE)
 
-    def __del__(self, unmap: Callable[[int, int], int] = _munmap) -> None:
+    def __del__(self, unmap: Callable[[int, int], int] = syscalls.munmap) -> None:
         # A default, because at the interpreter's end the module's names may be gone.
         if hasattr(self, "address"):
             unmap(self.address, self.size)
@@ -118,7 +104,8 @@ class SharedMemory:
         """Let go of it; with *discard* its bytes are zero from now on, and take no memory, for
         those who still map it."""
         if discard:
-            libc.madvise(self.address, self._mapping.size, mmap.MADV_REMOVE)
+            with contextlib.suppress(OSError):
+                syscalls.madvise(self.address, self._mapping.size, mmap.MADV_REMOVE)
         os.close(self.fd)
 
 
@@ -145,9 +132,6 @@ _get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_Buffer), ctypes.c_int]
 _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = [ctypes.POINTER(_Buffer)]
 _release_buffer.restype = None
-_memcpy = libc.memcpy
-_memcpy.argtypes = [_pointer, _pointer, _size_t]
-_memcpy.restype = _pointer
 _LARGE = 256 * 1024
 """Bytes from which on a copy lets other threads run: below, that costs more than the copy."""
 
@@ -175,7 +159,7 @@ def copy(place: memoryview, data: memoryview) -> None:
     try:
         origin = _address(data, source)
         try:
-            _memcpy(target, origin, len(data))
+            syscalls.memcpy(target, origin, len(data))
         finally:
             _release_buffer(source)
     finally:

@@ -6,16 +6,10 @@ mounts and fstab included, and calls this for what it cannot do itself, having a
 
 from __future__ import annotations
 
-import ctypes
 import os
 
+from warabi._core.syscalls import MOUNT_FLAGS, mount
 from warabi.errors import ConfigError, PermissionDenied
-
-_REMOUNT = 32
-_FLAGS = {
-    "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
-    "nodiratime": 2048, "relatime": 1 << 21, "strictatime": 1 << 24,
-}  # fmt: skip
 
 
 def remount(path: str, flags: set[str], *, read_only: bool) -> None:
@@ -27,11 +21,11 @@ def remount(path: str, flags: set[str], *, read_only: bool) -> None:
     """
     if os.geteuid() != 0:
         raise PermissionDenied(f"mount point {path}: only root can remount")
-    bits = _REMOUNT | int(read_only)
-    for flag in flags:
-        bits |= _FLAGS.get(flag, 0)
+    flags = {"remount", *flags} | ({"ro"} if read_only else set())
+    bits = sum(bit for flag, bit in MOUNT_FLAGS.items() if flag in flags)
     # Not with mount(8): it would hand over the file system's own options, which newer kernels
     # refuse to see again.
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(bits), None):
-        raise ConfigError(f"mount point {path}: remount: {os.strerror(ctypes.get_errno())}")
+    try:
+        mount("none", path, bits)
+    except OSError as error:
+        raise ConfigError(f"mount point {path}: remount: {error.strerror}") from None

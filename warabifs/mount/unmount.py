@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from warabi._core.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
 from warabi.errors import ConfigError
 from warabifs.frontends.kernel.mountinfo import Mounted, mounted_on, mounts
 from warabifs.mount.shutdown_socket import Waiting, identity
@@ -21,7 +21,6 @@ PATIENCE = 60.0
 """Default seconds to wait for the end of the mount's process."""
 _LAZY_PATIENCE = 1.0
 """As much for a lazy unmounting, which may have to wait for programs to close their files."""
-_FORCE, _DETACH, _NOFOLLOW = 1, 2, 8  # of umount2(2)
 KIND = "fuse.warabifs"
 
 
@@ -134,9 +133,9 @@ def _let_go(path: str, lazy: bool, force: bool) -> int:
     if os.geteuid() != 0:
         return subprocess.run(["fusermount3", "-u", *(["-z"] if lazy else []), path]).returncode
     # Not by umount(8): it asks the mount, whose process may be waiting for its provider.
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), _NOFOLLOW | lazy * _DETACH | force * _FORCE):
-        reason = os.strerror(ctypes.get_errno())
-        print(f"umount.warabifs: {path}: {reason}", file=sys.stderr)
+    try:
+        umount2(path, UMOUNT_NOFOLLOW | lazy * MNT_DETACH | force * MNT_FORCE)
+    except OSError as error:
+        print(f"umount.warabifs: {path}: {error.strerror}", file=sys.stderr)
         return 32  # as umount(8) says that unmounting failed
     return 0

@@ -12,7 +12,7 @@ from every mount that was killed.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import logging
 import os
 import signal
@@ -24,8 +24,6 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds for the threads of a killed process to end
-_PR_SET_PDEATHSIG = 1
-_MNT_FORCE = 1
 
 
 class Watchdog:
@@ -58,9 +56,11 @@ class Watchdog:
 def watch(process: int, device: str) -> None:
     """Return when the main thread of *process*, our parent, has ended and, if need be, the
     connection of its mount."""
+    from warabi._core import syscalls
+
     # Blocked, to be waited for: it may come before we are ready.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
+    syscalls.signal_when_parent_ends(signal.SIGUSR1)
     if os.getppid() == process and not _main_thread_ended(process):
         signal.sigwait({signal.SIGUSR1})
     deadline = time.monotonic() + _PATIENCE
@@ -94,13 +94,15 @@ def _abort(device: str) -> None:
         return
     except OSError:
         pass  # that file system is not mounted, or not ours to write; root can do it so:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from warabi._core import syscalls
     from warabifs.frontends.kernel.mountinfo import mounts
 
     for mount in mounts():
         if mount.device == device:
-            ctypes.CDLL(None).umount2(os.fsencode(mount.path), _MNT_FORCE)
+            with contextlib.suppress(OSError):
+                syscalls.umount2(mount.path, syscalls.MNT_FORCE)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     watch(int(sys.argv[1]), sys.argv[2])

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import os
 import select
 import socket
 import subprocess
 
+from warabi._core import syscalls
 from warabi.errors import ConfigError
 from warabifs.frontends.kernel.mountinfo import mounted_on
 
-_FLAGS = {
-    "ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "sync": 0x10, "dirsync": 0x80,
-    "noatime": 0x400, "nodiratime": 0x800,
-}  # fmt: skip
-_DETACH = 2
 READ_AHEAD = 512
 """KiB; the kernel's own value is 128, four requests in the place of one.  More would leave the
 processor's caches before it is copied out."""
@@ -76,7 +71,7 @@ class Device:
             return
         if self._by_us:
             with contextlib.suppress(OSError):
-                _check(_libc().umount2(os.fsencode(self._mountpoint), _DETACH))
+                syscalls.umount2(self._mountpoint, syscalls.MNT_DETACH)
         else:
             command = ["fusermount3", "-u", "-q", "-z", "--", self._mountpoint]
             subprocess.run(command, capture_output=True, timeout=_PATIENCE)
@@ -96,30 +91,19 @@ def _ended(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int) -> None:
-    if result:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
 def _mount(mountpoint: str, name: str, options: set[str]) -> int:
     """Mount with mount(2); the descriptor."""
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     wanted = (_DEFAULT | options) - {"no" + option for option in options}
-    flags = sum(flag for option, flag in _FLAGS.items() if option in wanted)
+    flags = sum(flag for option, flag in syscalls.MOUNT_FLAGS.items() if option in wanted)
     data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
     data += "".join("," + option for option in _FOR_KERNEL if option in options)
     for option in options:  # labels, which may have commas
         key, has_value, value = option.partition("=")
         if has_value:
             data += f',{key}="{value}"'
-    arguments = (os.fsencode(name), os.fsencode(mountpoint), _KIND.encode())
     try:
-        _check(_libc().mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data)))
+        syscalls.mount(name, mountpoint, flags, _KIND, data)
     except BaseException:
         os.close(fd)
         raise
