@@ -137,6 +137,11 @@ class TargetHandle:
         old, self._link = self._link, _remote_link(self._engine, self._place)
         self._link.eager_write, self._link.eager_read = old.eager_write, old.eager_read
 
+    @property
+    def link(self) -> Link:
+        """The way to the target, without the checks of arguments."""
+        return self._link
+
     # Copies and pickles: see processes.py.
 
     def __copy__(self) -> TargetHandle:

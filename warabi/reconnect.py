@@ -96,7 +96,7 @@ class ReconnectingLink:
             ended = trio.Event()
             try:
                 async with self._open_target(ended) as target:
-                    link = target._link
+                    link = target.link
                     await self._restore(link)
                     self._link, self._ended = link, ended
                     self._back.set()

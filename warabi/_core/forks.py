@@ -87,7 +87,7 @@ def _in_child() -> None:
         return
     for thing in things:
         try:
-            thing._forked()
+            thing._forked()  # noqa: SLF001  # not for users of the object
         except Exception:  # the others must be reached all the same
             log.exception("a forked child could not give up %r", type(thing).__name__)
     # Memory that is shared: with the parent, or with a provider that the parent is a client of.

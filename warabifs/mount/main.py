@@ -333,7 +333,7 @@ async def _open(
 
 
 def _shown(target: aio.Target, options: Options) -> aio.Target:
-    return aio.Target(ShownLink(target._link, options.shown)) if options.shown else target
+    return aio.Target(ShownLink(target.link, options.shown)) if options.shown else target
 
 
 async def _mount_and_serve(

@@ -34,7 +34,6 @@ def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
         raise click.UsageError("--update goes with a PATH; a provider's target has `checksums`")
     totals = Totals()
     with (
-        one_line(),
         reached(target, provider_id, security, **({"checksums": True} if update else {})) as link,
         progress("scrub", link.call("used")) as advance,
     ):

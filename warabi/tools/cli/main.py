@@ -13,7 +13,6 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,11 +20,11 @@ import click
 
 import warabi
 from warabi._core.output import output
-from warabi.client import Client, TargetHandle
-from warabi.engine import Engine, Mode
+from warabi.client import TargetHandle
 from warabi.errors import ConfigError, Exception
 from warabi.protocol.auth import config_of
 from warabi.region import RegionID
+from warabi.tools.access import client_engine, handle
 from warabi.tools.cli.archive import export_command, import_command
 from warabi.tools.cli.check import fsck, scrub
 from warabi.tools.cli.common import (
@@ -33,7 +32,6 @@ from warabi.tools.cli.common import (
     InputFile,
     authenticated,
     echo,
-    one_line,
     print_lines,
     reaching,
     secured,
@@ -46,16 +44,6 @@ _STEP = 8 * 1024 * 1024
 
 if TYPE_CHECKING:
     from warabi.bedrock import Server  # takes time to import, which the other commands need not
-
-
-@contextlib.contextmanager
-def _handle(
-    address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
-) -> Iterator[TargetHandle]:
-    with one_line():
-        config = config_of(security)
-        with Engine(address.split("://")[0], Mode.CLIENT, config=config) as engine:
-            yield Client(engine).make_target_handle(address, provider_id, read_only)
 
 
 def _target(function: Any) -> Any:
@@ -124,7 +112,6 @@ def serve(
     descriptors.raise_limit()
     gc_pauses.limit_pauses()
     with (
-        one_line(),
         service.ShutdownSignals() as ending,
         _server(config, address, target, provider_id or 0, config_of(security)) as server,
         service.address_file(address_file, str(server.address)),
@@ -169,7 +156,7 @@ def list_regions(address: str, provider_id: int, **security: str) -> None:
     region is one line and each name one word of it.
     """
     shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
-    with _handle(address, provider_id, security, read_only=True) as target:
+    with handle(address, provider_id, security, read_only=True) as target:
         for region, found in target.list_stats():
             words = [b"%s %14d" % (region.hex().encode(), found.size), *map(shown, found.names)]
             print_lines([b" ".join(words)])
@@ -189,7 +176,7 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
     When that fails or is interrupted no region is left; when this command is killed, one without a
     name may be.
     """
-    with _handle(address, provider_id, security) as target:
+    with handle(address, provider_id, security) as target:
         piece = file.read(_STEP)
         if len(piece) < _STEP:
             region = target.create_and_write(piece, persist=True)
@@ -238,7 +225,7 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
 
     FILE appears, or is replaced, when it is complete.
     """
-    with _handle(address, provider_id, security, read_only=True) as target:
+    with handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
         size = target.size(found)
         buffer = memoryview(bytearray(min(size, _STEP)))
@@ -254,7 +241,7 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
 @click.argument("region")
 def rm(address: str, provider_id: int, region: str, **security: str) -> None:
     """Erase a region by its ID, or remove a name by its path."""
-    with _handle(address, provider_id, security) as target:
+    with handle(address, provider_id, security) as target:
         if region.startswith("/"):
             target.unlink_name(region)
         else:
@@ -304,11 +291,5 @@ def migrate(
             raise click.BadParameter(
                 f"not valid JSON: {error}", param_hint="--merge-config"
             ) from None
-    where = (source, source_id), (destination, destination_id)
-    scheme = source.split("://")[0]
-    with (
-        one_line(),
-        Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine,
-        overall_progress("migrate") as show,
-    ):
-        ask(engine, *where, options, show)
+    with client_engine(source, security) as engine, overall_progress("migrate") as show:
+        ask(engine, (source, source_id), (destination, destination_id), options, show)
