@@ -31,7 +31,7 @@ PROVIDER_ID = 7
 PATIENCE = 60.0  # seconds after which anything at all counts as hung
 MIB = 1024 * 1024
 
-_SUSPICIOUS = re.compile(r"Traceback|a defect in|Segmentation|core dumped")
+_SUSPICIOUS = re.compile(r"Traceback|unhandled exception in|Segmentation|core dumped")
 
 
 def environment() -> dict[str, str]:

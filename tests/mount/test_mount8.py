@@ -256,7 +256,7 @@ def test_a_lazy_umount_does_not_wait_for_open_files_and_says_so(
         assert "busy" in busy.stderr
         assert is_mounted(mountpoint)
         done = run("umount", "-l", mountpoint)
-        assert "goes on until the last file is closed" in done.stderr
+        assert "continues until the last file is closed" in done.stderr
         assert not is_mounted(mountpoint)
         assert holder.stdin is not None
         print("write", file=holder.stdin, flush=True)
@@ -289,7 +289,7 @@ def test_umount_tells_of_a_process_that_was_killed_meanwhile(place: Path) -> Non
             wait_until(lambda: not is_mounted(mount.path), "the kernel")
             mount.kill()
             assert umount.stderr is not None
-            assert "ended without a report" in umount.stderr.read()
+            assert "exited without a report" in umount.stderr.read()
             assert umount.wait(60) == 1
 
 
@@ -394,7 +394,7 @@ def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
     path.rename(place / "hidden")
     done = run("umount", mountpoint, check=False)
     assert done.returncode == 1
-    assert "whether everything is persisted is not known" in done.stderr
+    assert "not known whether everything is persisted" in done.stderr
     assert not is_mounted(mountpoint)
 
 
@@ -447,7 +447,7 @@ def test_a_killed_mount_has_persisted_nothing_that_is_known(place: Path) -> None
         mount.kill()
         done = run("umount", mount.path, check=False)
         assert done.returncode == 1
-        assert "ended without a report" in done.stderr
+        assert "exited without a report" in done.stderr
         assert not is_mounted(mount.path)
         assert sockets_of(device)
         mount.start()  # removes what is left of processes that were killed

@@ -482,7 +482,7 @@ def test_a_file_of_a_region_whose_row_says_pack(path: Path) -> None:
         target.resize(region, 5000)
     edit(path, f"UPDATE inode SET packed = {PACKED} WHERE ino = {region.slot}")
     status, output = fsck(path, "--repair")
-    assert (status, "believed the file" in output) == (1, True)
+    assert (status, "took the file" in output) == (1, True)
     assert fsck(path)[0] == 0
     edit(path, f"UPDATE inode SET packed = 7 WHERE ino = {region.slot}")
     status, output = fsck(path, "--repair")

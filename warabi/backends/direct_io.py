@@ -111,7 +111,7 @@ class DirectFileStorage(FileStorage):
                 piece = out[start : start + _BOUNCE]
                 if pread_full(direct, bounce[: len(piece)], offset + start) < len(piece):
                     raise CorruptTarget(
-                        f"read region {rid.hex()}: its file ends within {len(piece)} bytes at"
+                        f"read region {rid.hex()}: its file ends within the {len(piece)} bytes at"
                         f" {offset + start}"
                     )
                 piece[:] = bounce[: len(piece)]
@@ -156,6 +156,6 @@ def open_storage(root: Path, *, direct: bool, sync: bool, alignment: int) -> Fil
         return DirectFileStorage(root, sync=sync, alignment=alignment)
     storage = FileStorage(root, sync=sync)
     if direct:
-        log.warning("%s: the file system refuses direct I/O, the page cache is used", root)
+        log.warning("%s: the file system does not support direct I/O; using the page cache", root)
         storage.instead = {"directio": False}
     return storage

@@ -500,7 +500,7 @@ class FileStorage(Storage):
         try:
             info = os.statvfs(self.root)
         except OSError as error:
-            raise errors.from_os(error, f"room in {self.root}") from error
+            raise errors.from_os(error, f"free space in {self.root}") from error
         if not info.f_blocks:
             return MAX_SIZE, MAX_SIZE  # a file system that does not tell, such as ramfs
         return info.f_frsize * info.f_blocks, info.f_frsize * info.f_bavail

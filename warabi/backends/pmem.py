@@ -114,7 +114,9 @@ class PmemStorage(FileStorage):
             unsettled = rid in self._unsettled
             mapping = self._mapping(rid, fd, length) if size else None
             if mapping is not None and mapping.size < offset + size:
-                raise CorruptTarget(f"persist region {rid.hex()}: somebody changed its file's size")
+                raise CorruptTarget(
+                    f"persist region {rid.hex()}: the size of its file was changed from outside"
+                )
             if size == length:
                 self._dirty.discard(rid)
             with self._remembered(rid):

@@ -46,7 +46,7 @@ def register(backend: Backend) -> None:
                 f"backend {name!r}: expected a name of small letters, digits and underscores"
             )
         if _known.get(name, backend) != backend:
-            raise ConfigError(f"backend {name!r}: there is another one of this name")
+            raise ConfigError(f"backend {name!r}: a backend of this name is already registered")
     if backend.files != issubclass(backend.config, PathModel):
         raise ConfigError(
             f"backend {backend.name!r}: its settings must derive from PathModel if it has"
@@ -118,7 +118,7 @@ def _load(entry: metadata.EntryPoint) -> Backend:
         ) from error
     if not isinstance(found, Backend) or found.name != entry.name:
         raise ConfigError(
-            f"backend {entry.name!r}: {entry.value} is no warabi.backends.Backend of that name"
+            f"backend {entry.name!r}: {entry.value} is not a warabi.backends.Backend of that name"
         )
     register(found)
     return found

@@ -55,7 +55,9 @@ def unpack(value: bytes) -> list[AclEntry]:
         and all(entry.id != _NO_ID for entry in entries if entry.tag in (_USER, _GROUP))
     )
     if entries and not valid:
-        raise path_error(errno.EINVAL, "access control list: its entries make no list")
+        raise path_error(
+            errno.EINVAL, "access control list: the combination of entries is not valid"
+        )
     return entries
 
 

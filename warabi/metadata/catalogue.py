@@ -174,8 +174,8 @@ class Catalogue:
         for beyond, *row in rows:
             if beyond:
                 raise CorruptTarget(
-                    f"catalogue {path}: inode {row[0]} has a size or generation that cannot be;"
-                    " see warabi fsck"
+                    f"catalogue {path}: inode {row[0]} has an impossible size or generation; see"
+                    " warabi fsck"
                 )
         return [domain.Row(*row) for _, *row in rows]
 
@@ -187,11 +187,11 @@ class Catalogue:
         self.change += 1
         for row, new in mended[:_SHOWN]:
             log.warning(
-                "%s: inode %d had values that no file can have, %r; they became %r",
+                "%s: inode %d had invalid values %r, replaced by %r",
                 self.path, row.ino, tuple(row), tuple(new),
             )  # fmt: skip
         if len(mended) > _SHOWN:
-            log.warning("%s: and so had %d more inodes", self.path, len(mended) - _SHOWN)
+            log.warning("%s: %d more inodes had invalid values", self.path, len(mended) - _SHOWN)
 
     def _open_wal(self, path: Path) -> None:
         """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` waits for."""
@@ -256,10 +256,12 @@ class Catalogue:
         if rid is not None:
             ino, generation = rid.slot, rid.generation
             if not domain.is_region_id(ino, generation):
-                raise InvalidRegion(f"create: {rid!r} cannot be the ID of a region")
+                raise InvalidRegion(f"create: {rid!r} is not a valid region ID")
             if (taken := self.get(ino)) is not None:
                 kind = "that region" if taken.rid == rid else "another inode"
-                raise InvalidRegion(f"create: {rid!r}: this target has {kind} in its slot {ino}")
+                raise InvalidRegion(
+                    f"create: {rid!r}: slot {ino} of this target is in use by {kind}"
+                )
         if not stat.S_ISREG(mode):
             self.charge(len(target or b""))
         self._count_on(ino)
@@ -564,7 +566,7 @@ class Catalogue:
             if inode.ino not in self._unstored:
                 if not self._unstored:  # others are likely to fail for the same reason
                     log.error(
-                        "inode %d of %s cannot be stored; it is tried again",
+                        "inode %d of %s cannot be stored; the write will be retried",
                         inode.ino, self.path, exc_info=error,
                     )  # fmt: skip
                 row = self._db.execute("SELECT 1 FROM inode WHERE ino = ?", (inode.ino,)).fetchone()
@@ -585,7 +587,7 @@ class Catalogue:
         if row == before or self._journal.write_each(UPSERT, [row]):
             return False
         log.error(
-            "inode %d of %s had values that cannot be stored, %r; they became %r",
+            "inode %d of %s had values that cannot be stored, %r, replaced by %r",
             inode.ino, self.path, before, tuple(row), exc_info=error,
         )  # fmt: skip
         for column, value in zip(row._fields, row, strict=True):

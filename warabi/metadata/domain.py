@@ -167,7 +167,9 @@ def link_target(value: bytes) -> bytes:
     """What a symbolic link holds; PathError ENOENT when empty, ENAMETOOLONG, EINVAL."""
     if not 0 < len(value) <= TARGET_MAX:
         number = errno.ENAMETOOLONG if value else errno.ENOENT
-        raise path_error(number, f"symlink: a target has 1 to {TARGET_MAX} bytes, not {len(value)}")
+        raise path_error(
+            number, f"symlink: the target must have 1 to {TARGET_MAX} bytes, not {len(value)}"
+        )
     if b"\0" in value:
         raise path_error(errno.EINVAL, f"symlink: the target {value!r:.100} has a NUL byte")
     return value
@@ -180,12 +182,14 @@ def xattr_name(value: bytes) -> bytes:
     if not 0 < len(value) <= XATTR_NAME_MAX:
         raise path_error(
             errno.ERANGE,
-            f"extended attribute: a name has 1 to {XATTR_NAME_MAX} bytes, not {len(value)}",
+            f"extended attribute: the name must have 1 to {XATTR_NAME_MAX} bytes, not {len(value)}",
         )
     if not value.startswith(SPACES):
         raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(value)}: not supported")
     if value in SPACES:
-        raise path_error(errno.EINVAL, f"{os.fsdecode(value)}: no name after the dot")
+        raise path_error(
+            errno.EINVAL, f"{os.fsdecode(value)}: nothing follows the namespace prefix"
+        )
     if b"\0" in value:
         raise path_error(errno.EINVAL, f"{os.fsdecode(value)!r}: a NUL byte in an attribute's name")
     return value
@@ -197,7 +201,8 @@ def xattr(key: bytes, value: bytes) -> None:
     if len(value) > XATTR_VALUE_MAX:
         raise path_error(
             errno.E2BIG,
-            f"{os.fsdecode(key)}: a value has at most {XATTR_VALUE_MAX} bytes, not {len(value)}",
+            f"{os.fsdecode(key)}: the value may have at most {XATTR_VALUE_MAX} bytes, not"
+            f" {len(value)}",
         )
     if key in LISTS:
         acl.unpack(value)
@@ -230,7 +235,7 @@ def fault(values: Sequence[Any]) -> str:
     row = Row(*values)
     numbers = (*values[:12], row.packed)
     if not all(type(value) is int for value in numbers):
-        return "a number is no integer"
+        return "a number is not an integer"
     for column, (low, high) in RANGES.items():
         value = getattr(row, column)
         if not low <= value <= high:
@@ -238,14 +243,14 @@ def fault(values: Sequence[Any]) -> str:
     if not 1 <= row.ino <= SLOT_MAX:
         return f"ino {row.ino} is not from 1 to {SLOT_MAX}"
     if stat.S_IFMT(row.mode) not in KINDS:
-        return f"mode {row.mode:#o} is of no file type"
+        return f"mode {row.mode:#o} has no valid file type"
     region, link = stat.S_ISREG(row.mode), stat.S_ISLNK(row.mode)
     if row.anonymous not in (0, 1) or (row.anonymous and not region):
         return f"anonymous is {row.anonymous}"
     if row.packed not in (0, 1, 2) or (row.packed and not region):
         return f"packed is {row.packed}"
     if not link:
-        return "" if row.target is None else "it has a target and is no symbolic link"
+        return "" if row.target is None else "it has a target but is not a symbolic link"
     if not isinstance(row.target, bytes):
         return "it is a symbolic link without a target"
     try:

@@ -65,9 +65,14 @@ class Namespace(Tree):
         with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             if stat.S_ISLNK(inode.mode):
-                raise path_error(errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no such list")
+                raise path_error(
+                    errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no access control list"
+                )
             if name == acl.DEFAULT and not stat.S_ISDIR(inode.mode):
-                raise path_error(errno.EACCES, f"inode {ino}: only a directory has a default list")
+                raise path_error(
+                    errno.EACCES,
+                    f"inode {ino}: only a directory can have a default access control list",
+                )
             kept, mode = entries, inode.mode
             if name == acl.ACCESS and entries:
                 mode = mode & ~0o777 | acl.mode_of(entries)
@@ -102,8 +107,8 @@ class Namespace(Tree):
         if names > domain.XATTR_LIST_MAX or names + values + len(value) > domain.XATTR_TOTAL_MAX:
             raise path_error(
                 errno.ENOSPC,
-                f"{os.fsdecode(name)}: all names of an inode's attributes have at most"
-                f" {domain.XATTR_LIST_MAX} bytes, all attributes {domain.XATTR_TOTAL_MAX}",
+                f"{os.fsdecode(name)}: the attribute names of an inode may take at most"
+                f" {domain.XATTR_LIST_MAX} bytes, its attributes {domain.XATTR_TOTAL_MAX}",
             )
 
     def listxattr(self, ino: int) -> list[bytes]:
@@ -125,7 +130,9 @@ class Namespace(Tree):
             inode = self._get(ROOT)
             for name in parts:
                 if not stat.S_ISDIR(inode.mode):
-                    raise path_error(errno.ENOTDIR, f"{path}: not a directory on the way")
+                    raise path_error(
+                        errno.ENOTDIR, f"{path}: a component of the path is not a directory"
+                    )
                 found = self._find(inode, name)
                 if found is None:
                     raise path_error(errno.ENOENT, f"{path}: no such file or directory")
@@ -147,7 +154,9 @@ class Namespace(Tree):
             with self._guard.lock, self._guard.checked:
                 inode = self._catalogue.region(region)
                 if inode is None or inode.dead:
-                    raise InvalidRegion(f"link_name {path}: no region {region!r} in this target")
+                    raise InvalidRegion(
+                        f"link_name {path}: there is no region {region!r} in this target"
+                    )
                 ino = inode.ino
             self.link(ino, parent, name)
 

@@ -118,7 +118,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         raise
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.execute("PRAGMA synchronous = NORMAL")
-    log.info("%s: schema %d became schema %d", path, found, version)
+    log.info("%s: upgraded from schema %d to schema %d", path, found, version)
 
 
 def show_as_new(db: sqlite3.Connection) -> None:

@@ -102,7 +102,7 @@ class Tree:
         directory = self._directory(parent)
         domain.name(name)
         if directory.nlink == 0:
-            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its directory was removed")
+            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its parent directory was removed")
         return directory
 
     def _absent(self, parent: int, name: bytes) -> Inode:
@@ -141,7 +141,8 @@ class Tree:
         if self._hex_alias(parent, name, inode):
             if not inode.anonymous:
                 raise path_error(
-                    errno.EPERM, f"{os.fsdecode(name)}: the region has another name, remove that"
+                    errno.EPERM,
+                    f"{os.fsdecode(name)}: this is the region's ID name; remove its other name",
                 )
             inode.anonymous = 0
         else:
@@ -303,7 +304,7 @@ class Tree:
             elif stat.S_IFMT(mode) in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK):
                 inode = self._catalogue.add(mode, uid, gid, rdev=rdev)
             else:
-                raise path_error(errno.EINVAL, f"mknod: mode {mode:#o} is no file type")
+                raise path_error(errno.EINVAL, f"mknod: mode {mode:#o} is not a file type")
             self._named(directory, name, inode)
             self._set_xattrs(inode, lists)
             inode.pins += pin
@@ -421,7 +422,10 @@ class Tree:
                 self._exchange(source, name, inode, into, new_name, steps)
                 return None
             if self._hex_alias(source, name, inode) and not inode.anonymous:
-                raise path_error(errno.EPERM, f"{os.fsdecode(name)}: the region has another name")
+                raise path_error(
+                    errno.EPERM,
+                    f"{os.fsdecode(name)}: this is the region's ID name, it has another name",
+                )
             if victim is not None:
                 self._check_replaceable(inode, victim, new_name)
             # There may be no memory for it, so before anything is changed.
@@ -437,7 +441,7 @@ class Tree:
         ancestor = into.ino
         while stat.S_ISDIR(inode.mode) and ancestor != ROOT:
             if ancestor == inode.ino:
-                raise path_error(errno.EINVAL, "rename: a directory cannot move into itself")
+                raise path_error(errno.EINVAL, "rename: a directory cannot be moved into itself")
             above = self._catalogue.names(self._get(ancestor), 1)
             if not above:
                 return
@@ -470,7 +474,7 @@ class Tree:
     ) -> None:
         victim = self._existing(into, new_name)
         if self._hex_alias(source, name, inode) or self._hex_alias(into, new_name, victim):
-            raise path_error(errno.EINVAL, "rename: a region without a name has none to exchange")
+            raise path_error(errno.EINVAL, "rename: a region without a name cannot be exchanged")
         self._check_no_loop(victim, source, steps)
         self._catalogue.link(into.ino, new_name, inode)
         self._catalogue.link(source.ino, name, victim)

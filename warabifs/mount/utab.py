@@ -1,11 +1,11 @@
-"""An entry in ``/run/mount/utab``, libmount's table, by which umount(8) calls our helper.
+"""Entries in ``/run/mount/utab``, libmount's table, which make umount(8) call our helper.
 
-Of what root unmounts, umount(8) asks the kernel for the type alone, which says "fuse" of every
-FUSE file system, and looks no further unless the mount point is in that table.  It would unmount
-then without waiting until everything is persisted.  umount(8) removes the entry afterwards.
+When root unmounts, umount(8) reads only the type from the kernel, which is "fuse" for every FUSE
+file system, and looks for a helper only if the mount point is in that table.  Without an entry it
+would unmount without waiting until everything is persisted.  umount(8) removes the entry.
 
-The entry of a mount whose process was killed stays, so that umount(8) tells what is not known of
-it.  If it is unmounted otherwise, the next mount or unmounting removes the entry.
+The entry of a mount whose process was killed stays, so that the helper can report that its state
+is unknown.  If it is unmounted in another way, the next mount or unmount removes the entry.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _libmount() -> ctypes.CDLL | None:
 
 
 class UtabEntry:
-    """The entry of a mount, for root, whose umount(8) needs it and who may write it.
+    """The entry of a mount by root, whose umount(8) needs it and who may write it.
 
     Args:
-        source: as the list of mounts shows it.
+        source: as in the mount table.
         mountpoint: an absolute path.
     """
 
@@ -55,12 +55,12 @@ class UtabEntry:
         self._mountpoint = os.fsencode(mountpoint)
 
     def add(self) -> None:
-        """Add it, if it is not there, such as from a process that was killed."""
+        """Add it, unless it exists, such as from a killed process."""
         if not self._is_last():
             self._update(remove=False)
 
     def remove(self) -> None:
-        """Remove it, unless umount(8) has done so, or another mount has an entry there since."""
+        """Remove it, unless umount(8) has done so, or another mount added an entry there since."""
         if self._is_last():
             self._update(remove=True)
 
@@ -75,19 +75,19 @@ class UtabEntry:
 
 
 def remove_stale() -> None:
-    """Remove the entries of mounts that were killed, and are not mounted any more.
+    """Remove the entries of killed mounts that are not mounted any more.
 
-    What is not mounted here may be in another mount namespace.  So nothing is removed while a mount
-    lives that is not seen from here.
+    A mount that is not visible here may be in another mount namespace.  So nothing is removed while
+    the process of an invisible mount lives.
     """
     lines = _lines() if os.geteuid() == 0 else []
     ours = [fields for fields in lines if b"OPTS=" + _OPTION in fields]
     if not ours:
         return
-    live = live_devices(0)  # before what is mounted, or one could come in between
+    live = live_devices(0)  # before mounts(), or a mount could appear in between
     here = mounts()
     mounted = {b"TARGET=" + os.fsencode(mount.path) for mount in here}
-    # By its mount point alone an entry is removed, so that it must be all that there is.
+    # An entry is removed by its mount point, so no other entry may have the same one.
     kept = {_target(fields) for fields in lines if fields not in ours}
     stale = {_target(fields) for fields in ours} - mounted - kept
     if stale and live <= {mount.device for mount in here}:
@@ -97,7 +97,7 @@ def remove_stale() -> None:
 
 
 def _lines() -> list[list[bytes]]:
-    """The fields of each line of the table."""
+    """Return the fields of each line of the table."""
     try:
         lines = _TABLE.read_bytes().splitlines()
     except OSError:
@@ -106,7 +106,7 @@ def _lines() -> list[list[bytes]]:
 
 
 def _target(fields: list[bytes]) -> bytes:
-    """The field of the mount point."""
+    """Return the field with the mount point."""
     return next((field for field in fields if field.startswith(b"TARGET=")), b"")
 
 
@@ -132,5 +132,5 @@ def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
 
 
 def _plain(field: bytes) -> bytes:
-    """A field of the table, whose special characters are written in octal."""
+    """Decode the octal escapes of a field."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)

@@ -42,7 +42,7 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
 @reaching
 @click.option("--new-ids", is_flag=True, help="Give the regions new IDs.")
 @click.option("--pmem-size", type=int, metavar="BYTES",
-              help="Make a pmem target of that quota when there is none at PATH.")  # fmt: skip
+              help="Create a pmem target of that quota if PATH does not exist.")  # fmt: skip
 def import_command(
     source: IO[bytes],
     target: str,

@@ -54,7 +54,7 @@ def _target(function: Any) -> Any:
 def _serving(function: Any) -> Any:
     """The options for whom to serve."""
     reading = click.option("--read-only-token-file", metavar="FILE", default=None,
-                           help="A token for those who only read.")  # fmt: skip
+                           help="The token for read-only clients.")  # fmt: skip
     insecure = click.option("--insecure", is_flag=True,
                             help="Listen beyond loopback without any of these.")  # fmt: skip
     return secured(reading(insecure(function)), False)
@@ -83,10 +83,10 @@ main.add_command(import_command)
 @click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
 @click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
-              help="Keep the address in FILE while it serves.")  # fmt: skip
+              help="Write the address to FILE while serving.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
-              help="Serve just this: memory: or file:PATH, made when missing.")  # fmt: skip
-@click.option("-p", "--provider-id", type=int, help="The ID of that target's provider, 0 if none.")
+              help="Serve only this target, created if missing: memory: or file:PATH.")  # fmt: skip
+@click.option("-p", "--provider-id", type=int, help="The provider ID of that target (default 0).")
 @_serving
 def serve(
     config: Path | None,
@@ -107,7 +107,7 @@ def serve(
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG.json or --target")
     if config is not None and provider_id is not None:
-        raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
+        raise click.UsageError("--provider-id requires --target; CONFIG.json has its own IDs")
     logging.basicConfig(format="warabi: %(message)s")
     descriptors.raise_limit()
     gc_pauses.limit_pauses()
@@ -256,7 +256,7 @@ def rm(address: str, provider_id: int, region: str, **security: str) -> None:
 @click.option("--new-root", metavar="PATH",
               help="The target's path at the destination, or a directory for it.")  # fmt: skip
 @click.option("--transfer-size", metavar="BYTES", type=click.IntRange(min=0),
-              help="Bytes of regions in a message.")  # fmt: skip
+              help="Bytes of region data per message.")  # fmt: skip
 @click.option("--merge-config", metavar="JSON",
               help="What to merge into the target's configuration.")  # fmt: skip
 @click.option("--keep-source", is_flag=True, help="Do not remove the source's files.")

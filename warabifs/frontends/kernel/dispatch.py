@@ -98,7 +98,7 @@ def errno_of(error: Exception, what: str) -> int:
         return error.errno
     number = _ERRNO.get(type(error))  # type: ignore[arg-type]  # a miss for classes of others
     if number is None:
-        log.error("a defect in %s", what, exc_info=error)
+        log.error("unhandled exception in %s", what, exc_info=error)
         return errno.EIO
     if not isinstance(error, _QUIET):
         log.error("%s: %s", what, error)

@@ -166,7 +166,7 @@ class FuseSession:
         buffer = memoryview(bytearray(protocol.BUFFER))
         while True:
             if not self._poll.poll(_HELLO):
-                raise TimeoutError(errno.ETIMEDOUT, "the kernel does not begin the mount")
+                raise TimeoutError(errno.ETIMEDOUT, "the kernel did not start the FUSE session")
             count = os.readv(self._fd, [buffer])
             header = Header._make(_unpack_header(buffer))
             if header.opcode != Opcode.INIT:
@@ -356,7 +356,7 @@ class FuseSession:
             if number in (*_OVER, errno.ENOENT):  # nobody waits for it any more
                 return
             if number != errno.EFAULT:  # the file behind a view became shorter
-                log.error("the kernel refused an answer", exc_info=error)
+                log.error("the kernel rejected a reply", exc_info=error)
             with contextlib.suppress(OSError):
                 os.write(self._fd, protocol.refusal(unique, errno.EIO))
 
