@@ -167,7 +167,7 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ("UPDATE inode SET nlink = -1 WHERE ino = 7", ["inode 7 has values"], []),
     ("UPDATE inode SET uid = 'x' WHERE ino = 4", ["inode 4 has values"], []),
     ("UPDATE inode SET size = 1 WHERE ino = 5", ["wrong size"], []),
-    ("UPDATE inode SET target = X'00' WHERE ino = 3", ["inode 3 is no symbolic link"], []),
+    ("UPDATE inode SET target = X'00' WHERE ino = 3", ["inode 3 is not a symbolic link"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 2", ["inode 2 is marked"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 4", ["inode 4 is marked", "has one"], []),
     ("INSERT INTO dentry VALUES(1, X'7a', 99)", ["name 'z'", "means nothing"], []),
