@@ -60,10 +60,12 @@ def python(script: str, *arguments: str | Path, check: bool = True) -> str:
 
 
 @contextlib.contextmanager
-def another_python(script: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+def another_python(
+    script: str, *arguments: str | Path, prefix: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """A Python process that talks over its standard input and output while the block runs."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+        [*prefix, sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     try:

@@ -36,7 +36,7 @@ from warabi.target.region_locks import LOOPS
 from warabi.target.target import Target
 from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
 from warabifs.frontends.kernel.dispatch import Operations
-from warabifs.frontends.kernel.mountinfo import device_number
+from warabifs.frontends.kernel.mountinfo import device_number, identity
 from warabifs.frontends.kernel.passthrough import Passing
 from warabifs.frontends.kernel.protocol import Feature
 from warabifs.frontends.kernel.session import FuseSession
@@ -410,7 +410,8 @@ async def _mount_and_serve(
                     log.warning("umount will not wait until this process has persisted: %s", error)
                 utab.remove_stale()
                 entry.add()
-                with Watchdog(device_number(mountpoint)):
+                number = device_number(mountpoint)
+                with Watchdog(number, identity(number)):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
                         nursery.start_soon(_accept, shutdown)

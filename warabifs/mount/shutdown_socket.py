@@ -6,9 +6,10 @@ process's report.
 
 The socket is in a directory that only the mount's user can enter
 (``warabi/protocol/socket_directories.py``), so no other user can take its name or fill its queue,
-and each side checks the credentials of the other.  Its name contains the mount's device number,
-and the process ID, since the kernel may reuse the number for another mount after the unmount.  The
-process then closes the socket, and reports to the clients that had connected before.
+and each side checks the credentials of the other.  Its name contains the mount's device number, the
+identity of the file system, since the kernel may reuse the number for another mount after the
+unmount, and the process ID.  The process then closes the socket, and reports to the clients that
+had connected before.
 """
 
 from __future__ import annotations
@@ -21,22 +22,13 @@ from pathlib import Path
 
 from warabi.protocol import socket_directories
 from warabi.protocol.address import peer, set_send_timeout
-from warabifs.frontends.kernel.mountinfo import Mounted, mounted_on
+from warabifs.frontends.kernel.mountinfo import Mounted, identity, is_gone, mounted_on
 
 _PREFIX = "umount."
 _QUEUE = 4096
 _CONNECT = 2.0  # seconds for a connection to be queued
 _DONE = b"persisted"
 _NO_REPORT = "the mount process exited without a report, see its log"
-
-
-def identity(device: str) -> int:
-    """Return a number that identifies the file system, and is not reused along with its device
-    number; 0 if it is gone, or sysfs is not mounted."""
-    try:
-        return os.stat(f"/sys/class/bdi/{device}").st_ino
-    except OSError:
-        return 0
 
 
 class ShutdownSocket:
@@ -61,7 +53,8 @@ class ShutdownSocket:
         _remove_stale(directory)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._path = directory / f"{_PREFIX}{mount.device}.{os.getpid()}"
+            number = identity(mount.device)
+            self._path = directory / f"{_PREFIX}{mount.device}.{number}.{os.getpid()}"
             hidden = directory / f"new.{os.getpid()}"
             hidden.unlink(missing_ok=True)  # of an earlier process with this number
             listener.bind(str(hidden))
@@ -115,8 +108,12 @@ class ShutdownSocket:
 
 
 def _remove_stale(directory: Path) -> None:
-    """Remove the sockets of killed processes."""
+    """Remove the sockets of killed processes, once their file systems are unmounted: until then a
+    socket tells ``umount`` that the process was killed."""
     for path in directory.glob(f"{_PREFIX}*"):
+        device, number = _file_system(path)
+        if number and not is_gone(device, number):
+            continue
         try:
             _connected(path).close()
         except ConnectionRefusedError:
@@ -135,20 +132,10 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def live_devices(uid: int) -> set[str]:
-    """Return the device numbers of all mounts of user *uid* whose processes live and have a socket
-    that is visible here, in whatever mount and PID namespaces they are."""
-    found = set()
-    for directory in socket_directories.existing(uid):
-        for path in directory.glob(f"{_PREFIX}*"):
-            try:
-                _connected(path).close()
-            except (ConnectionRefusedError, FileNotFoundError):
-                continue
-            except OSError:
-                pass  # the process exists, but does not respond
-            found.add(path.name.removeprefix(_PREFIX).partition(".")[0])
-    return found
+def _file_system(path: Path) -> tuple[str, int]:
+    """Return the device number and the identity in the name of a socket; 0 if it has none."""
+    device, *numbers = path.name.removeprefix(_PREFIX).split(".")
+    return device, int(numbers[0]) if len(numbers) > 1 and numbers[0].isdecimal() else 0
 
 
 def _connected(path: Path) -> socket.socket:
@@ -167,25 +154,34 @@ def _connected(path: Path) -> socket.socket:
 class Waiting:
     """The side of ``umount``; created before the unmount.
 
+    Args:
+        mount: what is about to be unmounted.
+        number: the identity of its file system, or 0 when that is not known.
+
     Attributes:
         pid: ID of the mount process; 0 if it is unknown or not visible here.
         reason: why the process cannot report; empty if it can.
+        killed: whether the process has exited, so that no later unmount will report more.
     """
 
-    def __init__(self, mount: Mounted) -> None:
+    def __init__(self, mount: Mounted, number: int) -> None:
         self.pid = 0
         self.reason = "the mount process was not found: it was killed, or is in a container"
+        self.killed = False
         self._socket: socket.socket | None = None
-        name = f"{_PREFIX}{mount.device}."
         found = [
-            p for place in socket_directories.existing(mount.owner) for p in place.glob(f"{name}*")
+            path
+            for place in socket_directories.existing(mount.owner)
+            for path in place.glob(f"{_PREFIX}{mount.device}.*")
+            if 0 in (number, of := _file_system(path)[1]) or of == number
         ]
-        # Newest first: the process of an earlier mount with that number may still be exiting.
+        # Newest first: without an identity, the process of an earlier mount may still be exiting.
         for path in sorted(found, key=_made_at, reverse=True):
             try:
                 connection = _connected(path)
             except ConnectionRefusedError:
                 self.reason = _NO_REPORT
+                self.killed = bool(number) and _file_system(path)[1] == number
                 continue
             except OSError as error:
                 self.reason = f"the mount process does not listen: {error.strerror}"
@@ -193,7 +189,7 @@ class Waiting:
             self.pid, uid = peer(connection)
             if uid == mount.owner:
                 self._socket = connection
-                self.reason = ""
+                self.reason, self.killed = "", False
                 return
             connection.close()
             self.reason = f"process {self.pid} of user {uid} listens instead of the mount process"

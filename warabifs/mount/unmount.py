@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from warabi._core.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
 from warabi.errors import ConfigError
-from warabifs.frontends.kernel.mountinfo import Mounted, mounted_on, mounts
-from warabifs.mount.shutdown_socket import Waiting, identity
+from warabifs.frontends.kernel.mountinfo import Mounted, identity, is_gone, mounted_on, mounts
+from warabifs.mount.shutdown_socket import Waiting
 from warabifs.mount.utab import remove_stale
 
 PATIENCE = 60.0
@@ -80,16 +80,16 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
     Returns:
         the exit status: 0 if everything is persisted, or the file system is still mounted
         elsewhere (a bind mount, another mount namespace), whose unmount will report; the status
-        of the failed unmount; or 1, also if the mount process cannot be asked.
+        of the failed unmount; or 1, also if the mount process cannot be asked, or was killed.
     """
     name = f"umount.warabifs: {mount.path}"
     before = identity(mount.device)
-    waiting = Waiting(mount)
+    waiting = Waiting(mount, before)
     try:
         status = _detach(mount.path, lazy, force)
         if status:
             return status
-        if _is_mounted_elsewhere(mount, before, lazy):
+        if not waiting.killed and _is_mounted_elsewhere(mount, before, lazy):
             return 0
         if waiting.reason:
             print(
@@ -126,7 +126,7 @@ def _is_mounted_elsewhere(mount: Mounted, before: int, lazy: bool) -> bool:
     *before* is its identity.  After a lazy unmount open files also keep it, so only the mounts
     that are visible here count.
     """
-    if before and identity(mount.device) != before:
+    if is_gone(mount.device, before):
         return False  # the number may belong to another mount by now
     if any(other.device == mount.device for other in mounts()):
         return True

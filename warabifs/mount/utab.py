@@ -5,7 +5,8 @@ file system, and looks for a helper only if the mount point is in that table.  W
 would unmount without waiting until everything is persisted.  umount(8) removes the entry.
 
 The entry of a mount whose process was killed stays, so that the helper can report that its state
-is unknown.  If it is unmounted in another way, the next mount or unmount removes the entry.
+is unknown.  If it is unmounted in another way, the next mount or unmount removes the entry: it
+contains the identity of its file system, in a field that libmount keeps for helpers.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import os
 import re
 from pathlib import Path
 
-from warabifs.frontends.kernel.mountinfo import mounts
-from warabifs.mount.shutdown_socket import live_devices
+from warabifs.frontends.kernel.mountinfo import device_number, identity, is_gone
 
 log = logging.getLogger(__name__)
 
 _TABLE = Path("/run/mount/utab")
 _OPTION = b"uhelper=warabifs"
+_ATTRIBUTE = re.compile(rb"ATTRS=(?:.*,)?warabifs=([0-9]+:[0-9]+)/([0-9]+)(?:,.*)?")
 
 
 @functools.cache
@@ -34,8 +35,8 @@ def _libmount() -> ctypes.CDLL | None:
         return None
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     library.mnt_new_update.restype = library.mnt_new_fs.restype = pointer
-    for name in ("mnt_fs_set_source", "mnt_fs_set_target", "mnt_fs_set_options"):
-        getattr(library, name).argtypes = [pointer, text]
+    for name in ("source", "target", "options", "attributes"):
+        getattr(library, f"mnt_fs_set_{name}").argtypes = [pointer, text]
     library.mnt_update_set_fs.argtypes = [pointer, ctypes.c_ulong, text, pointer]
     library.mnt_update_table.argtypes = [pointer, pointer]
     library.mnt_free_update.argtypes = library.mnt_unref_fs.argtypes = [pointer]
@@ -55,45 +56,31 @@ class UtabEntry:
         self._mountpoint = os.fsencode(mountpoint)
 
     def add(self) -> None:
-        """Add it, unless it exists, such as from a killed process."""
-        if not self._is_last():
-            self._update(remove=False)
+        """Add it, for what is mounted there now."""
+        device = device_number(os.fsdecode(self._mountpoint))
+        _update(self._source, self._mountpoint, f"warabifs={device}/{identity(device)}".encode())
 
     def remove(self) -> None:
         """Remove it, unless umount(8) has done so, or another mount added an entry there since."""
-        if self._is_last():
-            self._update(remove=True)
-
-    def _is_last(self) -> bool:
-        """Whether this is the newest entry of the mount point."""
         of_mountpoint = [fields for fields in _lines() if b"TARGET=" + self._mountpoint in fields]
         wanted = {b"SRC=" + self._source, b"OPTS=" + _OPTION}
-        return bool(of_mountpoint) and wanted <= set(of_mountpoint[-1])
-
-    def _update(self, *, remove: bool) -> None:
-        _update(self._source, self._mountpoint, remove=remove)
+        if of_mountpoint and wanted <= set(of_mountpoint[-1]):
+            _update(self._source, self._mountpoint)
 
 
 def remove_stale() -> None:
-    """Remove the entries of killed mounts that are not mounted any more.
-
-    A mount that is not visible here may be in another mount namespace.  So nothing is removed while
-    the process of an invisible mount lives.
-    """
+    """Remove the entries of killed mounts that are not mounted any more in any mount namespace."""
     lines = _lines() if os.geteuid() == 0 else []
-    ours = [fields for fields in lines if b"OPTS=" + _OPTION in fields]
-    if not ours:
-        return
-    live = live_devices(0)  # before mounts(), or a mount could appear in between
-    here = mounts()
-    mounted = {b"TARGET=" + os.fsencode(mount.path) for mount in here}
     # An entry is removed by its mount point, so no other entry may have the same one.
-    kept = {_target(fields) for fields in lines if fields not in ours}
-    stale = {_target(fields) for fields in ours} - mounted - kept
-    if stale and live <= {mount.device for mount in here}:
-        for fields in ours:
-            if _target(fields) in stale:
-                _update(b"", _target(fields).removeprefix(b"TARGET="), remove=True)
+    kept = {_target(fields) for fields in lines if not _is_stale(fields)}
+    for fields in lines:
+        if _target(fields) not in kept:
+            _update(b"", _target(fields).removeprefix(b"TARGET="))
+
+
+def _is_stale(fields: list[bytes]) -> bool:
+    found = next(filter(None, map(_ATTRIBUTE.fullmatch, fields)), None)
+    return found is not None and is_gone(os.fsdecode(found[1]), int(found[2]))
 
 
 def _lines() -> list[list[bytes]]:
@@ -110,7 +97,8 @@ def _target(fields: list[bytes]) -> bytes:
     return next((field for field in fields if field.startswith(b"TARGET=")), b"")
 
 
-def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
+def _update(source: bytes, mountpoint: bytes, attributes: bytes | None = None) -> None:
+    """Add an entry, with *attributes*; without, remove the newest one of the mount point."""
     library = _libmount()
     if library is None or os.geteuid() != 0:
         return
@@ -119,7 +107,8 @@ def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
         library.mnt_fs_set_source(entry, source)
         library.mnt_fs_set_target(entry, mountpoint)
         library.mnt_fs_set_options(entry, _OPTION)
-        if remove:
+        library.mnt_fs_set_attributes(entry, attributes)
+        if attributes is None:
             status = library.mnt_update_set_fs(update, 0, mountpoint, None)
         else:
             status = library.mnt_update_set_fs(update, 0, None, entry)

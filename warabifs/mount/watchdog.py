@@ -31,13 +31,14 @@ class Watchdog:
 
     Args:
         device: the mount's device number, ``major:minor``.
+        number: what tells its file system from later ones with that number, see ``identity``.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, number: int) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(os.getpid()), device],
+                [sys.executable, "-I", "-S", __file__, str(os.getpid()), device, str(number)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd="/", start_new_session=True,
             )  # fmt: skip
@@ -53,7 +54,7 @@ class Watchdog:
             self._process.wait()
 
 
-def watch(process: int, device: str) -> None:
+def watch(process: int, device: str, number: int) -> None:
     """Return when the main thread of *process*, our parent, has exited; aborts the connection of
     its mount if other threads remain."""
     from warabi._core import syscalls
@@ -66,7 +67,7 @@ def watch(process: int, device: str) -> None:
     deadline = time.monotonic() + _PATIENCE
     while _has_threads(process):
         if time.monotonic() > deadline:
-            _abort(device)
+            _abort(device, number)
             return
         time.sleep(0.05)
 
@@ -88,15 +89,17 @@ def _has_threads(process: int) -> bool:
         return False
 
 
-def _abort(device: str) -> None:
+def _abort(device: str, number: int) -> None:
+    from warabi._core import syscalls
+    from warabifs.frontends.kernel.mountinfo import is_gone, mounts
+
+    if is_gone(device, number):
+        return  # the number may belong to another mount by now
     try:
         Path("/sys/fs/fuse/connections", device.partition(":")[2], "abort").write_text("1")
         return
     except OSError:
         pass  # sysfs is not mounted or not writable; root can use umount2(2) instead
-    from warabi._core import syscalls
-    from warabifs.frontends.kernel.mountinfo import mounts
-
     for mount in mounts():
         if mount.device == device:
             with contextlib.suppress(OSError):
@@ -105,4 +108,4 @@ def _abort(device: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    watch(int(sys.argv[1]), sys.argv[2])
+    watch(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
