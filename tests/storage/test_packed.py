@@ -448,7 +448,7 @@ def test_erasing_is_tried_again(
         faults.arm(site, 2, fails(errno.EIO))
         target.commit()
         assert faults.hit
-        assert "tried again" in caplog.text
+        assert "will be retried" in caplog.text
         faults.site = None
         target.commit()
         accounted(path, target, contents(target))

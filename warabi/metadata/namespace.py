@@ -1,4 +1,4 @@
-"""Names as a target offers them: the tree, with extended attributes and paths."""
+"""The namespace of a target: the tree, with extended attributes and paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Namespace(Tree):
     # Extended attributes
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """An extended attribute; ENODATA when there is none, EOPNOTSUPP when there can be none.
+        """Return an extended attribute; ENODATA if it does not exist, EOPNOTSUPP if it cannot
+        exist.
 
         ``user.warabi.region`` is a region's ID in hex, ``user.warabi.target`` the target's UUID.
         """
@@ -43,12 +44,13 @@ class Namespace(Tree):
             return value
 
     def setxattr(self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True) -> None:
-        """Set an extended attribute; EPERM for the two that the target gives, EOPNOTSUPP for a
-        name outside ``user.``, ``trusted.`` and ``security.`` that is no access control list,
-        ERANGE, E2BIG and ENOSPC for what is too long or too much.
+        """Set an extended attribute; EPERM for the two virtual ones, EOPNOTSUPP for a name outside
+        ``user.``, ``trusted.`` and ``security.`` that is not an access control list, ERANGE, E2BIG
+        and ENOSPC if it is too long or too large.
 
-        A list changes the mode too, and is not kept when the mode says all of it.  Without
-        *keep_setgid*, for who is not in the file's group, it takes the set-group-ID bit away.
+        An access control list also changes the mode, and is not stored if the mode can express it.
+        Without *keep_setgid*, for a caller outside the file's group, it clears the set-group-ID
+        bit.
         """
         if name in (acl.ACCESS, acl.DEFAULT):
             self._set_list(ino, name, acl.unpack(value), keep_setgid)
@@ -56,7 +58,7 @@ class Namespace(Tree):
             self._change_xattr(ino, name, value)
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """Remove an extended attribute; ENODATA when there is none that is no list."""
+        """Remove an extended attribute; ENODATA if it does not exist, except for a list."""
         self._change_xattr(ino, name, None)
 
     def _set_list(
@@ -96,7 +98,7 @@ class Namespace(Tree):
                 self._catalogue.charge(len(value))
             if value is None and self._catalogue.xattr(ino, name) is None:
                 if name in (acl.ACCESS, acl.DEFAULT):
-                    return  # as Linux has it: nothing was to be removed
+                    return  # like Linux: there is nothing to remove
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             self._catalogue.set_xattr(inode, name, value)
             inode.changed_at(self._catalogue.clock.exact())
@@ -112,7 +114,7 @@ class Namespace(Tree):
             )
 
     def listxattr(self, ino: int) -> list[bytes]:
-        """Names of the extended attributes that can be set."""
+        """Return the names of the extended attributes, without virtual ones."""
         with self._guard.lock, self._guard.checked:
             self._get(ino)
             return self._catalogue.xattrs(ino)
@@ -120,7 +122,7 @@ class Namespace(Tree):
     # Paths
 
     def resolve(self, path: str) -> Attributes:
-        """The inode at *path*, from the root; symbolic links are not followed."""
+        """Return the inode at *path*, from the root; symbolic links are not followed."""
         return self._regions.patiently(partial(self._resolve, path, _parts(path)))
 
     def _resolve(self, path: str, parts: list[bytes], steps: float) -> Attributes:
@@ -140,7 +142,7 @@ class Namespace(Tree):
             return inode.attributes()
 
     def open_name(self, path: str) -> RegionID:
-        """The region at *path*; ENOENT, ENOTDIR, and EISDIR or EINVAL for what is no region."""
+        """Return the region at *path*; ENOENT, ENOTDIR, EISDIR, or EINVAL if it is not a region."""
         with _about("open_name", path):
             found = self.resolve(path)
             if stat.S_ISREG(found.mode):
@@ -148,7 +150,7 @@ class Namespace(Tree):
             raise path_error(errno.EISDIR if stat.S_ISDIR(found.mode) else errno.EINVAL)
 
     def link_name(self, region: RegionID, path: str) -> None:
-        """Give *region* the name *path*, in a directory that exists; EEXIST when it is taken."""
+        """Give *region* the name *path*, in an existing directory; EEXIST if the name exists."""
         with _about("link_name", path):
             parent, name = self._split(path)
             with self._guard.lock, self._guard.checked:
@@ -161,7 +163,7 @@ class Namespace(Tree):
             self.link(ino, parent, name)
 
     def unlink_name(self, path: str) -> None:
-        """Remove the name *path*; with its last name a region is erased."""
+        """Remove the name *path*; removing its last name erases a region."""
         with _about("unlink_name", path):
             self.unlink(*self._split(path))
 
@@ -172,8 +174,9 @@ class Namespace(Tree):
         return self.resolve(os.fsdecode(b"/".join(parts[:-1]))).ino, parts[-1]
 
     def paths(self, inode: Inode, most: int, characters: float, steps: float) -> list[str]:
-        """Paths of an inode from the root, *most* of them, or all for -1, and no more once they
-        have so many *characters*; the guard is held, as long as *steps* say."""
+        """Return *most* paths of an inode from the root, all for -1, and no more once they have so
+        many
+        *characters*.  Raises ``Lengthy`` after *steps* directories; the guard is held."""
         above: dict[int, bytes] = {}
         found: list[str] = []
         for parent, name in self._catalogue.names(inode, most):
@@ -198,7 +201,7 @@ class Namespace(Tree):
 
 @contextlib.contextmanager
 def _about(what: str, path: str) -> Iterator[None]:
-    """Name the operation and the whole path in the message of a ``PathError``."""
+    """Put the operation and the whole path into the message of a ``PathError``."""
     try:
         yield
     except PathError as error:

@@ -1,12 +1,12 @@
-"""What changes in a target, told to those who keep copies of it, such as mounts.
+"""Notifications of changes to clients that cache data of a target, such as mounts.
 
-Whoever changes something notes it, with the target's lock held.  A *subscription* gathers what
-was noted, each thing once, until its owner takes it; when there is more than it can hold, it
-says that everything may have changed.  Nobody ever waits for a subscriber.
+Every change is recorded, with the target's lock held.  A *subscription* collects the changes, each
+object once, until its owner fetches them; if there are too many, it reports that everything may
+have changed.  Changes never wait for a subscriber.
 
-A change is not told to the one who made it: ``ORIGIN`` says who is at work.  What guests wrote
-(``target/leases.py``) is found later, on behalf of somebody else, so it is told to all, with the
-time of the write: a guest knows when it last wrote.
+The connection that made a change is not notified: it is in ``ORIGIN``.  Writes by guests
+(``target/leases.py``) are found later, without an origin, so all are notified, with the time of the
+write: a guest knows when it last wrote.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Callable
 from warabi._core.changes import ATTRIBUTES, CONTENT, ORIGIN, Changes
 
 MOST = 8192
-"""Inodes and names that a subscription holds at a time."""
+"""Most inodes and names in a subscription."""
 BATCH = 1000
-"""Of each of them in one answer."""
+"""Most of each of them in one reply."""
 
 
 class Subscription:
-    """What one subscriber has not taken yet.
+    """The changes that one subscriber has not fetched yet.
 
     Args:
-        origin: whose changes are left out.
-        new_names: whether it wants to hear of names that meant nothing before.
-        wake: called, from any thread, when there is something to take.
+        origin: the subscriber's own changes, which are omitted.
+        new_names: whether to include names that did not exist before.
+        wake: called, from any thread, when there is something to fetch.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Subscription:
         self._names: dict[tuple[int, bytes], int] = {}
 
     def inode(self, ino: int, what: int) -> None:
-        """Note a change of an inode; the feed's lock is held."""
+        """Record a change of an inode; the feed's lock is held."""
         before = self._inodes.get(ino, ATTRIBUTES)
-        # Of several writes by guests none is the last one for sure.
+        # Two different times of guests' writes: which one is the last is not certain.
         merged = max(before, what) if ATTRIBUTES in (before, what) or before == what else CONTENT
         self._inodes[ino] = merged
         self._check_room()
 
     def name(self, parent: int, name: bytes, ino: int) -> None:
-        """Note what a name means now; the feed's lock is held."""
+        """Record what a name refers to now; the feed's lock is held."""
         self._names[parent, name] = ino
         self._check_room()
 
@@ -66,7 +66,7 @@ class Subscription:
         self._names.clear()
 
     def suspect_everything(self) -> None:
-        """Start again: what was taken before did not arrive."""
+        """Start again: the last reply did not arrive."""
         with self._lock:
             self._forget()
 
