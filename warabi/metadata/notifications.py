@@ -71,7 +71,7 @@ class Subscription:
             self._forget()
 
     def take(self, number: int) -> Changes | None:
-        """What was noted, or a part of it, as answer *number*; None when there is nothing."""
+        """Return the changes, or a part of them, as reply *number*; None if there are none."""
         with self._lock:
             self.awake = False
             if not (self._everything or self._inodes or self._names):
@@ -89,10 +89,10 @@ class Feed:
         self._lock = threading.Lock()
         self._subscriptions: list[Subscription] = []
         self.watched = False
-        """Whether there is anybody to tell."""
+        """Whether there are subscribers."""
 
     def subscribe(self, origin: object, new_names: bool, wake: Callable[[], None]) -> Subscription:
-        """A new subscription, which begins with everything; the arguments are its own."""
+        """Add a subscription, whose first reply reports that everything may have changed."""
         subscription = Subscription(self._lock, origin, new_names, wake)
         with self._lock:
             self._subscriptions = [*self._subscriptions, subscription]
@@ -100,7 +100,7 @@ class Feed:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Tell it nothing any more."""
+        """Remove a subscription."""
         with self._lock:
             self._drop(subscription)
 
@@ -109,13 +109,13 @@ class Feed:
         self.watched = bool(self._subscriptions)
 
     def nudge(self) -> None:
-        """Wake every subscriber: how it has to look has changed."""
+        """Wake every subscriber, since the way to look for changes has changed."""
         with self._lock:
             for subscription in self._subscriptions:
                 self._wake(subscription)
 
     def inode(self, ino: int, what: int) -> None:
-        """An inode changed: *what* is a value of ``Changes.inodes``."""
+        """Record a change of an inode; *what* is a value of ``Changes.inodes``."""
         origin = ORIGIN.get() if what in (ATTRIBUTES, CONTENT) else None
         with self._lock:
             for subscription in self._subscriptions:
@@ -124,7 +124,7 @@ class Feed:
                     self._wake(subscription)
 
     def name(self, parent: int, name: bytes, ino: int, *, new: bool = False) -> None:
-        """A name in the directory *parent* means *ino* now; *new* when it meant nothing before."""
+        """Record that a name in *parent* refers to *ino* now; *new*: it did not exist before."""
         origin = ORIGIN.get()
         with self._lock:
             for subscription in self._subscriptions:
@@ -140,5 +140,5 @@ class Feed:
         subscription.awake = True
         try:
             subscription.wake()
-        except RuntimeError:  # its event loop has ended
+        except RuntimeError:  # the subscriber's event loop has ended
             self._drop(subscription)
