@@ -1,1 +1,1 @@
-"""The command ``mount.warabifs``: options, mounting, unmounting, and related commands."""
+"""``mount.warabifs``: options, mounting, unmounting, and the commands around it."""

@@ -1,15 +1,14 @@
-"""A socket by which umount(8) waits until a mount process has persisted everything.
+"""How umount(8) learns that a mount's process has persisted everything, or what it has not.
 
-umount2(2) returns when the kernel has detached the mount; the process may still be persisting.
+The kernel's unmounting returns when the kernel has let go; the process may still be persisting.
 So ``umount`` connects to a Unix socket of the process first, unmounts, and then waits for the
 process's report.
 
 The socket is in a directory that only the mount's user can enter
 (``warabi/protocol/socket_directories.py``), so no other user can take its name or fill its queue,
-and each side checks the credentials of the other.  Its name contains the mount's device number, the
-identity of the file system, since the kernel may reuse the number for another mount after the
-unmount, and the process ID.  The process then closes the socket, and reports to the clients that
-had connected before.
+and each side checks the credentials of the other. Its name has the mount's device number, and the
+process, for the number is free for another mount as soon as the kernel has let go.  The process
+closes the socket then, and reports to those that had connected before.
 """
 
 from __future__ import annotations
@@ -22,17 +21,25 @@ from pathlib import Path
 
 from warabi.protocol import socket_directories
 from warabi.protocol.address import peer, set_send_timeout
-from warabifs.frontends.kernel.mountinfo import Mounted, identity, is_gone, mounted_on
+from warabifs.frontends.mountinfo import Mounted, mounted_on
 
 _PREFIX = "umount."
 _QUEUE = 4096
-_CONNECT = 2.0  # seconds for a connection to be queued
+_CONNECT = 2.0  # seconds for a connection to find room in the queue
 _DONE = b"persisted"
-_NO_REPORT = "the mount process exited without a report, see its log"
+
+
+def identity(device: str) -> int:
+    """A number that the file system of this device number has, and none that has it later; 0 when
+    it is gone, or sysfs is not mounted."""
+    try:
+        return os.stat(f"/sys/class/bdi/{device}").st_ino
+    except OSError:
+        return 0
 
 
 class ShutdownSocket:
-    """The side of the mount process."""
+    """The side of the mount's process."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
@@ -43,7 +50,7 @@ class ShutdownSocket:
         """Open the socket of the mount on *path*.
 
         Raises:
-            OSError: that is not possible; then ``umount`` cannot wait for this process.
+            OSError: that is not possible; ``umount`` cannot wait for this process then.
             PermissionDenied: there is no directory for it.
         """
         mount = mounted_on(path)
@@ -53,14 +60,13 @@ class ShutdownSocket:
         _remove_stale(directory)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            number = identity(mount.device)
-            self._path = directory / f"{_PREFIX}{mount.device}.{number}.{os.getpid()}"
+            self._path = directory / f"{_PREFIX}{mount.device}.{os.getpid()}"
             hidden = directory / f"new.{os.getpid()}"
             hidden.unlink(missing_ok=True)  # of an earlier process with this number
             listener.bind(str(hidden))
             listener.listen(_QUEUE)
             listener.setblocking(False)
-            hidden.rename(self._path)  # a socket of this name listens, or its process has ended
+            hidden.rename(self._path)  # what has this name listens, or its process has ended
         except BaseException:
             listener.close()
             raise
@@ -68,12 +74,12 @@ class ShutdownSocket:
 
     @property
     def fd(self) -> int:
-        """The socket's descriptor, readable when a client has connected; -1 if it is not open."""
+        """The socket's descriptor, readable when a process has connected; -1 when there is none."""
         return -1 if self._listener is None else self._listener.fileno()
 
     def accept(self) -> None:
-        """Accept pending connections, and close those whose client has exited, such as an
-        ``umount`` that failed; otherwise they would fill the queue in time."""
+        """Take the connections that have come, and let go of those whose processes have gone, such
+        as a ``umount`` that was refused.  They would fill the queue in the course of time."""
         assert self._listener is not None
         gone = [connection for connection in self._waiting if _is_closed(connection)]
         for connection in gone:
@@ -83,14 +89,14 @@ class ShutdownSocket:
             while True:
                 connection, _ = self._listener.accept()
                 connection.setblocking(False)
-                # The directory's mode lets only these users connect.
+                # Nobody else can be there, in such a directory.
                 if peer(connection)[1] in (os.getuid(), 0) and not _is_closed(connection):
                     self._waiting.append(connection)
                 else:
                     connection.close()
 
     def gather(self) -> None:
-        """Remove the socket after the unmount, and keep the connections that exist."""
+        """The kernel has let go: remove the socket, keep those that have connected."""
         if self._listener is None:
             return
         self.accept()
@@ -98,8 +104,8 @@ class ShutdownSocket:
         self._listener = None
         self._path.unlink(missing_ok=True)
 
-    def report(self, failure: str) -> None:
-        """Send the error to all clients, or that everything was persisted if *failure* is empty."""
+    def say(self, failure: str) -> None:
+        """Report what was not persisted, or that everything was."""
         self.gather()
         for waiting in self._waiting:
             with contextlib.suppress(OSError), waiting:
@@ -108,12 +114,8 @@ class ShutdownSocket:
 
 
 def _remove_stale(directory: Path) -> None:
-    """Remove the sockets of killed processes, once their file systems are unmounted: until then a
-    socket tells ``umount`` that the process was killed."""
+    """Remove the sockets of processes that were killed."""
     for path in directory.glob(f"{_PREFIX}*"):
-        device, number = _file_system(path)
-        if number and not is_gone(device, number):
-            continue
         try:
             _connected(path).close()
         except ConnectionRefusedError:
@@ -123,7 +125,7 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _is_closed(connection: socket.socket) -> bool:
-    """Whether the peer of a non-blocking connection, which sends nothing, has closed it."""
+    """Whether the other side of a non-blocking connection has closed it; it sends nothing."""
     try:
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
@@ -132,17 +134,27 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def _file_system(path: Path) -> tuple[str, int]:
-    """Return the device number and the identity in the name of a socket; 0 if it has none."""
-    device, *numbers = path.name.removeprefix(_PREFIX).split(".")
-    return device, int(numbers[0]) if len(numbers) > 1 and numbers[0].isdecimal() else 0
+def live_devices(uid: int) -> set[str]:
+    """The device numbers of all mounts of user *uid* whose processes live, in whatever mount and
+    PID namespaces they are; of those with a socket that is seen from here."""
+    found = set()
+    for directory in socket_directories.existing(uid):
+        for path in directory.glob(f"{_PREFIX}*"):
+            try:
+                _connected(path).close()
+            except (ConnectionRefusedError, FileNotFoundError):
+                continue
+            except OSError:
+                pass  # it is there, but cannot be asked
+            found.add(path.name.removeprefix(_PREFIX).partition(".")[0])
+    return found
 
 
 def _connected(path: Path) -> socket.socket:
-    """Connect to the socket *path*; raises ``OSError``."""
+    """A connection to the socket *path*; raises ``OSError``."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Not by settimeout(), which makes a full queue fail at once.
+        # Not by settimeout(): a full queue is an error at once then.
         set_send_timeout(connection, _CONNECT)
         connection.connect(str(path))
     except BaseException:
@@ -152,67 +164,55 @@ def _connected(path: Path) -> socket.socket:
 
 
 class Waiting:
-    """The side of ``umount``; created before the unmount.
-
-    Args:
-        mount: what is about to be unmounted.
-        number: the identity of its file system, or 0 when that is not known.
+    """The side of ``umount``; made before the unmounting.
 
     Attributes:
-        pid: ID of the mount process; 0 if it is unknown or not visible here.
-        reason: why the process cannot report; empty if it can.
-        killed: whether the process has exited, so that no later unmount will report more.
+        pid: the mount's process; 0 when it cannot be asked, or cannot be seen from here.
+        reason: why the process cannot be asked; empty when it can.
     """
 
-    def __init__(self, mount: Mounted, number: int) -> None:
+    def __init__(self, mount: Mounted) -> None:
         self.pid = 0
-        self.reason = "the mount process was not found: it was killed, or is in a container"
-        self.killed = False
+        self.reason = "no process of the mount is found, so it was killed, or is in a container"
         self._socket: socket.socket | None = None
+        name = f"{_PREFIX}{mount.device}."
         found = [
-            path
-            for place in socket_directories.existing(mount.owner)
-            for path in place.glob(f"{_PREFIX}{mount.device}.*")
-            if 0 in (number, of := _file_system(path)[1]) or of == number
+            p for place in socket_directories.existing(mount.owner) for p in place.glob(f"{name}*")
         ]
-        # Newest first: without an identity, the process of an earlier mount may still be exiting.
+        # The newest first: the process of an earlier mount of that number may not have ended yet.
         for path in sorted(found, key=_made_at, reverse=True):
             try:
                 connection = _connected(path)
             except ConnectionRefusedError:
-                self.reason = _NO_REPORT
-                self.killed = bool(number) and _file_system(path)[1] == number
+                self.reason = "the mount's process has ended without a report, see its log"
                 continue
             except OSError as error:
-                self.reason = f"the mount process does not listen: {error.strerror}"
+                self.reason = f"the mount's process does not listen: {error.strerror}"
                 continue
             self.pid, uid = peer(connection)
             if uid == mount.owner:
                 self._socket = connection
-                self.reason, self.killed = "", False
+                self.reason = ""
                 return
             connection.close()
-            self.reason = f"process {self.pid} of user {uid} listens instead of the mount process"
+            self.reason = f"process {self.pid} of user {uid} has taken the place of the mount's"
 
-    def wait_report(self, seconds: float) -> str | None:
-        """Wait up to *seconds* for the report.
+    def word(self, seconds: float) -> str | None:
+        """What was not persisted, empty when everything was; None when there is no report so far.
 
-        Returns:
-            what was not persisted, empty if everything was; None on timeout.
-
-        Must not be called if there is a ``reason``.
+        Not to be called where there is a ``reason``.
         """
         assert self._socket is not None
         self._socket.settimeout(max(seconds, 0.001))
         try:
-            report = self._socket.recv(1000)
+            said = self._socket.recv(1000)
         except TimeoutError:
             return None
         except OSError:
-            report = b""
-        if report == _DONE:
+            said = b""
+        if said == _DONE:
             return ""
-        return report.decode(errors="replace") or _NO_REPORT
+        return said.decode(errors="replace") or "its process ended without a report, see its log"
 
     def close(self) -> None:
         if self._socket is not None:
