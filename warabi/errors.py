@@ -91,7 +91,7 @@ class TargetBusy(Exception):
 
 
 class ProviderFailed(Exception):
-    """Unhandled exception in the provider; its log has the traceback."""
+    """A defect in the provider; its log has the traceback."""
 
 
 class PathError(Exception, OSError):

@@ -1,1 +1,1 @@
-"""Shared basics of every layer: buffers, extents, attributes, file I/O."""
+"""What every layer uses: buffers, extents, attributes, file I/O."""

@@ -1,7 +1,7 @@
-"""The limit on open file descriptors, and errors when it is reached.
+"""How many descriptors this process may have, and how errors tell that there are no more.
 
-A serving process, provider or mount, raises its soft limit to the hard limit.  A program that uses
-the library keeps its own: it may use ``select(2)``, which is restricted to 1024.
+A process that serves, a provider or a mount, raises its limit as far as it may.  A program that
+uses the library keeps its own: it may count on ``select(2)``, which knows 1024 only.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import errno
 import resource
 
 _MOST = 1 << 20
-"""More are not needed, and some programs close all possible descriptors when they start."""
+"""More are of no use here, and some programs close as many as they may have when they start."""
 
 
 def limit() -> int:
-    """Return the current limit on descriptors of this process."""
+    """How many descriptors this process may have now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if soft == resource.RLIM_INFINITY else soft
 
 
 def raise_limit() -> None:
-    """Raise the soft limit to the hard limit."""
+    """Let this process have as many as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -30,5 +30,5 @@ def raise_limit() -> None:
 
 
 def are_short(error: OSError) -> bool:
-    """Whether *error* means that this process, or the system, has no descriptor left."""
+    """Whether *error* says that this process, or the system, has no descriptor left."""
     return error.errno in (errno.EMFILE, errno.ENFILE)

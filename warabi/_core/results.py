@@ -1,4 +1,4 @@
-"""Result types of operations, for both sides of the wire."""
+"""What operations answer, as both sides of the wire know it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from warabi._core.attributes import Attributes
 
 
 class RegionStat(NamedTuple):
-    """Size in bytes, times in ns since the epoch, and paths of a region."""
+    """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
 
     size: int
     atime_ns: int
@@ -18,8 +18,8 @@ class RegionStat(NamedTuple):
 
 
 class OpenedInode(NamedTuple):
-    """Attributes of an inode that was pinned, and the version of its data.  The version stays the
-    same as long as only the requesting connection changes them; it is 0 if no other connection ever
+    """What an inode is like that was pinned, and the version of its bytes: the same number the next
+    time if nobody has changed them but who asks, over the same connection; 0 if nobody else ever
     has."""
 
     attributes: Attributes
@@ -27,8 +27,8 @@ class OpenedInode(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Result of verifying blocks of a region: number of blocks that match their checksums, number
-    without a checksum or written since, and the numbers of blocks that do not match."""
+    """What is known of some blocks of a region: how many are as they were persisted, how many
+    have no sum to compare with or were written since, and the numbers of those that differ."""
 
     verified: int
     unverified: int

@@ -1,13 +1,13 @@
 """Regions in memory.
 
 A region of ``OWN_DESCRIPTOR`` bytes or more is a memfd of its own; smaller ones share memfd
-*segments*, divided into slots of one size class each, so that a million of them need few
-descriptors.  When descriptors run out, larger regions use segments, too.
+*segments*, cut into slots of one size class each, so that a million of them cost no descriptors.
+When descriptors run out, larger regions go to segments too.
 
 Invariant: the bytes of a slot beyond its region's size are zero, and so are those of a free
-slot.  So growing within a slot and allocating one need no clearing.
+slot.  Growing inside a slot and handing one out need no clearing then.
 
-A region without bytes has a slot without bytes, since it is about to get its size.
+A region without bytes has a slot without bytes, for it is about to get its size.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from warabi.region import RegionID
 from warabi.shm.memory import SharedMemory
 
 OWN_DESCRIPTOR = 64 * 1024
-"""From this size in bytes on a region has its own descriptor."""
+"""From this size on, in bytes, a region has a descriptor of its own."""
 _ZEROS = memoryview(bytes(OWN_DESCRIPTOR))
 _SEGMENT = 4 * 1024 * 1024
 _SMALLEST = 64
 _COPY = 1024 * 1024
-_STEP = 32 * 1024 * 1024  # bytes that are freed at once
+_STEP = 32 * 1024 * 1024  # bytes that are given back at once
 _SPARE_DESCRIPTORS = 256
 _ROW = 1024
-"""Approximate overhead of a region in bytes."""
-_MAPPINGS = 4096  # most mappings of large regions: a process can have some 65,000 in all
+"""Bytes that a region takes besides its own, about."""
+_MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of all kinds
 
 
 class _Segment:
-    """A mapped memfd divided into slots of one size."""
+    """A mapped memfd cut into slots of one size."""
 
     __slots__ = (
         "__weakref__", "_memory", "free", "fresh", "number", "punched", "slot_size", "view",
@@ -54,12 +54,12 @@ class _Segment:
     def __init__(self, slot_size: int, number: int) -> None:
         self.slot_size = slot_size
         self.number = number
-        # Sealed: holders of the descriptor cannot truncate what is mapped here.
+        # Sealed: who is given the descriptor cannot cut off what is mapped here.
         self._memory = SharedMemory("warabi-segment", max(slot_size, _SEGMENT))
         self.view = self._memory.view
-        self.fresh = 0  # slots from this offset on were never used
-        self.free: list[int] = []  # offsets of slots that were used and freed
-        self.punched: list[int] = []  # of those, slots whose memory was freed, too
+        self.fresh = 0  # slots from this offset on were never handed out
+        self.free: list[int] = []  # offsets that were, and came back
+        self.punched: list[int] = []  # such whose memory was given back, too
 
     @property
     def fd(self) -> int:
@@ -76,23 +76,23 @@ class _Segment:
 
     @property
     def taken(self) -> int:
-        """The most bytes of memory that it uses."""
+        """Bytes of memory that it takes, at most."""
         return self.fresh - len(self.punched) * self.slot_size
 
     @property
     def spare(self) -> int:
-        """Bytes of memory that :meth:`give_back` can free."""
+        """Bytes of memory that :meth:`give_back` can give back."""
         return len(self.free) * self.slot_size if self.slot_size >= PAGE else 0
 
     def give_back(self, size: int) -> None:
-        """Free the memory of free slots, *size* bytes if there are so many; raises as
+        """Give back the memory of free slots, *size* bytes if there are so many; raises as
         :func:`punch`."""
         for _ in range(min(len(self.free), -(-size // self.slot_size))):
             punch(self.fd, self.free[-1], self.slot_size)
             self.punched.append(self.free.pop())
 
     def take(self) -> int:
-        """Return the offset of a free slot; the segment must not be full."""
+        """The offset of a free slot; the segment is not full."""
         if self.free:
             return self.free.pop()
         if self.punched:
@@ -107,7 +107,7 @@ class _Segment:
 
 
 class _Slot:
-    """A small region: a part of a segment."""
+    """A small region: a piece of a segment."""
 
     __slots__ = ("offset", "segment", "size")
 
@@ -148,7 +148,7 @@ class MemoryConfig(Model):
 
 
 class _Fresh(Fresh):
-    """A large region before its creation."""
+    """A large region that is not there yet."""
 
     __slots__ = ("_own", "_storage")
 
@@ -171,16 +171,16 @@ class MemoryStorage(Storage):
     """Regions that last as long as their process.
 
     Args:
-        limit: most bytes of memory for them, holes not counted; None for what the machine and
-            the control groups of this process can provide, less a reserve.
-        others: returns the bytes of that memory that something else uses: the catalogue.
+        limit: bytes of memory that they may take, holes not counted; None for what the machine and
+            the control groups of this process can give, less a reserve.
+        others: how many bytes of memory of that something else takes: the catalogue.
     """
 
     blocking: ClassVar[bool] = False
 
     def __init__(self, limit: int | None = None, others: Callable[[], int] = int) -> None:
         self._regions: dict[bytes, _Slot | Own] = {}
-        # Protects the allocation of slots; the data of a region need no lock (see Storage).
+        # Guards the slots' book-keeping; the bytes of a region need no lock (see Storage).
         self._lock = threading.Lock()
         self._open: dict[int, list[_Segment]] = {}  # segments with free slots, by slot size
         self._numbers = itertools.count(1)
@@ -188,20 +188,20 @@ class MemoryStorage(Storage):
         self._spare = Spare()
         most = descriptors.limit()
         self._most_mappings = min(_MAPPINGS, most // 8)
-        self._mappings: dict[Own, None] = {}  # oldest first; each also uses a descriptor
+        self._mappings: dict[Own, None] = {}  # the oldest first; each takes a descriptor, too
         self._own_limit = max(64, most - _SPARE_DESCRIPTORS - self._most_mappings)
         self._segments: weakref.WeakSet[_Segment] = weakref.WeakSet()
-        self._taken = 0  # by large regions, when last measured
-        self._unsure: set[Own] = set()  # regions that may use more by now
-        self._lent: set[Own] = set()  # regions that other processes may fill without a request
+        self._taken = 0  # by large regions, as far as they were looked at
+        self._unsure: set[Own] = set()  # those that may take more by now
+        self._lent: set[Own] = set()  # those that others may fill without asking
         self._others = others
         self._budget = MemoryBudget(limit, self._used, self._promised, self._relieve)
 
     def _used(self) -> int:
-        """Return the bytes of memory in use, without pending writes."""
+        """Bytes of memory that everything takes, but for what is being written."""
         for own in [*self._unsure]:
             with self._lock:
-                if own in self._unsure:  # else it was freed meanwhile
+                if own in self._unsure:  # it was not freed meanwhile
                     self._unsure.discard(own)
                     self._taken += own.look()
         with self._lock:
@@ -210,11 +210,11 @@ class MemoryStorage(Storage):
         return regions + self._others()
 
     def _promised(self) -> int:
-        """Return the bytes of memory that other processes may still fill without a request."""
+        """Bytes of memory that others may still fill without asking."""
         promised = 0
         for own in [*self._lent]:
             with self._lock:
-                if own not in self._lent:  # freed meanwhile
+                if own not in self._lent:  # it was freed meanwhile
                     continue
                 self._taken += own.look()
                 if (rest := own.size - own.taken) > 0:
@@ -224,15 +224,15 @@ class MemoryStorage(Storage):
         return promised
 
     def charge(self, count: int) -> None:
-        """Reserve *count* bytes of memory for something else.
+        """Take note that something else is about to take *count* bytes of memory.
 
         Raises:
-            StorageFull: there is too little memory.
+            StorageFull: they do not fit.
         """
         self._budget.charge(count)
 
     def _relieve(self, size: int) -> None:
-        """Free at least *size* bytes of spare memory, if there are so many."""
+        """Give back at least *size* bytes that are kept for later, if there are so many."""
         with self._lock:
             size -= self._spare.size
             self._spare.clear()
@@ -244,8 +244,7 @@ class MemoryStorage(Storage):
                     size -= spare
 
     def _promise(self, item: _Slot | Own) -> bool:
-        """Reserve memory for a region's holes, so that other processes may fill it; whether it
-        fits."""
+        """Whether others may fill what a region has of holes without asking: it fits."""
         if isinstance(item, Own) and item.filled < item.size and item not in self._lent:
             try:
                 self._budget.charge(item.size - item.filled)
@@ -266,7 +265,7 @@ class MemoryStorage(Storage):
         return self._fresh(size, holder, Own.clear)
 
     def _fresh(self, size: int, holder: int, fill: Callable[[Own], None]) -> Fresh | None:
-        """Return spare memory that *fill* has prepared; None if there is none."""
+        """Spare memory, as *fill* leaves it; None where there is none."""
         if size < OWN_DESCRIPTOR:
             return None
         try:
@@ -275,13 +274,13 @@ class MemoryStorage(Storage):
             if own is None:
                 return None
             try:
-                self._budget.charge(_ROW)  # the memory itself is already counted
+                self._budget.charge(_ROW)  # the rest counts already
                 fill(own)
             except BaseException:
                 own.discard()
                 raise
         except (OSError, errors.StorageFull):
-            return None  # use new memory instead, which reports errors
+            return None  # new memory will do, or say that there is none
         return _Fresh(self, own)
 
     def _put(self, rid: RegionID, own: Own) -> None:
@@ -298,7 +297,7 @@ class MemoryStorage(Storage):
             except OSError as error:
                 if not descriptors.are_short(error):
                     raise
-                # Caches of spare memory and mappings hold some.
+                # What is kept for speed has some.
                 self._spare.clear()
                 for own in [*self._mappings]:
                     self._unmap(own)
@@ -309,7 +308,7 @@ class MemoryStorage(Storage):
             raise errors.from_os(error, f"memory region of {size} bytes") from error
 
     def _place(self, size: int) -> _Slot | Own:
-        """Allocate a memfd or a slot; raises ``OSError``, ``ValueError``, ``OverflowError``."""
+        """Memory of its own, or a slot; raises ``OSError``, ``ValueError``, ``OverflowError``."""
         if size >= OWN_DESCRIPTOR and self._own < self._own_limit:
             self._spare.relieve()
             if len(self._spare) and self._own + len(self._spare) >= self._own_limit:
@@ -353,10 +352,10 @@ class MemoryStorage(Storage):
             segments.append(segment)
         segment.free.append(item.offset)
         if segment.empty and len(segments) > 1:
-            segments.remove(segment)  # not the last of its size: free its memory
+            segments.remove(segment)  # not the last of its size: its memory goes back
 
     def _forget(self, item: Own) -> None:
-        """Stop counting the memory of a large region; the lock is held."""
+        """Count the memory of a large region no more; the lock is held."""
         self._taken -= item.taken
         item.taken = 0
         self._unsure.discard(item)
@@ -373,7 +372,7 @@ class MemoryStorage(Storage):
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, Own):
-                # Never back to a slot: a region that shrinks often grows again.
+                # Never back to a slot: a region that shrinks is about to grow again.
                 if size < item.size:
                     self._unsure.add(item)
                 try:
@@ -391,7 +390,7 @@ class MemoryStorage(Storage):
                 self._free(item)
 
     def _shrink_long(self, rid: RegionID, size: int) -> None:
-        """Free most of what a region shrinks by, which takes long, without the lock."""
+        """Give back most of what a region shrinks by, which takes long, without the lock."""
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, _Slot) or item.size - size <= _STEP:
@@ -399,7 +398,7 @@ class MemoryStorage(Storage):
             self._unmap(item)
             self._unsure.add(item)
         try:
-            step = max(_STEP, (item.size - size) // 1000)  # most of such a large region is a hole
+            step = max(_STEP, (item.size - size) // 1000)  # most of what is so long is a hole
             for end in range(item.size - step, size, -step):
                 item.resize(end)
         except OSError as error:
@@ -441,7 +440,7 @@ class MemoryStorage(Storage):
         return found if writable else found.toreadonly()
 
     def _mapped(self, item: Own, end: int) -> Populated | None:
-        """Return a mapping of at least the first *end* bytes of a region; None if that fails."""
+        """A region's mapping, of its first *end* bytes at least; None when that cannot be."""
         mapping = item.mapping
         if mapping is None or len(mapping) < end:
             with self._lock:
@@ -469,7 +468,7 @@ class MemoryStorage(Storage):
             try:
                 self._budget.charge(item.missing(offset, len(data)))
             except errors.StorageFull:
-                # It may be allocated already; finding out takes system calls.
+                # It may be written already; to find out takes system calls.
                 self._budget.charge(item.holes(offset, len(data)))
         try:
             _write(item, offset, data)
@@ -492,13 +491,13 @@ class MemoryStorage(Storage):
             self._free(item)
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
-        """No effect: memory is never durable."""
+        """Memory is as durable as it gets."""
 
     def persist_all(self) -> None:
-        """No effect: memory is never durable."""
+        """Memory is as durable as it gets."""
 
     def wrote(self, rid: bytes) -> None:
-        """No effect: memory is never durable."""
+        """Memory is as durable as it gets."""
 
     def grew(self, rid: bytes, size: int) -> None:
         with self._lock:
@@ -509,27 +508,27 @@ class MemoryStorage(Storage):
                 self._unsure.add(item)
 
     def persist_names(self) -> None:
-        """No effect: memory is never durable."""
+        """Memory is as durable as it gets."""
 
     def oldest_fresh(self) -> RegionID | None:
         return None
 
     def sync_found(self) -> None:
-        """No effect: nothing survives a crash."""
+        """Nothing is found in memory."""
 
     def moves(self, rid: RegionID, size: int) -> bool:
         item = self._regions[rid]
         return isinstance(item, _Slot) and size > item.segment.slot_size
 
     def _charge_move(self, rid: RegionID, size: int) -> None:
-        """Reserve memory before moving a region; without the lock, which measuring acquires."""
+        """Before a region's bytes get another place; not with the lock, which a look takes."""
         self._charge_place(size, min(size, self._regions[rid].size))
 
     def _charge_place(self, size: int, filled: int) -> None:
-        """Reserve memory before allocating a region of *size* bytes, *filled* of them with data."""
+        """Before a region of *size* bytes gets a place, and *filled* bytes there."""
         if size < OWN_DESCRIPTOR or self._own >= self._own_limit:
             slot_size = self._slot_size(size)
-            segments = self._open.get(slot_size, [])[-1:]  # another thread may remove it
+            segments = self._open.get(slot_size, [])[-1:]  # another thread may take it away
             filled = 0 if segments and segments[0].free else slot_size
         self._budget.charge(_ROW + filled)
 
@@ -546,7 +545,7 @@ class MemoryStorage(Storage):
         return free
 
     def _move(self, rid: RegionID, size: int) -> None:
-        """Copy a region to a new location of *size* bytes; the old one is not freed."""
+        """Copy a region to a new place of *size* bytes; the old one is not freed."""
         item = self._regions[rid]
         kept = min(size, item.size)
         fresh = self._allocate(size)
@@ -566,7 +565,7 @@ class MemoryStorage(Storage):
             if isinstance(item, Own):
                 if holder == KERNEL and item.sealed:
                     return None  # its end may not be where the region's is
-                # A read-only guest creates no regions for which the memory could be reused.
+                # A guest that only reads makes no regions, for which the memory could be used.
                 holder = holder if writable or holder == KERNEL else STRANGERS
                 self._spare.given(item, holder)
                 return Location(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
@@ -581,15 +580,15 @@ class MemoryStorage(Storage):
             self._spare.left(holder)
 
     def vacate(self, rid: RegionID) -> None:
-        """No effect: erasing frees the memory even if other processes hold a descriptor."""
+        """What is erased gives back what it takes, whoever has a descriptor."""
 
     def firm(self, rid: RegionID) -> bool:
-        """Always true: memory is never durable."""
+        """Memory is as durable as it gets."""
         return True
 
     def room(self) -> tuple[int, int]:
         total, available = self._budget.room()
-        # Spare memory is freed when little is left.
+        # What is spare is given back when little is left.
         with self._lock:
             spare = self._spare.size + sum(segment.spare for segment in self._segments)
         return total, min(total, available + spare)
@@ -613,9 +612,9 @@ class MemoryStorage(Storage):
 
 
 def _duplicate(fd: int, writable: bool) -> int:
-    """Open the same memory again, for another process.
+    """Another descriptor of the same memory, for another process.
 
-    Not dup(2): the flags of the open file, such as ``O_APPEND``, would be shared, and with that one
+    Not of the same open file: its flags, such as ``O_APPEND``, would be shared, and with that one
     set pwrite(2) ignores the offset.
     """
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)

@@ -1,25 +1,24 @@
-"""Small regions that share files, called *packs*, whose format is in ``pack_format.py``.
+"""Small regions in files that they share: *packs*, whose format is in ``pack_format.py``.
 
-The overhead of a file exceeds the data of a small region: the file system must create it, name it
-and keep an inode.  So regions of up to ``SLOT`` bytes without a name are created in packs.
+A file of its own costs a small region more than its bytes do: the file system makes it, names it
+and keeps an inode for it.  So regions of up to ``SLOT`` bytes without a name begin in packs.
 
-For the underlying file storage a pack is a region with an ID that no region can have
-(:func:`pack_of`), so its handling of syncs and failed syncs applies to packs, too.
+To what keeps files, a pack is a region like others, by an ID that no region can have
+(:func:`pack_of`), and so is all that is said there of syncs and of what they failed to do.
 
-Invariants:
+What is true when:
 
-* A region's row tells its location (``Inode.packed``).  A region that outgrows its slot gets its
-  own file, which is used as soon as it has its name, whatever the row says.
-* A region's record has its size and identifies it: like a file's size, it outlives the process, is
-  persisted with the data, and identifies the region if the catalogue is lost.  Bytes of the slot
-  beyond the size are zero on stable storage before the region grows: they are cleared when it
-  shrinks, and checked when it grows, since clearing may have been interrupted.
-* A slot is never reused while this process runs: the catalogue reuses slots only after a crash, in
-  other packs, and the data of erased regions are cleared before the target is closed, or when it
-  is opened after a crash.
-* A region that moved keeps its slot, and the old data in it, until it is erased: so the data
-survive
-  whatever the order in which changes reach stable storage.
+* A region's row says where it is (``Inode.packed``).  A region that grows out of its slot gets a
+  file of its own, which counts as soon as it has its name, whatever the row says.
+* A region's record has its size and says whose it is: as a file's end does, it outlives the
+  process, is persisted with the bytes, and tells of the region when the catalogue is lost.  Bytes
+  of the slot behind the size are zeros on the medium before the region grows: they are cleared when
+  it shrinks, and looked at when it grows, for that may have been interrupted.
+* Nobody ever gets the slot that another region of this process had: slots of the catalogue are
+  used again only after a crash, in other packs, and the bytes of erased regions are cleared before
+  the target is closed, or when it is opened after a crash.
+* A region that moved keeps its slot, and the old bytes in it, until it is erased: then no order of
+  what gets to the medium can lose them.
 """
 
 from __future__ import annotations
@@ -59,52 +58,52 @@ _ZEROS = memoryview(bytes(SLOT))
 
 
 def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
-    """Return *error* with the region's ID instead of its pack's."""
+    """*error*, telling of the region, and not of its pack."""
     if file is rid:
         return error
     return type(error)(str(error).replace(file.hex(), rid.hex()))
 
 
 class PackedStorage(WrapperStorage):
-    """Adds packs to a storage of files.
+    """*files*, of which some are packs.
 
     Args:
-        files: the storage of files.
+        files: what keeps the files.
         catalogue: tells where a region is.
-        packing: whether new regions may be created in packs.
+        packing: whether new regions may go to packs.
     """
 
     def __init__(self, files: FileStorage, catalogue: Catalogue, *, packing: bool) -> None:
         super().__init__(files)
-        self._files = files  # typed, for what only files have
+        self._files = files  # the same, with what only files have
         self._catalogue = catalogue
         self._inodes = catalogue.by_rid
         self._packing = packing
-        # The pack of new regions: its number, its ID and a descriptor without O_DSYNC, since it is
-        # used and changed with the target's lock held.
+        # Where new regions go: the pack's number, its ID and a descriptor, whose writes never wait
+        # for the medium, for it is used and changed with the target's lock held.
         self._newest: tuple[int, RegionID, int] | None = None
-        self._packs: dict[int, RegionID] = {}  # IDs of recently used packs
+        self._packs: dict[int, RegionID] = {}  # their IDs, of those used lately
         self._shares = itertools.count(1)
         self._left: set[RegionID] = set()  # packs that a scan found
-        self._retired: dict[bytes, Inode] = {}  # regions that the catalogue has dropped
-        self._retired_of: Counter[int] = Counter()  # their number per pack
-        self._unneeded: set[int] = set()  # packs that only new or dying regions may need
+        self._retired: dict[bytes, Inode] = {}  # of which the catalogue knows no more
+        self._retired_of: Counter[int] = Counter()  # how many of them a pack has
+        self._unneeded: set[int] = set()  # packs that only new regions, or dying ones, may need
         self.write_waits = files.write_waits
         self.shares_writes = files.shares_writes
 
     blocking = True
 
     def bind(self, target: StorageOwner) -> None:
-        """Set the target that owns the storage."""
+        """Say whose storage it is."""
         self._guard = target._storage_guard
 
-    # Locations
+    # Places
 
     def _at(self, rid: bytes) -> tuple[RegionID, int]:
-        """Return the file with the region's data, and their offset in it."""
+        """The file that has the region's bytes, and where they begin in it."""
         inode = self._inodes.get(rid) or self._retired.get(rid)
         if inode is None or inode.packed != PACKED:
-            return rid, 0  # type: ignore[return-value]  # some callers pass plain bytes
+            return rid, 0  # type: ignore[return-value]  # those that are told of as bytes, too
         return self._slot(inode.ino)
 
     def _slot(self, slot: int) -> tuple[RegionID, int]:
@@ -142,10 +141,10 @@ class PackedStorage(WrapperStorage):
             self._files._dirty.add(pack)
 
     def _prepare(self, inode: Inode) -> tuple[int, RegionID, int] | None:
-        """Return the pack for a new region, creating it if necessary; None if it cannot be used."""
+        """The pack that the region may be in, which is made if need be; None if it may not."""
         self._let_go()
         pack = pack_of(inode.ino)
-        known = is_pack(pack)  # else an imported slot is too large for a pack
+        known = is_pack(pack)  # else its number is beyond what an import may give
         if known and pack not in self._files._failed and self._is_whole(pack, inode):
             with self._files._translated(pack, "create in"):
                 fd = self._files._open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
@@ -158,20 +157,20 @@ class PackedStorage(WrapperStorage):
             self._newest = None
 
     def _is_whole(self, pack: RegionID, inode: Inode) -> bool:
-        """Whether the pack of a new region exists, and has existed since its first region."""
+        """Whether the pack of a new region is there, and has been since its first region."""
         try:
             return os.stat(self._files._path(pack)).st_size == PACK
         except FileNotFoundError:
             slots = slots_of(pack)
             if self._catalogue.packed(slots[0], slots[-1]) != [inode.ino]:
-                return False  # it was lost; do not hide that
+                return False  # it is lost, and must not seem to be there
             try:
                 self._files.create(pack, PACK)
             except errors.OutOfBounds:
-                return False  # exceeds a limit on file sizes
+                return False  # a limit on the sizes of files
         return True
 
-    # Data
+    # Bytes
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         file, start = self._at(rid)
@@ -210,7 +209,7 @@ class PackedStorage(WrapperStorage):
             self.read_into(rid, size, rest)
             if rest != _ZEROS[size:]:
                 self.write(rid, size, _ZEROS[size:])
-                self.persist(rid, 0, SLOT)  # before a record may include them in the region
+                self.persist(rid, 0, SLOT)  # before a record may say that they are the region's
 
     def resize(self, rid: RegionID, size: int) -> None:
         if self.moves(rid, size):
@@ -220,8 +219,8 @@ class PackedStorage(WrapperStorage):
         else:
             old = self._inodes[rid].size
             self._record(rid, size)
-            if size < old:  # persisted along with the size
-                with suppress(errors.Exception):  # `check` clears the rest
+            if size < old:  # who persists the size persists that, too
+                with suppress(errors.Exception):  # `check` sees what is left
                     self.write(rid, size, _ZEROS[size:old])
 
     def _record(self, rid: RegionID, size: int) -> None:
@@ -250,13 +249,13 @@ class PackedStorage(WrapperStorage):
         if self._at(rid)[0] is rid:
             return self._files.replace(rid, size)
         self._move_out(rid, size)
-        return lambda: None  # the slot stays reserved for the region
+        return lambda: None  # the slot stays the region's
 
     def _move_out(self, rid: RegionID, size: int) -> None:
-        """Move a region, whose slot is clear beyond its size, to a file of its own.
+        """Give a region, of which what is behind its size is clear, a file of its own.
 
-        The file is flushed before it gets its name, and the name before this returns: the data in
-        the slot may have been persisted, or are about to be.
+        It is on the medium before it is there at all, and its name when this returns: what is in
+        the slot may have been persisted, or somebody is about to promise that.
         """
         files = self._files
         data = memoryview(bytearray(SLOT))
@@ -272,8 +271,8 @@ class PackedStorage(WrapperStorage):
             files._put_in_place(rid, fill)
             with files._lock:
                 files._fresh[rid] = None
-        self._inodes[rid].packed = MOVED  # committed by the caller that changes its size
-        with suppress(errors.Exception):  # later persists of the region report it
+        self._inodes[rid].packed = MOVED  # who changes its size has that committed
+        with suppress(errors.Exception):  # which persists of it will say
             files._persist_name(rid)
 
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
@@ -282,7 +281,7 @@ class PackedStorage(WrapperStorage):
         else:
             Storage.clone(self, rid, copy, size)
 
-    # Erasing
+    # The end of a region
 
     def retire(self, inode: Inode) -> None:
         if inode.packed != OWN:
@@ -298,7 +297,7 @@ class PackedStorage(WrapperStorage):
             raise error
 
     def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
-        """Erase pack by pack: removing a whole pack costs no more than removing one file."""
+        """Pack by pack: a pack that goes as a whole costs no more than a region of its own."""
         packed: dict[int, list[Inode]] = {}
         for rid in rids:
             inode = self._retired.get(rid)
@@ -313,22 +312,22 @@ class PackedStorage(WrapperStorage):
                 yield from ((inode.rid, error) for inode in inodes)
 
     def _erase_in(self, number: int, inodes: list[Inode]) -> None:
-        """Clear these regions in a pack, or remove the pack if no other region needs it."""
+        """Erase what is in a pack of these regions, or the pack if no other region needs it."""
         files, pack = self._files, pack_of(number * SLOTS)
         slots = slots_of(pack)
-        with self._guard.lock, self._guard.checked:  # so that no region is created there
+        with self._guard.lock, self._guard.checked:  # so that none is made there
             others = self._retired_of[number] > len(inodes)
             needed = others or bool(self._catalogue.packed(slots[0], slots[-1]))
             if others or (
                 self._catalogue.is_next(slots) and pack not in files._failed and not needed
             ):
-                self._unneeded.add(number)  # the others may be erased concurrently
+                self._unneeded.add(number)  # the others may be about to be erased, and see these
                 needed = True
             if not needed:
                 if self._newest is not None and self._newest[0] == number:
                     self._let_go()
                 files.erase(pack)
-        if needed and files._exists(pack):  # otherwise already erased
+        if needed and files._exists(pack):  # gone is what is wanted
             with files._translated(pack, "erase in"), files._borrow(pack) as fd:
                 forget(fd, [inode.ino - slots[0] for inode in inodes])
                 files._dirty.add(pack)
@@ -340,7 +339,7 @@ class PackedStorage(WrapperStorage):
                 del self._retired_of[number]
 
     def settle(self) -> None:
-        """Remove packs that other regions seemed to need when their last region was erased."""
+        """Remove packs that something seemed to need when their last region was erased."""
         self._files.settle()
         with self._guard.lock, self._guard.checked:
             unneeded = list(self._unneeded)
@@ -354,7 +353,7 @@ class PackedStorage(WrapperStorage):
                     self._unneeded.add(number)
                 raise
 
-    # Persisting
+    # The medium
 
     def keep_times(self, rid: RegionID, times: Times) -> bool:
         return self._at(rid)[0] is rid and self._files.keep_times(rid, times)
@@ -371,7 +370,7 @@ class PackedStorage(WrapperStorage):
         if file is rid:
             return self._files.flushing(rid, times=times)
         if times:
-            raise WouldBlock  # times are in the catalogue
+            raise WouldBlock  # they are in the catalogue
         return self._flushing_pack(rid, file)
 
     @contextmanager
@@ -417,7 +416,7 @@ class PackedStorage(WrapperStorage):
             if not used:
                 self._files.erase(pack)
                 continue
-            # A client of the killed process may be stopped in the middle of a write.
+            # A client of the process that was killed may be stopped in the middle of a write.
             self._catalogue.leave(slots)
             self._believe(pack, used, attests)
             unused = set(slots).difference(used)
@@ -429,7 +428,7 @@ class PackedStorage(WrapperStorage):
     def _believe(
         self, pack: RegionID, used: list[int], attests: Callable[[Inode, int], bool]
     ) -> None:
-        """Take sizes from a pack, as from files; an unsynced pack may be truncated."""
+        """Take sizes from a pack, as from files; it may be shorter itself, if it was not synced."""
         files, whole = self._files, True
         with files._translated(pack, "recovery of"), files._borrow(pack) as fd:
             end = os.fstat(fd).st_size
@@ -446,7 +445,7 @@ class PackedStorage(WrapperStorage):
                 files._set_size(fd, PACK)
         self._catalogue.trim()
 
-    # Direct access
+    # Other processes
 
     def wrote(self, rid: bytes) -> None:
         self._files.wrote(self._at(rid)[0])
@@ -467,7 +466,7 @@ class PackedStorage(WrapperStorage):
     def firm(self, rid: RegionID) -> bool:
         return self._files.firm(self._at(rid)[0])
 
-    # Closing
+    # The whole
 
     def close(self) -> None:
         self._let_go()

@@ -1,17 +1,17 @@
-"""Adaptive busy polling before blocking.
+"""Waiting for what is about to come, without going to sleep.
 
-Waking a sleeping process on another core takes 40 to 50 µs, longer than most requests.  So one side
-of a connection whose messages follow each other closely polls for the next one for a moment before
-it blocks.  Between two polls it yields its core (sched_yield(2)), to the peer among others if both
-have only one core.
+A process that sleeps is woken on another core in 40 to 50 µs, which is more than most requests
+take.  So a side of a connection to which messages come shortly one after another looks for the next
+one for a moment, again and again, before it sleeps.  Between two looks it offers its core to others
+(sched_yield(2)), among them, where both sides have but one core, the one that it waits for.
 
-After many bytes it polls for longer, since then more than the wake-up counts: a woken process often
-runs on the waker's core, and begins to receive only when all has been sent.  A receiver that is
-faster than the sender also polls for the next chunk within a message; otherwise it would sleep and
-be woken for each 64 KiB.
+After many bytes the moment is longer, for with those it is not the wake-up alone that counts: who
+is woken often finds himself on the waker's core, and begins to receive when all has been sent.
+So a receiver that is quicker than the sender looks for the next piece of a message, too: else it
+would sleep, and be woken, for each 64 KiB.
 
-On a busy machine a yielded core comes back late; then blocking is better for a while, because the
-scheduler prefers a process that was just woken.
+An offered core comes back late where others have much to do; then sleeping is better for a while,
+because who is woken goes before them.
 """
 
 from __future__ import annotations
@@ -24,44 +24,43 @@ from time import perf_counter_ns
 from warabi._core.backoff import Pause
 
 _MOMENT = 100_000
-"""Most nanoseconds of polling."""
+"""Nanoseconds for which to look at most."""
 _LONGEST = 1_000_000
-"""Most additional nanoseconds: one per byte that was moved since the last message, which is the
-time between two messages of a stream of 1 GB/s."""
+"""So much longer at most, a nanosecond for each byte that was moved since the last message came:
+what a stream of a GB/s takes from one message to the next."""
 _SOON = 150_000
-"""A message that arrived within so many nanoseconds of blocking would have been found by
-polling."""
+"""A message that woke a sleeper so soon, in nanoseconds, would have come within the moment."""
 _LATE = 500_000
-"""If a yielded core stays away for so many nanoseconds, it went to more than a short reply."""
+"""A core that stays away for so long was given to somebody who does not only answer."""
 _PAUSE = (5_000_000, 160_000_000)
-"""Nanoseconds without polling after that: at first, and at most if it happens again."""
+"""Nanoseconds for which nothing is looked for then: at first, and at most if that happens again."""
 
 UNKNOWN, NOTHING = -2, -1
 """What an interrupted :meth:`Lookout.receive` has received, if not a number of bytes."""
 
 Receive = Callable[[memoryview, int, int], int]
-"""``socket.recv_into``, or a function with its signature."""
+"""``socket.recv_into``, or what stands for it."""
 
 
 class Lookout:
-    """The polling state of one side of a connection."""
+    """What one side of a connection knows of when the next message comes."""
 
     __slots__ = ("_flows", "_moved", "_pause", "_soon", "received")
 
     def __init__(self) -> None:
-        self.received = UNKNOWN  # by the current :meth:`receive`, if its caller resets it
+        self.received = UNKNOWN  # by the present :meth:`receive`, where its caller resets it
         self._soon = False
-        self._flows = True  # the next chunk of a message is expected soon
-        self._moved = 0  # bytes since the last message
+        self._flows = True  # the next piece of a message comes soon
+        self._moved = 0  # bytes since the last message came
         self._pause = Pause(*_PAUSE)
 
     def receive(self, receive: Receive, place: memoryview) -> int:
-        """Call *receive*, which may block, after polling for a moment."""
+        """As *receive*, which may sleep; with a look or two before."""
         began = perf_counter_ns()
         count = self.look(receive, place, began) if self._soon else -1
         if count < 0:
-            # In one step, see interrupts.py: if a signal handler raises, either nothing was
-            # received, or *received* contains the count.
+            # In one step, see interrupts.py: when a signal's handler raises, either nothing was
+            # received, or *received* tells how much.
             self.received = NOTHING
             (self.received,) = map(receive, (place,), (0,), (0,))
             count = self.received
@@ -69,8 +68,8 @@ class Lookout:
         return count
 
     def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
-        """Receive pending data or, with *wait*, poll for a moment if data are expected; -1 if
-        nothing arrived.  *began* is the current time."""
+        """Receive what is there or, with *wait*, what comes within a moment, if that is to be
+        expected; -1 when nothing did.  *began* is the present time."""
         more = min(self._moved, _LONGEST)
         until = self.until(began) if wait else began
         count = self._look(receive, place, began, until, _LATE + more)
@@ -79,8 +78,8 @@ class Lookout:
         return count
 
     def piece(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
-        """The same as :meth:`look` within a message: the sender is expected to be sending, unless
-        it was slow before."""
+        """As :meth:`look`, in the middle of a message: the sender is at it, unless it has been
+        slow before."""
         until = began
         if wait and self._flows and began >= self._pause.end:
             until += _MOMENT
@@ -96,13 +95,13 @@ class Lookout:
             before = self._offer(before, late)
 
     def until(self, began: int) -> int:
-        """Return until when to poll; *began*, the current time, if nothing is expected."""
+        """Until when to look for what is to be expected; *began*, the present, if nothing is."""
         if self._soon and began >= self._pause.end:
             return began + _MOMENT + min(self._moved, _LONGEST)
         return began
 
     def offer(self, before: int) -> int:
-        """Yield the core after a poll at the time *before*; return the current time."""
+        """Offer the core to others, after a look at the time *before*; returns the present time."""
         return self._offer(before, _LATE + min(self._moved, _LONGEST))
 
     def _offer(self, before: int, late: int) -> int:
@@ -113,27 +112,27 @@ class Lookout:
         return now
 
     def came(self, began: int) -> None:
-        """Record that data arrived after blocking since *began*."""
+        """Something came to who slept, and waited since *began*."""
         self._soon = perf_counter_ns() - began < _SOON + min(self._moved, _LONGEST)
         self._moved = 0
 
     def message(self, count: int) -> None:
-        """Record a message, *count* bytes of which were received other than by :meth:`look`."""
+        """A message came, of which so many bytes were received otherwise than by :meth:`look`."""
         self._moved = count
 
     def piece_came(self, began: int) -> None:
-        """Record that the next chunk of a message arrived after blocking since *began*."""
+        """The next piece of a message came to who slept, and waited since *began*."""
         self._flows = perf_counter_ns() - began < _SOON
 
     def moved(self, count: int) -> None:
-        """Record *count* bytes that were received or sent other than by :meth:`look`."""
+        """So many bytes were received or sent otherwise than by :meth:`look`."""
         self._moved += count
 
 
 class Attention:
-    """Tracks from which of an event loop's connections messages arrive.
+    """Which of an event loop's connections the messages come from.
 
-    While the loop polls one connection it serves no other; so it polls only if one is active.
+    While one is looked at, nobody else is served; so that is done only for one that is alone.
     """
 
     __slots__ = ("_latest", "_since")
@@ -146,11 +145,11 @@ class Attention:
         self._since = 0
 
     def give(self, connection: object, now: int) -> None:
-        """Record that a message arrived from *connection*."""
+        """Something came from *connection*."""
         if connection is not self._latest:
             self._latest = connection
             self._since = now
 
     def alone(self, connection: object, now: int) -> bool:
-        """Whether no message arrived from another connection recently."""
+        """Whether nothing came from others lately."""
         return connection is self._latest and now - self._since > self.ALONE

@@ -1,1 +1,1 @@
-"""The metadata of a target in SQLite: inodes, names, attributes and checksums."""
+"""Inodes, names, attributes and checksums, kept in SQLite."""

@@ -1,11 +1,12 @@
-"""Layout of the memory that a provider and its guests share; see ``target/leases.py``."""
+"""The form of the memory that a provider and its guests share; ``target/leases.py`` tells its
+use."""
 
 LANES = 64
-"""Hazard slots of one guest: its most concurrent accesses."""
+"""Accesses that one guest can have under way at once."""
 ENTRIES = 1 << 19
-"""Most granted regions of a target; memory for them is allocated when used."""
+"""Regions of a target that may be granted at once; the memory for them is taken when used."""
 
 FIRM = 2 * ENTRIES
-"""Where in the table, in words of 8 bytes, the versions of metadata-durable regions begin."""
+"""Where in the table, in words of 8 bytes, the stamps of firm regions begin."""
 TABLE = 8 * (FIRM + ENTRIES)
-"""Size of the table in bytes."""
+"""Bytes of the table."""

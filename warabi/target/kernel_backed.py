@@ -145,9 +145,7 @@ class ExposedRegions(SharedRegions):
 
     def pause_sharing(self) -> None:
         if self._exposed:
-            raise TargetBusy(
-                "files are open for passthrough, so the target does not see their writes"
-            )
+            raise TargetBusy("files are open that are written without the target's knowing")
         super().pause_sharing()
 
     def close(self) -> None:

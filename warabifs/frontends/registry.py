@@ -49,4 +49,10 @@ class Entry:
 DEFAULT = "kernel"
 FRONT_ENDS: dict[str, Entry] = {
     DEFAULT: Entry("warabifs.frontends.kernel.frontend", "KernelFrontEnd", frozenset(Ability)),
+    "pyfuse3": Entry(
+        "warabifs.frontends.pyfuse3.frontend",
+        "Pyfuse3FrontEnd",
+        frozenset((Ability.DIRECT_IO, Ability.WRITEBACK)),
+        "pyfuse3",
+    ),
 }

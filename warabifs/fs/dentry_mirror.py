@@ -1,36 +1,33 @@
-"""Mirror of the kernel's dentry cache, for targets that other clients change.
-
-The invalidator reads it to find the names that the kernel must look up again.
-"""
+"""What the kernel believes of names in a tree that others change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-_ABSENT = 10_000  # negative dentries that the kernel may hold
+_ABSENT = 10_000  # names that the kernel may believe to mean nothing
 
 Key = tuple[int, bytes]
 
 
 class BelievedNames:
-    """The names that the kernel has cached, with the inode that each refers to.
+    """Names in directories that the kernel need not ask for.
 
     Args:
-        drop: makes the kernel drop the cached entry of a name, asynchronously.
+        drop: makes it let go of one, later.
     """
 
     def __init__(self, drop: Callable[[int, bytes], None]) -> None:
         self._drop = drop
         self._names: dict[Key, int] = {}
         self._names_of: dict[int, set[Key]] = {}
-        self._absent: dict[Key, None] = {}  # oldest first
+        self._absent: dict[Key, None] = {}  # the oldest first
 
     def get(self, directory: int, name: bytes) -> int:
-        """Return the inode number that the kernel has cached for a name; 0 if none."""
+        """The inode that it is believed to mean; 0 when none is."""
         return self._names.get((directory, name), 0)
 
     def set(self, directory: int, name: bytes, ino: int) -> None:
-        """Record that the kernel has cached *ino* for a name; 0: the kernel has nothing cached."""
+        """The kernel knows that a name means *ino* now; 0: that it must ask."""
         key = (directory, name)
         self._absent.pop(key, None)
         before = self._names.pop(key, 0)
@@ -41,7 +38,7 @@ class BelievedNames:
             self._names_of.setdefault(ino, set()).add(key)
 
     def set_absent(self, directory: int, name: bytes) -> None:
-        """Record a negative dentry; beyond ``_ABSENT`` of them the kernel drops the oldest."""
+        """The kernel believes that a name means nothing; it lets go of the oldest of too many."""
         self._absent[directory, name] = None
         if len(self._absent) > _ABSENT:
             oldest = next(iter(self._absent))
@@ -49,16 +46,16 @@ class BelievedNames:
             self._drop(*oldest)
 
     def forget(self, ino: int) -> None:
-        """Remove all names of an inode that the kernel forgot."""
+        """The kernel forgot an inode, and what means it."""
         for key in self._names_of.pop(ino, ()):
             self._names.pop(key, None)
 
     def forget_absent(self, directory: int, name: bytes) -> None:
-        """Remove a negative dentry that the kernel is about to drop."""
+        """The kernel is about to be told that a name may mean something."""
         self._absent.pop((directory, name), None)
 
     def all(self) -> dict[Key, int]:
-        """Return all names with their inodes (0 for negative dentries), and clear the latter."""
+        """All of them, and what they mean, for the kernel to forget."""
         names = {**dict.fromkeys(self._absent, 0), **self._names}
         self._absent.clear()
         return names

@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ import click
 
 import warabi
 from warabi._core.output import output
-from warabi.client import TargetHandle
+from warabi.client import Client, TargetHandle
+from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError, Exception
 from warabi.protocol.auth import config_of
 from warabi.region import RegionID
-from warabi.tools.access import client_engine, handle
 from warabi.tools.cli.archive import export_command, import_command
 from warabi.tools.cli.check import fsck, scrub
 from warabi.tools.cli.common import (
@@ -32,6 +33,7 @@ from warabi.tools.cli.common import (
     InputFile,
     authenticated,
     echo,
+    one_line,
     print_lines,
     reaching,
     secured,
@@ -46,6 +48,16 @@ if TYPE_CHECKING:
     from warabi.bedrock import Server  # takes time to import, which the other commands need not
 
 
+@contextlib.contextmanager
+def _handle(
+    address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
+) -> Iterator[TargetHandle]:
+    with one_line():
+        config = config_of(security)
+        with Engine(address.split("://")[0], Mode.CLIENT, config=config) as engine:
+            yield Client(engine).make_target_handle(address, provider_id, read_only)
+
+
 def _target(function: Any) -> Any:
     """The arguments that name a target and say how to reach it."""
     return click.argument("address")(reaching(function))
@@ -54,7 +66,7 @@ def _target(function: Any) -> Any:
 def _serving(function: Any) -> Any:
     """The options for whom to serve."""
     reading = click.option("--read-only-token-file", metavar="FILE", default=None,
-                           help="The token for read-only clients.")  # fmt: skip
+                           help="A token for those who only read.")  # fmt: skip
     insecure = click.option("--insecure", is_flag=True,
                             help="Listen beyond loopback without any of these.")  # fmt: skip
     return secured(reading(insecure(function)), False)
@@ -83,10 +95,10 @@ main.add_command(import_command)
 @click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
 @click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
-              help="Write the address to FILE while serving.")  # fmt: skip
+              help="Keep the address in FILE while it serves.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
-              help="Serve only this target, created if missing: memory: or file:PATH.")  # fmt: skip
-@click.option("-p", "--provider-id", type=int, help="The provider ID of that target (default 0).")
+              help="Serve just this: memory: or file:PATH, made when missing.")  # fmt: skip
+@click.option("-p", "--provider-id", type=int, help="The ID of that target's provider, 0 if none.")
 @_serving
 def serve(
     config: Path | None,
@@ -107,11 +119,12 @@ def serve(
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG.json or --target")
     if config is not None and provider_id is not None:
-        raise click.UsageError("--provider-id requires --target; CONFIG.json has its own IDs")
+        raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
     logging.basicConfig(format="warabi: %(message)s")
     descriptors.raise_limit()
     gc_pauses.limit_pauses()
     with (
+        one_line(),
         service.ShutdownSignals() as ending,
         _server(config, address, target, provider_id or 0, config_of(security)) as server,
         service.address_file(address_file, str(server.address)),
@@ -156,7 +169,7 @@ def list_regions(address: str, provider_id: int, **security: str) -> None:
     region is one line and each name one word of it.
     """
     shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
-    with handle(address, provider_id, security, read_only=True) as target:
+    with _handle(address, provider_id, security, read_only=True) as target:
         for region, found in target.list_stats():
             words = [b"%s %14d" % (region.hex().encode(), found.size), *map(shown, found.names)]
             print_lines([b" ".join(words)])
@@ -176,7 +189,7 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
     When that fails or is interrupted no region is left; when this command is killed, one without a
     name may be.
     """
-    with handle(address, provider_id, security) as target:
+    with _handle(address, provider_id, security) as target:
         piece = file.read(_STEP)
         if len(piece) < _STEP:
             region = target.create_and_write(piece, persist=True)
@@ -225,7 +238,7 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
 
     FILE appears, or is replaced, when it is complete.
     """
-    with handle(address, provider_id, security, read_only=True) as target:
+    with _handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
         size = target.size(found)
         buffer = memoryview(bytearray(min(size, _STEP)))
@@ -241,7 +254,7 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
 @click.argument("region")
 def rm(address: str, provider_id: int, region: str, **security: str) -> None:
     """Erase a region by its ID, or remove a name by its path."""
-    with handle(address, provider_id, security) as target:
+    with _handle(address, provider_id, security) as target:
         if region.startswith("/"):
             target.unlink_name(region)
         else:
@@ -256,7 +269,7 @@ def rm(address: str, provider_id: int, region: str, **security: str) -> None:
 @click.option("--new-root", metavar="PATH",
               help="The target's path at the destination, or a directory for it.")  # fmt: skip
 @click.option("--transfer-size", metavar="BYTES", type=click.IntRange(min=0),
-              help="Bytes of region data per message.")  # fmt: skip
+              help="Bytes of regions in a message.")  # fmt: skip
 @click.option("--merge-config", metavar="JSON",
               help="What to merge into the target's configuration.")  # fmt: skip
 @click.option("--keep-source", is_flag=True, help="Do not remove the source's files.")
@@ -291,5 +304,11 @@ def migrate(
             raise click.BadParameter(
                 f"not valid JSON: {error}", param_hint="--merge-config"
             ) from None
-    with client_engine(source, security) as engine, overall_progress("migrate") as show:
-        ask(engine, (source, source_id), (destination, destination_id), options, show)
+    where = (source, source_id), (destination, destination_id)
+    scheme = source.split("://")[0]
+    with (
+        one_line(),
+        Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine,
+        overall_progress("migrate") as show,
+    ):
+        ask(engine, *where, options, show)
