@@ -57,6 +57,11 @@ class Target:
     def __init__(self, link: AsyncLink) -> None:
         self._link = link
 
+    @property
+    def link(self) -> AsyncLink:
+        """The way to the target, without the checks of arguments."""
+        return self._link
+
     def __reduce__(self) -> str:
         raise TypeError(
             "a warabi.aio.Target cannot be pickled or copied, it belongs to a Trio loop of this"

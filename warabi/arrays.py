@@ -56,13 +56,15 @@ def encode(array: Any) -> tuple[int, Iterator[tuple[int, memoryview]]]:
     try:
         described = npy.dtype_to_descr(array.dtype)
         if npy.descr_to_dtype(described) != array.dtype:
-            raise ValueError("its description is not exact")
+            raise ValueError("the description does not restore the same dtype")
     except (ValueError, TypeError) as error:
         raise InvalidBuffer(f"put_array: dtype {array.dtype}: {error}") from None
     fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     header = _header({"descr": described, "fortran_order": fortran, "shape": array.shape})
     if len(header) > _LONGEST_HEADER:
-        raise InvalidBuffer(f"put_array: the description of its dtype has {len(header)} bytes")
+        raise InvalidBuffer(
+            f"put_array: the description of its dtype is too long: {len(header)} bytes"
+        )
     return len(header) + array.nbytes, _pieces(header, array.T if fortran else array)
 
 
@@ -114,10 +116,14 @@ def data_offset(region: object, size: int, prefix: bytes) -> int:
         NotAnArray: the region holds something else.
     """
     if prefix[: len(_MAGIC)] != _MAGIC or len(prefix) < _FIXED + 4:
-        raise NotAnArray(f"get_array {region!r}: its {size} bytes do not begin as an array does")
+        raise NotAnArray(
+            f"get_array {region!r}: its {size} bytes do not start with the header of an array"
+        )
     version = (prefix[_FIXED - 2], prefix[_FIXED - 1])
     if version not in _VERSIONS:
-        raise NotAnArray(f"get_array {region!r}: version {version} of the format is unknown")
+        raise NotAnArray(
+            f"get_array {region!r}: version {version} of the array format is not supported"
+        )
     length = _VERSIONS[version][0]
     offset: int = _FIXED + struct.calcsize(length) + struct.unpack_from(length, prefix, _FIXED)[0]
     if offset > min(size, _LONGEST_HEADER):

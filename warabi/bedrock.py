@@ -105,7 +105,7 @@ class _Margo(Model):
                 raise unknown_key(key, type(self).model_fields)
         if path := config_keys.misplaced(self.model_extra or {}):
             section, key = path.split(".")
-            raise refused_key(path, f"has no effect in {section}, expected beside it")
+            raise refused_key(path, f"has no effect in {section}; move it one level up")
         return self
 
     def engine(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Server:
         self._settings = settings = checked(_Service, config)
         _complete(settings.providers)
         for key in _without_effect(settings):
-            log.warning("configuration: $.%s is accepted, and has no effect here", key)
+            log.warning("configuration: $.%s is accepted but has no effect", key)
         self._engine = Engine(address, server, config={**settings.margo.engine(), **(engine or {})})
         self._providers: dict[str, Provider] = {}
         try:
@@ -276,8 +276,8 @@ def _complete(providers: list[_Provider]) -> None:
 def _distinct(first: int, i: int, key: str, value: object) -> None:
     if first != i:
         raise ConfigError(
-            f"configuration: $.providers[{i}].{key}: {value!r} is that of"
-            f" $.providers[{first}] already"
+            f"configuration: $.providers[{i}].{key}: {value!r} is already used by"
+            f" $.providers[{first}]"
         )
 
 

@@ -75,7 +75,7 @@ class AsyncRequest:
 
     def __reduce__(self) -> str:
         raise TypeError(
-            f"an {type(self).__name__} cannot be pickled: it waits for an answer to this process;"
+            f"an {type(self).__name__} cannot be pickled: it waits for a reply to this process;"
             " call wait() and pass on what the operation returned"
         )
 
@@ -99,7 +99,7 @@ class _Nowhere:
     """In the place of a link, for a handle without one: whatever is asked of it fails."""
 
     def _fail(self, *_: object) -> Any:
-        raise TargetNotFound("the handle was made without a target; use make_target_handle()")
+        raise TargetNotFound("the handle has no target; create it with make_target_handle()")
 
     __getattr__ = __setattr__ = _fail
 
@@ -137,6 +137,11 @@ class TargetHandle:
         old, self._link = self._link, _remote_link(self._engine, self._place)
         self._link.eager_write, self._link.eager_read = old.eager_write, old.eager_read
 
+    @property
+    def link(self) -> Link:
+        """The way to the target, without the checks of arguments."""
+        return self._link
+
     # Copies and pickles: see processes.py.
 
     def __copy__(self) -> TargetHandle:
@@ -149,7 +154,7 @@ class TargetHandle:
         if not self:
             return TargetHandle, ()
         if self._engine is None or self._place is None:
-            raise TypeError("this TargetHandle cannot be pickled: it was made without an engine")
+            raise TypeError("this TargetHandle cannot be pickled: it has no engine")
         settings = processes.settings_of(self._engine, "TargetHandle")
         link = self._link
         return _unpickled_handle, (settings, *self._place, link.eager_write, link.eager_read)

@@ -82,7 +82,9 @@ class Address:
         from warabi.remote.link import WireLink
 
         if self._engine is None:
-            raise errors.ConnectionFailed(f"shutdown {self._text}: the address has no engine")
+            raise errors.ConnectionFailed(
+                f"shutdown {self._text}: no engine is running at this address"
+            )
         connections = self._engine._state.connections
         WireLink(lambda: connections.get(self._text), 0).call("shutdown")
 
@@ -239,7 +241,7 @@ def _finalize_all() -> None:
         try:
             state.finalize()
         except Exception:
-            Engine.logger.exception("an engine could not be finalized at exit")
+            Engine.logger.exception("finalizing an engine at interpreter exit failed")
 
 
 def _finalize_collected(state: _State) -> None:
@@ -250,7 +252,7 @@ def _finalize_collected(state: _State) -> None:
         try:
             state.finalize()
         except Exception:
-            Engine.logger.exception("a collected engine could not be finalized")
+            Engine.logger.exception("finalizing a garbage-collected engine failed")
 
     with contextlib.suppress(RuntimeError):  # the interpreter is ending, and sees to it
         _thread.start_new_thread(finalize, ())
@@ -420,8 +422,8 @@ def _seconds(config: dict[str, Any], key: str, default: float | None) -> float |
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and 0 < value <= _LONGEST):
         raise errors.ConfigError(
-            f"engine configuration: $.{key}: {value!r} is no number of seconds"
-            f" above 0 and up to {_LONGEST}"
+            f"engine configuration: $.{key}: {value!r} is not a number of seconds above 0 and up to"
+            f" {_LONGEST}"
         )
     return float(value)
 
@@ -449,10 +451,13 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
             )
     if path := config_keys.misplaced(config):
         raise errors.ConfigError(
-            f"engine configuration: $.{path}: has no effect there, expected $.{path.split('.')[1]}"
+            f"engine configuration: $.{path}: has no effect there; move it to"
+            f" $.{path.split('.')[1]}"
         )
     if ignored := sorted(config.keys() & config_keys.MARGO):
-        Engine.logger.debug("engine configuration: without effect here: %s", ", ".join(ignored))
+        Engine.logger.debug(
+            "engine configuration: accepted but without effect: %s", ", ".join(ignored)
+        )
     return _Settings(
         Patience(timeout or TIMEOUT, deadline),
         auth.from_config(config),

@@ -91,7 +91,7 @@ class TargetBusy(Exception):
 
 
 class ProviderFailed(Exception):
-    """A defect in the provider; its log has the traceback."""
+    """Unhandled exception in the provider; its log has the traceback."""
 
 
 class PathError(Exception, OSError):

@@ -96,12 +96,12 @@ class ReconnectingLink:
             ended = trio.Event()
             try:
                 async with self._open_target(ended) as target:
-                    link = target._link
+                    link = target.link
                     await self._restore(link)
                     self._link, self._ended = link, ended
                     self._back.set()
                     if delay != _DELAYS[0]:
-                        log.info("%s: connected again", self._name)
+                        log.info("%s: reconnected", self._name)
                     delay = _DELAYS[0]
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
@@ -118,7 +118,7 @@ class ReconnectingLink:
         """See who is there, and take again what the last connection held."""
         found = (await link.call("uuid", ()), await link.call("epoch", ()))
         if self._identity is not None and found[0] != self._identity[0]:
-            raise errors.ConnectionFailed(f"{self._name}: another target is served there now")
+            raise errors.ConnectionFailed(f"{self._name}: a different target is served there now")
         held: Counter[int] = Counter()
         while missing := self._pins - held:  # calls that ended late may add to it meanwhile
             for ino in missing.elements():
@@ -137,13 +137,13 @@ class ReconnectingLink:
             await link.call("unpin", (ino, 1))
         except (errors.InvalidRegion, errors.PathError):
             pass
-        log.warning("%s: an open file, inode %d, is gone", self._name, ino)
+        log.warning("%s: inode %d was removed while it was open", self._name, ino)
         return False
 
     def _tear(self) -> None:
         if self._unsynced or self._names_changed:
             log.error(
-                "%s: the provider did not end in order: what was written to %d files and not synced"
+                "%s: the provider was not shut down cleanly: unsynced writes to %d files may be"
                 " may be lost", self._name, len(self._unsynced),
             )  # fmt: skip
         self._torn |= self._unsynced.keys()
@@ -153,7 +153,7 @@ class ReconnectingLink:
 
     def _lose(self, link: AsyncLink, reason: errors.Exception) -> None:
         if self._link is link:
-            log.warning("%s; calls wait up to %g s for it", reason, self._patience)
+            log.warning("%s; calls wait up to %g s for a reconnect", reason, self._patience)
             self._link = None
             self._since = trio.current_time()
             self._reason = reason
@@ -166,7 +166,7 @@ class ReconnectingLink:
                 while self._link is None:
                     await self._back.wait()
             if is_gone():
-                raise errors.ConnectionLost(f"{self._name}: not sent, since its caller is gone")
+                raise errors.ConnectionLost(f"{self._name}: not sent, its caller was cancelled")
         if self._link is None:
             reason = self._reason
             kind = type(reason) if isinstance(reason, _NOBODY_THERE) else errors.ConnectionLost
@@ -276,7 +276,8 @@ class ReconnectingLink:
             self._torn.discard(arguments[0])
         if torn:
             raise errors.StorageError(
-                f"{name}: {self._name} did not end in order, what was written before may be lost"
+                f"{name}: {self._name} was not shut down cleanly; earlier unsynced writes may be"
+                " lost"
             )
 
     def _synced(self, name: str, arguments: tuple[Any, ...], before: int) -> None:

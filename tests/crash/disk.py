@@ -173,10 +173,13 @@ class Disk:
 
     def _write(self, event: Event) -> bool:
         file = self._file(event.path)
+        if not event.data:
+            return False
         file.pending.append(Change(file, event.offset, event.data))
         if event.sync:
             for change in [change for change in file.pending if not change.attribute]:
-                self._sync_range(file, change, event.offset, len(event.data))
+                if change in file.pending:  # else a truncation took all of it
+                    self._sync_range(file, change, event.offset, len(event.data))
         return True
 
     def _truncate(self, event: Event) -> bool:
@@ -228,20 +231,20 @@ class Disk:
                     self._sync_range(node, change, *part)
         return changed
 
-    @staticmethod
-    def _sync_range(file: File, change: Change, start: int, size: int) -> None:
+    def _sync_range(self, file: File, change: Change, start: int, size: int) -> None:
         """The part of a write that lies in a flushed range is on the medium, the rest pends.
 
         Changes of the size are too; what was written before beyond a new end is gone for good.
         """
-        where = file.pending.index(change)
         if change.size is not None:
             _apply(file.durable, file.attributes, change)
-            del file.pending[where]
             if not change.only_grow:
-                for earlier in file.pending[:where]:
+                for earlier in file.pending[: file.pending.index(change)]:
                     if earlier.data is not None and not earlier.attribute:
                         earlier.data = earlier.data[: max(0, change.size - earlier.offset)]
+                        if not earlier.data:
+                            self._reduce(file, earlier)
+            self._reduce(file, change)
             return
         assert change.data is not None
         first = max(change.offset, start)
@@ -255,7 +258,15 @@ class Disk:
             for offset, data in ((change.offset, change.data[:low]), (last, change.data[high:]))
             if data
         ]
-        file.pending[where : where + 1] = rest
+        self._reduce(file, change, *rest)
+
+    def _reduce(self, file: File, change: Change, *rest: Change) -> None:
+        """Of *change* only *rest* pends, which every sync under way that covers *change* covers."""
+        begun = [part for parts in self._begun.values() for part in parts]
+        for changes in (file.pending, *(covered for node, covered, _ in begun if node is file)):
+            if change in changes:
+                where = changes.index(change)
+                changes[where : where + 1] = rest
 
     # What may be left
 

@@ -345,14 +345,14 @@ def test_a_failed_sync_of_the_catalogue_is_remembered(tmp_path: Path, injector: 
     kept = target.create_and_write(b"kept", persist=True)
     injector.arm(fsync_of(journal, "fdatasync"), 1, fails(errno.EIO))
     for _ in range(2):
-        with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
+        with pytest.raises(errors.StorageError, match="Close the target, check the storage"):
             target.create_and_write(b"lost", persist=True)
-    with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
+    with pytest.raises(errors.StorageError, match="Close the target, check the storage"):
         target.persist(kept, 0, 4)
-    with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
+    with pytest.raises(errors.StorageError, match="Close the target, check the storage"):
         target.fsync(kept)
     assert target.read(kept, 0, 4) == b"kept"
-    with pytest.raises(errors.StorageError, match="Close the target, check the medium"):
+    with pytest.raises(errors.StorageError, match="Close the target, check the storage"):
         target.close()
     with opened("file", tmp_path / "a") as target:
         assert target.read(kept, 0, 4) == b"kept"

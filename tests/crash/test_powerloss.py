@@ -287,3 +287,69 @@ die()
             assert times == due or times.ctime > due[1]
             told.add(said)
     assert len(told) == 3
+
+
+def seen_by(disk: Disk, place: Path) -> set[bytes]:
+    """What the file ``a`` may hold after a power failure."""
+    return {
+        (place / "state" / "a").read_bytes()
+        for _ in powerloss.states(disk, place, random.Random(1), 0)
+    }
+
+
+def test_a_write_beyond_an_end_that_was_flushed_makes_no_file_longer(tmp_path: Path) -> None:
+    disk = Disk("/d")
+    for event in (
+        Event("create", "/d/a"), Event("sync", "/d"), Event("synced"),
+        Event("extend", "/d/a", size=9000), Event("write", "/d/a", data=b"x" * 9000),
+        Event("truncate", "/d/a", size=1),
+        Event("sync", "/d/a", "range", 0, 4096), Event("synced"),
+    ):  # fmt: skip
+        disk.happen(event)
+    assert seen_by(disk, tmp_path) == {b"x"}
+    disk.happen(Event("write", "/d/a", offset=6000))  # of no bytes
+    assert seen_by(disk, tmp_path) == {b"x"}
+    disk.happen(Event("write", "/d/a", offset=1, data=b"y" * 100))
+    disk.happen(Event("truncate", "/d/a", size=1))
+    disk.happen(Event("write", "/d/a", data=b"z", sync=True))
+    assert seen_by(disk, tmp_path) == {b"z"}
+
+
+def test_what_two_syncs_at_once_cover_is_synced_when_the_later_one_returns(tmp_path: Path) -> None:
+    """Also when the other one took a part of a write, or all of it."""
+    disk = Disk("/d")
+    for event in (
+        Event("create", "/d/a"), Event("sync", "/d"), Event("synced"),
+        Event("write", "/d/a", data=b"x" * 2048), Event("sync", "/d/a", thread=1),
+        Event("sync", "/d/a", "range", 512, 512, thread=2), Event("synced", thread=2),
+        Event("synced", thread=1),
+    ):  # fmt: skip
+        disk.happen(event)
+    assert seen_by(disk, tmp_path) == {b"x" * 2048}
+
+
+def test_a_region_that_was_cut_off_keeps_its_size_while_its_name_waits_for_a_commit(
+    tmp_path: Path, scratch: Path
+) -> None:
+    """Its times are committed then, and so only the range of its bytes is flushed."""
+    script = f"""{BEGIN}
+from warabi.target import commit
+commit.COMMIT_INTERVAL = 3600
+target = opened(backend, path)
+region = target.create_and_write(b"x" * 9000)
+target.resize(region, 1)
+target.namespace.link_name(region, "/named")
+target.fsync(region)
+say("synced")
+other = target.create_and_write(b"other", persist=True)
+die()
+"""
+    arguments = ["-c", script, "pmem", f"{tmp_path}/disk/target"]
+    events = powerloss.recorded(tmp_path, arguments, killed=1)
+    assert any(event.other == "range" for event in events)
+    tried = 0
+    for said, found, _ in found_after("pmem", tmp_path, scratch, events, 4):
+        if said:
+            assert found.regions[found.names["named"]] == b"x"
+            tried += 1
+    assert tried > 5

@@ -153,13 +153,13 @@ def test_a_part_of_a_file_that_others_have_parts_of(rig: Rig, file: int) -> None
 
 @pytest.mark.parametrize(("room", "start"), [(TOP, 1), (1, TOP), (10, -1)])
 def test_a_part_that_cannot_be(rig: Rig, room: int, start: int) -> None:
-    with open(os.devnull) as null, pytest.raises(ValueError, match="more room"):
+    with open(os.devnull) as null, pytest.raises(ValueError, match="exceeds the mapping"):
         rig.module.Grant(3, STAMP, room, null.fileno(), False, keeper=rig, start=start)
 
 
 def test_a_part_of_memory(rig: Rig) -> None:
     memory = bytearray(pattern(100))
-    with pytest.raises(ValueError, match="more room"):
+    with pytest.raises(ValueError, match="exceeds the mapping"):
         rig.module.Grant(3, STAMP, 51, keeper=memory, view=memoryview(memory), start=50)
     rig.enter(3, 50)
     rig.reach.grants[REGION] = rig.module.Grant(
@@ -331,9 +331,9 @@ def test_no_more_room_than_was_granted(rig: Rig) -> None:
     assert rig.reach.write(REGION, 40, bytes(10))
     assert not rig.reach.write(REGION, 41, bytes(10))
     assert rig.reach.read_some(REGION, 0, place(51)) == -1
-    with pytest.raises(ValueError, match="more room"):
+    with pytest.raises(ValueError, match="exceeds the mapping"):
         rig.module.Grant(3, STAMP, 51, keeper=None, view=memoryview(bytes(50)))
-    with pytest.raises(ValueError, match="more room"):
+    with pytest.raises(ValueError, match="exceeds the mapping"):
         rig.module.Grant(3, STAMP, 1)
 
 

@@ -200,15 +200,15 @@ def test_into_a_target_that_has_regions(tmp_path: Path, archive: Any) -> None:
     data, before = archive
     fresh = tmp_path / "fresh"
     ok("import", "-", fresh, stdin=data)
-    assert "this target has that region in its slot" in fails("import", "-", fresh, stdin=data)
+    assert "of this target is in use by that region" in fails("import", "-", fresh, stdin=data)
     text = fails("import", "--new-ids", "-", fresh, stdin=data)
-    assert "the target has that name already" in text
+    assert "the name exists in the target" in text
     with owned(fresh) as link:
         assert everything(link) == before
     with open_target("file", tmp_path / "other", checksums=False) as target:
         kept = target.create_and_write(b"kept")
         target.namespace.mkdir(1, b"results", 0o700, 1, 1)  # a directory takes more entries
-    assert "another inode in its slot" in fails("import", "-", tmp_path / "other", stdin=data)
+    assert "is in use by another inode" in fails("import", "-", tmp_path / "other", stdin=data)
     ok("import", "--new-ids", "-", tmp_path / "other", stdin=data)
     with owned(tmp_path / "other") as link:
         found = everything(link)
@@ -281,7 +281,7 @@ def test_what_is_no_archive(tmp_path: Path, archive: Any) -> None:
         for data in (b"", b"text" * 1000, plain.getvalue(), bytes(10_240)):
             refuse(target, data)
         assert "format 99" in refuse(target, whole.replace(b'"format": 1', b'"format":99'))
-        assert "its end is missing" in refuse(target, whole[:end] + bytes(1024))
+        assert "its end record is missing" in refuse(target, whole[:end] + bytes(1024))
     assert "expected" not in fails("import", "-", tmp_path / "fresh", stdin=b"nothing")
     assert not (tmp_path / "fresh").exists()
 

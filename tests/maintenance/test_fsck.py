@@ -167,23 +167,23 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ("UPDATE inode SET nlink = -1 WHERE ino = 7", ["inode 7 has values"], []),
     ("UPDATE inode SET uid = 'x' WHERE ino = 4", ["inode 4 has values"], []),
     ("UPDATE inode SET size = 1 WHERE ino = 5", ["wrong size"], []),
-    ("UPDATE inode SET target = X'00' WHERE ino = 3", ["inode 3 is no symbolic link"], []),
+    ("UPDATE inode SET target = X'00' WHERE ino = 3", ["inode 3 is not a symbolic link"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 2", ["inode 2 is marked"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 4", ["inode 4 is marked", "has one"], []),
     ("INSERT INTO dentry VALUES(1, X'7a', 99)", ["name 'z'", "means nothing"], []),
     ("INSERT INTO dentry VALUES(98, X'7a', 4)", ["is in no directory"], []),
     ("INSERT INTO dentry VALUES(4, X'7a', 4)", ["is in no directory"], []),
     ("INSERT INTO dentry VALUES(2, X'7a', 1)", ["means the root directory"], []),
-    ("INSERT INTO dentry VALUES(1, X'612f62', 4)", ["'a/b'", "is no file name"], []),
-    ("INSERT INTO dentry VALUES(1, 'text', 4)", ["is no file name"], []),
-    ("INSERT INTO dentry VALUES(2, X'2e2e', 4)", ["is no file name"], []),
+    ("INSERT INTO dentry VALUES(1, X'612f62', 4)", ["'a/b'", "is not a valid file name"], []),
+    ("INSERT INTO dentry VALUES(1, 'text', 4)", ["is not a valid file name"], []),
+    ("INSERT INTO dentry VALUES(2, X'2e2e', 4)", ["is not a valid file name"], []),
     ("INSERT INTO dentry VALUES(3, X'7a', 2)", ["directory 2 has one more name, 'z'"], []),
-    ("INSERT INTO xattr VALUES(99, X'7a', X'00')", ["'z' of inode 99 belongs to nobody"], []),
+    ("INSERT INTO xattr VALUES(99, X'7a', X'00')", ["'z' of inode 99 belongs to no inode"], []),
     ("INSERT INTO checksum VALUES(99, 0, 0)", ["1 checksums of inode 99"], []),
     ("INSERT INTO checksum VALUES(4, 3, 0)", ["1 checksums of inode 4"], []),
-    ("INSERT INTO unsettled VALUES(99)", ["mark of inode 99"], []),
+    ("INSERT INTO unsettled VALUES(99)", ["checksum state of inode 99"], []),
     ("DELETE FROM inode WHERE ino = 1", ["root directory is missing"], []),
-    ("UPDATE inode SET mode = 33188 WHERE ino = 1", ["inode 1 is no directory"], []),
+    ("UPDATE inode SET mode = 33188 WHERE ino = 1", ["inode 1 is not a directory"], []),
     ("UPDATE meta SET value = 17 WHERE key = 'clean'", ["clean is 17"], []),
     ("DELETE FROM meta WHERE key = 'uuid'", ["uuid is None"], []),
     ("UPDATE meta SET value = 'x' WHERE key = 'capacity'", ["capacity is 'x'"], []),
@@ -204,7 +204,7 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ("DELETE FROM inode WHERE ino = 2", ["name 'a' of inode 2"],
      ["-/a", "-/a/b", "-/a/b/file", "+/lost+found", "+/lost+found/inode-3",
       "+/lost+found/inode-3/file"]),
-    ("UPDATE inode SET mode = 61440 WHERE ino = 5", ["inode 5 makes no sense"], ["-/link"]),
+    ("UPDATE inode SET mode = 61440 WHERE ino = 5", ["inode 5 is invalid"], ["-/link"]),
     *((statement, ["inode 4 has values" if "ino = 4" in statement else "inode 5 has values"], [])
       for statement in OUTSIDE),
     ("INSERT INTO xattr VALUES(4, X'757365722e79', zeroblob(65537))", ["'user.y' of inode 4"], []),
@@ -224,7 +224,7 @@ def test_opening_mends_what_older_versions_let_in(
     before = sample.names()
     edit(sample.path, statement)
     assert sample.names() == before
-    assert "values that no file can have" in caplog.text
+    assert "invalid values" in caplog.text
     assert fsck(sample.path) == (0, f"{sample.path}: 0 problems, 0 corrected\n")
     with contextlib.closing(sqlite3.connect(sample.path)) as database:
         for row in database.execute(f"SELECT {COLUMNS} FROM inode"):
@@ -238,7 +238,9 @@ def test_opening_refuses_what_only_fsck_can_mend(
     sample: Sample, column: str, value: str, ino: int
 ) -> None:
     edit(sample.path, f"UPDATE inode SET {column} = {value} WHERE ino = {ino}")
-    with pytest.raises(errors.CorruptTarget, match=f"inode {ino} has a size or generation"):
+    with pytest.raises(
+        errors.CorruptTarget, match=f"inode {ino} has an impossible size or generation"
+    ):
         open_target("file", sample.path)
     assert fsck(sample.path, "--repair")[0] == 1
     assert fsck(sample.path)[0] == 0
@@ -389,7 +391,7 @@ def test_rows(sample: Sample, statement: str, texts: list[str], changes: list[st
 
 def test_what_is_removed_is_written_down(sample: Sample) -> None:
     edit(sample.path, "INSERT INTO xattr VALUES(99, X'7a', X'0102')")
-    sample.repaired("belongs to nobody")
+    sample.repaired("belongs to no inode")
     log = Path(f"{sample.path}.lost+found", "fsck.log").read_text()
     assert repr(b"\x01\x02") in log
 
@@ -509,7 +511,7 @@ def test_times_after_a_crash(tmp_path: Path) -> None:
     done = run_python(SYNCED, str(path))
     assert done.returncode == -signal.SIGKILL, done.stderr
     mtime, ctime = map(int, done.stdout.split())
-    for options, text in (((), "its times were kept"), (("--repair",), "believed them")):
+    for options, text in (((), "its times were kept"), (("--repair",), "copied to the catalogue")):
         status, output = fsck(path, *options)
         assert (status, text in output) == (0, True), output
     with open_target("file", path, checksums=False) as target:

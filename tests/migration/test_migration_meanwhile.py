@@ -204,9 +204,9 @@ def test_one_migration_at_a_time(engine: Engine, tmp_path: Path) -> None:
     address = str(engine.addr())
     fill(handle(engine, address, 1))
     with paused(source, {"transfer_size": 4096}, Pause()) as finish:
-        with pytest.raises(errors.TargetBusy, match="is being migrated already"):
+        with pytest.raises(errors.TargetBusy, match="is already being migrated"):
             source.migrate_target(address, 2)
-        with pytest.raises(errors.TargetBusy, match="is being brought a target already"):
+        with pytest.raises(errors.TargetBusy, match="is already receiving a target"):
             other.migrate_target(address, 2)
         assert finish() is None
     assert "target" in destination.get_config()

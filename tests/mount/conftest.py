@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -24,6 +25,8 @@ from tests.mount.support import (
     watchdog,
 )
 from warabifs.mount import install, utab
+
+CLONE_NEWNS = 0x20000
 
 
 def limit_of(request: pytest.FixtureRequest) -> float:
@@ -56,7 +59,7 @@ def disposable(parent: str) -> Iterator[Path]:
         for target in map(utab._target, utab._lines()):  # of what was killed
             left_by = os.fsdecode(target.removeprefix(b"TARGET="))
             if Path(left_by).is_relative_to(path):
-                utab.UtabEntry("", left_by)._update(remove=True)
+                utab._update(b"", os.fsencode(left_by))
         shutil.rmtree(path, ignore_errors=True)
     assert not left, f"left mounted: {left}"
     assert not processes, f"left running: {processes}"
@@ -100,6 +103,27 @@ def helpers(machine: None) -> Iterator[None]:
         yield
     finally:
         list(install.uninstall(Path("/")))
+
+
+@pytest.fixture
+def own_namespace() -> Iterator[None]:
+    """A mount namespace of the test's own, which sees all mounts of the machine.
+
+    Else another process may copy the test's mounts into a new namespace of its own, where they
+    stay mounted when the test unmounts them.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    outside, directory = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY), os.getcwd()
+    try:
+        assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        try:
+            run("mount", "--make-rprivate", "/")
+            yield
+        finally:
+            assert libc.setns(outside, CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+            os.chdir(directory)
+    finally:
+        os.close(outside)
 
 
 @pytest.fixture(params=BACKENDS)

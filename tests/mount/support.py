@@ -26,14 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("memory", "file")
 PASSED = ("memory-passed", "file-passed")
 """Embedded targets whose regions the kernel reads and writes by itself."""
-PYFUSE3 = ("file-pyfuse3", "engine-pyfuse3")
-"""Targets that are mounted by the other front end."""
 SOURCES = (*BACKENDS, "engine", "tcp")
 PROVIDER_ID = 7
 PATIENCE = 60.0  # seconds after which anything at all counts as hung
 MIB = 1024 * 1024
 
-_SUSPICIOUS = re.compile(r"Traceback|a defect in|Segmentation|core dumped")
+_SUSPICIOUS = re.compile(r"Traceback|unhandled exception in|Segmentation|core dumped")
 
 
 def environment() -> dict[str, str]:
@@ -62,10 +60,12 @@ def python(script: str, *arguments: str | Path, check: bool = True) -> str:
 
 
 @contextlib.contextmanager
-def another_python(script: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+def another_python(
+    script: str, *arguments: str | Path, prefix: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """A Python process that talks over its standard input and output while the block runs."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+        [*prefix, sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     try:
@@ -355,15 +355,15 @@ def serving(
 @contextlib.contextmanager
 def source_of(kind: str, place: Path) -> Iterator[tuple[str, list[str]]]:
     """The source, and its options, of one of ``SOURCES`` or ``PASSED``, with files in *place*."""
-    kind, _, how = kind.partition("-")
-    options = {"": [], "passed": ["passthrough"], "pyfuse3": ["frontend=pyfuse3"]}[how]
+    kind, _, passed = kind.partition("-")
+    options = ["passthrough"] if passed else []
     if kind == "memory":
         yield "memory:", options
     elif kind == "file":
         yield f"file:{place}/target", options
     else:
         with serving({"engine": "na+sm", "tcp": "tcp"}[kind]) as provider:
-            yield provider.address, [f"provider_id={PROVIDER_ID}", *options]
+            yield provider.address, [f"provider_id={PROVIDER_ID}"]
 
 
 @contextlib.contextmanager

@@ -176,6 +176,8 @@ def test_lines_stay_whole_while_another_mount_truncates(four: Together) -> None:
             for _ in range(200):
                 os.write(fd, line)
 
+    paths[0].touch()
+    wait_until(paths[1].exists, "the file in the second mount")
     with ThreadPoolExecutor(4) as pool:
         work = [pool.submit(append, path) for path in paths * 2]
         for number in range(40):

@@ -85,7 +85,7 @@ async def test_a_provider_that_does_not_know_of_it_is_asked_once(
     with trio.fail_after(10):
         await follower(target, lambda *_: None).run()
     assert target.asked == 1
-    assert "seen when timeouts end" in caplog.text
+    assert "appear when timeouts expire" in caplog.text
 
 
 async def test_an_outage_makes_everything_suspect_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ async def test_a_kernel_that_is_gone_is_no_defect(caplog: pytest.LogCaptureFixtu
 
     end = errors.ProtocolError("the end")
     await follower(Script(([changed(ROOT)], end)), forget).run()
-    assert "did not forget" not in caplog.text
+    assert "invalidating kernel caches failed" not in caplog.text
 
 
 async def test_the_mount_ends_though_the_kernel_does_not_answer() -> None:

@@ -259,7 +259,7 @@ def test_a_dead_mount_keeps_no_region(place: Path) -> None:
         fd, _ = held(dies.path / "file")
         assert os.statvfs(other.path).f_bavail < empty
         dies.kill()
-        wait_until(lambda: os.statvfs(other.path).f_bavail == empty, "its room")
+        wait_until(lambda: os.statvfs(other.path).f_bavail == empty, "free memory")
         os.close(fd)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -32,13 +34,15 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
+from warabifs.frontends.kernel import mountinfo
 from warabifs.mount import install, shutdown_socket, utab
+from warabifs.mount import watchdog as watchdog_of_mount
 
 BIN = Path(sys.executable).parent
 WARABIFS = [sys.executable, "-c", "import sys; from warabifs.mount.cli import main; main()"]
 
 
-pytestmark = pytest.mark.usefixtures("helpers")
+pytestmark = pytest.mark.usefixtures("own_namespace", "helpers")
 
 
 @pytest.fixture
@@ -256,7 +260,7 @@ def test_a_lazy_umount_does_not_wait_for_open_files_and_says_so(
         assert "busy" in busy.stderr
         assert is_mounted(mountpoint)
         done = run("umount", "-l", mountpoint)
-        assert "goes on until the last file is closed" in done.stderr
+        assert "continues until the last file is closed" in done.stderr
         assert not is_mounted(mountpoint)
         assert holder.stdin is not None
         print("write", file=holder.stdin, flush=True)
@@ -289,7 +293,7 @@ def test_umount_tells_of_a_process_that_was_killed_meanwhile(place: Path) -> Non
             wait_until(lambda: not is_mounted(mount.path), "the kernel")
             mount.kill()
             assert umount.stderr is not None
-            assert "ended without a report" in umount.stderr.read()
+            assert "exited without a report" in umount.stderr.read()
             assert umount.wait(60) == 1
 
 
@@ -316,18 +320,29 @@ def test_only_a_warabifs_is_unmounted(place: Path, mountpoint: Path) -> None:
     assert is_mounted(mountpoint)
 
 
-def device_of(path: Path) -> str:
-    number = path.stat().st_dev
-    return f"{os.major(number)}:{os.minor(number)}"
+class FileSystem(NamedTuple):
+    """What is mounted somewhere."""
+
+    device: str
+    number: int
+
+    @property
+    def gone(self) -> bool:
+        return mountinfo.is_gone(self.device, self.number)
 
 
-def socket_of(device: str) -> Path:
-    """The newest: mounts that were killed leave theirs, and their numbers are used again."""
-    return max(sockets_of(device), key=lambda path: path.stat().st_mtime_ns)
+def file_system_of(path: Path) -> FileSystem:
+    device = mountinfo.device_number(str(path))
+    number = mountinfo.identity(device)
+    assert number
+    return FileSystem(device, number)
 
 
-def sockets_of(device: str) -> list[Path]:
-    return list(Path("/run/warabi").glob(f"umount.{device}.*"))
+def socket_of(path: Path) -> Path:
+    """The socket by which umount asks the process of the mount on *path*."""
+    device, number = file_system_of(path)
+    (found,) = Path("/run/warabi").glob(f"umount.{device}.{number}.*")
+    return found
 
 
 def test_a_bind_mount_is_unmounted_at_once(place: Path, mountpoint: Path) -> None:
@@ -390,18 +405,18 @@ def test_sigterm_ends_a_mount_that_is_mounted_twice(place: Path) -> None:
 
 def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
     run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
-    path = socket_of(device_of(mountpoint))
+    path = socket_of(mountpoint)
     path.rename(place / "hidden")
     done = run("umount", mountpoint, check=False)
     assert done.returncode == 1
-    assert "whether everything is persisted is not known" in done.stderr
+    assert "not known whether everything is persisted" in done.stderr
     assert not is_mounted(mountpoint)
 
 
 def test_connections_that_were_given_up_take_no_room(place: Path, mountpoint: Path) -> None:
     """Such as those of a ``umount`` that was refused, and of each mount that starts."""
     run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
-    path = socket_of(device_of(mountpoint))
+    path = socket_of(mountpoint)
     for _ in range(2 * shutdown_socket._QUEUE):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -415,43 +430,120 @@ def entries_of(path: Path) -> int:
     return Path("/run/mount/utab").read_text().count(f" TARGET={path} ")
 
 
+HOLDS = "import sys; print('there', flush=True); input()"
+
+
 def test_entries_of_mounts_that_were_killed_are_removed_later(place: Path) -> None:
+    """Also while a mount lives that is not seen from here, but not that one's."""
     (place / "other").mkdir()
+    with (
+        mounting("memory:", place / "other") as other,
+        another_python(HOLDS, prefix=("unshare", "-m", "--propagation=private")) as there,
+    ):
+        assert line_of(there) == "there"
+        assert ctypes.CDLL(None).umount2(os.fsencode(other.path), 2) == 0  # umount(8) removes it
+        with mounting("memory:", place) as mount:
+            file_system = file_system_of(mount.path)
+            mount.kill()
+            utab.remove_stale()
+            assert entries_of(mount.path) == 1  # so umount(8) tells that it was killed
+            run("fusermount3", "-u", "-z", mount.path)
+            wait_until(lambda: file_system.gone, "the kernel")
+            assert entries_of(mount.path) == 1
+            utab.remove_stale()
+            assert entries_of(mount.path) == 0
+            assert entries_of(other.path) == 1
+        other.kill()
+        there.kill()
+        there.wait()
+
+        def removed() -> bool:
+            utab.remove_stale()
+            return not entries_of(other.path)
+
+        wait_until(removed, "the removal of an entry")
+
+
+def test_an_entry_stays_while_the_mount_point_has_another_one(place: Path) -> None:
+    """Entries are removed by their mount points, the newest one first."""
     with mounting("memory:", place) as mount:
-        mount.kill()
-        assert entries_of(mount.path) == 1  # so umount(8) tells that it was killed
-        run("fusermount3", "-u", "-z", mount.path)
-        with mounting("memory:", place / "other") as other:
-
-            def removed() -> bool:
-                utab.remove_stale()
-                return not entries_of(mount.path)
-
-            # Not as long as some mount of the machine lives that is not seen from here.
-            wait_until(removed, "the removal of an entry")
-            assert entries_of(other.path) == 1
-            # In another mount namespace, where nothing of this one's is seen, that one stays.
-            script = (
-                "import ctypes, sys; from warabifs.mount.utab import remove_stale;"
-                " assert ctypes.CDLL(None).umount2(sys.argv[1].encode(), 2) == 0; remove_stale()"
-            )  # umount(8) would remove the entry itself
-            away = ("unshare", "-m", "--propagation=private", sys.executable, "-c", script)
-            run(*away, other.path)
-            assert entries_of(other.path) == 1
-    assert entries_of(other.path) == 0
+        utab._update(b"memory:", os.fsencode(mount.path), b"warabifs=0:1/1")  # of none that is left
+        utab._update(b"memory:", os.fsencode(mount.path), b"")  # as mount(8) makes one
+        utab.remove_stale()
+        assert entries_of(mount.path) == 3
+        file_system = file_system_of(mount.path)
+        run("umount", mount.path)  # removes the newest one, and the mount its own
+        mount.wait()
+        wait_until(lambda: file_system.gone, "the kernel")
+        utab.remove_stale()
+        assert entries_of(mount.path) == 0
 
 
 def test_a_killed_mount_has_persisted_nothing_that_is_known(place: Path) -> None:
     with mounting("memory:", place) as mount:
-        device = device_of(mount.path)
+        path, file_system = socket_of(mount.path), file_system_of(mount.path)
         mount.kill()
-        done = run("umount", mount.path, check=False)
+        (place / "other").mkdir()
+        with mounting("memory:", place / "other"):  # which tells what was killed and is unmounted
+            done = run("umount", mount.path, check=False)
         assert done.returncode == 1
-        assert "ended without a report" in done.stderr
+        assert "exited without a report" in done.stderr
         assert not is_mounted(mount.path)
-        assert sockets_of(device)
+        assert path.exists()
+        wait_until(lambda: file_system.gone, "the kernel")
         mount.start()  # removes what is left of processes that were killed
-        assert all(str(mount.pid) in path.name for path in sockets_of(device))
+        assert not path.exists()
+        assert str(mount.pid) in socket_of(mount.path).name
+
+
+def test_a_killed_mount_that_is_mounted_twice_says_so_at_once(place: Path) -> None:
+    """As well in another namespace: no later unmounting would tell more."""
+    (place / "other").mkdir()
+    with mounting("memory:", place) as mount:
+        run("mount", "--bind", mount.path, place / "other")
+        try:
+            mount.kill()
+            done = run("umount", mount.path, check=False)
+            assert done.returncode == 1
+            assert "exited without a report" in done.stderr
+        finally:
+            run("umount", "-i", "-l", place / "other")
+
+
+def test_another_mount_with_the_same_device_number_does_not_speak_for_a_killed_one(
+    place: Path,
+) -> None:
+    """The kernel uses numbers again while the processes of earlier mounts may still be there."""
+    (place / "other").mkdir()
+    with (
+        mounting("memory:", place) as mount,
+        mounting("memory:", place / "other") as earlier,
+    ):
+        mine, theirs = file_system_of(mount.path), file_system_of(earlier.path)
+        path = socket_of(earlier.path)
+        alias = path.with_name(f"umount.{mine.device}.{theirs.number}.{earlier.pid}")
+        path.rename(alias)  # as if the number had been used again
+        try:
+            mount.kill()
+            done = run("umount", mount.path, check=False)
+        finally:
+            alias.rename(path)
+        assert done.returncode == 1
+        assert "exited without a report" in done.stderr
+
+
+def test_the_watchdog_aborts_no_other_mount_with_the_same_device_number(place: Path) -> None:
+    with mounting("memory:", place) as mount:
+        device, number = file_system_of(mount.path)
+        busy = os.open(mount.path, os.O_RDONLY)
+        try:
+            watchdog_of_mount._abort(device, number + 1)
+            (mount.path / "file").write_bytes(b"data")
+            watchdog_of_mount._abort(device, number)
+            with fails_with(errno.ENOTCONN, errno.ECONNABORTED):
+                (mount.path / "other").write_bytes(b"data")
+        finally:
+            os.close(busy)
 
 
 IMPOSTOR = """
@@ -490,8 +582,8 @@ def test_another_user_cannot_speak_for_a_mount(place: Path, mountpoint: Path) ->
     with serving("tcp") as provider:
         options = f"provider_id={PROVIDER_ID},reconnect=0"
         run("mount", "-t", "warabifs", provider.address, mountpoint, "-o", options)
-        device = device_of(mountpoint)
-        path = socket_of(device)
+        path = socket_of(mountpoint)
+        device = file_system_of(mountpoint).device
         with another_python(IMPOSTOR, device, path) as impostor:
             try:
                 assert line_of(impostor) == "ready"

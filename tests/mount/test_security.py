@@ -66,7 +66,7 @@ def test_mount_over_tls_with_a_token(
 @pytest.mark.parametrize(
     ("drop", "message"),
     [
-        ("token_file", "asks for a token, and this side has none"),
+        ("token_file", "requires a token, and none is configured"),
         ("tls_key", "tls.key: required key is missing"),
         ("tls_", "as TLS does"),
     ],

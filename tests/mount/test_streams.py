@@ -99,7 +99,7 @@ def test_a_provider_that_is_killed_under_a_stream_of_writes(service: Service, pl
             with open(path, "rb") as file, fails_with(errno.EIO):
                 os.fsync(file.fileno())  # what was written before may be lost, for all it knows
             assert python(READER, path, seed, str(BLOCKS), "1").endswith("done\n")
-        mount.expected = ("did not end in order",)
+        mount.expected = ("was not shut down cleanly",)
 
 
 def test_a_provider_that_is_killed_under_a_stream_of_reads(service: Service, place: Path) -> None:

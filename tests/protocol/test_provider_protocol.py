@@ -147,12 +147,12 @@ def test_random_bytes_after_the_opening(served: Place) -> None:
 @pytest.mark.parametrize(
     ("opening", "message"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"the peer speaks another protocol"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"the peer uses another protocol"),
         (b"\x16\x03\x01", b"as TLS does"),
         (wire.MAGIC + b"\xff\xff\xff\xff", b"the limit is 4096"),
         (wire.MAGIC + struct.pack("<I", 1) + b"\xc1", b"malformed"),
-        (OPENING.replace(b"\xa7version\x01", b"\xa7version\x00"), b"speaks version 0"),
-        (OPENING.replace(b"\xa7version\x01", b"\xa7version\x02"), b"speaks version 2"),
+        (OPENING.replace(b"\xa7version\x01", b"\xa7version\x00"), b"uses protocol version 0"),
+        (OPENING.replace(b"\xa7version\x01", b"\xa7version\x02"), b"uses protocol version 2"),
         (OPENING.replace(b"\xa7payload", b"\xa7pAyload"), b"limit 'payload' is None"),
         (OPENING + PREFIX.pack(1, 0) + b"\xc1", b"malformed"),
         (OPENING + PREFIX.pack(5, 1 << 40), b"the limit is"),
@@ -265,7 +265,7 @@ def test_payload_that_an_operation_does_not_want(served: Place) -> None:
         peer = RawPeer(connection)
         refused = peer.call([1, 1, "create", [5], None], bytes(100_000))
         assert refused[3][0] == "protocol"
-        assert "takes no data" in refused[3][1]
+        assert "expected no payload" in refused[3][1]
         created = peer.call([1, 1, "create", [5], None])
         assert peer.call([2, 1, "size", [created[1]], None], b"x")[3][0] == "protocol"
         peer.send([3, 1, "write", [created[1], 0, False, False], b"eager"], b"lie")
@@ -280,7 +280,7 @@ def test_payload_of_what_is_no_operation_on_a_target(served: Place, size: int) -
         for name in ("ping", "shutdown", "join", "grant", "make", "leave", "watch"):
             refused = peer.call([1, 1, name, [], None], bytes(size))
             assert refused[3][0] == "protocol"
-            assert "takes no data" in refused[3][1]
+            assert "expected no payload" in refused[3][1]
         assert peer.call([2, 1, "ping", [], None]) == [2, None]
 
 

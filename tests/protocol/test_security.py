@@ -61,9 +61,9 @@ def test_token_lets_in(transport: str, tls: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("shown", "message"),
     [
-        ({}, "asks for a token, and this side has none"),
-        ({"token": "another token than that"}, "token is not this engine's"),
-        ({"token": TOKEN.upper()}, "token is not this engine's"),
+        ({}, "requires a token, and none is configured"),
+        ({"token": "another token than that"}, "token is wrong"),
+        ({"token": TOKEN.upper()}, "token is wrong"),
     ],
 )
 def test_wrong_tokens(
@@ -124,14 +124,14 @@ def test_file_that_everybody_may_read(tmp_path: Path, mode: int) -> None:
         ({"token": "x" * 5000}, r"\$\.token: a token of 5000 bytes"),
         ({"token": " " * 20}, r"\$\.token: a token of 0 bytes"),
         ({"token": "", "insecure": True}, r"\$\.token: a token of 0 bytes"),
-        ({"token": TOKEN, "token_file": "/x"}, r"\$\.token: is given, and so is token_file"),
+        ({"token": TOKEN, "token_file": "/x"}, r"\$\.token: cannot be combined with token_file"),
         ({"token_file": "/nowhere/token"}, r"\$\.token_file: /nowhere/token"),
-        ({"token_file": 5}, r"\$\.token_file: 5 is no path"),
+        ({"token_file": 5}, r"\$\.token_file: 5 is not a path"),
         ({"token_file": "a\0b"}, r"\$\.token_file"),
         ({"read_only_token": "short"}, r"\$\.read_only_token: a token"),
         ({"token": TOKEN, "read_only_token": TOKEN}, r"\$\.read_only_token: is the same"),
         ({"token": None}, r"\$\.token: expected text"),
-        ({"token_file": None}, r"\$\.token_file: None is no path"),
+        ({"token_file": None}, r"\$\.token_file: None is not a path"),
         ({"read_only_token_file": ""}, r"\$\.read_only_token_file"),
         ({"tls": None}, r"\$\.tls: expected an object"),
         ({"tls": {"cert": "a"}}, r"\$\.tls\.cert: unknown key, did you mean certificate\?"),
@@ -143,7 +143,7 @@ def test_file_that_everybody_may_read(tmp_path: Path, mode: int) -> None:
         ({"security": {"token": TOKEN}}, r"\$\.security: unknown key, expected"),
         (
             {"mercury": {"token": TOKEN}},
-            r"\$\.mercury\.token: has no effect there, expected \$\.token",
+            r"\$\.mercury\.token: has no effect there; move it to \$\.token",
         ),
         ({"argobots": {"tls": {}}}, r"\$\.argobots\.tls: has no effect there"),
         ({5: 5}, r"\$\.5: unknown key"),
@@ -179,7 +179,7 @@ def test_client_with_a_token_wants_one_from_the_engine() -> None:
         Engine("tcp") as engine,
         Provider(engine, 1, MEMORY),
         Engine("tcp", client, config={"token": TOKEN}) as own,
-        pytest.raises(errors.PermissionDenied, match="asks for no token"),
+        pytest.raises(errors.PermissionDenied, match="does not use one"),
     ):
         Client(own).make_target_handle(str(engine.addr()), 1)
 
@@ -277,7 +277,7 @@ def test_no_request_without_a_token(guarded: str, more: dict[str, Any]) -> None:
     with raw_connection(guarded) as connection:
         peer = RawPeer(connection, more=more)
         connection.sendall(wire.frame([1, 1, "create", [5], None]))
-        assert "denied: this engine asks for a token" in _refusal(peer)
+        assert "denied: this engine requires a token" in _refusal(peer)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_proof_is_good_for_one_connection(guarded: str) -> None:
         again = RawPeer(second, more=more)
         assert again.opening == peer.opening
         again.send(["prove", proof])
-        assert "token is not this engine's" in _refusal(again)
+        assert "token is wrong" in _refusal(again)
 
 
 def test_engine_says_nothing_of_the_token_to_strangers(guarded: str) -> None:
@@ -333,7 +333,7 @@ def test_proof_covers_what_was_asked_for(guarded: str) -> None:
         other = wire.opening(wire.Limits(), {**_nonce(), "read_only": True})
         proof = handshake.proof(TOKEN.encode(), "client", other, peer.opened.raw)
         peer.send(["prove", proof])
-        assert "token is not this engine's" in _refusal(peer)
+        assert "token is wrong" in _refusal(peer)
 
 
 def test_read_only_token_under_its_own_key(guarded: str) -> None:

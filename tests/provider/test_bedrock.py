@@ -174,7 +174,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"margo": {"tokenfile": "x"}},
         "$.margo.tokenfile: unknown key, did you mean token_file?",
     ),
-    "null": ({"margo": {"token_file": None}}, "$.token_file: None is no path"),
+    "null": ({"margo": {"token_file": None}}, "$.token_file: None is not a path"),
     "key of the engine in a section of Margo's": (
         {"margo": {"mercury": {"address": "na+sm", "token_file": "/x"}}},
         "$.margo.mercury.token_file: has no effect in mercury",
@@ -211,15 +211,15 @@ WRONG: dict[str, tuple[Any, str]] = {
     "ssg": ({"ssg": "group"}, "$.ssg: expected"),
     "same name": (
         service({"name": "a"}, {"name": "b"}, {"name": "a"}),
-        "$.providers[2].name: 'a' is that of $.providers[0] already",
+        "$.providers[2].name: 'a' is already used by $.providers[0]",
     ),
     "same name, of a default": (
         service({"name": "warabi-1", "provider_id": 0}, {}),
-        "$.providers[1].name: 'warabi-1' is that of $.providers[0] already",
+        "$.providers[1].name: 'warabi-1' is already used by $.providers[0]",
     ),
     "same ID": (
         service({}, {"provider_id": 5}, {"provider_id": 5}),
-        "$.providers[2].provider_id: 5 is that of $.providers[1] already",
+        "$.providers[2].provider_id: 5 is already used by $.providers[1]",
     ),
 }
 

@@ -250,7 +250,7 @@ def test_a_region_that_an_export_keeps_is_not_made_anew(place: Place) -> None:
     region = place.handle.create_and_write(b"kept")
     listing = place.link.call("survey")
     place.handle.erase(region)
-    with pytest.raises(errors.TargetBusy, match="kept for an export"):
+    with pytest.raises(errors.TargetBusy, match="in use by an export"):
         place.link.call("adopt", region, 4)
     copy = place.link.call("copy", region)
     assert place.handle.read(copy.region, 0, 4) == b"kept"

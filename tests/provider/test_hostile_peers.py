@@ -202,7 +202,7 @@ def test_handshake_a_byte_at_a_time(
 
 def test_too_many_connections(secured: dict[str, Any]) -> None:
     config = {**secured, "limits": {"connections": 2}}
-    message = "2 connections are open, the limit"
+    message = "2 connections are open, which is the limit"
     with Engine("tcp", config=config) as engine, Provider(engine, 1, MEMORY):
         address = str(engine.addr())
         with (

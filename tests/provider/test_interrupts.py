@@ -258,7 +258,7 @@ def test_a_lost_reply_ends_a_trio_call() -> None:
         async with warabi.aio.connect(address, 1, timeout=0.4, deadline=1.5) as target:
             began = trio.current_time()
             buffer = bytearray(10)
-            with pytest.raises(TimedOut, match="answers, but not this request"):
+            with pytest.raises(TimedOut, match="is alive, but has not completed this request"):
                 await target.read_into(REGION, 0, buffer)
             assert trio.current_time() - began > 1.4
             assert await target.size(REGION) == 7

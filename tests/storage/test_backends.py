@@ -55,7 +55,7 @@ def test_a_registered_backend_is_a_type_of_targets() -> None:
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        (other(aliases=("memory",)), "another one of this name"),
+        (other(aliases=("memory",)), "is already registered"),
         (other(aliases=("type",)), "expected a name of small letters"),
         (other(aliases=("../x",)), "expected a name of small letters"),
         (other(config=FILE.config), "must derive from PathModel"),

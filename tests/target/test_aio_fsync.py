@@ -216,7 +216,7 @@ async def test_nobody_waits_for_it_but_who_asked(
         await trio_target.write(region, 0, b"x" * 100, persist=True)
         assert await trio_target.read(region, 0, 100) == b"x" * 100
         for wait in (target.close, lambda: target.resize(region, 5)):  # would be for ever
-            with pytest.raises(errors.TargetBusy, match="let it end first"):
+            with pytest.raises(errors.TargetBusy, match="let it finish first"):
                 wait()
         await trio_target.erase(region)
         await trio_target.call("commit")

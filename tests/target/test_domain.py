@@ -400,7 +400,7 @@ def test_every_id_that_is_given_can_be_imported(tmp_path: Path) -> None:
 def test_what_is_no_id(slot: int, generation: int) -> None:
     with (
         open_memory(MemoryConfig()) as target,
-        pytest.raises(errors.InvalidRegion, match="cannot be the ID"),
+        pytest.raises(errors.InvalidRegion, match="is not a valid region ID"),
     ):
         adopt(target, RegionID.from_parts(slot, generation), 0)
 
@@ -459,7 +459,7 @@ def _row(entry: ArchiveEntry) -> list[Any]:
 @pytest.mark.parametrize("bad", REFUSED_ROWS)
 def test_archives_and_migrations_are_checked(bad: dict[str, Any]) -> None:
     entry = ENTRY._replace(**bad)
-    with pytest.raises(errors.BadArchive, match="/f: no target can have it"):
+    with pytest.raises(errors.BadArchive, match="/f: invalid entry"):
         list(unpack_all(io.BytesIO(entry.pack())))
     with pytest.raises(errors.ProtocolError, match="receive_rows: inode"):
         rows("inode", memoryview(_message([_row(entry)])))
@@ -515,7 +515,7 @@ def test_a_target_of_an_older_version_moves(
         assert call(moved, "listxattr", found.ino) == [b"user.good"]
         check_whole(moved)
     assert all(record.exc_info is None for record in caplog.records)
-    assert "no file can have" in caplog.text
+    assert "invalid values" in caplog.text
 
 
 @pytest.mark.usefixtures("unchecked_export")
@@ -535,10 +535,10 @@ def test_what_an_import_mends_is_counted(caplog: pytest.LogCaptureFixture) -> No
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 21
     assert messages[0] == (
-        r"'/f\n0\udcff' has values that no file can have, and gets the nearest that it can:"
+        r"'/f\n0\udcff' has invalid values, which are replaced by the nearest valid ones:"
         " 'gid -1 is not from 0 to 4294967294'"
     )
-    assert messages[-1] == "10 more files have such values"
+    assert messages[-1] == "10 more files have invalid values"
 
 
 def _message(found: list[list[Any]]) -> bytes:

@@ -193,7 +193,7 @@ def test_foreign_directory_where_the_regions_would_be(
         (regions / name).parent.mkdir(parents=True, exist_ok=True)
         (regions / name).write_bytes(data)
     before = tree(path.parent)
-    with pytest.raises(errors.ConfigError, match="left untouched"):
+    with pytest.raises(errors.ConfigError, match="not modified"):
         open_target(path)
     assert tree(path.parent) == before
 
@@ -201,7 +201,7 @@ def test_foreign_directory_where_the_regions_would_be(
 def test_file_where_the_regions_would_be(path: Path) -> None:
     regions = Path(f"{path}.regions")
     regions.write_text("mine")
-    with pytest.raises(errors.ConfigError, match="left untouched"):
+    with pytest.raises(errors.ConfigError, match="not modified"):
         open_target(path)
     assert regions.read_text() == "mine"
     assert not path.exists()

@@ -106,7 +106,7 @@ def test_guests_and_those_who_write_by_themselves_exclude_each_other(target: Tar
     assert target.expose(region) is not None
     assert target.expose(region) is None  # once
     assert target.join() is None
-    with pytest.raises(errors.TargetBusy, match="without the target's knowing"):
+    with pytest.raises(errors.TargetBusy, match="does not see their writes"):
         target.pause_sharing()
     target.conceal(region)
     joined = target.join()

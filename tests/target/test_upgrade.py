@@ -180,7 +180,7 @@ def test_an_old_catalogue_is_salvaged(path: Path, kind: str, old: int) -> None:
     data[index * size : (index + 1) * size] = b"\xa5" * size
     path.write_bytes(data)
     done = CliRunner().invoke(main, ["fsck", "--repair", str(path)])
-    assert (done.exit_code, "made anew from what can be read" in done.output) == (1, True)
+    assert (done.exit_code, "rebuilt from what can be read" in done.output) == (1, True)
     with open_target(path, kind) as target:
         *texts, _ = REGIONS[kind]
         named, nameless, empty = (RegionID(bytes.fromhex(text)) for text in texts)

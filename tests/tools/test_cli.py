@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "target": (["-t", "rados:pool"], "expected memory: or file:PATH"),
     "file target without a path": (["-t", "file:"], "expected memory: or file:PATH"),
     "address": (["-t", "memory:", "-a", "pigeon"], "unknown transport 'pigeon'"),
-    "beyond loopback": (["-t", "memory:", "-a", "tcp://0.0.0.0"], "is not loopback"),
+    "beyond loopback": (["-t", "memory:", "-a", "tcp://0.0.0.0"], "is not a loopback address"),
     "provider ID": (["-t", "memory:", "-p", "65536"], "provider_id"),
     "target in the way": (["-t", "file:other"], "not a warabi target"),
 }

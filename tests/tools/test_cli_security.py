@@ -43,7 +43,7 @@ def test_tls_and_tokens_by_options(tls: dict[str, Any], secret: Path, tmp_path: 
         assert ok("get", address, "/a", *readers) == b"data"
         assert "unlink_name: access is read-only" in fails("rm", address, "/a", *readers)
         assert "access is read-only" in fails("put", address, *readers, stdin=b"x")
-        assert "asks for a token" in fails("ls", address, *tls_options(tls))
+        assert "requires a token" in fails("ls", address, *tls_options(tls))
         assert "as TLS does" in fails("ls", address, "--token-file", secret)
         assert "tls.certificate" in fails("ls", address, "--tls-ca", tls["tls"]["ca"])
         ok("rm", address, "/a", *options)
@@ -83,7 +83,7 @@ def test_tokens_in_a_configuration(secret: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({"margo": margo, "providers": [provider]}))
     with serving(config, "-a", "tcp") as service:
         address = service.address
-        assert "asks for a token" in fails("ls", address)
+        assert "requires a token" in fails("ls", address)
         assert ok("ls", address, "--token-file", secret) == b""
         assert service.end().count("has no effect") == 0
 
@@ -121,11 +121,11 @@ def test_maintenance_and_migration_of_secured_targets(secret: Path, tmp_path: Pa
         address = service.address
         ok("put", address, "-p", "1", *token, "-n", "/a", stdin=b"data")
         archive = tmp_path / "out.tar"
-        assert "asks for a token" in fails("export", address, "-p", "1", archive)
+        assert "requires a token" in fails("export", address, "-p", "1", archive)
         ok("export", address, "-p", "1", archive, *token)
         assert archive.stat().st_size
         assert "checksums" in fails("scrub", address, "-p", "1", *token)
-        assert "asks for a token" in fails("migrate", address, "1", address, "2")
+        assert "requires a token" in fails("migrate", address, "1", address, "2")
         ok("migrate", address, "1", address, "2", *token)
         assert ok("get", address, "-p", "2", "/a", *token) == b"data"
         service.end()
@@ -134,6 +134,7 @@ def test_maintenance_and_migration_of_secured_targets(secret: Path, tmp_path: Pa
 def test_what_was_given_and_is_empty_is_refused() -> None:
     """As ``--token-file "$TOKEN"`` where the variable is not set: no service without a token."""
     for option in ("--token-file", "--read-only-token-file"):
-        assert "'' is no path" in fails("serve", "-t", "memory:", "-a", "tcp", option, "")
-    assert "'' is no path" in fails("ls", "tcp://127.0.0.1:1", "--token-file", "")
-    assert "$.tls.certificate: '' is no path" in fails("ls", "tcp://127.0.0.1:1", "--tls-cert", "")
+        assert "'' is not a path" in fails("serve", "-t", "memory:", "-a", "tcp", option, "")
+    assert "'' is not a path" in fails("ls", "tcp://127.0.0.1:1", "--token-file", "")
+    text = fails("ls", "tcp://127.0.0.1:1", "--tls-cert", "")
+    assert "$.tls.certificate: '' is not a path" in text

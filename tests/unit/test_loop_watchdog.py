@@ -171,4 +171,4 @@ def test_repeated_messages_are_limited(
     assert caplog.messages == expected
     monkeypatch.setattr(log_limit, "INTERVAL", 1e-9)
     log.warning("the number %d", 99)
-    assert caplog.messages[-1] == "the number 99 (5 more like this were left out)"
+    assert caplog.messages[-1] == "the number 99 (5 similar messages omitted)"

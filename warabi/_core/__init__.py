@@ -1,1 +1,1 @@
-"""What every layer uses: buffers, extents, attributes, file I/O."""
+"""Shared basics of every layer: buffers, extents, attributes, file I/O."""

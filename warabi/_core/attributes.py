@@ -8,11 +8,11 @@ from typing import NamedTuple
 from warabi.region import RegionID
 
 ROOT = 1
-"""The inode number of the tree's root directory; FUSE's too."""
+"""The inode number of the root directory, also in FUSE."""
 
 
 class Attributes(NamedTuple):
-    """What ``stat`` tells about a region or another inode; times in ns since the epoch."""
+    """The attributes of a region or another inode; times in ns since the epoch."""
 
     ino: int
     generation: int
@@ -28,11 +28,11 @@ class Attributes(NamedTuple):
 
     @property
     def region(self) -> RegionID:
-        """The ID; it names a region only when the inode is a regular file."""
+        """The ID of the region; meaningful only if the inode is a regular file."""
         return RegionID.from_parts(self.ino, self.generation)
 
 
 def without_setid(mode: int) -> int:
-    """What a change leaves of a file's mode; a set-group-ID bit counts with group execution."""
+    """Return *mode* without set-ID bits; set-group-ID is kept without group execute permission."""
     mode &= ~stat.S_ISUID
     return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

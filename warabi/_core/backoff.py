@@ -1,17 +1,17 @@
-"""Not trying again for a while what went badly."""
+"""Exponential backoff after failures."""
 
 from __future__ import annotations
 
 
 class Pause:
-    """A time in which something is not tried, which is longer if it soon goes badly again.
+    """An interval without attempts, which doubles if the next attempt soon fails again.
 
     Args:
-        least: how long at first, in nanoseconds.
-        most: how long at most.
+        least: initial length in nanoseconds.
+        most: maximal length.
 
     Attributes:
-        end: when it ends, by the clock of those who begin it.
+        end: when it ends, by the caller's clock.
     """
 
     __slots__ = ("_least", "_length", "_most", "end")
@@ -23,7 +23,7 @@ class Pause:
         self.end = 0
 
     def begin(self, tried: int, now: int) -> None:
-        """What was *tried* at that time has gone badly."""
+        """Begin an interval: the attempt at the time *tried* has failed."""
         soon = tried < self.end + self._length
         self._length = min(2 * self._length, self._most) if soon else self._least
         self.end = now + self._length

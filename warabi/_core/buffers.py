@@ -1,4 +1,4 @@
-"""The buffer protocol at the library's edge: any contiguous buffer in, a flat byte view out."""
+"""Buffers of the public API: any contiguous buffer in, a flat byte view out."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from warabi.errors import InvalidBuffer, OutOfBounds, path_error
 
 MAX_SIZE = (1 << 63) - 1
-"""The largest size and offset, in bytes: what a Linux ``off_t`` holds."""
+"""The largest size and offset in bytes: the maximum of a Linux ``off_t``."""
 PATH_LIMIT = 64 * 1024
-"""Bytes in a path; far more than system calls take, and less than a message holds."""
+"""Most bytes of a path; far more than system calls accept, and less than a message holds."""
 _FLAT = (bytes, bytearray)
-"""What has no other view than a flat one of bytes, and what most buffers are."""
+"""The most common types, whose views are always flat bytes."""
 
 
 def readable(data: Any, what: str) -> memoryview:
-    """A flat, contiguous byte view of *data*, without a copy.
+    """Return a flat, contiguous byte view of *data*, without copying.
 
     Raises:
-        InvalidBuffer: *data* has no buffer, or its elements are not C-contiguous.
+        InvalidBuffer: *data* has no buffer, or is not C-contiguous.
     """
     if type(data) in _FLAT:
         return memoryview(data)
@@ -34,13 +34,13 @@ def readable(data: Any, what: str) -> memoryview:
     except TypeError:
         name = type(data).__name__
         raise InvalidBuffer(f"{what}: expected an object with a buffer, got {name}") from None
-    except (ValueError, BufferError) as error:  # closed, released, or not to be lent
+    except (ValueError, BufferError) as error:  # closed, released, or not exportable
         if getattr(getattr(data, "dtype", None), "kind", None) not in ("M", "m"):
             raise InvalidBuffer(f"{what}: {error}") from None
-        view = memoryview(data.view("i8"))  # NumPy lends its dates and durations as integers only
+        view = memoryview(data.view("i8"))  # NumPy exports dates only as integers
     if view.ndim == 1 and view.format == "B" and view.contiguous:
         return view
-    if "O" in re.sub(":[^:]*:", "", view.format):  # a field's name may have any letters
+    if "O" in re.sub(":[^:]*:", "", view.format):  # field names may contain any letter
         raise InvalidBuffer(f"{what}: the buffer holds references to objects, not bytes")
     if not view.c_contiguous:
         raise InvalidBuffer(
@@ -52,7 +52,7 @@ def readable(data: Any, what: str) -> memoryview:
 
 
 def writable(data: Any, what: str) -> memoryview:
-    """As :func:`readable`, for a destination.
+    """The same as :func:`readable`, for a destination.
 
     Raises:
         InvalidBuffer: as :func:`readable`, or *data* is read-only.
@@ -64,14 +64,14 @@ def writable(data: Any, what: str) -> memoryview:
 
 
 def checked_size(value: Any, what: str) -> int:
-    """*value* as a size or offset in bytes.
+    """Check a size or offset in bytes.
 
     Raises:
         OutOfBounds: not an integer, negative, or beyond 2**63 - 1.
     """
     if type(value) is int and 0 <= value <= MAX_SIZE:
         return value
-    # NumPy integers count; a bool or a float is somebody's mistake.
+    # NumPy integers are accepted; a bool or float is probably a bug of the caller.
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -84,10 +84,10 @@ def checked_size(value: Any, what: str) -> int:
 
 
 def checked_path(value: Any, what: str) -> str:
-    """*value* as a path in a target's tree of names, in the form that crosses the wire.
+    """Check a path in a target's tree; returns it as it is sent in messages.
 
     Raises:
-        PathError: with ``errno`` EINVAL, no path or one that no file name can spell; or
+        PathError: with ``errno`` EINVAL, not a path, or it cannot be encoded as a file name; or
             ENAMETOOLONG.
     """
     try:
@@ -101,7 +101,7 @@ def checked_path(value: Any, what: str) -> str:
 
 
 class Copied(bytearray):
-    """As ``BytesIO``, as far as :func:`filled_bytes` needs that, with a copy made at the end."""
+    """A replacement of ``BytesIO`` for :func:`filled_bytes`, which copies at the end."""
 
     def getbuffer(self) -> memoryview:
         return memoryview(self)
@@ -114,14 +114,14 @@ class Copied(bytearray):
 Lender: Callable[[bytes], io.BytesIO | Copied] = (
     Copied if (3, 12) <= sys.version_info < (3, 12, 2) else io.BytesIO
 )
-"""What lends its buffer out writable, and hands it back as bytes."""
+"""Creates an object that exports a writable buffer, and returns its contents as bytes."""
 
 
 def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:
-    """Immutable bytes of *size*, filled in place by *fill*: no second copy.
+    """Return immutable bytes of *size*, filled in place by *fill* without a second copy.
 
-    ``BytesIO`` owns the only reference to its buffer here, lends it out writable, and hands it
-    back as bytes.
+    ``BytesIO`` owns the only reference to its buffer here, exports it writable, and returns it as
+    bytes.
     """
     owner = Lender(bytes(size))
     try:
@@ -134,11 +134,11 @@ def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:
 
 
 def abandon(owner: io.BytesIO | Copied) -> None:
-    """Have *owner* be collected in silence, although parts of its view may still be there.
+    """Let *owner* be collected without a warning although views of its buffer may still exist.
 
-    The exception's traceback holds them; when that is part of a cycle, all are collected together.
-    The finalizer of a ``BytesIO`` closes it, which fails while there are views, and Python says
-    so from 3.13 on.
+    The exception's traceback references them; if it is part of a cycle, all are collected together.
+    The finalizer of a ``BytesIO`` closes it, which fails while there are views; Python reports that
+    from 3.13 on.
     """
     vars(owner)["close"] = _nothing
 

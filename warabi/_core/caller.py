@@ -1,8 +1,8 @@
-"""Whoever waits for the calls that a task makes, and may stop waiting before they end.
+"""The caller of a task's operations, which may stop waiting before they end.
 
-A call that was sent has to be waited for even so, because the provider may have taken something
-for it that is to be given back.  But one that was not sent yet is not sent any more, nor is one
-sent again whose reply was lost: by then others may have changed what it would change.
+An operation that was sent must still be waited for, because the provider may have allocated
+something that must be released.  But an operation that was not sent yet is not sent, and one whose
+reply was lost is not repeated: others may have changed its object in the meantime.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from contextvars import ContextVar
 
 
 class Caller:
-    """One of them.
+    """A caller.
 
     Attributes:
-        gone: it does not wait for the result any more.
+        gone: it no longer waits for the result.
     """
 
     __slots__ = ("gone",)
@@ -24,10 +24,10 @@ class Caller:
 
 
 CALLER: ContextVar[Caller | None] = ContextVar("warabi-caller", default=None)
-"""Of the current task."""
+"""The caller of the current task."""
 
 
 def is_gone() -> bool:
-    """Whether the current task works for a caller that is gone."""
+    """Whether the current task's caller no longer waits."""
     caller = CALLER.get()
     return caller is not None and caller.gone

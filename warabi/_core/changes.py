@@ -1,4 +1,4 @@
-"""What changed in a target since a subscriber last asked, and on whose behalf."""
+"""Changes of a target since a subscriber's last query, and the connection that made a change."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import NamedTuple
 
 
 class Origin:
-    """Somebody who changes a target, for as long as a connection lasts."""
+    """Identifies a connection that changes a target."""
 
     __slots__ = ("salt",)
 
     def __init__(self) -> None:
-        self.salt = secrets.randbits(62)  # tells its versions from those of other connections
+        self.salt = secrets.randbits(62)  # makes its versions unique
 
 
 ORIGIN: ContextVar[Origin | None] = ContextVar("warabi-origin", default=None)
-"""On whose behalf the target is being changed."""
+"""The connection on whose behalf the current task changes the target."""
 ATTRIBUTES = 0
-"""Of an inode: its attributes changed, and its bytes did not."""
+"""Of an inode: its attributes changed, but not its data."""
 CONTENT = 1
-"""Of an inode: its bytes, and so its attributes, changed, or it is gone."""
+"""Of an inode: its data, and so its attributes, changed, or it was removed."""
 
 
 class Changes(NamedTuple):
-    """What changed since the last answer.
+    """The changes since the last reply.
 
     Attributes:
-        number: of the answer, to be given with the next question.
+        number: number of the reply, to be sent with the next query.
         everything: anything may have changed.
-        inodes: numbers, and ``ATTRIBUTES``, ``CONTENT``, or when (ns since the epoch) a process
-            with direct access wrote to that region.
-        names: directory and name, and the inode that it means now, 0 for none.
+        inodes: inode numbers, and ``ATTRIBUTES``, ``CONTENT``, or the time (ns since the epoch) of
+            a write by direct access to that region.
+        names: directory and name, and the inode that it refers to now, 0 for none.
     """
 
     number: int

@@ -1,5 +1,5 @@
-"""Keys of configurations: which of Mochi's are accepted without effect, and what an unknown one may
-have been meant to be."""
+"""Keys of configurations: those of Mochi that are accepted without effect, and suggestions for
+unknown keys."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ MARGO = frozenset({
     "progress_spindown_msec", "progress_timeout_ub_msec", "progress_when_needed", "rpc_pool",
     "rpc_thread_count", "use_progress_thread", "version",
 })  # fmt: skip
-"""What Margo documents for its configuration."""
+"""The documented keys of Margo's configuration."""
 ABT_IO = frozenset({
     "internal_pool", "internal_pool_flag", "liburing_flags", "null_io_read", "null_io_write",
     "num_threads", "num_urings", "progress_pool", "trace_io",
 })  # fmt: skip
-"""What ABT-IO takes, but for ``backing_thread_count``, which has an effect here."""
+"""The keys of ABT-IO, except ``backing_thread_count``, which has an effect here."""
 
 
 PROTECTING = frozenset({"read_only_token", "read_only_token_file", "tls", "token", "token_file"})
-"""Keys of an engine that protect it.  In a section without effect they are no key of Mochi's."""
+"""Keys that protect an engine.  In a section without effect they are errors."""
 
 
 def misplaced(config: Mapping[str, object]) -> str | None:
-    """The path of a key that protects an engine and is in one of Mochi's sections of *config*,
-    where it has no effect; None if there is none."""
+    """Return the path of a key that protects an engine but is in a section of *config* without
+    effect; None if there is none."""
     for name in sorted(MARGO & config.keys()):
         section = config[name]
         if isinstance(section, dict) and (found := PROTECTING & section.keys()):
@@ -36,9 +36,9 @@ def misplaced(config: Mapping[str, object]) -> str | None:
 
 
 def unknown(key: object, known: Collection[str]) -> str:
-    """What is said of a *key* that is none of the *known* ones."""
+    """Return the error message for a *key* that is not in *known*."""
     word = str(key).lower().replace("-", "_")
-    meant = [other for other in sorted(known) if other != "insecure"]  # never by accident
+    meant = [other for other in sorted(known) if other != "insecure"]  # never suggested
     close = difflib.get_close_matches(word, meant, 1) or [
         other for other in meant if len(word) > 2 and other.startswith(word)
     ]

@@ -1,7 +1,7 @@
-"""How many descriptors this process may have, and how errors tell that there are no more.
+"""The limit on open file descriptors, and errors when it is reached.
 
-A process that serves, a provider or a mount, raises its limit as far as it may.  A program that
-uses the library keeps its own: it may count on ``select(2)``, which knows 1024 only.
+A serving process, provider or mount, raises its soft limit to the hard limit.  A program that uses
+the library keeps its own: it may use ``select(2)``, which is restricted to 1024.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import errno
 import resource
 
 _MOST = 1 << 20
-"""More are of no use here, and some programs close as many as they may have when they start."""
+"""More are not needed, and some programs close all possible descriptors when they start."""
 
 
 def limit() -> int:
-    """How many descriptors this process may have now."""
+    """Return the current limit on descriptors of this process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if soft == resource.RLIM_INFINITY else soft
 
 
 def raise_limit() -> None:
-    """Let this process have as many as the system lets it."""
+    """Raise the soft limit to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -30,5 +30,5 @@ def raise_limit() -> None:
 
 
 def are_short(error: OSError) -> bool:
-    """Whether *error* says that this process, or the system, has no descriptor left."""
+    """Whether *error* means that this process, or the system, has no descriptor left."""
     return error.errno in (errno.EMFILE, errno.ENFILE)

@@ -12,11 +12,11 @@ from warabi.errors import InvalidBuffer, OutOfBounds, ProtocolError
 
 Extent = tuple[int, int]
 EXTENTS = 16384
-"""Most extents in one message; more go in several."""
+"""Most extents in one message; longer lists are split."""
 
 
 def checked_extents(extents: Any, what: str) -> list[Extent]:
-    """*extents* as a list of pairs; they may overlap, and come in any order.
+    """Check extents, which may overlap and be in any order; returns them as a list of pairs.
 
     Raises:
         OutOfBounds: not pairs of sizes, or an end beyond 2**63 - 1.
@@ -29,7 +29,7 @@ def checked_extents(extents: Any, what: str) -> list[Extent]:
         starts, sizes = zip(*pairs, strict=True)
         whole = {*map(type, starts), *map(type, sizes)} == {int}
         if whole and min(*starts, *sizes) >= 0 and max(map(add, starts, sizes)) <= MAX_SIZE:
-            return pairs  # most are fine, and to see so costs less than to check each
+            return pairs  # common case: one check for all instead of one for each
     checked = [
         (checked_size(offset, f"{what}: offset"), checked_size(size, f"{what}: size"))
         for offset, size in pairs
@@ -40,12 +40,12 @@ def checked_extents(extents: Any, what: str) -> list[Extent]:
 
 
 def total(extents: Iterable[Extent]) -> int:
-    """Bytes in all extents together."""
+    """Return the total bytes of all extents."""
     return sum(size for _, size in extents)
 
 
 def check_total(extents: list[Extent], have: int, what: str) -> None:
-    """Refuse a buffer of *have* bytes that is not as large as the extents together.
+    """Check that a buffer of *have* bytes is exactly as large as the extents together.
 
     Raises:
         InvalidBuffer: it is larger or smaller.
@@ -56,17 +56,17 @@ def check_total(extents: list[Extent], have: int, what: str) -> None:
 
 
 def pack(extents: list[Extent]) -> bytes:
-    """The form in which extents cross the wire: little-endian u64 pairs."""
+    """Encode extents for a message: little-endian u64 pairs."""
     flat = [number for extent in extents for number in extent]
     return struct.pack(f"<{len(flat)}Q", *flat)
 
 
 def unpack(packed: bytes, what: str) -> list[Extent]:
-    """The reverse of :func:`pack`.
+    """Decode the result of :func:`pack`.
 
     Raises:
         ProtocolError: not pairs of numbers.
-        OutOfBounds: numbers that are no sizes.
+        OutOfBounds: the numbers are not valid extents.
     """
     if len(packed) % 16:
         raise ProtocolError(f"{what}: {len(packed)} bytes are no extents")
@@ -76,8 +76,8 @@ def unpack(packed: bytes, what: str) -> list[Extent]:
 
 
 def groups(extents: list[Extent], size: int, count: int) -> Iterator[list[Extent]]:
-    """The same extents in the same order, cut where needed, in groups of at most *count* extents
-    and *size* bytes."""
+    """Yield the extents in order, split where needed, in groups of at most *count* extents and
+    *size* bytes."""
     group: list[Extent] = []
     room = size
     for offset, left in extents:
@@ -95,7 +95,7 @@ def groups(extents: list[Extent], size: int, count: int) -> Iterator[list[Extent
 
 
 def views(extents: list[Extent], buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Offset and piece of *buffer* for each extent that is not empty."""
+    """Yield the offset and the part of *buffer* for each extent that is not empty."""
     start = 0
     for offset, size in extents:
         if size:

@@ -1,4 +1,4 @@
-"""Reading and writing at an offset, all of it, and copying."""
+"""Complete reads and writes at an offset, and copying."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import os
 from warabi._core import syscalls
 
 _NOT_COPIED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
-"""Errors of file systems where the kernel does not copy from file to file."""
+"""Errors of copy_file_range(2) on file systems that do not support it."""
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
-"""Requests of ioctl_iflags(2), as most machines have them; elsewhere they are unknown."""
+"""ioctl_iflags(2) requests on most architectures; on others the kernel rejects them."""
 _TOP_DIRECTORY = 0x20000  # FS_TOPDIR_FL
 
 
 def pread_full(fd: int, out: memoryview, offset: int, flags: int = 0) -> int:
-    """Fill *out* from *offset* of *fd*; returns how many bytes, fewer only at the file's end."""
+    """Read at *offset* of *fd* until *out* is full; returns the count, smaller only at end of
+    file."""
     done = 0
     while done < len(out):
         count = os.preadv(fd, [out[done:] if done else out], offset + done, flags)
@@ -36,14 +37,14 @@ def pwrite_full(fd: int, data: memoryview, offset: int) -> None:
 
 
 def copy_file(source: int, target: int, size: int) -> None:
-    """Copy *size* bytes from file to file, but for holes; blocks are shared where the file system
-    can share them."""
+    """Copy *size* bytes from file to file, preserving holes; blocks are shared if the file system
+    supports it."""
     offset = 0
     while offset < size:
         try:
             offset = os.lseek(source, offset, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
+            if error.errno == errno.ENXIO:  # only a hole follows
                 return
             raise
         end = min(size, os.lseek(source, offset, os.SEEK_HOLE))
@@ -57,12 +58,12 @@ def copy_file(source: int, target: int, size: int) -> None:
                 pwrite_full(target, memoryview(piece), offset)
                 count = len(piece)
             if not count:
-                raise OSError(errno.EIO, "the file became shorter")
+                raise OSError(errno.EIO, "the file was truncated while it was read")
             offset += count
 
 
 def punch(fd: int, offset: int, size: int) -> None:
-    """Make *size* bytes at *offset* of *fd* zero, and take no room where that can be."""
+    """Zero *size* bytes at *offset* of *fd*, and free their blocks where possible."""
     try:
         syscalls.punch_hole(fd, offset, size)
     except OSError as error:
@@ -72,11 +73,11 @@ def punch(fd: int, offset: int, size: int) -> None:
 
 
 def set_apart(fd: int) -> None:
-    """Tell the file system that the directories in this one have nothing to do with each other.
+    """Set the top-directory attribute: the subdirectories of this directory are unrelated.
 
-    ext2 to ext4 put them, and so the files in them, into block groups of their own then.  Else all
-    are in one or two, where without a journal the kernel looks at every inode that was deleted in
-    the last minutes before it makes a file.  Others do not know the attribute.
+    ext2 to ext4 then spread the subdirectories, and so their files, over block groups.  Otherwise
+    all are in one or two groups, where the kernel, without a journal, examines every recently
+    deleted inode before it creates a file.  Other file systems ignore the attribute.
     """
     with contextlib.suppress(OSError):
         flags = array.array("i", [0])

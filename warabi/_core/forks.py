@@ -1,20 +1,20 @@
-"""What becomes of engines, targets and connections in a child that os.fork(2) makes.
+"""State of engines, targets and connections in a child process after fork(2).
 
 The child has a copy of the memory, and shares open file descriptions with its parent: sockets,
 locks (flock(2)), memory, SQLite's files.  Of the threads it has only the one that forked, so a lock
-that another one held is never released there.  Rules:
+that another thread held is never released there.  Rules:
 
 * Everything that owns a lock, a descriptor or a target registers here (:func:`register`).  In the
   child its ``_forked`` is called before any other code runs.
-* ``_forked`` takes no lock, waits for nothing and sends nothing.  It replaces locks by new ones,
-  gives up what is the parent's, and leaves the object so that each later call either works by
-  means of the child's own (a new connection) or raises at once.
-* Descriptors of the parent's are replaced by ones of ``/dev/null`` (:func:`disconnect`): the number
-  stays in use, so whatever closes it later closes nothing else, and the parent's file, lock,
-  socket or memory is not kept by the child.
+* ``_forked`` takes no lock, does not block and sends nothing.  It replaces locks by new ones,
+  releases what belongs to the parent, and leaves the object so that each later call either works
+  with the child's own resources (a new connection) or raises at once.
+* Descriptors of the parent are replaced by ones of ``/dev/null`` (:func:`disconnect`): the number
+  stays in use, so closing it later closes nothing else, and the child does not keep the parent's
+  file, lock, socket or memory open.
 
-Children that end up in execve(2), as those of ``subprocess`` do, do not come here: all descriptors
-are closed on exec.
+Children that call execve(2), such as those of ``subprocess``, are not affected: all descriptors
+are close-on-exec.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 class Forked(Protocol):
     def _forked(self) -> None:
-        """Called in a forked child, see the module."""
+        """Called in a forked child; see the module's documentation."""
 
 
 _registered: weakref.WeakSet[Forked] = weakref.WeakSet()
@@ -40,8 +40,8 @@ _registered_last: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 
 def register(thing: Forked, *, last: bool = False) -> None:
-    """Have ``thing._forked()`` called in every forked child, for as long as *thing* lives; with
-    *last* after those of all others."""
+    """Have ``thing._forked()`` called in every forked child, as long as *thing* lives; with *last*
+    after those without."""
     (_registered_last if last else _registered).add(thing)
 
 
@@ -53,7 +53,7 @@ def disconnect(descriptors: Iterable[int]) -> None:
             if null < 0:
                 try:
                     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-                except OSError:  # no descriptor is left: the first that is given up makes room
+                except OSError:  # out of descriptors: closing the first frees one
                     os.close(fd)
                     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
                     if null == fd:
@@ -66,10 +66,10 @@ def disconnect(descriptors: Iterable[int]) -> None:
 
 
 def descriptors(wanted: Callable[[str], bool]) -> list[int]:
-    """The descriptors of this process whose files' names are *wanted*."""
+    """Return the descriptors of this process whose file names satisfy *wanted*."""
     found = []
     for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the listing's own
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
             name = os.readlink(f"/proc/self/fd/{number}").removesuffix(" (deleted)")
             if wanted(name):
                 found.append(int(number))
@@ -77,7 +77,7 @@ def descriptors(wanted: Callable[[str], bool]) -> list[int]:
 
 
 def keep_for_ever(thing: Any) -> None:
-    """Have *thing* never be deallocated, not even when the interpreter ends."""
+    """Never deallocate *thing*, not even when the interpreter exits."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
@@ -87,10 +87,10 @@ def _in_child() -> None:
         return
     for thing in things:
         try:
-            thing._forked()
-        except Exception:  # the others must be reached all the same
-            log.exception("a forked child could not give up %r", type(thing).__name__)
-    # Memory that is shared: with the parent, or with a provider that the parent is a client of.
+            thing._forked()  # noqa: SLF001  # not for users of the object
+        except Exception:  # continue with the others
+            log.exception("a forked child could not close its %s", type(thing).__name__)
+    # Memory shared with the parent, or with a provider of which the parent is a client.
     with contextlib.suppress(OSError):
         disconnect(descriptors(lambda name: name.startswith("/memfd:warabi-")))
 

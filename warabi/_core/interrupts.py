@@ -1,25 +1,26 @@
-"""Ctrl-C arrives between two steps of a call, never within one that must not be cut short.
+"""Deferring Ctrl-C (SIGINT) while the state of an object is changed in several steps.
 
 Python runs a signal's handler in the main thread, between any two instructions.  That of SIGINT
 raises ``KeyboardInterrupt`` there: between taking a lock and the block that releases it, or between
-two changes that belong together.  So three kinds of code are written with care:
+two changes that belong together.  So three kinds of code follow rules:
 
 * Locks are taken by ``with lock``, where *lock* is a ``threading.Lock`` itself: no handler runs
-  between its acquisition, in C, and the block.  Where it is only tried, the acquisition is a step
-  of an assignment, ``(held,) = map(lock.acquire, (False,))``, within the block that releases it: no
+  between its acquisition, in C, and the block.  A non-blocking acquisition is part of an
+  assignment, ``(held,) = map(lock.acquire, (False,))``, within the block that releases it: no
   handler runs in the middle of that, either.
-* What changes a target's or a connection's state in several steps runs under
-  :func:`uninterrupted`: meanwhile SIGINT has a handler that takes note, and its own handler is
-  called at the end.  Where such code waits, it calls :func:`check` now and then, at a point where
-  it may be given up.
-* What only waits is not protected, and gives up what it waited for when an exception passes.
+* Code that changes a target's or a connection's state in several steps runs under
+  :func:`uninterrupted`: during that time SIGINT has a handler that only records it, and the
+  original handler is called at the end.  If such code waits, it calls :func:`check` periodically,
+  at a point where it may be abandoned.
+* Code that only waits is not protected, and cleans up when an exception passes.
 
-Other signals' handlers should not raise.  Other threads are never interrupted.
+Handlers of other signals should not raise.  Threads other than the main thread are never
+interrupted.
 """
 
 from __future__ import annotations
 
-# Not signal.signal, whose conversions to enums take ten times as long as the rest.
+# Not signal.signal, whose enum conversions take ten times as long as the call.
 import _signal  # type: ignore[import-not-found]
 import contextlib
 import os
@@ -34,25 +35,28 @@ from warabi import errors
 _T = TypeVar("_T")
 
 LOOK_AROUND = 0.1
-"""Seconds after which code that waits under :func:`uninterrupted` should :func:`check`."""
+"""Seconds after which code that waits under :func:`uninterrupted` should call :func:`check`."""
 
 
 class _Held:
-    """What came while SIGINT had :meth:`note` as its handler; for the main thread."""
+    """The state of the deferral: whether SIGINT arrived, and its original handler."""
 
     def __init__(self) -> None:
         self.thread = threading.main_thread().ident
         self.came = False
-        self.handler: Any = None  # the program's
-        self.note = self._note  # one object, to be recognized
+        self.handler: Any = None  # the program's handler
+        self.note = self._note  # one object, so that it can be compared
 
     def _note(self, number: int, frame: object) -> None:
         self.came = True
 
     def forked(self) -> None:
-        held, self.thread = self.thread, threading.get_ident()  # the main thread now, the only one
+        held, self.thread = (
+            self.thread,
+            threading.get_ident(),
+        )  # now the main thread
         if self.thread != held and _signal.getsignal(SIGINT) is self.note:
-            # The thread that would have put the handler back is not here.
+            # The thread that would restore the handler does not exist here.
             _signal.signal(SIGINT, self.handler)
 
 
@@ -61,9 +65,9 @@ os.register_at_fork(after_in_child=_held.forked)
 
 
 def uninterrupted(call: Callable[..., _T], *arguments: Any) -> _T:
-    """``call(*arguments)``, during which Ctrl-C raises nothing; it does so at the end.
+    """Call ``call(*arguments)``, deferring Ctrl-C until it returns.
 
-    Costs two system calls in the main thread, and nothing in others.
+    Costs two system calls in the main thread, and nothing in other threads.
     """
     if threading.get_ident() != _held.thread:
         return call(*arguments)
@@ -71,9 +75,9 @@ def uninterrupted(call: Callable[..., _T], *arguments: Any) -> _T:
     if not callable(handler) or handler is _held.note:
         return call(*arguments)
     _held.came = False
-    _held.handler = handler  # first: another thread may fork from the next step on
+    _held.handler = handler  # before signal(): another thread may fork at any time
     _signal.signal(SIGINT, _held.note)
-    # From here on nothing is raised by a signal.
+    # From here on no signal handler raises.
     try:
         return call(*arguments)
     finally:
@@ -83,10 +87,10 @@ def uninterrupted(call: Callable[..., _T], *arguments: Any) -> _T:
 
 
 def check() -> None:
-    """Under :func:`uninterrupted`: have the signal that came meanwhile be handled now.
+    """Under :func:`uninterrupted`: handle a deferred signal now.
 
     Raises:
-        KeyboardInterrupt: or what else the program's handler of SIGINT raises.
+        KeyboardInterrupt: or whatever the program's handler of SIGINT raises.
     """
     if (
         _held.came
@@ -98,18 +102,17 @@ def check() -> None:
 
 
 def waits_held() -> bool:
-    """Whether the caller runs under :func:`uninterrupted`, and should not wait for long at once."""
+    """Whether the caller runs under :func:`uninterrupted`, and should not wait long at once."""
     return threading.get_ident() == _held.thread and _signal.getsignal(SIGINT) is _held.note
 
 
 def creating(create: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
-    """What *create* returns; when Ctrl-C keeps the caller from getting it, *undo* is called with
-    it."""
+    """Return the result of *create*; if Ctrl-C prevents that, call *undo* with the result."""
     made: list[_T] = []
 
     def give_up() -> None:
         while made:
-            with contextlib.suppress(errors.Exception):  # it is gone, or out of reach
+            with contextlib.suppress(errors.Exception):  # already removed, or not reachable
                 undo(made.pop())
 
     def make() -> None:
@@ -117,12 +120,12 @@ def creating(create: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
         try:
             check()
         except BaseException:
-            give_up()  # here, so that a second Ctrl-C finds it done
+            give_up()  # here, so that a second Ctrl-C does not interrupt it
             raise
 
     try:
         uninterrupted(make)
-        return made[0]  # no handler runs between here and the caller's next step
+        return made[0]  # no handler runs before the caller's next instruction
     except BaseException:
         if made:
             uninterrupted(give_up)
@@ -130,8 +133,8 @@ def creating(create: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
 
 
 class Wakeup:
-    """Wakes one waiting thread; as ``threading.Event``, but clears itself, and a wait that a
-    signal's handler interrupts leaves it usable."""
+    """Wakes one waiting thread; like ``threading.Event``, but clears itself, and stays usable if a
+    signal handler interrupts a wait."""
 
     __slots__ = ("_lock",)
 
@@ -140,10 +143,10 @@ class Wakeup:
         self._lock.acquire()
 
     def set(self) -> None:
-        """Have one call of :meth:`wait` return, the present or the next one."""
-        with contextlib.suppress(RuntimeError):  # it is set already
+        """Make one call of :meth:`wait` return, the current or the next one."""
+        with contextlib.suppress(RuntimeError):  # already set
             self._lock.release()
 
     def wait(self, timeout: float = -1) -> bool:
-        """Return at once when it is set, and clear it; False after *timeout* seconds without."""
+        """Wait until it is set, and clear it; returns False after *timeout* seconds."""
         return self._lock.acquire(timeout=timeout)

@@ -1,7 +1,7 @@
-"""Limits how often a log message is written, so that a peer cannot fill the log.
+"""A rate limit for log messages, so that a peer cannot fill the log.
 
-``logger.addFilter(RateLimit())`` limits every message of a logger, each by its format: some at
-once, and then one in a while.  The next one that is written says how many were left out.
+``logger.addFilter(RateLimit())`` limits the messages of a logger per format string: a burst, and
+then one per interval.  The next message that is logged tells how many were omitted.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import threading
 import time
 
 BURST = 20
-"""Messages of one format that are written at once."""
+"""Messages of one format that are logged without delay."""
 INTERVAL = 5.0
-"""Seconds after which one more is."""
+"""Seconds after which one more message is logged."""
 
 
 class _Bucket:
-    """What is left of one format's messages."""
+    """The token bucket of one format."""
 
     __slots__ = ("left", "omitted", "since")
 
@@ -32,7 +32,7 @@ class RateLimit(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._buckets: dict[str, _Bucket] = {}  # by format, of which code has only so many
+        self._buckets: dict[str, _Bucket] = {}  # by format string, a small set
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -49,5 +49,5 @@ class RateLimit(logging.Filter):
             bucket.left -= 1
             omitted, bucket.omitted = bucket.omitted, 0
         if omitted:
-            record.msg = f"{record.msg} ({omitted} more like this were left out)"
+            record.msg = f"{record.msg} ({omitted} similar messages omitted)"
         return True

@@ -1,14 +1,15 @@
-"""Writing output files, for every command that takes the name of one.
+"""Writing output files, for all commands that take the name of one.
 
-A regular file appears, or is replaced, when it is complete: the bytes go to a temporary file in the
-same directory, which is synced and renamed.  When anything fails, or the command is interrupted,
-the old file is as it was and the temporary file is gone.  Whatever else is at the path, a device,
-a FIFO, a terminal or a descriptor of the process such as ``/dev/stdout``, is written to as a stream
-and stays what it is.  Symbolic links are followed.
+A regular file appears, or is replaced, only when it is complete: the data go to a temporary file in
+the same directory, which is synced and renamed.  If anything fails, or the command is interrupted,
+the old file is unchanged and the temporary file is removed.  Anything else at the path, a device,
+a FIFO, a terminal or a descriptor of the process such as ``/dev/stdout``, is written to as a
+stream.
+Symbolic links are followed.
 
-In a directory where every user may make files, such as ``/tmp``, what another user made is neither
-followed, replaced nor written to.  It is what ``fs.protected_symlinks`` and its like do, but the
-kernel cannot see what is resolved here.
+In a world-writable sticky directory, such as ``/tmp``, a file of another user is neither followed,
+replaced nor written to.  This is what ``fs.protected_symlinks`` and related settings do, but
+the kernel cannot apply them to paths that are resolved here.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from warabi import errors
 from warabi.errors import ConfigError, PermissionDenied
 
 PRIVATE = 0o600
-"""Mode of new files that only their owner may read, whatever the umask."""
-_PUBLIC = 0o666  # less the umask
+"""Mode of new files that only their owner may access, regardless of the umask."""
+_PUBLIC = 0o666  # reduced by the umask
 _BUFFER = 256 * 1024
 _DATABASES = (b"SQLite format 3\0", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
-"""How an SQLite database begins, and its log of either byte order."""
-_MOST_LINKS = 40  # as many as the kernel follows
+"""First bytes of an SQLite database, and of its write-ahead log in either byte order."""
+_MOST_LINKS = 40  # the kernel's limit
 _KEPT_XATTRS = ("system.posix_acl_access", "security.selinux")
 _DESCRIPTOR = re.compile(r"/proc/(?:self|thread-self|[0-9]+)(?:/task/[0-9]+)?/fd/([0-9]+)")
 
 
 class Output:
-    """What :func:`output` gives out: takes bytes until its block ends.
+    """The object that :func:`output` yields: buffers and writes data.
 
     Attributes:
         path: the regular file that is written, symbolic links followed; None for a stream.
@@ -53,11 +54,11 @@ class Output:
         self.path = path
 
     def write(self, data: bytes | memoryview) -> None:
-        """Take all of *data*, which is written at once if it is much.
+        """Write all of *data*; small data are buffered.
 
         Raises:
-            BrokenPipeError: it is a pipe that is not read any more.
-            StorageFull, StorageError: the medium.
+            BrokenPipeError: the reader of the pipe has closed it.
+            StorageFull, StorageError: writing failed.
         """
         if len(self._buffer) + len(data) <= _BUFFER:
             self._buffer += data
@@ -66,7 +67,7 @@ class Output:
         self._write(memoryview(data))
 
     def flush(self) -> None:
-        """Write what was taken and is not written yet; raises as :meth:`write`."""
+        """Write the buffered data; raises as :meth:`write`."""
         kept, self._buffer = self._buffer, bytearray()
         self._write(memoryview(kept))
 
@@ -75,7 +76,7 @@ class Output:
             while data:
                 try:
                     data = data[os.write(self._fd, data) :]
-                except BlockingIOError:  # a pipe that its other users made so
+                except BlockingIOError:  # another process made the pipe non-blocking
                     waiting = select.poll()
                     waiting.register(self._fd, select.POLLOUT)
                     waiting.poll()
@@ -83,20 +84,20 @@ class Output:
 
 @contextmanager
 def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Output]:
-    """Write to *path*, or for ``-`` to standard output, in the block.
+    """Write to *path*, or to standard output for ``-``, in the block.
 
     Args:
-        path: where to.
-        mode: permissions of a new file; without it those that the umask leaves.  A file that is
-            replaced keeps its permissions, extended attributes and, where this process may set
-            them, owner and group.
+        path: the file.
+        mode: permissions of a new file; the default depends on the umask.  A file that is replaced
+            keeps its permissions, extended attributes and, where this process may set them, owner
+            and group.
 
     Raises:
-        ConfigError: a directory, or in none that exists; or a database, such as a target's
-            catalogue, which no command is to replace.
-        PermissionDenied: the file may not be written, or no file be made in its directory; or
-            another user made what is there, in a directory for everybody.
-        StorageFull, StorageError: the medium.
+        ConfigError: a directory, or its parent does not exist; or a database, such as a target's
+            catalogue, which no command may replace.
+        PermissionDenied: the file may not be written, or no file be created in its directory; or
+            it belongs to another user, in a world-writable directory.
+        StorageFull, StorageError: writing failed.
     """
     text = os.fspath(path)
     if text == "-":
@@ -130,7 +131,8 @@ def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Ou
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, mode: int | None = None) -> Path | None:
-    """Make *data* all that is at *path*; returns and raises as :func:`output` gives and does."""
+    """Replace the contents of *path* by *data*; returns :attr:`Output.path`, raises as
+    :func:`output`."""
     with output(path, mode) as out:
         out.write(data)
     return out.path
@@ -155,8 +157,8 @@ def _translated(name: str) -> Iterator[None]:
 
 
 def _resolved(path: str, name: str) -> str:
-    """*path* with its last component's symbolic links followed, but for those of /proc, which
-    lead to what is open, wherever its name is now."""
+    """Follow symbolic links of *path*'s last component, except those of /proc, which refer to open
+    files whatever their names are now."""
     for _ in range(_MOST_LINKS):
         parent, last = os.path.split(path)
         path = os.path.join(os.path.realpath(parent), last)
@@ -168,7 +170,7 @@ def _resolved(path: str, name: str) -> str:
 
 
 def _refuse_planted(path: str, name: str) -> None:
-    """Refuse what another user may have put at *path* for this one to find."""
+    """Raise if another user may have created *path* to have it written by this one."""
     try:
         found, above = os.lstat(path), os.stat(os.path.dirname(path))
     except FileNotFoundError:
@@ -176,15 +178,15 @@ def _refuse_planted(path: str, name: str) -> None:
     shared = above.st_mode & stat.S_ISVTX and above.st_mode & stat.S_IWOTH
     if shared and found.st_uid not in (os.geteuid(), above.st_uid):
         raise PermissionDenied(
-            f"{name}: {path} is another user's, in a directory where every user may make files"
+            f"{name}: {path} belongs to another user, in a world-writable directory"
         )
 
 
 def _stream(path: str) -> int | None:
-    """A descriptor of what is at *path*, if that exists and is no regular file."""
+    """Open *path* if it exists and is not a regular file; returns a descriptor or None."""
     found = _DESCRIPTOR.fullmatch(path)
     if found and path.startswith(f"/proc/{os.getpid()}/"):
-        # Another description of a file that a shell opened would begin at its start.
+        # Opening it again would write at the start of a file that the shell opened.
         return os.dup(int(found[1]))
     try:
         kind = os.stat(path).st_mode
@@ -197,17 +199,17 @@ def _stream(path: str) -> int | None:
 
 @contextmanager
 def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
-    """A descriptor of a temporary file that becomes *path* when the block ends well."""
+    """Yield a descriptor of a temporary file, which replaces *path* if the block succeeds."""
     with _translated(name):
         try:
             old = os.stat(path)
         except FileNotFoundError:
             old = None
         if old is not None and not os.access(path, os.W_OK, effective_ids=True):
-            raise PermissionDenied(f"{name}: may not be written by this user")
+            raise PermissionDenied(f"{name}: this user has no write permission")
         if old is not None and _is_database(path):
             raise ConfigError(
-                f"{name}: is a target, or another database, which is not replaced; remove it first"
+                f"{name}: is a target or another database, and is not overwritten; remove it first"
                 " if it is not needed any more"
             )
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -220,7 +222,7 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
                 fd = os.open(part, flags, PRIVATE if kept else _PUBLIC)
             except PermissionError:
                 raise PermissionDenied(
-                    f"{name}: this user may not make files in {path.parent}"
+                    f"{name}: this user cannot create files in {path.parent}"
                 ) from None
         yield fd
         with _translated(name):
@@ -242,13 +244,13 @@ def _is_database(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(16).startswith(_DATABASES)
-    except PermissionError:  # it may be written and not read
+    except PermissionError:  # it may be writable but not readable
         return False
 
 
 def _take_over(fd: int, path: Path, old: os.stat_result) -> None:
-    """Give the file *fd* owner, permissions and attributes of the one that it is to replace."""
-    mode = stat.S_IMODE(old.st_mode) & 0o777  # set-ID bits were for the old content
+    """Copy owner, permissions and attributes from the file that *fd* will replace."""
+    mode = stat.S_IMODE(old.st_mode) & 0o777  # set-ID bits applied to the old content
     new = os.fstat(fd)
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
         try:
@@ -257,7 +259,7 @@ def _take_over(fd: int, path: Path, old: os.stat_result) -> None:
             try:
                 os.fchown(fd, -1, old.st_gid)
             except PermissionError:
-                mode &= 0o707  # they were another group's
+                mode &= 0o707  # the group bits applied to another group
     with contextlib.suppress(OSError):
         for name in os.listxattr(path):
             if name.startswith("user.") or name in _KEPT_XATTRS:
@@ -270,12 +272,12 @@ def _sync(fd: int) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # not supported
             raise
 
 
 def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # it may be written and not read
+    with contextlib.suppress(PermissionError):  # it may be writable but not readable
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _sync(fd)

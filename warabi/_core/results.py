@@ -1,4 +1,4 @@
-"""What operations answer, as both sides of the wire know it."""
+"""Result types of operations, for both sides of the wire."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from warabi._core.attributes import Attributes
 
 
 class RegionStat(NamedTuple):
-    """What ``stat`` tells of a region: bytes, times in ns since the epoch, and paths."""
+    """Size in bytes, times in ns since the epoch, and paths of a region."""
 
     size: int
     atime_ns: int
@@ -18,8 +18,8 @@ class RegionStat(NamedTuple):
 
 
 class OpenedInode(NamedTuple):
-    """What an inode is like that was pinned, and the version of its bytes: the same number the next
-    time if nobody has changed them but who asks, over the same connection; 0 if nobody else ever
+    """Attributes of an inode that was pinned, and the version of its data.  The version stays the
+    same as long as only the requesting connection changes them; it is 0 if no other connection ever
     has."""
 
     attributes: Attributes
@@ -27,8 +27,8 @@ class OpenedInode(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What is known of some blocks of a region: how many are as they were persisted, how many
-    have no sum to compare with or were written since, and the numbers of those that differ."""
+    """Result of verifying blocks of a region: number of blocks that match their checksums, number
+    without a checksum or written since, and the numbers of blocks that do not match."""
 
     verified: int
     unverified: int

@@ -1,7 +1,7 @@
-"""Where the bytes of regions live: each backend is a module with one record.
+"""Storage backends, which store the data of regions: each is a module with one record.
 
-:mod:`warabi.backends.registry` has the table.  It is not imported here: whoever opens no target
-needs neither storages nor the checks of their settings.
+:mod:`warabi.backends.registry` has the table.  It is not imported here, since a process that opens
+no target needs neither storages nor the validation of their settings.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ __all__ = ["Backend", "Plan", "Storage", "register"]
 
 
 def register(backend: Backend) -> None:
-    """Make a backend known to this process: its name is then a ``type`` of targets.
+    """Register a backend in this process: its name is then a ``type`` of targets.
 
-    A package that is installed announces its backend instead, by an entry point of the group
-    ``warabi.backends``; then mounts and the ``warabi`` command know it, too.
+    An installed package declares its backend by an entry point of the group ``warabi.backends``
+    instead; then mounts and the ``warabi`` command know it, too.
 
     Raises:
-        ConfigError: one of its names is taken or is no name, or the record contradicts itself.
+        ConfigError: a name is in use or not valid, or the record is inconsistent.
     """
     from warabi.backends import registry
 

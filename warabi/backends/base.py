@@ -1,4 +1,4 @@
-"""The one interface that every storage implements."""
+"""The interface that every storage implements."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 THIS_PROCESS: Final = 0
 STRANGERS: Final = -1
 KERNEL: Final = -2
-"""Holders of places, which otherwise are guests, by their numbers: this process itself, processes
-whose end is not reported, and the kernel, which moves bytes of a region that is exposed to a mount
-and needs a file that ends where the region does."""
+"""Holders of shared memory or files other than guests, which are identified by numbers: this
+process itself, processes whose end is not reported, and the kernel, which accesses the data of a
+region that is exposed to a mount and needs a file that ends where the region does."""
 
 
 class Location(NamedTuple):
-    """Where a region's bytes are, for another process that may touch them itself.
+    """Where a region's data are, for another process with direct access.
 
     Attributes:
         fd: a descriptor; the caller closes it.
         offset: of the region's first byte in it.
-        room: bytes from there on that belong to the region, also when it grows; None when the
-            descriptor is the region's alone, which grows with it.
-        segment: a number that names a descriptor shared by several regions; 0 for the region's own,
-            and negative for one that is given each time, to be read and written by system calls.
-        mapped: whether to map it; otherwise it is read and written by system calls.  Guests that do
-            not know negative numbers map that, too.
-        waits: whether writing waits for the medium.
+        room: bytes from there on that belong to the region, also when it grows; None if the
+            descriptor belongs to the region alone, and grows with it.
+        segment: a number that identifies a descriptor shared by several regions; 0 for the region's
+            own, and negative for one that is sent each time, to be used by system calls.
+        mapped: whether to map it; otherwise it is used by system calls.  Guests that do not know
+            negative numbers map those, too.
+        waits: whether writing waits for stable storage.
     """
 
     fd: int
@@ -50,19 +50,19 @@ class Location(NamedTuple):
 
 
 class Fresh(ABC):
-    """The bytes of a region that is about to be made."""
+    """The data of a region that is about to be created."""
 
     @abstractmethod
     def become(self, rid: RegionID) -> None:
-        """As :meth:`Storage.create`, of these bytes."""
+        """Create region *rid* with these data, as :meth:`Storage.create`."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Give them back, unless they became a region's."""
+        """Free the memory, unless it became a region."""
 
 
 class StorageOwner(Protocol):
-    """What a storage asks of the target that it belongs to."""
+    """The methods of the target that its storage calls."""
 
     @property
     def _storage_guard(self) -> Guard:
@@ -70,13 +70,13 @@ class StorageOwner(Protocol):
 
 
 class Flush(NamedTuple):
-    """What is to be put on the medium: a file, or only its *data* as by fdatasync(2)."""
+    """A pending flush of a file; *data*: only its data, as fdatasync(2)."""
 
     fd: int
     data: bool
 
     def wait(self) -> None:
-        """Return when it is there."""
+        """Flush the file to stable storage."""
         if self.data:
             os.fdatasync(self.fd)
         else:
@@ -84,57 +84,59 @@ class Flush(NamedTuple):
 
 
 class Storage(ABC):
-    """Bytes of regions, by ID.  Synchronous and thread-safe, without policy.
+    """Stores the data of regions, by ID.  Synchronous and thread-safe, without policy.
 
-    The caller (:class:`warabi.target.target.Target`) has checked every ID and every extent, lets
-    reads and writes of a region run side by side, and never runs ``resize``, ``erase``
-    or ``write_beyond`` beside anything else on that region.
+    The caller (:class:`warabi.target.target.Target`) has checked every ID and every extent, runs
+    reads and writes of a region concurrently, but never ``resize``, ``erase`` or ``write_beyond``
+    concurrently with any other call for that region.
 
-    Fresh bytes, of a new region or of one that grew, read as zero.
+    New bytes, of a new region or of one that grew, read as zero.
 
-    Failures of the medium are raised as ``StorageError``, no room as ``StorageFull``, bytes that
-    should exist and do not as ``CorruptTarget``.
+    I/O errors are raised as ``StorageError``, lack of space as ``StorageFull``, missing data as
+    ``CorruptTarget``.
     """
 
     instead: Mapping[str, Any] = MappingProxyType({})
-    """Settings that it has instead of those that it was opened with."""
+    """Settings in effect that differ from those with which it was opened."""
 
     blocking: ClassVar[bool]
-    """Whether a call may wait for a medium slower than memory, so that an event loop must not."""
+    """Whether calls may wait for a device slower than memory, so that an event loop must not
+    call."""
 
     write_waits: bool = False
-    """Whether ``write`` itself waits for the medium, and not only ``persist``."""
+    """Whether ``write`` itself waits for stable storage, and not only ``persist``."""
 
     shares_writes: bool = True
-    """Whether another process may write to the place that ``share`` gives."""
+    """Whether another process may write to the location that ``share`` returns."""
 
     @abstractmethod
     def create(self, rid: RegionID, size: int) -> None:
-        """Make a region of *size* zero bytes."""
+        """Create a region of *size* zero bytes."""
 
     def packs(self, size: int) -> bool:
-        """Whether a new region of *size* bytes, that nobody knows yet, shall share a file."""
+        """Whether to create a region of *size* bytes, not yet visible to clients, in a pack."""
         return False
 
     def written(self, data: memoryview) -> Fresh | None:
-        """*data* as the bytes of a new region, where that is quicker than to make one and to
-        write; None where it is not."""
+        """Return *data* as the contents of a new region, if that is faster than creating a region
+        and writing; otherwise None."""
         return None
 
     def cleared(self, size: int, holder: int) -> Fresh | None:
-        """*size* zero bytes of a new region, where *holder*, who is to be given their place, fills
-        them more quickly than those of another one; None where that is not so."""
+        """Return *size* zero bytes for a new region in memory that *holder*, which will access it
+        directly, can fill faster than other memory; None if there is none."""
         return None
 
-    def retire(self, inode: Inode) -> None:  # noqa: B027  # most need no row to find bytes by
-        """The catalogue is about to forget a region whose bytes stay until :meth:`erase`."""
+    def retire(self, inode: Inode) -> None:  # noqa: B027  # most find data without the catalogue
+        """Called before the catalogue drops a region whose data remain until :meth:`erase`."""
 
     @abstractmethod
     def erase(self, rid: RegionID) -> None:
-        """Free a region's bytes."""
+        """Free a region's data."""
 
     def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
-        """As :meth:`erase` of each; gives those that are to be erased again, and why."""
+        """Call :meth:`erase` for each; yields those for which it must be retried, with the
+        error."""
         for rid in rids:
             try:
                 self.erase(rid)
@@ -151,47 +153,47 @@ class Storage(ABC):
 
     @abstractmethod
     def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
-        """As ``read_into``; raises ``WouldBlock`` rather than wait, *out* then being undefined."""
+        """The same as ``read_into``, but raises ``WouldBlock`` instead of waiting; *out* is
+        undefined then."""
 
     def view(
         self, rid: RegionID, offset: int, size: int, *, writable: bool = False
     ) -> memoryview | None:
-        """*size* bytes at *offset* where they are, until the region is resized or erased.
+        """Return *size* bytes at *offset* in place, valid until the region is resized or erased.
 
-        None where they are in no memory that the process may touch, or it would have to be made.
-        Who is to write there hands it to a system call, which fails where a store would kill.
+        None if they are not in memory of this process, or would have to be allocated.  Use system
+        calls to write to a writable view: they fail where a store would kill the process.
         """
         return None
 
     @abstractmethod
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        """Store *data* at *offset*."""
+        """Write *data* at *offset*."""
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        """As ``write``, of data that end beyond the region, which grows to hold them."""
+        """The same as ``write`` for data that end beyond the region, which grows to hold them."""
         self.resize(rid, offset + len(data))
         self.write(rid, offset, data)
 
     def moves(self, rid: RegionID, size: int) -> bool:
-        """Whether growing to *size* bytes would bring the region's bytes to another place."""
+        """Whether growing to *size* bytes would move the region's data."""
         return False
 
     @abstractmethod
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
-        """As ``resize``, to another place, whatever the size.
+        """Resize to a new location, whatever the size.
 
-        The place that the bytes had stays as it is, and is used for nothing else, until the
-        returned function is called.
+        The old location stays unchanged, and is not reused, until the returned function is called.
         """
 
-    def check(self, rid: RegionID, size: int) -> None:  # noqa: B027  # not every medium can lose bytes
-        """Raise ``CorruptTarget`` when less than *size* bytes, which the region has, are there.
+    def check(self, rid: RegionID, size: int) -> None:  # noqa: B027  # not every device can lose data
+        """Raise ``CorruptTarget`` if less than *size* bytes of the region exist.
 
-        Called before the region changes its size, which would fill what is missing with zeros.
+        Called before the region is resized, which would replace missing data by zeros.
         """
 
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
-        """Make *copy* of the first *size* bytes of a region that nobody writes."""
+        """Create *copy* from the first *size* bytes of a region that is not being written."""
         self.create(copy, size)
         buffer = memoryview(bytearray(min(size, 1 << 20)))
         for offset in range(0, size, 1 << 20):
@@ -200,108 +202,113 @@ class Storage(ABC):
             self.write(copy, offset, piece)
 
     def attests(self, inode: Inode, size: int) -> bool:
-        """Whether it is known that more than *size* bytes of a region were on the medium."""
+        """Whether it is known that more than *size* bytes of a region were on stable storage."""
         return False
 
-    def settle(self) -> None:  # noqa: B027  # most put nothing off
-        """Called from time to time, before a commit: do what was put off."""
+    def settle(self) -> None:  # noqa: B027  # most have no deferred work
+        """Do deferred work; called periodically, before a commit."""
 
     def keep_times(self, rid: RegionID, times: Times) -> bool:
-        """Put a region's times where ``persist`` with *times* makes them durable, instead of what
-        was there; False, and nothing done, where there is no such place."""
+        """Store a region's times where ``persist`` with *times* makes them durable.
+
+        Returns:
+            False, without effect, if that is not supported.
+        """
         return False
 
     def kept_times(self, rid: RegionID) -> Times | None:
-        """What ``keep_times`` was told last, as far as it is known."""
+        """Return the times that ``keep_times`` stored last, if known."""
         return None
 
     @abstractmethod
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
-        """Return when the extent, and the region's existence, are on the medium; with *times*,
-        for a whole region, what was kept of its times as well."""
+        """Return when the extent, and the region's existence, are on stable storage; with *times*,
+        for a whole region, also its stored times."""
 
     def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]:
-        """As ``persist`` of the whole region, where one flush of a file is all that it takes: that
-        is given, to be waited for within the block, which raises what comes of it.
+        """Persist a whole region by one flush of a file, if that is sufficient: yields the flush,
+        to be waited for within the block, which raises its errors.
 
         Raises:
-            WouldBlock: it takes something else, too; nothing was done.
+            WouldBlock: it is not sufficient; nothing was done.
         """
         raise WouldBlock
 
     @abstractmethod
     def persist_all(self) -> None:
-        """Return when everything written before the call is on the medium."""
+        """Return when everything written before the call is on stable storage."""
 
     def vacate(self, rid: RegionID) -> None:
-        """Give back what the bytes take of a region that is about to be erased, although others
-        may hold a descriptor of their place."""
+        """Free the data of a region that is about to be erased, even if other processes hold a
+        descriptor of its location."""
         self.resize(rid, 0)
 
     @abstractmethod
     def persist_names(self) -> None:
-        """Return when the existence of every region is on the medium, whatever is in it."""
+        """Return when the existence of every region is on stable storage, whatever its contents."""
 
     @abstractmethod
     def oldest_fresh(self) -> RegionID | None:
-        """The region created first of those that may cease to exist when the power fails."""
+        """Return the oldest of the regions that may cease to exist after a power failure."""
 
     @abstractmethod
     def sync_found(self) -> None:
-        """After a crash: return when all that was found, whoever wrote it, is on the medium."""
+        """After a crash: return when everything found is on stable storage, whoever wrote it."""
 
     def found(self, inode: Inode) -> bool:
-        """After a crash: whether bytes of a region that :meth:`scan` did not give are there."""
+        """After a crash: whether data of a region that :meth:`scan` did not yield exist."""
         return False
 
     def tidy(self, attests: Callable[[Inode, int], bool]) -> bool:
-        """After a crash, when it is known which regions there are: remove what nobody has of what
-        :meth:`scan` did not give, and believe the rest but for what *attests*, as :meth:`attests`,
-        disproves; whether there was such a thing."""
+        """After a crash, when the regions are known: remove unused data that :meth:`scan` did not
+        yield, and accept the rest except where *attests* disproves it.
+
+        Returns:
+            whether there was any.
+        """
         return False
 
     @abstractmethod
     def wrote(self, rid: bytes) -> None:
-        """Another process wrote to the place that :meth:`share` gave."""
+        """Record that another process wrote to the location that :meth:`share` returned."""
 
-    def grew(self, rid: bytes, size: int) -> None:  # noqa: B027  # most ask the medium each time
-        """Another process made the region grow by the place that :meth:`share` gave."""
+    def grew(self, rid: bytes, size: int) -> None:  # noqa: B027  # most query the size each time
+        """Record that another process made the region grow within its shared location."""
 
     @abstractmethod
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
-        """Where the region's bytes are, for another process; None when it may not touch them.
+        """Return the location of the region's data for another process; None: no direct access.
 
-        *holder* is the guest, or one of the constants above.  No process that gets a place can make
-        memory shorter that another one has mapped.
+        *holder* is the guest, or one of the constants above.  No process that gets a location can
+        truncate memory that another one has mapped.
         """
 
-    def left(self, holder: int) -> None:  # noqa: B027  # most do not care who it was
-        """A guest makes no regions any more, whatever it may still touch."""
+    def left(self, holder: int) -> None:  # noqa: B027  # most do not track guests
+        """Record that a guest creates no more regions, though it may still access some."""
 
     def firm(self, rid: RegionID) -> bool:
-        """Whether who syncs the descriptor that :meth:`share` gave has persisted the region, and
-        this storage hears of it by itself when that fails."""
+        """Whether syncing the descriptor that :meth:`share` returned persists the region, and this
+        storage notices by itself if that fails."""
         return False
 
     def charge(self, count: int) -> None:  # noqa: B027  # most keep nothing in memory
-        """Something else, such as the catalogue, is about to take *count* bytes of memory, which
-        the storage shares with it.
+        """Reserve *count* bytes of memory for another user of it, such as the catalogue.
 
         Raises:
-            StorageFull: they do not fit.
+            StorageFull: there is too little memory.
         """
 
     @abstractmethod
     def room(self) -> tuple[int, int]:
-        """Total and available bytes of the medium."""
+        """Return total and available bytes of the storage."""
 
     @abstractmethod
     def scan(self) -> Iterator[tuple[RegionID, int]]:
-        """ID and size in bytes of everything stored, catalogued or not."""
+        """Yield ID and size in bytes of everything stored, catalogued or not."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of descriptors and mappings.  Never deletes what outlives a process."""
+        """Close descriptors and mappings.  Never deletes anything persistent."""
 
     @abstractmethod
     def destroy(self) -> None:

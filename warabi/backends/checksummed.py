@@ -1,21 +1,21 @@
-"""A storage with checksums: blocks are summed when they are persisted, and can be verified.
+"""A storage with checksums, which are computed when blocks are persisted, and can be verified.
 
-Of every region that was touched lately, ``_State`` knows which blocks were written since they
-were summed.  What is true when:
+For every region that was accessed recently, ``_State`` knows which blocks were written since their
+checksums were computed.  Invariants:
 
-* A block that is being written, or was and is not persisted, is ``dirty``; it becomes so before
-  its bytes change.
-* Before the bytes of a region that has sums change, its *unsettled* mark is on the medium
-  (:mod:`warabi.metadata.checksums`), so that a sum which a crash leaves behind is not believed.
-* A persist *claims* the blocks that were dirty.  It first puts the bytes on the medium, then sums
-  these blocks, then stores the sums of those that it still claims: whoever writes to a block takes
-  it out of all claims, so that of several persists only the last one's sum counts.  The commit
-  that follows in the target makes them durable.
-* The mark is removed later, when nothing is dirty: regions that are written and persisted all the
-  time pay for a mark every few seconds, not with every persist.
+* A block that is being written, or was written but not persisted, is ``dirty``; it becomes so
+  before its data change.
+* Before the data of a region with checksums change, its *unsettled* mark is on stable storage
+  (:mod:`warabi.metadata.checksums`), so that a checksum is not trusted after a crash.
+* A persist *claims* the blocks that were dirty.  It first flushes the data, then computes the
+  checksums of these blocks, then stores those of the blocks that it still claims: a write to a
+  block removes it from all claims, so that of several persists only the last one's checksum counts.
+   The target's next commit makes them durable.
+* The mark is removed later, when nothing is dirty: regions that are written and persisted
+  continuously are marked every few seconds, not by every persist.
 
-Locks: the target's lock, taken through the guard, is outside ``_lock``, which is never held over
-a system call.  ``create`` is called with the target's lock held and does not take it.
+Locks: the target's lock, acquired through the guard, is outside ``_lock``, which is never held
+during a system call.  ``create`` is called with the target's lock held and does not acquire it.
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ from warabi.region import RegionID
 
 
 class ChecksumOwner(base.StorageOwner, Protocol):
-    """What the storage asks of the target that it belongs to."""
+    """The methods of the target that this storage calls."""
 
     def _commit(self) -> None:
         """Make the catalogue durable."""
 
 
 class _State:
-    """What this process did to a region's blocks; ``_lock`` guards it."""
+    """What this process did to a region's blocks; protected by ``_lock``."""
 
     __slots__ = ("claims", "dirty", "marked_at", "sumless", "writing")
 
     def __init__(self, *, sumless: bool = False) -> None:
-        self.sumless = sumless  # made by this process and never summed: needs no mark
-        self.marked_at: int | None = None  # the change of the catalogue that set the mark
+        self.sumless = sumless  # created by this process and without checksums: needs no mark
+        self.marked_at: int | None = None  # number of the change that set the mark
         self.dirty: set[int] = set()
-        self.writing: list[range] = []  # blocks, one entry for each write that goes on
-        self.claims: list[set[int]] = []  # of persists that have not stored their sums yet
+        self.writing: list[range] = []  # blocks, one entry per pending write
+        self.claims: list[set[int]] = []  # of persists that have not stored their checksums yet
 
     @property
     def idle(self) -> bool:
         return not (self.dirty or self.writing or self.claims)
 
     def soil(self, blocks: Iterable[int]) -> None:
-        """The bytes of *blocks* are about to change."""
+        """Mark *blocks* as dirty, before their data change."""
         self.dirty.update(blocks)
         for claim in self.claims:
             claim.difference_update(blocks)
 
 
 class SummedStorage(WrapperStorage):
-    """*inner*, whose blocks are summed.  Not usable before :meth:`bind`, but for what needs no
-    catalogue: create, erase, scan."""
+    """Adds checksums to the blocks of *inner*.  Before :meth:`bind` only methods that need no
+    catalogue may be called: create, erase, scan."""
 
     write_waits = True  # for the mark
     shares_writes = False
@@ -82,11 +82,11 @@ class SummedStorage(WrapperStorage):
         self._digest = digest()
         self._lock = threading.Lock()
         self._states: dict[bytes, _State] = {}
-        self._doubtful = self._rows.unsettled()  # inodes whose mark a crash left behind
-        self._seen: dict[int, int] = {}  # of those: blocks verified from the start on
+        self._doubtful = self._rows.unsettled()  # inodes with a mark from before a crash
+        self._seen: dict[int, int] = {}  # of those: blocks verified so far from the start
 
     def bind(self, target: ChecksumOwner) -> None:
-        """Say whose storage it is."""
+        """Set the target that owns the storage."""
         self._guard = target._storage_guard
         self._commit = target._commit
 
@@ -100,7 +100,7 @@ class SummedStorage(WrapperStorage):
 
     @contextmanager
     def _changing(self, rid: RegionID, blocks: range) -> Iterator[None]:
-        """Let the block change the bytes of *blocks*."""
+        """Allow the block to change the data of *blocks*."""
         with self._lock:
             state = self._state(rid)
             state.writing.append(blocks)
@@ -130,7 +130,8 @@ class SummedStorage(WrapperStorage):
             self._inner.write(rid, offset, data)
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        # From the old end on: the gap's zeros share a block with the last bytes, or with the data.
+        # From the old end on: the zeros of the gap share a block with the last bytes, or with the
+        # data.
         start = min(offset, self._size(rid))
         tail = _blocks(start, start + 1)
         with (
@@ -155,7 +156,7 @@ class SummedStorage(WrapperStorage):
                         self._rows.drop_from(inode, first)
 
     def _size(self, rid: RegionID) -> int:
-        """The region's size before an exclusive call changes it."""
+        """Return the region's size before an exclusive call changes it."""
         with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             return 0 if inode is None else inode.size
@@ -163,7 +164,7 @@ class SummedStorage(WrapperStorage):
     # Persisting
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
-        # Whole blocks: a sum must not speak of bytes that are not on the medium.
+        # Whole blocks: a checksum must not cover data that are not on stable storage.
         start = offset // BLOCK * BLOCK
         end = min(-(-(offset + size) // BLOCK) * BLOCK, self._size(rid))
         claim = self._claim(rid, _blocks(start, end) if size else range(0))
@@ -188,9 +189,9 @@ class SummedStorage(WrapperStorage):
         self.settle()
 
     def _claim(self, rid: bytes, blocks: range | None) -> set[int]:
-        """Dirty blocks, of those given, that nobody is writing; they are not dirty any more.
+        """Claim dirty blocks, of those given, that are not being written; they are no longer dirty.
 
-        The caller ends with :meth:`_give_back`.
+        The caller must call :meth:`_give_back`.
         """
         with self._lock:
             state = self._state(rid)
@@ -207,14 +208,14 @@ class SummedStorage(WrapperStorage):
             return claim
 
     def _give_back(self, rid: bytes, claim: set[int]) -> None:
-        """End a claim; what is left of it got no sums."""
+        """End a claim; its remaining blocks got no checksums and are dirty again."""
         with self._lock:
             if (state := self._states.get(rid)) is not None:  # else erased meanwhile
                 state.dirty |= claim
                 state.claims = [other for other in state.claims if other is not claim]
 
     def _sum(self, rid: RegionID, claim: set[int]) -> None:
-        """Store the sums of the claimed blocks, which are on the medium, and end the claim."""
+        """Store the checksums of the claimed blocks, which were flushed, and end the claim."""
         with self._lock:
             blocks = sorted(claim)
         sums = dict(self._sums(rid, blocks, self._size(rid))) if blocks else {}
@@ -269,7 +270,7 @@ class SummedStorage(WrapperStorage):
         for block, value in sorted(known.items()):
             try:
                 differs = next(iter(self._sums(rid, (block,), size)))[1] != value
-            except CorruptTarget:  # its file is gone, or too short
+            except CorruptTarget:  # its file is missing, or too short
                 differs = True
             if not differs:
                 continue
@@ -284,7 +285,7 @@ class SummedStorage(WrapperStorage):
         return Verified(max(0, last - first) - unverified - len(rotten), unverified, rotten)
 
     def _superseded(self, rid: RegionID, block: int, value: int, size: int) -> bool:
-        """Whether a block was, or is being, written since *value* was its sum."""
+        """Whether a block was, or is being, written since *value* was its checksum."""
         with self._guard.lock, self._guard.checked:
             inode = self._catalogue.region(rid)
             if inode is None or inode.dead or inode.size != size:
@@ -298,7 +299,7 @@ class SummedStorage(WrapperStorage):
     def _resolve_doubt(
         self, inode: Inode, differing: list[int], first: int, last: int, blocks: int
     ) -> None:
-        """After a crash: drop sums that may be older than the bytes; the rest is believed again."""
+        """After a crash: delete checksums that may be outdated; the others are trusted again."""
         with self._guard.lock, self._guard.checked:
             if inode.dead:
                 return
@@ -322,8 +323,8 @@ class SummedStorage(WrapperStorage):
         with self._changing(rid, range(0)), self._lock:
             self._state(rid).dirty.update(b for b in range(first, last) if b not in known)
 
-    # What goes through the calls above, or is not offered: nothing may change or become durable
-    # without its sums
+    # Overridden to use the calls above, or not supported: nothing may change or become durable
+    # without its checksum
 
     view = Storage.view
     written = Storage.written
@@ -332,7 +333,7 @@ class SummedStorage(WrapperStorage):
     flushing = Storage.flushing
     firm = Storage.firm
 
-    # What sums have no part in
+    # Not affected by checksums
 
     def create(self, rid: RegionID, size: int) -> None:
         self._inner.create(rid, size)
@@ -363,32 +364,32 @@ class SummedStorage(WrapperStorage):
         return self._rows.attests(inode, size)
 
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
-        self.resize(rid, size)  # others only read where the bytes are
+        self.resize(rid, size)  # other processes only read at the location
         return lambda: None
 
     def vacate(self, rid: RegionID) -> None:
         self._inner.vacate(rid)
 
     def wrote(self, rid: bytes) -> None:
-        """No other process writes: see ``shares_writes``."""
+        """Never called: other processes do not write, see ``shares_writes``."""
 
-    grew = Storage.grew  # nor this
+    grew = Storage.grew  # never called, either
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         return self._inner.share(rid, writable=False)
 
 
 def _blocks(start: int, end: int) -> range:
-    """The blocks that hold the bytes from *start* to *end*."""
+    """Return the blocks that contain the bytes from *start* to *end*."""
     return range(start // BLOCK, -(-end // BLOCK))
 
 
 def storage_with_sums(
     storage: Storage, catalogue: Catalogue, wanted: bool | None
 ) -> SummedStorage | None:
-    """*storage* with the sums that are wanted, or with None, that the catalogue has; or None.
+    """Add checksums to *storage* if they are wanted or, for None, enabled in the catalogue.
 
-    Sums that are not wanted any more go: nobody would keep them true.
+    Otherwise returns None, and deletes existing checksums, which would become outdated.
     """
     wanted = catalogue.summed is not None if wanted is None else wanted
     if wanted:

@@ -1,9 +1,9 @@
-"""Region files read and written past the page cache, with ``O_DIRECT``.
+"""Region files read and written with ``O_DIRECT``, bypassing the page cache.
 
-The kernel takes only aligned offsets, sizes and memory then.  What is aligned of a transfer goes
-through an aligned bounce buffer past the page cache; the head and tail that are not go through the
-ordinary descriptor.  The kernel keeps the two views of a file in step: a direct write drops
-cached pages of its range, a direct read first writes dirty ones.
+The kernel then requires aligned offsets, sizes and memory.  The aligned part of a transfer uses an
+aligned bounce buffer and a direct descriptor; the unaligned head and tail use the ordinary
+descriptor.  The kernel keeps both views of a file coherent: a direct write drops cached pages of
+its range, a direct read first writes dirty ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4096  # no Linux file system asks for a larger alignment
-_BOUNCE = 1024 * 1024  # bytes of a bounce buffer, a multiple of every alignment in use
+_BLOCK = 4096  # the largest alignment that Linux file systems require
+_BOUNCE = 1024 * 1024  # bytes of a bounce buffer, a multiple of every supported alignment
 _LARGEST_ALIGNMENT = _BOUNCE
 
 
@@ -47,12 +47,12 @@ def supports_direct_io(root: Path) -> bool:
 
 
 class DirectFileStorage(FileStorage):
-    """As :class:`FileStorage`, past the page cache.
+    """A :class:`FileStorage` that bypasses the page cache.
 
     Args:
         root: a directory that belongs to the target.
-        sync: whether each write waits until it is on the medium.
-        alignment: of offsets and sizes, in bytes; at least that of the file systems is used.
+        sync: whether each write waits until it is on stable storage.
+        alignment: of offsets and sizes, in bytes; increased to what file systems require.
     """
 
     write_waits = True
@@ -62,7 +62,9 @@ class DirectFileStorage(FileStorage):
         wanted = math.lcm(alignment, _BLOCK)
         self._alignment = wanted if wanted <= _LARGEST_ALIGNMENT else _BLOCK
         self._bounce: list[mmap.mmap] = []  # idle buffers
-        self._direct: dict[int, int] = {}  # direct descriptors by the ordinary ones; `_lock`
+        self._direct: dict[
+            int, int
+        ] = {}  # direct descriptors by the ordinary ones; protected by `_lock`
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         direct = self._direct.pop(held.fd, None)
@@ -90,7 +92,7 @@ class DirectFileStorage(FileStorage):
                 self._bounce.append(buffer)
 
     def _middle(self, offset: int, size: int) -> tuple[int, int]:
-        """Start and end, relative to *offset*, of the aligned part; equal when there is none."""
+        """Return start and end, relative to *offset*, of the aligned part; equal if it is empty."""
         start = -offset % self._alignment
         end = (offset + size) // self._alignment * self._alignment - offset
         return (start, end) if start < end else (size, size)
@@ -111,7 +113,7 @@ class DirectFileStorage(FileStorage):
                 piece = out[start : start + _BOUNCE]
                 if pread_full(direct, bounce[: len(piece)], offset + start) < len(piece):
                     raise CorruptTarget(
-                        f"read region {rid.hex()}: its file ends within {len(piece)} bytes at"
+                        f"read region {rid.hex()}: its file ends within the {len(piece)} bytes at"
                         f" {offset + start}"
                     )
                 piece[:] = bounce[: len(piece)]
@@ -139,23 +141,23 @@ class DirectFileStorage(FileStorage):
             finally:
                 self._dirty.add(rid)
 
-    view = Storage.view  # which has none
+    view = Storage.view  # not supported
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
-        return None  # another process would go through the page cache
+        return None  # another process would use the page cache
 
     def close(self) -> None:
         super().close()
         with self._lock:
-            self._bounce.clear()  # the traceback of a failure may still refer to one
+            self._bounce.clear()  # the traceback of an error may still refer to one
 
 
 def open_storage(root: Path, *, direct: bool, sync: bool, alignment: int) -> FileStorage:
-    """The storage that the settings of ``abtio`` ask for."""
+    """Open the storage according to the settings of ``abtio``."""
     if direct and supports_direct_io(root):
         return DirectFileStorage(root, sync=sync, alignment=alignment)
     storage = FileStorage(root, sync=sync)
     if direct:
-        log.warning("%s: the file system refuses direct I/O, the page cache is used", root)
+        log.warning("%s: the file system does not support direct I/O; using the page cache", root)
         storage.instead = {"directio": False}
     return storage

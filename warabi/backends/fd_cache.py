@@ -1,4 +1,4 @@
-"""Contexts around every call on a region's file; classes, which cost half of what generators do."""
+"""Context managers for calls on region files; classes, at half the cost of generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from warabi.errors import CorruptTarget
 
 
 class OpenFile:
-    """An open region file and how many calls are using it."""
+    """An open region file, and the number of calls that use it."""
 
     __slots__ = ("fd", "users")
 
@@ -20,7 +20,7 @@ class OpenFile:
 
 
 class Borrowed:
-    """A region's descriptor, open while the block runs."""
+    """Keeps a region's descriptor open in the block."""
 
     __slots__ = ("_file", "_give_back", "_rid", "_take")
 
@@ -43,7 +43,7 @@ class Borrowed:
 
 
 class Translated:
-    """Failures of the system as the library's, which say *what* was done to the region."""
+    """Converts errors of system calls to the library's; the message names the operation *what*."""
 
     __slots__ = ("_rid", "_what")
 

@@ -1,7 +1,7 @@
 """Regions in files: one regular file per region, in 256 directories by ID.
 
-Lock order: ``_lock`` is innermost and is never held over a system call on region data.  A
-descriptor is closed only while nobody uses it, so a number is never reused under a reader.
+Lock order: ``_lock`` is innermost and is never held during a system call on region data.  A
+descriptor is closed only while it is unused, so a number is never reused during a read.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from warabi.metadata.journal import let_go, sync_directory
 from warabi.region import RegionID
 
 NEW = ".new"
-"""What the name of a file ends in that is about to replace a region's."""
+"""Suffix of a file that is about to replace a region's."""
 _SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
-"""Up to this many unsynced files are synced singly; beyond, the file system as a whole is."""
+"""Up to this many unsynced files are synced one by one; beyond, by a sync of the file system."""
 _MOST_DESCRIPTORS = 16384
-"""Region files that are kept open, where the process may have many more: each is kernel memory."""
+"""Most open region files, even if the process may have more: each uses kernel memory."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
 
 
 class AbtIoConfig(Model):
-    """Thread-pool settings, as ABT-IO has them; those that mean nothing here are accepted.
+    """Thread-pool settings of ABT-IO; those without effect here are accepted.
 
-    ``backing_thread_count`` is how many requests may wait for the medium at once.
+    ``backing_thread_count`` limits the requests that wait for stable storage concurrently.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -70,14 +70,14 @@ class FileConfig(PathModel):
     sync: StrictBool = False
     abt_io: AbtIoConfig = Field(default_factory=AbtIoConfig)
     capacity: Bytes | None = None
-    checksums: StrictBool | None = None  # None: as the target has been so far
+    checksums: StrictBool | None = None  # None: keep the target's setting
     packed: StrictBool | None = None  # None: true
 
 
 class FileStorage(Storage):
     """Regions as files below *root*, a directory that belongs to the target.
 
-    With *sync* each write returns only when it is on the medium.
+    With *sync* each write returns only when it is on stable storage.
     """
 
     blocking: ClassVar[bool] = True
@@ -89,24 +89,24 @@ class FileStorage(Storage):
         self.write_waits = self.write_waits or sync
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
-        # The other half is for connections, what is shared, and everything else.
+        # The other half is for connections, direct access, and everything else.
         self._limit = min(_MOST_DESCRIPTORS, max(16, descriptors.limit() // 2))
         self._mapped = CachedFiles(self._limit // 8)
-        # Of regions that guests may sync by themselves, a part of the limit: each descriptor is
-        # told of what could not be written, so one that stays open hears of it too.
+        # Regions that guests may sync themselves, a fraction of the limit: the kernel reports a
+        # write error once to each open descriptor, so ours must stay open to receive it, too.
         self._kept: set[bytes] = set()
         self._dirty: set[bytes] = set()  # written since the last persist
-        # Whose names may not be on the medium, oldest first, and directories: made, or where a
-        # name was removed, since they were synced; those whose sync failed.
+        # Regions whose directory entries may not be durable, oldest first; directories with new or
+        # removed entries since their last sync; directories whose sync failed.
         self._fresh: dict[RegionID, None] = {}
         self._fresh_shards: set[str] = set()
         self._swept_shards: set[str] = set()
         self._lost_shards: set[str] = set()
-        self._failed: dict[bytes, str] = {}  # a sync failed: what was written may be gone
-        self._keeps_times = True  # until the file system refuses
+        self._failed: dict[bytes, str] = {}  # a sync failed: written data may be lost
+        self._keeps_times = True  # until the file system rejects it
         with os.scandir(root) as entries:
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
-        # Open all the time: the kernel tells each descriptor once of what it could not write.
+        # Always open, since the kernel reports a write error once to each open descriptor.
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         set_apart(self._root_fd)
 
@@ -119,7 +119,7 @@ class FileStorage(Storage):
         return Translated(rid, what)
 
     def _borrow(self, rid: bytes) -> Borrowed:
-        """The region's descriptor, open while the block runs."""
+        """Return a context manager that keeps the region's descriptor open."""
         return Borrowed(rid, self._take, self._give_back)
 
     def _take(self, rid: bytes) -> OpenFile:
@@ -139,17 +139,17 @@ class FileStorage(Storage):
                 self._close(rid, held)  # erased meanwhile
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
-        """Let go of a descriptor that nobody uses; ``_lock`` is held."""
+        """Close an unused descriptor; ``_lock`` is held."""
         self._mapped.drop(held.fd)
         let_go(held.fd)
 
     def _set_size(self, fd: int, size: int) -> None:
-        """Make an open region file end at *size* bytes, or leave it as it was."""
+        """Set the size of an open region file, or leave it unchanged on failure."""
         os.ftruncate(fd, size)
 
     def _open(self, path: str, flags: int, *, locked: bool = False) -> int:
-        """Open a file, which new ones are private of.  When there are no more descriptors, half of
-        those that are kept open are closed for it; *locked*: ``_lock`` is held."""
+        """Open a file; new ones are private.  If there are no descriptors left, first close half of
+        the cached ones; *locked*: ``_lock`` is held."""
         try:
             return os.open(path, flags, 0o600)
         except OSError as error:
@@ -175,7 +175,7 @@ class FileStorage(Storage):
         return os.path.exists(self._path(rid))
 
     def _made(self, rid: bytes) -> str:
-        """The path of a region's file, in a directory that is there."""
+        """Return the path of a region's file, after creating its directory if necessary."""
         shard = _shard(rid)
         if shard not in self._shards:
             os.makedirs(f"{self.root}/{shard}", 0o700, exist_ok=True)
@@ -209,12 +209,12 @@ class FileStorage(Storage):
             self._fresh.pop(rid, None)
             self._failed.pop(rid, None)
             self._swept_shards.add(_shard(rid))
-            if held is not None and not held.users:  # else a sync of everything is at it
+            if held is not None and not held.users:  # else a sync of everything uses it
                 self._close(rid, held)
         try:
             os.unlink(self._path(rid))
         except FileNotFoundError:
-            pass  # gone is what was wanted
+            pass  # already erased
         except OSError as error:
             raise errors.from_os(error, f"erase region {rid.hex()}") from error
 
@@ -254,8 +254,9 @@ class FileStorage(Storage):
         return None
 
     def _check_end(self, rid: bytes, fd: int, what: str, end: int) -> None:
-        """Refuse a file that was cut off: a write behind its end would put zeros in its place."""
-        have = os.lseek(fd, 0, os.SEEK_END)  # the cheapest way to ask; offsets are always given
+        """Check that a file was not truncated: writing beyond its end would replace data by
+        zeros."""
+        have = os.lseek(fd, 0, os.SEEK_END)  # cheaper than fstat(2); offsets are always explicit
         if have < end:
             raise CorruptTarget(
                 f"{what} region {rid.hex()}: its file ends at {have} bytes, before {end}"
@@ -271,10 +272,10 @@ class FileStorage(Storage):
             try:
                 pwrite_full(fd, data, offset)
             finally:
-                self._dirty.add(rid)  # not before: a sync that runs now may not see all of it
+                self._dirty.add(rid)  # not before: a concurrent sync may not include all of it
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        # A file grows by itself, and cheaper than by ftruncate first.
+        # The write extends the file, which is cheaper than ftruncate(2) first.
         with self._translated(rid, "write"), self._borrow(rid) as fd:
             try:
                 pwrite_full(fd, data, offset)
@@ -310,7 +311,7 @@ class FileStorage(Storage):
         self._persist_file(rid, times=times)
 
     def _persist_file(self, rid: bytes, *, times: bool = False) -> None:
-        """Put the whole file on the medium, and its name; with *times* its attributes, too."""
+        """Flush the whole file and its name; with *times* also its attributes."""
         with self._flushing(rid, times) as flush:
             flush.wait()
         self._persist_name(rid)
@@ -318,8 +319,8 @@ class FileStorage(Storage):
     @contextlib.contextmanager
     def _flushing(self, rid: bytes, times: bool) -> Iterator[Flush]:
         self._check_failed(rid)
-        # Even when nothing seems dirty: another persist of the region may still be waiting for
-        # the medium, and this one may not return before it.
+        # Even if nothing is dirty: another persist of the region may still be waiting for the
+        # flush, and this one must not return before it.
         self._dirty.discard(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd, self._remembered(rid):
             yield Flush(fd, data=not times)
@@ -335,11 +336,11 @@ class FileStorage(Storage):
 
     @contextlib.contextmanager
     def _remembered(self, rid: bytes) -> Iterator[None]:
-        """Keep a failed sync in mind: the kernel reports it once and then calls the pages clean."""
+        """Remember a failed sync: the kernel reports it once and then marks the pages clean."""
         try:
             yield
         except OSError as error:
-            if descriptors.are_short(error):  # nothing was tried
+            if descriptors.are_short(error):  # nothing was attempted
                 raise errors.from_os(error, f"persist region {rid.hex()}") from error
             text = f"persist region {rid.hex()}: a sync failed ({error.strerror}); {_ADVICE}"
             self._failed[rid] = text
@@ -360,7 +361,7 @@ class FileStorage(Storage):
             raise errors.from_os(error, f"sync of a directory in {self.root}") from error
 
     def _sync_shard(self, shard: str) -> None:
-        """Put the names of a shard on the medium; those that are new are lost when it fails."""
+        """Flush the names in a shard; its new regions are marked as failed if that fails."""
         with self._lock:
             fresh = [rid for rid in self._fresh if _shard(rid) == shard]
             made = shard in self._fresh_shards
@@ -375,7 +376,7 @@ class FileStorage(Storage):
             text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
             with self._lock:
                 self._swept_shards.add(shard)
-                if descriptors.are_short(error):  # it was not tried, and may be again
+                if descriptors.are_short(error):  # not attempted, so it can be retried
                     raise
                 if made:
                     self._lost_shards.add(shard)
@@ -389,7 +390,7 @@ class FileStorage(Storage):
 
     def oldest_fresh(self) -> RegionID | None:
         with self._lock:
-            return min(self._fresh, default=None)  # IDs that are imported come in any order
+            return min(self._fresh, default=None)  # imported IDs are in no order
 
     def persist_all(self) -> None:
         with self._lock:
@@ -407,7 +408,7 @@ class FileStorage(Storage):
             self._set_size(new, size)
             copy_file(fd, new, min(size, os.fstat(fd).st_size))
             filetimes.copy(fd, new)
-            # Before it takes the place of bytes that may have been persisted.
+            # Before it replaces data that may have been persisted.
             os.fsync(new)
 
         with self._translated(rid, "resize"), self._borrow(rid) as fd:
@@ -415,13 +416,13 @@ class FileStorage(Storage):
         path = self._path(rid)
         try:
             sync_directory(os.path.dirname(path), self._open)
-        except OSError as error:  # the old file may be back after a power failure
+        except OSError as error:  # the old file may reappear after a power failure
             text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
             self._failed[rid] = f"persist region {rid.hex()}: {text}"
-        return lambda: None  # the old file has no name, and goes with its last descriptor
+        return lambda: None  # the old file has no name, and is freed with its last descriptor
 
     def _put_in_place(self, rid: bytes, fill: Callable[[int], None]) -> None:
-        """Have a new file, which *fill* is given to fill, be the region's, as a whole."""
+        """Atomically replace the region's file by a new one, which *fill* fills."""
         path = self._path(rid)
         fresh = path + NEW
         new = self._open(fresh, self._flags | os.O_CREAT | os.O_TRUNC)
@@ -435,7 +436,7 @@ class FileStorage(Storage):
             raise
         with self._lock:
             held = self._descriptors.pop(rid, None)
-            if held is not None and not held.users:  # else a sync of everything is at it
+            if held is not None and not held.users:  # else a sync of everything uses it
                 self._close(rid, held)
             self._evict()
             self._descriptors[rid] = OpenFile(new)
@@ -449,7 +450,7 @@ class FileStorage(Storage):
             except CorruptTarget:
                 pass  # erased meanwhile
             except errors.Exception as error:
-                failure = failure or error  # the others are no worse for it
+                failure = failure or error  # continue with the others
         try:
             for shard in swept & self._swept_shards:
                 self._sync_shard(shard)
@@ -461,7 +462,7 @@ class FileStorage(Storage):
     def _sync_everything(self, pending: set[bytes]) -> None:
         with self._lock:
             fresh, made, swept = list(self._fresh), set(self._fresh_shards), set(self._swept_shards)
-        self._dirty -= pending  # before the sync: what is written while it runs is dirty again
+        self._dirty -= pending  # before the sync: data written during it are dirty again
         try:
             syscalls.syncfs(self._root_fd)
         except OSError as error:
@@ -486,7 +487,8 @@ class FileStorage(Storage):
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         with self._translated(rid, "share"), self._borrow(rid):
-            # Not a copy of the one that is here, which the kernel would take for the same one.
+            # Not a duplicate of ours, for which the kernel would not report write errors
+            # separately.
             flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC
             fd = self._open(self._path(rid), flags)
             if len(self._kept) < self._limit // 4:
@@ -500,16 +502,16 @@ class FileStorage(Storage):
         try:
             info = os.statvfs(self.root)
         except OSError as error:
-            raise errors.from_os(error, f"room in {self.root}") from error
+            raise errors.from_os(error, f"free space in {self.root}") from error
         if not info.f_blocks:
-            return MAX_SIZE, MAX_SIZE  # a file system that does not tell, such as ramfs
+            return MAX_SIZE, MAX_SIZE  # the file system does not report it, such as ramfs
         return info.f_frsize * info.f_blocks, info.f_frsize * info.f_bavail
 
     def scan(self) -> Iterator[tuple[RegionID, int]]:
         for shard in sorted(self._shards):
             with os.scandir(self.root / shard) as entries:
                 for entry in entries:
-                    if entry.name.endswith(NEW):  # of a replacement that a crash interrupted
+                    if entry.name.endswith(NEW):  # a replacement that a crash interrupted
                         os.unlink(entry.path)
                     elif len(entry.name) == 32:
                         with contextlib.suppress(ValueError):
@@ -529,7 +531,8 @@ class FileStorage(Storage):
             for shard in self._shards:
                 shutil.rmtree(self.root / shard, ignore_errors=True)
             self._shards.clear()
-            # Or they may be back after a power failure, and the lock that says whose they are not.
+            # Otherwise the files could reappear after a power failure, without the owner's lock
+            # file.
             os.fsync(self._root_fd)
         finally:
             self.close()

@@ -1,4 +1,4 @@
-"""Mapped files whose pages are mapped many at once."""
+"""Shared file mappings whose pages are mapped many at once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from warabi._core import syscalls
 
 
 class Populated:
-    """A file in this process's memory, shared; who has a view of it keeps it.
+    """A file mapped into this process, kept as long as there are views of it.
 
     Args:
-        fd: of the file.
-        size: how many bytes, from its start on; 0 for all that it has now.
-        writable: whether views may be written to.
+        fd: the file.
+        size: bytes from its start on; 0 for its current size.
+        writable: whether views are writable.
 
     Attributes:
-        memory: what is there until nobody has a view of it.
+        memory: the mapping.
 
     Raises:
         OSError, ValueError: it cannot be mapped, or is empty.
@@ -29,13 +29,13 @@ class Populated:
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self.memory = mmap.mmap(fd, size, mmap.MAP_SHARED, access)
         self._view = memoryview(self.memory)
-        self._ready = 0  # so many bytes can be touched without a fault
+        self._ready = 0  # bytes that can be accessed without a page fault
 
     def __len__(self) -> int:
         return len(self._view)
 
     def view(self, offset: int, end: int) -> memoryview:
-        """The bytes from *offset* to *end*."""
+        """Return the bytes from *offset* to *end*."""
         if end > self._ready:
             self._prepare(max(offset, self._ready), end)
             if offset <= self._ready:
@@ -43,8 +43,8 @@ class Populated:
         return self._view[offset:end]
 
     def _prepare(self, start: int, end: int) -> None:
-        """Map all pages at once.  The first write to each would be a fault otherwise, which takes
-        longer than writing the page; as if for reading, because faults for that map many pages."""
+        """Map all pages at once.  Otherwise the first write to each would cause a fault, which
+        takes longer than writing the page.  For reading, since read faults map many pages."""
         start -= start % mmap.PAGESIZE
         with contextlib.suppress(OSError):  # older kernels map them one by one
             self.memory.madvise(syscalls.MADV_POPULATE_READ, start, end - start)

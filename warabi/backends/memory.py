@@ -1,13 +1,13 @@
 """Regions in memory.
 
 A region of ``OWN_DESCRIPTOR`` bytes or more is a memfd of its own; smaller ones share memfd
-*segments*, cut into slots of one size class each, so that a million of them cost no descriptors.
-When descriptors run out, larger regions go to segments too.
+*segments*, divided into slots of one size class each, so that a million of them need few
+descriptors.  When descriptors run out, larger regions use segments, too.
 
 Invariant: the bytes of a slot beyond its region's size are zero, and so are those of a free
-slot.  Growing inside a slot and handing one out need no clearing then.
+slot.  So growing within a slot and allocating one need no clearing.
 
-A region without bytes has a slot without bytes, for it is about to get its size.
+A region without bytes has a slot without bytes, since it is about to get its size.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from warabi.region import RegionID
 from warabi.shm.memory import SharedMemory
 
 OWN_DESCRIPTOR = 64 * 1024
-"""From this size on, in bytes, a region has a descriptor of its own."""
+"""From this size in bytes on a region has its own descriptor."""
 _ZEROS = memoryview(bytes(OWN_DESCRIPTOR))
 _SEGMENT = 4 * 1024 * 1024
 _SMALLEST = 64
 _COPY = 1024 * 1024
-_STEP = 32 * 1024 * 1024  # bytes that are given back at once
+_STEP = 32 * 1024 * 1024  # bytes that are freed at once
 _SPARE_DESCRIPTORS = 256
 _ROW = 1024
-"""Bytes that a region takes besides its own, about."""
-_MAPPINGS = 4096  # of large regions at once: a process can have some 65,000 of all kinds
+"""Approximate overhead of a region in bytes."""
+_MAPPINGS = 4096  # most mappings of large regions: a process can have some 65,000 in all
 
 
 class _Segment:
-    """A mapped memfd cut into slots of one size."""
+    """A mapped memfd divided into slots of one size."""
 
     __slots__ = (
         "__weakref__", "_memory", "free", "fresh", "number", "punched", "slot_size", "view",
@@ -54,12 +54,12 @@ class _Segment:
     def __init__(self, slot_size: int, number: int) -> None:
         self.slot_size = slot_size
         self.number = number
-        # Sealed: who is given the descriptor cannot cut off what is mapped here.
+        # Sealed: holders of the descriptor cannot truncate what is mapped here.
         self._memory = SharedMemory("warabi-segment", max(slot_size, _SEGMENT))
         self.view = self._memory.view
-        self.fresh = 0  # slots from this offset on were never handed out
-        self.free: list[int] = []  # offsets that were, and came back
-        self.punched: list[int] = []  # such whose memory was given back, too
+        self.fresh = 0  # slots from this offset on were never used
+        self.free: list[int] = []  # offsets of slots that were used and freed
+        self.punched: list[int] = []  # of those, slots whose memory was freed, too
 
     @property
     def fd(self) -> int:
@@ -76,23 +76,23 @@ class _Segment:
 
     @property
     def taken(self) -> int:
-        """Bytes of memory that it takes, at most."""
+        """The most bytes of memory that it uses."""
         return self.fresh - len(self.punched) * self.slot_size
 
     @property
     def spare(self) -> int:
-        """Bytes of memory that :meth:`give_back` can give back."""
+        """Bytes of memory that :meth:`give_back` can free."""
         return len(self.free) * self.slot_size if self.slot_size >= PAGE else 0
 
     def give_back(self, size: int) -> None:
-        """Give back the memory of free slots, *size* bytes if there are so many; raises as
+        """Free the memory of free slots, *size* bytes if there are so many; raises as
         :func:`punch`."""
         for _ in range(min(len(self.free), -(-size // self.slot_size))):
             punch(self.fd, self.free[-1], self.slot_size)
             self.punched.append(self.free.pop())
 
     def take(self) -> int:
-        """The offset of a free slot; the segment is not full."""
+        """Return the offset of a free slot; the segment must not be full."""
         if self.free:
             return self.free.pop()
         if self.punched:
@@ -107,7 +107,7 @@ class _Segment:
 
 
 class _Slot:
-    """A small region: a piece of a segment."""
+    """A small region: a part of a segment."""
 
     __slots__ = ("offset", "segment", "size")
 
@@ -148,7 +148,7 @@ class MemoryConfig(Model):
 
 
 class _Fresh(Fresh):
-    """A large region that is not there yet."""
+    """A large region before its creation."""
 
     __slots__ = ("_own", "_storage")
 
@@ -171,16 +171,16 @@ class MemoryStorage(Storage):
     """Regions that last as long as their process.
 
     Args:
-        limit: bytes of memory that they may take, holes not counted; None for what the machine and
-            the control groups of this process can give, less a reserve.
-        others: how many bytes of memory of that something else takes: the catalogue.
+        limit: most bytes of memory for them, holes not counted; None for what the machine and
+            the control groups of this process can provide, less a reserve.
+        others: returns the bytes of that memory that something else uses: the catalogue.
     """
 
     blocking: ClassVar[bool] = False
 
     def __init__(self, limit: int | None = None, others: Callable[[], int] = int) -> None:
         self._regions: dict[bytes, _Slot | Own] = {}
-        # Guards the slots' book-keeping; the bytes of a region need no lock (see Storage).
+        # Protects the allocation of slots; the data of a region need no lock (see Storage).
         self._lock = threading.Lock()
         self._open: dict[int, list[_Segment]] = {}  # segments with free slots, by slot size
         self._numbers = itertools.count(1)
@@ -188,20 +188,20 @@ class MemoryStorage(Storage):
         self._spare = Spare()
         most = descriptors.limit()
         self._most_mappings = min(_MAPPINGS, most // 8)
-        self._mappings: dict[Own, None] = {}  # the oldest first; each takes a descriptor, too
+        self._mappings: dict[Own, None] = {}  # oldest first; each also uses a descriptor
         self._own_limit = max(64, most - _SPARE_DESCRIPTORS - self._most_mappings)
         self._segments: weakref.WeakSet[_Segment] = weakref.WeakSet()
-        self._taken = 0  # by large regions, as far as they were looked at
-        self._unsure: set[Own] = set()  # those that may take more by now
-        self._lent: set[Own] = set()  # those that others may fill without asking
+        self._taken = 0  # by large regions, when last measured
+        self._unsure: set[Own] = set()  # regions that may use more by now
+        self._lent: set[Own] = set()  # regions that other processes may fill without a request
         self._others = others
         self._budget = MemoryBudget(limit, self._used, self._promised, self._relieve)
 
     def _used(self) -> int:
-        """Bytes of memory that everything takes, but for what is being written."""
+        """Return the bytes of memory in use, without pending writes."""
         for own in [*self._unsure]:
             with self._lock:
-                if own in self._unsure:  # it was not freed meanwhile
+                if own in self._unsure:  # else it was freed meanwhile
                     self._unsure.discard(own)
                     self._taken += own.look()
         with self._lock:
@@ -210,11 +210,11 @@ class MemoryStorage(Storage):
         return regions + self._others()
 
     def _promised(self) -> int:
-        """Bytes of memory that others may still fill without asking."""
+        """Return the bytes of memory that other processes may still fill without a request."""
         promised = 0
         for own in [*self._lent]:
             with self._lock:
-                if own not in self._lent:  # it was freed meanwhile
+                if own not in self._lent:  # freed meanwhile
                     continue
                 self._taken += own.look()
                 if (rest := own.size - own.taken) > 0:
@@ -224,15 +224,15 @@ class MemoryStorage(Storage):
         return promised
 
     def charge(self, count: int) -> None:
-        """Take note that something else is about to take *count* bytes of memory.
+        """Reserve *count* bytes of memory for something else.
 
         Raises:
-            StorageFull: they do not fit.
+            StorageFull: there is too little memory.
         """
         self._budget.charge(count)
 
     def _relieve(self, size: int) -> None:
-        """Give back at least *size* bytes that are kept for later, if there are so many."""
+        """Free at least *size* bytes of spare memory, if there are so many."""
         with self._lock:
             size -= self._spare.size
             self._spare.clear()
@@ -244,7 +244,8 @@ class MemoryStorage(Storage):
                     size -= spare
 
     def _promise(self, item: _Slot | Own) -> bool:
-        """Whether others may fill what a region has of holes without asking: it fits."""
+        """Reserve memory for a region's holes, so that other processes may fill it; whether it
+        fits."""
         if isinstance(item, Own) and item.filled < item.size and item not in self._lent:
             try:
                 self._budget.charge(item.size - item.filled)
@@ -265,7 +266,7 @@ class MemoryStorage(Storage):
         return self._fresh(size, holder, Own.clear)
 
     def _fresh(self, size: int, holder: int, fill: Callable[[Own], None]) -> Fresh | None:
-        """Spare memory, as *fill* leaves it; None where there is none."""
+        """Return spare memory that *fill* has prepared; None if there is none."""
         if size < OWN_DESCRIPTOR:
             return None
         try:
@@ -274,13 +275,13 @@ class MemoryStorage(Storage):
             if own is None:
                 return None
             try:
-                self._budget.charge(_ROW)  # the rest counts already
+                self._budget.charge(_ROW)  # the memory itself is already counted
                 fill(own)
             except BaseException:
                 own.discard()
                 raise
         except (OSError, errors.StorageFull):
-            return None  # new memory will do, or say that there is none
+            return None  # use new memory instead, which reports errors
         return _Fresh(self, own)
 
     def _put(self, rid: RegionID, own: Own) -> None:
@@ -297,7 +298,7 @@ class MemoryStorage(Storage):
             except OSError as error:
                 if not descriptors.are_short(error):
                     raise
-                # What is kept for speed has some.
+                # Caches of spare memory and mappings hold some.
                 self._spare.clear()
                 for own in [*self._mappings]:
                     self._unmap(own)
@@ -308,7 +309,7 @@ class MemoryStorage(Storage):
             raise errors.from_os(error, f"memory region of {size} bytes") from error
 
     def _place(self, size: int) -> _Slot | Own:
-        """Memory of its own, or a slot; raises ``OSError``, ``ValueError``, ``OverflowError``."""
+        """Allocate a memfd or a slot; raises ``OSError``, ``ValueError``, ``OverflowError``."""
         if size >= OWN_DESCRIPTOR and self._own < self._own_limit:
             self._spare.relieve()
             if len(self._spare) and self._own + len(self._spare) >= self._own_limit:
@@ -352,10 +353,10 @@ class MemoryStorage(Storage):
             segments.append(segment)
         segment.free.append(item.offset)
         if segment.empty and len(segments) > 1:
-            segments.remove(segment)  # not the last of its size: its memory goes back
+            segments.remove(segment)  # not the last of its size: free its memory
 
     def _forget(self, item: Own) -> None:
-        """Count the memory of a large region no more; the lock is held."""
+        """Stop counting the memory of a large region; the lock is held."""
         self._taken -= item.taken
         item.taken = 0
         self._unsure.discard(item)
@@ -372,7 +373,7 @@ class MemoryStorage(Storage):
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, Own):
-                # Never back to a slot: a region that shrinks is about to grow again.
+                # Never back to a slot: a region that shrinks often grows again.
                 if size < item.size:
                     self._unsure.add(item)
                 try:
@@ -390,7 +391,7 @@ class MemoryStorage(Storage):
                 self._free(item)
 
     def _shrink_long(self, rid: RegionID, size: int) -> None:
-        """Give back most of what a region shrinks by, which takes long, without the lock."""
+        """Free most of what a region shrinks by, which takes long, without the lock."""
         with self._lock:
             item = self._regions[rid]
             if isinstance(item, _Slot) or item.size - size <= _STEP:
@@ -398,7 +399,7 @@ class MemoryStorage(Storage):
             self._unmap(item)
             self._unsure.add(item)
         try:
-            step = max(_STEP, (item.size - size) // 1000)  # most of what is so long is a hole
+            step = max(_STEP, (item.size - size) // 1000)  # most of such a large region is a hole
             for end in range(item.size - step, size, -step):
                 item.resize(end)
         except OSError as error:
@@ -440,7 +441,7 @@ class MemoryStorage(Storage):
         return found if writable else found.toreadonly()
 
     def _mapped(self, item: Own, end: int) -> Populated | None:
-        """A region's mapping, of its first *end* bytes at least; None when that cannot be."""
+        """Return a mapping of at least the first *end* bytes of a region; None if that fails."""
         mapping = item.mapping
         if mapping is None or len(mapping) < end:
             with self._lock:
@@ -468,7 +469,7 @@ class MemoryStorage(Storage):
             try:
                 self._budget.charge(item.missing(offset, len(data)))
             except errors.StorageFull:
-                # It may be written already; to find out takes system calls.
+                # It may be allocated already; finding out takes system calls.
                 self._budget.charge(item.holes(offset, len(data)))
         try:
             _write(item, offset, data)
@@ -491,13 +492,13 @@ class MemoryStorage(Storage):
             self._free(item)
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
-        """Memory is as durable as it gets."""
+        """No effect: memory is never durable."""
 
     def persist_all(self) -> None:
-        """Memory is as durable as it gets."""
+        """No effect: memory is never durable."""
 
     def wrote(self, rid: bytes) -> None:
-        """Memory is as durable as it gets."""
+        """No effect: memory is never durable."""
 
     def grew(self, rid: bytes, size: int) -> None:
         with self._lock:
@@ -508,27 +509,27 @@ class MemoryStorage(Storage):
                 self._unsure.add(item)
 
     def persist_names(self) -> None:
-        """Memory is as durable as it gets."""
+        """No effect: memory is never durable."""
 
     def oldest_fresh(self) -> RegionID | None:
         return None
 
     def sync_found(self) -> None:
-        """Nothing is found in memory."""
+        """No effect: nothing survives a crash."""
 
     def moves(self, rid: RegionID, size: int) -> bool:
         item = self._regions[rid]
         return isinstance(item, _Slot) and size > item.segment.slot_size
 
     def _charge_move(self, rid: RegionID, size: int) -> None:
-        """Before a region's bytes get another place; not with the lock, which a look takes."""
+        """Reserve memory before moving a region; without the lock, which measuring acquires."""
         self._charge_place(size, min(size, self._regions[rid].size))
 
     def _charge_place(self, size: int, filled: int) -> None:
-        """Before a region of *size* bytes gets a place, and *filled* bytes there."""
+        """Reserve memory before allocating a region of *size* bytes, *filled* of them with data."""
         if size < OWN_DESCRIPTOR or self._own >= self._own_limit:
             slot_size = self._slot_size(size)
-            segments = self._open.get(slot_size, [])[-1:]  # another thread may take it away
+            segments = self._open.get(slot_size, [])[-1:]  # another thread may remove it
             filled = 0 if segments and segments[0].free else slot_size
         self._budget.charge(_ROW + filled)
 
@@ -545,7 +546,7 @@ class MemoryStorage(Storage):
         return free
 
     def _move(self, rid: RegionID, size: int) -> None:
-        """Copy a region to a new place of *size* bytes; the old one is not freed."""
+        """Copy a region to a new location of *size* bytes; the old one is not freed."""
         item = self._regions[rid]
         kept = min(size, item.size)
         fresh = self._allocate(size)
@@ -565,7 +566,7 @@ class MemoryStorage(Storage):
             if isinstance(item, Own):
                 if holder == KERNEL and item.sealed:
                     return None  # its end may not be where the region's is
-                # A guest that only reads makes no regions, for which the memory could be used.
+                # A read-only guest creates no regions for which the memory could be reused.
                 holder = holder if writable or holder == KERNEL else STRANGERS
                 self._spare.given(item, holder)
                 return Location(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
@@ -580,15 +581,15 @@ class MemoryStorage(Storage):
             self._spare.left(holder)
 
     def vacate(self, rid: RegionID) -> None:
-        """What is erased gives back what it takes, whoever has a descriptor."""
+        """No effect: erasing frees the memory even if other processes hold a descriptor."""
 
     def firm(self, rid: RegionID) -> bool:
-        """Memory is as durable as it gets."""
+        """Always true: memory is never durable."""
         return True
 
     def room(self) -> tuple[int, int]:
         total, available = self._budget.room()
-        # What is spare is given back when little is left.
+        # Spare memory is freed when little is left.
         with self._lock:
             spare = self._spare.size + sum(segment.spare for segment in self._segments)
         return total, min(total, available + spare)
@@ -612,9 +613,9 @@ class MemoryStorage(Storage):
 
 
 def _duplicate(fd: int, writable: bool) -> int:
-    """Another descriptor of the same memory, for another process.
+    """Open the same memory again, for another process.
 
-    Not of the same open file: its flags, such as ``O_APPEND``, would be shared, and with that one
+    Not dup(2): the flags of the open file, such as ``O_APPEND``, would be shared, and with that one
     set pwrite(2) ignores the offset.
     """
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)

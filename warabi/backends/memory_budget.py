@@ -1,10 +1,10 @@
-"""How much memory regions may take, so that they run out before the machine does.
+"""Limits on the memory for regions, so that it is exhausted before the machine's memory is.
 
-Memory for regions is *charged* before it is filled.  A charge takes from an allowance; only when
-that is used up does a look at the machine, at the control groups of this process and, if there is a
-limit, at what the regions really take, tell how large the next one may be.  So charges may be too
-high, for pages that exist already perhaps, and cost nothing but looks; and what other programs do
-with the memory meanwhile is seen in time, for an allowance is a part of what is left.
+Memory for regions is *charged* before it is filled.  A charge is taken from an allowance; only when
+that is exhausted are the machine, the control groups of this process and, if there is a limit, the
+actual memory use examined to determine the next allowance.  So charges may be too high, for example
+for pages that exist already, which only causes more examinations; and memory use of other programs
+is noticed in time, since an allowance is a fraction of the available memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import NamedTuple
 from warabi.errors import StorageFull
 
 PAGE = 4096
-_STEP = 64 * 1024 * 1024  # bytes of an allowance, at most
-_RELIEF = 8 * 1024 * 1024  # more bytes that are given back than are missing
-_PART = 4  # no allowance is more than this part of what is left
+_STEP = 64 * 1024 * 1024  # most bytes of an allowance
+_RELIEF = 8 * 1024 * 1024  # bytes that are freed in addition to those missing
+_PART = 4  # an allowance is at most this fraction of what is left
 _LARGEST_RESERVE = 256 * 1024 * 1024
 _RESERVE_PART = 8
-_UNLIMITED = 1 << 60  # what version 1 of control groups says without a limit is more
+_UNLIMITED = 1 << 60  # control groups version 1 report more than this if there is no limit
 _PATIENCE = 60.0  # seconds
 _MOST_READ = 16 * 1024
 _NAMES = (b"MemTotal", b"MemAvailable", b"SwapTotal", b"SwapFree")
@@ -33,10 +33,10 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 class Machine:
-    """The memory of this machine, as far as this process and its control groups can have it.
+    """The memory of this machine, as available to this process and its control groups.
 
-    Where the groups are is read again after a minute at the earliest, as a process hardly ever gets
-    into others; their limits are read each time.
+    The list of control groups is refreshed at most once per minute, since processes hardly ever
+    move to other groups; their limits are read each time.
 
     Args:
         root: the directory with ``proc``, for tests.
@@ -46,7 +46,7 @@ class Machine:
         self._root = root
         self._meminfo = str(root / "proc/meminfo")
         self._groups: list[_Group] = []
-        self._until = 0.0  # when to look for the groups again
+        self._until = 0.0  # when to list the groups again
         self._known: tuple[int, int] | None = None
 
     def physical(self) -> int:
@@ -55,9 +55,9 @@ class Machine:
         return min([self._info()[b"MemTotal"], *limits])
 
     def memory(self) -> tuple[int, int]:
-        """Bytes in all, and those that can be had now, swap space included.
+        """Total bytes, and bytes available now, including swap space.
 
-        When this process has no descriptor left to look with, what was found before.
+        If this process has no free descriptor, returns the previous result.
         """
         try:
             self._known = self._memory()
@@ -83,7 +83,7 @@ class Machine:
         return found
 
     def _limits(self) -> list[tuple[int, int]]:
-        """Limit, and bytes left below it, of each control group with one."""
+        """Return the limit, and the bytes left below it, of each control group with a limit."""
         if (now := time.monotonic()) >= self._until:
             self._groups = _groups(self._root)
             self._until = now + _PATIENCE
@@ -96,11 +96,11 @@ machine_memory = _machine.memory
 
 
 def _content(path: str) -> bytes:
-    """All of a file of the kernel's, by as few system calls as that takes; raises ``OSError``."""
+    """Read a file of the kernel with as few system calls as possible; raises ``OSError``."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = os.read(fd, _MOST_READ)
-        # Shorter reads are the end: the kernel makes the text of such a file at once.
+        # A short read is the end: the kernel generates the text at once.
         while found and len(found) % PAGE == 0 and (more := os.read(fd, _MOST_READ)):
             found += more
         return found
@@ -109,12 +109,12 @@ def _content(path: str) -> bytes:
 
 
 def reserve(total: int) -> int:
-    """What of *total* bytes of memory regions leave to everything else, this process included."""
+    """Return the part of *total* bytes that is reserved for other use, including this process."""
     return min(_LARGEST_RESERVE, total // _RESERVE_PART)
 
 
 class _Group(NamedTuple):
-    """The files of a control group, and how the names in the last one begin."""
+    """The files of a control group, and the prefix of the names in the last one."""
 
     limit: str
     usage: str
@@ -123,11 +123,11 @@ class _Group(NamedTuple):
 
 
 def _groups(root: Path) -> list[_Group]:
-    """The control groups for memory that this process is in, and those above them."""
+    """Return the memory control groups of this process, and their ancestors."""
     found = []
     for directory, top, (limit, usage, prefix) in _places(root):
         for each in (directory, *directory.parents):
-            if (each / limit).exists():  # there is none at the root of a hierarchy
+            if (each / limit).exists():  # the root of a hierarchy has no limit
                 files = [str(each / name) for name in (limit, usage, "memory.stat")]
                 found.append(_Group(files[0], files[1], files[2], prefix.encode()))
             if each == top:
@@ -140,8 +140,8 @@ _V2 = ("memory.max", "memory.current", "")
 
 
 def _places(root: Path) -> list[tuple[Path, Path, tuple[str, str, str]]]:
-    """The directories of this process's control groups for memory, each with the one where its
-    hierarchy is mounted, and how its files are named."""
+    """Return the directories of this process's memory control groups, each with the mount point of
+    its hierarchy, and its file names."""
     try:
         own = (root / "proc/self/cgroup").read_bytes().splitlines()
         mounts = (root / "proc/self/mountinfo").read_bytes().splitlines()
@@ -163,7 +163,7 @@ def _places(root: Path) -> list[tuple[Path, Path, tuple[str, str, str]]]:
             continue
         inner, point = (_path(field) for field in left.split(b" ")[3:5])
         own_path = _path(paths[version])
-        # In a container the mount may be of a group further down than the path begins.
+        # In a container the root of the mount may be a descendant of the path's first group.
         below = own_path.relative_to(inner) if own_path.is_relative_to(inner) else Path()
         top = root / point.relative_to("/")
         places.append((top / below, top, _V2 if version == 2 else _V1))
@@ -176,30 +176,31 @@ def _path(field: bytes) -> Path:
 
 
 def _limit(group: _Group) -> tuple[int, int] | None:
-    """A group's limit, and the bytes left below it; None without one."""
+    """Return a group's limit, and the bytes left below it; None without a limit."""
     try:
         most = int(_content(group.limit))
         if most >= _UNLIMITED:
             return None
         used = int(_content(group.usage))
         stat = dict(line.split() for line in _content(group.stat).splitlines())
-        # Pages of files are given back before a process is killed; those of regions are none.
+        # The page cache of files is reclaimed before a process is killed; memory of regions is not.
         files = sum(
             int(stat.get(group.prefix + kind, 0)) for kind in (b"inactive_file", b"active_file")
         )
-    except (OSError, ValueError):  # "max", or the group is gone
+    except (OSError, ValueError):  # "max", or the group was removed
         return None
     return most, max(0, most - used + files)
 
 
 class MemoryBudget:
-    """What regions in memory may still take.
+    """The memory that regions may still use.
 
     Args:
-        limit: bytes that they may take in all; None for what the machine can give.
-        used: how many they take.
-        promised: how many more they would take if others filled what they may fill.
-        relieve: gives back at least so many bytes that are kept and not used, if there are.
+        limit: most bytes in all; None for what the machine can provide.
+        used: returns the bytes in use.
+        promised: returns the bytes that would be used in addition if other processes filled the
+            memory shared with them.
+        relieve: frees at least so many spare bytes, if there are so many.
     """
 
     def __init__(
@@ -217,12 +218,12 @@ class MemoryBudget:
         self._lock = threading.Lock()
 
     def charge(self, count: int) -> None:
-        """Take note that *count* bytes are about to be filled.
+        """Reserve *count* bytes that are about to be filled.
 
         Raises:
-            StorageFull: they do not fit; nothing may be filled.
+            StorageFull: there is too little memory; nothing may be filled.
         """
-        # Threads may lose each other's charges here; the reserve is much more than they can lose.
+        # Charges of concurrent threads may get lost; the reserve is much more than they can lose.
         self._allowance -= count
         if self._allowance < 0:
             self._look(count)
@@ -256,7 +257,7 @@ class MemoryBudget:
         return f"{count} more bytes do not fit: this machine has memory for {left} more"
 
     def room(self) -> tuple[int, int]:
-        """Total bytes, and those that can be had now without relief."""
+        """Return total bytes, and bytes available without freeing spare memory."""
         total, available = machine_memory()
         left = self._below(total, available)
         return total if self.limit is None else min(total, self.limit), left

@@ -1,15 +1,15 @@
-"""Large regions of memory, a memfd each, and the memory of those that are gone.
+"""Large regions in memory, a memfd each, and reuse of the memory of erased ones.
 
-That memory is *spare*: the next region of about the size has its pages, which it would take the
-kernel longer to find and to clear than it takes to fill them.
+Such memory is *spare*: the next region of similar size uses its pages, which the kernel would
+otherwise take longer to allocate and clear than it takes to fill them.
 
-Who was given a descriptor may write by it, and read, as long as it likes, whatever it was told.
-So memory is spare for everybody only if it never left this process, and if one guest alone had it,
-for the regions that this guest makes; what more than one had, or somebody else, goes back.  It is
-never used before all who kept to the protocol of ``target/leases.py`` are done with it, nor while
-there is a view of it in this process.
+A process that was given a descriptor may read and write as long as it likes.  So memory that never
+left this process is spare for all regions; memory that was shared with only one guest is spare for
+regions that this guest creates; any other memory is freed.  It is never reused before all processes
+that follow the protocol of ``target/leases.py`` have finished with it, nor while there is a view of
+it in this process.
 
-What a region was made of is never seen: it is written or cleared before the region is there.
+Old contents are never visible: they are overwritten or cleared before the region is created.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, machine_memory
 from warabi.shm.memory import SharedMapping, copy
 
-_MOST = 64 * 1024 * 1024  # bytes of spare memory, at most
-_PART = 8  # no region's is more than this part of it: to clear that keeps others waiting
-_SHARE = 64  # no more of it than the machine's memory divided by this
-_SHORT = 16  # less available than the machine's memory divided by this is little
-_MOST_COUNT = 128  # each takes a descriptor
+_MOST = 64 * 1024 * 1024  # most bytes of spare memory
+_PART = 8  # most memory of one region is this fraction of it: clearing blocks others
+_SHARE = 64  # at most this fraction of the machine's memory
+_SHORT = 16  # below this fraction of the machine's memory, available memory is short
+_MOST_COUNT = 128  # each uses a descriptor
 _LONG = 32 * 1024 * 1024
-"""Bytes that take the kernel long to give back: some milliseconds."""
-_PATIENCE = 1.0  # seconds between two looks at how much is available
+"""Bytes that take the kernel long to free: some milliseconds."""
+_PATIENCE = 1.0  # seconds between two checks of the available memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_END = (1 << 63) - mmap.PAGESIZE  # where no file has more: a guest may have made it longer
+_END = (1 << 63) - mmap.PAGESIZE  # beyond the end of every file: a guest may have extended it
 
 
 class Own:
-    """A large region: a memfd, mapped once it is to be seen.
+    """A large region: a memfd, mapped when a view is requested.
 
-    Before another process gets a descriptor the file is *sealed*: it never becomes shorter again,
-    or a load or store of whoever has mapped it could raise SIGBUS.  Its memory is then given back
-    by punching holes, and the file may be longer than the region.
+    Before another process gets a descriptor the file is *sealed* against shrinking, since a load or
+    store in a truncated mapping raises SIGBUS.  Its memory is then freed by punching holes, and the
+    file may be longer than the region.
 
-    Invariants: the first *filled* bytes are no hole, which would be filled by touching it.  Bytes
-    of the file behind the region's end are zero, but for what a guest that breaks the rules stores
+    Invariants: the first *filled* bytes contain no hole, which an access would fill.  Bytes of the
+    file beyond the region's end are zero, except for what a guest that violates the protocol stores
     there, in a region that it may write to anyway.
 
     Attributes:
-        extent: bytes of the file, *size* at least.
+        extent: bytes of the file, at least *size*.
         sealed: whether another process may have a descriptor or a mapping.
-        holder: who was given a descriptor: the only guest, or ``STRANGERS``; ``THIS_PROCESS`` if
-            it is known to nobody else.
-        warm: a mapping by which memory that is used again is filled, and nothing else is done.
-        taken: bytes of memory that it was last seen to take.
+        holder: the only guest that was given a descriptor, or ``STRANGERS``; ``THIS_PROCESS`` if
+            it was not shared.
+        warm: a mapping for filling reused memory, and nothing else.
+        taken: bytes of memory in use when last measured.
     """
 
     __slots__ = (
@@ -82,18 +82,18 @@ class Own:
             raise
 
     def seal(self) -> None:
-        """Keep the file from becoming shorter; raises ``OSError``."""
+        """Seal the file against shrinking; raises ``OSError``."""
         if not self.sealed:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self.sealed = True
 
     def resize(self, size: int) -> None:
-        """Have *size* bytes, new ones zero; raises ``OSError``.
+        """Set the size; new bytes are zero; raises ``OSError``.
 
-        Views and mappings of bytes that are cut off have to be gone, or never to be touched.
+        There must be no views or mappings of removed bytes, or they must never be accessed.
         """
         if size > self.extent and self.sealed and (length := os.fstat(self.fd).st_size) > size:
-            # A guest has made the file longer, and it cannot be made shorter.
+            # A guest has extended the file, and it cannot be truncated.
             punch(self.fd, self.size, _END - self.size)
             self.extent = length
         elif size > self.extent or not self.sealed:
@@ -105,24 +105,24 @@ class Own:
         self.filled = min(self.filled, size)
 
     def map(self) -> Populated:
-        """A new mapping of all of it; raises as :class:`Populated`."""
+        """Map all of it; raises as :class:`Populated`."""
         self.mapping = Populated(self.fd, self.size, writable=True)
         self._mappings = [*filter(_alive, self._mappings), weakref.ref(self.mapping.memory)]
         return self.mapping
 
     def look(self) -> int:
-        """By how many bytes it takes more memory, or less, than when it was last looked at."""
+        """Return the change of its memory use in bytes since the last measurement."""
         before, self.taken = self.taken, os.fstat(self.fd).st_blocks * 512
         return self.taken - before
 
     def missing(self, offset: int, size: int) -> int:
-        """How many bytes of memory a write takes, at most."""
+        """Return the most bytes of memory that a write needs."""
         if (new := offset + size - max(offset, self.filled)) <= 0:
             return 0
         return (new + PAGE - 1) & -PAGE
 
     def holes(self, offset: int, size: int) -> int:
-        """As :meth:`missing`, exactly; raises ``OSError``."""
+        """The same as :meth:`missing`, exactly; raises ``OSError``."""
         offset, end = offset & -PAGE, (offset + size + PAGE - 1) & -PAGE
         missing = 0
         while offset < end:
@@ -135,7 +135,7 @@ class Own:
         try:
             return os.lseek(self.fd, offset, what)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # nothing comes after it
+            if error.errno != errno.ENXIO:  # there is nothing after it
                 raise
             return _END
 
@@ -145,13 +145,13 @@ class Own:
         return any(map(_alive, self._mappings))
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Store *data*; raises ``OSError``."""
+        """Write *data*; raises ``OSError``."""
         pwrite_full(self.fd, data, offset)
         if offset <= self.filled < offset + len(data):
             self.filled = offset + len(data)
 
     def replace(self, data: memoryview) -> None:
-        """Make *data*, as many bytes as it has, all there is.
+        """Replace the contents by *data*, which has the region's size.
 
         Raises:
             OSError: it cannot be mapped.
@@ -160,7 +160,7 @@ class Own:
         self.filled = self.size
 
     def clear(self) -> None:
-        """Make all bytes zero, by a system call, which lets other threads run.
+        """Zero all bytes, by a system call, which releases the interpreter lock.
 
         Raises:
             OSError: it cannot be mapped.
@@ -179,9 +179,10 @@ class Own:
         return self.warm
 
     def discard(self) -> None:
-        """Give its memory back, although another process may still have it mapped.
+        """Free its memory, even if another process still has it mapped.
 
-        Much of it by a thread: it takes the kernel long, and an event loop may not wait.
+        Large regions are freed by a thread, since it takes the kernel long, and an event loop may
+        not wait.
         """
         if self.size > _LONG:
             threading.Thread(target=self._give_back, name="warabi-free").start()
@@ -203,23 +204,23 @@ def _alive(mapping: weakref.ref[mmap.mmap]) -> bool:
 
 
 class Spare:
-    """Memory of regions that are gone.  Not thread-safe."""
+    """Memory of erased regions, for reuse.  Not thread-safe."""
 
     def __init__(self) -> None:
-        self._held: dict[Own, int] = {}  # how many bytes; what came first is first
+        self._held: dict[Own, int] = {}  # bytes of each, in order of arrival
         self._fitting: dict[tuple[int, int], dict[Own, None]] = {}  # by holder and size
-        self._present = {THIS_PROCESS}  # who is there, of those who were given descriptors
+        self._present = {THIS_PROCESS}  # holders that still create regions
         self._most = min(_MOST, machine_memory()[0] // _SHARE)
-        self._look = 0.0  # when to look next whether memory is short
+        self._look = 0.0  # when to check the available memory next
         self._short = False
         self.size = 0
-        """Bytes that are kept, in all."""
+        """Total bytes of spare memory."""
 
     def __len__(self) -> int:
         return len(self._held)
 
     def given(self, own: Own, holder: int) -> None:
-        """*holder* is about to be given a descriptor; raises ``OSError``."""
+        """Record that *holder* is about to be given a descriptor; raises ``OSError``."""
         if holder != THIS_PROCESS:
             if holder == KERNEL:
                 holder = STRANGERS
@@ -230,7 +231,7 @@ class Spare:
                 self._present.add(holder)
 
     def left(self, holder: int) -> None:
-        """A guest makes no regions any more: give back what is spare for it."""
+        """Free memory that is spare for a guest that creates no more regions."""
         self._present.discard(holder)
         for own in [own for own in self._held if own.holder == holder]:
             self._drop(own)
@@ -238,20 +239,20 @@ class Spare:
             del self._fitting[key]
 
     def keep(self, own: Own) -> bool:
-        """Take the memory of a region that is gone; False when it has to be discarded."""
+        """Keep the memory of an erased region; False if the caller must free it."""
         if own.seen or own.holder not in self._present:
             return False
         info = os.fstat(own.fd)
         held = info.st_blocks * 512
         if info.st_size != own.extent or not own.size // 2 <= held <= self._most // _PART:
-            return False  # a guest's own doing, or mostly a hole, or too much
+            return False  # modified by a guest, or mostly a hole, or too large
         self.relieve()
         if self._short:
             return False
         fitting = self._fitting.setdefault(_key(own.holder, own.size), {})
         while self.size + held > self._most or len(self) == _MOST_COUNT:
             if fitting:
-                return False  # those are as good, and may be mapped already
+                return False  # equally suitable, and maybe mapped already
             self.shrink()
         self._held[own] = held
         self.size += held
@@ -259,16 +260,17 @@ class Spare:
         return True
 
     def take(self, size: int, holder: int) -> Own | None:
-        """Memory for a region of *size* bytes that *holder* makes, None if there is none; all
-        that is in it is to be replaced before anybody sees the region.
+        """Return memory for a new region of *size* bytes of *holder*, None if there is none.
+
+        The caller must replace its contents before the region becomes visible.
 
         Raises:
-            OSError: what there was has been given back.
+            OSError: resizing failed; the memory was freed.
         """
         found = self._fitting.get(_key(holder, size)) or self._fitting.get(_key(THIS_PROCESS, size))
         if not found:
             return None
-        own = next(reversed(found))  # the one that caches may still have
+        own = next(reversed(found))  # most likely to be in the processor's caches
         self._remove(own)
         try:
             own.resize(size)
@@ -287,11 +289,11 @@ class Spare:
         own.discard()
 
     def shrink(self) -> None:
-        """Give back what was kept first."""
+        """Free the oldest spare memory."""
         self._drop(next(iter(self._held)))
 
     def relieve(self) -> None:
-        """Give everything back if the machine has little memory left; seldom looks."""
+        """Free all if the machine is short of memory; checks at most once per ``_PATIENCE``."""
         if (now := time.monotonic()) >= self._look:
             self._look = now + _PATIENCE
             total, available = machine_memory()
@@ -300,7 +302,7 @@ class Spare:
                 self.clear()
 
     def clear(self) -> None:
-        """Give everything back."""
+        """Free all spare memory."""
         while self._held:
             self.shrink()
 

@@ -1,8 +1,7 @@
-"""Packs: files of ``SLOTS`` slots of ``SLOT`` bytes, for small regions, and a record for each.
+"""Packs: files of ``SLOTS`` slots of ``SLOT`` bytes for small regions, with a record for each.
 
-A region's place follows from its ID: slot ``n`` of the catalogue is slot ``n % SLOTS`` of pack
-``n // SLOTS``.  Nothing is to be looked for, and nothing to be handed out: what is not written is a
-hole.
+A region's location follows from its ID: slot ``n`` of the catalogue is slot ``n % SLOTS`` of pack
+``n // SLOTS``.  So neither an index nor an allocator is needed; unused slots are holes.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ from warabi.region import RegionID
 SLOT = 4096
 """Bytes of a slot."""
 SLOTS = 256
-"""Slots of a pack.  A sync of one region writes what is unwritten of all in its pack."""
+"""Slots of a pack.  A sync of one region flushes all dirty data of its pack."""
 RECORD = struct.Struct("<QQ")  # generation and size of a region
-RECORDS = SLOTS * SLOT  # where they begin
+RECORDS = SLOTS * SLOT  # offset of the records
 PACK = RECORDS + SLOTS * RECORD.size
 """Bytes of a pack."""
 
 
 def pack_of(slot: int) -> RegionID:
-    """The ID by which the pack of that slot is kept; no region has it, for its own slot is 0."""
+    """Return the ID of the pack with that slot; its own slot is 0, so it differs from all
+    regions'."""
     return RegionID.from_parts(0, slot // SLOTS + 1)
 
 
@@ -36,24 +36,23 @@ def is_pack(rid: RegionID) -> bool:
 
 
 def slots_of(pack: RegionID) -> range:
-    """The catalogue's slots that a pack is for."""
+    """Return the catalogue's slots in a pack."""
     first = (pack.generation - 1) * SLOTS
     return range(first, first + SLOTS)
 
 
 def recorded(fd: int, pack: RegionID) -> dict[RegionID, int]:
-    """The sizes of regions as an open pack has them; of one that was cut off, of those it has."""
+    """Return the sizes of the regions recorded in an open pack, which may be truncated."""
     records = os.pread(fd, SLOTS * RECORD.size, RECORDS).ljust(SLOTS * RECORD.size, b"\0")
     found = {}
     for slot, (generation, size) in zip(slots_of(pack), RECORD.iter_unpack(records), strict=True):
-        if slot > ROOT and 0 < generation < 1 << 63:  # as a region's are
+        if slot > ROOT and 0 < generation < 1 << 63:  # as in a valid region ID
             found[RegionID.from_parts(slot, generation)] = min(size, SLOT)
     return found
 
 
 def forget(fd: int, numbers: Iterable[int]) -> None:
-    """Clear these slots, and their records, of an open pack; one that was cut off does not get
-    longer."""
+    """Clear these slots and their records in an open pack, without extending a truncated one."""
     whole = os.lseek(fd, 0, os.SEEK_END) == PACK
     for first, last in _runs(sorted(numbers)):
         punch(fd, first * SLOT, (last - first) * SLOT)
@@ -63,7 +62,7 @@ def forget(fd: int, numbers: Iterable[int]) -> None:
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last, exclusive, of each run in sorted *numbers*."""
+    """Yield first and last, exclusive, of each run in sorted *numbers*."""
     start = 0
     for index, number in enumerate(numbers, 1):
         if index == len(numbers) or numbers[index] != number + 1:

@@ -1,24 +1,25 @@
-"""Small regions in files that they share: *packs*, whose format is in ``pack_format.py``.
+"""Small regions that share files, called *packs*, whose format is in ``pack_format.py``.
 
-A file of its own costs a small region more than its bytes do: the file system makes it, names it
-and keeps an inode for it.  So regions of up to ``SLOT`` bytes without a name begin in packs.
+The overhead of a file exceeds the data of a small region: the file system must create it, name it
+and keep an inode.  So regions of up to ``SLOT`` bytes without a name are created in packs.
 
-To what keeps files, a pack is a region like others, by an ID that no region can have
-(:func:`pack_of`), and so is all that is said there of syncs and of what they failed to do.
+For the underlying file storage a pack is a region with an ID that no region can have
+(:func:`pack_of`), so its handling of syncs and failed syncs applies to packs, too.
 
-What is true when:
+Invariants:
 
-* A region's row says where it is (``Inode.packed``).  A region that grows out of its slot gets a
-  file of its own, which counts as soon as it has its name, whatever the row says.
-* A region's record has its size and says whose it is: as a file's end does, it outlives the
-  process, is persisted with the bytes, and tells of the region when the catalogue is lost.  Bytes
-  of the slot behind the size are zeros on the medium before the region grows: they are cleared when
-  it shrinks, and looked at when it grows, for that may have been interrupted.
-* Nobody ever gets the slot that another region of this process had: slots of the catalogue are
-  used again only after a crash, in other packs, and the bytes of erased regions are cleared before
-  the target is closed, or when it is opened after a crash.
-* A region that moved keeps its slot, and the old bytes in it, until it is erased: then no order of
-  what gets to the medium can lose them.
+* A region's row tells its location (``Inode.packed``).  A region that outgrows its slot gets its
+  own file, which is used as soon as it has its name, whatever the row says.
+* A region's record has its size and identifies it: like a file's size, it outlives the process, is
+  persisted with the data, and identifies the region if the catalogue is lost.  Bytes of the slot
+  beyond the size are zero on stable storage before the region grows: they are cleared when it
+  shrinks, and checked when it grows, since clearing may have been interrupted.
+* A slot is never reused while this process runs: the catalogue reuses slots only after a crash, in
+  other packs, and the data of erased regions are cleared before the target is closed, or when it
+  is opened after a crash.
+* A region that moved keeps its slot, and the old data in it, until it is erased: so the data
+survive
+  whatever the order in which changes reach stable storage.
 """
 
 from __future__ import annotations
@@ -58,52 +59,52 @@ _ZEROS = memoryview(bytes(SLOT))
 
 
 def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
-    """*error*, telling of the region, and not of its pack."""
+    """Return *error* with the region's ID instead of its pack's."""
     if file is rid:
         return error
     return type(error)(str(error).replace(file.hex(), rid.hex()))
 
 
 class PackedStorage(WrapperStorage):
-    """*files*, of which some are packs.
+    """Adds packs to a storage of files.
 
     Args:
-        files: what keeps the files.
+        files: the storage of files.
         catalogue: tells where a region is.
-        packing: whether new regions may go to packs.
+        packing: whether new regions may be created in packs.
     """
 
     def __init__(self, files: FileStorage, catalogue: Catalogue, *, packing: bool) -> None:
         super().__init__(files)
-        self._files = files  # the same, with what only files have
+        self._files = files  # typed, for what only files have
         self._catalogue = catalogue
         self._inodes = catalogue.by_rid
         self._packing = packing
-        # Where new regions go: the pack's number, its ID and a descriptor, whose writes never wait
-        # for the medium, for it is used and changed with the target's lock held.
+        # The pack of new regions: its number, its ID and a descriptor without O_DSYNC, since it is
+        # used and changed with the target's lock held.
         self._newest: tuple[int, RegionID, int] | None = None
-        self._packs: dict[int, RegionID] = {}  # their IDs, of those used lately
+        self._packs: dict[int, RegionID] = {}  # IDs of recently used packs
         self._shares = itertools.count(1)
         self._left: set[RegionID] = set()  # packs that a scan found
-        self._retired: dict[bytes, Inode] = {}  # of which the catalogue knows no more
-        self._retired_of: Counter[int] = Counter()  # how many of them a pack has
-        self._unneeded: set[int] = set()  # packs that only new regions, or dying ones, may need
+        self._retired: dict[bytes, Inode] = {}  # regions that the catalogue has dropped
+        self._retired_of: Counter[int] = Counter()  # their number per pack
+        self._unneeded: set[int] = set()  # packs that only new or dying regions may need
         self.write_waits = files.write_waits
         self.shares_writes = files.shares_writes
 
     blocking = True
 
     def bind(self, target: StorageOwner) -> None:
-        """Say whose storage it is."""
+        """Set the target that owns the storage."""
         self._guard = target._storage_guard
 
-    # Places
+    # Locations
 
     def _at(self, rid: bytes) -> tuple[RegionID, int]:
-        """The file that has the region's bytes, and where they begin in it."""
+        """Return the file with the region's data, and their offset in it."""
         inode = self._inodes.get(rid) or self._retired.get(rid)
         if inode is None or inode.packed != PACKED:
-            return rid, 0  # type: ignore[return-value]  # those that are told of as bytes, too
+            return rid, 0  # type: ignore[return-value]  # some callers pass plain bytes
         return self._slot(inode.ino)
 
     def _slot(self, slot: int) -> tuple[RegionID, int]:
@@ -141,10 +142,10 @@ class PackedStorage(WrapperStorage):
             self._files._dirty.add(pack)
 
     def _prepare(self, inode: Inode) -> tuple[int, RegionID, int] | None:
-        """The pack that the region may be in, which is made if need be; None if it may not."""
+        """Return the pack for a new region, creating it if necessary; None if it cannot be used."""
         self._let_go()
         pack = pack_of(inode.ino)
-        known = is_pack(pack)  # else its number is beyond what an import may give
+        known = is_pack(pack)  # else an imported slot is too large for a pack
         if known and pack not in self._files._failed and self._is_whole(pack, inode):
             with self._files._translated(pack, "create in"):
                 fd = self._files._open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
@@ -157,20 +158,20 @@ class PackedStorage(WrapperStorage):
             self._newest = None
 
     def _is_whole(self, pack: RegionID, inode: Inode) -> bool:
-        """Whether the pack of a new region is there, and has been since its first region."""
+        """Whether the pack of a new region exists, and has existed since its first region."""
         try:
             return os.stat(self._files._path(pack)).st_size == PACK
         except FileNotFoundError:
             slots = slots_of(pack)
             if self._catalogue.packed(slots[0], slots[-1]) != [inode.ino]:
-                return False  # it is lost, and must not seem to be there
+                return False  # it was lost; do not hide that
             try:
                 self._files.create(pack, PACK)
             except errors.OutOfBounds:
-                return False  # a limit on the sizes of files
+                return False  # exceeds a limit on file sizes
         return True
 
-    # Bytes
+    # Data
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         file, start = self._at(rid)
@@ -209,7 +210,7 @@ class PackedStorage(WrapperStorage):
             self.read_into(rid, size, rest)
             if rest != _ZEROS[size:]:
                 self.write(rid, size, _ZEROS[size:])
-                self.persist(rid, 0, SLOT)  # before a record may say that they are the region's
+                self.persist(rid, 0, SLOT)  # before a record may include them in the region
 
     def resize(self, rid: RegionID, size: int) -> None:
         if self.moves(rid, size):
@@ -219,8 +220,8 @@ class PackedStorage(WrapperStorage):
         else:
             old = self._inodes[rid].size
             self._record(rid, size)
-            if size < old:  # who persists the size persists that, too
-                with suppress(errors.Exception):  # `check` sees what is left
+            if size < old:  # persisted along with the size
+                with suppress(errors.Exception):  # `check` clears the rest
                     self.write(rid, size, _ZEROS[size:old])
 
     def _record(self, rid: RegionID, size: int) -> None:
@@ -249,13 +250,13 @@ class PackedStorage(WrapperStorage):
         if self._at(rid)[0] is rid:
             return self._files.replace(rid, size)
         self._move_out(rid, size)
-        return lambda: None  # the slot stays the region's
+        return lambda: None  # the slot stays reserved for the region
 
     def _move_out(self, rid: RegionID, size: int) -> None:
-        """Give a region, of which what is behind its size is clear, a file of its own.
+        """Move a region, whose slot is clear beyond its size, to a file of its own.
 
-        It is on the medium before it is there at all, and its name when this returns: what is in
-        the slot may have been persisted, or somebody is about to promise that.
+        The file is flushed before it gets its name, and the name before this returns: the data in
+        the slot may have been persisted, or are about to be.
         """
         files = self._files
         data = memoryview(bytearray(SLOT))
@@ -271,8 +272,8 @@ class PackedStorage(WrapperStorage):
             files._put_in_place(rid, fill)
             with files._lock:
                 files._fresh[rid] = None
-        self._inodes[rid].packed = MOVED  # who changes its size has that committed
-        with suppress(errors.Exception):  # which persists of it will say
+        self._inodes[rid].packed = MOVED  # committed by the caller that changes its size
+        with suppress(errors.Exception):  # later persists of the region report it
             files._persist_name(rid)
 
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
@@ -281,7 +282,7 @@ class PackedStorage(WrapperStorage):
         else:
             Storage.clone(self, rid, copy, size)
 
-    # The end of a region
+    # Erasing
 
     def retire(self, inode: Inode) -> None:
         if inode.packed != OWN:
@@ -297,7 +298,7 @@ class PackedStorage(WrapperStorage):
             raise error
 
     def erase_all(self, rids: list[RegionID]) -> Iterator[tuple[RegionID, errors.Exception]]:
-        """Pack by pack: a pack that goes as a whole costs no more than a region of its own."""
+        """Erase pack by pack: removing a whole pack costs no more than removing one file."""
         packed: dict[int, list[Inode]] = {}
         for rid in rids:
             inode = self._retired.get(rid)
@@ -312,22 +313,22 @@ class PackedStorage(WrapperStorage):
                 yield from ((inode.rid, error) for inode in inodes)
 
     def _erase_in(self, number: int, inodes: list[Inode]) -> None:
-        """Erase what is in a pack of these regions, or the pack if no other region needs it."""
+        """Clear these regions in a pack, or remove the pack if no other region needs it."""
         files, pack = self._files, pack_of(number * SLOTS)
         slots = slots_of(pack)
-        with self._guard.lock, self._guard.checked:  # so that none is made there
+        with self._guard.lock, self._guard.checked:  # so that no region is created there
             others = self._retired_of[number] > len(inodes)
             needed = others or bool(self._catalogue.packed(slots[0], slots[-1]))
             if others or (
                 self._catalogue.is_next(slots) and pack not in files._failed and not needed
             ):
-                self._unneeded.add(number)  # the others may be about to be erased, and see these
+                self._unneeded.add(number)  # the others may be erased concurrently
                 needed = True
             if not needed:
                 if self._newest is not None and self._newest[0] == number:
                     self._let_go()
                 files.erase(pack)
-        if needed and files._exists(pack):  # gone is what is wanted
+        if needed and files._exists(pack):  # otherwise already erased
             with files._translated(pack, "erase in"), files._borrow(pack) as fd:
                 forget(fd, [inode.ino - slots[0] for inode in inodes])
                 files._dirty.add(pack)
@@ -339,7 +340,7 @@ class PackedStorage(WrapperStorage):
                 del self._retired_of[number]
 
     def settle(self) -> None:
-        """Remove packs that something seemed to need when their last region was erased."""
+        """Remove packs that other regions seemed to need when their last region was erased."""
         self._files.settle()
         with self._guard.lock, self._guard.checked:
             unneeded = list(self._unneeded)
@@ -353,7 +354,7 @@ class PackedStorage(WrapperStorage):
                     self._unneeded.add(number)
                 raise
 
-    # The medium
+    # Persisting
 
     def keep_times(self, rid: RegionID, times: Times) -> bool:
         return self._at(rid)[0] is rid and self._files.keep_times(rid, times)
@@ -370,7 +371,7 @@ class PackedStorage(WrapperStorage):
         if file is rid:
             return self._files.flushing(rid, times=times)
         if times:
-            raise WouldBlock  # they are in the catalogue
+            raise WouldBlock  # times are in the catalogue
         return self._flushing_pack(rid, file)
 
     @contextmanager
@@ -416,7 +417,7 @@ class PackedStorage(WrapperStorage):
             if not used:
                 self._files.erase(pack)
                 continue
-            # A client of the process that was killed may be stopped in the middle of a write.
+            # A client of the killed process may be stopped in the middle of a write.
             self._catalogue.leave(slots)
             self._believe(pack, used, attests)
             unused = set(slots).difference(used)
@@ -428,7 +429,7 @@ class PackedStorage(WrapperStorage):
     def _believe(
         self, pack: RegionID, used: list[int], attests: Callable[[Inode, int], bool]
     ) -> None:
-        """Take sizes from a pack, as from files; it may be shorter itself, if it was not synced."""
+        """Take sizes from a pack, as from files; an unsynced pack may be truncated."""
         files, whole = self._files, True
         with files._translated(pack, "recovery of"), files._borrow(pack) as fd:
             end = os.fstat(fd).st_size
@@ -445,7 +446,7 @@ class PackedStorage(WrapperStorage):
                 files._set_size(fd, PACK)
         self._catalogue.trim()
 
-    # Other processes
+    # Direct access
 
     def wrote(self, rid: bytes) -> None:
         self._files.wrote(self._at(rid)[0])
@@ -466,7 +467,7 @@ class PackedStorage(WrapperStorage):
     def firm(self, rid: RegionID) -> bool:
         return self._files.firm(self._at(rid)[0])
 
-    # The whole
+    # Closing
 
     def close(self) -> None:
         self._let_go()

@@ -1,10 +1,9 @@
-"""Region files where the page cache has them, mapped for system calls that send bytes from there.
+"""Region files in the page cache, mapped for system calls that send data from there.
 
-That is a copy less than by way of a buffer.  Who read such bytes himself could be killed: the file
-may have been cut off, or its medium may fail.  A system call fails then (EFAULT).  But at a page
-that the page cache does not have it would wait for the medium.  So bytes are shown only where
-mincore(2) says that it has all of them; what it gives up before the call, a moment later, is read
-again.
+This saves a copy compared to a buffer.  Reading such a mapping directly could kill the process if
+the file was truncated or the device fails; a system call just fails (EFAULT).  But it would block
+at a page that is not in the page cache.  So a view is returned only if mincore(2) reports all its
+pages as cached; a page that is evicted before the call, a moment later, is read again.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from warabi.backends.memfd import Populated
 from warabi.shm.memory import address
 
 LEAST = 128 * 1024
-"""Bytes from which on asking for the pages takes less than a copy."""
-_MOST = 1024  # mapped files; each takes a descriptor
+"""From this size in bytes on, checking the pages is cheaper than copying."""
+_MOST = 1024  # mapped files; each uses a descriptor
 
 
 class CachedFile(Populated):
-    """A file as it is now."""
+    """A mapping of a file with its current size."""
 
     __slots__ = ("_address",)
 
@@ -32,7 +31,7 @@ class CachedFile(Populated):
         self._address = address(self._view)
 
     def show(self, offset: int, end: int) -> memoryview | None:
-        """The bytes from *offset* to *end*, unless some of them are not in the page cache."""
+        """Return the bytes from *offset* to *end*, or None if some are not in the page cache."""
         start = offset - offset % mmap.PAGESIZE
         try:
             resident = syscalls.mincore(self._address + start, end - start)
@@ -42,10 +41,10 @@ class CachedFile(Populated):
 
 
 class CachedFiles:
-    """Open files that are mapped, by their descriptors.  Thread-safe; the lock is innermost.
+    """Mappings of open files, by their descriptors.  Thread-safe; the lock is innermost.
 
     Args:
-        most: how many at once; then the one goes that was mapped first.
+        most: how many to keep; the oldest is dropped first.
     """
 
     def __init__(self, most: int) -> None:
@@ -54,7 +53,7 @@ class CachedFiles:
         self._files: dict[int, CachedFile] = {}
 
     def show(self, fd: int, offset: int, size: int) -> memoryview | None:
-        """*size* bytes at *offset*, or None where that cannot be."""
+        """Return *size* bytes at *offset*, or None if that is not possible."""
         end = offset + size
         pages = self._files.get(fd)
         if pages is None or len(pages) < end:
@@ -66,12 +65,12 @@ class CachedFiles:
                 self._files[fd] = pages
                 if len(self._files) > self._most:
                     del self._files[next(iter(self._files))]
-        # A large page of the cache may reach beyond the end of a file that was cut off.
+        # A large page of the cache may extend beyond the end of a truncated file.
         if end > len(pages) or end > os.lseek(fd, 0, os.SEEK_END):
             return None
         return pages.show(offset, end)
 
     def drop(self, fd: int) -> None:
-        """Do not keep the mapping of a file that is about to be closed."""
+        """Drop the mapping of a file that is about to be closed."""
         with self._lock:
             self._files.pop(fd, None)

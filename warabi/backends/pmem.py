@@ -1,8 +1,8 @@
-"""Regions in persistent memory, or in files treated alike: space reserved, ranges flushed.
+"""Regions in persistent memory, or in files treated alike: space is reserved, ranges are flushed.
 
-One file per region, as in ``FileStorage``, whose locks and rules hold here too.  A mapping
-belongs to the open descriptor of its region and goes with it, and when the region changes size.
-Bytes are moved with ``preadv`` and ``pwrite``, never through the mapping: docs/design.md.
+One file per region, as in ``FileStorage``, whose locks and rules apply here, too.  A mapping
+belongs to the open descriptor of its region; it is dropped with it, and when the region is resized.
+Data are accessed with ``preadv`` and ``pwrite``, never through the mapping: see docs/design.md.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from warabi.errors import CorruptTarget
 from warabi.region import RegionID
 
 _MOST_MAPPINGS = 16384
-"""Regions open at once; Linux allows a process 65530 mappings, for everything it maps."""
+"""Most open regions; Linux allows a process 65530 mappings, for everything it maps."""
 
 
 SMALLEST_POOL = 8 * 1024 * 1024
-"""Bytes that a target has at least, as PMDK's pools do."""
+"""Smallest size of a target in bytes, as for PMDK's pools."""
 
 
 def _no_pool_or_large(size: int) -> int:
@@ -47,16 +47,16 @@ class PmemConfig(PathModel):
 
 
 class PmemStorage(FileStorage):
-    """Regions as files below *root* whose space is reserved and whose ranges are flushed alone."""
+    """Regions as files below *root* whose space is reserved, and of which ranges are flushed."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self._limit = min(self._limit, _MOST_MAPPINGS)
         self._mappings: dict[bytes, FlushMapping] = {}
-        self._persistent = True  # until libpmem says otherwise of a file here
-        # Made or resized since their metadata were put on the medium.
+        self._persistent = True  # until libpmem reports that a file is not in persistent memory
+        # Created or resized since their metadata were flushed.
         self._unsettled: set[bytes] = set()
-        self._shared: set[bytes] = set()  # whose files other processes were given
+        self._shared: set[bytes] = set()  # whose files are shared with other processes
 
     def _close(self, rid: bytes, held: OpenFile) -> None:
         self._unmap(rid)
@@ -71,13 +71,13 @@ class PmemStorage(FileStorage):
         if size <= old:
             os.ftruncate(fd, size)
             return
-        # Asked first: the attempt alone would take all the room there is, for a while.
+        # Checked first: the attempt would temporarily use all available space.
         if size - old > self.room()[1]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             os.posix_fallocate(fd, old, size - old)
         except BaseException:
-            os.ftruncate(fd, old)  # gives back what was reserved until the medium was full
+            os.ftruncate(fd, old)  # frees what was reserved before the error
             raise
 
     def create(self, rid: RegionID, size: int) -> None:
@@ -103,9 +103,9 @@ class PmemStorage(FileStorage):
             finally:
                 self._dirty.add(rid)
 
-    write_beyond = Storage.write_beyond  # space is reserved before anything is written
+    write_beyond = Storage.write_beyond  # which reserves space before it writes
 
-    view = Storage.view  # which has none: persistent memory is no page cache
+    view = Storage.view  # not supported: persistent memory has no page cache
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._check_failed(rid)
@@ -114,7 +114,9 @@ class PmemStorage(FileStorage):
             unsettled = rid in self._unsettled
             mapping = self._mapping(rid, fd, length) if size else None
             if mapping is not None and mapping.size < offset + size:
-                raise CorruptTarget(f"persist region {rid.hex()}: somebody changed its file's size")
+                raise CorruptTarget(
+                    f"persist region {rid.hex()}: the size of its file was changed from outside"
+                )
             if size == length:
                 self._dirty.discard(rid)
             with self._remembered(rid):
@@ -122,7 +124,7 @@ class PmemStorage(FileStorage):
                 if times:
                     os.fsync(fd)
                 elif unsettled and not cached:
-                    os.fdatasync(fd)  # what msync would do with the file's metadata
+                    os.fdatasync(fd)  # the metadata that msync would flush
                 if mapping is not None and not (times and cached):
                     mapping.flush(offset, size, shared=rid in self._shared)
             self._unsettled.discard(rid)
@@ -130,13 +132,13 @@ class PmemStorage(FileStorage):
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         if holder != THIS_PROCESS:
-            self._shared.add(rid)  # before a persist can overlap with what they do
+            self._shared.add(rid)  # before a persist can overlap with their access
         return super().share(rid, writable=writable, holder=holder)
 
-    flushing = Storage.flushing  # ranges are flushed, by mappings
+    flushing = Storage.flushing  # not supported: ranges are flushed by mappings
 
     def firm(self, rid: RegionID) -> bool:
-        return False  # to flush a range takes less than to sync the file
+        return False  # flushing a range is cheaper than syncing the file
 
     def _mapping(self, rid: bytes, fd: int, length: int) -> FlushMapping:
         with self._lock:
@@ -148,7 +150,7 @@ class PmemStorage(FileStorage):
             return mapping
 
     def _check_length(self, rid: bytes, fd: int, what: str, end: int) -> int:
-        """The file's length in bytes, *end* at least."""
+        """Return the file's length in bytes, at least *end*."""
         length = os.fstat(fd).st_size
         if length < end:
             raise CorruptTarget(
@@ -173,6 +175,6 @@ BACKEND = Backend(
     open=lambda settings, root: PmemStorage(root),
     existing=FileStorage,
     plan=_plan,
-    spelled=False,  # a new one needs a size
+    spelled=False,  # a new target needs a size
     fsck=True,
 )

@@ -1,6 +1,6 @@
 """Mapped files, for flushing a range: by ``msync``, or by libpmem on persistent memory.
 
-Nothing reads or writes region data through a mapping, so none can fault: ``msync`` touches no
+Region data are never accessed through a mapping, so no access can fault: ``msync`` touches no
 byte, and before ``pmem_persist`` does the pages are mapped by a call that fails where a plain
 access would raise SIGBUS.
 """
@@ -20,7 +20,7 @@ _pointer, _size_t, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class FlushMapping(ABC):
-    """A file's first *size* bytes, mapped."""
+    """A mapping of a file's first *size* bytes."""
 
     def __init__(self, address: int, size: int) -> None:
         self._address = address
@@ -28,28 +28,28 @@ class FlushMapping(ABC):
 
     @abstractmethod
     def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
-        """Return when those bytes are on the medium; raises ``OSError``.
+        """Return when the bytes are on stable storage; raises ``OSError``.
 
-        *shared* says that another process has the file, and so may cut it off at any moment.
+        *shared*: another process has the file, and may truncate it at any moment.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Unmap; called once."""
+        """Unmap; must be called once."""
 
     def _pages(self, offset: int, size: int) -> tuple[int, int]:
-        """Address and length of the pages that hold those bytes."""
+        """Return address and length of the pages that contain the bytes."""
         start = self._address + offset
         first = start - start % _PAGE
         length = start + size - first
         return first, length + -length % _PAGE
 
     def _msync(self, offset: int, size: int) -> None:
-        syscalls.msync(*self._pages(offset, size))  # mmap.flush() would keep the GIL
+        syscalls.msync(*self._pages(offset, size))  # mmap.flush() would hold the GIL
 
 
 class PageCacheMapping(FlushMapping):
-    """A file of any file system.  Metadata needed to find the bytes are flushed with them."""
+    """A file on any file system.  Metadata needed to find the data are flushed with them."""
 
     def __init__(self, fd: int, size: int) -> None:
         super().__init__(syscalls.map_shared(fd, size, mmap.PROT_READ), size)
@@ -62,18 +62,18 @@ class PageCacheMapping(FlushMapping):
 
 
 class PersistentMapping(FlushMapping):
-    """A file on persistent memory; ``flush`` enters the kernel only to be safe."""
+    """A file on persistent memory; ``flush`` calls the kernel only for safety."""
 
     def flush(self, offset: int, size: int, *, shared: bool = False) -> None:
         if shared:
-            self._msync(offset, size)  # pmem_persist would raise SIGBUS at a page that is gone
+            self._msync(offset, size)  # pmem_persist would raise SIGBUS at a truncated page
             return
-        # Bytes come by pwrite, which leaves the allocation of their blocks in the journal.  Making
-        # the pages writable in a MAP_SYNC mapping puts it on the medium; pages that are writable
-        # already cost a walk of the page table.
+        # Data are written by pwrite, which leaves the allocation of their blocks in the journal.
+        # Making the pages writable in a MAP_SYNC mapping flushes it; for pages that are already
+        # writable this only walks the page table.
         try:
             syscalls.madvise(*self._pages(offset, size), syscalls.MADV_POPULATE_WRITE)
-        except OSError:  # an old kernel, or a page that cannot be had
+        except OSError:  # an old kernel, or a page that cannot be allocated
             self._msync(offset, size)
             return
         library = libpmem()
@@ -88,7 +88,7 @@ class PersistentMapping(FlushMapping):
 
 @functools.cache
 def libpmem() -> ctypes.CDLL | None:
-    """The library, where it is installed."""
+    """Load the library; None if it is not installed."""
     try:
         library = ctypes.CDLL("libpmem.so.1", use_errno=True)
     except OSError:
@@ -105,13 +105,13 @@ def libpmem() -> ctypes.CDLL | None:
 
 
 def map_persistent(fd: int) -> PersistentMapping | None:
-    """The open file, which is not empty, mapped by libpmem; None when that is not there, or says
-    that the file is not on persistent memory (``PMEM_IS_PMEM_FORCE=1`` makes it say so)."""
+    """Map an open, non-empty file by libpmem; None if that is not installed, or reports that the
+    file is not on persistent memory (``PMEM_IS_PMEM_FORCE=1`` overrides that)."""
     library = libpmem()
     if library is None:
         return None
     size, is_pmem = _size_t(), _int()
-    # The library alone knows which of its own mappings are persistent memory, so it has to map.
+    # Only the library knows which of its own mappings are persistent memory, so it must map.
     path = f"/proc/self/fd/{fd}".encode()
     address = library.pmem_map_file(path, 0, 0, 0, ctypes.byref(size), ctypes.byref(is_pmem))
     if address is None:

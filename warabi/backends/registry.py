@@ -1,9 +1,9 @@
-"""Which backends there are: the library's own, those that a program registered, and those of
+"""The table of backends: the library's own, those that a program registered, and those of
 installed packages.
 
-A package announces a backend by an entry point of the group ``warabi.backends``, whose name is the
-backend's and whose object is its :class:`~warabi.backends.record.Backend`.  Entry points are looked
-at when a name is used that is not known otherwise, so they cost nothing before.
+A package declares a backend by an entry point of the group ``warabi.backends``, whose name is the
+backend's and whose object is its :class:`~warabi.backends.record.Backend`.  Entry points are read
+only when an unknown name is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from warabi.backends.settings import PathModel
 from warabi.errors import ConfigError
 
 GROUP = "warabi.backends"
-"""The entry points' group."""
+"""The group of entry points."""
 
 _BUILT_IN: tuple[Backend, ...] = (
     memory.BACKEND,
@@ -28,17 +28,17 @@ _BUILT_IN: tuple[Backend, ...] = (
 )  # fmt: skip
 
 _NAME = re.compile("[a-z][a-z0-9_]*")
-_RESERVED = frozenset({"config", "type"})  # keys beside it in a configuration
+_RESERVED = frozenset({"config", "type"})  # other keys of the same section of a configuration
 
 _known: dict[str, Backend] = {name: each for each in _BUILT_IN for name in each.names}
-"""Every backend, by each of its names."""
+"""All backends, by each of their names."""
 
 
 def register(backend: Backend) -> None:
-    """Make a backend known to this process.
+    """Register a backend in this process.
 
     Raises:
-        ConfigError: one of its names is taken or is no name, or the record contradicts itself.
+        ConfigError: a name is in use or not valid, or the record is inconsistent.
     """
     for name in backend.names:
         if not _NAME.fullmatch(name) or name in _RESERVED:
@@ -46,7 +46,7 @@ def register(backend: Backend) -> None:
                 f"backend {name!r}: expected a name of small letters, digits and underscores"
             )
         if _known.get(name, backend) != backend:
-            raise ConfigError(f"backend {name!r}: there is another one of this name")
+            raise ConfigError(f"backend {name!r}: a backend of this name is already registered")
     if backend.files != issubclass(backend.config, PathModel):
         raise ConfigError(
             f"backend {backend.name!r}: its settings must derive from PathModel if it has"
@@ -60,10 +60,10 @@ def register(backend: Backend) -> None:
 
 
 def find(name: str) -> Backend | None:
-    """The backend of this name, which may be an alias; None if there is none.
+    """Return the backend of this name or alias; None if there is none.
 
     Raises:
-        ConfigError: an installed package announces it, and it cannot be loaded.
+        ConfigError: an installed package declares it, and it cannot be loaded.
     """
     found = _known.get(name)
     if found is None and _NAME.fullmatch(name):
@@ -74,27 +74,27 @@ def find(name: str) -> Backend | None:
 
 
 def names() -> list[str]:
-    """Every name that a configuration may use, without loading what packages announce."""
+    """Return all names that a configuration may use, without loading packages."""
     return list(dict.fromkeys([*_known, *(entry.name for entry in _entry_points())]))
 
 
 def loaded() -> list[Backend]:
-    """The backends that are known without loading anything."""
+    """Return the backends that are known without loading packages."""
     return list(dict.fromkeys(_known.values()))
 
 
 def checked_by_fsck() -> list[str]:
-    """What catalogues of backends record that ``warabi fsck`` can check."""
+    """Return the names, as in catalogues, of backends that ``warabi fsck`` can check."""
     return [backend.name for backend in loaded() if backend.fsck]
 
 
 def spellings(path: str) -> list[str]:
-    """How the backends that mounts and ``warabi serve --target`` take are spelled."""
+    """Return the forms of targets that mounts and ``warabi serve --target`` accept."""
     return [f"{b.name}:{path if b.files else ''}" for b in loaded() if b.spelled]
 
 
 def every() -> Iterator[Backend]:
-    """All of them: first those that are known, then those that have to be loaded."""
+    """Yield all backends: first the known ones, then those of packages, which it loads."""
     yield from (seen := loaded())
     for entry in _entry_points():
         if entry.name not in _known and (found := _load(entry)) not in seen:
@@ -102,8 +102,8 @@ def every() -> Iterator[Backend]:
 
 
 def _entry_points() -> metadata.EntryPoints | tuple[()]:
-    """Those of installed packages; none for a program that has more rights than its user, who may
-    say by the environment where packages are."""
+    """Return the entry points of installed packages; none in a set-ID program, whose user could
+    control by the environment which packages are loaded."""
     if os.getuid() != os.geteuid() or os.getgid() != os.getegid():
         return ()
     return metadata.entry_points(group=GROUP)
@@ -118,7 +118,7 @@ def _load(entry: metadata.EntryPoint) -> Backend:
         ) from error
     if not isinstance(found, Backend) or found.name != entry.name:
         raise ConfigError(
-            f"backend {entry.name!r}: {entry.value} is no warabi.backends.Backend of that name"
+            f"backend {entry.name!r}: {entry.value} is not a warabi.backends.Backend of that name"
         )
     register(found)
     return found

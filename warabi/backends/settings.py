@@ -1,4 +1,4 @@
-"""Models that the settings of backends are made of, checked by pydantic.
+"""Models for the settings of backends, validated by pydantic.
 
 Importing pydantic takes a tenth of a second, so only the modules of backends import this one, and a
 program that opens no target imports none of them.
@@ -19,22 +19,22 @@ Positive = Annotated[StrictInt, Field(ge=1)]
 
 
 class Model(BaseModel):
-    """Settings; a key that has no field is refused."""
+    """Settings; unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class PathModel(Model):
-    """Settings of a backend whose targets outlive their process: ``path`` is the catalogue."""
+    """Settings of a persistent backend: ``path`` is the catalogue."""
 
     path: Annotated[StrictStr, Field(min_length=1)]
 
 
 def unknown_key(key: str, known: Collection[str]) -> PydanticCustomError:
-    """For validators of models that accept some keys that they have no field for."""
+    """Return the error for an unknown key, for validators of models with extra keys."""
     return refused_key(key, config_keys.unknown(key, known))
 
 
 def refused_key(key: str, reason: str) -> PydanticCustomError:
-    """As :func:`unknown_key`, for another reason; *key* may have dots."""
+    """Return the error for a key, for any reason; *key* may have dots."""
     return PydanticCustomError("unknown_key", "{reason}", {"key": key, "reason": reason})

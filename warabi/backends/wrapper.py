@@ -1,4 +1,4 @@
-"""The base of storages on top of others, which change what some calls do with the bytes."""
+"""Base class of storages that wrap another storage."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from warabi.region import RegionID
 
 
 class WrapperStorage(Storage):
-    """*inner*, whose calls a subclass changes.
+    """Forwards calls to *inner*, some of which a subclass changes.
 
-    What concerns a storage as a whole, or asks about a region without changing it, is forwarded
-    unless it is overridden.  What reads, changes, shares or persists bytes is abstract, also where
-    :class:`Storage` has a default: a subclass says of each what it does, and
+    Methods that concern a storage as a whole, or query a region without changing it, are forwarded
+    unless they are overridden.  Methods that read, change, share or persist data are abstract, even
+    if :class:`Storage` has a default: a subclass must define each of them, with
     ``name = Storage.name`` where the default is right.
     """
 
@@ -26,7 +26,7 @@ class WrapperStorage(Storage):
         self._inner = inner
         self.instead = inner.instead
 
-    # To be thought about
+    # To be defined by the subclass
 
     @abstractmethod
     def create(self, rid: RegionID, size: int) -> None: ...

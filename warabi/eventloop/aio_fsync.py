@@ -1,8 +1,8 @@
 """Flushing a file from a Trio task without a thread: the kernel's asynchronous ``fsync``.
 
-It costs a third of what a thread does, whose two wake-ups each have the interpreter change hands
-as well.  See io_submit(2); libaio is not needed.  Where the system has no such calls, or no more
-of them at a time, threads do it.
+It costs a third of a worker thread, whose two wake-ups each include a switch of the interpreter
+lock.  See io_submit(2); libaio is not needed.  If the system does not offer these calls, or too
+many are pending, threads are used.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from warabi.eventloop.inline_wait import Lull
 from warabi.eventloop.threads import in_thread, signals
 
 _FSYNC, _FDSYNC = 2, 3
-_RESFD = 1  # a flag: a descriptor is to be told
+_RESFD = 1  # IOCB_FLAG_RESFD: signal an eventfd on completion
 _REQUEST = struct.Struct("=QIIHhIQQqQII")
 _EVENT = struct.Struct("=QQqq")
 _MOST = 128
-"""Flushes under way; there are more in threads."""
+"""Most pending flushes; further ones use threads."""
 
 
 class Flushes:
-    """Flushes that the kernel carries out beside the caller, who is told by a descriptor.
+    """Flushes that the kernel carries out asynchronously; an eventfd signals their completion.
 
     Raises:
         OSError: the system does not offer it.
@@ -39,7 +39,7 @@ class Flushes:
 
     def __init__(self) -> None:
         if sys.byteorder != "little":
-            raise OSError(errno.ENOSYS, "the layout of asynchronous requests is not known here")
+            raise OSError(errno.ENOSYS, "asynchronous fsync is not supported on this architecture")
         self._context = syscalls.io_setup(_MOST)
         self._next = itertools.count(1)
         self._request = ctypes.create_string_buffer(_REQUEST.size)
@@ -50,7 +50,7 @@ class Flushes:
         """Begin a flush, at whose end the eventfd *signal* is written to; returns its number.
 
         Raises:
-            OSError: it did not begin, because there are too many or the file has no such thing.
+            OSError: it did not begin: too many are pending, or the file does not support it.
         """
         number = next(self._next)
         kind = _FDSYNC if flush.data else _FSYNC
@@ -61,24 +61,24 @@ class Flushes:
         return number
 
     def ended(self) -> Iterator[tuple[int, int]]:
-        """Number of each flush that has ended since the last call, and its errno, 0 for none."""
+        """Yield the number and errno (0: success) of each flush that ended since the last call."""
         count = syscalls.io_getevents(self._context, self._events, _MOST)
         for number, _, result, _ in _EVENT.iter_unpack(self._events.raw[: count * _EVENT.size]):
             yield number, -result
 
     def close(self) -> None:
-        """Wait for those that are under way, and end."""
+        """Wait for pending flushes, and release the kernel's context."""
         syscalls.io_destroy(self._context)
 
 
 class Flusher:
-    """Flushes of one run of Trio; raises as :class:`Flushes`."""
+    """The flushes of one run of Trio; raises as :class:`Flushes`."""
 
     def __init__(self) -> None:
         self._flushes = Flushes()
         self._results: dict[int, int] = {}
         self._under_way = 0
-        self._lulls: dict[int, Lull] = {}  # by the descriptors that are told
+        self._lulls: dict[int, Lull] = {}  # by eventfd
         trio.lowlevel.spawn_system_task(self._end)
 
     async def _end(self) -> None:
@@ -88,7 +88,7 @@ class Flusher:
             self._flushes.close()
 
     def _ends_in_lull(self, fd: int) -> bool:
-        """Whether the only flush ends before there is anything else to do for the loop."""
+        """Whether the only pending flush ends before the event loop has anything else to do."""
         lull = self._lulls.get(fd)
         if lull is None:
             lull = self._lulls[fd] = Lull(fd)
@@ -96,10 +96,10 @@ class Flusher:
         return lull.wait()
 
     async def flush(self, flush: Flush) -> bool:
-        """Return when that is on the medium; False, at once, where a thread has to do it.
+        """Return when the data are on stable storage; False at once if a thread must do it.
 
         Raises:
-            OSError: the medium refused.
+            OSError: the flush failed.
         """
         ours = signals()
         fd = ours.take()
@@ -116,7 +116,7 @@ class Flusher:
                 await ours.wait(fd)
         finally:
             self._under_way -= 1
-        while number not in self._results:  # who else waits may have fetched it
+        while number not in self._results:  # another waiting task may have fetched it
             self._results.update(self._flushes.ended())
         result = self._results.pop(number)
         if result:
@@ -128,10 +128,10 @@ _flusher: trio.lowlevel.RunVar[Flusher | None] = trio.lowlevel.RunVar("warabi-fl
 
 
 async def flushed(flush: Flush) -> None:
-    """Return when *flush* is on the medium; one that was begun is waited for in any case.
+    """Return when *flush* has ended; once begun, it is waited for even if the task is cancelled.
 
     Raises:
-        OSError: the medium refused.
+        OSError: the flush failed.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     try:

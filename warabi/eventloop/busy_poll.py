@@ -1,17 +1,17 @@
-"""Waiting for what is about to come, without going to sleep.
+"""Adaptive busy polling before blocking.
 
-A process that sleeps is woken on another core in 40 to 50 µs, which is more than most requests
-take.  So a side of a connection to which messages come shortly one after another looks for the next
-one for a moment, again and again, before it sleeps.  Between two looks it offers its core to others
-(sched_yield(2)), among them, where both sides have but one core, the one that it waits for.
+Waking a sleeping process on another core takes 40 to 50 µs, longer than most requests.  So one side
+of a connection whose messages follow each other closely polls for the next one for a moment before
+it blocks.  Between two polls it yields its core (sched_yield(2)), to the peer among others if both
+have only one core.
 
-After many bytes the moment is longer, for with those it is not the wake-up alone that counts: who
-is woken often finds himself on the waker's core, and begins to receive when all has been sent.
-So a receiver that is quicker than the sender looks for the next piece of a message, too: else it
-would sleep, and be woken, for each 64 KiB.
+After many bytes it polls for longer, since then more than the wake-up counts: a woken process often
+runs on the waker's core, and begins to receive only when all has been sent.  A receiver that is
+faster than the sender also polls for the next chunk within a message; otherwise it would sleep and
+be woken for each 64 KiB.
 
-An offered core comes back late where others have much to do; then sleeping is better for a while,
-because who is woken goes before them.
+On a busy machine a yielded core comes back late; then blocking is better for a while, because the
+scheduler prefers a process that was just woken.
 """
 
 from __future__ import annotations
@@ -24,43 +24,44 @@ from time import perf_counter_ns
 from warabi._core.backoff import Pause
 
 _MOMENT = 100_000
-"""Nanoseconds for which to look at most."""
+"""Most nanoseconds of polling."""
 _LONGEST = 1_000_000
-"""So much longer at most, a nanosecond for each byte that was moved since the last message came:
-what a stream of a GB/s takes from one message to the next."""
+"""Most additional nanoseconds: one per byte that was moved since the last message, which is the
+time between two messages of a stream of 1 GB/s."""
 _SOON = 150_000
-"""A message that woke a sleeper so soon, in nanoseconds, would have come within the moment."""
+"""A message that arrived within so many nanoseconds of blocking would have been found by
+polling."""
 _LATE = 500_000
-"""A core that stays away for so long was given to somebody who does not only answer."""
+"""If a yielded core stays away for so many nanoseconds, it went to more than a short reply."""
 _PAUSE = (5_000_000, 160_000_000)
-"""Nanoseconds for which nothing is looked for then: at first, and at most if that happens again."""
+"""Nanoseconds without polling after that: at first, and at most if it happens again."""
 
 UNKNOWN, NOTHING = -2, -1
 """What an interrupted :meth:`Lookout.receive` has received, if not a number of bytes."""
 
 Receive = Callable[[memoryview, int, int], int]
-"""``socket.recv_into``, or what stands for it."""
+"""``socket.recv_into``, or a function with its signature."""
 
 
 class Lookout:
-    """What one side of a connection knows of when the next message comes."""
+    """The polling state of one side of a connection."""
 
     __slots__ = ("_flows", "_moved", "_pause", "_soon", "received")
 
     def __init__(self) -> None:
-        self.received = UNKNOWN  # by the present :meth:`receive`, where its caller resets it
+        self.received = UNKNOWN  # by the current :meth:`receive`, if its caller resets it
         self._soon = False
-        self._flows = True  # the next piece of a message comes soon
-        self._moved = 0  # bytes since the last message came
+        self._flows = True  # the next chunk of a message is expected soon
+        self._moved = 0  # bytes since the last message
         self._pause = Pause(*_PAUSE)
 
     def receive(self, receive: Receive, place: memoryview) -> int:
-        """As *receive*, which may sleep; with a look or two before."""
+        """Call *receive*, which may block, after polling for a moment."""
         began = perf_counter_ns()
         count = self.look(receive, place, began) if self._soon else -1
         if count < 0:
-            # In one step, see interrupts.py: when a signal's handler raises, either nothing was
-            # received, or *received* tells how much.
+            # In one step, see interrupts.py: if a signal handler raises, either nothing was
+            # received, or *received* contains the count.
             self.received = NOTHING
             (self.received,) = map(receive, (place,), (0,), (0,))
             count = self.received
@@ -68,8 +69,8 @@ class Lookout:
         return count
 
     def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
-        """Receive what is there or, with *wait*, what comes within a moment, if that is to be
-        expected; -1 when nothing did.  *began* is the present time."""
+        """Receive pending data or, with *wait*, poll for a moment if data are expected; -1 if
+        nothing arrived.  *began* is the current time."""
         more = min(self._moved, _LONGEST)
         until = self.until(began) if wait else began
         count = self._look(receive, place, began, until, _LATE + more)
@@ -78,8 +79,8 @@ class Lookout:
         return count
 
     def piece(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
-        """As :meth:`look`, in the middle of a message: the sender is at it, unless it has been
-        slow before."""
+        """The same as :meth:`look` within a message: the sender is expected to be sending, unless
+        it was slow before."""
         until = began
         if wait and self._flows and began >= self._pause.end:
             until += _MOMENT
@@ -95,13 +96,13 @@ class Lookout:
             before = self._offer(before, late)
 
     def until(self, began: int) -> int:
-        """Until when to look for what is to be expected; *began*, the present, if nothing is."""
+        """Return until when to poll; *began*, the current time, if nothing is expected."""
         if self._soon and began >= self._pause.end:
             return began + _MOMENT + min(self._moved, _LONGEST)
         return began
 
     def offer(self, before: int) -> int:
-        """Offer the core to others, after a look at the time *before*; returns the present time."""
+        """Yield the core after a poll at the time *before*; return the current time."""
         return self._offer(before, _LATE + min(self._moved, _LONGEST))
 
     def _offer(self, before: int, late: int) -> int:
@@ -112,27 +113,27 @@ class Lookout:
         return now
 
     def came(self, began: int) -> None:
-        """Something came to who slept, and waited since *began*."""
+        """Record that data arrived after blocking since *began*."""
         self._soon = perf_counter_ns() - began < _SOON + min(self._moved, _LONGEST)
         self._moved = 0
 
     def message(self, count: int) -> None:
-        """A message came, of which so many bytes were received otherwise than by :meth:`look`."""
+        """Record a message, *count* bytes of which were received other than by :meth:`look`."""
         self._moved = count
 
     def piece_came(self, began: int) -> None:
-        """The next piece of a message came to who slept, and waited since *began*."""
+        """Record that the next chunk of a message arrived after blocking since *began*."""
         self._flows = perf_counter_ns() - began < _SOON
 
     def moved(self, count: int) -> None:
-        """So many bytes were received or sent otherwise than by :meth:`look`."""
+        """Record *count* bytes that were received or sent other than by :meth:`look`."""
         self._moved += count
 
 
 class Attention:
-    """Which of an event loop's connections the messages come from.
+    """Tracks from which of an event loop's connections messages arrive.
 
-    While one is looked at, nobody else is served; so that is done only for one that is alone.
+    While the loop polls one connection it serves no other; so it polls only if one is active.
     """
 
     __slots__ = ("_latest", "_since")
@@ -145,11 +146,11 @@ class Attention:
         self._since = 0
 
     def give(self, connection: object, now: int) -> None:
-        """Something came from *connection*."""
+        """Record that a message arrived from *connection*."""
         if connection is not self._latest:
             self._latest = connection
             self._since = now
 
     def alone(self, connection: object, now: int) -> bool:
-        """Whether nothing came from others lately."""
+        """Whether no message arrived from another connection recently."""
         return connection is self._latest and now - self._since > self.ALONE

@@ -1,7 +1,7 @@
-"""Coroutines that a task begins by itself, to see whether they wait for anything.
+"""Continuing coroutines that the current task started directly to see whether they block.
 
-Most do not.  One that does is carried on by the task that began it, for what it waits for knows
-that task, as do its deadlines.
+Most do not.  One that does is continued in the same task, since what it waits for, and deadlines,
+refer to that task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 @types.coroutine
 def continued(coroutine: Coroutine[Any, Any, _T], step: Any) -> Generator[Any, Any, _T]:
-    """Await the rest of *coroutine*, which this task began, and which waits for *step*."""
+    """Await the rest of *coroutine*, which this task started and which yielded *step*."""
     while True:
         failure: BaseException | None = None
         try:

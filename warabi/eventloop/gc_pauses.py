@@ -1,10 +1,10 @@
 """Bounds how long Python's garbage collector stops a process that has many objects.
 
-A full collection visits every object, 0.1 s or more for a million, and all threads wait for it.
-Mounts and providers have objects for each inode, name and region that is in use, and make hardly
-any reference cycles.  So what survives a full collection that took long is *frozen*: later
-collections do not visit it.  Frozen objects are freed as others are, with the last reference to
-them; only cycles that were still in use then, and become garbage later, are not found any more.
+A full collection visits every object, which takes 0.1 s or more per million, and stops all
+threads.  Mounts and providers have objects for each inode, name and region in use, and create
+hardly any reference cycles.  So the objects that survive a long full collection are *frozen*: later
+collections do not visit them.  Frozen objects are still freed with their last reference; only
+cycles of frozen objects that become garbage later are never found.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import gc
 from time import perf_counter
 
 _THRESHOLDS = (10_000, 5, 5)
-"""New objects before the youngest are looked through, and how often before older ones are, too.
+"""New objects per collection of the youngest generation, and collections per older generation.
 
-Requests leave no cycles behind: to look for some after every 700 objects is in vain.  A full
-collection visits some 300,000 objects that are not frozen.
+Requests create no cycles, so collecting after every 700 objects is useless.  With these values a
+full collection visits some 300,000 unfrozen objects.
 """
 _LONG = 0.02  # seconds
 
 
 class PauseLimit:
-    """A callback of the collector that freezes what survives long collections.
+    """A callback of the collector that freezes the survivors of long collections.
 
     Args:
         long: seconds.
@@ -40,9 +40,9 @@ class PauseLimit:
 
 
 def limit_pauses(long: float = _LONG) -> None:
-    """Have full collections that take longer than *long* seconds be the last of their objects.
+    """Freeze objects that survive a full collection of more than *long* seconds.
 
-    For processes that do nothing but serve: it changes the collector of the whole process.
+    For processes that only serve: it changes the collector of the whole process.
     """
     if not any(isinstance(callback, PauseLimit) for callback in gc.callbacks):
         gc.set_threshold(*_THRESHOLDS)

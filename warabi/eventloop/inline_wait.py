@@ -1,10 +1,10 @@
-"""Waiting for a reply, or for the medium, in the kernel, and not in Trio's loop, while nothing else
-is to be done.
+"""Waiting for a reply or a flush with poll(2) instead of Trio's loop while nothing else is pending.
 
-A request costs a turn of the loop for each task that takes part: who sent it, who reads the
-connection, and who would take the next request meanwhile.  A loop that serves one request after
-the other, as a mount does for one program, has nothing else to do until the reply comes.  What may
-come otherwise is in the descriptors that it serves: those are waited for too, and end the lull.
+A request costs a turn of the loop for each task involved: the one that sent it, the one that reads
+the connection, and the one that would take the next request meanwhile.  A loop that serves one
+request after the other, such as a mount used by one program, has nothing else to do until the reply
+arrives.  Any other input arrives at the descriptors that the loop serves: they are polled, too,
+and end the wait.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from contextlib import contextmanager
 import trio
 
 MOMENT = 5
-"""Milliseconds for which a loop stands still when nothing comes: more than a tick of the kernel's
-clock, for a shorter limit sets a timer each time, which costs more than the rest of the call."""
+"""Most milliseconds in one poll(2): more than a tick of the kernel's clock, since a shorter timeout
+arms a timer each time, which costs more than the rest of the call."""
 TURN = 5
-"""Milliseconds after which other tasks get a turn, while one request follows the other."""
+"""Milliseconds of consecutive requests after which other tasks get a turn."""
 LONGEST = 10
-"""Milliseconds after which it does not wait for the next piece of a reply, though one comes after
-the other; its other tasks wait for so long at most."""
+"""Milliseconds after which it stops waiting for the next chunk of a reply, even if chunks keep
+arriving; this bounds how long other tasks of the loop wait."""
 
 _served: trio.lowlevel.RunVar[tuple[int, ...]] = trio.lowlevel.RunVar("warabi-served", ())
 
 
 @contextmanager
 def serving(fd: int) -> Iterator[None]:
-    """The loop lives for requests that come by *fd*, and may stand still until the next one.
+    """Declare that the loop serves requests from *fd*, and may block until the next one.
 
-    Who sends a request of his own over a connection may get its reply without a checkpoint.
+    Inside, a request over a connection may get its reply without a checkpoint.
     """
     before = _served.get()
     _served.set((*before, fd))
@@ -43,10 +43,10 @@ def serving(fd: int) -> Iterator[None]:
 
 
 class Lull:
-    """Waits at one descriptor.
+    """Waits for one descriptor.
 
     Args:
-        fd: where replies come.
+        fd: where replies arrive.
     """
 
     __slots__ = ("_end", "_fd", "_poll", "_served")
@@ -59,17 +59,18 @@ class Lull:
 
     @property
     def turn(self) -> int:
-        """Nanoseconds for which a task may do nothing but requests; 0 where nothing is served."""
+        """Nanoseconds for which a task may do nothing but requests; 0 if the loop serves
+        nothing."""
         return TURN * 1_000_000 if _served.get() else 0
 
     def begin(self) -> None:
-        """A request was sent."""
+        """Start the time limit: a request was sent."""
         self._end = time.monotonic() + LONGEST / 1000
 
     def wait(self) -> bool:
-        """Whether there is something to receive, within a moment and before anything else comes.
+        """Whether *fd* becomes readable within a moment, and before any other input.
 
-        False at once in a loop that does not say what it serves.
+        False at once in a loop that has not declared what it serves.
         """
         served = _served.get()
         if served is not self._served:

@@ -1,14 +1,14 @@
-"""Reports what holds an event loop: a task that runs for long without letting others run.
+"""Reports tasks that hold an event loop: that run for long without a checkpoint.
 
-While one task of a Trio loop computes, or waits for anything other than through Trio, no other
-task of the loop runs, and every client of a provider, or every program that uses a mount, waits.
+While one task of a Trio loop computes, or blocks other than through Trio, no other task of the
+loop runs, and every client of a provider, or every program that uses a mount, waits.
 :class:`LoopWatchdog` is a Trio instrument.  It notes when the loop begins to run tasks and when it
 waits for input again, which costs two calls of a few hundred nanoseconds in each turn of the loop
-and no system call.  A thread looks at these notes; when tasks have been running for longer than the
+and no system call.  A thread checks these notes; when tasks have been running for longer than the
 threshold, it takes the stack of the loop's thread and logs one line with it.
 
-The thread looks only while the loop is busy.  When the loop has been idle for ``_DOZE`` seconds the
-thread sleeps until the loop runs tasks again, which costs one system call then.
+The thread checks only while the loop is busy.  When the loop has been idle for ``_DOZE`` seconds
+the thread sleeps until the loop runs tasks again, which then costs one system call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DOZE = 5.0
 _MOST_FRAMES = 12
 
 Report = Callable[[float, str], None]
-"""Is told for how many seconds a loop has been held so far, and by what."""
+"""Called with the seconds for which a loop has been held so far, and the stack."""
 
 
 def _log(seconds: float, stack: str) -> None:
@@ -54,8 +54,8 @@ class LoopWatchdog(trio.abc.Instrument):
     def __init__(self, threshold: float, report: Report = _log) -> None:
         self._threshold = threshold
         self._report = report
-        self._began = 0.0  # when tasks began to run, by the monotonic clock
-        self._running = False  # tasks do
+        self._began = 0.0  # when tasks began to run (monotonic clock)
+        self._running = False  # whether tasks are running
         self._dozing = False
         self._ended = False
         self._wake = threading.Event()
@@ -67,7 +67,7 @@ class LoopWatchdog(trio.abc.Instrument):
         self._thread.start()
 
     def after_run(self) -> None:
-        self._running = False  # waiting for the thread below does not hold a loop
+        self._running = False  # waiting for the thread below is not holding the loop
         self._ended = True
         self._wake.set()
         self._thread.join()
@@ -92,7 +92,7 @@ class LoopWatchdog(trio.abc.Instrument):
             if self._running and began != reported and now - began > self._threshold:
                 stack = self._stack()
                 if self._ended or self._began != began:
-                    continue  # it went on meanwhile, and the stack is another's
+                    continue  # the task yielded meanwhile, so the stack may be another task's
                 reported = began
                 self._report(now - began, stack)
             elif now - busy > _DOZE:
@@ -103,7 +103,7 @@ class LoopWatchdog(trio.abc.Instrument):
         """Sleep until the loop runs tasks."""
         self._wake.clear()
         self._dozing = True
-        # The loop says that it runs tasks and then looks whether this thread dozes.
+        # The loop sets _running before it checks _dozing.
         if not self._running and not self._ended:
             self._wake.wait()
         self._dozing = False
@@ -116,7 +116,7 @@ class LoopWatchdog(trio.abc.Instrument):
 
 
 def _shown(frame: FrameType | None) -> str:
-    """The innermost frames of a stack, in one line."""
+    """Format the innermost frames of a stack in one line."""
     calls: list[str] = []
     while frame is not None and len(calls) < _MOST_FRAMES:
         code = frame.f_code
@@ -127,12 +127,12 @@ def _shown(frame: FrameType | None) -> str:
 
 
 def instruments() -> list[trio.abc.Instrument]:
-    """What to run a provider's or a mount's loop with: a watchdog, unless the environment says
-    otherwise."""
+    """Return the Trio instruments for the loop of a provider or mount: a watchdog, unless the
+    environment variable disables it."""
     text = os.environ.get(SETTING, "")
     try:
         threshold = float(text) if text else THRESHOLD
     except ValueError:
         threshold = THRESHOLD
-        log.warning("%s: %r is no number of seconds; it is %g s", SETTING, text, THRESHOLD)
+        log.warning("%s: %r is not a number of seconds; using %g s", SETTING, text, THRESHOLD)
     return [LoopWatchdog(threshold)] if threshold > 0 else []

@@ -1,7 +1,7 @@
-"""Calls in worker threads for Trio programs, at half of what ``trio.to_thread`` costs.
+"""Calls in worker threads for Trio programs, at half the cost of ``trio.to_thread``.
 
-The threads are Trio's own.  What is spared is on the way there a turn of its loop and naming the
-thread, and on the way back two turns: who waits is woken by a descriptor of its own.
+The threads are Trio's own.  Starting a call saves one turn of Trio's loop and naming the thread;
+completing it saves two turns, since the waiting task is woken through its own eventfd.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import trio
 
 _T = TypeVar("_T")
 _KEPT = 16
-"""Descriptors for who waits next, of which every moment of many waiters would leave more."""
+"""Eventfds to keep for reuse; a burst of waiting tasks creates more."""
 
 
 class Signals:
-    """Descriptors that wake a task, each used by one at a time; some are kept for the next."""
+    """Eventfds that each wake one task at a time; some are kept for reuse."""
 
     def __init__(self) -> None:
         self._idle: list[int] = []
@@ -44,13 +44,13 @@ class Signals:
             os.close(fd)
 
     async def wait(self, fd: int) -> None:
-        """Return when *fd* was written to, also when the task is cancelled; ends its use."""
+        """Return when *fd* was written to, even if the task is cancelled; releases it."""
         with trio.CancelScope(shield=True):
             await trio.lowlevel.wait_readable(fd)
         self.end(fd)
 
     def end(self, fd: int) -> None:
-        """End the use of *fd*, which was written to."""
+        """Release *fd*, which was written to."""
         os.eventfd_read(fd)
         self.put_back(fd)
 
@@ -59,7 +59,7 @@ _signals: trio.lowlevel.RunVar[Signals] = trio.lowlevel.RunVar("warabi-signals")
 
 
 def signals() -> Signals:
-    """Those of this run of Trio."""
+    """Return the eventfds of this run of Trio."""
     try:
         return _signals.get()
     except LookupError:
@@ -69,10 +69,10 @@ def signals() -> Signals:
 
 
 async def in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter | None = None) -> _T:
-    """Run *call* in a worker thread, beside as many others as *limiter* or Trio's default allows.
+    """Run *call* in a worker thread, limited by *limiter* or Trio's default limiter.
 
-    It has the task's context.  One that was begun runs to its end, and is waited for, also when
-    the task is cancelled.
+    It has the task's context.  Once started it runs to its end, and is waited for, even if the
+    task is cancelled.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     async with limited(limiter or trio.to_thread.current_default_thread_limiter()):
@@ -90,7 +90,7 @@ async def in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter | None
 
 
 class limited:  # noqa: N801  # used like a function
-    """One of *limiter*'s tokens, for the block; without a turn of Trio's loop where one is free."""
+    """Holds one of *limiter*'s tokens in the block, without a checkpoint if one is available."""
 
     def __init__(self, limiter: trio.CapacityLimiter) -> None:
         self._limiter = limiter

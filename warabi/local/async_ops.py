@@ -207,5 +207,5 @@ def failure(error: Exception, name: str) -> errors.Exception:
         return error
     if isinstance(error, OSError):
         return errors.from_os(error, name)
-    log.error("a defect in operation %s", name, exc_info=error)
+    log.error("unhandled exception in operation %s", name, exc_info=error)
     return errors.ProviderFailed(f"{name}: {type(error).__name__} in the provider, see its log")

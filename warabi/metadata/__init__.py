@@ -1,1 +1,1 @@
-"""Inodes, names, attributes and checksums, kept in SQLite."""
+"""The metadata of a target in SQLite: inodes, names, attributes and checksums."""

@@ -1,8 +1,8 @@
-"""POSIX access control lists, in the form in which the kernel keeps them as extended attributes.
+"""POSIX access control lists, in the format that the kernel uses in extended attributes.
 
-A list says what a file's mode cannot: rights of named users and groups.  Where there is one, the
-mode's group bits are its *mask*, the most that anybody but the owner and the others gets.
-Knows nothing of inodes; all numbers of a mode are of its nine permission bits.
+A list extends a file's mode by rights of named users and groups.  If a file has one, the group bits
+of its mode are the *mask*, the maximal rights of all except owner and others.
+This module does not know inodes; all modes here are the nine permission bits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 from warabi.errors import path_error
 
 ACCESS = b"system.posix_acl_access"
-"""The attribute with the list that is obeyed."""
+"""The attribute with the list for access checks."""
 DEFAULT = b"system.posix_acl_default"
-"""Of a directory: the attribute with the list that what is made in it gets."""
+"""The attribute of a directory with the list that new entries inherit."""
 
 _VERSION = struct.pack("<I", 2)
 _ENTRY = struct.Struct("<HHI")
@@ -26,7 +26,8 @@ _OWNER, _USER, _OWNING_GROUP, _GROUP, _MASK, _OTHERS = 1, 2, 4, 8, 16, 32
 
 
 class AclEntry(NamedTuple):
-    """Who (*tag*, with the ID of a named user or group) may do what (three bits)."""
+    """The permissions (three bits) of the users given by *tag*, and *id* for a named user or
+    group."""
 
     tag: int
     permissions: int
@@ -34,10 +35,10 @@ class AclEntry(NamedTuple):
 
 
 def unpack(value: bytes) -> list[AclEntry]:
-    """The entries of an attribute's value, none for a list that takes a list away.
+    """Parse an attribute's value; an empty list of entries removes the access control list.
 
     Raises:
-        PathError: EINVAL, it is no valid list; EOPNOTSUPP, of another version.
+        PathError: EINVAL, it is not valid; EOPNOTSUPP, of another version.
     """
     if value[:4] != _VERSION or (len(value) - 4) % _ENTRY.size:
         number = errno.EINVAL if len(value) < 4 or value[:4] == _VERSION else errno.EOPNOTSUPP
@@ -55,22 +56,24 @@ def unpack(value: bytes) -> list[AclEntry]:
         and all(entry.id != _NO_ID for entry in entries if entry.tag in (_USER, _GROUP))
     )
     if entries and not valid:
-        raise path_error(errno.EINVAL, "access control list: its entries make no list")
+        raise path_error(
+            errno.EINVAL, "access control list: the combination of entries is not valid"
+        )
     return entries
 
 
 def pack(entries: Sequence[AclEntry]) -> bytes:
-    """The attribute's value for *entries*."""
+    """Return the attribute's value for *entries*."""
     return _VERSION + b"".join(_ENTRY.pack(*entry) for entry in entries)
 
 
 def extended(entries: Sequence[AclEntry]) -> bool:
-    """Whether they say more than a mode can."""
+    """Whether the entries exceed what a mode can express."""
     return len(entries) > 3
 
 
 def _shift(entries: Sequence[AclEntry], tag: int) -> int | None:
-    """Where in a mode the bits of a *tag* are, None when they are not in it."""
+    """Return the shift of a *tag*'s bits in a mode, None if they are not part of it."""
     if tag == _OWNER:
         return 6
     if tag == _OTHERS:
@@ -79,7 +82,7 @@ def _shift(entries: Sequence[AclEntry], tag: int) -> int | None:
 
 
 def mode_of(entries: Sequence[AclEntry]) -> int:
-    """The permission bits that a file with this list shows."""
+    """Return the permission bits of a file with this list."""
     mode = 0
     for entry in entries:
         shift = _shift(entries, entry.tag)
@@ -89,7 +92,7 @@ def mode_of(entries: Sequence[AclEntry]) -> int:
 
 
 def with_mode(entries: Sequence[AclEntry], mode: int) -> list[AclEntry]:
-    """The list after a chmod to *mode*."""
+    """Return the list after a chmod to *mode*."""
     changed = []
     for entry in entries:
         shift = _shift(entries, entry.tag)

@@ -1,18 +1,19 @@
-"""Which regions exist: sizes, attributes and names, in SQLite.
+"""The catalogue of a target in SQLite: inodes with sizes and attributes, and names.
 
 Rules of this module:
 
 * Nothing here locks.  Every call is made with the target's lock held (see ``target/target.py``), so
   a method may rely on nothing changing while it runs.
-* An ``Inode`` object is the truth about its row while it is cached; the row follows at the
-  next ``flush``.  There is one object per inode: only ``trim`` drops objects, and it is called
-  only where nobody holds one.
-* Names are kept and written back in the same way (``dentries.py``).  Whatever reads rows other
+* While an ``Inode`` object is cached it is authoritative; its row is updated by the next
+  ``flush``.  There is one object per inode: only ``trim`` drops objects, and it is called only
+  while no caller holds one.
+* Names are cached and written back in the same way (``dentries.py``).  Any query of rows other
   than by their keys flushes first.
-* Volatile changes gather in one open transaction (``journal.py``).  ``commit`` writes it to the
-  WAL without waiting for the medium; ``sync`` waits, **without** the target's lock, so that a
-  slow medium delays only those who asked for durability, and concurrent persists share one wait.
-* Where the bytes of a region live is not known here.
+* Volatile changes are collected in one open transaction (``journal.py``).  ``commit`` writes it to
+  the WAL without waiting for stable storage; ``sync`` waits, **without** the target's lock, so that
+  slow storage delays only callers that requested durability, and concurrent persists share one
+  wait.
+* The location of region data is not known here.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 100  # so many mended rows are logged one by one
+_SHOWN = 100  # most repaired rows that are logged one by one
 _CACHED = 65536
-_ROW = 1024  # bytes of memory that an inode or a name takes without what is long in it, at most
-_FLUSH_AT = 4096  # what is left for a commit, which keeps everybody waiting, too
-_FLUSH = 256  # so many at a time, for it keeps everybody waiting
+_ROW = 1024  # most bytes of memory for an inode or a name, without its variable-length data
+_FLUSH_AT = 4096  # dirty entries that may be left for a commit, which also holds the lock
+_FLUSH = 256  # entries per flush, which bounds how long the lock is held
 
 
 class Catalogue:
-    """The catalogue at *path*, or one in memory that dies with its process.
+    """The catalogue at *path*, or a temporary one in memory.
 
     Args:
         path: the database, or None.
-        backend: what it was made for; catalogues older than that record have ``file``.
+        backend: its backend; catalogues without such a record have ``file``.
 
     Raises:
-        ConfigError: it is another backend's; nothing was changed.
+        ConfigError: it belongs to another backend; nothing was changed.
         CorruptTarget: the database is damaged.
         StorageError: it cannot be opened or written.
     """
@@ -73,13 +74,13 @@ class Catalogue:
         self.path = path
         self._random = random.Random()
         self._cache: dict[int, Inode] = {}
-        self._trim_at = _CACHED  # so many inodes in the cache are too many
-        self._removed = 0  # since the tables were made anew
+        self._trim_at = _CACHED  # size of the cache above which it is trimmed
+        self._removed = 0  # inodes removed since the tables were copied
         self.by_rid: dict[bytes, Inode] = {}
         self._dirty: dict[int, Inode] = {}
-        # Dirty inodes that cannot be stored: why, and whether a persist has to keep what is not.
+        # Dirty inodes that cannot be stored: the error, and whether a persist must fail for it.
         self._unstored: dict[int, tuple[Exception, bool]] = {}
-        self.change = 0  # counts changes
+        self.change = 0  # number of the latest change
         self._charge: Callable[[int], None] | None = None
         self.feed = Feed()
         self.clock = Clock()
@@ -98,7 +99,7 @@ class Catalogue:
                 f" WHERE key = 'last'), 0)) FROM inode WHERE ino < {domain.SEQUENCE}"
             )
             self._count_on(0)
-            # In halves: the sum of the sizes of sparse regions may have more than 64 bits.
+            # In halves: with sparse regions the sum of the sizes may exceed 64 bits.
             self.count, high, low = self._db.execute(
                 "SELECT count(*), coalesce(sum(size >> 32), 0), coalesce(sum(size & 0xffffffff), 0)"
                 f" FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
@@ -109,10 +110,10 @@ class Catalogue:
             self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
             self.epoch = str(meta.get("epoch", "")) if self.clean else ""
-            """The same as long as nothing that was volatile can have been lost."""
+            """Unchanged as long as no volatile change can have been lost."""
             self.epoch = self.epoch or uuid.uuid4().hex
             self.capacity: int | None = meta.get("capacity")
-            """The quota in bytes that :meth:`create` was given."""
+            """The quota in bytes that was set when the target was created."""
             if not isinstance(self.capacity, int | None):
                 raise CorruptTarget(f"catalogue {path}: the capacity is {self.capacity!r}")
             if (found := meta.get("backend", "file")) != backend:
@@ -124,13 +125,13 @@ class Catalogue:
                 self._open_wal(path)
                 self._mend_rows(bad)
             self.summed: str | None = meta.get("checksums")
-            """How blocks of regions are summed, for :mod:`warabi.metadata.checksums`; None: not at
-            all."""
+            """The checksum algorithm of regions, see :mod:`warabi.metadata.checksums`; None: no
+            checksums."""
         except BaseException as error:
             self.abandon()
             name = getattr(error, "sqlite_errorname", "")
             if isinstance(error, TypeError) or name == "SQLITE_ERROR":
-                # A row, or a table, that every catalogue has is missing.
+                # A row, or a table, that every catalogue has, is missing.
                 raise CorruptTarget(f"catalogue {path}: incomplete; see warabi fsck") from error
             if isinstance(error, sqlite3.Error):
                 raise translate(error, path) from error
@@ -147,8 +148,9 @@ class Catalogue:
             populate(self._db)
             self._dentries.made(ROOT)
             return
-        # Exclusive locking before WAL: no -shm file, no lock calls; the target's own lock
-        # already keeps others out.  NORMAL: a commit does not wait for the medium, `sync` does.
+        # Exclusive locking before WAL: no -shm file and no lock calls; the target's own lock
+        # already excludes other processes.  NORMAL: a commit does not wait for stable storage,
+        # `sync` does.
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
@@ -156,10 +158,11 @@ class Catalogue:
         self._db.execute("PRAGMA cache_spill = OFF")
 
     def _check_rows(self, path: Path) -> list[domain.Row]:
-        """Refuse what is cheap to see and can be no catalogue; ``warabi fsck`` sees the rest.
+        """Check cheaply that the rows are those of a catalogue; ``warabi fsck`` checks the rest.
 
-        Returns the rows with values that older versions let in, and that would keep directories
-        from being listed.
+        Returns:
+            rows with values that older versions accepted, and that would prevent listing
+            directories.
         """
         if self._one(f"SELECT mode & {0o170000} FROM inode WHERE ino = 1") != stat.S_IFDIR:
             raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
@@ -174,8 +177,8 @@ class Catalogue:
         for beyond, *row in rows:
             if beyond:
                 raise CorruptTarget(
-                    f"catalogue {path}: inode {row[0]} has a size or generation that cannot be;"
-                    " see warabi fsck"
+                    f"catalogue {path}: inode {row[0]} has an impossible size or generation; see"
+                    " warabi fsck"
                 )
         return [domain.Row(*row) for _, *row in rows]
 
@@ -187,14 +190,14 @@ class Catalogue:
         self.change += 1
         for row, new in mended[:_SHOWN]:
             log.warning(
-                "%s: inode %d had values that no file can have, %r; they became %r",
+                "%s: inode %d had invalid values %r, replaced by %r",
                 self.path, row.ino, tuple(row), tuple(new),
             )  # fmt: skip
         if len(mended) > _SHOWN:
-            log.warning("%s: and so had %d more inodes", self.path, len(mended) - _SHOWN)
+            log.warning("%s: %d more inodes had invalid values", self.path, len(mended) - _SHOWN)
 
     def _open_wal(self, path: Path) -> None:
-        """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` waits for."""
+        """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` flushes."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES('epoch', ?)", (self.epoch,))
         self._db.execute("UPDATE meta SET value = 0 WHERE key = 'clean'")
         self._journal.open_wal()
@@ -203,14 +206,15 @@ class Catalogue:
     # Memory
 
     def limit(self, charge: Callable[[int], None]) -> None:
-        """Have *charge* called before rows take memory; it raises StorageFull if they may not."""
+        """Have *charge* called before rows use memory; it raises StorageFull if there is too
+        little."""
         self._charge = charge
 
     def charge(self, count: int) -> None:
-        """A row with *count* bytes, and what each takes, is about to be made.
+        """Account for a new row with *count* bytes in addition to the fixed size.
 
-        Before anything is changed: an inode that is no region (those are charged with their bytes),
-        another name of one, an attribute.
+        Called before anything is changed: for an inode that is not a region (regions are charged
+        with their data), a further name, or an attribute.
 
         Raises:
             StorageFull: there is no memory for it.
@@ -219,7 +223,7 @@ class Catalogue:
             self._charge(count + _ROW)
 
     def memory(self) -> int:
-        """Bytes that a catalogue in memory takes, about.  Needs no lock: SQLite has its own."""
+        """Return the approximate memory use in bytes.  Needs no lock: SQLite has its own."""
         try:
             pages = self._one("PRAGMA page_count") - self._one("PRAGMA freelist_count")
             size = pages * self._one("PRAGMA page_size")
@@ -235,14 +239,14 @@ class Catalogue:
     def add(self, mode: int, uid: int, gid: int, *, size: int = 0, rdev: int = 0,
             anonymous: bool = False, target: bytes | None = None,
             rid: RegionID | None = None, packed: int = OWN) -> Inode:  # fmt: skip
-        """A new inode without names.  A directory starts with two links, its name and its dot.
+        """Create an inode without names.  A directory starts with two links, its name and its dot.
 
-        With *rid* it gets that ID, which a region of a target that is copied to here had.
+        With *rid* it gets that ID, which a region of another target had.
 
         Raises:
-            InvalidRegion: *rid* cannot be a region's, or its slot is taken.
-            PathError: EINVAL for a mode, owner or device number that cannot be, and what
-                ``domain.link_target`` says of *target*.
+            InvalidRegion: *rid* is not a valid region ID, or its slot is in use.
+            PathError: EINVAL for an invalid mode, owner or device number, and as
+                ``domain.link_target`` for *target*.
             StorageFull: as :meth:`charge`.
         """
         mode, rdev = domain.mode(mode), domain.device(rdev)
@@ -256,10 +260,12 @@ class Catalogue:
         if rid is not None:
             ino, generation = rid.slot, rid.generation
             if not domain.is_region_id(ino, generation):
-                raise InvalidRegion(f"create: {rid!r} cannot be the ID of a region")
+                raise InvalidRegion(f"create: {rid!r} is not a valid region ID")
             if (taken := self.get(ino)) is not None:
                 kind = "that region" if taken.rid == rid else "another inode"
-                raise InvalidRegion(f"create: {rid!r}: this target has {kind} in its slot {ino}")
+                raise InvalidRegion(
+                    f"create: {rid!r}: slot {ino} of this target is in use by {kind}"
+                )
         if not stat.S_ISREG(mode):
             self.charge(len(target or b""))
         self._count_on(ino)
@@ -278,11 +284,11 @@ class Catalogue:
         return inode
 
     def _count_on(self, ino: int) -> None:
-        """Have slots that are given from now on lie behind *ino*; see ``domain.SEQUENCE``."""
+        """Make new slots follow *ino*; see ``domain.SEQUENCE``."""
         if ino < domain.SEQUENCE or ino == self._next_ino:
             self._next_ino = max(self._next_ino, ino + 1)
         while self._next_ino >= domain.SEQUENCE and self.get(self._next_ino) is not None:
-            self._next_ino += 1  # an imported region has it
+            self._next_ino += 1  # in use by an imported region
 
     def set_attributes(
         self, inode: Inode, mode: int | None = None, uid: int | None = None,
@@ -294,7 +300,7 @@ class Catalogue:
         Times are clamped.
 
         Raises:
-            PathError: EINVAL for a mode or owner that cannot be; nothing is set then.
+            PathError: EINVAL for an invalid mode or owner; nothing is set then.
         """
         if mode is not None:
             mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(domain.mode(mode))
@@ -315,7 +321,7 @@ class Catalogue:
             self.by_rid[inode.rid] = inode
 
     def get(self, ino: int) -> Inode | None:
-        """The inode *ino*, or None."""
+        """Return the inode *ino*, or None."""
         inode = self._cache.get(ino)
         if inode is None and -(1 << 63) <= ino < 1 << 63:
             row = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()
@@ -326,11 +332,12 @@ class Catalogue:
         return inode
 
     def get_cached(self, ino: int) -> Inode | None:
-        """The inode *ino* if it is in memory, as every pinned or changed one is."""
+        """Return the inode *ino* if it is in memory, as every pinned or changed one is."""
         return self._cache.get(ino)
 
     def region(self, rid: bytes) -> Inode | None:
-        """The inode of a live region, or None for an ID that is erased, foreign or no ID."""
+        """Return the inode of a live region, or None for an ID that is erased, foreign or
+        invalid."""
         inode = self.by_rid.get(rid)
         if inode is None and isinstance(rid, RegionID):
             found = self.get(rid.slot)
@@ -339,8 +346,13 @@ class Catalogue:
         return inode
 
     def touch(self, inode: Inode, *, durable: bool, tell: bool = True) -> None:
-        """Note that *inode* changed; *durable* when a persist of it has to keep the change, *tell*
-        unless nobody can know it or somebody tells who watches."""
+        """Record a change of *inode*.
+
+        Args:
+            inode: the inode.
+            durable: whether a persist of it must make the change durable.
+            tell: whether to notify subscribers; false if the inode is new, or the caller notifies.
+        """
         self._dirty[inode.ino] = inode
         if tell and self.feed.watched:
             self.feed.inode(inode.ino, ATTRIBUTES)
@@ -351,7 +363,7 @@ class Catalogue:
                 inode.share.loosen()
 
     def resize(self, inode: Inode, size: int) -> None:
-        """Note a region's size; what is durable of it is the storage's."""
+        """Record a region's size; the storage decides what of it is durable."""
         self.used += size - inode.size
         inode.size = size
         self.touch(inode, durable=False)
@@ -359,11 +371,12 @@ class Catalogue:
             inode.share.loosen()
 
     def remove(self, inode: Inode) -> None:
-        """Forget *inode* and its xattrs; its names are gone already, but for an erased region's."""
+        """Remove *inode* and its xattrs; its names were removed, except those of an erased
+        region."""
         self._cache.pop(inode.ino, None)
         self.by_rid.pop(inode.rid, None)
         self._removed += 1
-        if self._removed >= _CACHED:  # a dictionary keeps the room of what was removed from it
+        if self._removed >= _CACHED:  # a dictionary does not shrink when keys are removed
             self._removed = 0
             self._cache = dict(self._cache)
         self._dirty.pop(inode.ino, None)
@@ -387,7 +400,7 @@ class Catalogue:
                 self.feed.name(ROOT, inode.rid.hex().encode(), 0)
 
     def trim(self) -> None:
-        """Drop cached inodes that nobody uses, when there are too many.  Nobody may hold one."""
+        """Drop unused inodes when too many are cached.  No caller may hold one."""
         if len(self._dirty) > _FLUSH_AT:
             self._flush_inodes(_FLUSH)
         if len(self._dentries.dirty) > _FLUSH_AT:
@@ -402,7 +415,8 @@ class Catalogue:
             if not (used or inode.ino in self._dirty):
                 del self._cache[inode.ino]
                 self.by_rid.pop(inode.rid, None)
-        # Those in use stay, however many: to look at them again soon would be in vain.
+        # Inodes in use stay cached, however many; raise the limit to avoid scanning them again
+        # soon.
         self._trim_at = max(_CACHED, len(self._cache) * 3 // 2)
 
     # Names
@@ -411,8 +425,7 @@ class Catalogue:
         return self._dentries.get(parent, name)
 
     def link(self, parent: int, name: bytes, inode: Inode, *, new: bool = False) -> None:
-        """Make *name* mean *inode*, instead of what it meant, if it is not *new*; link counts are
-        the caller's."""
+        """Make *name* refer to *inode*; *new*: it did not exist.  The caller sets link counts."""
         self._dentries.set(parent, name, inode.ino)
         self.touch(inode, durable=True)
         if self.feed.watched:
@@ -425,21 +438,21 @@ class Catalogue:
             self.feed.name(parent, name, 0)
 
     def unlink_all(self, inode: Inode) -> list[int]:
-        """Remove every name of *inode*; returns the directories that held one."""
+        """Remove every name of *inode*; return the directories that contained one."""
         names = self.names(inode)
         for parent, name in names:
             self.unlink(parent, name)
         return [parent for parent, _ in names]
 
     def names(self, inode: Inode, most: int = -1) -> list[tuple[int, bytes]]:
-        """Every (parent, name) that means *inode*, or *most* of them."""
+        """Return the (parent, name) pairs of *inode*, at most *most* if not negative."""
         return [] if inode.anonymous else self._dentries.of(inode.ino, most)
 
     def has_entries(self, ino: int) -> bool:
         return self._dentries.any_in(ino)
 
     def entries(self, parent: int, after: bytes, limit: int) -> list[tuple[bytes, Attributes]]:
-        """Up to *limit* entries of a directory whose names sort after *after*, by name."""
+        """Return up to *limit* entries of a directory that sort after *after*, by name."""
         self.flush()
         rows = self._db.execute(
             f"SELECT name, i.{COLUMNS.replace(', ', ', i.')} FROM dentry d JOIN inode i"
@@ -449,7 +462,8 @@ class Catalogue:
         return [(row[0], self._attributes(row[1:])) for row in rows]
 
     def regions(self, after: int, limit: int, *, anonymous: bool) -> list[Attributes]:
-        """Up to *limit* regions with slots above *after*, by slot; *anonymous*: nameless ones."""
+        """Return up to *limit* regions with slots above *after*, by slot; *anonymous*: without
+        names."""
         self.flush()
         after = min(after, (1 << 63) - 1)  # a foreign ID's slot may have 64 bits
         rows = self._db.execute(
@@ -464,7 +478,8 @@ class Catalogue:
         return (cached or Inode(*row)).attributes()  # type: ignore[arg-type]  # the row has the columns' types
 
     def orphans(self) -> list[Inode]:
-        """Inodes that lost their last name while open, when their target was not closed."""
+        """Return the inodes that lost their last name while open in a target that was not
+        closed."""
         self.flush()
         rows = self._db.execute(
             "SELECT ino FROM inode WHERE nlink = 0 AND anonymous = 0"
@@ -481,7 +496,7 @@ class Catalogue:
             self._next_ino = slots.stop
 
     def packed(self, first: int, last: int) -> list[int]:
-        """The regions in slots from *first* to *last* that are, or were, in a pack, by slot."""
+        """Return the regions in slots *first* to *last* that are, or were, in a pack, by slot."""
         self.flush()
         rows = self._db.execute(
             "SELECT ino FROM inode WHERE ino BETWEEN ? AND ? AND packed != 0 ORDER BY ino",
@@ -496,15 +511,15 @@ class Catalogue:
         return [row[0] for row in rows]
 
     def xattr(self, ino: int, name: bytes) -> bytes | None:
-        if not self._has_xattrs:  # the kernel asks for security.capability before every write
+        if not self._has_xattrs:  # the kernel reads security.capability before every write
             return None
         sql = "SELECT value FROM xattr WHERE ino = ? AND name = ?"
         row = self._db.execute(sql, (ino, name)).fetchone()
         return None if row is None else bytes(row[0])
 
     def xattr_bytes(self, ino: int, but: bytes) -> tuple[int, int]:
-        """The bytes of names, each with a NUL, and of values of an inode's attributes other than
-        the one called *but*."""
+        """Return the total bytes of the names, each with a NUL, and of the values of an inode's
+        attributes other than *but*."""
         if not self._has_xattrs:
             return 0, 0
         names, values = self._db.execute(
@@ -535,7 +550,7 @@ class Catalogue:
     def flush(self) -> None:
         """Write dirty inodes and names into the open transaction.
 
-        What cannot be stored stays dirty, and keeps nothing else from being stored; see
+        Entries that cannot be stored stay dirty, and do not prevent storing the others; see
         :meth:`check_stored`.
         """
         if self._dirty:
@@ -552,7 +567,7 @@ class Catalogue:
             self._note_unstored(inodes, failed)
 
     def _note_unstored(self, inodes: list[Inode], failed: dict[int, Exception]) -> None:
-        """After a flush of *inodes* that *failed* for some: mend those, or try again later."""
+        """After a flush of *inodes* that *failed* for some: repair those, or retry later."""
         for position, inode in enumerate(inodes):
             error = failed.get(position)
             if error is not None and self._mend(inode, error):
@@ -562,9 +577,9 @@ class Catalogue:
                 self._dentries.withheld.discard(inode.ino)
                 continue
             if inode.ino not in self._unstored:
-                if not self._unstored:  # others are likely to fail for the same reason
+                if not self._unstored:  # others probably fail for the same reason
                     log.error(
-                        "inode %d of %s cannot be stored; it is tried again",
+                        "inode %d of %s cannot be stored; the write will be retried",
                         inode.ino, self.path, exc_info=error,
                     )  # fmt: skip
                 row = self._db.execute("SELECT 1 FROM inode WHERE ino = ?", (inode.ino,)).fetchone()
@@ -578,14 +593,15 @@ class Catalogue:
         return self._unstored.get(ino, (None, False))[1]
 
     def _mend(self, inode: Inode, error: Exception) -> bool:
-        """Store *inode* with the nearest values that can be stored, if that is possible: without
-        them, what it names would be lost.  No operation lets other values in."""
+        """Store *inode* with the nearest valid values if possible; otherwise its names would be
+        lost.
+        No operation creates invalid values."""
         before = inode.row()
         row = domain.mended(before)
         if row == before or self._journal.write_each(UPSERT, [row]):
             return False
         log.error(
-            "inode %d of %s had values that cannot be stored, %r; they became %r",
+            "inode %d of %s had values that cannot be stored, %r, replaced by %r",
             inode.ino, self.path, before, tuple(row), exc_info=error,
         )  # fmt: skip
         for column, value in zip(row._fields, row, strict=True):
@@ -593,12 +609,12 @@ class Catalogue:
         return True
 
     def is_durable(self, inode: Inode) -> bool:
-        """Whether the changes of *inode* and of its names, as far as they have to be kept, are on
-        the medium."""
+        """Whether the changes of *inode* and its names that must be durable are on stable
+        storage."""
         return self._journal.is_synced(inode.changed) and not self._why_unstored(inode)
 
     def _why_unstored(self, inode: Inode | None) -> Exception | None:
-        """Why *inode*, or None: any, is not stored, or a name of it; None if nothing keeps it."""
+        """Return why *inode* (None: any inode), or a name of it, is not stored; None if all are."""
         if not (self._unstored or self._dentries.failed):
             return None
         if inode is not None and self._misses(inode.ino):
@@ -609,13 +625,13 @@ class Catalogue:
         return next((error for ino, error in causes if inode is None or ino == inode.ino), None)
 
     def check_stored(self, inode: Inode | None = None) -> None:
-        """Raise ``StorageError`` when *inode*, or without one anything, could not be stored."""
+        """Raise ``StorageError`` if *inode*, or without one anything, could not be stored."""
         error = self._why_unstored(inode)
         if error is not None:
             raise StorageError(
-                f"catalogue {self.path or 'in memory'}: {error!r} kept"
+                f"catalogue {self.path or 'in memory'}: {error!r} prevented"
                 f" {'something' if inode is None else f'inode {inode.ino}'} from being stored; it"
-                " is kept in memory and tried again"
+                " is kept in memory and will be retried"
             ) from error
 
     @property
@@ -625,21 +641,22 @@ class Catalogue:
         return bool(dirty) or self.change > journal.committed or journal.uncommitted
 
     def is_synced(self, change: int) -> bool:
-        """Whether *change* is on the medium (a catalogue in memory has none to wait for)."""
+        """Whether *change* is on stable storage (always true for a catalogue in memory)."""
         return self._journal.is_synced(change)
 
     def check(self) -> None:
-        """Raise ``StorageError`` when a sync has failed."""
+        """Raise ``StorageError`` if a sync has failed."""
         self._journal.check()
 
     def commit(self, unsettled: RegionID | None = None) -> int:
-        """End the transaction; what it holds survives a crash of the process.
+        """Commit the transaction, which then survives a crash of the process.
 
         Args:
-            unsettled: the oldest region whose bytes a power failure may take away with their
-                file, for :meth:`fresh` to tell; None when there is none.
+            unsettled: the oldest region whose data and file a power failure may remove, to be
+                reported by :meth:`fresh`; None if there is none.
 
-        Returns the change number to give to :meth:`sync`.
+        Returns:
+            the change number for :meth:`sync`.
         """
         self.flush()
         settled = self._next_ino if unsettled is None else unsettled.slot
@@ -649,12 +666,12 @@ class Catalogue:
         return self._journal.commit(self.change)
 
     def snapshot(self) -> sqlite3.Connection:
-        """A copy of the database as it was committed, for one thread, which closes it.
+        """Return a copy of the committed database, for one thread, which closes it.
 
-        It is on no medium that is waited for, and costs a tenth of a second for a million names.
-        The caller has committed, with the lock held since.
+        It is not flushed to stable storage, and takes a tenth of a second per million names.  The
+        caller has committed, and holds the lock since.
         """
-        assert not self._db.in_transaction  # for whose end the copy would wait
+        assert not self._db.in_transaction  # the copy would wait for its end
         copy = sqlite3.connect("", isolation_level=None)  # a temporary file, if it is large
         try:
             copy.execute("PRAGMA journal_mode = OFF")
@@ -671,28 +688,29 @@ class Catalogue:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether :meth:`checkpoint` is to be called; the lock need not be held."""
+        """Whether :meth:`checkpoint` should be called; the lock need not be held."""
         return self._journal.checkpoint_due
 
     def checkpoint(self) -> None:
-        """Put the WAL into the database, and that on the medium; the caller has committed, with the
-        lock held since."""
+        """Copy the WAL into the database, and flush that to stable storage; the caller has
+        committed, and holds the lock since."""
         self._journal.checkpoint()
 
     def sync(self, change: int) -> None:
-        """Wait until the committed *change* is on the medium.  The target's lock is **not** held.
+        """Wait until the committed *change* is on stable storage.  The target's lock is **not**
+        held.
 
         Raises:
-            StorageError: the medium refused, now or before; no later sync claims success.
+            StorageError: this or an earlier sync failed; no later sync reports success.
         """
         self._journal.sync(change)
 
     def restore(self) -> None:
-        """After an error of SQLite: have it know again of what is not committed."""
+        """After an error of SQLite: write the uncommitted changes again."""
         self._journal.restore()
 
     def fresh(self) -> list[RegionID]:
-        """The regions that may lack their bytes when the catalogue was not closed, by slot."""
+        """Return the regions that may lack their data if the catalogue was not closed, by slot."""
         after = self._next_ino if self._settled is None else self._settled - 1
         found = []
         while page := self.regions(after, 10000, anonymous=False):
@@ -702,18 +720,18 @@ class Catalogue:
         return found
 
     def close(self, *, clean: bool = True, unsettled: RegionID | None = None) -> None:
-        """Commit, and fold the WAL into the database.
+        """Commit, and checkpoint the WAL into the database.
 
         Args:
-            clean: mark that nothing has to be recovered.
+            clean: record that no recovery is needed.
             unsettled: as for :meth:`commit`.
         """
         try:
             if self.path is not None:
                 if clean:
                     self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
-                    # A process that was stopped while it wrote to an erased region, by a descriptor
-                    # of several, must never write to another one.
+                    # A process that was stopped while it wrote to an erased region, through a
+                    # shared descriptor, must never write to a new region in the same slot.
                     last = (self._next_ino - 1,)
                     self._write("INSERT OR REPLACE INTO meta VALUES('last', ?)", last)
                 self.commit(unsettled)
@@ -725,10 +743,10 @@ class Catalogue:
             self.abandon()
 
     def give_up(self) -> None:
-        """In a forked child: the database is the parent's.
+        """In a forked child: release the database, which belongs to the parent.
 
-        SQLite must not close it, which would put the WAL into it and remove it; its files are
-        closed without SQLite's knowledge.
+        SQLite must not close it, which would checkpoint the WAL and remove it; its files are closed
+        without SQLite's knowledge.
         """
         forks.keep_for_ever(self._db)
         if self.path is not None:
@@ -740,6 +758,6 @@ class Catalogue:
             )
 
     def abandon(self) -> None:
-        """Let go of the files as they are, as a crash would; the next to open them recovers."""
+        """Close the files as they are, as a crash would; the next open recovers."""
         self._journal.close()
         self._db.close()

@@ -1,10 +1,10 @@
-"""The rows of the catalogue that hold checksums: of blocks of regions, as they were persisted.
+"""The rows of the catalogue with checksums of blocks of regions.
 
-A row says what a block's bytes were when they were last persisted.  A region is *unsettled* while
-its bytes on the medium may be newer than its rows: the mark is on the medium before the first
-such byte can be.  Only of a region that is not unsettled a sum that differs means damage.
+A row has the checksum of a block as it was last persisted.  A region is *unsettled* while its data
+on stable storage may be newer than its rows: it is marked so durably before any such data are
+written.  Only in a region that is not unsettled does a checksum mismatch mean damage.
 
-Every call is made with the target's lock held, as those of the catalogue.
+Every call is made with the target's lock held, as for the catalogue.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 
 BLOCK = 64 * 1024
-"""Bytes under one checksum."""
+"""Bytes covered by one checksum."""
 ALGORITHM = f"xxh3_64/{BLOCK}"
-"""What the catalogue calls the sums that are made here."""
+"""The name of the algorithm in the catalogue."""
 
 
 def digest() -> Callable[[memoryview], int]:
-    """The function that sums a block.
+    """Return the function that computes the checksum of a block.
 
     Raises:
         ConfigError: the library for it is not installed.
@@ -36,20 +36,20 @@ def digest() -> Callable[[memoryview], int]:
 
     def value(data: memoryview) -> int:
         number: int = xxhash.xxh3_64_intdigest(data)
-        return number - (1 << 64) if number >> 63 else number  # SQLite's integers have a sign
+        return number - (1 << 64) if number >> 63 else number  # SQLite's integers are signed
 
     return value
 
 
 class SumRows:
-    """Checksums and marks of one catalogue."""
+    """The checksums and unsettled marks of one catalogue."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._db = catalogue._db
 
     def enable(self, on: bool) -> None:
-        """Have sums from now on, or no more and none of the old ones; a no-op when it is so."""
+        """Enable checksums, or disable and delete them; a no-op if nothing changes."""
         catalogue = self._catalogue
         if catalogue.summed == (ALGORITHM if on else None):
             return
@@ -62,7 +62,7 @@ class SumRows:
         catalogue.sync(catalogue.commit())
 
     def get(self, inode: Inode, first: int, count: int) -> dict[int, int]:
-        """Sums by block, of those of *count* blocks from *first* on that have one."""
+        """Return the checksums that exist among *count* blocks from *first* on, by block."""
         return dict(
             self._db.execute(
                 "SELECT block, sum FROM checksum WHERE ino = ? AND block >= ? AND block < ?",
@@ -85,13 +85,13 @@ class SumRows:
         self._changed(inode)
 
     def drop_from(self, inode: Inode, first: int) -> None:
-        """Drop the sums of the blocks from *first* to the end."""
+        """Delete the checksums of the blocks from *first* to the end."""
         sql = "DELETE FROM checksum WHERE ino = ? AND block >= ?"
         self._catalogue._write(sql, (inode.ino, first))
         self._changed(inode)
 
     def attests(self, inode: Inode, size: int) -> bool:
-        """Whether the region surely had more than *size* bytes on the medium."""
+        """Whether the region certainly had more than *size* bytes on stable storage."""
         sql = (
             "SELECT EXISTS(SELECT 1 FROM checksum WHERE ino = ? AND block >= ?)"
             " AND NOT EXISTS(SELECT 1 FROM unsettled WHERE ino = ?)"
@@ -115,6 +115,6 @@ class SumRows:
         self._catalogue.change += 1
 
     def _changed(self, inode: Inode) -> None:
-        # The row must exist for what belongs to it to be removed with it.
+        # The row must exist for its checksums to be removed with it.
         inode.stored = True
         self._catalogue.touch(inode, durable=True)

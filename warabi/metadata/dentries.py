@@ -1,7 +1,7 @@
-"""The names of a catalogue's inodes: directory entries, in memory and as rows.
+"""The names of a catalogue's inodes: a write-back cache of directory entries.
 
-What is known of a name, that it does not exist included, is kept and changed in memory, and
-written back in batches as inodes are.  As in ``catalogue.py``, nothing here locks.
+Known names, including negative entries, are cached and changed in memory, and written to rows in
+batches, as inodes are.  As in ``catalogue.py``, nothing here locks.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ import sqlite3
 from warabi.metadata.journal import Journal
 
 _KEPT = 65536
-_KEPT_ABSENT = 4096  # names known in all, up to which those that were removed are kept among them
+_KEPT_ABSENT = 4096  # number of cached names up to which removed names stay cached
 _ABSENT = 0
-"""Instead of an inode number: there is no such name."""
+"""Value of a negative entry, instead of an inode number."""
 
 
 class Dentries:
-    """What each name in each directory means.
+    """The directory entries.
 
     Args:
         db: the catalogue's database.
-        journal: where changes of it go.
+        journal: executes the changes.
     """
 
     def __init__(self, db: sqlite3.Connection, journal: Journal) -> None:
         self._db = db
         self._journal = journal
-        # By directory and name.  What is in it is the truth; the rows follow at the next `flush`.
+        # By directory and name.  Authoritative; the rows are updated by the next `flush`.
         self._known: dict[tuple[int, bytes], int] = {}
-        # Directories all of whose names are in it: what is not there, is nowhere.
+        # Directories whose names are all cached: other names do not exist.
         self._whole: set[int] = set()
         self.dirty: dict[tuple[int, bytes], None] = {}
-        """The names whose rows are not up to date, longest first."""
+        """The names whose rows are outdated, oldest first."""
         self.failed: dict[tuple[int, bytes], tuple[int, Exception]] = {}
-        """Names among them that cannot be stored: the inode they are about, and why."""
+        """Names among them that cannot be stored: their inode, and the error."""
         self.withheld: set[int] = set()
-        """Inodes that have no row because it cannot be stored: their names have none either."""
+        """Inodes without a row because it cannot be stored: their names are not stored either."""
 
     def get(self, parent: int, name: bytes) -> int | None:
-        """The inode number that *name* means in directory *parent*, or None."""
+        """Return the inode number of *name* in directory *parent*, or None."""
         ino = self._known.get((parent, name))
         if ino is None:
             if parent in self._whole:
@@ -53,21 +53,21 @@ class Dentries:
         return ino or None
 
     def made(self, directory: int) -> None:
-        """There is a new directory, without names."""
+        """Record a new, empty directory."""
         self._whole.add(directory)
 
     def removed(self, directory: int) -> None:
-        """A directory without names is gone."""
+        """Record the removal of an empty directory."""
         self._whole.discard(directory)
 
     def set(self, parent: int, name: bytes, ino: int | None) -> None:
-        """Make *name* mean *ino*, instead of what it meant, or nothing."""
+        """Make *name* refer to *ino*; None removes it."""
         key = (parent, name)
         self._known[key] = ino or _ABSENT
         self.dirty[key] = None
 
     def of(self, ino: int, most: int = -1) -> list[tuple[int, bytes]]:
-        """Every (parent, name) that means *ino*, or the first *most* of them."""
+        """Return the (parent, name) pairs of *ino*, at most *most* if not negative."""
         self.flush()
         return self._db.execute(
             "SELECT parent, name FROM dentry WHERE ino = ? ORDER BY parent, name LIMIT ?",
@@ -81,7 +81,7 @@ class Dentries:
         return self._db.execute(sql, (ino,)).fetchone() is not None
 
     def flush(self, most: int | None = None) -> None:
-        """Bring the rows up to date, of *most* names or of all, in the open transaction."""
+        """Update the rows of *most* names or of all, in the open transaction."""
         if not self.dirty:
             return
         linked: list[tuple[int, bytes, int]] = []
@@ -92,7 +92,7 @@ class Dentries:
                 gone.append(key)
             elif ino not in self.withheld and key[0] not in self.withheld:
                 linked.append((*key, ino))
-        # When one of these fails, both are done again: what they do twice is as if done once.
+        # If one of these fails, both are repeated later, which has no further effect.
         delete = "DELETE FROM dentry WHERE parent = ? AND name = ?"
         insert = "INSERT OR REPLACE INTO dentry VALUES(?, ?, ?)"
         failed = {
@@ -113,7 +113,7 @@ class Dentries:
     def _keep(
         self, keys: list[tuple[int, bytes]], failed: dict[tuple[int, bytes], tuple[int, Exception]]
     ) -> None:
-        """Have those of *keys* that were not written be written later, after all others."""
+        """Keep those of *keys* dirty that were not written, after all others."""
         for key in keys:
             if key in failed:
                 self.failed[key] = failed[key]
@@ -124,7 +124,7 @@ class Dentries:
                 self.dirty[key] = None
 
     def trim(self) -> None:
-        """Drop what is known of some names when there are too many."""
+        """Drop some cached names if there are too many."""
         if len(self._known) > _KEPT:
             self._whole.clear()
             for key in list(self._known)[: _KEPT // 2]:

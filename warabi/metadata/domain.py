@@ -1,17 +1,18 @@
-"""The domains of the values that a target stores, and the checks on their way in.
+"""Ranges of the values that a target stores, and their validation.
 
-A value enters a target through few doors, whatever way it came (API, wire, mount, import,
-migration): ``Catalogue.add``, ``Catalogue.set_attributes`` and ``Catalogue.set_xattr``, the name
-checks of ``Tree``, and the rows of a migration.  Each of them asks the functions here.  They do
-no I/O and know nothing of tables.
+Values enter a target in few places, whatever their source (API, wire, mount, import, migration):
+``Catalogue.add``, ``Catalogue.set_attributes`` and ``Catalogue.set_xattr``, the name checks of
+``Tree``, and the rows of a migration.  Each of them calls the functions here.  They do no I/O and
+do not know tables.
 
-Domains are those of Linux, so that whatever a target holds can be shown by a mount, kept by
-SQLite, and carried by an archive:
+The ranges are those of Linux, so that every value of a target can be shown by a mount, stored by
+SQLite, and written to an archive:
 
-* Times are *clamped*, as Linux does for what a file system cannot store.
-* Everything else is *refused*, with the errno that the system call would give.
-* What an older version let in is *mended* by :func:`mended` and :func:`mended_xattrs`: when a
-  target is opened, checked by fsck, imported from an archive or received in a migration.
+* Times are *clamped*, as Linux does for times that a file system cannot store.
+* All other values are *rejected*, with the errno of the system call.
+* Invalid values from older versions are *repaired* by :func:`mended` and :func:`mended_xattrs`:
+when
+  a target is opened, checked by fsck, imported from an archive or received in a migration.
 """
 
 from __future__ import annotations
@@ -31,39 +32,39 @@ TIME_MAX = (1 << 63) - 1
 """The latest time, in ns since the epoch, in the year 2262; the earliest is its negative."""
 TIME_MIN = -TIME_MAX
 CHANGE_TIME_MAX = TIME_MAX - (1 << 60)
-"""The latest change time.  Each change makes it grow by 1 ns at least; this leaves room for all."""
+"""The latest change time.  Each change advances it by at least 1 ns; this leaves enough range."""
 OWNER_MAX = (1 << 32) - 2
-"""The largest user or group ID: (uid_t) -1 stands for none."""
+"""The largest user or group ID: (uid_t) -1 means none."""
 NOBODY = 65534
-"""Linux's overflow ID: the owner of what has one that cannot be."""
+"""Linux's overflow ID: replaces an invalid owner."""
 MODE_MAX = 0o177777
 UMASK_MAX = 0o777
 DEVICE_MAX = (1 << 32) - 1
 LINKS_MAX = (1 << 31) - 1
-"""The most names of an inode, and subdirectories of a directory less 2."""
+"""The most names of an inode, and most subdirectories of a directory plus 2."""
 NAME_MAX = 255
-"""Bytes in one name."""
+"""Most bytes of a name."""
 TARGET_MAX = 4095
-"""Bytes in what a symbolic link holds."""
+"""Most bytes of the target of a symbolic link."""
 XATTR_NAME_MAX = 255
 XATTR_VALUE_MAX = 64 * 1024
 XATTR_LIST_MAX = 64 * 1024
-"""Bytes of the names of all of an inode's attributes, each with a NUL."""
+"""Most bytes of the names of all attributes of an inode, each with a NUL."""
 XATTR_TOTAL_MAX = 16 * 1024 * 1024
-"""Bytes of all of an inode's attributes; an archive's entry has room for more."""
+"""Most bytes of all attributes of an inode; less than fits into an archive's entry."""
 SLOT_MIN, SLOT_MAX = 2, (1 << 63) - 2
-"""Of region IDs; slot 1 is the root directory's."""
+"""Slots of region IDs; slot 1 is the root directory's."""
 GENERATION_MAX = (1 << 63) - 1
 SEQUENCE = 1 << 62
-"""New slots are counted on from the largest one below this.  An import may bring regions in slots
-above it; they do not move the count, so it never gets to the end of the slots, and each ID that
-is ever given can be imported elsewhere."""
+"""New slots follow the largest one below this.  An import may create regions in slots above it;
+they do not affect the sequence, so it never reaches the end of the slots, and each ID that is ever
+assigned can be imported into another target."""
 
 KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
          stat.S_IFBLK)  # fmt: skip
 """The types of inodes."""
 SPACES = (b"user.", b"trusted.", b"security.")
-"""What names of extended attributes begin with, but for those of access control lists."""
+"""Prefixes of extended attribute names, except for those of access control lists."""
 LISTS = (acl.ACCESS, acl.DEFAULT)
 
 RANGES: dict[str, tuple[int, int]] = {
@@ -78,19 +79,19 @@ RANGES: dict[str, tuple[int, int]] = {
     "mtime": (TIME_MIN, TIME_MAX),
     "ctime": (TIME_MIN, CHANGE_TIME_MAX),
 }
-"""The least and the largest value of each number that an inode has."""
+"""The least and the largest value of each number of an inode."""
 
 
 # Times
 
 
 def clamped(ns: Any, what: str = "time") -> int:
-    """A time in ns since the epoch, or the nearest one that can be stored."""
+    """Return a time in ns since the epoch, clamped to the valid range."""
     return max(TIME_MIN, min(TIME_MAX, _integer(ns, what)))
 
 
 def clamped_change(ns: int) -> int:
-    """As :func:`clamped`, for a change time."""
+    """The same as :func:`clamped`, for a change time."""
     return max(TIME_MIN, min(CHANGE_TIME_MAX, ns))
 
 
@@ -103,7 +104,7 @@ def _integer(value: Any, what: str) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return int(operator.index(value))  # NumPy's integers count
+        return int(operator.index(value))  # accepts NumPy integers
     except TypeError:
         raise path_error(errno.EINVAL, f"{what} {value!r:.60}: not an integer") from None
 
@@ -116,28 +117,28 @@ def _within(value: Any, low: int, high: int, what: str) -> int:
 
 
 def owner(value: Any, what: str = "user ID") -> int:
-    """A user or group ID; PathError EINVAL for -1, too, which chown(2) takes for "unchanged":
-    here that is None."""
+    """Check a user or group ID; PathError EINVAL, also for -1, which means "unchanged" for
+    chown(2): use None for that."""
     return _within(value, 0, OWNER_MAX, what)
 
 
 def mode(value: Any) -> int:
-    """File type, which may be missing, and permissions; PathError EINVAL."""
+    """Check permissions with or without a file type; PathError EINVAL."""
     return _within(value, 0, MODE_MAX, "mode")
 
 
 def umask(value: Any) -> int:
-    """Permissions that are not given; PathError EINVAL."""
+    """Check a file mode creation mask; PathError EINVAL."""
     return _within(value, 0, UMASK_MAX, "umask")
 
 
 def device(value: Any) -> int:
-    """A device's number; PathError EINVAL."""
+    """Check a device number; PathError EINVAL."""
     return _within(value, 0, DEVICE_MAX, "device number")
 
 
 def count(value: Any, what: str) -> int:
-    """How many of something; PathError EINVAL."""
+    """Check a count; PathError EINVAL."""
     return _within(value, 0, MAX_SIZE, what)
 
 
@@ -146,17 +147,17 @@ def is_region_id(slot: int, generation: int) -> bool:
     return SLOT_MIN <= slot <= SLOT_MAX and 0 <= generation <= GENERATION_MAX
 
 
-# Names and what is found under them
+# Names, link targets and attributes
 
 
 def length(name: bytes) -> None:
-    """PathError ENAMETOOLONG for what is too long for a name."""
+    """Check the length of a name; PathError ENAMETOOLONG."""
     if len(name) > NAME_MAX:
         raise path_error(errno.ENAMETOOLONG, f"{os.fsdecode(name)}: longer than {NAME_MAX} bytes")
 
 
 def name(value: bytes) -> bytes:
-    """A name in a directory; PathError EINVAL, ENAMETOOLONG."""
+    """Check a name in a directory; PathError EINVAL, ENAMETOOLONG."""
     length(value)
     if not value or value in (b".", b"..") or b"/" in value or b"\0" in value:
         raise path_error(errno.EINVAL, f"{os.fsdecode(value)!r}: not a file name")
@@ -164,40 +165,47 @@ def name(value: bytes) -> bytes:
 
 
 def link_target(value: bytes) -> bytes:
-    """What a symbolic link holds; PathError ENOENT when empty, ENAMETOOLONG, EINVAL."""
+    """Check the target of a symbolic link; PathError ENOENT if empty, ENAMETOOLONG, EINVAL."""
     if not 0 < len(value) <= TARGET_MAX:
         number = errno.ENAMETOOLONG if value else errno.ENOENT
-        raise path_error(number, f"symlink: a target has 1 to {TARGET_MAX} bytes, not {len(value)}")
+        raise path_error(
+            number, f"symlink: the target must have 1 to {TARGET_MAX} bytes, not {len(value)}"
+        )
     if b"\0" in value:
         raise path_error(errno.EINVAL, f"symlink: the target {value!r:.100} has a NUL byte")
     return value
 
 
 def xattr_name(value: bytes) -> bytes:
-    """The name of an extended attribute; PathError ERANGE for its length, EINVAL, EOPNOTSUPP."""
+    """Check the name of an extended attribute; PathError ERANGE for its length, EINVAL,
+    EOPNOTSUPP."""
     if value in LISTS:
         return value
     if not 0 < len(value) <= XATTR_NAME_MAX:
         raise path_error(
             errno.ERANGE,
-            f"extended attribute: a name has 1 to {XATTR_NAME_MAX} bytes, not {len(value)}",
+            f"extended attribute: the name must have 1 to {XATTR_NAME_MAX} bytes, not {len(value)}",
         )
     if not value.startswith(SPACES):
         raise path_error(errno.EOPNOTSUPP, f"{os.fsdecode(value)}: not supported")
     if value in SPACES:
-        raise path_error(errno.EINVAL, f"{os.fsdecode(value)}: no name after the dot")
+        raise path_error(
+            errno.EINVAL, f"{os.fsdecode(value)}: nothing follows the namespace prefix"
+        )
     if b"\0" in value:
         raise path_error(errno.EINVAL, f"{os.fsdecode(value)!r}: a NUL byte in an attribute's name")
     return value
 
 
 def xattr(key: bytes, value: bytes) -> None:
-    """An extended attribute; PathError as :func:`xattr_name`, E2BIG, and for a malformed list."""
+    """Check an extended attribute; PathError as :func:`xattr_name`, E2BIG, EINVAL for a malformed
+    list."""
     xattr_name(key)
     if len(value) > XATTR_VALUE_MAX:
         raise path_error(
             errno.E2BIG,
-            f"{os.fsdecode(key)}: a value has at most {XATTR_VALUE_MAX} bytes, not {len(value)}",
+            f"{os.fsdecode(key)}: the value may have at most {XATTR_VALUE_MAX} bytes, not"
+            f" {len(value)}",
         )
     if key in LISTS:
         acl.unpack(value)
@@ -207,7 +215,7 @@ def xattr(key: bytes, value: bytes) -> None:
 
 
 class Row(NamedTuple):
-    """An inode's values, in the order in which the catalogue has them."""
+    """An inode's values, in the order of the catalogue's columns."""
 
     ino: int
     generation: int
@@ -226,11 +234,11 @@ class Row(NamedTuple):
 
 
 def fault(values: Sequence[Any]) -> str:
-    """What is wrong with the values of an inode, empty when nothing is."""
+    """Return what is wrong with the values of an inode; empty if they are valid."""
     row = Row(*values)
     numbers = (*values[:12], row.packed)
     if not all(type(value) is int for value in numbers):
-        return "a number is no integer"
+        return "a number is not an integer"
     for column, (low, high) in RANGES.items():
         value = getattr(row, column)
         if not low <= value <= high:
@@ -238,14 +246,14 @@ def fault(values: Sequence[Any]) -> str:
     if not 1 <= row.ino <= SLOT_MAX:
         return f"ino {row.ino} is not from 1 to {SLOT_MAX}"
     if stat.S_IFMT(row.mode) not in KINDS:
-        return f"mode {row.mode:#o} is of no file type"
+        return f"mode {row.mode:#o} has no valid file type"
     region, link = stat.S_ISREG(row.mode), stat.S_ISLNK(row.mode)
     if row.anonymous not in (0, 1) or (row.anonymous and not region):
         return f"anonymous is {row.anonymous}"
     if row.packed not in (0, 1, 2) or (row.packed and not region):
         return f"packed is {row.packed}"
     if not link:
-        return "" if row.target is None else "it has a target and is no symbolic link"
+        return "" if row.target is None else "it has a target but is not a symbolic link"
     if not isinstance(row.target, bytes):
         return "it is a symbolic link without a target"
     try:
@@ -256,12 +264,12 @@ def fault(values: Sequence[Any]) -> str:
 
 
 def mended(values: Sequence[Any]) -> Row:
-    """The values of an inode with numbers, or a link's target, that cannot be, made the nearest
-    thing that can be.
+    """Repair the values of an inode: replace invalid numbers, or an invalid link target, by the
+    nearest valid ones.
 
-    Owners become ``NOBODY``, and a file that gets that one loses its set-ID bits; a device's
-    number becomes 0; a link's target ends before its first NUL, as every program saw it.  What
-    cannot be guessed, the type and the size, is left to fsck.
+    Owners become ``NOBODY``, and a file whose owner changes loses its set-ID bits; a device number
+    becomes 0; a link's target ends before its first NUL, as every program saw it.  Type and size,
+    which cannot be guessed, are left to fsck.
     """
     row = Row(*values)
     new: dict[str, Any] = {
@@ -285,7 +293,7 @@ def _mended_number(column: str, value: Any) -> int:
         return NOBODY
     if column == "mode" and type(value) is int:
         return value & MODE_MAX
-    if column == "nlink":  # 0 would have it removed
+    if column == "nlink":  # an inode with 0 links would be removed
         return max(1, min(value, high)) if type(value) is int else 1
     if column == "rdev" or type(value) is not int:
         return 0
@@ -295,8 +303,8 @@ def _mended_number(column: str, value: Any) -> int:
 def mended_xattrs(
     mode: int, xattrs: Sequence[tuple[bytes, bytes]]
 ) -> tuple[int, list[tuple[bytes, bytes]], list[str]]:
-    """The mode and the extended attributes of an inode, without the attributes that cannot be, and
-    what was wrong with those."""
+    """Return the mode and the extended attributes of an inode without invalid attributes, and the
+    errors of the latter."""
     kept, faults = [], []
     for key, value in xattrs:
         if not (why := xattr_fault(key, value)):
@@ -308,7 +316,7 @@ def mended_xattrs(
 
 
 def xattr_fault(key: bytes, value: bytes) -> str:
-    """What is wrong with an extended attribute, empty when nothing is."""
+    """Return what is wrong with an extended attribute; empty if it is valid."""
     try:
         xattr(key, value)
     except PathError as error:
@@ -317,9 +325,9 @@ def xattr_fault(key: bytes, value: bytes) -> str:
 
 
 def mode_without(key: bytes, mode: int) -> int:
-    """The mode of an inode that loses an attribute that could not be.
+    """Return the mode of an inode that loses an invalid attribute.
 
-    With an access control list the permissions of the group are the most that the list gives to
-    anybody; without it the group would get them.  What it had is not known: it gets none.
+    With an access control list the group bits are the mask of the list; without the list they would
+    apply to the group.  The group's own rights are unknown, so it gets none.
     """
     return mode & ~stat.S_IRWXG if key == acl.ACCESS else mode

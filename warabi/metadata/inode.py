@@ -1,4 +1,4 @@
-"""Inodes: the rows of the catalogue, as objects in memory and as what others get to see."""
+"""Inodes: rows of the catalogue as objects in memory, and their attributes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from warabi.target.leases import Share
 
 OWN, PACKED, MOVED = 0, 1, 2
-"""Where a region's bytes are in a target of files: in a file of its own, in one that it shares, or
-in one of its own after they were in one that it shared, which keeps their place."""
-_tuple = tuple.__new__  # a named tuple's own constructor takes twice as long
+"""Location of a region's data in a target of files: in its own file, in a pack, or in its own file
+after it was in a pack, where its place stays reserved."""
+_tuple = tuple.__new__  # the constructor of a named tuple takes twice as long
 
 
 class Inode:
-    """A row of the catalogue in memory, with the target's book-keeping beside it."""
+    """A row of the catalogue in memory, with state of the target."""
 
     __slots__ = (
         "anonymous", "atime", "before", "changed", "ctime", "dead", "exclusive", "exposed",
@@ -47,19 +47,19 @@ class Inode:
         self.target = target
         self.packed = packed
         self.rid = RegionID.from_parts(ino, generation)
-        self.stored = False  # has a row, perhaps an old one
-        self.changed = 0  # the change that a persist must have made durable
-        self.kept = -1  # the change time that is durable, or is with the next sync of the bytes
-        self.seen = ctime  # the change time when somebody was told last
-        self.writer: Origin | None = None  # on whose behalf the bytes changed last, if it is known
-        self.before = 0  # the change time when that one began; 0: they were its own from the start
-        # The target's: who is inside, and whether the region is going or gone.
+        self.stored = False  # whether there is a row, perhaps an outdated one
+        self.changed = 0  # number of the change that a persist must make durable
+        self.kept = -1  # the change time that is durable, or will be with the next sync of the data
+        self.seen = ctime  # the change time that was last reported to a client
+        self.writer: Origin | None = None  # the connection that changed the data last, if known
+        self.before = 0  # change time when its changes began; 0: it created the region
+        # State of the target: current users of the region, and whether it is being erased.
         self.users = 0
         self.exclusive = False
         self.pins = 0
         self.dead = False
-        self.share: Share | None = None  # while other processes may reach its bytes directly
-        self.exposed: Exposed | None = None  # while somebody has its descriptor, and says nothing
+        self.share: Share | None = None  # while other processes have direct access
+        self.exposed: Exposed | None = None  # while the kernel uses its file directly
 
     def row(self) -> tuple[int | bytes | None, ...]:
         return (
@@ -73,14 +73,14 @@ class Inode:
         self.ctime = now if now > self.ctime else self.ctime + 1
 
     def written_by(self, origin: Origin | None) -> None:
-        """The bytes changed on behalf of *origin*; the change time is still the one before."""
+        """Record a write on behalf of *origin*; called before the change time is updated."""
         if origin is not self.writer:
             self.before, self.writer = self.ctime, origin
 
     def version(self, origin: Origin) -> int:
-        """Of the bytes, as *origin* tells it: the same for as long as nobody else changes them,
-        and another one afterwards; 0 while nobody else ever has.  Somebody has to be told the
-        attributes just before, or a later change might have the same change time."""
+        """Return the version of the data for *origin*: it changes only when others change the data,
+        and is 0 if no other ever has.  The caller must report the attributes just before, or a
+        later change might get the same change time."""
         began = self.before if origin is self.writer else self.ctime
         return began ^ origin.salt if began else 0
 

@@ -1,4 +1,4 @@
-"""Names as a target offers them: the tree, with extended attributes and paths."""
+"""The namespace of a target: the tree, with extended attributes and paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Namespace(Tree):
     # Extended attributes
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """An extended attribute; ENODATA when there is none, EOPNOTSUPP when there can be none.
+        """Return an extended attribute; ENODATA if it does not exist, EOPNOTSUPP if it cannot
+        exist.
 
         ``user.warabi.region`` is a region's ID in hex, ``user.warabi.target`` the target's UUID.
         """
@@ -43,12 +44,13 @@ class Namespace(Tree):
             return value
 
     def setxattr(self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True) -> None:
-        """Set an extended attribute; EPERM for the two that the target gives, EOPNOTSUPP for a
-        name outside ``user.``, ``trusted.`` and ``security.`` that is no access control list,
-        ERANGE, E2BIG and ENOSPC for what is too long or too much.
+        """Set an extended attribute; EPERM for the two virtual ones, EOPNOTSUPP for a name outside
+        ``user.``, ``trusted.`` and ``security.`` that is not an access control list, ERANGE, E2BIG
+        and ENOSPC if it is too long or too large.
 
-        A list changes the mode too, and is not kept when the mode says all of it.  Without
-        *keep_setgid*, for who is not in the file's group, it takes the set-group-ID bit away.
+        An access control list also changes the mode, and is not stored if the mode can express it.
+        Without *keep_setgid*, for a caller outside the file's group, it clears the set-group-ID
+        bit.
         """
         if name in (acl.ACCESS, acl.DEFAULT):
             self._set_list(ino, name, acl.unpack(value), keep_setgid)
@@ -56,7 +58,7 @@ class Namespace(Tree):
             self._change_xattr(ino, name, value)
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """Remove an extended attribute; ENODATA when there is none that is no list."""
+        """Remove an extended attribute; ENODATA if it does not exist, except for a list."""
         self._change_xattr(ino, name, None)
 
     def _set_list(
@@ -65,9 +67,14 @@ class Namespace(Tree):
         with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
             if stat.S_ISLNK(inode.mode):
-                raise path_error(errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no such list")
+                raise path_error(
+                    errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no access control list"
+                )
             if name == acl.DEFAULT and not stat.S_ISDIR(inode.mode):
-                raise path_error(errno.EACCES, f"inode {ino}: only a directory has a default list")
+                raise path_error(
+                    errno.EACCES,
+                    f"inode {ino}: only a directory can have a default access control list",
+                )
             kept, mode = entries, inode.mode
             if name == acl.ACCESS and entries:
                 mode = mode & ~0o777 | acl.mode_of(entries)
@@ -91,7 +98,7 @@ class Namespace(Tree):
                 self._catalogue.charge(len(value))
             if value is None and self._catalogue.xattr(ino, name) is None:
                 if name in (acl.ACCESS, acl.DEFAULT):
-                    return  # as Linux has it: nothing was to be removed
+                    return  # like Linux: there is nothing to remove
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             self._catalogue.set_xattr(inode, name, value)
             inode.changed_at(self._catalogue.clock.exact())
@@ -102,12 +109,12 @@ class Namespace(Tree):
         if names > domain.XATTR_LIST_MAX or names + values + len(value) > domain.XATTR_TOTAL_MAX:
             raise path_error(
                 errno.ENOSPC,
-                f"{os.fsdecode(name)}: all names of an inode's attributes have at most"
-                f" {domain.XATTR_LIST_MAX} bytes, all attributes {domain.XATTR_TOTAL_MAX}",
+                f"{os.fsdecode(name)}: the attribute names of an inode may take at most"
+                f" {domain.XATTR_LIST_MAX} bytes, its attributes {domain.XATTR_TOTAL_MAX}",
             )
 
     def listxattr(self, ino: int) -> list[bytes]:
-        """Names of the extended attributes that can be set."""
+        """Return the names of the extended attributes, without virtual ones."""
         with self._guard.lock, self._guard.checked:
             self._get(ino)
             return self._catalogue.xattrs(ino)
@@ -115,7 +122,7 @@ class Namespace(Tree):
     # Paths
 
     def resolve(self, path: str) -> Attributes:
-        """The inode at *path*, from the root; symbolic links are not followed."""
+        """Return the inode at *path*, from the root; symbolic links are not followed."""
         return self._regions.patiently(partial(self._resolve, path, _parts(path)))
 
     def _resolve(self, path: str, parts: list[bytes], steps: float) -> Attributes:
@@ -125,7 +132,9 @@ class Namespace(Tree):
             inode = self._get(ROOT)
             for name in parts:
                 if not stat.S_ISDIR(inode.mode):
-                    raise path_error(errno.ENOTDIR, f"{path}: not a directory on the way")
+                    raise path_error(
+                        errno.ENOTDIR, f"{path}: a component of the path is not a directory"
+                    )
                 found = self._find(inode, name)
                 if found is None:
                     raise path_error(errno.ENOENT, f"{path}: no such file or directory")
@@ -133,7 +142,7 @@ class Namespace(Tree):
             return inode.attributes()
 
     def open_name(self, path: str) -> RegionID:
-        """The region at *path*; ENOENT, ENOTDIR, and EISDIR or EINVAL for what is no region."""
+        """Return the region at *path*; ENOENT, ENOTDIR, EISDIR, or EINVAL if it is not a region."""
         with _about("open_name", path):
             found = self.resolve(path)
             if stat.S_ISREG(found.mode):
@@ -141,18 +150,20 @@ class Namespace(Tree):
             raise path_error(errno.EISDIR if stat.S_ISDIR(found.mode) else errno.EINVAL)
 
     def link_name(self, region: RegionID, path: str) -> None:
-        """Give *region* the name *path*, in a directory that exists; EEXIST when it is taken."""
+        """Give *region* the name *path*, in an existing directory; EEXIST if the name exists."""
         with _about("link_name", path):
             parent, name = self._split(path)
             with self._guard.lock, self._guard.checked:
                 inode = self._catalogue.region(region)
                 if inode is None or inode.dead:
-                    raise InvalidRegion(f"link_name {path}: no region {region!r} in this target")
+                    raise InvalidRegion(
+                        f"link_name {path}: there is no region {region!r} in this target"
+                    )
                 ino = inode.ino
             self.link(ino, parent, name)
 
     def unlink_name(self, path: str) -> None:
-        """Remove the name *path*; with its last name a region is erased."""
+        """Remove the name *path*; removing its last name erases a region."""
         with _about("unlink_name", path):
             self.unlink(*self._split(path))
 
@@ -163,8 +174,9 @@ class Namespace(Tree):
         return self.resolve(os.fsdecode(b"/".join(parts[:-1]))).ino, parts[-1]
 
     def paths(self, inode: Inode, most: int, characters: float, steps: float) -> list[str]:
-        """Paths of an inode from the root, *most* of them, or all for -1, and no more once they
-        have so many *characters*; the guard is held, as long as *steps* say."""
+        """Return *most* paths of an inode from the root, all for -1, and no more once they have so
+        many
+        *characters*.  Raises ``Lengthy`` after *steps* directories; the guard is held."""
         above: dict[int, bytes] = {}
         found: list[str] = []
         for parent, name in self._catalogue.names(inode, most):
@@ -189,7 +201,7 @@ class Namespace(Tree):
 
 @contextlib.contextmanager
 def _about(what: str, path: str) -> Iterator[None]:
-    """Name the operation and the whole path in the message of a ``PathError``."""
+    """Put the operation and the whole path into the message of a ``PathError``."""
     try:
         yield
     except PathError as error:

@@ -1,12 +1,12 @@
-"""What changes in a target, told to those who keep copies of it, such as mounts.
+"""Notifications of changes to clients that cache data of a target, such as mounts.
 
-Whoever changes something notes it, with the target's lock held.  A *subscription* gathers what
-was noted, each thing once, until its owner takes it; when there is more than it can hold, it
-says that everything may have changed.  Nobody ever waits for a subscriber.
+Every change is recorded, with the target's lock held.  A *subscription* collects the changes, each
+object once, until its owner fetches them; if there are too many, it reports that everything may
+have changed.  Changes never wait for a subscriber.
 
-A change is not told to the one who made it: ``ORIGIN`` says who is at work.  What guests wrote
-(``target/leases.py``) is found later, on behalf of somebody else, so it is told to all, with the
-time of the write: a guest knows when it last wrote.
+The connection that made a change is not notified: it is in ``ORIGIN``.  Writes by guests
+(``target/leases.py``) are found later, without an origin, so all are notified, with the time of the
+write: a guest knows when it last wrote.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Callable
 from warabi._core.changes import ATTRIBUTES, CONTENT, ORIGIN, Changes
 
 MOST = 8192
-"""Inodes and names that a subscription holds at a time."""
+"""Most inodes and names in a subscription."""
 BATCH = 1000
-"""Of each of them in one answer."""
+"""Most of each of them in one reply."""
 
 
 class Subscription:
-    """What one subscriber has not taken yet.
+    """The changes that one subscriber has not fetched yet.
 
     Args:
-        origin: whose changes are left out.
-        new_names: whether it wants to hear of names that meant nothing before.
-        wake: called, from any thread, when there is something to take.
+        origin: the subscriber's own changes, which are omitted.
+        new_names: whether to include names that did not exist before.
+        wake: called, from any thread, when there is something to fetch.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Subscription:
         self._names: dict[tuple[int, bytes], int] = {}
 
     def inode(self, ino: int, what: int) -> None:
-        """Note a change of an inode; the feed's lock is held."""
+        """Record a change of an inode; the feed's lock is held."""
         before = self._inodes.get(ino, ATTRIBUTES)
-        # Of several writes by guests none is the last one for sure.
+        # Two different times of guests' writes: which one is the last is not certain.
         merged = max(before, what) if ATTRIBUTES in (before, what) or before == what else CONTENT
         self._inodes[ino] = merged
         self._check_room()
 
     def name(self, parent: int, name: bytes, ino: int) -> None:
-        """Note what a name means now; the feed's lock is held."""
+        """Record what a name refers to now; the feed's lock is held."""
         self._names[parent, name] = ino
         self._check_room()
 
@@ -66,12 +66,12 @@ class Subscription:
         self._names.clear()
 
     def suspect_everything(self) -> None:
-        """Start again: what was taken before did not arrive."""
+        """Start again: the last reply did not arrive."""
         with self._lock:
             self._forget()
 
     def take(self, number: int) -> Changes | None:
-        """What was noted, or a part of it, as answer *number*; None when there is nothing."""
+        """Return the changes, or a part of them, as reply *number*; None if there are none."""
         with self._lock:
             self.awake = False
             if not (self._everything or self._inodes or self._names):
@@ -89,10 +89,10 @@ class Feed:
         self._lock = threading.Lock()
         self._subscriptions: list[Subscription] = []
         self.watched = False
-        """Whether there is anybody to tell."""
+        """Whether there are subscribers."""
 
     def subscribe(self, origin: object, new_names: bool, wake: Callable[[], None]) -> Subscription:
-        """A new subscription, which begins with everything; the arguments are its own."""
+        """Add a subscription, whose first reply reports that everything may have changed."""
         subscription = Subscription(self._lock, origin, new_names, wake)
         with self._lock:
             self._subscriptions = [*self._subscriptions, subscription]
@@ -100,7 +100,7 @@ class Feed:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Tell it nothing any more."""
+        """Remove a subscription."""
         with self._lock:
             self._drop(subscription)
 
@@ -109,13 +109,13 @@ class Feed:
         self.watched = bool(self._subscriptions)
 
     def nudge(self) -> None:
-        """Wake every subscriber: how it has to look has changed."""
+        """Wake every subscriber, since the way to look for changes has changed."""
         with self._lock:
             for subscription in self._subscriptions:
                 self._wake(subscription)
 
     def inode(self, ino: int, what: int) -> None:
-        """An inode changed: *what* is a value of ``Changes.inodes``."""
+        """Record a change of an inode; *what* is a value of ``Changes.inodes``."""
         origin = ORIGIN.get() if what in (ATTRIBUTES, CONTENT) else None
         with self._lock:
             for subscription in self._subscriptions:
@@ -124,7 +124,7 @@ class Feed:
                     self._wake(subscription)
 
     def name(self, parent: int, name: bytes, ino: int, *, new: bool = False) -> None:
-        """A name in the directory *parent* means *ino* now; *new* when it meant nothing before."""
+        """Record that a name in *parent* refers to *ino* now; *new*: it did not exist before."""
         origin = ORIGIN.get()
         with self._lock:
             for subscription in self._subscriptions:
@@ -140,5 +140,5 @@ class Feed:
         subscription.awake = True
         try:
             subscription.wake()
-        except RuntimeError:  # its event loop has ended
+        except RuntimeError:  # the subscriber's event loop has ended
             self._drop(subscription)

@@ -1,7 +1,7 @@
-"""The tables of a catalogue, their versions, and the way from an older version to this one.
+"""The tables of a catalogue, their versions, and upgrades from older versions.
 
-A change of the tables is a new version: ``SCHEMA`` makes it, ``_STEPS`` has the statements that
-make it of the version before, and a target of that version goes into ``tests/data``.
+A change of the tables is a new version: ``SCHEMA`` creates it, ``_STEPS`` has the statements that
+upgrade the previous version, and a target of that version is added to ``tests/data``.
 """
 
 from __future__ import annotations
@@ -85,20 +85,20 @@ OUTSIDE = " OR ".join(
         f" AND (length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
     ]
 )
-"""The condition for inodes that ``domain.mended`` mends."""
+"""The condition for inodes that ``domain.mended`` repairs."""
 UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 14)})"
 _STEPS: dict[int, tuple[str, ...]] = {
     1: _CHECKSUMS,
     2: ("ALTER TABLE inode ADD COLUMN packed INTEGER NOT NULL DEFAULT 0",),
 }
-"""Statements that make the next version of a version's tables."""
+"""Statements that upgrade each version to the next."""
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the tables of the catalogue at *path* to this version, at once or not at all.
+    """Upgrade the tables of the catalogue at *path* to this version, atomically.
 
-    The database itself has the new version when this returns, not only its WAL, so that an older
-    program refuses it.
+    When this returns the database itself has the new version, not only its WAL, so that an older
+    program refuses to open it.
     """
     found = version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in _STEPS:
@@ -118,11 +118,11 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         raise
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.execute("PRAGMA synchronous = NORMAL")
-    log.info("%s: schema %d became schema %d", path, found, version)
+    log.info("%s: upgraded from schema %d to schema %d", path, found, version)
 
 
 def show_as_new(db: sqlite3.Connection) -> None:
-    """Let queries see the rows of a catalogue of any version as this version has them."""
+    """Let queries see the rows of a catalogue of any version in the current format."""
     if "packed" not in {row[1] for row in db.execute("PRAGMA main.table_info(inode)")}:
         db.execute("CREATE TEMP VIEW inode AS SELECT *, 0 AS packed FROM main.inode")
 
@@ -138,33 +138,33 @@ def populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
 
 
 def make(db: sqlite3.Connection) -> None:
-    """Make the tables in an empty database."""
+    """Create the tables in an empty database."""
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     db.executescript(SCHEMA)
 
 
 def connect_new(path: Path) -> sqlite3.Connection:
-    """An empty database at *path*, where nothing is, which only its owner may read; SQLite gives
-    its log and its journal the same permissions."""
+    """Create an empty database at *path*, readable only by its owner; SQLite gives its WAL and
+    journal the same permissions."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.fchmod(fd, 0o600)  # whatever the umask is
+        os.fchmod(fd, 0o600)  # regardless of the umask
     finally:
         os.close(fd)
     return sqlite3.connect(path, isolation_level=None)
 
 
 def create(path: Path, backend: str = "file", capacity: int | None = None) -> None:
-    """Make an empty catalogue at *path*, whole or not at all, replacing what is there.
+    """Create an empty catalogue at *path*, atomically replacing an existing one.
 
-    *backend*, where its regions are, and *capacity*, a quota in bytes, are kept in it.  It is
-    not marked as closed, so whatever lies where its regions would be is removed at open.
+    *backend* and *capacity*, a quota in bytes, are stored in it.  It is not marked as closed, so
+    leftover region files are removed when it is opened.
     """
     fresh = Path(f"{path}.new")
     for leftover in (fresh, Path(f"{fresh}-journal")):
         leftover.unlink(missing_ok=True)
-    # What is there gets whole without its WAL, so that a crash leaves either it or the new one.
+    # Checkpoint the old database: a crash leaves either it, without a WAL, or the new one.
     there = f"{path.absolute().as_uri()}?mode=rw"
     with (
         contextlib.suppress(sqlite3.Error),
@@ -175,7 +175,7 @@ def create(path: Path, backend: str = "file", capacity: int | None = None) -> No
     try:
         db = connect_new(fresh)
         try:
-            # It is nobody's before it is renamed, and put on the medium as a whole.
+            # Not used before it is renamed, and flushed to stable storage as a whole.
             db.execute("PRAGMA journal_mode = OFF")
             db.execute("PRAGMA synchronous = OFF")
             make(db)
@@ -184,7 +184,7 @@ def create(path: Path, backend: str = "file", capacity: int | None = None) -> No
             db.close()
         with open(fresh, "rb") as file:
             os.fsync(file.fileno())
-        # SQLite would play what another database left here into this one.
+        # SQLite would apply another database's leftover WAL or journal to this one.
         for leftover in (Path(f"{path}-wal"), Path(f"{path}-journal")):
             leftover.unlink(missing_ok=True)
         sync_directory(path.parent)

@@ -1,13 +1,13 @@
-"""The tree of names over a target's regions, with the rules of a POSIX file system.
+"""The tree of names over a target's regions, with POSIX semantics.
 
-Every method takes the target's guard for its whole run, so each is atomic towards all mounts
-and clients of the target, and an ``Inode`` never leaves a method.  Errors are ``PathError``
-with the errno that the system call of the same name would give; permission checks are the
-kernel's, on the attributes returned here.
+Every method holds the target's guard for its whole run, so each is atomic for all mounts and
+clients of the target, and an ``Inode`` never leaves a method.  Errors are ``PathError`` with the
+errno of the system call of the same name; permissions are checked by the kernel, based on the
+attributes returned here.
 
 A region that never had a name appears in the root directory under the 32 hex digits of its
-ID.  Such a name in the root always means the region of that ID, if there is one: also for a
-region that has been named since, which is not listed under it and not removable by it.
+ID.  Such a name in the root always refers to the region of that ID, if it exists: also for a region
+that was given a name since, which is not listed under its ID and cannot be removed by it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _T = TypeVar("_T")
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
-_NOBODY = Origin()  # who changes a target in its own process
+_NOBODY = Origin()  # origin of changes within this process
 _RENAMES = (
     0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, RENAME_NOREPLACE | RENAME_WHITEOUT,
 )  # fmt: skip
 
 
 class Regions(Protocol):
-    """What the tree asks of the target that it belongs to, with the guard held."""
+    """The target's methods that the tree calls, with the guard held."""
 
     def new_region(self, mode: int, uid: int | None, gid: int | None) -> Inode: ...
     def discard(self, inode: Inode) -> None: ...
@@ -52,7 +52,7 @@ class Regions(Protocol):
 
 
 def region_of_name(name: bytes) -> RegionID | None:
-    """The ID that a name of 32 lower-case hex digits spells, else None."""
+    """Return the ID that a name of 32 lower-case hex digits spells, else None."""
     if len(name) != 32 or name.strip(b"0123456789abcdef"):
         return None
     return RegionID(bytes.fromhex(name.decode()))
@@ -66,7 +66,7 @@ class Tree:
         self._guard = guard
         self._regions = regions
 
-    # Finding; the guard is held
+    # Lookups; the guard is held
 
     def _get(self, ino: int) -> Inode:
         inode = self._catalogue.get(ino)
@@ -98,11 +98,11 @@ class Tree:
         return inode
 
     def _destination(self, parent: int, name: bytes) -> Inode:
-        """The directory *parent*, when *name* may be made in it."""
+        """Return the directory *parent*, if *name* may be created in it."""
         directory = self._directory(parent)
         domain.name(name)
         if directory.nlink == 0:
-            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its directory was removed")
+            raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its parent directory was removed")
         return directory
 
     def _absent(self, parent: int, name: bytes) -> Inode:
@@ -115,7 +115,7 @@ class Tree:
         """Whether *name* is *inode*'s ID rather than a dentry."""
         return parent.ino == ROOT and region_of_name(name) == inode.rid
 
-    # Changing; the guard is held
+    # Changes; the guard is held
 
     def _changed(self, *inodes: Inode) -> None:
         now = self._catalogue.clock.exact()
@@ -137,11 +137,12 @@ class Tree:
         self._changed(parent)
 
     def _unnamed(self, parent: Inode, name: bytes, inode: Inode, hold: bool) -> None:
-        """Take one name from *inode*; without names and holders it goes."""
+        """Remove one name of *inode*; without names and pins it is erased."""
         if self._hex_alias(parent, name, inode):
             if not inode.anonymous:
                 raise path_error(
-                    errno.EPERM, f"{os.fsdecode(name)}: the region has another name, remove that"
+                    errno.EPERM,
+                    f"{os.fsdecode(name)}: this is the region's ID name; remove its other name",
                 )
             inode.anonymous = 0
         else:
@@ -162,9 +163,10 @@ class Tree:
     # Access control lists; the guard is held
 
     def _inherited(self, directory: Inode, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
-        """The mode, and the lists as attributes, of what is made in *directory* with *mode*.
+        """Return the mode and the access control lists, as attributes, of a new entry of
+        *directory*.
 
-        Where the directory has a default list, that limits the mode instead of the umask.
+        If the directory has a default list, that limits *mode* instead of the umask.
         """
         mode, umask = domain.mode(mode), domain.umask(umask)
         value = self._catalogue.xattr(directory.ino, acl.DEFAULT)
@@ -179,7 +181,7 @@ class Tree:
         return mode, lists
 
     def _list_follows_mode(self, inode: Inode) -> None:
-        """Set in an access control list what stands for the permission bits."""
+        """Update the entries of an access control list that represent the permission bits."""
         value = self._catalogue.xattr(inode.ino, acl.ACCESS)
         if value is not None:
             entries = acl.with_mode(acl.unpack(value), inode.mode)
@@ -190,7 +192,7 @@ class Tree:
             self._catalogue.set_xattr(inode, name, value)
 
     def forget_names(self, inode: Inode) -> None:
-        """Drop every name of a region that is being erased; the guard is held."""
+        """Remove every name of a region that is being erased; the guard is held."""
         for parent in self._catalogue.unlink_all(inode):
             directory = self._catalogue.get(parent)
             if directory is not None:
@@ -199,10 +201,10 @@ class Tree:
     # Inodes
 
     def lookup(self, parent: int, name: bytes) -> Attributes:
-        """The inode that *name* means in directory *parent*; ENOENT, ENOTDIR, ESTALE.
+        """Return the inode of *name* in directory *parent*; ENOENT, ENOTDIR, ESTALE.
 
-        "." and ".." are the inode *parent* itself and a directory that it is in, whatever its
-        type: file handles (NFS) are resolved so.
+        "." and ".." are the inode *parent* itself and its parent directory, whatever its type: file
+        handles (NFS) are resolved this way.
         """
         with self._guard.lock, self._guard.checked:
             if name == b".":
@@ -212,12 +214,13 @@ class Tree:
             return self._existing(self._directory(parent), name).attributes()
 
     def _above(self, inode: Inode) -> Inode:
-        """A directory that has *inode*; the root for itself, and for what has no name."""
+        """Return a directory that contains *inode*; the root for itself, and for a nameless
+        inode."""
         names = self._catalogue.names(inode, 1)
         return self._get(names[0][0] if names else ROOT)
 
     def getattr(self, ino: int) -> Attributes:
-        """An inode's attributes; ESTALE when it is gone."""
+        """Return an inode's attributes; ESTALE if it was removed."""
         inode = self._catalogue.get_cached(ino)  # a single dict access needs no lock
         if inode is not None and not inode.dead and inode.exposed is None:
             return inode.attributes()
@@ -233,10 +236,10 @@ class Tree:
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
     ) -> Attributes:
-        """Change what is not None, and the change time; of *mode* only the permission bits.
+        """Set what is not None, and the change time; of *mode* only the permission bits.
 
-        Times beyond what can be stored become the nearest that can, as on Linux.  EINVAL for an
-        owner or mode that cannot be; also for -1, which is no owner and does not mean "unchanged".
+        Times are clamped to the range that can be stored, as on Linux.  EINVAL for an invalid owner
+        or mode; also for -1, which is not an owner and does not mean "unchanged".
         """
         with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
@@ -248,12 +251,12 @@ class Tree:
             return inode.attributes()
 
     def pin(self, ino: int) -> Attributes:
-        """Keep an inode for an open file even when its last name goes; see :meth:`unpin`."""
+        """Keep an inode for an open file even if its last name is removed; see :meth:`unpin`."""
         with self._guard.lock, self._guard.checked:
             return self._pinned(self._get(ino))
 
     def open(self, ino: int) -> OpenedInode:
-        """As :meth:`pin`; tells, too, whether what the caller keeps of the bytes is still true."""
+        """The same as :meth:`pin`; also returns the version of the data, to validate caches."""
         origin = ORIGIN.get() or _NOBODY
         with self._guard.lock, self._guard.checked:
             inode = self._get(ino)
@@ -265,7 +268,7 @@ class Tree:
         return inode.attributes()
 
     def unpin(self, ino: int, count: int = 1) -> None:
-        """End *count* pins; the last one lets a nameless inode go.  Of a gone inode: no effect."""
+        """End *count* pins; the last one erases a nameless inode.  No effect on a removed inode."""
         count = domain.count(count, "unpin: count")
         with self._guard.lock, self._guard.checked:
             inode = self._catalogue.get_cached(ino)
@@ -289,10 +292,9 @@ class Tree:
         pin: bool = False,
         umask: int = 0,
     ) -> Attributes:
-        """Make a regular file (an empty region), FIFO, socket or device node.
+        """Create a regular file (an empty region), FIFO, socket or device node.
 
-        *umask* is taken from *mode*, unless the directory's default access control list says what
-        the mode may be.
+        *umask* is applied to *mode*, unless the directory has a default access control list.
         """
         with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
@@ -303,7 +305,7 @@ class Tree:
             elif stat.S_IFMT(mode) in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK):
                 inode = self._catalogue.add(mode, uid, gid, rdev=rdev)
             else:
-                raise path_error(errno.EINVAL, f"mknod: mode {mode:#o} is no file type")
+                raise path_error(errno.EINVAL, f"mknod: mode {mode:#o} is not a file type")
             self._named(directory, name, inode)
             self._set_xattrs(inode, lists)
             inode.pins += pin
@@ -312,7 +314,7 @@ class Tree:
     def mkdir(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
     ) -> Attributes:
-        """Make an empty directory, which inherits a set-group-ID bit; *umask* as for mknod."""
+        """Create an empty directory, which inherits a set-group-ID bit; *umask* as for mknod."""
         with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
             mode = stat.S_IFDIR | stat.S_IMODE(domain.mode(mode))
@@ -325,7 +327,7 @@ class Tree:
             return inode.attributes()
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attributes:
-        """Make a symbolic link that holds *target*: 1 to 4095 bytes without a NUL."""
+        """Create a symbolic link to *target*: 1 to 4095 bytes without a NUL."""
         with self._guard.lock, self._guard.checked:
             directory = self._absent(parent, name)
             gid = directory.gid if directory.mode & stat.S_ISGID else gid
@@ -336,7 +338,7 @@ class Tree:
             return inode.attributes()
 
     def readlink(self, ino: int) -> bytes:
-        """What a symbolic link holds; EINVAL for anything else."""
+        """Return the target of a symbolic link; EINVAL for anything else."""
         with self._guard.lock, self._guard.checked:
             target = self._get(ino).target
             if target is None:
@@ -358,9 +360,9 @@ class Tree:
             return inode.attributes()
 
     def unlink(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
-        """Remove a name that is no directory's.  With the last one the region is erased.
+        """Remove a name, not of a directory.  Removing the last name erases the region.
 
-        With *hold* an inode without names is pinned once for the caller instead, who ends it
+        With *hold* an inode without names is pinned once for the caller instead, who ends the pin
         with :meth:`unpin`.  Returns the attributes after the removal.
         """
         with self._guard.lock, self._guard.checked:
@@ -392,9 +394,9 @@ class Tree:
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0,
         hold: bool = False,
     ) -> Attributes | None:  # fmt: skip
-        """Move a name, replacing what is there; *flags* are those of renameat2(2).
+        """Move a name, replacing an existing one; *flags* are those of renameat2(2).
 
-        Returns the attributes of what was replaced (see *hold* of :meth:`unlink`), or None.
+        Returns the attributes of the replaced inode (see *hold* of :meth:`unlink`), or None.
         """
         if flags not in _RENAMES:
             raise path_error(errno.EINVAL, f"rename: unknown flags {flags:#x}")
@@ -415,16 +417,19 @@ class Tree:
             if victim is not None and flags & RENAME_NOREPLACE:
                 raise path_error(errno.EEXIST, f"{os.fsdecode(new_name)}: exists")
             if victim is inode:
-                return None  # two names of one inode: both stay
+                return None  # two names of one inode: both stay, as POSIX requires
             self._check_no_loop(inode, into, steps)
             if flags == RENAME_EXCHANGE:
                 self._exchange(source, name, inode, into, new_name, steps)
                 return None
             if self._hex_alias(source, name, inode) and not inode.anonymous:
-                raise path_error(errno.EPERM, f"{os.fsdecode(name)}: the region has another name")
+                raise path_error(
+                    errno.EPERM,
+                    f"{os.fsdecode(name)}: this is the region's ID name, it has another name",
+                )
             if victim is not None:
                 self._check_replaceable(inode, victim, new_name)
-            # There may be no memory for it, so before anything is changed.
+            # Before anything is changed, since it may fail for lack of memory.
             whiteout = self._catalogue.add(stat.S_IFCHR, 0, 0) if flags & RENAME_WHITEOUT else None
             if victim is not None:
                 self._unnamed(into, new_name, victim, hold)
@@ -437,7 +442,7 @@ class Tree:
         ancestor = into.ino
         while stat.S_ISDIR(inode.mode) and ancestor != ROOT:
             if ancestor == inode.ino:
-                raise path_error(errno.EINVAL, "rename: a directory cannot move into itself")
+                raise path_error(errno.EINVAL, "rename: a directory cannot be moved into itself")
             above = self._catalogue.names(self._get(ancestor), 1)
             if not above:
                 return
@@ -470,7 +475,7 @@ class Tree:
     ) -> None:
         victim = self._existing(into, new_name)
         if self._hex_alias(source, name, inode) or self._hex_alias(into, new_name, victim):
-            raise path_error(errno.EINVAL, "rename: a region without a name has none to exchange")
+            raise path_error(errno.EINVAL, "rename: a region without a name cannot be exchanged")
         self._check_no_loop(victim, source, steps)
         self._catalogue.link(into.ino, new_name, inode)
         self._catalogue.link(source.ino, name, victim)
@@ -485,10 +490,11 @@ class Tree:
     def readdir(
         self, ino: int, after: bytes = b"", limit: int = 1000
     ) -> list[tuple[bytes, Attributes]]:
-        """Up to *limit* entries of a directory that follow *after*, in the order of their names.
+        """Return up to *limit* entries of a directory that follow *after*, in the order of their
+        names.
 
         The root directory's nameless regions come after its names, in the order of their IDs;
-        *after* is then such a hex name that is no dentry.
+        *after* is then such a hex name that is not a dentry.
         """
         limit = min(max(limit, 1), 10000)
         with self._guard.lock, self._guard.checked:
@@ -501,7 +507,7 @@ class Tree:
             return page
 
     def _nameless_cursor(self, ino: int, after: bytes) -> int:
-        """The slot after which the nameless regions go on; 0 while names are still being listed."""
+        """Return the slot after which nameless regions continue; 0 while names are being listed."""
         rid = region_of_name(after) if ino == ROOT else None
         if rid is None or self._catalogue.lookup(ino, after) is not None:
             return 0

@@ -1,4 +1,4 @@
-"""Addresses of engines: what they say, and how to reach them."""
+"""Addresses of engines: parsing, listening, and connecting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCAL = "na+sm"
 _TCP_SCHEMES = ("tcp", "ofi+tcp", "ofi+tcp;ofi_rxm", "na+tcp")
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+;_]*)(?:://(?P<rest>.*))?")
 _BACKLOG = 4096
-"""Connections that wait to be accepted: who finds no room among them tries again after a second."""
+"""Length of the accept queue; a client that finds it full retries after a second."""
 _ANCILLARY = socket.CMSG_SPACE(16 * array.array("i").itemsize)
 _OVERRIDE = "WARABI_RUNTIME_DIR"
 _counter = itertools.count()
@@ -31,9 +31,9 @@ class Endpoint:
 
     Attributes:
         scheme: as written, such as ``na+sm`` or ``ofi+tcp``.
-        name: ``<pid>-<n>`` of a local engine; empty for TCP and for "any".
+        name: ``<pid>-<n>`` of a local engine; empty for TCP and for any free name.
         host: of TCP, without brackets.
-        port: of TCP; 0 for "any".
+        port: of TCP; 0 for any free port.
     """
 
     scheme: str
@@ -53,14 +53,14 @@ class Endpoint:
 
 
 def parse(text: str, *, complete: bool = True) -> Endpoint:
-    """The endpoint that *text* names.
+    """Parse an address.
 
     Args:
         text: ``na+sm``, ``na+sm://<pid>-<n>``, ``tcp``, ``ofi+tcp://host:port`` and the like.
-        complete: whether it must be possible to connect to it; a listener may leave parts out.
+        complete: whether it must be possible to connect to it; a listener may omit parts.
 
     Raises:
-        ConfigError: it is no such address.
+        ConfigError: the address is not valid.
     """
     match = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
     if match is None:
@@ -70,7 +70,9 @@ def parse(text: str, *, complete: bool = True) -> Endpoint:
         if rest and not re.fullmatch(r"\d+-\d+", rest):
             raise ConfigError(f"address {text!r}: expected na+sm://<pid>-<n>")
         if complete and not rest:
-            raise ConfigError(f"address {text!r}: names no engine, expected na+sm://<pid>-<n>")
+            raise ConfigError(
+                f"address {text!r}: does not name an engine, expected na+sm://<pid>-<n>"
+            )
         return Endpoint(scheme, name=rest)
     if scheme not in _TCP_SCHEMES:
         known = ", ".join((LOCAL, *_TCP_SCHEMES))
@@ -91,10 +93,10 @@ def _host_and_port(text: str, rest: str) -> tuple[str, int]:
 
 
 def runtime_directory() -> Path:
-    """Where this process's user has local sockets; made if it is not there.
+    """Return the directory for this process's local sockets; creates it if it is missing.
 
     Raises:
-        PermissionDenied: others could use it, or it cannot be made.
+        PermissionDenied: other users have access to it, or it cannot be created.
     """
     override = os.environ.get(_OVERRIDE)
     if not override:
@@ -107,13 +109,13 @@ def runtime_directory() -> Path:
         raise PermissionDenied(f"{_OVERRIDE}={directory}: {error.strerror}") from error
     if not is_private:
         raise PermissionDenied(
-            f"{_OVERRIDE}={directory}: must be a directory of mode 0700 of this user"
+            f"{_OVERRIDE}={directory}: must be a directory with mode 0700, owned by this user"
         )
     return directory
 
 
 def listen(wanted: Endpoint, *, protected: bool) -> tuple[socket.socket, Endpoint]:
-    """A listening, non-blocking socket for *wanted*, and the endpoint that reaches it.
+    """Return a listening, non-blocking socket for *wanted*, and the endpoint to connect to.
 
     Raises:
         ConfigError: the host is unknown, or the address is in use.
@@ -125,15 +127,15 @@ def listen(wanted: Endpoint, *, protected: bool) -> tuple[socket.socket, Endpoin
         infos = socket.getaddrinfo(
             wanted.host, wanted.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except (OSError, UnicodeError) as error:  # the latter: no host name can be spelled so
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host name cannot be encoded
         raise ConfigError(f"address {wanted}: {getattr(error, 'strerror', '') or error}") from None
     family, _, _, _, where = infos[0]
     loopback = str(where[0]).startswith("127.") or where[0] == "::1"
     if not (loopback or protected):
         raise PermissionDenied(
-            f"address {wanted}: is not loopback, and anybody who reaches it could do everything;"
-            ' the engine configuration needs "tls" (certificates), "token_file" (authenticates,'
-            ' encrypts nothing), or {"insecure": true} where every host is trusted'
+            f"address {wanted}: is not a loopback address, so every host could access everything;"
+            ' the engine configuration needs "tls" (certificates), "token_file" (authentication'
+            ' without encryption), or {"insecure": true} if every host is trusted'
         )
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -154,7 +156,7 @@ def _listen_local() -> tuple[socket.socket, Endpoint]:
     path = directory / f"{endpoint.name}.sock"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.unlink(missing_ok=True)  # of an earlier process with our pid
+        path.unlink(missing_ok=True)  # of an earlier process with this PID
         listener.bind(str(path))
         listener.listen(_BACKLOG)
         listener.setblocking(False)
@@ -165,7 +167,7 @@ def _listen_local() -> tuple[socket.socket, Endpoint]:
 
 
 def _remove_stale(directory: Path) -> None:
-    """Remove sockets that killed processes left behind."""
+    """Remove the sockets of killed processes."""
     for path in directory.glob("*-*.sock"):
         pid = path.name.split("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists():
@@ -173,7 +175,7 @@ def _remove_stale(directory: Path) -> None:
 
 
 def local_path(endpoint: Endpoint) -> Path:
-    """The socket of a local engine: in a directory of the user whose process it is."""
+    """Return the socket of a local engine, in a directory of the user that runs the engine."""
     name = f"{endpoint.name}.sock"
     override = os.environ.get(_OVERRIDE)
     if override:
@@ -188,11 +190,11 @@ def local_path(endpoint: Endpoint) -> Path:
 
 
 def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
-    """A connected, blocking socket.
+    """Connect to an engine; returns a blocking socket.
 
     Raises:
-        ConnectionFailed: nobody listens there, or not within *timeout* seconds.
-        PermissionDenied: the peer is not who it should be.
+        ConnectionFailed: no engine listens there, or it did not accept within *timeout* seconds.
+        PermissionDenied: the peer is another user's process.
     """
     try:
         if not endpoint.local:
@@ -200,8 +202,8 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
             prepare(client)
         else:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            # Not by settimeout(): where many connect at once a local socket, unlike one of TCP,
-            # refuses who does not wait in the call itself.
+            # Not by settimeout(): unlike TCP, connect(2) on a non-blocking local socket fails if
+            # the queue is full, which happens when many clients connect at once.
             set_send_timeout(client, timeout)
             try:
                 client.connect(str(local_path(endpoint)))
@@ -209,7 +211,7 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
                 client.close()
                 raise
             set_send_timeout(client, 0.0)
-    except UnicodeError as error:  # no host name can be spelled so
+    except UnicodeError as error:  # the host name cannot be encoded
         raise ConnectionFailed(f"connect to {endpoint}: {error}") from None
     except PermissionError as error:
         raise PermissionDenied(f"connect to {endpoint}: {error.strerror}") from error
@@ -218,7 +220,7 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
         if isinstance(error, FileNotFoundError):
             reason = "no such engine"
         elif isinstance(error, BlockingIOError):
-            reason = f"it accepts no connection in {timeout:g} s"
+            reason = f"it did not accept the connection within {timeout:g} s"
         raise ConnectionFailed(f"connect to {endpoint}: {reason}") from error
     if endpoint.local and peer(client)[1] not in (os.getuid(), 0) and os.getuid() != 0:
         client.close()
@@ -228,17 +230,17 @@ def connect(endpoint: Endpoint, timeout: float) -> socket.socket:
 
 
 def prepare(connection: socket.socket) -> None:
-    """Set up a connection of TCP, on either side."""
+    """Set the options of a TCP connection, on either side."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    with contextlib.suppress(OSError):  # the peer is gone again: whoever uses it finds out
+    with contextlib.suppress(OSError):  # the peer has closed it; the next operation fails
         if connection.getsockname()[0] == connection.getpeername()[0]:
-            # Within a host nothing is congested.  What the system has for other connections may
-            # pace what is sent, as BBR does, with timers that cost more than the bytes.
+            # Within a host there is no congestion.  The system's default algorithm may pace the
+            # data with timers, as BBR does, which cost more than sending.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def set_send_timeout(connection: socket.socket, timeout: float) -> None:
-    """How long a blocking call waits that sends or connects, in seconds; 0 for ever."""
+    """Set the timeout of blocking sends and connects, in seconds; 0 for none."""
     seconds = int(timeout)
     value = struct.pack("@ll", seconds, int((timeout - seconds) * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
@@ -247,7 +249,7 @@ def set_send_timeout(connection: socket.socket, timeout: float) -> None:
 def receive_with_descriptors(
     connection: socket.socket, found: list[int], place: memoryview, _: int = 0, flags: int = 0
 ) -> int:
-    """As ``recv_into`` of a local socket; descriptors that come with the data go to *found*."""
+    """The same as ``recv_into`` of a local socket; received descriptors are added to *found*."""
     count, ancillary, _, _ = connection.recvmsg_into(
         [place], _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC
     )
@@ -260,7 +262,7 @@ def receive_with_descriptors(
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end of a local socket; process 0 cannot be seen from here."""
+    """Return PID and user ID of the peer of a local socket; PID 0: in another PID namespace."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid

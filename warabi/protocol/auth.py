@@ -1,8 +1,8 @@
-"""Who may reach an engine, and do what there: certificates, tokens, and the one question.
+"""Security of an engine: TLS certificates, tokens, and permissions.
 
-An engine's configuration says what it demands of its peers and what it shows them
-(:class:`Security`).  What a connection's peer turned out to be is a :class:`Peer`, and everything
-that is asked of a provider goes through :func:`permit`.
+An engine's configuration defines what it requires of its peers and what it presents to them
+(:class:`Security`).  The proven properties of a connection's peer are a :class:`Peer`, and every
+operation is checked with :func:`permit`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from warabi._core import config_keys
 from warabi.errors import ConfigError, PermissionDenied
 
 if TYPE_CHECKING:
-    import ssl  # takes time to import, which those without TLS need not
+    import ssl  # slow to import, and not needed without TLS
 
 SHORTEST_TOKEN = 16
-"""Bytes of a token: who listens may try shorter ones out, without anybody noticing."""
+"""Shortest token in bytes: shorter ones could be found by an offline search of a recorded
+handshake."""
 _LONGEST_TOKEN = 4096
 _WHERE = "engine configuration: $"
 KEYS = ("insecure", "tls", "token", "token_file", "read_only_token", "read_only_token_file")
-"""The keys of an engine's configuration that are read here."""
+"""The keys of an engine's configuration that this module reads."""
 
 
 class RequiredAccess(enum.Enum):
-    """What carrying out an operation takes.
+    """The access that an operation requires.
 
-    ``READ``: nothing but being let in.  Making durable what others wrote is no change.
+    ``READ``: any peer.  Making data durable that others wrote is not a change.
     ``CHANGE``: a peer that is not read-only.
     """
 
@@ -43,11 +44,11 @@ class RequiredAccess(enum.Enum):
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end of a connection, as far as that is proven.
+    """The proven properties of the peer of a connection.
 
     Attributes:
         local: a process of this user, or of root, on this host.
-        read_only: it showed the token of those who only read, or asked for no more.
+        read_only: it has the read-only token, or requested read-only access.
     """
 
     local: bool = False
@@ -55,7 +56,7 @@ class Peer:
 
 
 def permit(peer: Peer, name: str, access: RequiredAccess) -> None:
-    """Return if *peer* may carry out the operation *name*, which takes *access*.
+    """Check that *peer* may carry out the operation *name*, which requires *access*.
 
     Raises:
         PermissionDenied: it may not.
@@ -68,10 +69,11 @@ def permit(peer: Peer, name: str, access: RequiredAccess) -> None:
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """A side's certificate and key, and the authority that signed everybody's; in PEM.
+    """A side's certificate and key, and the CA that signed the certificates of both sides; PEM
+    files.
 
     Attributes:
-        server_name: the name that a server's certificate must have; empty for the host
+        server_name: the name that the server's certificate must have; empty for the host
             name, or IP address, that a client connects to.
     """
 
@@ -82,16 +84,16 @@ class TlsFiles:
 
     @cached_property
     def server(self) -> ssl.SSLContext:
-        """For those who accept connections: clients must have a certificate, too."""
+        """The context of the accepting side; clients must have a certificate, too."""
         import ssl
 
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
-        context.num_tickets = 0  # nobody resumes
+        context.num_tickets = 0  # no client resumes sessions
         return context
 
     @cached_property
     def client(self) -> ssl.SSLContext:
-        """For those who connect; the server's certificate must have its name."""
+        """The context of the connecting side; the server's certificate must have its name."""
         import ssl
 
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
@@ -104,7 +106,7 @@ class TlsFiles:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            # A key with a password would ask for it on the terminal.
+            # Without a password argument OpenSSL would ask for one on the terminal.
             context.load_cert_chain(self.certificate, self.key, password="")
         except (OSError, ValueError) as error:
             raise ConfigError(
@@ -119,12 +121,12 @@ class TlsFiles:
 
 @dataclass(frozen=True)
 class Security:
-    """What an engine demands of its peers and shows them.
+    """What an engine requires of its peers and presents to them.
 
     Attributes:
-        insecure: listen beyond loopback even without the rest.
-        token: whoever has it may do everything.
-        read_only_token: whoever has it may read.
+        insecure: listen beyond loopback even without TLS and tokens.
+        token: grants full access.
+        read_only_token: grants read-only access.
     """
 
     tls: TlsFiles | None = None
@@ -139,13 +141,13 @@ class Security:
 
     @property
     def tokens(self) -> list[tuple[bytes, bool]]:
-        """The tokens that open the way in, and whether only to reading."""
+        """The accepted tokens, and whether each grants only read access."""
         both = [(self.token, False), (self.read_only_token, True)]
         return [(token, read_only) for token, read_only in both if token]
 
     @property
     def own_token(self) -> bytes:
-        """What this side shows when it is the one that connects; empty for none."""
+        """The token that this side presents when it connects; empty for none."""
         return self.token or self.read_only_token
 
 
@@ -155,9 +157,10 @@ _TLS_OPTIONS = {
 
 
 def config_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """An engine's configuration from a command line's options; those not given are None or False.
+    """Convert command-line options to an engine's configuration; None and False mean "not given".
 
-    An empty one was given, by a script with a variable that is not set perhaps, and is refused.
+    An empty string counts as given, since it may come from an unset variable of a script; it is
+    refused later.
     """
     given = {name: value for name, value in options.items() if value not in (None, False)}
     tls = {key: given.pop(name) for name, key in _TLS_OPTIONS.items() if name in given}
@@ -165,11 +168,11 @@ def config_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any]) -> Security:
-    """What an engine's *config* says of these matters, its files read.
+    """Parse the security settings of an engine's *config*, and read the files.
 
     Raises:
         ConfigError: something is missing, contradictory, of the wrong type, or cannot be read.
-        PermissionDenied: a file with a secret is open to every user.
+        PermissionDenied: a file with a secret is accessible to every user.
     """
     insecure = config.get("insecure", False)
     if not isinstance(insecure, bool):
@@ -177,7 +180,7 @@ def from_config(config: dict[str, Any]) -> Security:
     token = _token(config, "token")
     read_only_token = _token(config, "read_only_token")
     if token and token == read_only_token:
-        raise ConfigError(f"{_WHERE}.read_only_token: is the same as the other token")
+        raise ConfigError(f"{_WHERE}.read_only_token: is the same as $.security.token")
     return Security(_tls(config), token, read_only_token, insecure)
 
 
@@ -196,21 +199,21 @@ def _tls(config: dict[str, Any]) -> TlsFiles | None:
         if isinstance(value, os.PathLike):
             continue
         if not isinstance(value, str) or not (value or key == "server_name"):
-            what = "required key is missing" if value is None else f"{value!r:.60} is no path"
+            what = "required key is missing" if value is None else f"{value!r:.60} is not a path"
             raise ConfigError(f"{_WHERE}.tls.{key}: {what}")
     found = TlsFiles(**{key: os.fspath(value) for key, value in section.items()})
-    assert found.client  # what is wrong with the files is said now
+    assert found.client  # report problems with the files now
     return found
 
 
 def _token(config: dict[str, Any], key: str) -> bytes:
-    # A key whose value is None was meant to protect something: it is no key that is missing.
+    # A key with the value None was meant to protect something, so it does not count as missing.
     if key in config and f"{key}_file" in config:
-        raise ConfigError(f"{_WHERE}.{key}: is given, and so is {key}_file")
+        raise ConfigError(f"{_WHERE}.{key}: cannot be combined with {key}_file")
     if f"{key}_file" in config:
         where, path = f"{_WHERE}.{key}_file", config[f"{key}_file"]
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise ConfigError(f"{where}: {path!r:.60} is no path")
+            raise ConfigError(f"{where}: {path!r:.60} is not a path")
         _refuse_others(path, f"{key}_file")
         try:
             with open(path, "rb") as file:
@@ -233,18 +236,18 @@ def _token(config: dict[str, Any], key: str) -> bytes:
 
 
 def _refuse_others(path: str | os.PathLike[str], key: str) -> None:
-    """Refuse a file with a secret that every user may read or change."""
+    """Raise if a file with a secret can be read or changed by every user."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_WHERE}.{key}: {os.fspath(path)}: {_why(error)}") from None
     if stat.S_IMODE(mode) & 0o007:
         raise PermissionDenied(
-            f"{_WHERE}.{key}: {os.fspath(path)} is open to every user (mode"
-            f" {stat.S_IMODE(mode):04o}); chmod 600 makes it secret"
+            f"{_WHERE}.{key}: {os.fspath(path)} is accessible to other users (mode"
+            f" {stat.S_IMODE(mode):04o}); use chmod 600"
         )
 
 
 def _why(error: Exception) -> str:
-    """Of errors of the system and of OpenSSL alike."""
+    """Return the reason of an error of the system or OpenSSL."""
     return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)

@@ -1,4 +1,4 @@
-"""``Changes`` as they cross the wire."""
+"""Encoding of ``Changes`` in messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from warabi.protocol.forms import Form
 
 
 def to_wire(changes: Changes) -> list[object]:
-    """*changes* as they cross the wire."""
+    """Return *changes* as a value for a message."""
     names = [[parent, name, ino] for (parent, name), ino in changes.names.items()]
     return [changes.number, changes.everything, [*map(list, changes.inodes.items())], names]
 
@@ -27,4 +27,4 @@ def _from_wire(value: list[Any]) -> Changes:
 
 
 CHANGES = Form("changes of a target", (list,), _from_wire)
-"""What :func:`to_wire` gives."""
+"""The form of the result of :func:`to_wire`."""

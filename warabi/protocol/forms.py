@@ -1,9 +1,9 @@
-"""Forms of values in messages: what an argument or a result has to be, checked before it is used.
+"""Forms of values in messages: validation of arguments and results before use.
 
-A peer may send anything that msgpack can say.  Each argument and each result of an operation has a
-:class:`Form`; what does not have it is refused here, at the edge, so that the code behind need not
-expect a string where a number belongs.  Whether a number makes sense for a target (a size, an
-offset, a mode) is the target's to say.
+A peer may send any msgpack value.  Each argument and each result of an operation has a
+:class:`Form`; a value that does not match is rejected here, so that the code behind need not
+expect a string instead of a number.  Whether a number is valid for a target (a size, an offset, a
+mode) is checked by the target.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from warabi.errors import ProtocolError
 from warabi.region import RegionID
 
 _NoneType = type(None)
-_SHOWN = 32  # characters of a value in a message
+_SHOWN = 32  # most characters of a value in an error message
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
 _check_attributes = struct.Struct("<QQqQqqQQqqq").pack
-"""Refuses what is not as many numbers, or out of range, in one call."""
+"""Rejects a wrong count of numbers, or numbers out of range, in one call."""
 
 
 class Malformed(ValueError):
-    """A value has not the form that it must have; the message says which form that is."""
+    """A value does not match its form; the message tells the expected form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a value must be like.
+    """The type and conversion of a value.
 
     Attributes:
-        what: the form in words, for messages.
-        types: the exact types that msgpack gives such a value.  Integers must fit in 64 bits,
-            signed, too.
-        convert: turns a value of one of these types into what the operation takes or returns;
-            raises ``TypeError``, ``ValueError`` or ``struct.error`` if something within it is
-            wrong.  None: it is used as it is.
+        what: a description for error messages.
+        types: the exact types that msgpack decodes such a value to.  Integers must also fit in
+            64 bits, signed.
+        convert: converts a value of one of these types to what the operation takes or returns;
+            raises ``TypeError``, ``ValueError`` or ``struct.error`` if the contents are invalid.
+            None: no conversion.
     """
 
     what: str
@@ -47,10 +47,10 @@ class Form:
     convert: Callable[[Any], Any] | None = None
 
     def decode(self, value: Any) -> Any:
-        """*value* from a message, as an operation takes or returns it.
+        """Check and convert *value* from a message.
 
         Raises:
-            Malformed: it has another form.
+            Malformed: it does not match.
         """
         kind = type(value)
         if kind not in self.types:
@@ -71,8 +71,8 @@ class Form:
 
 
 def shown(value: Any) -> str:
-    """*value*, which may be anything that a peer sent, for a message, however large it is."""
-    if isinstance(value, list | dict | tuple):  # whose repr() may be nested too deeply
+    """Format any *value* that a peer sent for an error message, with bounded length."""
+    if isinstance(value, list | dict | tuple):  # repr() could recurse too deeply
         return f"{type(value).__name__} of {len(value)} items"
     if isinstance(value, str | bytes) and len(value) > _SHOWN:
         return f"{value[:_SHOWN]!r}... of {len(value)}"
@@ -80,20 +80,20 @@ def shown(value: Any) -> str:
 
 
 def list_of(item: Form) -> Form:
-    """A list, each item of which has the form *item*."""
+    """Return the form of a list whose items have the form *item*."""
     decode = item.decode
     return Form(f"a list, each item {item.what}", (list,), lambda value: [*map(decode, value)])
 
 
 def optional(form: Form) -> Form:
-    """As *form*, or None."""
+    """Return the form of a value of *form*, or None."""
     convert = form.convert
     wrapped = None if convert is None else lambda value: None if value is None else convert(value)
     return Form(f"{form.what} or None", (*form.types, _NoneType), wrapped)
 
 
 def record(what: str, items: Sequence[Form], make: Callable[[list[Any]], Any]) -> Form:
-    """A list of exactly *items*, given to *make*."""
+    """Return the form of a list of exactly *items*, which is passed to *make*."""
     decoders = [item.decode for item in items]
 
     def convert(value: list[Any]) -> Any:
@@ -140,7 +140,7 @@ OPENED = record("attributes and a version", (ATTRIBUTES, INTEGER), OpenedInode._
 VERIFIED = record("counts of blocks", (INTEGER, INTEGER, list_of(INTEGER)), Verified._make)
 
 _NUMBER = Form("a number", (int, bool))
-JOINED = record("where the provider's liveness is seen", (INTEGER, INTEGER, FLAG), tuple)
+JOINED = record("the location of the provider's liveness word", (INTEGER, INTEGER, FLAG), tuple)
 GRANTED = record(
     "a grant",
     (INTEGER, INTEGER, INTEGER, OPTIONAL_INTEGER, INTEGER, _NUMBER, _NUMBER, _NUMBER),
@@ -150,21 +150,21 @@ MADE = Form("a new region and perhaps its grant", (list,), _made)
 
 
 def numbers(what: str, count: int) -> Form:
-    """*count* integers, as a tuple."""
+    """Return the form of a tuple of *count* integers."""
     return record(what, (INTEGER,) * count, tuple)
 
 
 def checked_arguments(name: str, forms: Sequence[Form], arguments: Any) -> list[Any]:
-    """The arguments of the operation *name* from a message, converted.
+    """Check and convert the arguments of the operation *name* from a message.
 
     Raises:
-        ProtocolError: they are not as many, or have not the forms, that *forms* say.
+        ProtocolError: their number is wrong, or one does not match its form.
     """
     if not isinstance(arguments, list) or len(arguments) != len(forms):
         raise ProtocolError(f"{name}: expected {len(forms)} arguments")
     checked = arguments.copy()
     try:
-        for index, form in enumerate(forms):  # Form.decode(), without a call where it is simple
+        for index, form in enumerate(forms):  # Form.decode() inlined for simple values
             value = arguments[index]
             if form.convert is None and type(value) in form.types and type(value) is not int:
                 continue

@@ -1,18 +1,18 @@
-"""The opening of a connection, without I/O: who is there, and may they come in?
+"""The handshake of a connection, without I/O: authentication of both sides.
 
-Both sides send their opening (``wire.opening``) at once.  Without a token that is all.  With one,
-both openings contain a nonce; the client then proves that it knows the token, and only then
-the provider does::
+Both sides send their opening message (``wire.opening``) at once.  Without a token that is all.
+With one, both openings contain a nonce; the client then proves that it knows the token, and only
+then the provider does::
 
     client:    ["prove", HMAC-SHA256(token, "client" + both openings)]
     provider:  ["proved", HMAC-SHA256(token, "provider" + both openings)]
 
-or ``[0, nil, nil, failure]``, and the end.  The token itself is never sent, and the nonces make
-every proof good for one connection only.
+or the provider sends ``[0, nil, nil, failure]`` and closes the connection.  The token itself is
+never sent, and the nonces make every proof valid for one connection only.
 
 Both functions are generators that do no I/O: they yield bytes to be sent, possibly none, and are
-then sent the next event from the peer.  What they return is in ``StopIteration.value``; what they
-raise ends the connection.
+then sent the next event from the peer.  Their return value is in ``StopIteration.value``; an
+exception ends the connection.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from warabi.protocol.wire import Limits, Message, OpeningReceived
 
 _NONCE = 32
 STRANGER = Limits(header=4096, payload=0, requests=1)
-"""What a provider takes from a peer that has not been let in yet; its opening does not say so."""
+"""What a provider accepts from an unauthenticated peer; its opening announces larger limits."""
 
 
 def proof(token: bytes, side: str, client: bytes, provider: bytes) -> bytes:
-    """What shows that *side* knows *token*, on the connection with these two openings."""
+    """Return the proof that *side* knows *token*, for the connection with these two openings."""
     import hmac
 
-    # An opening says how long it is, so two of them in a row can be taken apart in one way only.
+    # An opening contains its own length, so the concatenation of two is unambiguous.
     return hmac.digest(token, b"warabi " + side.encode() + b"\n" + client + provider, "sha256")
 
 
@@ -66,85 +66,85 @@ def _has_nonce(opened: OpeningReceived) -> bool:
 def client(
     limits: Limits, security: Security, *, local: bool, read_only: bool
 ) -> Generator[bytes, wire.Event, Limits]:
-    """A client's part; returns what the provider is ready to receive.
+    """Run the client's side; returns the provider's limits.
 
     Args:
-        limits: what this side is ready to receive.
-        security: whose token this side shows, and demands of the provider, too.
-        local: whether the peer is known to be this user's already; it then need not prove itself.
-        read_only: ask to be treated as one who only reads.
+        limits: what this side accepts.
+        security: contains the token that this side presents, and requires of the provider, too.
+        local: whether the peer is known to be this user's process; then it need not prove itself.
+        read_only: request read-only access.
 
     Raises:
-        PermissionDenied: the provider does not let this side in, or is not who it should be.
-        ProtocolError: it broke a rule.
+        PermissionDenied: the provider refuses this side, or does not know the token.
+        ProtocolError: it violated the protocol.
     """
     token = security.own_token
     own = _opening(limits, bool(token), read_only)
     opened = yield own
     if not isinstance(opened, OpeningReceived):
-        raise ProtocolError("no opening")
+        raise ProtocolError("no handshake")
     if "nonce" not in opened.content:
         if token and not local:
             raise PermissionDenied(
-                "the engine asks for no token, but this side has one: it may not be the right one"
+                "a token is configured, but the engine does not use one: it may be the wrong engine"
             )
         return opened.limits
     if not token:
-        raise PermissionDenied("the engine asks for a token, and this side has none")
+        raise PermissionDenied("the engine requires a token, and none is configured")
     if not _has_nonce(opened):
-        raise ProtocolError("an opening with a malformed nonce")
+        raise ProtocolError("a handshake with a malformed nonce")
     reply = yield wire.frame(["prove", proof(token, "client", own, opened.raw)])
     header = reply.header if isinstance(reply, Message) and not reply.payload else None
     if refusal := refused(header):
         raise refusal
     if not isinstance(header, list) or len(header) != 2 or header[0] != "proved":
-        raise ProtocolError("no answer to the token")
+        raise ProtocolError("no reply to the token")
     if not _proves(token, "provider", own, opened.raw, header[1]):
-        raise PermissionDenied("the engine does not know the token: it is not the right one")
+        raise PermissionDenied("the engine rejected the token")
     return opened.limits
 
 
 def provider(
     limits: Limits, security: Security, *, local: bool
 ) -> Generator[bytes, wire.Event, tuple[Limits, Peer, bytes]]:
-    """A provider's part; returns what the client is ready to receive, who it is, and the last
-    bytes to be sent.
+    """Run the provider's side; returns the client's limits, its properties, and the last bytes to
+    send.
 
     Args:
-        limits: what this side is ready to receive once it has let the client in.
-        security: what it demands.
+        limits: what this side accepts after authentication.
+        security: what it requires.
         local: whether the client is a process of this user, or of root, on this host.
 
     Raises:
         PermissionDenied: the client has no token, or a wrong one.
-        ProtocolError: it broke a rule.
+        ProtocolError: it violated the protocol.
     """
     tokens = security.tokens
     own = _opening(limits, bool(tokens))
     opened = yield own
     if not isinstance(opened, OpeningReceived):
-        raise ProtocolError("no opening")
+        raise ProtocolError("no handshake")
     read_only = bool(opened.content.get("read_only"))
     answer = b""
     if tokens:
         if not _has_nonce(opened):
-            raise PermissionDenied("this engine asks for a token, and the client has none")
+            raise PermissionDenied("this engine requires a token, and the client has none")
         message = yield b""
         header = message.header if isinstance(message, Message) and not message.payload else None
         if not isinstance(header, list) or len(header) != 2 or header[0] != "prove":
-            raise PermissionDenied("this engine asks for a token before anything else")
+            raise PermissionDenied("this engine requires a token first")
         for token, only_reads in tokens:
             if _proves(token, "client", opened.raw, own, header[1]):
                 read_only |= only_reads
                 break
         else:
-            raise PermissionDenied("the client's token is not this engine's")
+            raise PermissionDenied("the client's token is wrong")
         answer = wire.frame(["proved", proof(token, "provider", opened.raw, own)])
     return opened.limits, Peer(local, read_only), answer
 
 
 def refused(header: Any) -> errors.Exception | None:
-    """Why the provider ends the connection, if that is what a reply says."""
+    """Return why the provider ends the connection, if *header* is such a message; else None."""
     if not isinstance(header, list) or len(header) != 4 or header[0] != 0:
         return None
     failure = header[3] if isinstance(header[3], list) and header[3] else [None]

@@ -1,4 +1,4 @@
-"""How much an engine takes from its peers: the ``limits`` of its configuration."""
+"""Limits on what an engine accepts from its peers: ``limits`` in its configuration."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What a serving engine takes.
+    """The limits of a serving engine.
 
     Attributes:
-        connections: connections that have opened; more are refused.
-        connections_per_host: how many of them one host may have, over TCP.
-        unopened: connections that have said nothing yet, or not enough; the oldest of more
+        connections: most connections after the handshake; more are refused.
+        connections_per_host: most of them from one host, over TCP.
+        unopened: most connections before the end of the handshake; if there are more, the oldest
             is dropped.
-        requests: requests on one connection that are not answered yet; more wait.
-        payload: bytes of one payload; clients split what is larger.
-        outstanding: bytes of one connection's requests and replies that are under way, in
-            memory; more wait.  One payload that is being received comes on top.
+        requests: most pending requests of one connection; more wait.
+        payload: most bytes of one payload; clients split larger transfers.
+        outstanding: most bytes in memory for one connection's pending requests and replies; more
+            wait.  One payload that is being received is not included.
     """
 
     connections: int = 1024
@@ -44,12 +44,12 @@ class EngineLimits:
 
     @property
     def wire(self) -> wire.Limits:
-        """What the engine's openings say."""
+        """The limits that the engine's openings announce."""
         return wire.Limits(payload=self.payload, requests=self.requests)
 
 
 def from_config(section: Any) -> EngineLimits:
-    """The limits that the ``limits`` of an engine's configuration sets, defaults filled in.
+    """Parse the ``limits`` of an engine's configuration; missing keys get their defaults.
 
     Raises:
         ConfigError: an unknown key, or a number out of range.

@@ -1,12 +1,12 @@
-"""The operations of a provider: one table, with everything that is said of each of them.
+"""The operations of a provider: one table with all properties of each operation.
 
-A client names an operation and gives positional arguments.  The table says which forms these and
-the result have, what the operation takes and changes, whether it may be repeated, and how it is
-run; every other table in this package that is keyed by operation is derived from it.  A new
-operation is one entry here and one method: in ``target/handlers.py`` for one that a target carries
-out.
+A client names an operation and gives positional arguments.  The table defines the forms of the
+arguments and the result, the required access, what the operation changes, whether it may be
+repeated, and how it is run; every other table in this package that is keyed by operation is
+derived from it.  A new operation is one entry here and one method: in ``target/handlers.py`` if the
+target carries it out.
 
-Bytes of regions are not arguments: they travel next to them, as the *payload*.
+The data of regions are not arguments: they are the *payload* of a message.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ PAGE = 1000
 
 
 class ChangeScope(enum.Enum):
-    """What an operation changes, and so what has to be synced to be durable."""
+    """What an operation changes, and so what must be synced to make it durable."""
 
     NOTHING = enum.auto()
     NAMES = enum.auto()
-    """Entries of directories, or which regions there are: durable with any sync."""
+    """Directory entries, or the set of regions: durable with any sync."""
     REGION = enum.auto()
-    """The bytes or the size of the region in the argument ``region``."""
+    """The data or the size of the region in the argument ``region``."""
     INODE = enum.auto()
-    """The attributes of an inode, which may be a region's: those in the result, if it has any."""
+    """The attributes of an inode, possibly a region's: those in the result, if any."""
     SUMS = enum.auto()
-    """What the target knows of its bytes: their checksums, which are durable when it returns."""
+    """The checksums of a region, which are durable when the operation returns."""
     UNNAMED = enum.auto()
-    """A new region without a name that is gone when the connection ends; nothing to be synced."""
+    """A new region without a name, removed when the connection ends; nothing needs a sync."""
     TARGET = enum.auto()
     """The target as a whole, or the engine."""
 
@@ -73,8 +73,8 @@ class Syncs(enum.Enum):
 
 
 class Payload(enum.Enum):
-    """Whether bytes of regions travel with an operation: the last argument of its method is the
-    bytes, or the place for them."""
+    """Whether region data are sent with an operation: the last argument of its method is the data,
+    or the buffer for them."""
 
     NONE = enum.auto()
     UPLOAD = enum.auto()  # with the request
@@ -82,10 +82,10 @@ class Payload(enum.Enum):
 
 
 class Served(enum.Enum):
-    """Which part of a provider carries an operation out."""
+    """The part of a provider that carries out an operation."""
 
     TARGET = enum.auto()  # a function of ``calls.CALLS``
-    TRANSFER = enum.auto()  # methods of links and sessions of their own
+    TRANSFER = enum.auto()  # separate methods of links and sessions
     ENGINE = enum.auto()  # ``provider/session.py`` itself
     DIRECT_ACCESS = enum.auto()  # ``provider/direct_access.py``
     MIGRATION = enum.auto()  # ``provider/migration/exchange.py``
@@ -96,26 +96,26 @@ Pins = Callable[[Sequence[Any], Any], tuple[int, int] | None]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation.
+    """An operation.
 
     Attributes:
-        arguments: the form of each, by name, in their order.
+        arguments: the form of each argument by name, in order.
         result: the form of the result.
-        access: what it takes to be permitted; it is asked for with ``security.permit``.
-        changes: what it changes.  What changes anything waits while the target is being migrated.
-        payload: whether bytes of regions travel with it.
-        repeatable: whether a client sends it again, on another connection, when the reply was lost
-            and nothing tells whether it took effect.  It may only read, or set again what it has
-            set; an operation that may find its own first effect in the way must not.
+        access: the required access, checked with ``auth.permit``.
+        changes: what it changes.  Operations that change anything wait during a migration.
+        payload: whether region data are sent with it.
+        repeatable: whether a client may send it again, on another connection, if the reply was lost
+            and it is unknown whether it took effect.  It may only read, or set what it has set; an
+            operation that can fail because of its own first effect must not be.
         syncs: what it makes durable.
-        waits: whether it may wait for the medium, and so would keep an event loop waiting.
-        long: whether it may take longer than an event loop may be held, without waiting for
-            anything: it runs in a worker thread for every target.
+        waits: whether it may wait for stable storage, and so would block an event loop.
+        long: whether it may compute for longer than an event loop may be held: it runs in a worker
+            thread for every target.
         served: what carries it out.
-        pins: the inode, and by how much, that it pins for the caller, from its arguments and
+        pins: returns the inode that it pins for the caller, and the count, from its arguments and
             result.
-        forms: those of *arguments*, in their order.
-        position: where each argument is, by name.
+        forms: the forms of *arguments*, in order.
+        position: the index of each argument, by name.
     """
 
     arguments: Mapping[str, Form]
@@ -138,8 +138,8 @@ class Operation:
 
     @property
     def owner(self) -> int | None:
-        """Where the owner of what it makes is among its arguments, before the group; None if it
-        makes nothing that it is told the owner of."""
+        """Index of the owner of the created inode among the arguments, followed by the group; None
+        if the operation creates nothing, or has no owner argument."""
         return self.position.get("uid") if self.changes is ChangeScope.NAMES else None
 
 
@@ -190,7 +190,7 @@ OPERATIONS: dict[str, Operation] = {
         {"region": REGION, "extents": BYTES, "persist": FLAG},
         NOTHING, _CHANGE, _BYTES_OF, payload=_UPLOAD, repeatable=True, waits=True,
     ),
-    # Once more would be twice.
+    # Not repeatable: it would append twice.
     "append": Operation(
         {"region": REGION, "persist": FLAG},
         INTEGER, _CHANGE, _BYTES_OF, payload=_UPLOAD, served=_TRANSFER,
@@ -212,7 +212,7 @@ OPERATIONS: dict[str, Operation] = {
     "list_stats": Operation(
         {"after": REGION, "limit": INTEGER}, STATS, _READ, _NOTHING, repeatable=True
     ),
-    # Making durable what others wrote is no change.
+    # Making data durable that others wrote is not a change.
     "persist": Operation(
         _RANGE, NOTHING, _READ, _NOTHING, syncs=Syncs.RANGE, repeatable=True, waits=True
     ),
@@ -242,7 +242,7 @@ OPERATIONS: dict[str, Operation] = {
         VERIFIED, _READ, _NOTHING, repeatable=True, waits=True,
     ),
     "update": Operation({"region": REGION}, NOTHING, _CHANGE, ChangeScope.SUMS, waits=True),
-    # What these make is gone with the connection that it was made on, unless it is named.
+    # The inodes that these create are removed with the connection, unless they get a name.
     "survey": Operation(
         {}, ATTRIBUTES, _CHANGE, _UNNAMED, repeatable=True, waits=True, long=True, pins=_pinned
     ),
@@ -270,7 +270,7 @@ OPERATIONS: dict[str, Operation] = {
         },
         ATTRIBUTES, _CHANGE, _INODE, repeatable=True,
     ),
-    # Pins end with the connection, and so are none of the target's changes.
+    # Pins end with the connection, and so are not changes of the target.
     "pin": Operation(
         {"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True, pins=_pinned_argument
     ),
@@ -325,7 +325,7 @@ OPERATIONS: dict[str, Operation] = {
         {"number": INTEGER, "new_names": FLAG}, change_codec.CHANGES, _READ, _NOTHING,
         repeatable=True, served=_ENGINE,
     ),
-    # Direct access; a connection that may not change anything is granted none to write.
+    # Direct access; a read-only connection gets read-only grants.
     "join": Operation(
         {"writable": FLAG}, optional(forms.JOINED), _READ, _NOTHING, served=_DIRECT
     ),
@@ -334,9 +334,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "make": Operation({"size": INTEGER}, optional(forms.MADE), _CHANGE, _NAMES, served=_DIRECT),
     "leave": Operation({}, NOTHING, _READ, _NOTHING, served=_DIRECT),
-    # Migration; who may do this, and to what, is a matter of the provider's configuration, too.
-    # ``migrate`` asks a source, with options as JSON; the others but ``migration_progress`` are
-    # the source's to its destination.  Those that wait are answered concurrently with others.
+    # Migration; the provider's configuration also restricts who may do this.  Clients send
+    # ``migrate`` to a source, with options as JSON, and ``migration_progress``; a source sends the
+    # others to its destination.  Those with ``waits`` are served concurrently with other requests.
     "migrate": Operation(
         {"address": TEXT, "provider_id": INTEGER, "options": TEXT},
         NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION,
@@ -357,7 +357,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "receive_commit": Operation({}, NOTHING, _CHANGE, _TARGET, waits=True, served=_MIGRATION),
     "receive_abort": Operation({}, NOTHING, _CHANGE, _TARGET, served=_MIGRATION),
-    # It changes nothing, but only a source has a reason to ask.
+    # It changes nothing, but only a source has a reason to send it.
     "receive_outcome": Operation(
         {"uuid": TEXT}, FLAG, _CHANGE, _NOTHING, repeatable=True, waits=True, served=_MIGRATION
     ),
@@ -368,19 +368,19 @@ READING = frozenset(
     for name, operation in OPERATIONS.items()
     if operation.changes is ChangeScope.NOTHING and operation.served in (Served.TARGET, _TRANSFER)
 )
-"""Operations that go on while the target is being sent to another provider; the others wait.
+"""Operations that are served while the target is being migrated; the others wait.
 
-``pin`` and ``unpin`` concern inodes without names, which stay behind.
+``pin`` and ``unpin`` concern inodes without names, which are not migrated.
 """
 
 RESULTS: dict[str, Callable[[Any], Any]] = {
     name: operation.result.decode for name, operation in OPERATIONS.items()
 }
-"""What makes of each operation's result in a reply what the operation returned."""
+"""Converts each operation's result in a reply to the return value of the operation."""
 
 
 def operation_named(name: str) -> Operation:
-    """The operation *name*.
+    """Return the operation *name*.
 
     Raises:
         ProtocolError: there is none.
@@ -392,18 +392,18 @@ def operation_named(name: str) -> Operation:
 
 
 def access(name: str) -> RequiredAccess:
-    """What the operation *name* takes.
+    """Return the access that the operation *name* requires.
 
     Raises:
-        ProtocolError: there is none.
+        ProtocolError: there is no such operation.
     """
     return operation_named(name).access
 
 
 def checked_arguments(name: str, arguments: Any) -> list[Any]:
-    """The arguments of the operation *name* from a message, converted.
+    """Check and convert the arguments of the operation *name* from a message.
 
     Raises:
-        ProtocolError: they are not as many, or have not the forms, that the table says.
+        ProtocolError: their number is wrong, or one does not match its form.
     """
     return forms.checked_arguments(name, OPERATIONS[name].forms, arguments)

@@ -1,4 +1,4 @@
-"""What blocking and Trio clients share: the state of one request, and reading its reply."""
+"""Client requests: state of a pending request, and parsing of replies, for all clients."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from warabi.protocol.operations import OPERATIONS, RESULTS, ChangeScope, Served
 from warabi.protocol.wire import PAYLOAD_DONE, Limits, Message
 
 EAGER_THRESHOLD = 2048
-"""Default size in bytes up to which data travel inside the header message."""
+"""Default for the most bytes of data that are sent inside the header message."""
 
 _QUICK, _SLOW = 5, 60
-"""Default deadlines of operations that only read, and of those that may wait for the medium or a
-migration, in multiples of the time without a sign of life."""
+"""Default deadlines of operations that only read, and of those that may wait for stable storage or
+a migration, in multiples of the time without a sign of life."""
 _MOST_ERRNO = 4095  # as in Linux
 
 
 class PendingRequest:
-    """A request that was sent, or is about to be, and what came of it.
+    """A request that was sent, or is about to be, and its result.
 
     Keeps the caller's buffers alive until it is done.
 
     Attributes:
-        what: the operation that errors name.
-        operation: the one that is sent, on behalf of *what* where these differ.
-        connection: the client's connection that it was sent on, and *number* its ID there.
-        into: where a read's bytes go; None when they are not wanted (any more).
-        size: how many bytes a read asked for; its result is how many came.
-        short: whether fewer may come, because the region ends.
-        done: whether *result* or *error* is there.
+        what: the operation that error messages name.
+        operation: the operation that is sent, on behalf of *what* if they differ.
+        connection: the client's connection that it was sent on; *number* is its ID there.
+        into: the buffer of a read; None if the data are not needed (any more).
+        size: bytes that a read requested; its result is the number of bytes received.
+        short: whether fewer bytes are allowed, because the region ends.
+        done: whether *result* or *error* is set.
         since: when it was sent, by a Trio client's clock.
-        event: set by whatever finishes the request or wants its waiter to look again.
-        late: called with the result when that comes after the request was given up.
-        expires: by which time, by the client's clock, it has to be answered.
+        event: set when the request is finished, or its waiter should check again.
+        late: called with the result if that arrives after the request was abandoned.
+        expires: the time, by the client's clock, by which a reply must arrive.
     """
 
     connection: Any = None
@@ -79,35 +79,35 @@ class PendingRequest:
             self.event.set()
 
     def _forked(self) -> None:
-        """Of a request that a thread carries out, which is not in this process."""
+        """After a fork: fail a request whose thread is not in this process."""
         self.event = None  # its lock may be held by another thread
         self.finish(
             error=errors.ConnectionLost(
-                f"{self.what}: it goes on in the process from which this one was forked"
+                f"{self.what}: the request continues in the parent process, not in this fork"
             )
         )
 
     def outcome(self) -> Any:
-        """The result; raises the error."""
+        """Return the result, or raise the error."""
         if self.error is not None:
             raise self.error
         return self.result
 
     def place(self, count: int) -> memoryview:
-        """Where *count* bytes of a read go; nowhere when it was given up.
+        """Return the buffer for *count* bytes of a read; a scratch buffer if it was abandoned.
 
         Raises:
-            errors.ProtocolError: more or fewer bytes than asked for.
+            errors.ProtocolError: more or fewer bytes than requested.
         """
         if self.into is None:
             return memoryview(bytearray(count))
         if count > self.size or (count < self.size and not self.short):
-            raise errors.ProtocolError(f"{self.what}: {count} bytes came, not {self.size}")
+            raise errors.ProtocolError(f"{self.what}: {count} bytes arrived instead of {self.size}")
         return self.into[:count]
 
     def take_whole(self, header: Any, payload: memoryview | bytes) -> bool:
         """Finish with a message that has arrived as a whole, if it is the usual reply: no failure,
-        and all the bytes that were asked for, if any were.  Any other is for :meth:`take_reply`.
+        and all requested bytes.  If it returns False, call :meth:`take_reply` instead.
         """
         if type(header) is not list or not 2 <= len(header) <= 3:
             return False
@@ -127,7 +127,7 @@ class PendingRequest:
             return True
         try:
             result = RESULTS[self.operation](header[1])
-        except Malformed:  # which take_reply() tells of
+        except Malformed:  # take_reply() reports it
             return False
         self.finish(result)
         return True
@@ -136,7 +136,7 @@ class PendingRequest:
         """Finish with a reply whose payload, if any, has arrived.
 
         Raises:
-            errors.ProtocolError: it is no reply.
+            errors.ProtocolError: it is not a valid reply.
         """
         reply = message.header
         if len(reply) == 4:
@@ -152,15 +152,17 @@ class PendingRequest:
         count = message.payload
         if len(reply) == 3:
             if type(reply[2]) is not bytes or count:
-                raise errors.ProtocolError(f"{self.what}: the reply has no bytes where it says so")
+                raise errors.ProtocolError(
+                    f"{self.what}: the reply announces a payload but has none"
+                )
             count = len(reply[2])
             self.place(count)[:] = reply[2]
         elif count == 0 and not self.short and self.size:
-            raise errors.ProtocolError(f"{self.what}: a reply without bytes")
+            raise errors.ProtocolError(f"{self.what}: a reply without payload")
         self.finish(count)
 
     def take_late(self, message: Message) -> None:
-        """A reply came to what was given up."""
+        """Process the reply to an abandoned request."""
         if self.late is not None and len(message.header) < 4:
             with contextlib.suppress(Malformed):
                 self.late(RESULTS[self.operation](message.header[1]))
@@ -168,21 +170,21 @@ class PendingRequest:
 
 @dataclass(frozen=True)
 class Patience:
-    """For how long a client waits, in seconds.
+    """The timeouts of a client, in seconds.
 
     Attributes:
-        silence: without a sign of life from the provider.
-        deadline: for one reply, whatever signs of life come; None for what suits the operation.
+        silence: most time without a sign of life from the provider.
+        deadline: most time for one reply, even with signs of life; None: depends on the operation.
     """
 
     silence: float
     deadline: float | None = None
 
     def of(self, name: str) -> float:
-        """For how long the reply to the operation *name* is waited for."""
+        """Return the deadline for a reply to the operation *name*."""
         operation = OPERATIONS.get(name)
         if name == "watch" or (operation and operation.served is Served.MIGRATION):
-            return math.inf  # answered when something has happened
+            return math.inf  # has a reply only when something has happened
         if self.deadline is not None:
             return self.deadline
         if operation is None or operation.waits or operation.long:
@@ -193,28 +195,28 @@ class Patience:
 
     @property
     def shortest(self) -> float:
-        """No reply is waited for less long."""
+        """The shortest deadline of any operation."""
         return self.silence * _QUICK if self.deadline is None else self.deadline
 
 
 def _failure(what: str, failure: Any) -> errors.Exception:
-    """The exception that the fourth item of a reply stands for.
+    """Convert the fourth item of a reply to an exception.
 
     Raises:
-        errors.ProtocolError: it stands for none.
+        errors.ProtocolError: it is malformed.
     """
     match failure:
         case [str() as code, str() as text, int() as number] if 0 <= number <= _MOST_ERRNO:
             return errors.from_wire(code, text, number)
-    raise errors.ProtocolError(f"{what}: the reply: a failure without a code, a text and an errno")
+    raise errors.ProtocolError(f"{what}: malformed error reply")
 
 
 def reply_id(message: Message) -> int:
-    """Which request a message answers; 0 is none, but the connection's end.
+    """Return the ID of the request that a message replies to; 0 closes the connection.
 
     Raises:
-        errors.ProtocolError: it is no reply.
-        errors.Exception: why the provider ends the connection.
+        errors.ProtocolError: it is not a reply.
+        errors.Exception: why the provider closes the connection.
     """
     header = message.header
     if refusal := handshake.refused(header):
@@ -225,19 +227,19 @@ def reply_id(message: Message) -> int:
 
 
 class Replies:
-    """The receiving half of a client's connection: which reply belongs to which request.
+    """The receiving half of a client's connection: matches replies to requests.
 
-    Whoever reads the connection gives each event to :meth:`_take`.
+    The reader of the connection passes each event to :meth:`_take`.
     """
 
     def __init__(self) -> None:
         self._wire = wire.ProtocolConnection(Limits())
         self._requests: dict[int, PendingRequest] = {}
-        self._message: Message | None = None  # whose payload is arriving
+        self._message: Message | None = None  # the message whose payload is arriving
         self._descriptors: list[int] = []
 
     def take_descriptors(self) -> list[int]:
-        """The descriptors that have come, in their order; closing them is the caller's."""
+        """Return the descriptors received so far, in order; the caller must close them."""
         found = self._descriptors.copy()
         self._descriptors.clear()
         return found
@@ -265,7 +267,7 @@ class Replies:
             return
         try:
             request.take_reply(message)
-        except errors.Exception as error:  # it is no longer among those that will fail
+        except errors.Exception as error:  # already removed from _requests
             request.finish(error=error)
             raise
 
@@ -274,18 +276,19 @@ class Replies:
 
 
 def chunks(size: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Start and end of the pieces, of at most *limit* bytes, of a transfer of *size* bytes."""
+    """Yield start and end of the chunks, of at most *limit* bytes, of a transfer of *size*
+    bytes."""
     for start in range(0, size, limit):
         yield start, min(start + limit, size)
 
 
 def check_append(size: int, limit: int) -> None:
-    """Refuse to append what does not fit into one request, and so would not stay in one piece.
+    """Check that an append fits into one request, as it must be atomic.
 
     Raises:
         InvalidBuffer: *size* exceeds the provider's *limit* on a payload.
     """
     if size > limit:
         raise errors.InvalidBuffer(
-            f"append: data of {size} bytes, this provider takes {limit} bytes at once"
+            f"append: data of {size} bytes, this provider accepts at most {limit} bytes at once"
         )

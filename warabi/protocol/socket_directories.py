@@ -1,9 +1,9 @@
 """Directories for the local sockets of one user, which no other user can enter.
 
-A socket in such a directory cannot be taken, replaced or filled with connections by others, but for
-root.  The first place is one where other users cannot make anything.  Only where there is none, as
-in some containers, it is in ``/tmp``, where another user may have taken a name: then the next
-name is used, and whoever looks for a socket looks in all of them that are the user's.
+No other user except root can take or replace a socket in such a directory, or fill its queue.  The
+preferred place is one where other users cannot create files.  Only if it does not exist, as in some
+containers, the directory is in ``/tmp``, where another user may have taken the name: then the next
+name is used, and clients search all of them that belong to the user.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from pathlib import Path
 
 from warabi.errors import PermissionDenied
 
-_IN_TMP = 8  # names there, of which the first one that is free or the user's is used
+_IN_TMP = 8  # candidate names in /tmp; the first one that is free or the user's is used
 
 
 def places(uid: int) -> list[Path]:
-    """Where the directory of user *uid* may be, the best place first."""
+    """Return the candidate paths for user *uid*, in order of preference."""
     first = Path("/run/warabi") if uid == 0 else Path(f"/run/user/{uid}/warabi")
     names = (f"warabi-{uid}" + (f".{number}" if number else "") for number in range(_IN_TMP))
     return [first, *(Path("/tmp", name) for name in names)]
 
 
 def is_private(directory: Path, uid: int) -> bool:
-    """Whether *directory* is one, is that user's, and has mode 0700.
+    """Whether *directory* is a directory that belongs to the user and has mode 0700.
 
     Raises:
-        OSError: it cannot be looked at; ``FileNotFoundError``: there is none.
+        OSError: lstat(2) failed; ``FileNotFoundError``: it does not exist.
     """
     info = directory.lstat()
     return stat.S_ISDIR(info.st_mode) and info.st_uid == uid and not info.st_mode & 0o077
 
 
 def made(uid: int) -> Path:
-    """The directory of *uid*, this process's user, which is made if there is none.
+    """Return the directory of *uid*, this process's user; creates it if it is missing.
 
     Raises:
-        PermissionDenied: every place is another user's, or cannot be used.
+        PermissionDenied: no candidate can be used.
     """
     tried = []
     for directory in places(uid):
@@ -54,7 +54,7 @@ def made(uid: int) -> Path:
 
 
 def existing(uid: int) -> Iterator[Path]:
-    """The directories of user *uid* that are there, and are what they should be."""
+    """Yield the valid directories of user *uid*."""
     for directory in places(uid):
         try:
             private = is_private(directory, uid)

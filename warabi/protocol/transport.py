@@ -1,17 +1,17 @@
-"""What is between a connected socket and the protocol: nothing, or TLS.
+"""The layer between a connected socket and the protocol: nothing, or TLS.
 
-Both kinds have the same two methods.  ``recv_into`` is the socket's own, or gives decrypted bytes
-in its place; ``sealed`` turns what is to be sent into what goes to the socket.  Sockets are sent
-to, waited for and closed by those who use them, so deadlines, threads and event loops are
-their affair; nothing here waits unless the socket does.
+Both kinds have the same two methods.  ``recv_into`` is the socket's own, or returns decrypted
+bytes; ``sealed`` converts outgoing data to the bytes for the socket.  The callers send to, wait
+for and close the socket, and handle deadlines, threads and event loops; nothing here blocks unless
+the socket does.
 
-TLS is OpenSSL on two memory buffers and never touches the socket by itself.  ``_lock`` is
-held while OpenSSL works and never over a system call, so a thread can encrypt while another waits
-for bytes to decrypt.  Records must reach the socket in the order in which they were made:
-who takes one from ``sealed`` sends it before anybody takes the next.
+TLS is OpenSSL on two memory buffers and never touches the socket by itself.  ``_lock`` is held
+while OpenSSL works and never during a system call, so a thread can encrypt while another waits for
+bytes to decrypt.  Records must reach the socket in the order in which they were created: a caller
+must send one from ``sealed`` before another takes the next.
 
-The end of the stream without TLS's goodbye counts as its end: messages have a length, so a
-connection that is cut within one is noticed all the same.
+The end of the stream without a TLS close alert is accepted: messages contain their length, so
+truncation within a message is detected anyway.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from warabi.protocol import address
 from warabi.protocol.address import Endpoint
 
 if TYPE_CHECKING:
-    import ssl  # takes time to import, which those without TLS need not
+    import ssl  # slow to import, and not needed without TLS
 
     from warabi.protocol.auth import Security
 
 Part = bytes | bytearray | memoryview
 
 NO_TLS = b"\x15\x03\x01\x00\x02\x02\x46"
-"""The alert for those who do not speak TLS; OpenSSL has none for them."""
-_PIECE = 256 * 1024  # bytes that are encrypted before they are sent: bounds what is held twice
-_STORE = 64 * 1024  # bytes that are taken from the socket at once
+"""The alert for peers that do not speak TLS; OpenSSL sends none."""
+_PIECE = 256 * 1024  # bytes encrypted before they are sent; bounds the copied data
+_STORE = 64 * 1024  # bytes read from the socket at once
 
 
 class Plain:
-    """Bytes as they are."""
+    """No encryption."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.recv_into = sock.recv_into
 
     def sealed(self, parts: Sequence[Part]) -> Iterable[list[Part]]:
-        """What has to be sent for *parts*, piece by piece."""
+        """Yield lists of buffers to send for *parts*, in chunks."""
         return (list(parts),)
 
 
@@ -55,8 +55,8 @@ class Tls:
     """TLS on a connected socket, before its handshake.
 
     Args:
-        sock: whose bytes it decrypts; blocking, with a time limit, or not blocking.
-        context: with certificates, and what is demanded of the peer's.
+        sock: the socket; blocking, with a timeout, or non-blocking.
+        context: contains the certificates, and the requirements on the peer's.
         name: the host name that the peer's certificate must have; None on the server's side.
     """
 
@@ -69,7 +69,7 @@ class Tls:
         self._object = context.wrap_bio(
             self._incoming, self._outgoing, server_side=name is None, server_hostname=name
         )
-        # With a buffer to fill it gives a number, which its type does not tell.
+        # With a buffer argument read() returns a count, which its annotation omits.
         self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
         self._want_read = ssl.SSLWantReadError
         self._ended = (ssl.SSLZeroReturnError, ssl.SSLEOFError)
@@ -78,14 +78,14 @@ class Tls:
         self._store = memoryview(bytearray(_STORE))
 
     def shake_hands(self) -> bool:
-        """Go on with the handshake; False when bytes from the peer are needed.
+        """Continue the handshake; returns False when bytes from the peer are needed.
 
-        What :meth:`unsent` gives has to be sent after each call, also after one that raises.
+        The result of :meth:`unsent` must be sent after each call, even if it raised.
 
         Raises:
             ConnectionResetError: the peer closed the connection.
-            PermissionDenied: one side does not accept the other's certificate.
-            ProtocolError: the peer does not speak TLS, or no version of it in common.
+            PermissionDenied: one side rejects the other's certificate.
+            ProtocolError: the peer does not speak TLS, or there is no common version.
         """
         try:
             self._object.do_handshake()
@@ -98,11 +98,11 @@ class Tls:
         return True
 
     def unsent(self) -> bytes:
-        """What the handshake has for the peer."""
+        """Return the handshake's pending bytes for the peer."""
         return self._outgoing.read()
 
     def receive(self, flags: int = 0) -> None:
-        """Take what has come in from the socket; raises as ``socket.recv_into`` does."""
+        """Read pending bytes from the socket; raises as ``socket.recv_into`` does."""
         count = self._socket.recv_into(self._store, 0, flags)
         with self._lock:
             if count:
@@ -111,11 +111,11 @@ class Tls:
                 self._incoming.write_eof()
 
     def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0) -> int:
-        """As ``socket.recv_into``, of what was encrypted.
+        """The same as ``socket.recv_into``, for decrypted bytes.
 
         Raises:
-            PermissionDenied: the peer does not accept this side's certificate, after all.
-            ProtocolError: what came is not TLS, or was tampered with.
+            PermissionDenied: the peer rejected this side's certificate after the handshake.
+            ProtocolError: the data are not TLS, or were tampered with.
         """
         while True:
             with self._lock:
@@ -125,7 +125,7 @@ class Tls:
             self.receive(flags)
 
     def _decrypt(self, buffer: memoryview) -> int | None:
-        """Fill *buffer* as far as possible; None when there is nothing to decrypt."""
+        """Fill *buffer* as far as possible; None if there is nothing to decrypt."""
         count = 0
         try:
             while count < len(buffer):
@@ -138,12 +138,12 @@ class Tls:
         except self._ended:
             pass
         except self._error as error:
-            if not count:  # otherwise it comes again, after what came before it
+            if not count:  # otherwise report it on the next call, after the data before it
                 raise _explained(error) from error
         return count
 
     def sealed(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
-        """As of ``Plain``: encrypted."""
+        """The same as for ``Plain``, encrypted."""
         pending = 0
         for part in parts:
             rest = memoryview(part)
@@ -166,18 +166,18 @@ Transport = Plain | Tls
 
 
 def _explained(error: ssl.SSLError) -> WarabiError:
-    """What the library raises for an error of TLS."""
+    """Convert an error of TLS to an exception of the library."""
     reason = error.reason or str(error)
     words = reason.replace("_", " ").lower()
     refused = getattr(error, "verify_message", "")
     if refused:
-        return PermissionDenied(f"TLS: the peer's certificate is not accepted: {refused}")
+        return PermissionDenied(f"TLS: the peer's certificate was rejected: {refused}")
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return PermissionDenied("TLS: the peer has no certificate")
     if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
-        return ProtocolError("TLS: the two sides have no version in common, 1.3 is needed")
+        return ProtocolError("TLS: no common protocol version; TLS 1.3 is required")
     if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
-        return PermissionDenied(f"TLS: the peer does not accept this side's certificate ({words})")
+        return PermissionDenied(f"TLS: the peer rejected our certificate ({words})")
     if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "BAD_RECORD_TYPE"):
         return ProtocolError("TLS: the peer does not speak TLS")
     return ProtocolError(f"TLS: {words}")
@@ -186,12 +186,12 @@ def _explained(error: ssl.SSLError) -> WarabiError:
 def connect(
     endpoint: Endpoint, timeout: float, security: Security
 ) -> tuple[socket.socket, Transport]:
-    """A connected, blocking socket and what goes over it, with TLS if that is configured and
-    *endpoint* is not local.
+    """Connect, with TLS if it is configured and *endpoint* is not local; returns a blocking socket
+    and its transport.
 
     Raises:
-        ConnectionFailed, PermissionDenied, ProtocolError, TimedOut: as ``address.connect``, and
-            what TLS finds wrong.
+        ConnectionFailed, PermissionDenied, ProtocolError, TimedOut: as ``address.connect``, or for
+            errors of TLS.
     """
     sock = address.connect(endpoint, timeout)
     if endpoint.local or security.tls is None:
@@ -205,7 +205,7 @@ def connect(
         if isinstance(error, PermissionDenied | ProtocolError):
             raise type(error)(f"connect to {endpoint}: {error}") from error
         if isinstance(error, TimeoutError):
-            raise TimedOut(f"{endpoint}: connected, but nothing answers") from None
+            raise TimedOut(f"{endpoint}: connected, but the peer does not respond") from None
         if isinstance(error, OSError):
             reason = error.strerror or error
             raise ConnectionLost(f"{endpoint}: {reason} while connecting") from error

@@ -1,4 +1,4 @@
-"""The protocol without I/O: bytes in, events out; messages in, bytes out.
+"""The wire protocol without I/O: bytes in, events out; messages in, bytes out.
 
 Each side opens with ``magic (8) | u32 length | msgpack map`` (:class:`Limits` and a version).
 After that come frames, little-endian::
@@ -6,11 +6,11 @@ After that come frames, little-endian::
     u32 header length | u64 payload length | msgpack header | payload
 
 Every length is checked against this side's limits before anything is allocated for it.  The
-payload is never copied into a header: whoever handles a message says where its payload goes, as a
-whole or piece by piece (:meth:`ProtocolConnection.accept_payload`), and the socket is read straight
-into that place, which :meth:`ProtocolConnection.buffer` gives out.
+payload is never copied into a header: the handler of a message provides the buffer for the payload,
+as a whole or in chunks (:meth:`ProtocolConnection.accept_payload`), and the socket is read directly
+into that buffer, which :meth:`ProtocolConnection.buffer` returns.
 
-What a header means is not known here.
+The meaning of headers is defined elsewhere.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ VERSION = 1
 _OPENING = struct.Struct("<8sI")
 _PREFIX = struct.Struct("<IQ")
 _MAX_OPENING = 4096
-_TLS = (b"\x15", b"\x16")  # how an alert and a handshake begin
-_MAX_ITEMS = 1024  # in one msgpack array: bounds what a header can make the parser allocate
-_BUFFER = 68 * 1024  # a payload of 64 KiB comes whole with its header
+_TLS = (b"\x15", b"\x16")  # first bytes of a TLS alert and a handshake
+_MAX_ITEMS = 1024  # most items of a msgpack array; bounds what a header makes the parser allocate
+_BUFFER = 68 * 1024  # fits a header with a payload of 64 KiB
 
 Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one side is ready to receive.
+    """What one side accepts.
 
     Attributes:
-        header: bytes of a header.
-        payload: bytes of a payload; larger transfers are split by the sender.
-        requests: requests on one connection that are not answered yet.
+        header: most bytes of a header.
+        payload: most bytes of a payload; the sender splits larger transfers.
+        requests: most pending requests on one connection.
     """
 
     header: int = 1024 * 1024
@@ -71,8 +71,8 @@ class OpeningReceived:
     """The peer's opening arrived.
 
     Attributes:
-        limits: the peer's.
-        content: all that it says, known here or not.
+        limits: the peer's limits.
+        content: all its keys, known or not.
         raw: its bytes.
     """
 
@@ -83,7 +83,7 @@ class OpeningReceived:
 
 @dataclass(slots=True)
 class Message:
-    """A header arrived; *payload* bytes follow it, for which a place must be given."""
+    """A header arrived; a buffer must be provided for the *payload* bytes that follow it."""
 
     header: Any
     payload: int
@@ -96,17 +96,17 @@ class _State(enum.Enum):
     OPENING = enum.auto()
     PREFIX = enum.auto()
     HEADER = enum.auto()
-    PLACE = enum.auto()  # the next bytes are a payload's, whose place is not known
+    PLACE = enum.auto()  # the next bytes are payload without a buffer
     PAYLOAD = enum.auto()
     FAILED = enum.auto()
 
 
-# To name them so costs a tenth of what it does by their class.
+# Module globals, since an attribute lookup of the class takes ten times as long.
 _AT_OPENING, _AT_PREFIX, _AT_HEADER, _AT_PLACE, _AT_PAYLOAD, _FAILED = _State
 
 
 class _Packers(threading.local):
-    """One for each thread: to make one takes longer than to use it."""
+    """One packer per thread: creating one takes longer than using it."""
 
     def __init__(self) -> None:
         self.pack = msgpack.Packer(use_bin_type=True, unicode_errors="surrogateescape").pack
@@ -116,10 +116,10 @@ _packers = _Packers()
 
 
 def pack(header: Any) -> bytes:
-    """*header* as msgpack; text that came from file names keeps its undecodable bytes.
+    """Encode *header* as msgpack; undecodable bytes in file names are preserved.
 
     Raises:
-        ProtocolError: it has a number of more than 64 bits, or text that is none.
+        ProtocolError: it has a number of more than 64 bits, or invalid text.
     """
     try:
         packed: bytes = _packers.pack(header)
@@ -129,10 +129,10 @@ def pack(header: Any) -> bytes:
 
 
 def unpack(data: Buffer) -> Any:
-    """One msgpack object, of bounded shape.
+    """Decode one msgpack object of bounded shape.
 
     Raises:
-        ProtocolError: malformed, nested too deeply, or arrays too long.
+        ProtocolError: malformed, nested too deeply, or with too long an array.
     """
     try:
         return msgpack.unpackb(
@@ -148,17 +148,17 @@ def unpack(data: Buffer) -> Any:
 
 
 def opening(limits: Limits, more: dict[str, Any] | None = None) -> bytes:
-    """The first bytes that a side sends; a peer that does not know what is in *more* skips it."""
+    """Return the first bytes that a side sends; a peer ignores unknown keys of *more*."""
     body = pack({"version": VERSION, **asdict(limits), **(more or {})})
     return _OPENING.pack(MAGIC, len(body)) + body
 
 
 def frame(header: Any, payload: int = 0, limits: Limits | None = None) -> bytes:
-    """The bytes that go before a payload of *payload* bytes.
+    """Return the bytes that precede a payload of *payload* bytes.
 
     Raises:
-        ProtocolError: the header is larger than *limits*, the receiver's, allow, or an array
-            in it longer than any receiver takes.
+        ProtocolError: the header exceeds *limits*, the receiver's, or has an array that is longer
+            than any receiver accepts.
     """
     body = pack(header)
     if limits is not None:
@@ -172,7 +172,7 @@ def frame(header: Any, payload: int = 0, limits: Limits | None = None) -> bytes:
 
 
 class ProtocolConnection:
-    """What one side has received so far.
+    """The parser of the received bytes of one side.
 
     A loop around it is::
 
@@ -181,7 +181,7 @@ class ProtocolConnection:
             connection.received(socket.recv_into(connection.buffer()))
 
     Args:
-        limits: what this side is ready to receive.
+        limits: what this side accepts.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -189,15 +189,15 @@ class ProtocolConnection:
         self._state = _AT_OPENING
         self._store = bytearray(_BUFFER)
         self._view = memoryview(self._store)
-        self._start = 0  # of the bytes received and not used yet
+        self._start = 0  # start of the received bytes that are not parsed yet
         self._end = 0
-        self._need = 0  # bytes of the opening or header to come
-        self._left = 0  # bytes of the payload to come
+        self._need = 0  # remaining bytes of the opening or header
+        self._left = 0  # remaining bytes of the payload
         self._place: memoryview | None = None
         self._direct = False
 
     def buffer(self) -> memoryview:
-        """Where the next bytes from the peer belong; never empty."""
+        """Return the buffer for the next bytes from the peer; never empty."""
         self._direct = False
         if self._state is _AT_PAYLOAD and self._start == self._end and self._place is not None:
             self._direct = True
@@ -214,14 +214,15 @@ class ProtocolConnection:
         return self._view[self._end :]
 
     def _move(self, store: bytearray) -> None:
-        """Bring the unused bytes to the front of *store*."""
+        """Move the unparsed bytes to the front of *store*."""
         count = self._end - self._start
         store[:count] = self._store[self._start : self._end]
         self._store, self._view = store, memoryview(store)
         self._start, self._end = 0, count
 
     def vacant(self) -> memoryview | None:
-        """As :meth:`buffer`, if a message is about to begin there, for :meth:`whole`; else None."""
+        """The same as :meth:`buffer` if a message is about to begin, for :meth:`whole`; else
+        None."""
         if self._start != self._end or self._state is not _AT_PREFIX:
             return None
         self._direct = False
@@ -229,11 +230,12 @@ class ProtocolConnection:
         return self._view
 
     def whole(self, count: int) -> tuple[Any, memoryview] | None:
-        """The header and the payload of the message that *count* bytes are, which were put at the
-        front of :meth:`vacant`; None when they are not just one message.
+        """Parse *count* bytes at the front of :meth:`vacant` if they are exactly one message.
 
-        It stands for :meth:`received` and the events that follow: a short way for what is most
-        likely, which leaves everything else to them.  The payload is valid until more is received.
+        Returns:
+            its header and payload, which is valid until more is received; None otherwise.  Then
+            call :meth:`received` and process the events: this is only a fast path for the common
+            case.
         """
         if count < _PREFIX.size:
             return None
@@ -247,10 +249,10 @@ class ProtocolConnection:
             return None
 
     def received(self, count: int) -> None:
-        """*count* bytes were put at the front of the last :meth:`buffer`.
+        """Record that *count* bytes were stored at the front of the last :meth:`buffer`.
 
         Raises:
-            ProtocolError: *count* is 0, the peer's end, in the middle of something.
+            ProtocolError: *count* is 0, the end of the stream, in the middle of a message.
         """
         if count == 0:
             raise ProtocolError("the peer closed the connection in the middle of a message")
@@ -262,14 +264,14 @@ class ProtocolConnection:
 
     @property
     def between_messages(self) -> bool:
-        """Whether the peer may close now without leaving something half said."""
+        """Whether the stream may end here: no message is incomplete."""
         return self._state in (_AT_PREFIX, _AT_OPENING) and self._start == self._end
 
     def next_event(self) -> Event:
-        """The next event in what was received.
+        """Return the next event from the received bytes.
 
         Raises:
-            ProtocolError: the peer broke a rule; so does every later call.
+            ProtocolError: the peer violated the protocol; every later call raises, too.
         """
         if self._start == self._end and self._state is _AT_PREFIX:
             return NEED_DATA
@@ -306,20 +308,22 @@ class ProtocolConnection:
         if self._state is _AT_OPENING:
             return self._take_opening()
         if self._state is _AT_PLACE:
-            raise RuntimeError("accept_payload() has to be called before the next event")
-        raise ProtocolError("the connection failed before")
+            raise RuntimeError("accept_payload() must be called before the next event")
+        raise ProtocolError("the connection has already failed")
 
     def _take_opening(self) -> Event:
         have = self._end - self._start
         seen = bytes(self._view[self._start : self._start + min(have, len(MAGIC))])
         if not MAGIC.startswith(seen):
             hint = ", as TLS does" if seen[:1] in _TLS else ""
-            raise ProtocolError(f"the peer speaks another protocol (it began with {seen!r}{hint})")
+            raise ProtocolError(
+                f"the peer uses another protocol (its first bytes are {seen!r}{hint})"
+            )
         if have < _OPENING.size:
             return NEED_DATA
         length = _OPENING.unpack_from(self._store, self._start)[1]
         if length > _MAX_OPENING:
-            raise ProtocolError(f"an opening of {length} bytes, the limit is {_MAX_OPENING}")
+            raise ProtocolError(f"a handshake of {length} bytes, the limit is {_MAX_OPENING}")
         self._need = _OPENING.size + length
         if have < self._need:
             return NEED_DATA
@@ -329,7 +333,9 @@ class ProtocolConnection:
         self._state = _AT_PREFIX
         if not isinstance(content, dict) or content.get("version") != VERSION:
             version = content.get("version") if isinstance(content, dict) else content
-            raise ProtocolError(f"the peer speaks version {shown(version)}, this side {VERSION}")
+            raise ProtocolError(
+                f"the peer uses protocol version {shown(version)}, this side {VERSION}"
+            )
         values = {}
         for field in fields(Limits):
             value = content.get(field.name)
@@ -339,35 +345,36 @@ class ProtocolConnection:
         return OpeningReceived(Limits(**values), content, raw)
 
     def accept_payload(self, place: memoryview | None) -> None:
-        """Give the last message's payload a place: a flat view, or None to drop it.
+        """Provide a buffer for the last message's payload: a flat view, or None to discard it.
 
-        A view that is smaller takes the next bytes of the payload; ``PLACE_FULL`` then asks for
-        the next one.
+        A shorter view receives the next bytes of the payload; ``PLACE_FULL`` then requests the next
+        one.
         """
         if self._state is not _AT_PLACE:
-            raise RuntimeError("no payload waits for a place")
+            raise RuntimeError("no payload is waiting for a buffer")
         if place is not None and not 0 < len(place) <= self._left:
-            raise ValueError(f"a payload of {self._left} bytes, a place of {len(place)}")
+            raise ValueError(f"a payload of {self._left} bytes, a buffer of {len(place)}")
         self._place = place
         self._state = _AT_PAYLOAD
 
     def arrived(self) -> memoryview:
-        """The bytes of the payload that came with its header; valid until more is received."""
+        """Return the payload bytes that arrived with the header; valid until more is received."""
         if self._state is not _AT_PLACE:
-            raise RuntimeError("no payload waits for a place")
+            raise RuntimeError("no payload is waiting for a buffer")
         return self._view[self._start : min(self._end, self._start + self._left)]
 
     def skip(self, count: int) -> None:
-        """*count* bytes of :meth:`arrived` need no place any more."""
+        """Consume *count* bytes of :meth:`arrived`."""
         self._start += count
         self._left -= count
         if not self._left:
             self._state = _AT_PREFIX
 
     def take_back(self) -> int:
-        """The place of a payload that is arriving is no longer valid, and the rest needs another.
+        """Withdraw the buffer of a payload that is arriving; the rest needs another one.
 
-        Returns how many bytes of it are still empty.
+        Returns:
+            how many of its bytes are still empty.
         """
         if self._state is not _AT_PAYLOAD or self._place is None:
             raise RuntimeError("no payload is arriving")
@@ -378,7 +385,7 @@ class ProtocolConnection:
         return empty
 
     def drop_payload(self) -> None:
-        """Let what is still to come of the payload go nowhere: its place is no longer valid."""
+        """Discard the rest of the payload, whose buffer is no longer valid."""
         self._place = None
         self._direct = False
 

@@ -49,7 +49,7 @@ class Admission:
         if len(self._unopened) > self._limits.unopened:
             oldest = next(iter(self._unopened))
             del self._unopened[oldest]
-            log.info("connection dropped: of those that have not opened, it waited for longest")
+            log.info("dropping the oldest connection without a finished handshake")
             oldest.drop()
 
     def admit(self, visitor: Visitor) -> None:
@@ -61,11 +61,11 @@ class Admission:
         self._unopened.pop(visitor, None)
         limits = self._limits
         if len(self._opened) >= limits.connections:
-            raise ConnectionFailed(f"{limits.connections} connections are open, the limit")
+            raise ConnectionFailed(f"{limits.connections} connections are open, which is the limit")
         if visitor.host and self._hosts[visitor.host] >= limits.connections_per_host:
             raise ConnectionFailed(
-                f"{limits.connections_per_host} connections from {visitor.host} are open, the"
-                " limit for one host"
+                f"{limits.connections_per_host} connections from {visitor.host} are open, which is"
+                " the limit for one host"
             )
         self._opened.add(visitor)
         self._hosts[visitor.host] += 1

@@ -75,7 +75,7 @@ class DefaultTransfers(Transfers):
         return memoryview(bytearray(room))[:size]
 
     async def _wait(self) -> None:
-        raise AssertionError("there is always a buffer")
+        raise AssertionError("no buffer left in the pool")
 
     def release(self, view: memoryview) -> None:
         owner = view.obj

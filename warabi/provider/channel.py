@@ -251,7 +251,7 @@ class Channel:
         with trio.fail_after(_scaled(patience, len(place))):
             event = await self.next_event()
         if event not in (PAYLOAD_DONE, PLACE_FULL):
-            raise ProtocolError("the peer closed the connection within a payload")
+            raise ProtocolError("the peer closed the connection in the middle of a payload")
 
     async def readable(self) -> None:
         """Return when the next piece of a payload is there, or the peer has gone.
@@ -306,7 +306,7 @@ class Channel:
         """Receive what is left of the current payload into nothing."""
         self._connection.accept_payload(None)
         if await self.next_event() is not PAYLOAD_DONE:
-            raise ProtocolError("the peer closed the connection within a payload")
+            raise ProtocolError("the peer closed the connection in the middle of a payload")
 
     async def send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
         """Send *parts* as one; a peer that is gone is no error, for its requests still count.

@@ -103,7 +103,7 @@ class ProviderCore:
             self.check_open()
             if self.sending is not None and not self.sending.ended:
                 raise errors.TargetBusy(
-                    f"migrate: the target of provider {self.provider_id} is being migrated already"
+                    f"migrate: the target of provider {self.provider_id} is already being migrated"
                 )
             _ = self.target
             self.sending = sending
@@ -120,11 +120,11 @@ class ProviderCore:
             self.check_open()
             if self._target is not None:
                 raise errors.ConfigError(
-                    f"migrate: provider {self.provider_id} has a target already"
+                    f"migrate: provider {self.provider_id} already has a target"
                 )
             if self.receiving is not None:
                 raise errors.TargetBusy(
-                    f"migrate: provider {self.provider_id} is being brought a target already"
+                    f"migrate: provider {self.provider_id} is already receiving a target"
                 )
             self.receiving = receiving
 

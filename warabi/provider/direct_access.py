@@ -57,7 +57,7 @@ class Host:
         if name == "join":
             return self._join(target, arguments[0])
         if self._guest is None or target is not self._target:
-            raise errors.ProtocolError(f"{name}: without a join before it")
+            raise errors.ProtocolError(f"{name}: expected a join before it")
         if name == "leave":
             self._leave()
             return None, []
@@ -67,11 +67,11 @@ class Host:
 
     def _join(self, target: Target, writable: bool) -> tuple[Any, list[int]]:
         if self._guest is not None:
-            raise errors.ProtocolError("join: a second time on one connection")
+            raise errors.ProtocolError("join: this connection has already joined")
         try:
             life = self._life.take()
         except OSError as error:
-            log.info("no direct access to regions: %s", error.strerror)
+            log.info("direct access is not available: %s", error.strerror)
             return None, []
         joined = target.join()
         if joined is None:

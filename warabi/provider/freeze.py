@@ -107,8 +107,8 @@ class ChangeGate:
                 if time.monotonic() > deadline:
                     self._thaw()
                     raise TimedOut(
-                        f"migrate: {len(self._inside)} changes of the target that were under way"
-                        f" did not end in {patience:g} s"
+                        f"migrate: {len(self._inside)} changes in progress did did not end in"
+                        f" {patience:g} s"
                     )
                 self._changed.wait(0.2)
 

@@ -32,7 +32,9 @@ class Pins:
         """
         held = self._held[provider_id, ino]
         if not 0 < count <= held:
-            raise errors.OutOfBounds(f"unpin of inode {ino}: {count} times, {held} are held")
+            raise errors.OutOfBounds(
+                f"unpin of inode {ino}: {count} times, but only {held} are held"
+            )
 
     def note(self, provider_id: int, ino: int, count: int) -> None:
         """*ino* was pinned *count* times, or unpinned when that is negative."""

@@ -124,14 +124,14 @@ class Runtime:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.debug("accept: %s", error)
                     continue
-                log.error("accept: %s; no new connections for a moment", error.strerror)
+                log.error("accept: %s; pausing before accepting more connections", error.strerror)
                 await trio.sleep(0.1)
                 continue
             pid = 0
             if self.endpoint.local:
                 pid, uid = address.peer(connection)  # type: ignore[arg-type]  # has getsockopt
                 if uid not in (os.getuid(), 0):
-                    log.error("connection refused: from another user, %d", uid)
+                    log.error("connection refused: the peer's user ID is %d", uid)
                     connection.close()
                     continue
             else:
@@ -167,7 +167,7 @@ class Runtime:
         try:
             await session.run()
         except Exception:
-            log.exception("a defect ended a connection")
+            log.exception("unhandled exception in a connection; closing it")
         finally:
             self._sessions.discard(session)
 

@@ -71,7 +71,7 @@ def check_data(name: str, eager: Any, payload: int) -> None:
         ProtocolError: there are some.
     """
     if (payload or eager is not None) and OPERATIONS[name].payload is not Payload.UPLOAD:
-        raise errors.ProtocolError(f"{name}: takes no data")
+        raise errors.ProtocolError(f"{name}: expected no payload")
 
 
 def checked_request(

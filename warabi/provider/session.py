@@ -370,7 +370,7 @@ class ClientSession:
     async def _report(self, number: int, name: str, error: Exception) -> None:
         """Turn what an operation raised into a failure."""
         if isinstance(error, trio.TooSlowError):
-            log.info("connection ended: its peer takes no data")
+            log.info("connection closed: the peer does not read its replies")
             self._channel.close()
         else:
             await self._fail(number, async_ops.failure(error, name))

@@ -103,7 +103,7 @@ class TrioConnection(Replies):
 
     def _forked(self) -> None:
         """The socket, and the loop that runs this, are the parent's."""
-        reason = "the connection belongs to the process from which this one was forked"
+        reason = "the connection belongs to the parent process; connect again in this fork"
         self._lost = (ConnectionLost, f"{self._name}: {reason}")
         if self._socket.fileno() >= 0:
             forks.disconnect([self._socket.fileno()])
@@ -129,7 +129,7 @@ class TrioConnection(Replies):
         except StopIteration as end:
             self.limits = end.value
         except trio.TooSlowError:
-            raise TimedOut(f"{self._name}: connected, but nothing answers") from None
+            raise TimedOut(f"{self._name}: connected, but the peer does not respond") from None
         except errors.Exception as error:
             raise type(error)(f"{self._name}: {error}") from None
         except OSError as error:
@@ -302,15 +302,15 @@ class TrioConnection(Replies):
             await self._slots.acquire()
         if scope.cancelled_caught:
             error = TimedOut(
-                f"{request.what}: not sent to {self._name}, which has not answered"
-                f" {_IN_FLIGHT} requests before it for {limit:g} s"
+                f"{request.what}: not sent to {self._name}, which has not replied to {_IN_FLIGHT}"
+                f" earlier requests for {limit:g} s"
             )
             error.alone = True
             raise error
         operation = OPERATIONS.get(request.operation)
         if operation is not None and operation.changes is not ChangeScope.NOTHING and is_gone():
             self._slots.release()
-            error = TimedOut(f"{request.what}: not sent, since its caller is gone")
+            error = TimedOut(f"{request.what}: not sent, its caller was cancelled")
             error.alone = error.unsent = True
             raise error
 
@@ -356,9 +356,11 @@ class TrioConnection(Replies):
     def _timed_out(self, request: PendingRequest) -> TimedOut:
         passed = trio.current_time() - max(self._heard, request.since)
         if passed >= self._timeout:
-            return TimedOut(f"{request.what}: no answer from {self._name} in {self._timeout:g} s")
+            return TimedOut(
+                f"{request.what}: no reply from {self._name} within {self._timeout:g} s"
+            )
         error = TimedOut(
-            f"{request.what}: {self._name} answers, but not this request, for"
+            f"{request.what}: {self._name} is alive, but has not completed this request for"
             f" {trio.current_time() - request.since:.0f} s"
         )
         error.alone = True
@@ -417,7 +419,7 @@ class TrioConnection(Replies):
         request.late = undo
 
     def _abandon(self, request_id: int, request: PendingRequest) -> None:
-        request.finish(error=errors.TimedOut(f"{request.what}: it was given up"))
+        request.finish(error=errors.TimedOut(f"{request.what}: the request was abandoned"))
         self._requests.pop(request_id, None)  # its late answer is nobody's
         if request.late is not None:
             self._late[request_id] = request

@@ -130,7 +130,7 @@ class BlockingConnection(Replies):
                         self._socket.sendall(b"".join(parts))
                 while (event := self._wire.next_event()) is NEED_DATA:
                     if time.monotonic() > deadline:
-                        raise TimedOut(f"{self.endpoint}: connected, but nothing answers")
+                        raise TimedOut(f"{self.endpoint}: connected, but the peer does not respond")
                     try:
                         self._wire.received(self._recv_into(self._wire.buffer(), 0, 0))
                     except BlockingIOError:
@@ -234,7 +234,7 @@ class BlockingConnection(Replies):
                 time.sleep(0.0005)  # another thread is reading
             return
         if time.monotonic() > deadline:
-            raise TimedOut(str(self._fail("the provider takes no more requests", TimedOut)))
+            raise TimedOut(str(self._fail("the provider does not read more requests", TimedOut)))
 
     # Receiving
 
@@ -291,7 +291,7 @@ class BlockingConnection(Replies):
         try:
             undo(self.wait(request))
         except errors.Exception as error:
-            log.debug("%s, which was interrupted, is not undone: %s", request.what, error)
+            log.debug("%s was interrupted, and rolling it back failed: %s", request.what, error)
         finally:
             with self._mutex:
                 self._undoing -= 1
@@ -309,7 +309,7 @@ class BlockingConnection(Replies):
         deadline = time.monotonic() + _LOOK_AROUND
         while self._filled_by_another(request):
             if self.usable and time.monotonic() > deadline:
-                self._fail(f"{request.what}: given up in the middle of its reply")
+                self._fail(f"{request.what}: abandoned in the middle of its reply")
             time.sleep(0.0005)
 
     def _filled_by_another(self, request: PendingRequest) -> bool:
@@ -507,11 +507,11 @@ class BlockingConnection(Replies):
         """Give up on *request*; its late reply must not touch the caller's buffer."""
         with self._mutex:
             request.finish(
-                error=TimedOut(f"{request.what}: no answer from {self.endpoint} in {patience}")
+                error=TimedOut(f"{request.what}: no reply from {self.endpoint} within {patience}")
             )
             filling = self._filling is request
         if filling:
-            self._fail(f"{request.what}: its reply stopped half way")
+            self._fail(f"{request.what}: its reply stalled")
             while self._filled_by_another(request):
                 time.sleep(0.0005)
 
@@ -539,7 +539,8 @@ class BlockingConnection(Replies):
         self._mutex = threading.Lock()
         self._reading = False
         self._lost = ConnectionLost(
-            f"{self.endpoint}: the connection belongs to the process from which this one was forked"
+            f"{self.endpoint}: the connection belongs to the parent process; connect again in this"
+            " fork"
         )
         self._socket.close()
         requests, self._requests = self._requests, {}

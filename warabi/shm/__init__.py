@@ -1,1 +1,1 @@
-"""Shared memory by which processes of one host reach regions without messages."""
+"""Shared memory through which processes of one host access regions without messages."""

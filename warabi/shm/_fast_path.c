@@ -1,4 +1,5 @@
-/* A guest's accesses, compiled: the same two classes as in fast_path.py, which says what they are for
+/* A guest's accesses, compiled: the same two classes as in fast_path.py, which says what they are
+for
  * and what they promise.  This file says only what is different in C.
  *
  * The interpreter's lock guards everything here but the bytes that are moved and the memory that
@@ -84,7 +85,7 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
     if (start < 0 || room > INT64_MAX - start ||
         (fd < 0 && room > (view == NULL ? 0 : self->view.len) - start)) {
         PyBuffer_Release(&self->view);
-        PyErr_SetString(PyExc_ValueError, "Grant: more room than there is");
+        PyErr_SetString(PyExc_ValueError, "Grant: the capacity exceeds the mapping");
         return -1;
     }
     self->index = index;
@@ -98,8 +99,8 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
     return 0;
 }
 
-static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(keywords))
-{
+static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject
+*Py_UNUSED(keywords)) {
     Grant *self = (Grant *)type->tp_alloc(type, 0);
     if (self != NULL)
         self->fd = -1; /* until it is known; all else is 0 */

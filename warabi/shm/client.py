@@ -1,11 +1,12 @@
-"""A client's part of direct access to regions of a provider on the same host.
+"""The client's side of direct access to regions of a provider on the same host.
 
-What the parties share, and what keeps a guest from bytes that are not its region's any more, is
-told in ``target/leases.py``.  The accesses themselves are in ``_fast_path.c`` or ``fast_path.py``;
-here is what happens less often: asking for grants, keeping them, the end.
+``target/leases.py`` explains the shared memory and the protocol that keeps a guest from accessing
+memory that no longer belongs to its region.  The accesses themselves are in ``_fast_path.c`` or
+``fast_path.py``; this module has the less frequent operations: requesting and keeping grants, and
+closing.
 
-An access that cannot be made returns False, and the caller asks the provider, which also tells
-what is wrong.
+If an access is not possible it returns False, and the caller sends a request to the provider,
+which also reports errors.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ if TYPE_CHECKING or os.environ.get("WARABI_PURE", "0") not in ("", "0"):
 else:
     try:
         from warabi.shm._fast_path import Grant, Reach
-    except ImportError:  # it was not built: there was no compiler
+    except ImportError:  # not built, since there was no compiler
         from warabi.shm.fast_path import Grant, Reach
 
 _LARGE = 64 * 1024
-"""Bytes from which on a region is asked for when it is first touched, not the second time."""
+"""From this size in bytes on a grant is requested on the first access, not the second."""
 _MOST_GRANTS = 65536
 _MOST_FILES = 16384  # region files that are kept open
 _SPARE_ROOM = 1024 * 1024
 _ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.shm.fast_path"
-"""Whether stores are seen in the order that the protocol needs; compiled code asks for it."""
+"""Whether stores become visible in the order that the protocol needs; compiled code has fences."""
 _CLOSING_PATIENCE = 5.0
 
 
 class _SharedFile:
-    """A descriptor of a file with several regions, open as long as a grant needs it."""
+    """A descriptor of a file with several regions, open while a grant refers to it."""
 
     __slots__ = ("__weakref__", "fd")
 
@@ -58,14 +59,16 @@ class _SharedFile:
 
 
 def _mapping(fd: int, size: int, *, writable: bool) -> SharedMapping:
-    """The first *size* bytes, which are there to stay.
+    """Map the first *size* bytes of a file that cannot be truncated.
 
     Raises:
-        OSError: they are not, or cannot be mapped.
+        OSError: the file is too small, may be truncated, or cannot be mapped.
     """
     found = os.fstat(fd).st_size
     if found < size or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-        raise OSError(errno.EINVAL, f"shared memory of {found} bytes, not sealed to have {size}")
+        raise OSError(
+            errno.EINVAL, f"shared memory of {found} bytes, or not sealed, instead of {size} bytes"
+        )
     return SharedMapping(fd, size, writable=writable)
 
 
@@ -73,19 +76,19 @@ class Guest(Reach):
     """Direct access to the regions of one target.
 
     Args:
-        joined: what ``join`` answered.
-        descriptors: what came with it; closed here.
+        joined: the result of ``join``.
+        descriptors: the descriptors sent with it; closed here.
 
     Raises:
-        OSError: this process cannot take part.
-        ProtocolError: what was answered cannot be understood.
+        OSError: this process cannot use direct access.
+        ProtocolError: the reply is malformed.
     """
 
     def __init__(self, joined: Sequence[int], descriptors: Sequence[int]) -> None:
         try:
             offset, alive, writable = joined
             if not _ORDERS or not register():
-                raise OSError(errno.ENOSYS, "no order between processes")
+                raise OSError(errno.ENOSYS, "membarrier is not available")
             life, table, marks, board = descriptors
             super().__init__(
                 _mapping(life, resource.getpagesize(), writable=False),
@@ -97,7 +100,7 @@ class Guest(Reach):
                 bool(writable),
             )
         except (TypeError, ValueError, OverflowError) as error:
-            raise errors.ProtocolError(f"the provider's answer to join: {error}") from error
+            raise errors.ProtocolError(f"the provider's reply to join: {error}") from error
         finally:
             for fd in descriptors:
                 os.close(fd)
@@ -110,13 +113,13 @@ class Guest(Reach):
 
     @property
     def writes(self) -> bool:
-        """Whether it may write to anything."""
+        """Whether it may write to regions."""
         return self.usable and self.writable
 
     # Asking for grants
 
     def wants(self, region: RegionID, size: int) -> bool:
-        """Whether to ask for a grant, now that the region was about to be touched for *size*."""
+        """Whether to request a grant, before an access to *size* bytes of the region."""
         if not self.usable or not self.living:
             return False
         if size < _LARGE and region not in self.grants:
@@ -127,15 +130,15 @@ class Guest(Reach):
             if not count:
                 return False
         grant = self.grants.get(region)
-        # One that is refused stays so; one that is there has to be asked for again when the region
+        # A refused grant stays refused; an existing one must be requested again when the region
         # has outgrown it.
         return grant is None or 0 <= grant.room < self.table[2 * grant.index + 1]
 
     def add(self, region: RegionID, granted: Sequence[Any] | None, descriptors: list[int]) -> None:
-        """Take what ``grant`` answered; the descriptors are closed here.
+        """Store the result of ``grant``; the descriptors are closed here.
 
         Raises:
-            ProtocolError: it cannot be understood.
+            ProtocolError: the reply is malformed.
             OSError: the region cannot be mapped.
         """
         try:
@@ -146,7 +149,7 @@ class Guest(Reach):
             else:
                 self.grants[region] = self._granted(granted, descriptors)
         except (TypeError, ValueError, LookupError, OverflowError) as error:
-            raise errors.ProtocolError(f"the provider's answer to grant: {error}") from error
+            raise errors.ProtocolError(f"the provider's reply to grant: {error}") from error
         finally:
             for fd in descriptors:
                 os.close(fd)
@@ -171,13 +174,13 @@ class Guest(Reach):
             mapping = self._segments[segment]
             view = mapping.view[offset : offset + room]
             return Grant(index, stamp, room, keeper=mapping, view=view)
-        # More than there is: what it grows by can be reached without asking again.
+        # Larger than the region, so that it can grow without a new request.
         room = -(-2 * size // _SPARE_ROOM) * _SPARE_ROOM or _SPARE_ROOM
         mapping = SharedMapping(descriptors[0], room, writable=self.writable)
         return Grant(index, stamp, room, keeper=mapping, view=mapping.view)
 
     def _shared_file(self, descriptors: list[int]) -> _SharedFile:
-        """The file that is one of several regions, by the descriptor that is here already."""
+        """Return the file that holds several regions, reusing an open descriptor."""
         info = os.fstat(descriptors[-1])
         file = self._shared.get((info.st_dev, info.st_ino))
         if file is None:
@@ -196,9 +199,9 @@ class Guest(Reach):
     # Access
 
     def fill(self, region: RegionID, granted: Sequence[Any], fd: int, data: memoryview) -> bool:
-        """Store *data* in a region that ``make`` made; as :meth:`write`.  The descriptor is closed.
+        """Write *data* to a region that ``make`` created; as :meth:`write`.  Closes the descriptor.
 
-        By a system call: to map what nobody has touched would take longer than to copy.
+        Uses a system call: mapping untouched pages would take longer than copying.
         """
         self.grants[region] = Grant(granted[0], granted[1], MAX_SIZE, fd)
         self._files += 1
@@ -210,15 +213,16 @@ class Guest(Reach):
     def read_into(
         self, region: RegionID, offset: int, place: memoryview, *, wait: bool = True
     ) -> bool:
-        """Fill *place*, from within the region; False when the provider has to do it.
+        """Fill *place* from within the region; False if the provider must do it.
 
-        *place* may have been changed then.  Without *wait*, also where the bytes are not in memory.
+        *place* may have been modified then.  Without *wait* it also fails if the bytes are not in
+        memory.
         """
         return self.read_some(region, offset, place, wait, False) >= 0
 
     def persist(self, region: RegionID, offset: int, size: int) -> bool:
-        """Put bytes within the region on the medium; False when the provider has to do it, also
-        when that failed: it must know, for the kernel says so only once."""
+        """Flush bytes of the region to stable storage; False if the provider must do it, also after
+        an error: the provider must see it, since the kernel reports it only once."""
         grant = self.grants.get(region)
         if grant is None or grant.room < 0 or not self.living:
             return False
@@ -237,7 +241,7 @@ class Guest(Reach):
         return table[entry] == stamp
 
     def let_go(self, region: RegionID) -> None:
-        """Keep no descriptor of a region that is gone."""
+        """Drop the grant and descriptor of a region that was erased."""
         grant = self.grants.get(region)
         if grant is not None:
             self._drop(region, grant)
@@ -254,15 +258,15 @@ class Guest(Reach):
     # The end
 
     def _forked(self) -> None:
-        self.forget()  # the slots are the parent's
+        self.forget()  # the slots belong to the parent
 
     def forget(self) -> None:
-        """Use no slot any more, and keep no descriptor: when the provider ends in this process."""
+        """Use no slot any more, and close descriptors: when the provider ends in this process."""
         self.usable = False
         self.grants.clear()
 
     def close(self) -> None:
-        """Let nothing more begin, and wait for what is under way."""
+        """Refuse new accesses, and wait for pending ones."""
         self.usable = False
         deadline = time.monotonic() + _CLOSING_PATIENCE
         while self.busy and time.monotonic() < deadline:
@@ -271,31 +275,31 @@ class Guest(Reach):
 
 
 class DirectAccess:
-    """Direct access as a client has it, however it comes to it.
+    """A client's direct access, however it is obtained.
 
-    Like a :class:`Guest` it says False where the provider has to be asked.
+    Like :class:`Guest` it returns False if a request to the provider is needed.
 
     Attributes:
-        guest: who may be asked for an access first; None while there is nobody.
+        guest: tried first for each access; None while there is none.
     """
 
     def __init__(self) -> None:
         self.guest: Guest | None = None
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
-        """The guest, if it was granted the region now."""
+        """Request a grant; returns the guest if the region was granted now."""
         return None
 
     def size(self, region: RegionID) -> int:
-        """As :meth:`Guest.size`."""
+        """See :meth:`Guest.size`."""
         return -1 if self.guest is None else self.guest.size(region)
 
     def persist(self, region: RegionID, offset: int, size: int) -> bool:
-        """As :meth:`Guest.persist`."""
+        """See :meth:`Guest.persist`."""
         return self.guest is not None and self.guest.persist(region, offset, size)
 
     def write(self, region: RegionID, offset: int, data: memoryview, *, wait: bool = True) -> bool:
-        """As :meth:`Guest.write`."""
+        """See :meth:`Guest.write`."""
         guest = self.guest
         if guest is not None and guest.write(region, offset, data, wait):
             return True
@@ -305,7 +309,7 @@ class DirectAccess:
     def read_into(
         self, region: RegionID, offset: int, place: memoryview, *, wait: bool = True
     ) -> bool:
-        """As :meth:`Guest.read_into`."""
+        """See :meth:`Guest.read_into`."""
         guest = self.guest
         if guest is not None and guest.read_some(region, offset, place, wait, False) >= 0:
             return True
@@ -314,4 +318,4 @@ class DirectAccess:
 
 
 NO_ACCESS = DirectAccess()
-"""For those who have to ask the provider for everything."""
+"""For clients without direct access."""

@@ -1,9 +1,9 @@
-"""A guest's accesses: what is done for each read and write of a region that was granted.
+"""Reads and writes of a guest in granted regions, in Python.
 
-This is the frequent side of what ``target/leases.py`` tells, without any system call for regions in
-memory and without any lock: a lane is a guest's own while it is out of the list of free ones.
-``_fast_path.c`` is the same, compiled; ``client.py`` chooses.  What they have in common is in
-``client.py``, too, and so is all that is rare.
+This is the frequent side of the protocol in ``target/leases.py``: it needs no system call for
+regions in memory, and no lock, since a hazard slot belongs to one access while it is not in the
+list of free ones.  ``_fast_path.c`` is the same, compiled; ``client.py`` chooses, and has what both
+have in common.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from warabi.region import RegionID
 from warabi.shm.memory import SharedMapping, copy
 
 _RECENT = 4096
-_RESOLUTION = 10_000_000  # ns: that of the coarsest clock
+_RESOLUTION = 10_000_000  # ns: resolution of the coarsest clock
 _FLAT = (bytes, bytearray)
 _NOTHING = memoryview(b"")
 
 
 class Grant:
-    """A region that may be reached, in a file or in memory.
+    """A region that may be accessed, in a file or in memory.
 
     Args:
-        index: where in the table its stamp and its size are.
-        stamp: the stamp for as long as this is good.
-        room: bytes that can be reached, whatever the size; negative when the grant was refused.
-        fd: the file; closed when nobody refers to this object.
-        waits: whether writing waits for the medium.
-        keeper: keeps what *view* shows, or *fd*, which is not closed then.
+        index: where in the table its version and its size are.
+        stamp: the version for as long as this grant is valid.
+        room: bytes that can be accessed, whatever the size; negative if the grant was refused.
+        fd: the file; closed when this object is deallocated.
+        waits: whether writing waits for stable storage.
+        keeper: keeps *view*, or *fd*, which then is not closed here, valid.
         view: the memory.
         start: where the region begins in the file or the memory.
 
     Raises:
-        ValueError: more room than memory.
+        ValueError: *room* exceeds the memory.
     """
 
     __slots__ = (
@@ -59,7 +59,7 @@ class Grant:
     ) -> None:
         self.owns = False
         if start < 0 or room > MAX_SIZE - start or (fd < 0 and room > len(view) - start):
-            raise ValueError("Grant: more room than there is")
+            raise ValueError("Grant: the capacity exceeds the mapping")
         self.index = index
         self.entry = 2 * index
         self.stamp = stamp
@@ -77,19 +77,19 @@ class Grant:
 
 
 class Reach:
-    """Reaches what was granted.
+    """Accesses granted regions.
 
     Args:
-        life: has the word that tells whether the provider lives.
+        life: has the liveness word of the provider.
         table, marks, board: as in ``target/leases.py``.
-        word: which word of *life*, of 4 bytes.
-        alive: what the word is while the provider lives.
+        word: index of the liveness word in *life*, in words of 4 bytes.
+        alive: its value while the provider lives.
         writable: whether regions may be written.
 
     Attributes:
         grants: by region.
         table: its words, of 8 bytes.
-        usable: whether anything may be touched.
+        usable: whether accesses are allowed.
         writable: as above.
     """
 
@@ -103,15 +103,15 @@ class Reach:
         alive: int,
         writable: bool,
     ) -> None:
-        self._mappings = (life, table, marks, board)  # keeps what the views show
+        self._mappings = (life, table, marks, board)  # keeps the memory of the views mapped
         self._life = life.view.cast("I")
         self.table, self._marks, self._board = (m.view.cast("Q") for m in (table, marks, board))
         self._word = word
         self._alive = alive
         self._lanes = list(range(len(self._board)))
-        # Takes a free lane.  Iterated over, so that a signal's handler that raises (Ctrl-C) cannot
-        # come between a lane's leaving the list and the `try` that puts it back: handlers run after
-        # calls, and there is none.
+        # Takes a free hazard slot.  An iterator, so that a signal handler that raises (Ctrl-C)
+        # cannot run between removing the slot from the list and the `try` that returns it: handlers
+        # run after calls, and there is none.
         self._free_lane = iter(self._lanes.pop, None)
         self._recent: deque[int] = deque(maxlen=_RECENT)
         self.grants: dict[bytes, Grant] = {}
@@ -125,24 +125,24 @@ class Reach:
 
     @property
     def busy(self) -> int:
-        """How many accesses are under way."""
+        """Number of pending accesses."""
         return len(self._board) - len(self._lanes)
 
     @property
     def recent(self) -> tuple[int, ...]:
-        """The latest marks of its own."""
+        """The last-write times that this guest stored most recently."""
         return tuple(self._recent)
 
     def _drop(self, region: bytes, grant: Grant) -> None:
-        """Called with a grant that is not good any more."""
+        """Called with a grant that is no longer valid."""
         raise NotImplementedError
 
     def _failure(self, region: bytes, error: OSError) -> Exception:
-        """Called when the medium fails; what to raise."""
+        """Return the exception to raise for an I/O error."""
         raise NotImplementedError
 
     def size(self, region: bytes, /) -> int:
-        """Bytes of a region that was granted; -1 when the provider has to be asked."""
+        """Return the size of a granted region in bytes; -1 if the provider must be asked."""
         grant = self.grants.get(region)
         if grant is None or self._life[self._word] != self._alive:
             return -1
@@ -150,12 +150,12 @@ class Reach:
         return size if self.usable and self.table[grant.entry] == grant.stamp else -1
 
     def write(self, region: bytes, offset: int, data: memoryview, wait: bool = True, /) -> bool:
-        """Store *data*, all of it within the region; False when the provider has to do it.
+        """Write *data*, all of it within the region; False if the provider must do it.
 
-        Without *wait*, also where writing waits for the medium.
+        Without *wait* it also fails if writing waits for stable storage.
 
         Raises:
-            StorageFull, StorageError: the medium.
+            StorageFull, StorageError: writing failed.
         """
         grant = self.grants.get(region)
         if grant is None or not self.writable or (grant.waits and not wait):
@@ -169,13 +169,13 @@ class Reach:
             for lane in self._free_lane:  # noqa: B007
                 break
         except IndexError:
-            return False  # as many threads as there are lanes
+            return False  # as many threads as hazard slots
         try:
             self._board[lane] = grant.index
             if not self.usable or table[entry] != stamp or end > table[entry + 1]:
                 done = False
             else:
-                touched = True  # bytes may have been stored, also by what then failed
+                touched = True  # bytes may have been stored, even if the write then fails
                 try:
                     if grant.fd < 0:
                         copy(grant.view[offset:end], data)
@@ -190,10 +190,10 @@ class Reach:
                             raise self._failure(region, error) from error
                 finally:
                     if touched:
-                        # The provider looks at mark 0 first, and at the others only if that has
-                        # changed: so the region's comes first.  Both are later than mark 0 was,
-                        # even if the clock tells the same time again, or the provider could take
-                        # this write for one that it has seen.  One far ahead is not believed.
+                        # The provider reads the last-write time 0 first, and the others only if it
+                        # has changed: so the region's is stored first.  Both are later than time 0
+                        # was, even if the clock did not advance; otherwise the provider could miss
+                        # this write.  A value far in the future is ignored.
                         marks = self._marks
                         now = time_ns()
                         if 0 <= (last := marks[0]) - now < _RESOLUTION:
@@ -210,8 +210,8 @@ class Reach:
         return done
 
     def put(self, region: Any, offset: Any, data: Any, /) -> bool:
-        """As :meth:`write`, of arguments that nobody has checked; False also where it takes more
-        than a look to say that they are right."""
+        """The same as :meth:`write` for unchecked arguments; False also for valid ones that need
+        further checks."""
         if type(region) is RegionID and type(offset) is int and type(data) in _FLAT:
             return self.write(region, offset, memoryview(data))
         return False
@@ -225,11 +225,11 @@ class Reach:
         short: bool = True,
         /,
     ) -> int:
-        """Fill *place*, from within the region; returns how many bytes were read, -1 when the
-        provider has to do it.
+        """Fill *place* from within the region; returns the number of bytes read, or -1 if the
+        provider must do it.
 
-        *place* may have been changed then.  Without *wait*, also where the bytes are not in memory.
-        With *short* the region may end before *place* does.
+        *place* may have been modified then.  Without *wait* it also fails if the bytes are not in
+        memory.  With *short* the region may end before *place* does.
         """
         grant = self.grants.get(region)
         if grant is None or grant.room < 0 or self._life[self._word] != self._alive or offset < 0:
@@ -255,7 +255,8 @@ class Reach:
                 copy(place, grant.view[offset : offset + size])
             else:
                 flags = 0 if wait else RWF_NOWAIT
-                # Most are read by one call, made here: a function's would be a tenth of the whole.
+                # One inline call suffices for most; calling a function would add a tenth to the
+                # time.
                 offset += grant.start
                 done = preadv(grant.fd, (place,), offset, flags)
                 if done != size:
@@ -263,7 +264,7 @@ class Reach:
                     size = size if done == size else -1
             if table[entry] != stamp:
                 size = -1
-        except OSError:  # of a file; the provider says what is wrong
+        except OSError:  # of a file; the provider reports it
             size = -1
         finally:
             self._board[lane] = 0
@@ -273,8 +274,8 @@ class Reach:
         return size
 
     def take(self, region: Any, offset: Any, place: Any, /) -> bool:
-        """Fill *place*, of arguments that nobody has checked, as :meth:`put`; False when the
-        provider has to do it."""
+        """Fill *place*, for unchecked arguments as :meth:`put`; False if the provider must do
+        it."""
         if type(region) is RegionID and type(offset) is int and type(place) is bytearray:
             return self.read_some(region, offset, memoryview(place), True, False) >= 0
         return False

@@ -1,12 +1,11 @@
-"""The form of the memory that a provider and its guests share; ``target/leases.py`` tells its
-use."""
+"""Layout of the memory that a provider and its guests share; see ``target/leases.py``."""
 
 LANES = 64
-"""Accesses that one guest can have under way at once."""
+"""Hazard slots of one guest: its most concurrent accesses."""
 ENTRIES = 1 << 19
-"""Regions of a target that may be granted at once; the memory for them is taken when used."""
+"""Most granted regions of a target; memory for them is allocated when used."""
 
 FIRM = 2 * ENTRIES
-"""Where in the table, in words of 8 bytes, the stamps of firm regions begin."""
+"""Where in the table, in words of 8 bytes, the versions of metadata-durable regions begin."""
 TABLE = 8 * (FIRM + ENTRIES)
-"""Bytes of the table."""
+"""Size of the table in bytes."""

@@ -1,8 +1,8 @@
-"""Memory that several processes map, and what ordering means there.
+"""Memory that several processes map, and memory ordering.
 
-``barrier`` makes a store of this process, made before it, and the loads and stores of every
-registered process agree on an order: the rare side of a protocol pays a system call, the frequent
-side nothing.  That is membarrier(2), which a process registers for once.
+``barrier`` orders the preceding stores of this process with the loads and stores of every
+registered process: the rare side of a protocol pays for a system call, the frequent side nothing.
+This is membarrier(2), for which each process registers once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from warabi._core import syscalls
 _SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, Linux 5.1, which Python does not name
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 STRONGLY_ORDERED = os.uname().machine in ("x86_64", "s390x")
-"""Whether other processors see stores in the order of the program, and loads are done in it.  Code
-in Python cannot ask for more than that, except with :func:`barrier`."""
+"""Whether stores become visible in program order, and loads are executed in it.  Python code has no
+other means of ordering than :func:`barrier`."""
 
 
 @functools.cache
 def register() -> bool:
-    """Make this process, and threads that it starts, take part in barriers; False: not possible."""
+    """Register this process and its threads for barriers; returns False if that is not possible."""
     try:
         syscalls.membarrier(syscalls.MEMBARRIER_REGISTER_GLOBAL_EXPEDITED)
     except OSError:
@@ -38,23 +38,23 @@ os.register_at_fork(after_in_child=register.cache_clear)
 
 
 def barrier() -> None:
-    """A full memory barrier in every registered process.
+    """Execute a full memory barrier in every registered process.
 
     Raises:
-        OSError: the system has none; :func:`register` said so.
+        OSError: not available, which :func:`register` reports.
     """
     syscalls.membarrier(syscalls.MEMBARRIER_GLOBAL_EXPEDITED)
 
 
 class SharedMapping:
-    """The first *size* bytes behind a descriptor, mapped until nobody refers to this object.
+    """The first *size* bytes of a file, mapped until this object is deallocated.
 
-    Unlike ``mmap.mmap`` it keeps no descriptor.  The caller makes sure that what it touches is
-    there: beyond the end of the file an access kills the process.
+    Unlike ``mmap.mmap`` it keeps no descriptor.  The caller must not access memory beyond the end
+    of the file, which would kill the process (SIGBUS).
 
     Attributes:
         address: of the first byte.
-        view: the bytes; to be used only while this object is referred to.
+        view: the bytes; to be used only while this object is referenced.
     """
 
     __slots__ = ("address", "size", "view")
@@ -66,25 +66,25 @@ class SharedMapping:
         self.view = memoryview((ctypes.c_char * size).from_address(self.address)).cast("B")
 
     def populate(self) -> None:
-        """Map all pages at once, for writing, which is quicker than one by one."""
+        """Map all pages for writing at once, which is faster than one page fault each."""
         with contextlib.suppress(OSError):  # older kernels map page by page
             syscalls.madvise(self.address, self.size, syscalls.MADV_POPULATE_WRITE)
 
     def __del__(self, unmap: Callable[[int, int], int] = syscalls.munmap) -> None:
-        # A default, because at the interpreter's end the module's names may be gone.
+        # A default argument, since at interpreter exit the module's names may be gone.
         if hasattr(self, "address"):
             unmap(self.address, self.size)
 
 
 class SharedMemory:
-    """Memory of *size* bytes in a descriptor that others may map.
+    """Memory of *size* bytes in a descriptor that other processes may map.
 
-    Its size is sealed.  With *mine* others can only read it, whatever they try.
+    Its size is sealed.  With *mine* other processes can map it only for reading.
 
     Attributes:
         fd: the descriptor, open until :meth:`close`.
         address: of its first byte.
-        view: its bytes; to be used only while this object is referred to.
+        view: its bytes; to be used only while this object is referenced.
     """
 
     def __init__(self, name: str, size: int, *, mine: bool = False) -> None:
@@ -101,8 +101,8 @@ class SharedMemory:
         self.view = self._mapping.view
 
     def close(self, *, discard: bool = False) -> None:
-        """Let go of it; with *discard* its bytes are zero from now on, and take no memory, for
-        those who still map it."""
+        """Close the descriptor; with *discard* also free the memory, which then reads as zero in
+        processes that still map it."""
         if discard:
             with contextlib.suppress(OSError):
                 syscalls.madvise(self.address, self._mapping.size, mmap.MADV_REMOVE)
@@ -133,7 +133,7 @@ _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = [ctypes.POINTER(_Buffer)]
 _release_buffer.restype = None
 _LARGE = 256 * 1024
-"""Bytes from which on a copy lets other threads run: below, that costs more than the copy."""
+"""From this size in bytes on a copy releases the interpreter lock; below, that costs more."""
 
 
 def _address(view: memoryview, held: _Buffer) -> int:
@@ -142,7 +142,7 @@ def _address(view: memoryview, held: _Buffer) -> int:
 
 
 def address(view: memoryview) -> int:
-    """Where the bytes of *view* are, for as long as its owner keeps them there."""
+    """Return the address of *view*'s bytes, valid as long as its owner keeps them there."""
     held = _Buffer()
     found = _address(view, held)
     _release_buffer(held)
@@ -150,7 +150,7 @@ def address(view: memoryview) -> int:
 
 
 def copy(place: memoryview, data: memoryview) -> None:
-    """Copy between views of bytes of the same size, without the interpreter's lock if large."""
+    """Copy between byte views of the same size; releases the interpreter lock if they are large."""
     if len(data) < _LARGE:
         place[:] = data
         return

@@ -104,8 +104,8 @@ class DurableRegions(RegionGate):
                 self._unforeseen = repr(error)
                 log.exception("commit of %s failed unexpectedly", self._catalogue.path)
             raise StorageError(
-                f"commit of {self._catalogue.path} failed: {error!r}; the changes are kept and"
-                " tried again"
+                f"commit of {self._catalogue.path} failed: {error!r}; the changes are kept and will"
+                " be tried again"
             ) from error
 
     def _settle_all(self, *, thorough: bool = False) -> None:
@@ -166,7 +166,7 @@ class DurableRegions(RegionGate):
                     self._catalogue.checkpoint()
             except errors.Exception as error:
                 log.warning(
-                    "checkpoint of %s failed, and is tried again: %s", self._catalogue.path, error
+                    "checkpoint of %s failed and will be retried: %s", self._catalogue.path, error
                 )
 
     def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
@@ -262,7 +262,7 @@ class DurableRegions(RegionGate):
                 self._changed.set()
                 if str(error) != failure:  # it is tried again and again
                     log.exception(
-                        "commit of %s failed; the next persist will say so", self._catalogue.path
+                        "commit of %s failed; the next persist will report it", self._catalogue.path
                     )
                 failure = str(error)
             else:
@@ -317,8 +317,8 @@ class DurableRegions(RegionGate):
             self._storage.sync_found()  # who was killed left us to persist what it had written
         if orphaned or resized or lost:
             log.warning(
-                "%s was not closed: removed %d unfinished regions, took %d sizes from files, lost"
-                " the bytes of %d regions that were not persisted",
+                "%s was not closed cleanly: removed %d unfinished regions, took %d sizes from"
+                " files, lost the bytes of %d regions that were not persisted",
                 catalogue.path, orphaned, resized, lost,
             )  # fmt: skip
 

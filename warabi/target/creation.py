@@ -73,7 +73,7 @@ class MadeRegions(ExposedRegions):
         self._reserve(size, "create")
         if size > self._largest:
             raise StorageFull(
-                f"create: {size} bytes can never fit, the medium has {self._largest} bytes in all"
+                f"create: {size} bytes exceed the capacity of the storage, {self._largest} bytes"
             )
         root = self._catalogue.get(1)
         owner = (0, 0) if root is None else (root.uid, root.gid)

@@ -124,12 +124,12 @@ def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
     if why:
         row = domain.mended(row)
         if domain.fault(row):
-            raise BadArchive(f"{found.shown}: no target can have it: {why}")
+            raise BadArchive(f"{found.shown}: invalid entry: {why}")
     mode, xattrs, faults = domain.mended_xattrs(row.mode, found.xattrs)
     if why or faults:
         faults = [why, *faults] if why else faults
         tell(
-            f"{found.shown!a} has values that no file can have, and gets the nearest that it can:"
+            f"{found.shown!a} has invalid values, which are replaced by the nearest valid ones:"
             f" {'; '.join(faults)!a}"
         )
         found = found._replace(

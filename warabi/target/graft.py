@@ -40,7 +40,7 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
     with target._guard.lock, target._guard.checked:
         wanted = None if region == _NOTHING else region
         if any(wanted == freed for _, freed, _ in target._freed):
-            raise TargetBusy(f"adopt: the bytes of {region!r} are still kept for an export")
+            raise TargetBusy(f"adopt: the bytes of {region!r} are still in use by an export")
         inode = target.new_region(0o600, None, None, size, rid=wanted)
         inode.pins = 1
         return inode.attributes()
@@ -121,7 +121,7 @@ class _Graft:
     def _add(self, entry: ArchiveEntry) -> None:
         above, _, name = entry.path.rpartition(b"/")
         if above not in self._directories or entry.path.startswith(b"/"):
-            raise BadArchive(f"{entry.shown}: the archive does not have its directory")
+            raise BadArchive(f"{entry.shown}: its parent directory is not in the archive")
         parent = self._names._get(self._directories[above])
         if stat.S_ISDIR(entry.mode):
             self._directory(parent, name, entry)
@@ -161,9 +161,9 @@ class _Graft:
     def _check_free(self, parent: Inode, name: bytes, entry: ArchiveEntry) -> None:
         self._names._destination(parent.ino, name)
         if parent.ino == ROOT and region_of_name(name) == entry.region:
-            raise BadArchive(f"{entry.shown}: named by its own ID")
+            raise BadArchive(f"{entry.shown}: the name is the region's own ID")
         if self._names._find(parent, name) is not None:
-            raise path_error(errno.EEXIST, f"{entry.shown}: the target has that name already")
+            raise path_error(errno.EEXIST, f"{entry.shown}: the name exists in the target")
 
     def _region(self, entry: ArchiveEntry) -> Inode:
         inode = self._catalogue.region(entry.region)
@@ -176,7 +176,7 @@ class _Graft:
         if kind not in (
             stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK
         ):  # fmt: skip
-            raise BadArchive(f"{entry.shown}: of no known type, mode {entry.mode:#o}")
+            raise BadArchive(f"{entry.shown}: unknown file type, mode {entry.mode:#o}")
         target = entry.target if kind == stat.S_IFLNK else None
         mode = kind | stat.S_IMODE(entry.mode)
         return self._catalogue.add(

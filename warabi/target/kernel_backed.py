@@ -145,7 +145,9 @@ class ExposedRegions(SharedRegions):
 
     def pause_sharing(self) -> None:
         if self._exposed:
-            raise TargetBusy("files are open that are written without the target's knowing")
+            raise TargetBusy(
+                "files are open for passthrough, so the target does not see their writes"
+            )
         super().pause_sharing()
 
     def close(self) -> None:

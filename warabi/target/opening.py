@@ -111,7 +111,7 @@ def _open(opening: Opening, patience: float) -> Target:
         raise ConfigError("configuration: $.target.config.path: contains a null byte")
     if plan.override and not plan.create:
         raise ConfigError(
-            f"configuration: $.target.config.override_if_exists needs {plan.creation}"
+            f"configuration: $.target.config.override_if_exists requires {plan.creation}"
         )
     try:
         state = _inspect(path)
@@ -144,7 +144,7 @@ def _inspect(path: Path) -> str:
             raise ConfigError(f"target {path}: a dangling symbolic link") from None
         return "missing"
     except NotADirectoryError:
-        raise ConfigError(f"target {path}: a part of its path is not a directory") from None
+        raise ConfigError(f"target {path}: a component of its path is not a directory") from None
     if stat.S_ISDIR(info.st_mode):
         raise ConfigError(f"target {path}: is a directory")
     if not stat.S_ISREG(info.st_mode):
@@ -152,15 +152,15 @@ def _inspect(path: Path) -> str:
     if info.st_size == 0:
         return "empty"
     if not os.access(path, os.R_OK | os.W_OK):
-        raise PermissionDenied(f"target {path}: cannot be read and written by this user")
+        raise PermissionDenied(f"target {path}: this user lacks read or write permission")
     with open(path, "rb") as file:
         header = file.read(100)
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise ConfigError(f"target {path}: the file is not a warabi target; it was left untouched")
+        raise ConfigError(f"target {path}: the file is not a warabi target; it was not modified")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application != APPLICATION_ID:
         raise ConfigError(
-            f"target {path}: the database is not a warabi target; it was left untouched"
+            f"target {path}: the database is not a warabi target; it was not modified"
         )
     if version > SCHEMA_VERSION:
         raise ConfigError(
@@ -186,8 +186,8 @@ def lock_regions(path: Path, patience: float) -> tuple[Path, LockFile, bool]:
     made = not regions.exists()
     if not made and not _is_ours(regions):
         raise ConfigError(
-            f"target {path}: {regions}, where its regions would be, is something else; it was left"
-            " untouched"
+            f"target {path}: {regions}, which would hold its regions, is not a directory of"
+            " regions; it was not modified"
         )
     regions.mkdir(mode=0o700, exist_ok=True)
     return regions, LockFile(path, regions / "LOCK", patience), made
@@ -232,7 +232,7 @@ def _open_locked(path: Path, opening: Opening, patience: float) -> Target:
         if state != "target" or plan.override:
             if not (plan.override or staged(path).exists()) and _any_regions(backend, regions):
                 raise CorruptTarget(
-                    f"target {path}: its catalogue is {state}, and {regions} holds regions; run"
+                    f"target {path}: its catalogue is {state}, but {regions} holds regions; run"
                     f" warabi fsck --repair {path}, or remove them"
                 )
             former = _former(path, backend) if state == "target" else backend
@@ -342,7 +342,7 @@ def owned(path: Path) -> Iterator[tuple[Path, Path]]:
     if not (regions / "LOCK").is_file() and _inspect(path) != "target":
         raise ConfigError(f"target {path}: no such target")
     if regions.exists() and not _is_ours(regions):
-        raise ConfigError(f"target {path}: {regions} is something else")
+        raise ConfigError(f"target {path}: {regions} is not a directory of regions")
     regions.mkdir(mode=0o700, exist_ok=True)
     lock = LockFile(path, regions / "LOCK", 0.0)
     try:

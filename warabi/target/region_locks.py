@@ -267,7 +267,7 @@ class RegionGate:
             except sqlite3.Error as error:
                 raise translate(error, self._catalogue.path) from error
             if inode is None:
-                raise InvalidRegion(f"{what}: no region {region!r} in this target")
+                raise InvalidRegion(f"{what}: there is no region {region!r} in this target")
         if inode.exposed is not None:
             inode.exposed.settle()
         return inode
@@ -355,8 +355,8 @@ class RegionGate:
         """Refuse to wait where an event loop would, for what only that loop brings to its end."""
         if self._flushes[threading.get_ident()]:
             raise TargetBusy(
-                "a task of this thread is persisting, and cannot end while the thread waits here:"
-                " let it end first, or wait by warabi.aio"
+                "a task of this thread is persisting, and cannot finish while the thread blocks"
+                " here: let it finish first, or use warabi.aio"
             )
 
     def _check_alive(self, inode: Inode, what: str) -> None:
@@ -454,7 +454,7 @@ class RegionGate:
         failed = 0
         for rid, error in self._storage.erase_all(rids):
             # Erased it is, only its bytes are still there: the next one tries again.
-            log.warning("%s; it is tried again", error)
+            log.warning("%s; it will be retried", error)
             self._freed.append((0, rid, None))
             failed += 1
         return failed
@@ -464,7 +464,7 @@ class RegionGate:
         try:
             self._storage.vacate(rid)
         except Exception as error:
-            log.warning("%s; others may still hold its room", error)
+            log.warning("%s; other processes may still hold its memory", error)
         self._erase_bytes([rid])
         with self._lock:
             share.grants.recycle(share.index)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warabi.client import Client
+from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError
 from warabi.local.link import DirectLink, Link
@@ -23,13 +23,29 @@ def is_address(text: str) -> bool:
 
 
 @contextmanager
+def client_engine(address: str, security: dict[str, str]) -> Iterator[Engine]:
+    """An engine to reach *address* with, while the block runs; *security* is as
+    :func:`warabi.protocol.auth.config_of` takes it."""
+    with Engine(address.split("://")[0], Mode.CLIENT, config=config_of(security)) as engine:
+        yield engine
+
+
+@contextmanager
+def handle(
+    address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
+) -> Iterator[TargetHandle]:
+    """A handle of a provider's target, while the block runs."""
+    with client_engine(address, security) as engine:
+        yield Client(engine).make_target_handle(address, provider_id, read_only)
+
+
+@contextmanager
 def served(
     address: str, provider_id: int, security: dict[str, str] | None = None
 ) -> Iterator[Link]:
-    """The target of a provider, while the block runs; *security* as ``security.config_of`` takes
-    it."""
-    with Engine(address.split("://")[0], Mode.CLIENT, config=config_of(security or {})) as engine:
-        yield Client(engine).make_target_handle(address, provider_id)._link
+    """The target of a provider, while the block runs."""
+    with handle(address, provider_id, security or {}) as target:
+        yield target.link
 
 
 @contextmanager

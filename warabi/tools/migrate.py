@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from warabi.client import Client
 from warabi.engine import Engine
 from warabi.protocol.address import parse
-from warabi.remote.link import WireLink
 
 _INTERVAL = 0.1  # seconds between two looks at the progress
 
@@ -36,9 +36,7 @@ def ask(
         As ``Provider.migrate_target``, and ``PermissionDenied`` when the source does not do this
         for this process.
     """
-    connections = engine._state.connections
-    address = str(parse(source[0]))
-    link = WireLink(lambda: connections.get(address), source[1])
+    link = Client(engine).make_target_handle(*source).link
     where = (str(parse(destination[0])), destination[1])
     [request] = link.start("migrate", *where, json.dumps(options))
     seen = (0, 0)

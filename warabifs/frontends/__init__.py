@@ -1,4 +1,1 @@
-"""Front ends: what a mount speaks FUSE with.
-
-``base`` says what a front end is, ``registry`` which there are.
-"""
+"""How requests of programs reach the file system."""

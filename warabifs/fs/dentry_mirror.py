@@ -1,33 +1,36 @@
-"""What the kernel believes of names in a tree that others change."""
+"""Mirror of the kernel's dentry cache, for targets that other clients change.
+
+The invalidator reads it to find the names that the kernel must look up again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-_ABSENT = 10_000  # names that the kernel may believe to mean nothing
+_ABSENT = 10_000  # negative dentries that the kernel may hold
 
 Key = tuple[int, bytes]
 
 
 class BelievedNames:
-    """Names in directories that the kernel need not ask for.
+    """The names that the kernel has cached, with the inode that each refers to.
 
     Args:
-        drop: makes it let go of one, later.
+        drop: makes the kernel drop the cached entry of a name, asynchronously.
     """
 
     def __init__(self, drop: Callable[[int, bytes], None]) -> None:
         self._drop = drop
         self._names: dict[Key, int] = {}
         self._names_of: dict[int, set[Key]] = {}
-        self._absent: dict[Key, None] = {}  # the oldest first
+        self._absent: dict[Key, None] = {}  # oldest first
 
     def get(self, directory: int, name: bytes) -> int:
-        """The inode that it is believed to mean; 0 when none is."""
+        """Return the inode number that the kernel has cached for a name; 0 if none."""
         return self._names.get((directory, name), 0)
 
     def set(self, directory: int, name: bytes, ino: int) -> None:
-        """The kernel knows that a name means *ino* now; 0: that it must ask."""
+        """Record that the kernel has cached *ino* for a name; 0: the kernel has nothing cached."""
         key = (directory, name)
         self._absent.pop(key, None)
         before = self._names.pop(key, 0)
@@ -38,7 +41,7 @@ class BelievedNames:
             self._names_of.setdefault(ino, set()).add(key)
 
     def set_absent(self, directory: int, name: bytes) -> None:
-        """The kernel believes that a name means nothing; it lets go of the oldest of too many."""
+        """Record a negative dentry; beyond ``_ABSENT`` of them the kernel drops the oldest."""
         self._absent[directory, name] = None
         if len(self._absent) > _ABSENT:
             oldest = next(iter(self._absent))
@@ -46,16 +49,16 @@ class BelievedNames:
             self._drop(*oldest)
 
     def forget(self, ino: int) -> None:
-        """The kernel forgot an inode, and what means it."""
+        """Remove all names of an inode that the kernel forgot."""
         for key in self._names_of.pop(ino, ()):
             self._names.pop(key, None)
 
     def forget_absent(self, directory: int, name: bytes) -> None:
-        """The kernel is about to be told that a name may mean something."""
+        """Remove a negative dentry that the kernel is about to drop."""
         self._absent.pop((directory, name), None)
 
     def all(self) -> dict[Key, int]:
-        """All of them, and what they mean, for the kernel to forget."""
+        """Return all names with their inodes (0 for negative dentries), and clear the latter."""
         names = {**dict.fromkeys(self._absent, 0), **self._names}
         self._absent.clear()
         return names

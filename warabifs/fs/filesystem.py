@@ -1,10 +1,10 @@
-"""File semantics over a target: what the kernel's requests mean.
+"""File semantics over a target: what each request of the kernel does.
 
-Knows nothing of the kernel's protocol; raises the library's exceptions and ``OSError``.
+This module does not know the FUSE protocol; it raises the library's exceptions and ``OSError``.
 
-The kernel keeps *lookup counts*: an inode number that was handed out may be used in requests
-until it is forgotten, even when its last name is gone.  So a removed inode stays pinned in the
-target until its count is zero (``Known.held``), and an open file pins its inode.
+The kernel keeps *lookup counts*: it may use an inode number that it was given until it forgets it,
+even after the last name is gone.  So a removed inode stays pinned in the target until its count is
+zero (``Known.held``), and an open file pins its inode.
 
 Tasks interleave only where a method awaits.  The tables are changed between awaits, never
 across one: look at ``_known`` again after an await instead of keeping an entry.
@@ -43,25 +43,25 @@ log = logging.getLogger(__name__)
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
-"""What the kernel asks for before each write to a file, because the write would remove it."""
+"""The attribute that the kernel reads before each write to a file, since a write removes it."""
 _PAGE = 512  # directory entries fetched at a time
-_FORGOTTEN = 65536  # inodes, after which the table of those that the kernel knows is made anew
-_SPARE_NAMES = 200_000  # of directories that nobody has open any more, or that are gone
+_FORGOTTEN = 65536  # forgotten inodes after which the table of known inodes is copied
+_SPARE_NAMES = 200_000  # kept names of directories that are closed or removed
 
 
 class FileSystem:
     """The files of a target.
 
     Args:
-        target: where they are.
-        exclusive: nobody else changes the target, so what the kernel cached stays true.
-        attr_timeout: seconds for which what was read of an inode may be believed.
-        local: *target* itself, when it is in this process: bytes go to and fro directly.
-        drop_name: makes the kernel let go of a name in a directory, later.
-        drop_attributes: makes the kernel forget what it believes of an inode, later.
-        remember_names: the kernel believes not only names of directories for a while.
-        openless: files need no opening.  What is removed while it is open stays as long as the
-            kernel knows it, and nobody else is there to remove it.
+        target: the target.
+        exclusive: no other client changes the target, so the kernel's caches stay valid.
+        attr_timeout: seconds for which attributes of an inode may be cached.
+        local: *target* itself if it is in this process; reads and writes call it directly.
+        drop_name: makes the kernel drop a name in a directory, asynchronously.
+        drop_attributes: makes the kernel drop an inode's attributes, asynchronously.
+        remember_names: the kernel caches all names for a while, not only those of directories.
+        openless: files are used without an open request.  An inode that is removed while it is
+            open then stays for as long as the kernel knows it; no other client can remove it.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class FileSystem:
         self._exclusive = exclusive
         self.openless = openless
         self.appends = not exclusive
-        """Whether the provider has to say where appended bytes go: others change files, too."""
+        """Whether the provider chooses the offset of appends, since other clients append, too."""
         self.drop_name = drop_name
         self.drop_attributes = drop_attributes
         self._remember_names = remember_names
         self._names = BelievedNames(drop_name)
         self._known: dict[int, Known] = {}
-        self._forgotten = 0  # inodes, since that table was made anew
+        self._forgotten = 0  # inodes forgotten since ``_known`` was copied
         self._handles: dict[int, File | Directory] = {}
         self._next_handle = itertools.count(1)
         self._xattr_changes = 0
@@ -91,7 +91,7 @@ class FileSystem:
         self._buffers = Buffers()
         self.writes = Writes()
 
-    # What the kernel knows
+    # What the kernel has cached
 
     def _count(
         self, attributes: Attributes, parent: int | None = None, name: bytes = b""
@@ -110,7 +110,7 @@ class FileSystem:
         return attributes
 
     def _new(self, attributes: Attributes, parent: int, name: bytes) -> Attributes:
-        """As :meth:`_count`, of an inode that was just made."""
+        """As :meth:`_count`, for an inode that was just created."""
         self._count(attributes, parent, name)
         self.pages.made(attributes.ino)
         known = self._known[attributes.ino]
@@ -120,11 +120,11 @@ class FileSystem:
         return attributes
 
     def count_entry(self, handle: int, entry: DirectoryEntry) -> None:
-        """The kernel took an entry that :meth:`readdir` of *handle* gave."""
+        """Count the lookup of an entry that :meth:`readdir` of *handle* returned."""
         self._count(entry.attributes, self._handles[handle].ino, entry.name)
 
     async def forget(self, inodes: Iterable[tuple[int, int]]) -> None:
-        """The kernel dropped so many references to each inode."""
+        """Subtract lookup counts of inodes: pairs of inode number and count."""
         for ino, count in inodes:
             known = self._known.get(ino)
             if known is None:
@@ -138,22 +138,23 @@ class FileSystem:
                 self._names.forget(ino)
                 if known.held:
                     await self._target.call("unpin", ino, known.held)
-        if self._forgotten >= _FORGOTTEN:  # a dictionary keeps the room of what was removed from it
+        if self._forgotten >= _FORGOTTEN:  # a dictionary does not shrink when keys are removed
             self._forgotten = 0
             self._known = dict(self._known)
 
     def _means(self, parent: int, name: bytes, ino: int) -> None:
-        """The kernel knows that a name means *ino* now; 0: that it must ask."""
+        """Record that the kernel has cached *ino* for a name; 0: it has nothing cached."""
         if self._exclusive:
-            return  # nobody needs to be told
+            return  # the kernel needs no invalidation
         self._names.set(parent, name, ino)
 
     def note_absent(self, parent: int, name: bytes) -> bool:
-        """The kernel may believe for a while that a name means nothing; whether it may."""
+        """Return whether the kernel may cache that a name does not exist, and record that it
+        does."""
         if self._exclusive:
             return True
         if parent == ROOT and region_of_name(name) is not None:
-            return False  # regions that are made without a name are not told of
+            return False  # creating a region without a name sends no notification of its ID name
         self._names.set_absent(parent, name)
         return True
 
@@ -163,7 +164,7 @@ class FileSystem:
         return ino == ROOT or (known is not None and known.directory)
 
     def outdated(self, changes: Changes) -> Outdated:
-        """What of *changes* concerns the kernel."""
+        """Return the part of *changes* that affects what the kernel has cached."""
         if changes.everything:
             self.pages.forget_all()
             return Outdated(dict.fromkeys((ROOT, *self._known), False), self._names.all())
@@ -194,7 +195,7 @@ class FileSystem:
         known = self._known.get(attributes.ino)
         if known is not None:
             known.held += 1
-            if known.aliased:  # else that name keeps the kernel from forgetting the inode
+            if known.aliased:  # otherwise this name would keep the kernel from forgetting the inode
                 self.drop_name(ROOT, attributes.region.hex().encode())
         else:
             await self._target.call("unpin", attributes.ino, 1)
@@ -203,7 +204,7 @@ class FileSystem:
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         found = await self._target.call("lookup", parent, name)
-        if name in (b".", b".."):  # a file handle is resolved: no name means it by that
+        if name in (b".", b".."):  # "." and "..": resolving a file handle, which gives no name
             return self._count(found)
         return self._count(found, parent, name)
 
@@ -215,7 +216,7 @@ class FileSystem:
         self, ino: int, size: int | None, mode: int | None, uid: int | None, gid: int | None,
         atime_ns: int | None, mtime_ns: int | None, *, kill_setid: bool = False,
     ) -> Attributes:  # fmt: skip
-        """Change what is not None; with *kill_setid* the change takes the set-ID bits away."""
+        """Change the attributes that are not None.  *kill_setid*: also clear the set-ID bits."""
         if kill_setid and not (mode is None and self._exclusive and self._is_harmless(ino)):
             mode = without_setid(mode or (await self.getattr(ino)).mode)
         if mode is not None and ino in self._known:
@@ -234,7 +235,7 @@ class FileSystem:
         return target
 
     async def statfs(self) -> tuple[int, int, int]:
-        """Total and available bytes, and the number of regions."""
+        """Return total and available bytes, and the number of regions."""
         room: tuple[int, int, int] = await self._target.call("room")
         return room
 
@@ -291,7 +292,7 @@ class FileSystem:
         return number
 
     def _region_of(self, ino: int, handle: int) -> RegionID:
-        """The region of an open file; where the kernel opens files by itself, the inode tells."""
+        """Return the region of an open file; *handle* is 0 if the kernel opened it itself."""
         if not handle:
             return self._region(ino)
         found = self._handles[handle]
@@ -302,13 +303,13 @@ class FileSystem:
     async def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
     ) -> tuple[int, bool, Attributes]:
-        """Make and open a file; returns as :meth:`open`."""
+        """Create and open a file; returns the same as :meth:`open`."""
         try:
             made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
         except errors.PathError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
-            # Somebody else was faster than the kernel's lookup.
+            # Another client created the name after the kernel's lookup.
             found = await self._target.call("lookup", parent, name)
             opened = await self.open(found.ino, flags, keep_setid=uid == 0)
             self._count(opened[2], parent, name)
@@ -317,27 +318,27 @@ class FileSystem:
         return self._add_handle(File(made.ino, made.region)), True, made
 
     def _is_harmless(self, ino: int) -> bool:
-        """Whether it is known that a file has no set-ID bits."""
+        """Whether the file is known to have no set-ID bits."""
         known = self._known.get(ino)
         return known is not None and time.monotonic() < known.harmless
 
     async def _kill_setid(self, ino: int) -> None:
-        """Take the set-ID bits away from a file that somebody who may not keep them writes to."""
+        """Clear the set-ID bits of a file on a write by a caller that may not keep them."""
         if self._is_harmless(ino):
             return
         now = time.monotonic()
         mode = (await self.getattr(ino)).mode
         if mode != without_setid(mode):
             await self.setattr(ino, None, without_setid(mode), None, None, None, None)
-            self.drop_attributes(ino)  # it believes the old mode for as long as it may
+            self.drop_attributes(ino)  # the kernel may have the old mode cached
         known = self._known.get(ino)
         if known is not None:
             known.harmless = now + self._attr_timeout
 
     async def _emptied(self, attributes: Attributes, *, keep_setid: bool) -> Attributes:
-        """Truncate a pinned file that is being opened; the kernel leaves ``O_TRUNC`` to us.
+        """Truncate a pinned file that is being opened with ``O_TRUNC``, and unpin it on failure.
 
-        Unless *keep_setid*, as for root, that takes the set-ID bits away like any other change.
+        Unless *keep_setid*, as for root, this clears the set-ID bits like any other change.
         """
         try:
             await self._target.resize(attributes.region, 0)
@@ -350,10 +351,12 @@ class FileSystem:
             raise
 
     async def open(self, ino: int, flags: int, *, keep_setid: bool) -> tuple[int, bool, Attributes]:
-        """Open a file; returns its handle, whether the kernel's page cache is still true, and the
-        file's attributes.
+        """Open a file.
 
-        With *keep_setid* truncation (``O_TRUNC``) leaves the set-ID bits alone.
+        *keep_setid*: truncation (``O_TRUNC``) does not clear the set-ID bits.
+
+        Returns:
+            the handle, whether the kernel may keep its cached pages, and the file's attributes.
         """
         attributes, version = await self.pages.pin(ino)
         if flags & os.O_TRUNC:
@@ -362,59 +365,64 @@ class FileSystem:
         return self._add_handle(file), self.pages.opened(file, version), attributes
 
     def fill_pages(self, ino: int, offset: int, size: int) -> None:
-        """The kernel reads or writes bytes by way of its page cache."""
+        """Record that the kernel reads or writes these bytes through its page cache."""
         known = self._known.get(ino)
         if known is not None:
             known.fill_pages(offset, size)
 
     def may_have_pages(self, ino: int, offset: int, size: int) -> bool:
-        """Whether the kernel may have pages with some of these bytes."""
+        """Whether the kernel may have cached pages with some of these bytes."""
         known = self._known.get(ino)
         return known is not None and known.may_have_pages(offset, size)
 
     def note_attributes(self, attributes: Attributes) -> None:
-        """The kernel is told attributes of an inode that it knows."""
+        """Record that attributes of a known inode are sent to the kernel."""
         known = self._known.get(attributes.ino)
         if known is not None:
             known.note_attributes(attributes)
 
     def is_believed(self, ino: int, offset: int, size: int) -> bool:
-        """Whether the kernel may have pages with some of these bytes, or believe times of the file
+        """Whether the kernel may have cached pages with some of these bytes, or times of the file
         from before they were written."""
         known = self._known.get(ino)
         return known is not None and (known.believed or known.may_have_pages(offset, size))
 
     def drop_believed(self, ino: int, offset: int, size: int) -> bool:
-        """Have the kernel drop its pages with these bytes, and what it believes of the file's
-        times, later; whether there may be anything to drop."""
+        """Make the kernel drop its pages with these bytes, and the file's times, asynchronously.
+
+        Returns:
+            whether it may have had any of these cached.
+        """
         known = self._known.get(ino)
         believed = known is not None and known.believed
         if known is not None:
             known.believed = False
-        if self.drop_pages(ino, offset, size):  # which drops the times, too
+        if self.drop_pages(ino, offset, size):  # this drops the times, too
             return True
         if believed:
             self.drop_attributes(ino)
         return believed
 
     def drop_pages(self, ino: int, offset: int, size: int) -> bool:
-        """Have the kernel drop its pages with these bytes, later; whether it may have any."""
+        """Make the kernel drop its pages with these bytes, asynchronously; whether it may have
+        any."""
         if not self.may_have_pages(ino, offset, size):
             return False
         self.writes.drop(ino, *self._known[ino].drop_pages(offset, size))
         return True
 
     def note_written(self, ino: int, end: int) -> None:
-        """The kernel is told that bytes up to *end* were written."""
+        """Record that the kernel gets the reply to a write of bytes up to *end*."""
         known = self._known.get(ino)
         if known is not None and known.size < end:
             known.size = end
 
     def is_rollback(self, ino: int, handle: int, size: int, who: int) -> bool:
-        """Whether the kernel truncates a file to *size* because *who* failed to make it longer with
-        ``O_DIRECT``, and not because a program asks for it.
+        """Whether the kernel truncates a file to *size* because thread *who* failed to extend it
+        with ``O_DIRECT``, and not because a program requested it.
 
-        It truncates to the size that it knows, and what others have appended since lies behind.
+        The kernel truncates to the size that it knows; bytes appended by other clients since then
+        lie beyond it and must not be lost.
         """
         known, file = self._known.get(ino), self._handles.get(handle)
         if known is None or not isinstance(file, File):
@@ -428,15 +436,16 @@ class FileSystem:
         )
 
     def failed_past_pages(self, handle: int, end: int) -> None:
-        """A write past the page cache, of bytes before *end*, has failed."""
+        """Record that an ``O_DIRECT`` write of bytes before *end* has failed."""
         file = self._handles.get(handle)
         if isinstance(file, File):
             file.failed_end = max(file.failed_end, end)
 
     async def read(self, ino: int, handle: int, offset: int, size: int, who: int = 0) -> memoryview:
-        """Up to *size* bytes, fewer only at the end of the file; *who* as in ``write_ordering.py``.
+        """Read up to *size* bytes, fewer only at the end of the file.
 
-        The result is valid until the caller's task waits for anything.
+        *who* is the calling thread, see ``write_ordering.py``.  The result is valid until the
+        caller's task next awaits.
         """
         region = self._region_of(ino, handle)
         if self._local is None or self.writes.under_way:
@@ -462,7 +471,11 @@ class FileSystem:
     async def write(
         self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
     ) -> int:
-        """Store *data*, all of them; with *kill_setid* that takes the set-ID bits away."""
+        """Write all of *data*; with *kill_setid* also clear the file's set-ID bits.
+
+        Returns:
+            the number of bytes.
+        """
         region = self._region_of(ino, handle)
         if kill_setid or not self._wrote(region, offset, data):
             if self.writes.under_way:
@@ -476,11 +489,10 @@ class FileSystem:
     async def append(
         self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
     ) -> None:
-        """Store *data* at the end that the file has at the provider; the rest is as in
-        :meth:`write`.
+        """Write *data* at the end of the file at the provider; otherwise as :meth:`write`.
 
-        The kernel takes *offset*, the end that it knows of, for their place.  If they went to
-        another one, it is made to forget the file's size, and its pages at either place.
+        The kernel expects the data at *offset*, the end that it knows.  If the provider placed them
+        elsewhere, the kernel is made to drop the file's size, and its pages at both offsets.
         """
         region, size = self._region_of(ino, handle), len(data)
         with self.writes.one(region, who, offset, size) as write:
@@ -499,13 +511,13 @@ class FileSystem:
             except errors.ProtocolError as error:
                 if "unknown operation" not in str(error):
                     raise
-                log.warning("appends of several mounts may overwrite each other: %s", error)
+                log.warning("O_APPEND writes of several mounts may overwrite each other: %s", error)
                 self.appends = False
         await self._target.write(region, offset, data, extend=True)
         return offset
 
     def _wrote(self, region: RegionID, offset: int, data: Any) -> bool:
-        """Store *data* if it needs no waiting; whether it did."""
+        """Write *data* if that needs no waiting; whether it did."""
         local = self._local
         if local is not None and not local.occupied:
             with suppress(errors.WouldBlock):
@@ -516,7 +528,8 @@ class FileSystem:
     def begin_write(
         self, ino: int, handle: int, offset: int, data: memoryview
     ) -> Callable[[], None] | None:
-        """What stores *data*; None where that might wait or fail: then :meth:`write` does it."""
+        """Return a function that writes *data*, or None if that might wait or fail: use
+        :meth:`write` then."""
         if self._local is None:
             return None
         return self._local.begin_write(self._region_of(ino, handle), offset, data)
@@ -544,11 +557,11 @@ class FileSystem:
         await self._target.call("commit")
 
     async def readdir(self, handle: int, cookie: int, most: int) -> list[DirectoryEntry]:
-        """Entries that follow *cookie*, 0 being the start; none at the end.  Of those that follow
-        the dots there are *most* at most.
+        """Return up to *most* entries after *cookie* (0: the start); empty at the end.  The entries
+        "." and ".." are not counted in *most*.
 
-        Entries come in the order of their names, so what is added or removed meanwhile moves
-        no other; attributes are fetched anew each time, for the kernel takes them over.
+        Entries are in the order of their names, so concurrent additions and removals do not move
+        other entries.  Attributes are fetched on each call, since the kernel caches them.
         """
         directory = self._handles[handle]
         assert isinstance(directory, Directory)
@@ -564,7 +577,7 @@ class FileSystem:
         start, listing = cookie - 2, directory.listing
         while start > len(listing.names):
             if not (listing.in_order and await self._read_ahead(directory.ino, listing)):
-                return []  # a cookie that was never given
+                return []  # a cookie that was never returned
         after = listing.names[start - 1] if start else b""
         page = await self._target.call("readdir", directory.ino, after, min(most, _PAGE))
         directory.met += len(page)
@@ -576,21 +589,24 @@ class FileSystem:
         return entries
 
     async def _read_ahead(self, ino: int, listing: Listing) -> bool:
-        """Find positions of further names in a directory, for a cookie that an earlier listing
-        gave, as an NFS server may bring one; whether there were any.  If the directory has not
-        changed since they are what they were."""
+        """Find positions of further names in a directory, for a cookie of an earlier listing, which
+        an NFS server may send.  They are the same as then if the directory has not changed.
+
+        Returns:
+            whether there were further names.
+        """
         await trio.lowlevel.checkpoint()
         start = len(listing.names)
         after = listing.names[-1] if start else b""
         page = await self._target.call("readdir", ino, after, _PAGE)
-        if start == len(listing.names):  # no other task did so meanwhile
+        if start == len(listing.names):  # unless another task did so during the call
             listing.place([name for name, _ in page], start)
         return bool(page)
 
     # Extended attributes
 
     def is_incapable(self, ino: int) -> bool:
-        """Whether it is known that an inode has no ``CAPABILITY``."""
+        """Whether an inode is known to have no attribute ``CAPABILITY``."""
         known = self._known.get(ino)
         return known is not None and time.monotonic() < known.incapable
 
@@ -610,19 +626,19 @@ class FileSystem:
     ) -> None:
         """Set an extended attribute.
 
-        *groups* tells the caller's; None for root, who keeps the set-group-ID bit of every file
-        whose access control list he changes.
+        *groups* returns the caller's groups.  It is None for root, for whom changing the access
+        control list of a file never clears the file's set-group-ID bit.
         """
         lost = await self._loses_setgid(ino, name, groups)
         await self._target.call("setxattr", ino, name, value, lost is None)
-        self._xattr_changes += 1  # to who has asked before, and is not answered yet
+        self._xattr_changes += 1  # invalidates lookups of CAPABILITY that are still running
         if ino in self._known:
             self._known[ino].incapable = 0.0
 
     async def _loses_setgid(
         self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
     ) -> Attributes | None:
-        """The attributes before, when a change of *name* takes the set-group-ID bit away."""
+        """Return the attributes before the change if the change clears the set-group-ID bit."""
         if name != acl.ACCESS or groups is None:
             return None
         file = await self.getattr(ino)

@@ -1,4 +1,4 @@
-"""What a mount keeps of inodes that the kernel knows, and of what programs have open."""
+"""State of a mount: inodes that the kernel knows, open files and directory listings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from warabi.region import RegionID
 _EXTENT = 512 * 1024
 _TOLD_APART = 8192
 _BEYOND = 1 << _TOLD_APART
-"""The bit of all that comes after as many extents as are told apart."""
+"""The bit for everything after the first ``_TOLD_APART`` extents."""
 
 
 def _extents(offset: int, size: int) -> int:
-    """The bits of the extents that have some of these bytes."""
+    """Return the bit mask of the extents that contain some of these bytes."""
     first = min(offset // _EXTENT, _TOLD_APART)
     last = min((offset + max(size, 1) - 1) // _EXTENT, _TOLD_APART)
     return (2 << last) - (1 << first)
@@ -28,34 +28,37 @@ class Known:
     region: RegionID
     directory: bool
     count: int = 0
-    held: int = 0  # pins that end when the kernel forgets
-    aliased: bool = False  # the kernel has a name for it that spells its ID
-    # Until when, on the monotonic clock, it counts as without CAPABILITY, and without set-ID bits.
+    held: int = 0  # pins that end when the kernel forgets the inode
+    aliased: bool = False  # the kernel knows it by its ID name
+    # Until when (monotonic clock) it is known to have no CAPABILITY, and no set-ID bits.
     incapable: float = 0.0
     harmless: float = 0.0
-    # Where the kernel may have pages of it, a bit for each extent of ``_EXTENT`` bytes.
+    # Where the kernel may have cached pages: one bit per extent of ``_EXTENT`` bytes.
     pages: int = 0
-    # The size that the kernel takes it to have: what it was told, or has written since.
+    # The size that the kernel has cached: from the last reply, or extended by its writes since.
     size: int = 0
-    # The kernel was told attributes since its last write past the page cache ended.
+    # The kernel received attributes since its last O_DIRECT write ended.
     believed: bool = False
 
     def note_attributes(self, attributes: Attributes) -> None:
-        """The kernel is told these attributes."""
+        """Record that the kernel receives these attributes."""
         self.size = attributes.size
         self.believed = True
 
     def fill_pages(self, offset: int, size: int) -> None:
-        """The kernel reads or writes bytes by way of its page cache."""
+        """Record that the kernel reads or writes these bytes through its page cache."""
         self.pages |= _extents(offset, size)
 
     def may_have_pages(self, offset: int, size: int) -> bool:
-        """Whether the kernel may have pages in the extents of these bytes."""
+        """Whether the kernel may have cached pages in the extents of these bytes."""
         return bool(self.pages & _extents(offset, size))
 
     def drop_pages(self, offset: int, size: int) -> tuple[int, int]:
-        """The kernel is about to be told to drop the pages with these bytes: from which byte on and
-        how many it is to drop, so as to have none in their extents."""
+        """Record that the kernel is about to drop the pages with these bytes.
+
+        Returns:
+            offset and size of the range to drop, so that it covers whole extents.
+        """
         extents = _extents(offset, size)
         if extents & _BEYOND:
             return offset, size
@@ -69,10 +72,10 @@ class File:
     """An open file.
 
     Attributes:
-        version: of the bytes that the page cache has not seen an older one of, once the kernel has
-            taken note of the opening, as it has when it uses the file; None after that.
-        failed_end: where writes past the page cache that failed would have ended at most, until the
-            kernel has truncated the file after that; 0 when there were none.
+        version: the version of the bytes that the page cache will hold once the kernel has
+            processed the reply to the open, which the first use of the file proves; then None.
+        failed_end: the largest end offset of failed ``O_DIRECT`` writes for which the kernel has
+            not yet truncated the file; 0 if there were none.
     """
 
     ino: int
@@ -84,16 +87,15 @@ class File:
 class Listing:
     """The positions of a directory's names: the cookie of position *i* is *i* + 3, after the dots.
 
-    A cookie means one name for as long as the listing lives, wherever it is read again from, and
-    whichever open directory it is given to.  Names get positions in the order in which they are
-    met; as long as the directory does not change, that is the order of the names, and a list tells
-    all.  From the first change on there is a dictionary, too, so that neither case takes longer in
-    a larger directory.
+    A cookie refers to one name for as long as the listing lives, in every open directory that uses
+    it.  Names get positions in the order in which they are first read.  While the directory does
+    not change, that is the order of the names, and a list is enough.  From the first change on a
+    dictionary maps names to positions, so that neither case becomes slower in a larger directory.
 
     Attributes:
-        names: by position; those that are gone keep theirs.
-        openings: of the directory, which use it.
-        length: entries that were met at most from the directory's start to its end.
+        names: by position; removed names keep theirs.
+        openings: number of open directories that use it.
+        length: the largest number of entries read in one pass over the directory.
     """
 
     __slots__ = ("_positions", "length", "names", "openings")
@@ -106,11 +108,11 @@ class Listing:
 
     @property
     def in_order(self) -> bool:
-        """Whether the positions are in the order of the names, none of which came later."""
+        """Whether the positions are in the order of the names: no name was added later."""
         return self._positions is None
 
     def place(self, names: list[bytes], start: int) -> list[int]:
-        """The positions of *names*, which follow the name at position *start* - 1."""
+        """Return the positions of *names*, which follow the name at position *start* - 1."""
         if self._positions is None:
             known = self.names[start : start + len(names)]
             if known == names[: len(known)]:
@@ -128,21 +130,21 @@ class Listing:
 
 
 class Listings:
-    """The listings of directories that are open, and of some that were: an NFS server opens a
-    directory anew for each part of it.
+    """The listings of open directories, and of some closed ones: an NFS server opens a directory
+    again for each part of a listing.
 
     Args:
-        spare: names, gone ones included, that may be remembered without being needed.
+        spare: most names, removed ones included, to keep for closed directories.
     """
 
     def __init__(self, spare: int) -> None:
         self._spare = spare
         self._listings: dict[int, Listing] = {}  # by inode
-        self._closed: dict[int, Listing] = {}  # those that nobody has open, the oldest first
+        self._closed: dict[int, Listing] = {}  # of directories that are not open, oldest first
         self._closed_names = 0
 
     def open(self, ino: int) -> Listing:
-        """The listing for another opening of a directory."""
+        """Return the listing for a directory that is being opened."""
         listing = self._listings.get(ino)
         if listing is None:
             listing = self._listings[ino] = Listing()
@@ -152,7 +154,7 @@ class Listings:
         return listing
 
     def close(self, ino: int, listing: Listing) -> None:
-        """An opening of the directory has ended."""
+        """Record that an open directory was closed."""
         listing.openings -= 1
         if listing.openings or self._listings.get(ino) is not listing:
             return
@@ -162,8 +164,8 @@ class Listings:
             self.forget(next(iter(self._closed)))
 
     def begin(self, ino: int, listing: Listing) -> Listing:
-        """The listing to go on with where a directory is read from its start: a new one if the old
-        one is mostly of names that are gone."""
+        """Return the listing for reading a directory from its start: a new one if most names of the
+        old one were removed."""
         if len(listing.names) <= 2 * listing.length + self._spare:
             return listing
         self.close(ino, listing)
@@ -172,7 +174,7 @@ class Listings:
         return self.open(ino)
 
     def forget(self, ino: int) -> None:
-        """The directory is gone, or was not used for long: new openings begin a new listing."""
+        """Drop a listing: the directory was removed, or has not been used for long."""
         self._listings.pop(ino, None)
         closed = self._closed.pop(ino, None)
         if closed is not None:
@@ -185,7 +187,7 @@ class Directory:
 
     Attributes:
         listing: the positions of its entries.
-        met: entries that were read since its start.
+        met: number of entries read since its start.
     """
 
     ino: int
@@ -194,7 +196,7 @@ class Directory:
 
 
 class DirectoryEntry(NamedTuple):
-    """A directory entry: *next_cookie* continues after it; dots are not counted as lookups."""
+    """A directory entry; *next_cookie* continues after it.  The dots do not count as lookups."""
 
     name: bytes
     attributes: Attributes
@@ -206,11 +208,11 @@ class DirectoryEntry(NamedTuple):
 
 
 class Outdated(NamedTuple):
-    """What the kernel must not believe any more.
+    """What the kernel must drop from its caches.
 
     Attributes:
-        inodes: and whether only their attributes are meant.
-        names: directory and name, and the inode that the kernel was told, 0 when none is known.
+        inodes: inode numbers, and whether only their attributes are outdated.
+        names: directory and name, and the inode that the kernel has cached for it (0: unknown).
     """
 
     inodes: dict[int, bool]

@@ -1,11 +1,11 @@
-"""Keeping the kernel from believing what others have changed.
+"""Invalidation of the kernel's caches for changes by other clients.
 
-* Who tells the kernel to forget something has to wait: for pages that are being read or written,
-  and for what is being done in a directory.  All of that is served by this process's event loop,
-  so a thread tells it, and nothing that the kernel asks for ever waits for that thread.
-* What comes while the thread is at it is gathered by the provider, within its bounds.
-* Nobody serves the kernel any more when the session is being closed, so the thread has to be out
-  of the kernel by then: see :meth:`Follower.stop`.
+* An invalidation blocks while the kernel reads or writes the affected pages, or works in the
+  directory.  The process's event loop serves those requests, so a separate thread calls the
+  kernel, and no request of the kernel ever waits for that thread.
+* The provider collects changes while the thread is busy, up to its limits.
+* No request is served while the session is being closed, so the thread must have left the kernel
+  by then: see :meth:`Follower.stop`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from warabifs.fs.handles import Outdated
 log = logging.getLogger(__name__)
 
 _EVERYTHING = Changes(0, True, {}, {})
-_PAUSE = 1.0  # seconds after the provider did not answer
-_PATIENCE = 2.0  # seconds for the thread to come out of the kernel
+_PAUSE = 1.0  # seconds before the next attempt after the provider did not reply
+_PATIENCE = 2.0  # seconds to wait for the thread to leave the kernel
 _OVER = (errno.ENOTCONN, errno.ENODEV, errno.EBADF, errno.EINVAL)
 
 
 class Follower:
-    """Has a kernel forget what others change in a target.
+    """Makes a kernel drop what other clients change in a target.
 
     Args:
-        target: which one.
-        files: the mount's.
-        forget_inode: has the kernel forget attributes and, unless told, the bytes of an inode.
-        forget_name: has it forget what a name in a directory means.
-        new_names: whether the kernel believes that names mean nothing.
+        target: the target.
+        files: the mount's file system.
+        forget_inode: makes the kernel drop the attributes of an inode, and its pages unless the
+            second argument is true.
+        forget_name: makes the kernel drop the dentry of a name in a directory.
+        new_names: whether the kernel caches that names do not exist.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class Follower:
         self._forget_inode = forget_inode
         self._forget_name = forget_name
         self._new_names = new_names
-        self._out = trio.Event()  # the thread is out of the kernel
+        self._out = trio.Event()  # set while the thread is not in the kernel
         self._out.set()
         self._stopping = False
 
     async def run(self) -> None:
-        """Follow until cancelled, or for as long as the provider tells what changes."""
+        """Run until cancelled, or until the provider turns out not to support notifications."""
         token = trio.lowlevel.current_trio_token()
         try:
             async with contextlib.aclosing(self._changes()) as followed:
@@ -73,17 +74,21 @@ class Follower:
                         return
                     if outdated.inodes or outdated.names:
                         self._out = trio.Event()
-                        # Left alone when the mount ends: it may wait for what nobody serves then.
+                        # Abandoned when the mount ends: it may wait for requests that are not
+                        # served then.
                         await trio.to_thread.run_sync(
                             self._tell, outdated, self._out, token, abandon_on_cancel=True
                         )
         except errors.ProtocolError as error:
-            log.warning("what others change is seen when timeouts end: %s", error)
+            log.warning(
+                "no change notifications; other clients' changes appear when timeouts expire: %s",
+                error,
+            )
 
     async def _changes(self) -> AsyncGenerator[Changes, None]:
-        """What others change; never ends but by a provider that does not know of it.
+        """Yield changes by other clients; ends only if the provider does not support it.
 
-        When nothing is told any more, everything may have changed.
+        When the notifications are interrupted, everything may have changed.
         """
         told = True
         while True:
@@ -98,16 +103,17 @@ class Follower:
                 raise
             except errors.Exception as error:
                 if told:
-                    log.info("nobody tells what others change: %s", error)
+                    log.info("change notifications are not available: %s", error)
             if told:
                 told = False
                 yield _EVERYTHING
             await trio.sleep(_PAUSE)
 
     async def _changed(self, names: dict[tuple[int, bytes], int]) -> dict[tuple[int, bytes], int]:
-        """Those of *names* that mean something else by now, or are no directories.
+        """Return those of *names* that refer to another inode by now, or are not directories.
 
-        A directory that programs work in would look as if it had been removed.
+        Dropping the dentry of an unchanged directory would make it look removed to programs whose
+        working directory is in it.
         """
         changed = {}
         for (parent, name), ino in names.items():
@@ -117,7 +123,7 @@ class Follower:
                     if found.ino == ino:
                         continue
             except errors.Exception:
-                pass  # it is gone, or nobody knows
+                pass  # it was removed, or the provider cannot be asked
             changed[parent, name] = ino
         return changed
 
@@ -129,19 +135,18 @@ class Follower:
                 self._one(self._forget_inode, ino, attributes_only)
         except OSError as error:
             if error.errno not in _OVER:
-                log.error("the kernel did not forget what others changed: %s", error)
+                log.error("invalidating kernel caches failed: %s", error)
         finally:
             with contextlib.suppress(trio.RunFinishedError):
                 token.run_sync_soon(out.set)
 
     def _one(self, forget: Callable[..., None], *arguments: object) -> None:
         if not self._stopping:
-            with contextlib.suppress(FileNotFoundError):  # it does not know it
+            with contextlib.suppress(FileNotFoundError):  # the kernel has no such entry
                 forget(*arguments)
 
     async def stop(self) -> None:
-        """Tell the kernel nothing any more; returns when the thread is out of it, or when it does
-        not come out within a moment."""
+        """Stop calling the kernel; returns when the thread has left it, or after ``_PATIENCE``."""
         self._stopping = True
         with trio.move_on_after(_PATIENCE, shield=True):
             await self._out.wait()

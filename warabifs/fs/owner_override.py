@@ -1,8 +1,8 @@
-"""Owner and permissions as ``-o uid=``, ``gid=`` and ``umask=`` want them, whatever is stored.
+"""Owner and permission overrides: ``-o uid=``, ``gid=`` and ``umask=``.
 
-As on file systems that store no owners: what is overridden can be set to what it is already;
-another owner is refused, another mode is accepted without effect.  Nothing that happens through
-such a mount gives a stored file a set-id bit, for the one who sets it is not the stored owner.
+As on file systems that store no owners, an overridden attribute can only be set to the value that
+is shown: another owner is refused, another mode is accepted without effect.  Such a mount never
+sets a set-ID bit on a stored file, since its caller is not the stored owner.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from warabi.protocol.operations import OPERATIONS
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _SPECIAL = _SET_ID | stat.S_ISVTX
 _OWNER_AT = {name: one.owner for name, one in OPERATIONS.items() if one.owner is not None}
-"""Operations that make something, and which of their arguments are its owner and group."""
+"""Operations that create something, and the index of the owner among their arguments."""
 
 
 @dataclass
 class Shown:
-    """What is shown instead of what is stored; None: what is stored."""
+    """The overrides; None: show the stored value."""
 
     uid: int | None = None
     gid: int | None = None
@@ -37,7 +37,7 @@ class Shown:
         return self != Shown()
 
     def attributes(self, stored: Attributes) -> Attributes:
-        """*stored*, as others get to see it."""
+        """Return *stored* with the overrides applied."""
         mode = stored.mode
         if self.umask is not None and not stat.S_ISLNK(mode):
             mode = mode & ~0o777 | 0o777 & ~self.umask
@@ -48,23 +48,23 @@ class Shown:
         )
 
     def made(self, arguments: Sequence[Any], place: int) -> list[Any]:
-        """The arguments of an operation that makes something; its owner is at *place*."""
+        """Return the arguments of a creating operation; its owner is at index *place*."""
         changed = list(arguments)
         if self.uid is not None:
             changed[place] = self.uid
         if self.gid is not None:
             changed[place + 1] = self.gid
         if changed != list(arguments) and isinstance(changed[2], int):
-            changed[2] &= ~_SET_ID  # of the owner that it gets, not of the one who asks
+            changed[2] &= ~_SET_ID  # the caller is not the owner that the file gets
         return changed
 
     def change(
         self, stored: Attributes, mode: int | None, uid: int | None, gid: int | None
     ) -> tuple[int | None, int | None, int | None]:
-        """What to store when mode, owner and group are set to these.
+        """Return the mode, owner and group to store for a request to set them.
 
         Raises:
-            PathError: another owner or group than the one shown.
+            PathError: EPERM for another owner or group than the one shown.
         """
         for wanted, shown, what in ((uid, self.uid, "uid"), (gid, self.gid, "gid")):
             if wanted is not None and shown not in (None, wanted):
@@ -79,17 +79,17 @@ class Shown:
 
 
 class ShownLink:
-    """A target whose inodes have the owners and modes that *shown* says.
+    """A link to a target that shows its inodes with overridden owners and modes.
 
     Args:
-        link: reaches the target.
-        shown: overrides something.
+        link: the link to the target.
+        shown: the overrides.
     """
 
     def __init__(self, link: AsyncLink, shown: Shown) -> None:
         self._link = link
         self._shown = shown
-        # What concerns bytes alone goes straight through.
+        # Operations on data need no override.
         self.changes = link.changes
         self.size = link.size
         self.write = link.write

@@ -1,12 +1,13 @@
-"""Which files the page cache has as they are: whether it may keep what it has at an opening.
+"""Page versions: whether the kernel may keep its cached pages of a file when it is opened.
 
-The provider tells a *version* of the bytes with each opening: it is another one when somebody else
-has changed them.  What this mount writes goes through the page cache, which knows it.  (On the
-provider's host nobody can tell: there a mount writes past it, and drops what it has written.)
+The reply to each open has a *version* of the file's bytes, which changes when another client
+changes them.  This mount's own writes go through its page cache and do not change it.  (Clients on
+the provider's host write by direct access, which the provider cannot attribute: there a mount
+writes past the page cache, and drops the pages that it has written.)
 
-When a version is another one the kernel is told to drop what it has, and does so when it takes note
-of the answer.  Until then somebody else who opens the file must be told the same; so the version
-counts from the first use of the open file on.
+When the version differs the kernel is told to drop its pages, and does so when it processes the
+reply.  Until then any other open must get the same answer; so the version is recorded at the first
+use of the open file.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from warabifs.fs.handles import File
 
 
 class PageVersions:
-    """The versions of what the kernel has of a target's files.
+    """The versions of the file contents that the kernel has cached.
 
     Args:
-        target: where they are.
-        alone: nobody else changes them.
+        target: the target.
+        alone: no other client changes it.
     """
 
     def __init__(self, target: Target, *, alone: bool) -> None:
@@ -30,17 +31,17 @@ class PageVersions:
         self._alone = alone
         self._versions: dict[int, int] = {}
         self.told = False
-        """Whether the provider tells changes of others from those of this mount."""
+        """Whether the provider reports versions, which tell other clients' changes from our own."""
 
     async def learn(self) -> None:
-        """Find out what the provider tells."""
+        """Find out whether the provider reports versions."""
         if not self._alone:
             self.told = True
             await self.pin(ROOT)
             await self._target.call("unpin", ROOT, 1)
 
     async def pin(self, ino: int) -> tuple[Attributes, int]:
-        """Keep an inode for an open file; its attributes, and the version of its bytes."""
+        """Pin an inode for an open file; returns its attributes, and the version of its bytes."""
         if self.told:
             try:
                 attributes, version = await self._target.call("open", ino)
@@ -48,28 +49,28 @@ class PageVersions:
             except errors.ProtocolError:
                 self.told = False  # an older provider
         attributes = await self._target.call("pin", ino)
-        return attributes, attributes.ctime_ns  # another one also after changes of our own
+        return attributes, attributes.ctime_ns  # the ctime also changes with our own writes
 
     def opened(self, file: File, version: int) -> bool:
-        """Whether the kernel may keep what it has of a file that is being opened."""
+        """Whether the kernel may keep its cached pages of a file that is being opened."""
         if self._alone or self._versions.get(file.ino) == version:
             return True
         file.version = version
         return False
 
     def used(self, file: File) -> None:
-        """The kernel has taken note that *file* was opened."""
+        """Record that the kernel has processed the reply to the open of *file*."""
         if file.version is not None:
             self._versions[file.ino] = file.version
             file.version = None
 
     def made(self, ino: int) -> None:
-        """A file was made by this mount: nobody else has changed it."""
+        """Record that this mount created a file, which no other client has changed."""
         if self.told:
             self._versions[ino] = 0
 
     def forget(self, ino: int) -> None:
-        """The kernel drops what it has, or nothing is known of it."""
+        """Forget the version of a file: the kernel drops its pages, or may have no valid ones."""
         self._versions.pop(ino, None)
 
     def forget_all(self) -> None:

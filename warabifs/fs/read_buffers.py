@@ -1,36 +1,36 @@
-"""Where the bytes of a mount's reads are, between the socket and the kernel.
+"""Buffers for the data of reads, between the socket and the kernel.
 
-A buffer is taken when the bytes come, and not when they are asked for, and given back when they are
-about to be copied out.  So replies to many requests go through one buffer, one after the other,
-which the processor's caches hold, and not through as many as there are requests.
+A buffer is allocated when the data arrive, not when they are requested, and released just before
+they are copied out.  So the replies to many requests use one buffer in turn, which stays in the
+processor's caches, instead of one buffer per request.
 """
 
 from __future__ import annotations
 
 from warabifs.fs.limits import MAX_WRITE
 
-_SPARE = 8  # for reads side by side; to make one takes as long as a read
+_SPARE = 8  # for concurrent reads; allocating one takes as long as a read
 
 
 class Buffers:
-    """Buffers for one read each; the one that was used last is taken first."""
+    """A stack of buffers, each large enough for one read."""
 
     def __init__(self) -> None:
         self._spare = [memoryview(bytearray(MAX_WRITE))]
 
     def loan(self, size: int) -> BufferLoan:
-        """A buffer of *size* bytes, ``MAX_WRITE`` at most, for as long as the block runs.
+        """Return a context manager for a buffer of *size* bytes, at most ``MAX_WRITE``.
 
-        What is in it stays valid after that until the task waits for anything.
+        Its contents stay valid after the block until the task next awaits.
         """
         return BufferLoan(self._spare, size)
 
 
 class BufferLoan:
-    """At most one buffer.
+    """A buffer that is allocated on first use.
 
     Attributes:
-        taken: it, or nothing.
+        taken: the buffer, or an empty one before :meth:`place` was called.
     """
 
     __slots__ = ("_buffer", "_size", "_spare", "taken")
@@ -42,7 +42,7 @@ class BufferLoan:
         self.taken = memoryview(b"")
 
     def place(self) -> memoryview:
-        """The buffer, which is taken now if it was not before."""
+        """Return the buffer; the first call allocates it."""
         if self._buffer is None:
             self._buffer = self._spare.pop() if self._spare else memoryview(bytearray(MAX_WRITE))
             self.taken = self._buffer[: self._size]

@@ -1,16 +1,16 @@
-"""Writes of a mount that take time, and reads of the same bytes.
+"""Ordering of a mount's pending writes and reads of the same bytes.
 
-The kernel does not hold the pages of a write once they are filled: they may be dropped, and read
-anew, before it is sent or answered.  What such a read brings stays in the page cache.
+The kernel does not lock the pages of a write after filling them: it may drop and read them again
+before the write is sent or completed.  The result of such a read stays in the page cache.
 
-* A read that comes after the write must bring what the write stores, and waits for it, though it
-  could be answered sooner, from shared memory or beside a thread that writes.
-* One that came shortly before it brought what was before.  Whose read it was tells whether that can
-  be: not who writes, who has the bytes that he read by then.  Of what somebody else read the kernel
-  is told, after the write, to drop the pages that were written.
+* A read that arrives after the write must return the written data.  It waits for the write, even
+  if it could be served sooner, from shared memory or while a thread writes.
+* A read that arrived shortly before the write returned the old data.  That is correct only if the
+  writing thread itself issued the read, since it got its data before it wrote.  After a read by
+  another thread the kernel is told, when the write ends, to drop the pages that were written.
 
-Who reads or writes is the number of a thread; 0 is nobody that is known, and ``KERNEL`` holds the
-pages that it writes back.
+``who`` is the number of the thread that reads or writes; 0 is an unknown one, and ``KERNEL`` is
+writeback, during which the kernel locks the pages.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from warabi.region import RegionID
 
 KERNEL = -1
 _LATELY = 1.0
-"""Seconds from a read to a write that the kernel may have been about to send by then."""
+"""Seconds between a read and a write that the kernel may have been about to send by then."""
 _MOST_READS, _MOST_INODES = 64, 1024
 _PAGE = 4096
 
 
 class Writes:
-    """Those of one mount.
+    """The writes of one mount.
 
     Attributes:
-        under_way: in the order in which they began.
-        drop: has the kernel drop bytes of an inode, from one on, so many; later.
+        under_way: pending writes, in the order in which they began.
+        drop: makes the kernel drop cached pages, asynchronously: inode, offset, size in bytes.
     """
 
     def __init__(self) -> None:
         self.under_way: list[Write] = []
         self.drop: Callable[[int, int, int], None] = lambda ino, offset, size: None
-        # By inode: when, by whom, from which byte to which.
+        # By inode: time, thread, first byte, end.
         self._reads: dict[int, deque[tuple[float, int, int, int]]] = {}
 
     async def after_appends(self, write: Write) -> None:
         """Return when the appends to the same file that began before *write* have ended.
 
-        The kernel sends the parts of a large asynchronous one without waiting for answers.
+        The kernel sends the parts of a large asynchronous append without waiting for replies.
         """
         write.appends = True
         for other in self.under_way.copy():
@@ -58,12 +58,11 @@ class Writes:
                 await other.wait()
 
     def one(self, region: RegionID, who: int, offset: int, size: int) -> Write:
-        """A write of *size* bytes at *offset*, under way for as long as the block runs, by
-        *who*."""
+        """Return a context manager: a write by thread *who* that is pending inside the block."""
         return Write(self, region, who, offset, offset + size)
 
     def check(self, ino: int, who: int, start: int, end: int) -> None:
-        """A write by *who* has ended: have pages dropped that others read shortly before."""
+        """After a write by *who*, drop pages that other threads read shortly before it."""
         if who == KERNEL:
             return
         start, end = start // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
@@ -74,15 +73,16 @@ class Writes:
                 return
 
     async def follow(self, region: RegionID, offset: int, size: int) -> None:
-        """Some bytes are about to be written: return when writes of any of them have ended whose
-        programs were killed.  The kernel lets others write there then, and theirs come later."""
+        """Before a write: wait for pending overlapping writes whose programs were killed.
+
+        The kernel then no longer serializes them with new writes, which must take effect later.
+        """
         for write in self.under_way.copy():
             if write.is_left and write.overlaps(region, offset, offset + size):
                 await write.wait()
 
     async def read(self, region: RegionID, who: int, offset: int, size: int) -> None:
-        """Some bytes are about to be read by *who*: return when writes of any of them have
-        ended that are under way now."""
+        """Before a read by *who*: wait for the overlapping writes that are pending now."""
         end = offset + size
         reads = self._reads.get(region.slot)
         if reads is None:
@@ -96,7 +96,7 @@ class Writes:
 
 
 class Write:
-    """One of them."""
+    """A pending write."""
 
     __slots__ = ("_caller", "_ended", "_writes", "appends", "end", "region", "start", "who")
 
@@ -111,16 +111,16 @@ class Write:
         self.end = end
 
     def overlaps(self, region: RegionID, start: int, end: int) -> bool:
-        """Whether it is a write of any of these bytes."""
+        """Whether it writes some of these bytes."""
         return self.region == region and self.start < end and start < self.end
 
     @property
     def is_left(self) -> bool:
-        """Whether the program that wrote was killed, and does not wait for its end."""
+        """Whether the program that wrote was killed, and does not wait for the result."""
         return self._caller is not None and self._caller.gone
 
     async def wait(self) -> None:
-        """Return when it has ended, well or not."""
+        """Return when it has ended, successfully or not."""
         if self in self._writes.under_way:
             self._ended = self._ended or trio.Event()
             await self._ended.wait()

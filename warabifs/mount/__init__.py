@@ -1,1 +1,1 @@
-"""``mount.warabifs``: options, mounting, unmounting, and the commands around it."""
+"""The command ``mount.warabifs``: options, mounting, unmounting, and related commands."""

@@ -1,12 +1,12 @@
-"""``warabifs``: the mount under the project's name.
+"""The command ``warabifs``, with a subcommand for each task.
 
 warabifs mount SOURCE MOUNTPOINT [-o ...]
 warabifs umount MOUNTPOINT
 warabifs doctor
 warabifs install-helper
 
-``warabifs SOURCE MOUNTPOINT [-o ...]`` mounts too: so mount.fuse3(8) calls it for the type
-``fuse.warabifs``.
+``warabifs SOURCE MOUNTPOINT [-o ...]`` mounts, too: this is how mount.fuse3(8) calls it for the
+type ``fuse.warabifs``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Commands(Commands):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and ":" in args[0]:  # no command, but a source
+        if args and ":" in args[0]:  # not a command, but a source
             return "mount", mount, args
         return super().resolve_command(ctx, args)
 
@@ -44,25 +44,25 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def mount(arguments: tuple[str, ...]) -> None:
     """Mount a target; takes the arguments of mount.warabifs."""
-    from warabifs.mount.main import main  # not earlier: the other commands need none of it
+    from warabifs.mount.main import main  # imported late: the other commands do not need it
 
     main(arguments)
 
 
 @main.command()
-@click.argument("mountpoint")  # as text: click.Path would ask the mount, which may not answer
-@click.option("-l", "--lazy", is_flag=True, help="Unmount now; open files go on.")
+@click.argument("mountpoint")  # not click.Path, which would stat the mount, which may hang
+@click.option("-l", "--lazy", is_flag=True, help="Unmount now; open files stay usable.")
 @click.option("--timeout", default=unmount.PATIENCE, show_default=True, type=float, metavar="S",
               help="Seconds to wait until everything is persisted.")  # fmt: skip
 def umount(mountpoint: str, lazy: bool, timeout: float) -> None:
-    """Unmount; returns when everything is handed over and persisted, or says what is not."""
+    """Unmount; return when everything is persisted, or report what is not."""
     found = unmount.find(mountpoint)
     sys.exit(unmount.unmount(found, lazy=lazy, patience=timeout))
 
 
 @main.command()
 def doctor() -> None:
-    """Look for what keeps mounts from working; says what is wrong and what mends it."""
+    """Diagnose why mounting does not work, and suggest remedies."""
     sys.exit(examination.main())
 
 
@@ -72,6 +72,6 @@ def doctor() -> None:
               help="Where to install; mount(8) looks in /sbin.")  # fmt: skip
 @click.option("--uninstall", is_flag=True, help="Remove what was installed.")
 def install_helper(prefix: Path, uninstall: bool) -> None:
-    """Let mount(8), umount(8) and fstab know warabifs, and install its manual page."""
+    """Install the helpers for mount(8), umount(8) and fstab, and the manual page."""
     for line in install.uninstall(prefix) if uninstall else install.install(prefix):
         echo(line)

@@ -1,8 +1,8 @@
-"""``warabifs doctor``: what keeps mounts from working here, and the command that mends it.
+"""``warabifs doctor``: diagnoses why mounts do not work here, and suggests the remedy.
 
-Each check yields findings.  A *fault* keeps this user from mounting or has hurt already; a *hint*
-is about what only some need.  Nothing is changed, other than that the directory for local sockets
-is made; no mount is touched but by another process, with a limit in time.
+Each check yields findings.  A *fault* keeps this user from mounting, or has broken a mount; a
+*hint* concerns features that not every user needs.  Nothing is changed, except that the directory
+for local sockets is created; mounts are accessed only by another process with a time limit.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import click
 
 from warabi.errors import PermissionDenied
 from warabi.protocol import socket_directories
-from warabifs.frontends.mountinfo import mounts
+from warabifs.frontends.kernel.mountinfo import mounts
 from warabifs.mount import install
 from warabifs.mount.unmount import KIND
 
 _DEVICE = Path("/dev/fuse")
-_ANSWER = 5.0  # seconds for a mount to answer
-_FILES = 4096  # open files that a target of many regions is comfortable with
-_SYS_ADMIN = 21  # the number of the capability
+_ANSWER = 5.0  # seconds for a mount to respond
+_FILES = 4096  # open files that suffice for targets of many regions
+_SYS_ADMIN = 21  # the number of CAP_SYS_ADMIN
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, and for what is not in order the remedy."""
+    """The result of a check, with the remedy if there is a problem."""
 
     level: Literal["ok", "hint", "fault"]
     text: str
@@ -107,7 +107,7 @@ def _fusermount() -> Iterator[Finding]:
 
 
 def _status(name: str) -> str:
-    """A line of what the kernel says of this process."""
+    """Return a field of ``/proc/self/status``; empty if it is missing."""
     text = Path("/proc/self/status").read_text()
     found = re.search(rf"^{name}:\s*(\w+)", text, re.MULTILINE)
     return found[1] if found else ""
@@ -119,7 +119,7 @@ def _may_mount() -> bool:
 
 def _privileges() -> Iterator[Finding]:
     if _may_mount():
-        yield _ok("this process may mount by itself")
+        yield _ok("this process can mount directly")
     elif os.geteuid() == 0:
         yield _fault(
             "root here may not mount: the container lacks CAP_SYS_ADMIN",
@@ -127,9 +127,9 @@ def _privileges() -> Iterator[Finding]:
         )
     elif _status("NoNewPrivs") == "1":
         yield _fault(
-            "no_new_privs is set: fusermount3 gets no privileges from here",
+            "no_new_privs is set: fusermount3 cannot gain privileges",
             "start the program without no_new_privs (systemd: NoNewPrivileges=no), or mount in a"
-            " namespace of its own: unshare -Urm",
+            " user namespace: unshare -Urm",
         )
     else:
         yield _ok("fusermount3 mounts for this user")
@@ -152,12 +152,12 @@ def _configuration() -> Iterator[Finding]:
 
 
 def _limits() -> Iterator[Finding]:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # as far as a mount raises its limit
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a mount raises its soft limit to this
     if hard == resource.RLIM_INFINITY or hard >= _FILES:
         yield _ok("a mount may have enough descriptors")
         return
     yield _hint(
-        f"a mount may have {hard} descriptors: large targets are slower than they could be",
+        f"a mount may have {hard} descriptors: large targets are slower with few",
         f"raise nofile in /etc/security/limits.conf, systemd: LimitNOFILE={_FILES}",
     )
 
@@ -168,7 +168,7 @@ def _runtime_directory() -> Iterator[Finding]:
         path = Path(chosen) if chosen else socket_directories.made(os.getuid())
         info = path.lstat()
     except FileNotFoundError:
-        yield _ok(f"{chosen}, for local sockets, is made when needed")
+        yield _ok(f"{chosen}, for local sockets, is created when needed")
         return
     except PermissionDenied as error:
         yield _fault(str(error), "set WARABI_RUNTIME_DIR to a directory of mode 0700 of this user")
@@ -190,15 +190,15 @@ def _helpers() -> Iterator[Finding]:
     try:
         text = helper.read_text(errors="replace")
     except OSError:
-        yield _hint(f"{helper} is missing: mount(8) and fstab do not know us", remedy)
+        yield _hint(f"{helper} is missing: mount(8) and fstab cannot mount warabifs", remedy)
         return
     found = re.search(r"^exec (.+) -P -m warabifs.mount.helper", text, re.MULTILINE)
     if install.MARK not in text or found is None:
-        yield _hint(f"{helper} is not of this project", "rm it, then: " + remedy)
+        yield _hint(f"{helper} is not part of warabifs", "remove it, then: " + remedy)
     elif not os.access(shlex.split(found[1])[0], os.X_OK):
         yield _fault(
             f"{helper} starts {found[1]}, which this user cannot run",
-            f"install warabifs where every user gets to, then: {remedy}",
+            f"install warabifs in a directory that every user can read, then: {remedy}",
         )
     else:
         yield _ok(f"{helper} starts {found[1]}")
@@ -206,7 +206,7 @@ def _helpers() -> Iterator[Finding]:
 
 def _log() -> Iterator[Finding]:
     if not Path("/dev/log").exists():
-        yield _hint("there is no /dev/log: mounts in the background log nowhere", "-o log=FILE")
+        yield _hint("there is no /dev/log: background mounts have no log", "-o log=FILE")
 
 
 def _namespaces() -> Iterator[Finding]:
@@ -221,7 +221,7 @@ def _namespaces() -> Iterator[Finding]:
         path = Path(name)
         if path.exists() and path.read_text().strip() == wrong:
             yield _hint(
-                f"{name} is {wrong}: users cannot mount in a namespace of their own",
+                f"{name} is {wrong}: unprivileged users cannot mount in a user namespace",
                 f"sysctl {right}",
             )
 
@@ -238,7 +238,7 @@ def _mounts() -> Iterator[Finding]:
         except subprocess.TimeoutExpired:
             yield _fault(
                 f"{mount.path}: {mount.source} does not answer",
-                f"see its log; fusermount3 -u -z {mount.path} gives it up",
+                f"see its log; or detach it: fusermount3 -u -z {mount.path}",
             )
             continue
         if b"not connected" in done.stderr:
@@ -257,7 +257,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def main() -> int:
-    """Print what the checks find; the exit status, 1 when there is a fault."""
+    """Print the results of all checks; return the exit status, 1 if there is a fault."""
     faults = 0
     for check in CHECKS:
         for finding in check():
@@ -265,5 +265,5 @@ def main() -> int:
             click.echo(f"{finding.level + ':':<6} {finding.text}")
             if finding.remedy:
                 click.echo(f"       -> {finding.remedy}")
-    click.echo("nothing keeps this user from mounting" if not faults else f"faults: {faults}")
+    click.echo("this user can mount" if not faults else f"faults: {faults}")
     return 1 if faults else 0

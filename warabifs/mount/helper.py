@@ -1,5 +1,5 @@
-"""What mount(8) and umount(8) call: ``python -m warabifs.mount.helper mount|umount
-ARGUMENT...``."""
+"""Entry point for mount(8) and umount(8):
+``python -m warabifs.mount.helper mount|umount ARGUMENT...``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from warabifs.mount import unmount
 
 
 def main(arguments: list[str]) -> None:
-    """Ends the process with the exit status that mount(8) and umount(8) pass on."""
+    """Exit with the status that mount(8) and umount(8) pass on."""
     what, *rest = arguments
     if what == "umount":
         sys.exit(unmount.main(rest))
-    from warabifs.mount.main import main as mount  # not earlier: unmounting needs none of it
+    from warabifs.mount.main import main as mount  # imported late: unmounting does not need it
 
     mount(rest, helper=True)
 

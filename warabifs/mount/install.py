@@ -1,4 +1,4 @@
-"""``warabifs install-helper``: the files by which mount(8) and man(1) find this environment."""
+"""``warabifs install-helper``: files that let mount(8) and man(1) find this environment."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MARK = "Installed by `warabifs install-helper`, which `--uninstall` undoes."
 _HELPERS = {
     "sbin/mount.warabifs": "mount",
     "sbin/mount.fuse.warabifs": "mount",  # so mount(8) does not depend on mount.fuse3 and PATH
-    "sbin/umount.fuse.warabifs": "umount",  # the type that the list of mounts has
+    "sbin/umount.fuse.warabifs": "umount",  # the type in the mount table
     "sbin/umount.warabifs": "umount",
 }
 
 
 def _files(prefix: Path) -> dict[Path, tuple[str, int]]:
-    """Content and mode of every file."""
-    # -P: the directory where somebody calls mount(8) is no place to import modules from.
+    """Return content and mode of every file to install."""
+    # -P: do not import modules from the directory in which mount(8) was called.
     python = f"{shlex.quote(os.path.abspath(sys.executable))} -P -m warabifs.mount.helper"
     files = {
         prefix / name: (f'#!/bin/sh\n# {MARK}\nexec {python} {what} "$@"\n', 0o755)
@@ -37,7 +37,7 @@ def _files(prefix: Path) -> dict[Path, tuple[str, int]]:
 
 
 def _ours(path: Path) -> bool:
-    """Whether the file, which exists, is one that was installed."""
+    """Whether an existing file was installed by this command."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
@@ -49,15 +49,17 @@ def _ours(path: Path) -> bool:
 def _check(paths: list[Path]) -> None:
     for path in paths:
         if os.path.lexists(path) and not _ours(path):
-            raise ConfigError(f"{path}: is not of `warabifs install-helper`; it was left untouched")
+            raise ConfigError(
+                f"{path}: was not installed by `warabifs install-helper`; it was not modified"
+            )
 
 
 def install(prefix: Path) -> Iterator[str]:
     """Write the files below *prefix*; yields a line for each that changed.
 
     Raises:
-        ConfigError: one exists that is not ours, and nothing was changed; or a directory cannot
-            be made.
+        ConfigError: a file exists that was not installed by this command, and nothing was changed;
+            or a directory cannot be created.
         PermissionDenied, StorageFull, StorageError: a file cannot be written.
     """
     prefix = prefix.absolute()
@@ -69,17 +71,18 @@ def install(prefix: Path) -> Iterator[str]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, text.encode(), mode)
-            path.chmod(mode)  # that of a file which is replaced stays
+            path.chmod(mode)  # a file that is replaced keeps its mode
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from None
         yield f"{path}: installed"
 
 
 def uninstall(prefix: Path) -> Iterator[str]:
-    """Remove the files below *prefix*; yields a line for each that was there.
+    """Remove the files below *prefix*; yields a line for each that existed.
 
     Raises:
-        ConfigError: one is not ours, and nothing was changed; or it cannot be removed.
+        ConfigError: a file was not installed by this command, and nothing was changed; or a file
+            cannot be removed.
     """
     paths = list(_files(prefix.absolute()))
     _check(paths)

@@ -1,7 +1,7 @@
-"""``mount.warabifs``: check, fork, mount, serve, and end with everything persisted.
+"""``mount.warabifs``: check, fork, mount, serve, and exit with everything persisted.
 
-The fork comes first: Trio and SQLite must not be carried over one.  The parent waits until the
-child has mounted, asks the mount for its root directory, and only then exits with 0.
+The fork comes first, since neither Trio nor SQLite survive one.  The parent waits until the child
+has mounted, calls statfs on the mount, and exits with 0 only if that succeeds.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from warabi.protocol.auth import config_of
 from warabi.target import opening
 from warabi.target.region_locks import LOOPS
 from warabi.target.target import Target
-from warabifs.frontends.base import Ability, FrontEnd, Settings
-from warabifs.frontends.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
-from warabifs.frontends.mountinfo import device_number
-from warabifs.frontends.registry import FRONT_ENDS
+from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
+from warabifs.frontends.kernel.dispatch import Operations
+from warabifs.frontends.kernel.mountinfo import device_number, identity
+from warabifs.frontends.kernel.passthrough import Passing
+from warabifs.frontends.kernel.protocol import Feature
+from warabifs.frontends.kernel.session import FuseSession
 from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.invalidator import Follower
 from warabifs.fs.owner_override import ShownLink
@@ -50,16 +52,16 @@ from warabifs.mount.watchdog import Watchdog
 
 log = logging.getLogger("warabifs")
 
-_PATIENCE = 2.0  # seconds to wait for an earlier mount of the target to let go
-_ANSWER = 30.0  # seconds for a fresh mount to answer
+_PATIENCE = 2.0  # seconds to wait for an earlier mount to release the target
+_ANSWER = 30.0  # seconds for a new mount to respond
 _DAY = 86400.0
-_LET_GO = 'exec 3<"$1" && fusermount3 -u -z "$1" && { sync -f /dev/fd/3; true; }'
+_DETACH = 'exec 3<"$1" && fusermount3 -u -z "$1" && { sync -f /dev/fd/3; true; }'
 
 
 def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> None:
-    """The command; exits with 0 when the mount can be used, or with 1 and one line on stderr.
+    """Run the command; exits with 0 when the mount is usable, or with 1 and one line on stderr.
 
-    As mount(8)'s *helper*, ``-f`` means what it means for mount(8): check, and mount nothing.
+    As mount(8)'s *helper*, ``-f`` means what it means for mount(8): check, but do not mount.
     """
     parsed = _parser(helper).parse_intermixed_args(arguments)
     if parsed.namespace:
@@ -79,7 +81,6 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
             source.backend is None or source.backend.in_memory is None
         ):
             raise ConfigError("option size: only for memory:")
-        FRONT_ENDS[options.frontend].load()  # or say what is missing for it
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
         if parsed.fake:
@@ -110,16 +111,14 @@ def _parser(helper: bool) -> argparse.ArgumentParser:
     parser.add_argument("-o", dest="option", action="append", default=[], metavar="OPTION")
     parser.add_argument(
         "-f", dest="fake" if helper else "foreground", action="store_true",
-        help="check everything, mount nothing" if helper else "stay in the foreground",
+        help="check everything, but do not mount" if helper else "stay in the foreground",
     )  # fmt: skip
     parser.add_argument(
         "--foreground", action="store_true", help="stay in the foreground, also under mount(8)"
     )
     parser.add_argument("-r", dest="read_only", action="store_true", help="same as -o ro")
-    parser.add_argument(
-        "-s", dest="sloppy", action="store_true", help="pass over options that are unknown"
-    )
-    # What else mount(8) passes to every helper.
+    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore unknown options")
+    # Further flags that mount(8) passes to every helper.
     for flag in ("-w", "-n", "-v"):
         parser.add_argument(flag, action="store_true", dest="_" + flag[1:], help=argparse.SUPPRESS)
     parser.add_argument("-t", dest="_t", help=argparse.SUPPRESS)
@@ -132,7 +131,7 @@ def _parser(helper: bool) -> argparse.ArgumentParser:
 
 
 def _enter(namespace: str, arguments: Sequence[str], helper: bool) -> NoReturn:
-    """Start again in another mount namespace, where this Python must be visible too."""
+    """Start again in another mount namespace; this Python must exist there, too."""
     rest = list(arguments)
     at = next(n for n, word in enumerate(rest) if word.startswith("-N"))
     del rest[at : at + (2 if rest[at] == "-N" else 1)]
@@ -147,23 +146,23 @@ def _remount(text: str, options: Options) -> None:
     ignored = [item for item in options.fixed if item not in ("allow_other", "noallow_other")]
     if ignored:
         print(
-            f"mount.warabifs: {path}: remounting leaves these as they were: {', '.join(ignored)}",
+            f"mount.warabifs: {path}: remount does not change these options: {', '.join(ignored)}",
             file=sys.stderr,
         )
 
 
 def _check_mountpoint(text: str) -> str:
-    """The absolute mount point, a directory that is no mount point yet; a dead mount is removed."""
+    """Return the absolute path of a directory that is not a mount point; removes a dead mount."""
     path = os.path.abspath(text)
     try:
-        os.statvfs(path)  # unlike stat, never answered from what the kernel cached of a dead mount
+        os.statvfs(path)  # unlike stat, never answered from the kernel's cache of a dead mount
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise ConfigError(f"mount point {path}: does not exist") from None
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise ConfigError(f"mount point {path}: {error.strerror}") from None
-        # What a killed mount leaves behind.
+        # Left behind by a killed mount.
         done = subprocess.run(
             ["fusermount3", "-u", "-z", path], capture_output=True, text=True, timeout=_ANSWER
         )
@@ -175,19 +174,19 @@ def _check_mountpoint(text: str) -> str:
     if not stat.S_ISDIR(mode):
         raise ConfigError(f"mount point {path}: is not a directory")
     if os.path.ismount(path):
-        raise ConfigError(f"mount point {path}: something is mounted there already")
-    return os.path.realpath(path)  # as the kernel's list of mounts has it
+        raise ConfigError(f"mount point {path}: already a mount point")
+    return os.path.realpath(path)  # as in the kernel's mount table
 
 
 def _check_device() -> None:
     if not Path("/dev/fuse").exists():
         raise ConfigError("/dev/fuse does not exist: load the kernel module fuse (modprobe fuse)")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise PermissionDenied("/dev/fuse: this user may not open it (usual is mode 0666)")
+        raise PermissionDenied("/dev/fuse: this user may not open it (its mode is usually 0666)")
 
 
 def _serve_in_background(source: Source, mountpoint: str, options: Options) -> None:
-    """Fork; the parent returns when the mount answers."""
+    """Fork; the parent returns when the mount responds."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
@@ -196,11 +195,11 @@ def _serve_in_background(source: Source, mountpoint: str, options: Options) -> N
             os._exit(_child(source, mountpoint, options, pipe))
     os.close(sending)
     with open(receiving, encoding="utf-8", errors="surrogateescape") as pipe:
-        word = pipe.read()
-    if word != "ready":
-        raise ConfigError(word or "the mount's process ended without a word")
+        status = pipe.read()
+    if status != "ready":
+        raise ConfigError(status or "the mount process ended without reporting an error")
     try:
-        # Another process must ask: the mount's own would wait for itself.
+        # Another process must do it: this one could wait for itself.
         done = subprocess.run(["stat", "-f", mountpoint], capture_output=True, timeout=_ANSWER)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"mount point {mountpoint}: the mount does not answer") from None
@@ -229,12 +228,12 @@ def _child(source: Source, mountpoint: str, options: Options, pipe: IO[str]) -> 
     except Exception as error:
         return _report(str(error), pipe)
     except BaseException as error:
-        return _report(f"{type(error).__name__}: {error}", pipe, defect=error)
+        return _report(f"{type(error).__name__}: {error}", pipe, exception=error)
 
 
-def _report(message: str, pipe: IO[str], defect: BaseException | None = None) -> int:
+def _report(message: str, pipe: IO[str], exception: BaseException | None = None) -> int:
     if pipe.closed:
-        log.error("%s", message, exc_info=defect)
+        log.error("%s", message, exc_info=exception)
     else:
         pipe.write(message)
         pipe.flush()
@@ -262,14 +261,14 @@ def _log_to(options: Options, *, foreground: bool) -> None:
 
 
 def _serve(source: Source, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
-    """Mount, serve until unmounted or told to end, persist, and tell those who wait for that."""
-    ending = ShutdownSocket()
+    """Mount, serve until unmounted or signalled, persist, and report to waiting ``umount``s."""
+    shutdown = ShutdownSocket()
     try:
-        _serve_and_persist(source, mountpoint, options, ready, ending)
+        _serve_and_persist(source, mountpoint, options, ready, shutdown)
     except BaseException as error:
-        ending.say(str(error) or type(error).__name__)
+        shutdown.report(str(error) or type(error).__name__)
         raise
-    ending.say("")
+    shutdown.report("")
 
 
 def _serve_and_persist(
@@ -277,7 +276,7 @@ def _serve_and_persist(
     mountpoint: str,
     options: Options,
     ready: Callable[[], None],
-    ending: ShutdownSocket,
+    shutdown: ShutdownSocket,
 ) -> None:
     descriptors.raise_limit()
     local: Target | None = None
@@ -293,7 +292,7 @@ def _serve_and_persist(
     LOOPS.add(threading.get_ident())
     try:
         failure = trio.run(
-            _mount_and_serve, source, local, mountpoint, options, ready, ending,
+            _mount_and_serve, source, local, mountpoint, options, ready, shutdown,
             instruments=loop_watchdog.instruments(),
         )  # fmt: skip
     finally:
@@ -305,8 +304,8 @@ def _serve_and_persist(
 
 
 def _limit(options: Options) -> int | None:
-    """Bytes of memory that the files of a ``memory:`` mount may take: half of it, as tmpfs has it,
-    unless something else was asked for; 0 is as much as there is."""
+    """Return the most bytes of memory for the files of a ``memory:`` mount, None for no limit: by
+    default half of it, as for tmpfs."""
     memory = physical_memory()
     return (memory // 2 if options.size is None else options.size(memory)) or None
 
@@ -332,7 +331,7 @@ async def _open(
 
 
 def _shown(target: aio.Target, options: Options) -> aio.Target:
-    return aio.Target(ShownLink(target._link, options.shown)) if options.shown else target
+    return aio.Target(ShownLink(target.link, options.shown)) if options.shown else target
 
 
 async def _mount_and_serve(
@@ -341,98 +340,97 @@ async def _mount_and_serve(
     mountpoint: str,
     options: Options,
     ready: Callable[[], None],
-    ending: ShutdownSocket,
+    shutdown: ShutdownSocket,
 ) -> BaseException | None:
-    """Returns what ended the mount, other than being unmounted."""
+    """Serve the mount; returns the error that ended it, None if it was unmounted."""
     try:
-        # From before the kernel knows of the mount until all is persisted: a signal that finds no
-        # receiver ends the process on the spot.
+        # Installed before the kernel knows of the mount and until everything is persisted: a signal
+        # without a receiver would kill the process at once.
         async with (
             _signals() as signals,
             _open(source, local, options) as target,
         ):
             alone = source.embedded or options.exclusive
-            # Others change what an engine serves: each use of a file's name asks anew, which also
-            # brings the size that reading and appending after an open rely on (close-to-open).
+            # Other clients change what an engine serves: each lookup of a name asks the provider,
+            # and brings the size that reading and appending after an open rely on (close-to-open).
             attributes, names, directories = (_DAY, _DAY, _DAY) if alone else (1.0, 0.0, 1.0)
             if options.passthrough:
-                attributes = 1.0  # a file that is changed through a mapping has other times
+                attributes = 1.0  # times change when a file is written through a mapping
             attributes = attributes if options.attr_timeout is None else options.attr_timeout
             if options.entry_timeout is not None:
                 names = directories = options.entry_timeout
             negative = names if options.negative_timeout is None else options.negative_timeout
             device = _mount(source, mountpoint, options)
-            entry = FRONT_ENDS[options.frontend]
-            front = entry.load()(device)
+            session = FuseSession(device.fd)
             files = FileSystem(
                 target,
                 exclusive=alone,
                 attr_timeout=attributes,
-                drop_name=front.drop_name,
-                drop_attributes=front.drop_attributes,
+                drop_name=session.drop_name,
+                drop_attributes=session.drop_attributes,
                 local=local,
                 remember_names=names > 0,
-                openless=(
-                    local is not None
-                    and not options.passthrough
-                    and Ability.OPENLESS in entry.abilities
-                ),
+                openless=local is not None and not options.passthrough,
             )
-            files.writes.drop = front.drop_bytes
+            files.writes.drop = session.drop_bytes
             if source.remote:
                 await files.pages.learn()
             follower = Follower(
                 target,
                 files,
-                forget_inode=front.forget_inode,
-                forget_name=front.forget_name,
+                forget_inode=session.forget_inode,
+                forget_name=session.forget_name,
                 new_names=bool(negative),
             )
-            settings = Settings(
+            operations = Operations(
+                files,
                 attr_timeout=attributes,
                 entry_timeout=names,
                 directory_timeout=directories,
                 negative_timeout=negative,
                 direct_io=options.direct_io,
                 writeback=options.exclusive,
-                passthrough=local if options.passthrough else None,
-                interruptible=not source.embedded,
-                read_ahead=READ_AHEAD_REMOTE if source.remote else READ_AHEAD,
+                passing=Passing(local, session) if options.passthrough and local else None,
+                # I/O on stable storage in this process cannot be interrupted.
+                interrupt=None if source.embedded else session.interrupt,
             )
             unmount = True
-            listed = utab.UtabEntry(options.fsname or source.text, mountpoint)
+            entry = utab.UtabEntry(options.fsname or source.text, mountpoint)
             try:
-                abilities = front.begin(files, settings)
-                if options.passthrough and Ability.PASSTHROUGH not in abilities:
-                    raise ConfigError("option passthrough: this kernel has none (Linux 6.14 has)")
+                operations.features = session.begin(operations.features)
+                if options.passthrough and not operations.features & Feature.PASSTHROUGH:
+                    raise ConfigError(
+                        "option passthrough: not supported by this kernel (Linux 6.14 or later is"
+                        " required)"
+                    )
+                device.read_ahead(READ_AHEAD_REMOTE if source.remote else READ_AHEAD)
                 try:
-                    ending.announce(mountpoint)
+                    shutdown.announce(mountpoint)
                 except (PermissionDenied, OSError) as error:
-                    log.warning("umount cannot wait for this process to persist: %s", error)
+                    log.warning("umount will not wait until this process has persisted: %s", error)
                 utab.remove_stale()
-                listed.add()
-                with Watchdog(device_number(mountpoint)):
+                entry.add()
+                number = device_number(mountpoint)
+                with Watchdog(number, identity(number)):
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(
-                            _end_on_signal, signals, mountpoint, follower, device, front
-                        )
-                        nursery.start_soon(_accept, ending)
+                        nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
+                        nursery.start_soon(_accept, shutdown)
                         if not alone:
                             nursery.start_soon(follower.run)
                         ready()
                         with inline_wait.serving(device.fd):
-                            await front.serve()
-                        unmount = False  # the kernel ended the session: it is unmounted already
+                            await session.serve(operations)
+                        unmount = False  # the kernel ended the session: already unmounted
                         nursery.cancel_scope.cancel()
             except (ValueError, TimeoutError) as error:
                 raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
             finally:
-                ending.gather()
-                listed.remove()
+                shutdown.gather()
+                entry.remove()
                 if local is not None:
                     local.will_close()
                 await follower.stop()
-                front.close()
+                session.silence()
                 device.close(unmount=unmount)
                 with trio.CancelScope(shield=True):
                     await _sync(target, None if source.embedded else options.timeout)
@@ -452,18 +450,18 @@ def _mount(source: Source, mountpoint: str, options: Options) -> Device:
     return Device(mountpoint, options.fsname or source.text, fuse)
 
 
-async def _accept(ending: ShutdownSocket) -> None:
-    while ending.fd >= 0:
-        await trio.lowlevel.wait_readable(ending.fd)
-        ending.accept()
+async def _accept(shutdown: ShutdownSocket) -> None:
+    while shutdown.fd >= 0:
+        await trio.lowlevel.wait_readable(shutdown.fd)
+        shutdown.accept()
 
 
 async def _sync(target: aio.Target, timeout: float | None) -> None:
-    """Sync *target*, and begin to do so once more after *timeout* seconds, in case that the reply
-    was lost; a slow medium may rightly take longer.  Whatever ends first counts.
+    """Sync *target*.  After *timeout* seconds send a second sync, in case the reply was lost, and
+    return when either completes; slow storage may take longer than the timeout.
 
     Raises:
-        warabi.errors.Exception: that of the sync.
+        warabi.errors.Exception: the error of the sync.
     """
     failure: Exception | None = None
 
@@ -486,7 +484,7 @@ async def _sync(target: aio.Target, timeout: float | None) -> None:
 
 @asynccontextmanager
 async def _signals() -> AsyncIterator[trio.MemoryReceiveChannel[signal.Signals]]:
-    """The signals that ask for an end; those that nobody takes are passed over."""
+    """Receive the signals that request an exit; signals that are not received are dropped."""
     sending, receiving = trio.open_memory_channel[signal.Signals](1)
 
     async def receive(task_status: trio.TaskStatus[None]) -> None:
@@ -506,30 +504,29 @@ async def _end_on_signal(
     signals: trio.MemoryReceiveChannel[signal.Signals],
     mountpoint: str,
     follower: Follower,
-    device: Device,
-    front: FrontEnd,
+    session: FuseSession,
 ) -> None:
-    """Unmount on a signal: the kernel hands over what it holds, then the session ends."""
+    """Unmount on a signal, so that the kernel flushes its caches before the session ends."""
     async for number in signals:
-        log.info("ending on %s", number.name)
+        log.info("exiting on %s", number.name)
         if await _run("fusermount3", "-u", mountpoint) == 0:
-            if not device.ended:  # it is mounted elsewhere too, perhaps where nothing is seen
-                log.info("%s: other mounts of it are left, which end now", mountpoint)
+            if not session.ended:  # another bind mount or mount namespace has it, too
+                log.info("%s: unmounting the remaining mounts of this file system", mountpoint)
                 await _run("sync")
                 await follower.stop()
-                front.stop()
+                session.stop()
             return
-        # Busy: programs have files open.  Let go of the tree, and take over dirty pages before
-        # that and after it, for they go on writing.
+        # Busy: programs have files open.  Detach the mount, and flush dirty pages before and after
+        # that, since the programs continue to write.
         await _run("sync", "-f", mountpoint)
-        if await _run("sh", "-c", _LET_GO, "sh", mountpoint) == 0:
+        if await _run("sh", "-c", _DETACH, "sh", mountpoint) == 0:
             await follower.stop()
-            front.stop()
+            session.stop()
             return
 
 
 async def _run(*command: str) -> int:
-    """Run a command beside the loop that it needs; its exit status."""
+    """Run a command without blocking the event loop, which it needs; return its exit status."""
     with trio.move_on_after(_ANSWER):
         done = await trio.run_process(command, check=False, capture_stderr=True)
         if done.returncode:

@@ -1,4 +1,4 @@
-"""The manual page mount.warabifs(8), made from the tables that ``--help`` and parsing use.
+"""The manual page mount.warabifs(8), generated from the tables for ``--help`` and parsing.
 
 ``python -m warabifs.mount.manual`` prints it.
 """
@@ -105,7 +105,7 @@ looks for what keeps mounts from working.
 
 
 def _text(text: str) -> str:
-    """*text* as roff takes it, whatever it starts with."""
+    """Escape *text* for roff."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-")
     return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
 
@@ -120,7 +120,7 @@ def _entry(left: str, right: str) -> str:
 
 
 def page() -> str:
-    """The manual page."""
+    """Return the manual page."""
     return "".join(
         (
             _HEAD.replace("@VERSION@", warabi.__version__),

@@ -1,4 +1,4 @@
-"""Sources and options of ``mount.warabifs``: one table for parsing, help, manual and messages."""
+"""Sources and options of ``mount.warabifs``: one table for parsing, help and manual page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from pathlib import Path
 from warabi.backends import Backend, registry
 from warabi.errors import ConfigError
 from warabi.protocol import address
-from warabifs.frontends.base import Ability
-from warabifs.frontends.registry import DEFAULT, FRONT_ENDS
 from warabifs.fs.owner_override import Shown
 
 
 @dataclass
 class Options:
-    """What was asked for with ``-o``."""
+    """The options given with ``-o``."""
 
     read_only: bool = False
     create: bool = True
@@ -33,29 +31,27 @@ class Options:
     direct_io: bool = False
     exclusive: bool = False
     passthrough: bool = False
-    frontend: str = DEFAULT
     allow_other: bool = False
-    size: Callable[[int], int] | None = None  # of the bytes of memory that there are
+    size: Callable[[int], int] | None = None  # maps the bytes of RAM to the limit
     fsname: str = ""
     log_file: str = ""
     security: dict[str, str] = field(
         default_factory=dict
     )  # as warabi.protocol.auth.config_of takes it
-    fuse: set[str] = field(default_factory=set)  # handed to the kernel as they are
+    fuse: set[str] = field(default_factory=set)  # passed to the kernel unchanged
     shown: Shown = field(default_factory=Shown)
     remount: bool = False
-    flags: set[str] = field(default_factory=set)  # the kernel's, as given
-    fixed: list[str] = field(default_factory=list)  # ours, which a remount cannot change
+    flags: set[str] = field(default_factory=set)  # the kernel's flags, as given
+    fixed: list[str] = field(default_factory=list)  # other options, which a remount cannot change
 
 
 @dataclass(frozen=True)
 class _Option:
-    """One option: what it sets, and what the help says of it."""
+    """An option: what it sets, and its help text."""
 
     apply: Callable[[Options, str], None]
     help: str
     value: str = ""  # the value's placeholder; empty for an option without one
-    needs: Ability | None = None  # what the front end must be able to do
 
 
 def _number(name: str, text: str, low: float, high: float) -> float:
@@ -77,7 +73,7 @@ def _text(attribute: str) -> Callable[[Options, str], None]:
 
 
 def _path(attribute: str) -> Callable[[Options, str], None]:
-    # Absolute: the mount's process changes its directory.
+    # Absolute, since the mount process changes its working directory.
     return lambda options, text: setattr(options, attribute, text and str(Path(text).absolute()))
 
 
@@ -91,12 +87,6 @@ def _security(name: str) -> Callable[[Options, str], None]:
 
 def _file(name: str) -> Callable[[Options, str], None]:
     return lambda options, text: options.security.update({name: str(Path(text).absolute())})
-
-
-def _frontend(options: Options, text: str) -> None:
-    if text not in FRONT_ENDS:
-        raise ConfigError(f"option frontend={text}: expected {' or '.join(FRONT_ENDS)}")
-    options.frontend = text
 
 
 def _provider_id(options: Options, text: str) -> None:
@@ -114,13 +104,13 @@ def _gid(options: Options, text: str) -> None:
 
 
 def _user_or_group(name: str, text: str, find: Callable[[str], int]) -> int:
-    if re.fullmatch("[0-9]{1,10}", text) and int(text) < (1 << 32) - 1:  # the last one is nobody
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) < (1 << 32) - 1:  # the last: none
         return int(text)
     try:
         return find(text)
     except (KeyError, ValueError):
         what = "user" if name == "uid" else "group"
-        raise ConfigError(f"option {name}={text}: no such {what}, and no number of one") from None
+        raise ConfigError(f"option {name}={text}: no such {what}, and not a number") from None
 
 
 def _umask(options: Options, text: str) -> None:
@@ -133,7 +123,7 @@ def _size(options: Options, text: str) -> None:
     found = re.fullmatch("([0-9]{1,20})([kmgtKMGT%]?)", text)
     if not found or (found[2] == "%" and int(found[1]) > 100):
         raise ConfigError(
-            f"option size={text}: expected bytes, with k, m, g or t behind them or not, or 0% to"
+            f"option size={text}: expected bytes, optionally with a suffix k, m, g or t, or 0% to"
             " 100% of the memory"
         )
     number, unit = int(found[1]), found[2].lower()
@@ -145,75 +135,72 @@ def _size(options: Options, text: str) -> None:
 
 
 OPTIONS: dict[str, _Option] = {
-    "ro": _Option(_flag("read_only", True), "refuse every change"),
+    "ro": _Option(_flag("read_only", True), "mount read-only"),
     "rw": _Option(_flag("read_only", False), "allow changes (default)"),
     "nocreate": _Option(_flag("create", False), "file: sources: refuse a target that is missing"),
     "size": _Option(
-        _size, "memory: sources: bytes of memory that files may take (k, m, g, t behind them), or a"
-        " part of the memory (default 50%; 0: as much as there is)", "BYTES|N%",
+        _size, "memory: sources: most bytes of memory for files (suffix k, m, g or t), or a"
+        " percentage of RAM (default 50%; 0: no limit)", "BYTES|N%",
     ),
     "provider_id": _Option(_provider_id, "which provider of the engine (default 0)", "N"),
     "timeout": _Option(
-        _seconds("timeout"), "seconds after which an unanswered request fails (default 60)", "S"
+        _seconds("timeout"), "seconds after which a request without reply fails (default 60)", "S"
     ),
     "reconnect": _Option(
-        _seconds("reconnect"), "seconds for which operations wait for a provider that went away"
+        _seconds("reconnect"), "seconds for which operations wait for a provider to come back"
         " (default 30; 0: they fail at once)", "S",
     ),
     "attr_timeout": _Option(
-        _seconds("attr_timeout"), "seconds for which attributes are believed (default: 1 for an"
-        " engine, a day for an embedded target)", "S",
+        _seconds("attr_timeout"), "seconds for which the kernel caches attributes (default: 1 for"
+        " an engine, a day for an embedded target)", "S",
     ),
     "entry_timeout": _Option(
         _seconds("entry_timeout"),
-        "seconds for which names are believed (default: 0 for an engine, 1 if they are names of"
-        " directories, a day for an embedded target); above 0, a file opened at the moment in which"
-        " another client changes it may be the old one",
+        "seconds for which the kernel caches names (default: 0 for an engine, 1 for names of"
+        " directories, a day for an embedded target); above 0, opening a name while another"
+        " client replaces it may open the old file",
         "S",
     ),
     "negative_timeout": _Option(
-        _seconds("negative_timeout"), "seconds for which it is believed that a name does not exist"
-        " (default: as entry_timeout)", "S",
+        _seconds("negative_timeout"), "seconds for which the kernel caches that a name does not"
+        " exist (default: as entry_timeout)", "S",
     ),
     "direct_io": _Option(
-        _flag("direct_io", True), "strict: every read and write goes to the target, past the page"
-        " cache; no shared mmap",
-        needs=Ability.DIRECT_IO,
+        _flag("direct_io", True), "strict: every read and write bypasses the page cache; no shared"
+        " mmap",
     ),
     "exclusive": _Option(
-        _flag("exclusive", True), "nobody else changes the target: writes are held back until a"
-        " file is closed or synced, and what is known is believed for a day",
-        needs=Ability.WRITEBACK,
+        _flag("exclusive", True), "no other client changes the target: writes are cached until a"
+        " file is closed or synced, names and attributes for a day",
     ),
     "passthrough": _Option(
         _flag("passthrough", True), "embedded targets, root only, Linux 6.14: the kernel reads and"
-        " writes regions by itself, at their speed; to open and close a file takes longer; implies"
-        " nosuid",
-        needs=Ability.PASSTHROUGH,
-    ),
-    "frontend": _Option(
-        _frontend, "what speaks FUSE: kernel, which is warabifs itself (default), or pyfuse3, a"
-        " package that is installed apart and can do less", "NAME",
+        " writes region files directly; opening and closing files takes longer; implies nosuid",
     ),
     "allow_other": _Option(
-        _flag("allow_other", True), "let other users in, as permissions say (default for root)"
+        _flag("allow_other", True), "let other users access the mount, subject to permissions"
+        " (default for root)"
     ),
-    "noallow_other": _Option(_flag("allow_other", False), "let nobody else in"),
-    "token_file": _Option(_file("token_file"), "an engine's token, for those who have one", "FILE"),
+    "noallow_other": _Option(
+        _flag("allow_other", False), "only the mounting user may access the mount"
+    ),
+    "token_file": _Option(_file("token_file"), "the token of an engine that requires one", "FILE"),
     "tls_cert": _Option(_file("tls_cert"), "with TLS: the mount's certificate, PEM", "FILE"),
     "tls_key": _Option(_file("tls_key"), "the certificate's key", "FILE"),
-    "tls_ca": _Option(_file("tls_ca"), "the certificate of who signs both sides'", "FILE"),
+    "tls_ca": _Option(
+        _file("tls_ca"), "the certificate of the CA that signs both sides' certificates", "FILE"
+    ),
     "tls_name": _Option(
         _security("tls_name"), "the name in the engine's certificate, if not its host's", "NAME"
     ),
-    "uid": _Option(_uid, "show everything as this user's, and make new files so", "USER"),
-    "gid": _Option(_gid, "show everything as this group's, and make new files so", "GROUP"),
+    "uid": _Option(_uid, "show and create all files as owned by this user", "USER"),
+    "gid": _Option(_gid, "show and create all files as owned by this group", "GROUP"),
     "umask": _Option(
-        _umask, "show everything with the permissions 0777 less these, whatever is stored", "OCTAL"
+        _umask, "show all permissions as 0777 less these bits, ignoring stored ones", "OCTAL"
     ),
     "remount": _Option(
-        _flag("remount", True), "change ro, noatime and other options of the kernel's of what is"
-        " mounted (root only); the options of this list stay as they are",
+        _flag("remount", True), "change ro, noatime and other kernel options of an existing mount"
+        " (root only); the options of this list cannot be changed",
     ),
     "fsname": _Option(_text("fsname"), "the source that mount(8) and df show", "NAME"),
     "log": _Option(_path("log_file"), "log to this file instead of the system log", "FILE"),
@@ -233,37 +220,37 @@ KERNEL = {
     "_netdev, auto, noauto, nofail, user, users, owner, group, defaults, x-*":
         "for mount(8) and systemd, without effect here",
 }  # fmt: skip
-"""What else ``-o`` takes, for help and manual."""
+"""Further options that ``-o`` accepts, for help and manual page."""
 
 _FLAGS = frozenset(
     "suid nosuid dev nodev exec noexec async sync dirsync atime noatime diratime nodiratime"
     " relatime norelatime strictatime nostrictatime".split()
 )
 _TO_FUSE = frozenset("suid nosuid dev nodev exec noexec async sync dirsync noatime".split())
-_OPPOSITE = {"sync": "async", "async": "sync"}  # of the others one has "no" in front
+_OPPOSITE = {"sync": "async", "async": "sync"}  # the opposite of the others has the prefix "no"
 _IGNORED = frozenset(
     "defaults auto noauto user nouser users nousers owner noowner group nogroup nofail _netdev"
     " default_permissions nolazytime lazytime silent loud noiversion iversion".split()
 )
 _LABELS = frozenset("context fscontext defcontext rootcontext".split())
 _SHOWN = frozenset("user_id group_id fd rootmode max_read blksize uhelper".split())
-"""What the lists of mounts have, and mount(8) hands over when it remounts."""
+"""Options in the mount table, which mount(8) passes on a remount."""
 
 
 def parse_options(
     groups: list[str], *, root: bool, sloppy: bool = False, helper: bool = False
 ) -> Options:
-    """The options of all ``-o`` arguments.
+    """Parse all ``-o`` arguments.
 
     Args:
         groups: each a comma-separated list.
-        root: whether the mount is made by root, whose mounts others may use.
-        sloppy: whether to pass over what is unknown.
-        helper: whether mount(8) hands them over.  It strips ``suid`` and ``dev``, which are its
-            defaults, so root's mounts have both unless the opposite is said, as with mount.fuse3.
+        root: whether root mounts, so that other users may access the mount by default.
+        sloppy: whether to ignore unknown options.
+        helper: whether mount(8) passes them.  It strips ``suid`` and ``dev``, which are its
+            defaults, so root's mounts get both unless the opposite is given, as with mount.fuse3.
 
     Raises:
-        ConfigError: an unknown option, with the closest known one, or a bad value.
+        ConfigError: an unknown option (with the closest known one), or an invalid value.
     """
     options = Options(allow_other=root)
     items = [item for group in groups for item in _items(group)]
@@ -286,7 +273,6 @@ def parse_options(
             continue
         elif item not in _IGNORED and not name.startswith(("x-", "X-", "comment")) and not sloppy:
             raise ConfigError(_unknown(name))
-    _check_abilities(options)
     if options.exclusive and options.direct_io:
         raise ConfigError("options exclusive and direct_io: at most one of them")
     if options.passthrough:
@@ -296,30 +282,24 @@ def parse_options(
             other = "exclusive" if options.exclusive else "direct_io"
             raise ConfigError(f"options passthrough and {other}: at most one of them")
         if "suid" in options.flags:
-            raise ConfigError("options passthrough and suid: nobody takes set-id bits away in time")
+            raise ConfigError(
+                "options passthrough and suid: the kernel would not clear set-id bits on writes"
+            )
         if "sync" in options.flags:
-            raise ConfigError("options passthrough and sync: the kernel would sync bytes alone")
+            raise ConfigError(
+                "options passthrough and sync: the kernel would sync data but not metadata"
+            )
         options.flags.add("nosuid")
     options.fuse |= options.flags & _TO_FUSE
-    # Not where owners or permissions are overridden: a set-ID program would run as the owner that
-    # is shown, and a device would be open to everybody.
+    # Not with overridden owners or permissions: a set-ID program would run as the owner that
+    # is shown, and a device would be accessible to every user.
     if helper and root and not options.shown:
         options.fuse |= {flag for flag in ("suid", "dev") if f"no{flag}" not in options.flags}
     return options
 
 
-def _check_abilities(options: Options) -> None:
-    """Raises ConfigError for an option that the front end cannot carry out."""
-    abilities = FRONT_ENDS[options.frontend].abilities
-    for item in options.fixed:
-        needs = OPTIONS[item.partition("=")[0]].needs
-        if needs is not None and needs not in abilities:
-            able = " or ".join(name for name, one in FRONT_ENDS.items() if needs in one.abilities)
-            raise ConfigError(f"option {item}: only with frontend={able}")
-
-
 def _items(group: str) -> Iterator[str]:
-    """The options of a list; commas between double quotes separate nothing."""
+    """Split a list of options; commas between double quotes do not separate."""
     for item in re.findall(r'(?:"[^"]*"|[^,"]|")+', group):
         yield item.replace('"', "") if item.split("=")[0] in _LABELS else item
 
@@ -338,8 +318,8 @@ def _unknown(name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """What to mount: exactly one of a backend, with the target's path if it has paths, or an
-    engine's address."""
+    """What to mount: either a backend, with the path of the target if the backend has paths, or
+    the address of an engine."""
 
     text: str
     backend: Backend | None = None
@@ -352,15 +332,15 @@ class Source:
 
     @property
     def remote(self) -> bool:
-        """Whether it is behind a network, or may be."""
+        """Whether the engine is, or may be, on another host."""
         return bool(self.address) and not address.parse(self.address).local
 
 
 def parse_source(text: str, *, create: bool) -> Source:
-    """The source that *text* names.
+    """Parse the source *text*.
 
     Raises:
-        ConfigError: it names none, or its parent directory does not exist.
+        ConfigError: it is not valid, or its parent directory does not exist.
     """
     kind, colon, rest = text.partition(":")
     if "://" in text and not any(kind in backend.names for backend in registry.loaded()):
@@ -381,19 +361,19 @@ def parse_source(text: str, *, create: bool) -> Source:
     if not path.parent.is_dir():
         raise ConfigError(f"source {text}: the directory {path.parent} does not exist")
     if not create and not path.exists():
-        raise ConfigError(f"source {text}: no such target, and nocreate was given")
+        raise ConfigError(f"source {text}: no such target, and the option nocreate is set")
     return Source(f"{kind}:{path}", backend, path)
 
 
 def rows() -> list[tuple[str, str]]:
-    """The options of ours, as they are written, and what each does."""
+    """Return our own options as they are written, with their help texts."""
     return [(f"{n}={o.value}" if o.value else n, o.help) for n, o in OPTIONS.items()]
 
 
 def help_text() -> str:
-    """The options as ``--help`` lists them."""
+    """Return the list of options for ``--help``."""
     width = max(len(left) for left, _ in rows())
     lines = [f"  {left:<{width}}  {right}" for left, right in rows()]
-    lines += ["", "and as for any file system:"]
+    lines += ["", "options of every file system:"]
     lines += [f"  {left}: {right}" for left, right in KERNEL.items()]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""``mount -o remount``: the kernel's flags of a mount that is there.
+"""``mount -o remount``: changes the kernel's flags of an existing mount.
 
-The mount's process has no part in it.  mount(8) hands over all flags, those of the table of
-mounts and fstab included, and calls this for what it cannot do itself, having a helper.
+The mount process takes no part in it.  mount(8) passes all flags, those of the mount table and
+fstab included, and leaves the remount to this helper since there is one.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from warabi.errors import ConfigError, PermissionDenied
 
 
 def remount(path: str, flags: set[str], *, read_only: bool) -> None:
-    """Give the mount on *path* the flags, and no others.
+    """Set the flags of the mount on *path*, and clear all others.
 
     Raises:
-        PermissionDenied: only root may.
+        PermissionDenied: the caller is not root.
         ConfigError: the kernel refuses, for instance since files are open for writing.
     """
     if os.geteuid() != 0:
         raise PermissionDenied(f"mount point {path}: only root can remount")
     flags = {"remount", *flags} | ({"ro"} if read_only else set())
     bits = sum(bit for flag, bit in MOUNT_FLAGS.items() if flag in flags)
-    # Not with mount(8): it would hand over the file system's own options, which newer kernels
-    # refuse to see again.
+    # Not by mount(8): it would pass the file system's own options, which newer kernels reject on a
+    # remount.
     try:
         mount("none", path, bits)
     except OSError as error:

@@ -1,14 +1,15 @@
-"""How umount(8) learns that a mount's process has persisted everything, or what it has not.
+"""A socket by which umount(8) waits until a mount process has persisted everything.
 
-The kernel's unmounting returns when the kernel has let go; the process may still be persisting.
+umount2(2) returns when the kernel has detached the mount; the process may still be persisting.
 So ``umount`` connects to a Unix socket of the process first, unmounts, and then waits for the
 process's report.
 
 The socket is in a directory that only the mount's user can enter
 (``warabi/protocol/socket_directories.py``), so no other user can take its name or fill its queue,
-and each side checks the credentials of the other. Its name has the mount's device number, and the
-process, for the number is free for another mount as soon as the kernel has let go.  The process
-closes the socket then, and reports to those that had connected before.
+and each side checks the credentials of the other.  Its name contains the mount's device number, the
+identity of the file system, since the kernel may reuse the number for another mount after the
+unmount, and the process ID.  The process then closes the socket, and reports to the clients that
+had connected before.
 """
 
 from __future__ import annotations
@@ -21,25 +22,17 @@ from pathlib import Path
 
 from warabi.protocol import socket_directories
 from warabi.protocol.address import peer, set_send_timeout
-from warabifs.frontends.mountinfo import Mounted, mounted_on
+from warabifs.frontends.kernel.mountinfo import Mounted, identity, is_gone, mounted_on
 
 _PREFIX = "umount."
 _QUEUE = 4096
-_CONNECT = 2.0  # seconds for a connection to find room in the queue
+_CONNECT = 2.0  # seconds for a connection to be queued
 _DONE = b"persisted"
-
-
-def identity(device: str) -> int:
-    """A number that the file system of this device number has, and none that has it later; 0 when
-    it is gone, or sysfs is not mounted."""
-    try:
-        return os.stat(f"/sys/class/bdi/{device}").st_ino
-    except OSError:
-        return 0
+_NO_REPORT = "the mount process exited without a report, see its log"
 
 
 class ShutdownSocket:
-    """The side of the mount's process."""
+    """The side of the mount process."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
@@ -50,7 +43,7 @@ class ShutdownSocket:
         """Open the socket of the mount on *path*.
 
         Raises:
-            OSError: that is not possible; ``umount`` cannot wait for this process then.
+            OSError: that is not possible; then ``umount`` cannot wait for this process.
             PermissionDenied: there is no directory for it.
         """
         mount = mounted_on(path)
@@ -60,13 +53,14 @@ class ShutdownSocket:
         _remove_stale(directory)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._path = directory / f"{_PREFIX}{mount.device}.{os.getpid()}"
+            number = identity(mount.device)
+            self._path = directory / f"{_PREFIX}{mount.device}.{number}.{os.getpid()}"
             hidden = directory / f"new.{os.getpid()}"
             hidden.unlink(missing_ok=True)  # of an earlier process with this number
             listener.bind(str(hidden))
             listener.listen(_QUEUE)
             listener.setblocking(False)
-            hidden.rename(self._path)  # what has this name listens, or its process has ended
+            hidden.rename(self._path)  # a socket of this name listens, or its process has ended
         except BaseException:
             listener.close()
             raise
@@ -74,12 +68,12 @@ class ShutdownSocket:
 
     @property
     def fd(self) -> int:
-        """The socket's descriptor, readable when a process has connected; -1 when there is none."""
+        """The socket's descriptor, readable when a client has connected; -1 if it is not open."""
         return -1 if self._listener is None else self._listener.fileno()
 
     def accept(self) -> None:
-        """Take the connections that have come, and let go of those whose processes have gone, such
-        as a ``umount`` that was refused.  They would fill the queue in the course of time."""
+        """Accept pending connections, and close those whose client has exited, such as an
+        ``umount`` that failed; otherwise they would fill the queue in time."""
         assert self._listener is not None
         gone = [connection for connection in self._waiting if _is_closed(connection)]
         for connection in gone:
@@ -89,14 +83,14 @@ class ShutdownSocket:
             while True:
                 connection, _ = self._listener.accept()
                 connection.setblocking(False)
-                # Nobody else can be there, in such a directory.
+                # The directory's mode lets only these users connect.
                 if peer(connection)[1] in (os.getuid(), 0) and not _is_closed(connection):
                     self._waiting.append(connection)
                 else:
                     connection.close()
 
     def gather(self) -> None:
-        """The kernel has let go: remove the socket, keep those that have connected."""
+        """Remove the socket after the unmount, and keep the connections that exist."""
         if self._listener is None:
             return
         self.accept()
@@ -104,8 +98,8 @@ class ShutdownSocket:
         self._listener = None
         self._path.unlink(missing_ok=True)
 
-    def say(self, failure: str) -> None:
-        """Report what was not persisted, or that everything was."""
+    def report(self, failure: str) -> None:
+        """Send the error to all clients, or that everything was persisted if *failure* is empty."""
         self.gather()
         for waiting in self._waiting:
             with contextlib.suppress(OSError), waiting:
@@ -114,8 +108,12 @@ class ShutdownSocket:
 
 
 def _remove_stale(directory: Path) -> None:
-    """Remove the sockets of processes that were killed."""
+    """Remove the sockets of killed processes, once their file systems are unmounted: until then a
+    socket tells ``umount`` that the process was killed."""
     for path in directory.glob(f"{_PREFIX}*"):
+        device, number = _file_system(path)
+        if number and not is_gone(device, number):
+            continue
         try:
             _connected(path).close()
         except ConnectionRefusedError:
@@ -125,7 +123,7 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _is_closed(connection: socket.socket) -> bool:
-    """Whether the other side of a non-blocking connection has closed it; it sends nothing."""
+    """Whether the peer of a non-blocking connection, which sends nothing, has closed it."""
     try:
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
@@ -134,27 +132,17 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def live_devices(uid: int) -> set[str]:
-    """The device numbers of all mounts of user *uid* whose processes live, in whatever mount and
-    PID namespaces they are; of those with a socket that is seen from here."""
-    found = set()
-    for directory in socket_directories.existing(uid):
-        for path in directory.glob(f"{_PREFIX}*"):
-            try:
-                _connected(path).close()
-            except (ConnectionRefusedError, FileNotFoundError):
-                continue
-            except OSError:
-                pass  # it is there, but cannot be asked
-            found.add(path.name.removeprefix(_PREFIX).partition(".")[0])
-    return found
+def _file_system(path: Path) -> tuple[str, int]:
+    """Return the device number and the identity in the name of a socket; 0 if it has none."""
+    device, *numbers = path.name.removeprefix(_PREFIX).split(".")
+    return device, int(numbers[0]) if len(numbers) > 1 and numbers[0].isdecimal() else 0
 
 
 def _connected(path: Path) -> socket.socket:
-    """A connection to the socket *path*; raises ``OSError``."""
+    """Connect to the socket *path*; raises ``OSError``."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Not by settimeout(): a full queue is an error at once then.
+        # Not by settimeout(), which makes a full queue fail at once.
         set_send_timeout(connection, _CONNECT)
         connection.connect(str(path))
     except BaseException:
@@ -164,55 +152,67 @@ def _connected(path: Path) -> socket.socket:
 
 
 class Waiting:
-    """The side of ``umount``; made before the unmounting.
+    """The side of ``umount``; created before the unmount.
+
+    Args:
+        mount: what is about to be unmounted.
+        number: the identity of its file system, or 0 when that is not known.
 
     Attributes:
-        pid: the mount's process; 0 when it cannot be asked, or cannot be seen from here.
-        reason: why the process cannot be asked; empty when it can.
+        pid: ID of the mount process; 0 if it is unknown or not visible here.
+        reason: why the process cannot report; empty if it can.
+        killed: whether the process has exited, so that no later unmount will report more.
     """
 
-    def __init__(self, mount: Mounted) -> None:
+    def __init__(self, mount: Mounted, number: int) -> None:
         self.pid = 0
-        self.reason = "no process of the mount is found, so it was killed, or is in a container"
+        self.reason = "the mount process was not found: it was killed, or is in a container"
+        self.killed = False
         self._socket: socket.socket | None = None
-        name = f"{_PREFIX}{mount.device}."
         found = [
-            p for place in socket_directories.existing(mount.owner) for p in place.glob(f"{name}*")
+            path
+            for place in socket_directories.existing(mount.owner)
+            for path in place.glob(f"{_PREFIX}{mount.device}.*")
+            if 0 in (number, of := _file_system(path)[1]) or of == number
         ]
-        # The newest first: the process of an earlier mount of that number may not have ended yet.
+        # Newest first: without an identity, the process of an earlier mount may still be exiting.
         for path in sorted(found, key=_made_at, reverse=True):
             try:
                 connection = _connected(path)
             except ConnectionRefusedError:
-                self.reason = "the mount's process has ended without a report, see its log"
+                self.reason = _NO_REPORT
+                self.killed = bool(number) and _file_system(path)[1] == number
                 continue
             except OSError as error:
-                self.reason = f"the mount's process does not listen: {error.strerror}"
+                self.reason = f"the mount process does not listen: {error.strerror}"
                 continue
             self.pid, uid = peer(connection)
             if uid == mount.owner:
                 self._socket = connection
-                self.reason = ""
+                self.reason, self.killed = "", False
                 return
             connection.close()
-            self.reason = f"process {self.pid} of user {uid} has taken the place of the mount's"
+            self.reason = f"process {self.pid} of user {uid} listens instead of the mount process"
 
-    def word(self, seconds: float) -> str | None:
-        """What was not persisted, empty when everything was; None when there is no report so far.
+    def wait_report(self, seconds: float) -> str | None:
+        """Wait up to *seconds* for the report.
 
-        Not to be called where there is a ``reason``.
+        Returns:
+            what was not persisted, empty if everything was; None on timeout.
+
+        Must not be called if there is a ``reason``.
         """
         assert self._socket is not None
         self._socket.settimeout(max(seconds, 0.001))
         try:
-            said = self._socket.recv(1000)
+            report = self._socket.recv(1000)
         except TimeoutError:
             return None
         except OSError:
-            said = b""
-        if said == _DONE:
+            report = b""
+        if report == _DONE:
             return ""
-        return said.decode(errors="replace") or "its process ended without a report, see its log"
+        return report.decode(errors="replace") or _NO_REPORT
 
     def close(self) -> None:
         if self._socket is not None:

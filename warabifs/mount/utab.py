@@ -1,11 +1,12 @@
-"""An entry in ``/run/mount/utab``, libmount's table, by which umount(8) calls our helper.
+"""Entries in ``/run/mount/utab``, libmount's table, which make umount(8) call our helper.
 
-Of what root unmounts, umount(8) asks the kernel for the type alone, which says "fuse" of every
-FUSE file system, and looks no further unless the mount point is in that table.  It would unmount
-then without waiting until everything is persisted.  umount(8) removes the entry afterwards.
+When root unmounts, umount(8) reads only the type from the kernel, which is "fuse" for every FUSE
+file system, and looks for a helper only if the mount point is in that table.  Without an entry it
+would unmount without waiting until everything is persisted.  umount(8) removes the entry.
 
-The entry of a mount whose process was killed stays, so that umount(8) tells what is not known of
-it.  If it is unmounted otherwise, the next mount or unmounting removes the entry.
+The entry of a mount whose process was killed stays, so that the helper can report that its state
+is unknown.  If it is unmounted in another way, the next mount or unmount removes the entry: it
+contains the identity of its file system, in a field that libmount keeps for helpers.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import os
 import re
 from pathlib import Path
 
-from warabifs.frontends.mountinfo import mounts
-from warabifs.mount.shutdown_socket import live_devices
+from warabifs.frontends.kernel.mountinfo import device_number, identity, is_gone
 
 log = logging.getLogger(__name__)
 
 _TABLE = Path("/run/mount/utab")
 _OPTION = b"uhelper=warabifs"
+_ATTRIBUTE = re.compile(rb"ATTRS=(?:.*,)?warabifs=([0-9]+:[0-9]+)/([0-9]+)(?:,.*)?")
 
 
 @functools.cache
@@ -34,8 +35,8 @@ def _libmount() -> ctypes.CDLL | None:
         return None
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     library.mnt_new_update.restype = library.mnt_new_fs.restype = pointer
-    for name in ("mnt_fs_set_source", "mnt_fs_set_target", "mnt_fs_set_options"):
-        getattr(library, name).argtypes = [pointer, text]
+    for name in ("source", "target", "options", "attributes"):
+        getattr(library, f"mnt_fs_set_{name}").argtypes = [pointer, text]
     library.mnt_update_set_fs.argtypes = [pointer, ctypes.c_ulong, text, pointer]
     library.mnt_update_table.argtypes = [pointer, pointer]
     library.mnt_free_update.argtypes = library.mnt_unref_fs.argtypes = [pointer]
@@ -43,10 +44,10 @@ def _libmount() -> ctypes.CDLL | None:
 
 
 class UtabEntry:
-    """The entry of a mount, for root, whose umount(8) needs it and who may write it.
+    """The entry of a mount by root, whose umount(8) needs it and who may write it.
 
     Args:
-        source: as the list of mounts shows it.
+        source: as in the mount table.
         mountpoint: an absolute path.
     """
 
@@ -55,49 +56,35 @@ class UtabEntry:
         self._mountpoint = os.fsencode(mountpoint)
 
     def add(self) -> None:
-        """Add it, if it is not there, such as from a process that was killed."""
-        if not self._is_last():
-            self._update(remove=False)
+        """Add it, for what is mounted there now."""
+        device = device_number(os.fsdecode(self._mountpoint))
+        _update(self._source, self._mountpoint, f"warabifs={device}/{identity(device)}".encode())
 
     def remove(self) -> None:
-        """Remove it, unless umount(8) has done so, or another mount has an entry there since."""
-        if self._is_last():
-            self._update(remove=True)
-
-    def _is_last(self) -> bool:
-        """Whether this is the newest entry of the mount point."""
+        """Remove it, unless umount(8) has done so, or another mount added an entry there since."""
         of_mountpoint = [fields for fields in _lines() if b"TARGET=" + self._mountpoint in fields]
         wanted = {b"SRC=" + self._source, b"OPTS=" + _OPTION}
-        return bool(of_mountpoint) and wanted <= set(of_mountpoint[-1])
-
-    def _update(self, *, remove: bool) -> None:
-        _update(self._source, self._mountpoint, remove=remove)
+        if of_mountpoint and wanted <= set(of_mountpoint[-1]):
+            _update(self._source, self._mountpoint)
 
 
 def remove_stale() -> None:
-    """Remove the entries of mounts that were killed, and are not mounted any more.
-
-    What is not mounted here may be in another mount namespace.  So nothing is removed while a mount
-    lives that is not seen from here.
-    """
+    """Remove the entries of killed mounts that are not mounted any more in any mount namespace."""
     lines = _lines() if os.geteuid() == 0 else []
-    ours = [fields for fields in lines if b"OPTS=" + _OPTION in fields]
-    if not ours:
-        return
-    live = live_devices(0)  # before what is mounted, or one could come in between
-    here = mounts()
-    mounted = {b"TARGET=" + os.fsencode(mount.path) for mount in here}
-    # By its mount point alone an entry is removed, so that it must be all that there is.
-    kept = {_target(fields) for fields in lines if fields not in ours}
-    stale = {_target(fields) for fields in ours} - mounted - kept
-    if stale and live <= {mount.device for mount in here}:
-        for fields in ours:
-            if _target(fields) in stale:
-                _update(b"", _target(fields).removeprefix(b"TARGET="), remove=True)
+    # An entry is removed by its mount point, so no other entry may have the same one.
+    kept = {_target(fields) for fields in lines if not _is_stale(fields)}
+    for fields in lines:
+        if _target(fields) not in kept:
+            _update(b"", _target(fields).removeprefix(b"TARGET="))
+
+
+def _is_stale(fields: list[bytes]) -> bool:
+    found = next(filter(None, map(_ATTRIBUTE.fullmatch, fields)), None)
+    return found is not None and is_gone(os.fsdecode(found[1]), int(found[2]))
 
 
 def _lines() -> list[list[bytes]]:
-    """The fields of each line of the table."""
+    """Return the fields of each line of the table."""
     try:
         lines = _TABLE.read_bytes().splitlines()
     except OSError:
@@ -106,11 +93,12 @@ def _lines() -> list[list[bytes]]:
 
 
 def _target(fields: list[bytes]) -> bytes:
-    """The field of the mount point."""
+    """Return the field with the mount point."""
     return next((field for field in fields if field.startswith(b"TARGET=")), b"")
 
 
-def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
+def _update(source: bytes, mountpoint: bytes, attributes: bytes | None = None) -> None:
+    """Add an entry, with *attributes*; without, remove the newest one of the mount point."""
     library = _libmount()
     if library is None or os.geteuid() != 0:
         return
@@ -119,7 +107,8 @@ def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
         library.mnt_fs_set_source(entry, source)
         library.mnt_fs_set_target(entry, mountpoint)
         library.mnt_fs_set_options(entry, _OPTION)
-        if remove:
+        library.mnt_fs_set_attributes(entry, attributes)
+        if attributes is None:
             status = library.mnt_update_set_fs(update, 0, mountpoint, None)
         else:
             status = library.mnt_update_set_fs(update, 0, None, entry)
@@ -132,5 +121,5 @@ def _update(source: bytes, mountpoint: bytes, *, remove: bool) -> None:
 
 
 def _plain(field: bytes) -> bytes:
-    """A field of the table, whose special characters are written in octal."""
+    """Decode the octal escapes of a field."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)

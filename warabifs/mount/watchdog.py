@@ -1,13 +1,13 @@
-"""Frees those who wait for a mount whose process was killed and cannot end.
+"""A process that aborts the FUSE connection of a killed mount whose threads cannot exit.
 
-A mount tells the kernel, from a thread, to forget names.  The kernel takes the directory's lock for
-that, which is held by whoever is making a name in it, who waits for the mount.  That is no trouble
-while the mount answers.  But when it is killed just then, its thread never comes out of the kernel,
-so the mount's connection stays open, and everybody waits for an answer for ever.
+A mount invalidates kernel dentries from a thread.  The kernel takes the directory's lock for that,
+which a program that creates a name there may hold while it waits for the mount.  This resolves
+itself while the mount responds.  But if the mount is killed at that moment, its thread never
+leaves the kernel, so the connection stays open, and every program waits for a reply forever.
 
-So a process of its own, this file run as a program, waits until the mount's main thread has ended,
-and ends the connection if threads are left after some seconds.  Programs then get what they get
-from every mount that was killed.
+So a separate process, this file run as a program, waits until the mount's main thread has exited,
+and aborts the connection if other threads are left after some seconds.  Programs then get the same
+error as from any killed mount.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds for the threads of a killed process to end
+_PATIENCE = 5.0  # seconds for the threads of a killed process to exit
 
 
 class Watchdog:
-    """Watches this process, from the main thread on, while the block runs.
+    """Watches this process while the block runs; must be used in the main thread.
 
     Args:
         device: the mount's device number, ``major:minor``.
+        number: what tells its file system from later ones with that number, see ``identity``.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, number: int) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(os.getpid()), device],
+                [sys.executable, "-I", "-S", __file__, str(os.getpid()), device, str(number)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd="/", start_new_session=True,
             )  # fmt: skip
-        except OSError as error:  # such as a user who may not run this Python again
-            log.warning("nobody will watch this mount: %s", error)
+        except OSError as error:  # for instance a user who may not run this Python again
+            log.warning("the mount has no watchdog: %s", error)
 
     def __enter__(self) -> Watchdog:
         return self
@@ -53,12 +54,12 @@ class Watchdog:
             self._process.wait()
 
 
-def watch(process: int, device: str) -> None:
-    """Return when the main thread of *process*, our parent, has ended and, if need be, the
-    connection of its mount."""
+def watch(process: int, device: str, number: int) -> None:
+    """Return when the main thread of *process*, our parent, has exited; aborts the connection of
+    its mount if other threads remain."""
     from warabi._core import syscalls
 
-    # Blocked, to be waited for: it may come before we are ready.
+    # Blocked for sigwait(): it may arrive before we wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     syscalls.signal_when_parent_ends(signal.SIGUSR1)
     if os.getppid() == process and not _main_thread_ended(process):
@@ -66,14 +67,14 @@ def watch(process: int, device: str) -> None:
     deadline = time.monotonic() + _PATIENCE
     while _has_threads(process):
         if time.monotonic() > deadline:
-            _abort(device)
+            _abort(device, number)
             return
         time.sleep(0.05)
 
 
 def _main_thread_ended(process: int) -> bool:
-    """Whether it did before it could be asked for a signal; a thread that is left is our parent
-    then, under the same number."""
+    """Whether the main thread exited before prctl(2) requested a signal; then a remaining thread,
+    with the same process ID, is our parent."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -81,22 +82,24 @@ def _main_thread_ended(process: int) -> bool:
 
 
 def _has_threads(process: int) -> bool:
-    """Whether threads are left besides the main one, which ended."""
+    """Whether threads remain besides the main thread, which has exited."""
     try:
         return len(os.listdir(f"/proc/{process}/task")) > 1
     except OSError:
         return False
 
 
-def _abort(device: str) -> None:
+def _abort(device: str, number: int) -> None:
+    from warabi._core import syscalls
+    from warabifs.frontends.kernel.mountinfo import is_gone, mounts
+
+    if is_gone(device, number):
+        return  # the number may belong to another mount by now
     try:
         Path("/sys/fs/fuse/connections", device.partition(":")[2], "abort").write_text("1")
         return
     except OSError:
-        pass  # that file system is not mounted, or not ours to write; root can do it so:
-    from warabi._core import syscalls
-    from warabifs.frontends.mountinfo import mounts
-
+        pass  # sysfs is not mounted or not writable; root can use umount2(2) instead
     for mount in mounts():
         if mount.device == device:
             with contextlib.suppress(OSError):
@@ -105,4 +108,4 @@ def _abort(device: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    watch(int(sys.argv[1]), sys.argv[2])
+    watch(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -94,7 +94,9 @@ class Exchange:
     async def _receive_begin(self, core: ProviderCore, text: str) -> None:
         permission.check_receive(core.config, core.provider_id, self._local)
         if self._receiving is not None:
-            raise ProtocolError("receive_begin: within another migration on this connection")
+            raise ProtocolError(
+                "receive_begin: a migration is already in progress on this connection"
+            )
         plan = checked_config(MigrationPlan, text, what="migration")
         receiving = Receiving(core, plan)
         core.begin_receiving(receiving)
@@ -115,7 +117,7 @@ class Exchange:
                 await receiving.ended.wait()
             silent = trio.current_time() - receiving.heard >= PATIENCE
             if silent and not receiving.ended.is_set() and not receiving.busy.locked():
-                log.warning("migration dropped: nothing came from its source for %g s", PATIENCE)
+                log.warning("migration aborted: the source sent nothing for %g s", PATIENCE)
                 self._hang_up()
                 return
             if silent:
@@ -132,7 +134,9 @@ class Exchange:
     def _current(self, core: ProviderCore, name: str) -> tuple[Receiving, Staging]:
         receiving = self._receiving
         if receiving is None or receiving.core is not core or receiving.staging is None:
-            raise ProtocolError(f"{name}: no migration to provider {core.provider_id} is under way")
+            raise ProtocolError(
+                f"{name}: no migration to provider {core.provider_id} is in progress"
+            )
         return receiving, receiving.staging
 
     async def _add(
@@ -199,7 +203,7 @@ class Exchange:
         try:
             await self._drop()
         except (Exception, OSError) as error:
-            log.warning("a migration that was dropped left something behind: %s", error)
+            log.warning("cleanup of an aborted migration failed: %s", error)
 
 
 def settle(plan: MigrationPlan, core: ProviderCore, local: bool) -> None:

@@ -29,8 +29,8 @@ def check_send(config: ProviderConfig, provider_id: int, local: bool) -> None:
     """Whether a peer, *local* or not, may have a provider send its target away."""
     if not (local or _allowed(config).send):
         raise PermissionDenied(
-            f"migrate: provider {provider_id} does not send its target away for peers over the"
-            " network; its configuration's $.migration.send would allow it"
+            f"migrate: provider {provider_id} does not send its target for peers over the network;"
+            " set $.migration.send in its configuration to allow it"
         )
 
 
@@ -38,8 +38,8 @@ def check_receive(config: ProviderConfig, provider_id: int, local: bool) -> None
     """Whether a peer, *local* or not, may bring a provider a target."""
     if not (local or _allowed(config).receive):
         raise PermissionDenied(
-            f"migrate: provider {provider_id} takes no target from peers over the network; its"
-            " configuration's $.migration.receive would allow it"
+            f"migrate: provider {provider_id} does not receive targets from peers over the network;"
+            " set $.migration.receive in its configuration to allow it"
         )
 
 
@@ -55,8 +55,8 @@ def place(config: ProviderConfig, path: str, local: bool) -> Path:
     if root is None:
         if not local:
             raise PermissionDenied(
-                f"migrate: {path}: peers over the network may name no path, unless the provider's"
-                " configuration gives $.migration.root"
+                f"migrate: {path}: peers over the network may give a path only if the provider's"
+                " configuration has $.migration.root"
             )
         return Path(os.path.realpath(path))
     top = os.path.realpath(root)

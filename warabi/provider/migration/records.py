@@ -60,12 +60,12 @@ def pieces(payload: memoryview) -> Iterator[Piece]:
     at = 0
     while at < len(payload):
         if at + PIECE_HEADER > len(payload):
-            raise ProtocolError("receive_data: a piece without its header")
+            raise ProtocolError("receive_data: a chunk without its header")
         rid, offset, length, zero = _PIECE.unpack_from(payload, at)
         at += PIECE_HEADER
         data = None if zero else payload[at : at + length]
         if data is not None and len(data) != length:
-            raise ProtocolError(f"receive_data: a piece of {length} bytes has {len(data)}")
+            raise ProtocolError(f"receive_data: a chunk of {length} bytes has {len(data)}")
         yield Piece(RegionID(rid), offset, length, data)
         at += 0 if zero else length
 
@@ -95,10 +95,10 @@ def rows(table: str, payload: memoryview) -> list[list[Any]]:
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"receive_rows: malformed rows of {table}: {error}") from None
     if not isinstance(found, list):
-        raise ProtocolError(f"receive_rows: no rows of {table}: {found!r:.100}")
+        raise ProtocolError(f"receive_rows: not rows of {table}: {found!r:.100}")
     for row in found:
         if not (isinstance(row, list) and len(row) == len(columns)):
-            raise ProtocolError(f"receive_rows: no row of {table}: {row!r:.100}")
+            raise ProtocolError(f"receive_rows: not a row of {table}: {row!r:.100}")
         _check_types(table, columns, row)
     if table == "inode":
         return [_inode(row) for row in found]
@@ -138,7 +138,7 @@ def _inode(values: list[Any]) -> list[Any]:
     if domain.fault(row):
         raise ProtocolError(f"receive_rows: inode {values!r:.200}: {why}")
     log.warning(
-        "inode %d of a migration has values that no file can have, and gets the nearest that it"
+        "inode %d of a migration has invalid values, which are replaced by the nearest valid"
         " can: %a", row.ino, why,
     )  # fmt: skip
     return [*row[: len(values)]]

@@ -221,7 +221,7 @@ class Sending:
 
     def _arrived(self, uuid: str, lost: errors.Exception) -> bool:
         """Whether the destination has the target, after a connection that broke at the commit."""
-        log.warning("migrate: %s; asking whether the target arrived", lost)
+        log.warning("migrate: %s; querying the destination for the outcome", lost)
         assert self._core.connect is not None
         try:
             connection = self._core.connect(self._address)
@@ -234,9 +234,10 @@ class Sending:
                 connection.close(0)
         except errors.Exception as error:
             raise ConnectionLost(
-                f"migrate: the connection was lost at the last step ({lost}), and provider"
-                f" {self._provider_id} at {self._address} cannot be asked ({error}): it may have"
-                " the target too. This provider goes on serving; see to it that only one does"
+                f"migrate: the connection was lost during the final commit ({lost}), and provider"
+                f" {self._provider_id} at {self._address} cannot be queried ({error}): it may have"
+                " the target too. This provider continues to serve it; make sure that only one"
+                " does"
             ) from error
 
     def _leave(self, target: Target) -> None:
@@ -250,7 +251,7 @@ class Sending:
                 sync_directory(path.parent)
             target.close()
         except (errors.Exception, OSError) as error:
-            log.warning("migrate: the source's files at %s could not be closed: %s", path, error)
+            log.warning("migrate: closing the source's files at %s failed: %s", path, error)
 
     # Messages
 

@@ -194,5 +194,5 @@ def quota_of(target: TargetConfig) -> int | None:
 def damaged(error: sqlite3.Error, path: Path | None = None) -> errors.Exception:
     """The library's exception for a failed statement of a catalogue being built."""
     if isinstance(error, sqlite3.IntegrityError):
-        return errors.ProtocolError(f"receive_rows: a row that is there already: {error}")
+        return errors.ProtocolError(f"receive_rows: duplicate row: {error}")
     return translate(error, path)

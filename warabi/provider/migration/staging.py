@@ -94,7 +94,7 @@ class Staging:
         why = domain.xattr_fault(name, value)
         if not why:
             return True
-        log.warning("inode %d of a migration loses an attribute that cannot be: %a", ino, why)
+        log.warning("inode %d of a migration: dropping an invalid extended attribute: %a", ino, why)
         if (found := self._one("SELECT mode FROM inode WHERE ino = ?", ino)) is not None:
             mode = domain.mode_without(name, found[0])
             self._one("UPDATE inode SET mode = ? WHERE ino = ?", mode, ino)
@@ -107,8 +107,8 @@ class Staging:
                 self._start(region)
             if region != self._region or offset != self._next or offset + length > self._size:
                 raise ProtocolError(
-                    f"receive_data: {length} bytes at {offset} of {region!r}, expected were those"
-                    f" at {self._next} of {self._region!r} of {self._size} bytes"
+                    f"receive_data: {length} bytes at {offset} of {region!r}, expected those at"
+                    f" {self._next} of {self._region!r} of {self._size} bytes"
                 )
             if data:
                 self._place.storage.write(region, offset, data)
@@ -141,7 +141,7 @@ class Staging:
         regions, used = self._one(f"SELECT count(*), total(size) FROM inode WHERE {_REGULAR}")
         if regions != self._regions or self._next != self._size or regions != expected:
             raise ProtocolError(
-                f"receive_finish: {self._regions} regions and {regions} rows of {expected} came"
+                f"receive_finish: {self._regions} regions and {regions} rows of {expected} arrived"
             )
         self._check_quota(int(used))
         dangling = self._one(
@@ -151,7 +151,9 @@ class Staging:
         )[0]
         root = self._one("SELECT mode FROM inode WHERE ino = ?", ROOT)
         if dangling or root is None or not stat.S_ISDIR(root[0]):
-            raise ProtocolError(f"receive_finish: {dangling} names lead nowhere, or no root")
+            raise ProtocolError(
+                f"receive_finish: {dangling} names refer to no inode, or there is no root directory"
+            )
         try:
             self._db.execute("COMMIT")
         except sqlite3.Error as error:

@@ -42,7 +42,7 @@ def restore(
         try:
             importer.read(source)
         except (tarfile.TarError, EOFError, UnicodeError) as error:
-            raise BadArchive(f"the archive is damaged or cut off: {error}") from error
+            raise BadArchive(f"the archive is damaged or truncated: {error}") from error
         place = link.call("adopt", RegionID(), 0)
         listing.seek(0)
         offset = 0
@@ -76,7 +76,7 @@ class _Importer:
             ended = False
             for member in _members(tar):
                 if ended:
-                    raise BadArchive("the archive goes on after its end")
+                    raise BadArchive("the archive has data after its end record")
                 if self._digest.members == 0:
                     self._check_head(tar.pax_headers)
                 ended = TAIL in member.pax_headers
@@ -85,9 +85,9 @@ class _Importer:
                 else:
                     self._member(tar, member)
             if not ended:
-                raise BadArchive("the archive is cut off: its end is missing")
+                raise BadArchive("the archive is truncated: its end record is missing")
         if self._mended > _SHOWN:
-            log.warning("%d more files have such values", self._mended - _SHOWN)
+            log.warning("%d more files have invalid values", self._mended - _SHOWN)
 
     def _tell(self, text: str) -> None:
         self._mended += 1
@@ -99,15 +99,17 @@ class _Importer:
         try:
             version = json.loads(headers[HEAD])["format"]
         except (KeyError, ValueError, TypeError):
-            raise BadArchive("not an archive that warabi export made") from None
+            raise BadArchive("not an archive of warabi export") from None
         if version != FORMAT:
-            raise BadArchive(f"the archive has format {version}, this program reads {FORMAT}")
+            raise BadArchive(
+                f"the archive has format {version}, this version reads format {FORMAT}"
+            )
 
     def _check_tail(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         if member.pax_headers[TAIL] != self._digest.tail():
-            raise BadArchive("the archive is damaged: it is not what its end says it is")
+            raise BadArchive("the archive is damaged: it does not match its end record")
         if member.size > _TAIL_SIZE or len(_content(tar, member).read()) != member.size:
-            raise BadArchive("the archive is cut off within its end")
+            raise BadArchive("the archive is truncated within its end record")
 
     def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         try:
@@ -144,7 +146,7 @@ class _Importer:
                 piece[have : have + len(read)] = read
                 have += len(read)
             if have < len(piece):
-                raise BadArchive(f"the archive is cut off within {entry.shown}")
+                raise BadArchive(f"the archive is truncated within {entry.shown}")
             self._digest.data(piece)
             self._link.write(region, offset, piece, False, False)
             self._advance(len(piece))

@@ -10,7 +10,7 @@ import click
 
 from warabi._core.output import PRIVATE, output
 from warabi.tools.access import is_address, made_or_reached, reached
-from warabi.tools.cli.common import InputFile, one_line, reaching
+from warabi.tools.cli.common import InputFile, reaching
 from warabi.tools.progress import progress
 
 
@@ -29,7 +29,6 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
     from warabi.tools.archive.export import export
 
     with (
-        one_line(),
         reached(target, provider_id, security) as link,
         progress("export", link.call("used")) as advance,
         output(out, PRIVATE) as file,
@@ -43,7 +42,7 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
 @reaching
 @click.option("--new-ids", is_flag=True, help="Give the regions new IDs.")
 @click.option("--pmem-size", type=int, metavar="BYTES",
-              help="Make a pmem target of that quota when there is none at PATH.")  # fmt: skip
+              help="Create a pmem target of that quota if PATH does not exist.")  # fmt: skip
 def import_command(
     source: IO[bytes],
     target: str,
@@ -61,7 +60,6 @@ def import_command(
 
     size = os.fstat(source.fileno()).st_size or None
     with (
-        one_line(),
         made_or_reached(target, provider_id, security, pmem_size) as link,
         progress("import", size) as advance,
     ):

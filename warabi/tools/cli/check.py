@@ -19,7 +19,7 @@ from warabi.tools.quoting import printable
 @click.argument("target", metavar="PATH|ADDRESS")
 @reaching
 @click.option(
-    "--update", is_flag=True, help="Of a PATH: have checksums from now on, and make missing ones."
+    "--update", is_flag=True, help="With a PATH: enable checksums and compute missing ones."
 )
 def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
     """Compare the bytes of a target with their checksums.
@@ -31,10 +31,11 @@ def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
     from warabi.tools.scrub import scrub as rotten
 
     if update and is_address(target):
-        raise click.UsageError("--update goes with a PATH; a provider's target has `checksums`")
+        raise click.UsageError(
+            "--update requires a PATH; for a provider, set `checksums` in its configuration"
+        )
     totals = Totals()
     with (
-        one_line(),
         reached(target, provider_id, security, **({"checksums": True} if update else {})) as link,
         progress("scrub", link.call("used")) as advance,
     ):
@@ -71,9 +72,9 @@ def _backend(context: click.Context, option: click.Parameter, name: str | None) 
 
 @click.command(cls=_Fsck)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--repair", is_flag=True, help="Put right what is wrong.")
+@click.option("--repair", is_flag=True, help="Repair the problems found.")
 @click.option("--type", "backend", metavar="TYPE", callback=_backend,
-              help="The type of a target whose catalogue does not tell it any more.")  # fmt: skip
+              help="The backend type, if it cannot be read from the catalogue.")  # fmt: skip
 def fsck(path: Path, repair: bool, backend: str | None) -> None:
     """Check the target at PATH, which nobody has open, for damage.
 

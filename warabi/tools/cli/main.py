@@ -13,7 +13,6 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,11 +20,11 @@ import click
 
 import warabi
 from warabi._core.output import output
-from warabi.client import Client, TargetHandle
-from warabi.engine import Engine, Mode
+from warabi.client import TargetHandle
 from warabi.errors import ConfigError, Exception
 from warabi.protocol.auth import config_of
 from warabi.region import RegionID
+from warabi.tools.access import client_engine, handle
 from warabi.tools.cli.archive import export_command, import_command
 from warabi.tools.cli.check import fsck, scrub
 from warabi.tools.cli.common import (
@@ -33,7 +32,6 @@ from warabi.tools.cli.common import (
     InputFile,
     authenticated,
     echo,
-    one_line,
     print_lines,
     reaching,
     secured,
@@ -48,16 +46,6 @@ if TYPE_CHECKING:
     from warabi.bedrock import Server  # takes time to import, which the other commands need not
 
 
-@contextlib.contextmanager
-def _handle(
-    address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
-) -> Iterator[TargetHandle]:
-    with one_line():
-        config = config_of(security)
-        with Engine(address.split("://")[0], Mode.CLIENT, config=config) as engine:
-            yield Client(engine).make_target_handle(address, provider_id, read_only)
-
-
 def _target(function: Any) -> Any:
     """The arguments that name a target and say how to reach it."""
     return click.argument("address")(reaching(function))
@@ -66,7 +54,7 @@ def _target(function: Any) -> Any:
 def _serving(function: Any) -> Any:
     """The options for whom to serve."""
     reading = click.option("--read-only-token-file", metavar="FILE", default=None,
-                           help="A token for those who only read.")  # fmt: skip
+                           help="The token for read-only clients.")  # fmt: skip
     insecure = click.option("--insecure", is_flag=True,
                             help="Listen beyond loopback without any of these.")  # fmt: skip
     return secured(reading(insecure(function)), False)
@@ -95,10 +83,10 @@ main.add_command(import_command)
 @click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
 @click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
-              help="Keep the address in FILE while it serves.")  # fmt: skip
+              help="Write the address to FILE while serving.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
-              help="Serve just this: memory: or file:PATH, made when missing.")  # fmt: skip
-@click.option("-p", "--provider-id", type=int, help="The ID of that target's provider, 0 if none.")
+              help="Serve only this target, created if missing: memory: or file:PATH.")  # fmt: skip
+@click.option("-p", "--provider-id", type=int, help="The provider ID of that target (default 0).")
 @_serving
 def serve(
     config: Path | None,
@@ -119,12 +107,11 @@ def serve(
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG.json or --target")
     if config is not None and provider_id is not None:
-        raise click.UsageError("--provider-id goes with --target; CONFIG.json has its own")
+        raise click.UsageError("--provider-id requires --target; CONFIG.json has its own IDs")
     logging.basicConfig(format="warabi: %(message)s")
     descriptors.raise_limit()
     gc_pauses.limit_pauses()
     with (
-        one_line(),
         service.ShutdownSignals() as ending,
         _server(config, address, target, provider_id or 0, config_of(security)) as server,
         service.address_file(address_file, str(server.address)),
@@ -169,7 +156,7 @@ def list_regions(address: str, provider_id: int, **security: str) -> None:
     region is one line and each name one word of it.
     """
     shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
-    with _handle(address, provider_id, security, read_only=True) as target:
+    with handle(address, provider_id, security, read_only=True) as target:
         for region, found in target.list_stats():
             words = [b"%s %14d" % (region.hex().encode(), found.size), *map(shown, found.names)]
             print_lines([b" ".join(words)])
@@ -189,7 +176,7 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
     When that fails or is interrupted no region is left; when this command is killed, one without a
     name may be.
     """
-    with _handle(address, provider_id, security) as target:
+    with handle(address, provider_id, security) as target:
         piece = file.read(_STEP)
         if len(piece) < _STEP:
             region = target.create_and_write(piece, persist=True)
@@ -238,7 +225,7 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
 
     FILE appears, or is replaced, when it is complete.
     """
-    with _handle(address, provider_id, security, read_only=True) as target:
+    with handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
         size = target.size(found)
         buffer = memoryview(bytearray(min(size, _STEP)))
@@ -254,7 +241,7 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
 @click.argument("region")
 def rm(address: str, provider_id: int, region: str, **security: str) -> None:
     """Erase a region by its ID, or remove a name by its path."""
-    with _handle(address, provider_id, security) as target:
+    with handle(address, provider_id, security) as target:
         if region.startswith("/"):
             target.unlink_name(region)
         else:
@@ -269,7 +256,7 @@ def rm(address: str, provider_id: int, region: str, **security: str) -> None:
 @click.option("--new-root", metavar="PATH",
               help="The target's path at the destination, or a directory for it.")  # fmt: skip
 @click.option("--transfer-size", metavar="BYTES", type=click.IntRange(min=0),
-              help="Bytes of regions in a message.")  # fmt: skip
+              help="Bytes of region data per message.")  # fmt: skip
 @click.option("--merge-config", metavar="JSON",
               help="What to merge into the target's configuration.")  # fmt: skip
 @click.option("--keep-source", is_flag=True, help="Do not remove the source's files.")
@@ -304,11 +291,5 @@ def migrate(
             raise click.BadParameter(
                 f"not valid JSON: {error}", param_hint="--merge-config"
             ) from None
-    where = (source, source_id), (destination, destination_id)
-    scheme = source.split("://")[0]
-    with (
-        one_line(),
-        Engine(scheme, Mode.CLIENT, config=config_of(security)) as engine,
-        overall_progress("migrate") as show,
-    ):
-        ask(engine, *where, options, show)
+    with client_engine(source, security) as engine, overall_progress("migrate") as show:
+        ask(engine, (source, source_id), (destination, destination_id), options, show)

@@ -66,7 +66,7 @@ def _check(
         report.note(line)
     salvaged = bool(trouble)
     if salvaged:
-        if not report.problem("the catalogue is damaged", "made anew from what can be read"):
+        if not report.problem("the catalogue is damaged", "rebuilt from what can be read"):
             return  # nothing that its rows say can be believed
         salvage(path, regions, report, lost, backend)
     with _database(path) as db:
@@ -80,7 +80,7 @@ def _check(
         row = db.execute("SELECT value FROM meta WHERE key = 'clean'").fetchone()
         clean = salvaged or (row is not None and row[0] == 1)
         if not clean:
-            report.note("the target was not closed")
+            report.note("the target was not closed cleanly")
         tree = TreeCheck(db, report, clean=clean, sums=sums)
         tree.run()
         FileCheck(db, regions, report, lost, tree, clean=clean, sums=sums).run()
@@ -137,7 +137,7 @@ def _trouble_inside(path: Path, report: Report) -> list[str]:
             lines = _integrity(db)
             indexes = [line for line in lines if _INDEX_ONLY.fullmatch(line)]
             if lines and len(indexes) == len(lines):
-                if report.problem(f"catalogue: {lines[0]}, {len(lines)} such", "made anew"):
+                if report.problem(f"catalogue: {lines[0]}, {len(lines)} such", "rebuilt"):
                     db.execute("REINDEX")
                     lines = _integrity(db)
                 else:
@@ -152,7 +152,7 @@ def _trouble_inside(path: Path, report: Report) -> list[str]:
         lines = [str(error)]
     if lines and (why := read_error(path)):
         raise StorageError(
-            f"catalogue {path}: {why}; copy the target to a medium that can be read, first"
+            f"catalogue {path}: {why}; first copy the target to a device without read errors"
         )
     return [f"catalogue: {' '.join(line.split())}" for line in lines]
 

@@ -150,7 +150,7 @@ class FileCheck:
 
     def _resaid(self, fd: int, rid: RegionID, number: int, size: int, said: int) -> None:
         text = f"region {rid.hex()}: its pack says {said} bytes, checksums {size}, as its row"
-        if self._report.problem(text, "believed the checksums"):
+        if self._report.problem(text, "took the size from the checksums"):
             record = RECORD.pack(rid.generation, size)
             os.pwrite(fd, record, RECORDS + number * RECORD.size)
 
@@ -191,8 +191,8 @@ class FileCheck:
         """Whether to believe a file or pack rather than a row, as opening the target would if it
         was not closed: then it is no problem."""
         if self._clean:
-            return self._report.problem(text, f"believed the {what}")
-        return self._report.note(text, f"believed the {what}, as opening the target does")
+            return self._report.problem(text, f"took the {what}")
+        return self._report.note(text, f"took the {what}, as opening the target does")
 
     def _removes(self, text: str, remedy: str) -> bool:
         """Whether to do what *remedy* says with what opening the target would remove if it was not
@@ -243,7 +243,7 @@ class FileCheck:
         row = self._db.execute("SELECT ctime FROM inode WHERE ino = ?", (ino,)).fetchone()
         if ctime > row[0] and self._report.note(
             f"region {rid.hex()}: its times were kept in its file",
-            "believed them, as opening the target does",
+            "copied to the catalogue, as opening the target does",
         ):
             self._db.execute(
                 "UPDATE inode SET mtime = ?, ctime = ? WHERE ino = ?", (mtime, ctime, ino)
@@ -289,7 +289,7 @@ class FileCheck:
             what = "pack" if row[13] == PACKED else "file"
             text = f"the {what} of region {rid.hex()}{self._names(row[0])} is missing"
             if row[7] == 0:
-                if self._report.problem(f"{text}, which was empty", "made anew"):
+                if self._report.problem(f"{text}, which was empty", "created again"):
                     self._make_empty(rid)
                 continue
             xattrs = self._db.execute("SELECT name, value FROM xattr WHERE ino = ?", (row[0],))

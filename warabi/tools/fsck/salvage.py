@@ -54,9 +54,9 @@ def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend:
     fresh.replace(path)
     sync_directory(path.parent)
     report.note(
-        f"the new catalogue has {rows} inodes and {names} names; {found} regions are known by their"
-        f" files alone, {directories} directories by what is in them",
-        f"the old one is {kept[0]}" if kept else "there was no old one",
+        f"the new catalogue has {rows} inodes and {names} names; {found} regions are known from"
+        f" their files alone, {directories} directories from their entries",
+        f"the old catalogue is {kept[0]}" if kept else "there was no old catalogue",
     )
 
 

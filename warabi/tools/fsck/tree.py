@@ -91,7 +91,7 @@ class TreeCheck:
         rows = self._all(f"SELECT {COLUMNS} FROM inode WHERE ino = {ROOT}")
         if rows and isinstance(rows[0][2], int) and rows[0][2] & _TYPE == stat.S_IFDIR:
             return
-        what = "the root directory is missing" if not rows else f"inode {ROOT} is no directory"
+        what = "the root directory is missing" if not rows else f"inode {ROOT} is not a directory"
         if self._report.problem(what, "made anew", details=repr(rows)):
             self._add(ROOT, stat.S_IFDIR | 0o755)
 
@@ -108,7 +108,7 @@ class TreeCheck:
             " OR generation < 0 OR ino < 1"
             f" OR (mode & {_TYPE} = {stat.S_IFLNK} AND typeof(target) != 'blob')"
         ):
-            if self._report.problem(f"inode {row[0]} makes no sense", "removed", details=repr(row)):
+            if self._report.problem(f"inode {row[0]} is invalid", "removed", details=repr(row)):
                 self._db.execute("DELETE FROM inode WHERE ino = ?", (row[0],))
         self._numbers()
         link = f"(mode & {_TYPE} = {stat.S_IFLNK})"
@@ -116,7 +116,7 @@ class TreeCheck:
             (f"{link} AND size != length(target)",
              "is a symbolic link with a wrong size", "set", "size = length(target)"),
             (f"NOT {link} AND target IS NOT NULL",
-             "is no symbolic link and has a target", "removed", "target = NULL"),
+             "is not a symbolic link but has a target", "removed", "target = NULL"),
             (f"anonymous NOT IN (0, 1) OR (anonymous = 1 AND NOT {_IS_REGION})",
              "is marked as a region that never had a name", "unmarked", "anonymous = 0"),
             (f"packed NOT IN (0, 1, 2) OR (packed != 0 AND NOT {_IS_REGION})",
@@ -152,7 +152,7 @@ class TreeCheck:
         for where, what in (
             ("typeof(name) != 'blob' OR length(name) NOT BETWEEN 1 AND 255"
              " OR name IN (X'2E', X'2E2E') OR instr(name, X'2F') OR instr(name, X'00')",
-             "is no file name"),
+             "is not a valid file name"),
             ("ino NOT IN (SELECT ino FROM inode)", "means nothing"),
             (f"parent NOT IN (SELECT ino FROM inode WHERE {_IS_DIRECTORY})",
              "is in no directory"),
@@ -191,7 +191,7 @@ class TreeCheck:
             "SELECT * FROM xattr WHERE ino NOT IN (SELECT ino FROM inode)"
             " OR typeof(name) != 'blob' OR typeof(value) != 'blob'"
         ):
-            text = f"attribute {shown(name)} of inode {ino} belongs to nobody"
+            text = f"attribute {shown(name)} of inode {ino} belongs to no inode"
             if self._report.problem(text, "removed", details=repr(value)):
                 self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
         self._attributes()
@@ -203,14 +203,18 @@ class TreeCheck:
             f" OR block < 0 OR block * {BLOCK} >= (SELECT size FROM inode WHERE ino = c.ino)"
             " GROUP BY ino"
         ):
-            if self._report.problem(f"{count} checksums of inode {ino} are of no bytes", "removed"):
+            if self._report.problem(
+                f"{count} checksums of inode {ino} are beyond its end", "removed"
+            ):
                 self._db.execute(
                     f"DELETE FROM checksum WHERE ino = ? AND (ino NOT IN {regions} OR block < 0"
                     f" OR block * {BLOCK} >= (SELECT size FROM inode WHERE ino = checksum.ino))",
                     (ino,),
                 )
         for (ino,) in self._all(f"SELECT ino FROM unsettled WHERE ino NOT IN {regions}"):
-            if self._report.problem(f"the mark of inode {ino} belongs to nobody", "removed"):
+            if self._report.problem(
+                f"the checksum state of inode {ino} belongs to no inode", "removed"
+            ):
                 self._db.execute("DELETE FROM unsettled WHERE ino = ?", (ino,))
 
     def _attributes(self) -> None:

@@ -86,7 +86,7 @@ class Passing:
             self._in_vain = number in _IN_VAIN
             if number not in self._told:
                 self._told.add(number)
-                log.warning("not passed through: %s", _IN_VAIN.get(number, error))
+                log.warning("passthrough is not used: %s", _IN_VAIN.get(number, error))
             return 0
 
     def is_cache_true(self, ino: int) -> bool:

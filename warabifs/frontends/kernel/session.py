@@ -166,7 +166,7 @@ class FuseSession:
         buffer = memoryview(bytearray(protocol.BUFFER))
         while True:
             if not self._poll.poll(_HELLO):
-                raise TimeoutError(errno.ETIMEDOUT, "the kernel does not begin the mount")
+                raise TimeoutError(errno.ETIMEDOUT, "the kernel did not start the FUSE session")
             count = os.readv(self._fd, [buffer])
             header = Header._make(_unpack_header(buffer))
             if header.opcode != Opcode.INIT:
@@ -185,6 +185,13 @@ class FuseSession:
         self._requests = requests
         async with trio.open_nursery() as self._nursery:
             self._lead_on()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended the session: it is mounted nowhere, or was aborted."""
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        return bool(poll.poll(0))
 
     def stop(self) -> None:
         """Take no more requests; :meth:`serve` returns when those under way are answered."""
@@ -349,7 +356,7 @@ class FuseSession:
             if number in (*_OVER, errno.ENOENT):  # nobody waits for it any more
                 return
             if number != errno.EFAULT:  # the file behind a view became shorter
-                log.error("the kernel refused an answer", exc_info=error)
+                log.error("the kernel rejected a reply", exc_info=error)
             with contextlib.suppress(OSError):
                 os.write(self._fd, protocol.refusal(unique, errno.EIO))
 

@@ -1,4 +1,4 @@
-"""The list of mounts in ``/proc/self/mountinfo``."""
+"""The list of mounts in ``/proc/self/mountinfo``, and which file systems the kernel has."""
 
 from __future__ import annotations
 
@@ -51,3 +51,21 @@ def device_number(path: str) -> str:
     """``major:minor`` of what is mounted on *path*; empty when it is gone already."""
     mount = mounted_on(path)
     return mount.device if mount else ""
+
+
+_FILE_SYSTEMS = Path("/sys/class/bdi")
+
+
+def identity(device: str) -> int:
+    """A number that the file system of this device number has, and none that has the device number
+    later; 0 when it is gone, or sysfs is not mounted."""
+    try:
+        return os.stat(_FILE_SYSTEMS / device).st_ino
+    except OSError:
+        return 0
+
+
+def is_gone(device: str, number: int) -> bool:
+    """Whether the kernel has no longer, in any mount namespace, the file system of a device number
+    whose :func:`identity` was *number*; False when that cannot be told."""
+    return bool(number) and identity(device) != number and _FILE_SYSTEMS.is_dir()
