@@ -1,6 +1,11 @@
 """The part that is compiled where that can be done; all else is in pyproject.toml."""
 
+import os
+
 from setuptools import Extension, setup
+
+flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
+strict = bool(os.environ.get("WARABI_STRICT_BUILD"))  # by tools/setup test: no warning, no failure
 
 setup(
     ext_modules=[
@@ -8,8 +13,8 @@ setup(
             "warabi.shm._fast_path",
             ["warabi/shm/_fast_path.c"],
             define_macros=[("_GNU_SOURCE", "1")],
-            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
-            optional=True,  # warabi/shm/fast_path.py does the same
+            extra_compile_args=[*flags, "-Werror"] if strict else flags,
+            optional=not strict,  # warabi/shm/fast_path.py does the same
         )
     ]
 )

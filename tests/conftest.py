@@ -59,7 +59,7 @@ def halt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``support/halt.c``, to be preloaded."""
     library = tmp_path_factory.mktemp("halt") / "halt.so"
     source = Path(__file__).parent / "support" / "halt.c"
-    flags = ("-O1", "-fPIC", "-shared", "-fno-builtin", "-Wall", "-Werror")
+    flags = ("-O1", "-fPIC", "-shared", "-fno-builtin", "-Wall", "-Wextra", "-Werror")
     subprocess.run(["gcc", *flags, source, "-o", library], check=True, timeout=60)
     return library
 

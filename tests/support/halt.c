@@ -18,22 +18,19 @@ static volatile size_t awaited;
 static char beginning[4];
 static size_t early;
 
-void
-halt_at(size_t size, const char *first, size_t done)
+void halt_at(size_t size, const char *first, size_t done)
 {
     memmove(beginning, first, sizeof beginning);
     early = done;
     awaited = size;
 }
 
-static int
-is_awaited(const void *data, size_t size)
+static int is_awaited(const void *data, size_t size)
 {
     return awaited != 0 && size == awaited && memcmp(data, beginning, sizeof beginning) == 0;
 }
 
-static void
-halt(void)
+static void halt(void)
 {
     char c = 0;
     awaited = 0;
@@ -45,8 +42,7 @@ halt(void)
             _exit(1);
 }
 
-ssize_t
-pwrite(int fd, const void *data, size_t size, off_t offset)
+ssize_t pwrite(int fd, const void *data, size_t size, off_t offset)
 {
     if (is_awaited(data, size)) {
         syscall(SYS_pwrite64, fd, data, early, offset);
@@ -55,14 +51,12 @@ pwrite(int fd, const void *data, size_t size, off_t offset)
     return syscall(SYS_pwrite64, fd, data, size, offset);
 }
 
-ssize_t
-pwrite64(int fd, const void *data, size_t size, off_t offset)
+ssize_t pwrite64(int fd, const void *data, size_t size, off_t offset)
 {
     return pwrite(fd, data, size, offset);
 }
 
-void *
-memcpy(void *to, const void *from, size_t size)
+void *memcpy(void *to, const void *from, size_t size)
 {
     if (is_awaited(from, size)) {
         memmove(to, from, early);

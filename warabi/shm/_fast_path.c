@@ -35,8 +35,8 @@ for
 #endif
 _Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
 
-#define LARGE (256 * 1024) /* bytes: from here on letting go of the lock costs less than it gives */
-#define RECENT 4096        /* a power of two */
+#define LARGE (256 * 1024)  /* bytes from which on releasing the lock costs less than it gives */
+#define RECENT 4096         /* a power of two */
 #define RESOLUTION 10000000 /* ns: that of the coarsest clock */
 
 /* Loads and stores that the compiler before and after must not exchange. */
@@ -60,8 +60,8 @@ typedef struct {
 
 static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"index", "stamp", "room", "fd", "waits", "keeper", "view", "start",
-                            NULL};
+    static char *names[] = {"index",  "stamp", "room",  "fd", "waits",
+                            "keeper", "view",  "start", NULL};
     Grant *self = (Grant *)object;
     PyObject *stamp, *keeper = Py_None, *view = NULL;
     Py_ssize_t index;
@@ -99,8 +99,9 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
     return 0;
 }
 
-static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject
-*Py_UNUSED(keywords)) {
+static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args),
+                           PyObject *Py_UNUSED(keywords))
+{
     Grant *self = (Grant *)type->tp_alloc(type, 0);
     if (self != NULL)
         self->fd = -1; /* until it is known; all else is 0 */
@@ -292,8 +293,7 @@ static Grant *find(Reach *self, PyObject *region)
 }
 
 /* An offset, -1 for one that cannot be within a region, -2 with an exception. */
-static int64_t
-offset_of(PyObject *object)
+static int64_t offset_of(PyObject *object)
 {
     int overflow;
     int64_t offset = PyLong_AsLongLongAndOverflow(object, &overflow);
@@ -337,14 +337,12 @@ static bool plain(PyObject *const *args, Py_buffer *buffer, int flags)
 }
 
 /* The two words of a grant's entry.  Acquire: what is looked at afterwards is no older. */
-static uint64_t
-stamp_of(const Reach *self, const Grant *grant)
+static uint64_t stamp_of(const Reach *self, const Grant *grant)
 {
     return __atomic_load_n(&self->table[2 * grant->index], __ATOMIC_ACQUIRE);
 }
 
-static int64_t
-size_of(const Reach *self, const Grant *grant)
+static int64_t size_of(const Reach *self, const Grant *grant)
 {
     uint64_t size = __atomic_load_n(&self->table[2 * grant->index + 1], __ATOMIC_ACQUIRE);
     return size > INT64_MAX ? INT64_MAX : (int64_t)size;
@@ -412,8 +410,8 @@ static ssize_t system_call(enum way way, int fd, char *bytes, size_t size, off_t
 enum result { DONE, FAILED, RAISED };
 
 /* Move all of `size` bytes; `moved` counts those that were, whatever the result. */
-static enum result
-transfer(enum way way, int fd, char *bytes, int64_t size, int64_t offset, int64_t *moved)
+static enum result transfer(enum way way, int fd, char *bytes, int64_t size, int64_t offset,
+                            int64_t *moved)
 {
     while (size > 0) {
         ssize_t count = system_call(way, fd, bytes, (size_t)size, offset);
@@ -528,8 +526,8 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
 
 /* Read.  Returns how many bytes, -1 when it was not done, -2 with an exception; the buffer is
  * released. */
-static int64_t
-load(Reach *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait, bool fewer)
+static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait,
+                    bool fewer)
 {
     enum result result = FAILED;
     int lane;
