@@ -194,6 +194,45 @@ class Target:
     async def resize(self, region: RegionID, size: int) -> None:
         await self.call("resize", _id(region), checked_size(size, "resize: size"))
 
+    async def allocate(
+        self, region: RegionID, offset: int, size: int, keep_size: bool = False
+    ) -> None:
+        await self._extent("allocate", region, offset, size, bool(keep_size))
+
+    async def zero_range(
+        self, region: RegionID, offset: int, size: int, keep_size: bool = False
+    ) -> None:
+        await self._extent("zero_range", region, offset, size, bool(keep_size))
+
+    async def punch_hole(self, region: RegionID, offset: int, size: int) -> None:
+        await self._extent("punch_hole", region, offset, size)
+
+    async def _extent(
+        self, name: str, region: RegionID, offset: int, size: int, *more: bool
+    ) -> None:
+        offset, size = checked_size(offset, f"{name}: offset"), checked_size(size, f"{name}: size")
+        await self.call(name, _id(region), offset, size, *more)
+
+    async def seek_data(self, region: RegionID, offset: int) -> int | None:
+        found: int | None = await self.call(
+            "seek", _id(region), checked_size(offset, "seek_data: offset"), False
+        )
+        return found
+
+    async def seek_hole(self, region: RegionID, offset: int) -> int | None:
+        found: int | None = await self.call(
+            "seek", _id(region), checked_size(offset, "seek_hole: offset"), True
+        )
+        return found
+
+    async def data_extents(self, region: RegionID) -> AsyncIterator[tuple[int, int]]:
+        end = 0
+        while (start := await self.seek_data(region, end)) is not None:
+            end = await self.seek_hole(region, start) or 0
+            if end <= start:  # the region became shorter
+                return
+            yield start, end - start
+
     async def changes(self, *, new_names: bool = False) -> AsyncGenerator[Changes, None]:
         """What others change in the target, as it happens; never ends by itself.
 

@@ -402,6 +402,76 @@ class TargetHandle:
         """
         self._link.call("resize", _id(region), checked_size(size, "resize: size"))
 
+    # Space and holes
+
+    def allocate(self, region: RegionID, offset: int, size: int, keep_size: bool = False) -> None:
+        """Allocate the space of *size* bytes at *offset*, so that writes there cannot fail for lack
+        of it; no byte changes.
+
+        The region grows if the extent ends beyond it.  With *keep_size* its size stays the same,
+        and the space is kept for later growth.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            StorageFull: there is not enough space, or the quota is exceeded.
+            PathError: with ``errno`` EOPNOTSUPP, the file system of the target cannot allocate in
+                advance.
+        """
+        self._change("allocate", region, offset, size, bool(keep_size))
+
+    def zero_range(self, region: RegionID, offset: int, size: int, keep_size: bool = False) -> None:
+        """Zero *size* bytes at *offset*, and allocate their space as :meth:`allocate` does."""
+        self._change("zero_range", region, offset, size, bool(keep_size))
+
+    def punch_hole(self, region: RegionID, offset: int, size: int) -> None:
+        """Zero *size* bytes at *offset*, and free their space where possible.
+
+        The part of the extent beyond the region's end is ignored.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        self._change("punch_hole", region, offset, size)
+
+    def _change(self, name: str, region: RegionID, offset: int, size: int, *more: bool) -> None:
+        offset, size = checked_size(offset, f"{name}: offset"), checked_size(size, f"{name}: size")
+        self._link.call(name, _id(region), offset, size, *more)
+
+    def seek_data(self, region: RegionID, offset: int) -> int | None:
+        """The first offset from *offset* on at which there is data; None if there is none.
+
+        A hole has no data: it was never written, or was punched, and reads as zeros.  Storages may
+        report data where there is a hole.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        found: int | None = self._link.call(
+            "seek", _id(region), checked_size(offset, "seek_data: offset"), False
+        )
+        return found
+
+    def seek_hole(self, region: RegionID, offset: int) -> int | None:
+        """The first offset from *offset* on at which there is a hole; the end of the region counts
+        as one.  None if *offset* is not before the end."""
+        found: int | None = self._link.call(
+            "seek", _id(region), checked_size(offset, "seek_hole: offset"), True
+        )
+        return found
+
+    def data_extents(self, region: RegionID) -> Iterator[tuple[int, int]]:
+        """Offset and size, in bytes, of each extent of data, in order.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+        """
+        end = 0
+        while (start := self.seek_data(region, end)) is not None:
+            end = self.seek_hole(region, start) or 0
+            if end <= start:  # the region became shorter
+                return
+            yield start, end - start
+
     # NumPy
 
     def put_array(self, array: NDArray[Any], persist: bool = False) -> RegionID:

@@ -200,6 +200,88 @@ class StorageTests:
         assert self.read(storage, copy, 0, size) == data
 
     @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("free", [False, True])
+    def test_an_extent_becomes_zero_and_nothing_else(
+        self, storage: Storage, size: int, free: bool
+    ) -> None:
+        data = pattern(size)
+        rid = self.make(storage, data)
+        for start, end in ((size // 4, size // 3), (size // 2, size), (0, 1)):
+            if start < end:
+                storage.zero(rid, start, end - start, free=free)
+                data = data[:start] + bytes(end - start) + data[end:]
+            assert self.read(storage, rid, 0, size) == data
+        storage.persist(rid, 0, size)
+        assert self.raw_get(storage, rid, size) == data
+        storage.write(rid, 0, memoryview(pattern(size, 1)))
+        assert self.read(storage, rid, 0, size) == pattern(size, 1)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_room_that_is_reserved_changes_no_bytes(self, storage: Storage, size: int) -> None:
+        data = pattern(size)
+        rid = self.make(storage, data)
+        storage.zero(rid, size // 2, size - size // 2, free=True)
+        data = data[: size // 2] + bytes(size - size // 2)
+        storage.allocate(rid, 0, size)
+        beyond = size + 5000
+        if not storage.moves(rid, beyond):
+            storage.allocate(rid, size // 3, beyond - size // 3)
+        assert self.read(storage, rid, 0, size) == data
+        assert self.is_stored(storage, rid, size)
+        self.resize(storage, rid, size, beyond)
+        assert self.read(storage, rid, 0, beyond) == data + bytes(5000)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_holes_read_as_zero_and_what_was_written_is_data(
+        self, storage: Storage, size: int
+    ) -> None:
+        rid = self.make(storage, bytes(size))
+        storage.zero(rid, 0, size, free=True)
+        middle, data = size // 2, pattern(max(1, size // 8))
+        storage.write(rid, middle, memoryview(data))
+        found = self.read(storage, rid, 0, size)
+        extents = self.extents(storage, rid, size)
+        assert sum(end - start for start, end in extents) <= size
+        assert any(start <= middle and middle + len(data) <= end for start, end in extents)
+        for start, end in extents:
+            found = found[:start] + bytes(end - start) + found[end:]
+        assert found == bytes(size)
+        assert storage.seek(rid, size, size, hole=True) == size
+        assert storage.seek(rid, middle, middle + 1, hole=False) == middle
+
+    def extents(self, storage: Storage, rid: RegionID, size: int) -> list[tuple[int, int]]:
+        """From where to where a region has data."""
+        found, end = [], 0
+        while end < size and (start := storage.seek(rid, end, size, hole=False)) < size:
+            assert end <= start
+            end = storage.seek(rid, start, size, hole=True)
+            assert start < end <= size
+            found.append((start, end))
+        return found
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("other", SIZES)
+    def test_a_range_is_copied_with_its_holes(
+        self, storage: Storage, size: int, other: int
+    ) -> None:
+        data, before = pattern(size), pattern(other, 1)
+        source, rid = self.make(storage, data), self.make(storage, before)
+        if size > 3:
+            storage.zero(source, size // 4, size // 2, free=True)
+            data = data[: size // 4] + bytes(size // 2) + data[size // 4 + size // 2 :]
+        count = min(size, other) * 2 // 3
+        start, offset = size - count, (other - count) // 2
+        storage.copy_range(source, start, rid, offset, count)
+        wanted = before[:offset] + data[start:] + before[offset + count :]
+        assert self.read(storage, rid, 0, other) == wanted
+        assert self.read(storage, source, 0, size) == data
+        storage.persist(rid, 0, other)
+        assert self.raw_get(storage, rid, other) == wanted
+        half = size // 2
+        storage.copy_range(source, 0, source, size - half, half)
+        assert self.read(storage, source, 0, size) == data[: size - half] + data[:half]
+
+    @pytest.mark.parametrize("size", SIZES)
     def test_bytes_that_are_prepared_become_a_region_or_none(
         self, storage: Storage, size: int
     ) -> None:
@@ -283,7 +365,9 @@ class StorageTests:
         chance = random.Random(seed)
         model: dict[RegionID, bytearray] = {}
         for step in range(200):
-            name = chance.choice(["make", "write", "write", "grow", "resize", "erase", "persist"])
+            name = chance.choice(
+                "make write write grow resize erase persist zero copy allocate".split()
+            )
             if name == "make" or not model:
                 data = pattern(chance.choice([0, 1, 3000, 4096, 4097, 100_000]), step)
                 model[self.make(storage, data)] = bytearray(data)
@@ -311,6 +395,19 @@ class StorageTests:
                 del model[rid]
             elif name == "persist":
                 storage.persist(rid, 0, len(found))
+            elif found:
+                start = chance.randrange(len(found))
+                count = chance.randint(1, len(found) - start)
+                if name == "zero":
+                    storage.zero(rid, start, count, free=bool(chance.getrandbits(1)))
+                    found[start : start + count] = bytes(count)
+                elif name == "allocate":
+                    storage.allocate(rid, start, count)
+                elif name == "copy" and len(model) > 1:
+                    source = chance.choice([one for one in model if one != rid])
+                    count = min(count, len(model[source]))
+                    storage.copy_range(source, 0, rid, start, count)
+                    found[start : start + count] = model[source][:count]
         for rid, found in model.items():
             assert self.read(storage, rid, 0, len(found)) == found
             assert self.is_stored(storage, rid, len(found))

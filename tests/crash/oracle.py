@@ -252,6 +252,18 @@ class Oracle:
 
     _begin_fdatasync, _end_fdatasync = _begin_fsync, _end_fsync
 
+    def _begin_zero(self, op: Op) -> None:
+        old = self.content(op.key)
+        end = min(len(old), op.offset + op.size)
+        if op.offset < end:
+            self._image(op.key, old[: op.offset] + bytes(end - op.offset) + old[end:])
+
+    _begin_punch = _begin_zero
+
+    def _begin_allocate(self, op: Op) -> None:
+        old = self.content(op.key)
+        self._image(op.key, _sized(old, max(len(old), op.offset + op.size)))
+
     def _begin_resize(self, op: Op) -> None:
         self._image(op.key, _sized(self.content(op.key), op.size))
 

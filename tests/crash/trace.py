@@ -176,8 +176,10 @@ class Reader:
     def _fallocate(self, call: Call) -> Iterator[Event]:
         if call.result is not None and (file := self._open.get(int(call.arguments[0]))):
             offset, size = (int(argument) for argument in call.arguments[2:4])
-            if "FALLOC_FL_PUNCH_HOLE" in call.arguments[1]:
+            if re.search("PUNCH_HOLE|ZERO_RANGE", call.arguments[1]):
                 yield Event("write", file.path, offset=offset, data=bytes(size), sync=False)
+                return
+            if call.arguments[1] == "FALLOC_FL_KEEP_SIZE":
                 return
             assert call.arguments[1] == "0", call
             yield Event("extend", file.path, size=offset + size)

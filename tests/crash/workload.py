@@ -14,6 +14,12 @@ import trio
 from tests.crash.oracle import Found, Op, Oracle
 from warabi import aio
 from warabi._core.attributes import ROOT
+from warabi._core.syscalls import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    fallocate,
+)
 from warabi.backends.xattr_times import Times
 from warabi.client import TargetHandle
 from warabi.region import RegionID
@@ -27,12 +33,13 @@ _SIZES = (0, 1, 511, 512, 513, 4095, 4096, 4097, 9000, 20_000)
 REGION_KINDS = {
     "create": 4, "create_and_write": 5, "create_and_persist": 4, "write": 10, "write_persist": 5,
     "write_vector": 4, "write_vector_persist": 2, "persist": 6, "fsync": 3, "resize": 6,
-    "erase": 4, "link": 5, "unlink": 3, "rename": 4, "commit": 2, "sync": 1, "utime": 2,
+    "punch": 3, "zero": 2, "allocate": 2, "erase": 4, "link": 5, "unlink": 3, "rename": 4,
+    "commit": 2, "sync": 1, "utime": 2,
 }  # fmt: skip
 """Operations of a target and how often they come, beside each other."""
 FILE_KINDS = {
-    "create": 6, "write": 14, "fsync": 5, "fdatasync": 4, "resize": 5, "link": 4, "unlink": 4,
-    "rename": 6, "commit": 3, "utime": 3,
+    "create": 6, "write": 14, "fsync": 5, "fdatasync": 4, "resize": 5, "punch": 3, "zero": 2,
+    "link": 4, "unlink": 4, "rename": 6, "commit": 3, "utime": 3,
 }  # fmt: skip
 """Those of a mount, where every region has a name and a write may make it grow."""
 
@@ -87,7 +94,7 @@ def _extent(
     if files:
         offset = rng.choice((0, length, rng.randrange(length + 5000)))
         return Op(kind, key, offset, rng.choice((1, 100, 4096, 10_000)), seed)
-    least = 3 if "vector" in kind else 0
+    least = 3 if "vector" in kind else kind in ("punch", "zero", "allocate")
     if length <= least:
         return None
     offset = rng.choice((0, rng.randrange(length - least)))
@@ -143,6 +150,12 @@ class RegionSurface:
                 self._call("fsync", region, True)
             case "resize":
                 target.resize(region, op.size)
+            case "punch":
+                self._call("punch_hole", region, op.offset, op.size)
+            case "zero":
+                self._call("zero_range", region, op.offset, op.size, True)
+            case "allocate":
+                self._call("allocate", region, op.offset, op.size, False)
             case "erase":
                 target.erase(region)
             case "utime":
@@ -231,7 +244,7 @@ class FileSurface:
             case "utime":
                 assert rid is not None
                 os.utime(self._name_of(rid), ns=(0, op.mtime_ns))
-            case "write" | "fsync" | "fdatasync" | "resize":
+            case "write" | "fsync" | "fdatasync" | "resize" | "punch" | "zero":
                 assert rid is not None
                 fd = os.open(self._name_of(rid), os.O_RDWR)
                 try:
@@ -242,6 +255,9 @@ class FileSurface:
                         os.fsync(fd)
                     elif op.kind == "fdatasync":
                         os.fdatasync(fd)
+                    elif op.kind in ("punch", "zero"):
+                        mode = FALLOC_FL_PUNCH_HOLE if op.kind == "punch" else FALLOC_FL_ZERO_RANGE
+                        fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, op.offset, op.size)
                     else:
                         os.ftruncate(fd, op.size)
                 finally:

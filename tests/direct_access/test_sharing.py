@@ -129,6 +129,23 @@ def test_trio_clients_too(served: Served, provider_id: int) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("size", [3000, 200_000])
+def test_what_becomes_zero_elsewhere_is_seen_and_can_be_written(
+    handle: TargetHandle, other: TargetHandle, size: int
+) -> None:
+    data = pattern(size)
+    region = touched(handle, data)
+    for change in (other.punch_hole, other.zero_range):
+        change(region, 10, size - 20)
+        assert handle.read(region, 0, size) == data[:10] + bytes(size - 20) + data[-10:]
+        touch(handle, region)
+        handle.write(region, 0, data)
+        assert other.read(region, 0, size) == data
+    other.allocate(region, 0, 2 * size)
+    handle.write(region, size, data)
+    assert other.read(region, 0, 2 * size) == data * 2
+
+
 @pytest.mark.parametrize("size", [100, 65536])
 def test_an_erased_region_is_noticed(handle: TargetHandle, other: TargetHandle, size: int) -> None:
     region = touched(handle, pattern(size))

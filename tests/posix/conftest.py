@@ -1,6 +1,7 @@
 """Where the tests of system calls work: a tmpfs, and a mount of each kind of source.
 
-The tmpfs is the oracle: a test that fails there expects what Linux does not do.
+The tmpfs is the oracle: a test that fails there expects what Linux does not do.  Where a tmpfs does
+not do all that other file systems do, an ext4 is, on a disk that is a file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.test_loop import make as make_disk
+from tests.crash.test_loop import mounted as mounted_disk
 from tests.mount.conftest import disposable, limit_of
 from tests.mount.conftest import machine as machine  # a fixture
 from tests.mount.conftest import place as place  # another
@@ -22,10 +25,16 @@ MOUNTED = (*BACKENDS, "engine", *PASSED)
 
 @pytest.fixture(scope="package", params=["tmpfs", *MOUNTED])
 def shared(request: pytest.FixtureRequest) -> Iterator[Path | Mount]:
-    """A tmpfs or a mount, for all tests here."""
+    """A tmpfs, an ext4 or a mount, for all tests here."""
     if request.param == "tmpfs":
         with disposable("/dev/shm") as path:
             yield path
+        return
+    if request.param == "ext4":
+        with disposable("/tmp") as path:
+            make_disk(path / "image", "ext4", 256 << 20)
+            with mounted_disk(path / "image", path / "mnt") as disk:
+                yield disk
         return
     with (
         disposable("/tmp") as path,

@@ -129,6 +129,25 @@ async def test_more_calls(target: aio.Target) -> None:
     assert region not in [listed async for listed in target.list()]
 
 
+async def test_room_and_holes(target: aio.Target) -> None:
+    region = await target.create(1 << 20)
+    await target.resize(region, 2 << 20)
+    await target.write(region, 1 << 20, b"x" * 10_000)
+    await target.allocate(region, 0, 3 << 20, keep_size=True)
+    await target.allocate(region, 2 << 20, 10)
+    await target.punch_hole(region, 1 << 20, 5000)
+    await target.zero_range(region, (1 << 20) + 9000, 2000)
+    wanted = bytes(5000) + b"x" * 4000 + bytes(2000)
+    assert await target.read(region, 1 << 20, 11_000) == wanted
+    assert await target.size(region) == (2 << 20) + 10
+    found = bytearray((2 << 20) + 10)
+    async for offset, size in target.data_extents(region):
+        found[offset : offset + size] = await target.read(region, offset, size)
+    assert found[1 << 20 :][:11_000] == wanted
+    assert found.count(b"x") == 4000
+    assert await target.seek_hole(region, 1 << 30) is None
+
+
 async def test_growing_writes_of_any_size(target: aio.Target) -> None:
     region = await target.create(0)
     content = b""

@@ -21,6 +21,7 @@ from warabi.metadata.tree import RENAME_WHITEOUT
 from warabi.region import RegionID
 from warabi.target import opening
 from warabi.target.config import MemoryConfig
+from warabi.target.handlers import CALLS
 from warabi.target.target import Target
 
 MiB = 1 << 20
@@ -399,3 +400,42 @@ def test_a_provider_in_a_control_group(small_group: Path, share: str) -> None:
     done = run_in(small_group, "-c", FILL, share)
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert len(done.stdout.splitlines()) == 3
+
+
+# Room that is reserved
+
+
+def test_what_is_reserved_can_be_written_when_nothing_else_fits() -> None:
+    with memory(16 * MiB) as target:
+        region = target.create(8 * MiB)
+        call(target, "allocate", region, 2 * MiB, 2 * MiB, False)
+        call(target, "allocate", region, 8 * MiB, 2 * MiB, True)
+        with pytest.raises(errors.StorageFull):
+            call(target, "allocate", region, 0, 64 * MiB, False)
+        assert target.size(region) == 8 * MiB
+        others = []
+        with pytest.raises(errors.StorageFull):
+            while True:
+                others.append(target.create_and_write(bytes(MiB // 2)))
+        target.write(region, 2 * MiB, b"x" * 2 * MiB)
+        target.write(region, 8 * MiB, b"y" * 2 * MiB, extend=True)
+        assert target.read(region, 0, 10 * MiB) == (
+            bytes(2 * MiB) + b"x" * 2 * MiB + bytes(4 * MiB) + b"y" * 2 * MiB
+        )
+        call(target, "punch_hole", region, 2 * MiB, 2 * MiB)
+        assert target.create_and_write(bytes(MiB))  # which the hole has given back
+
+
+def test_a_hole_that_others_may_fill_is_promised_to_them() -> None:
+    with memory(16 * MiB) as target:
+        region = target.create_and_write(b"x" * 8 * MiB)
+        place = target._storage.share(region, writable=True)
+        assert place is not None
+        call(target, "punch_hole", region, 0, 8 * MiB)
+        with pytest.raises(errors.StorageFull):
+            target.create_and_write(bytes(10 * MiB))
+        os.close(place.fd)
+
+
+def call(target: Target, name: str, *arguments: Any) -> None:
+    CALLS[name](target, *arguments)

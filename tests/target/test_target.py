@@ -579,6 +579,56 @@ def test_resize_keeps_the_id_and_zeroes_what_is_new(target: TargetHandle) -> Non
         target.write(region, 0, content)
 
 
+@pytest.mark.parametrize("size", [3000, 200_000])
+def test_room_zeros_and_holes(target: TargetHandle, size: int) -> None:
+    data = bytearray(pattern(size).replace(b"\0", b"\1"))
+    region = target.create_and_write(data)
+    changed = target.stat(region).mtime_ns
+    target.punch_hole(region, 100, size // 2)
+    data[100 : 100 + size // 2] = bytes(size // 2)
+    assert target.read(region, 0, size) == data
+    assert target.stat(region).mtime_ns > changed
+    target.zero_range(region, size - 50, 100, keep_size=True)
+    data[-50:] = bytes(50)
+    assert target.read(region, 0, size) == data
+    target.zero_range(region, size - 60, 100)
+    data[-60:] = bytes(100)
+    target.allocate(region, size, 5000)
+    data.extend(bytes(size + 5000 - len(data)))
+    target.allocate(region, 0, size * 3, keep_size=True)
+    target.punch_hole(region, len(data) - 10, 1 << 40)
+    assert target.size(region) == len(data)
+    assert target.read(region, 0, len(data)) == data
+    target.write(region, 0, data[::-1], persist=True)
+    assert target.read(region, 0, len(data)) == data[::-1]
+    for nothing in (target.allocate, target.zero_range, target.punch_hole):
+        nothing(region, 5, 0)
+        with pytest.raises(errors.OutOfBounds):
+            nothing(region, 1, (1 << 63) - 1)
+        with pytest.raises(errors.InvalidRegion):
+            nothing(RegionID(b"\xff" * 16), 0, 1)
+    assert target.read(region, 0, len(data)) == data[::-1]
+
+
+def test_extents_of_data(target: TargetHandle) -> None:
+    region = target.create(0)
+    assert target.seek_data(region, 0) is target.seek_hole(region, 0) is None
+    target.resize(region, 1 << 20)
+    for offset in (0, 400_000):
+        target.write(region, offset, pattern(10_000))
+    extents = list(target.data_extents(region))
+    assert sum(size for _, size in extents) <= target.size(region)
+    found = bytearray(1 << 20)
+    for offset, size in extents:
+        found[offset : offset + size] = target.read(region, offset, size)
+    assert found == target.read(region, 0, 1 << 20)
+    assert target.seek_data(region, 405_000) == 405_000
+    assert target.seek_hole(region, (1 << 20) - 1) in ((1 << 20) - 1, 1 << 20)
+    assert target.seek_data(region, 1 << 20) is target.seek_hole(region, 1 << 20) is None
+    with pytest.raises(errors.OutOfBounds):
+        target.seek_data(region, -1)
+
+
 def test_stat(target: TargetHandle) -> None:
     start = time.time_ns() - 1_000_000_000
     region = target.create(10)

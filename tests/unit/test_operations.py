@@ -36,13 +36,16 @@ _ON_TARGETS = {name: one for name, one in OPERATIONS.items() if one.served is Se
 CHANGES_NOTHING = """
     commit epoch fsync getattr getxattr grant join leave list list_stats listxattr lookup
     migration_progress open open_name persist persist_vector pin ping read read_vector readdir
-    readlink resolve room size stat summed sync unpin used uuid verify watch
+    readlink resolve room seek size stat summed sync unpin used uuid verify watch
 """.split()
-REPEATABLE_CHANGES = "receive_outcome resize setattr setxattr survey write write_vector".split()
+REPEATABLE_CHANGES = """
+    allocate punch_hole receive_outcome resize setattr setxattr survey write write_vector zero_range
+""".split()
 NOT_REPEATED_READS = "grant join leave".split()
 WAITING = """
-    adopt commit copy fsync graft migrate persist persist_vector read_vector receive_commit
-    receive_finish receive_outcome resize survey sync update verify write_vector
+    adopt allocate commit copy fsync graft migrate persist persist_vector punch_hole read_vector
+    receive_commit receive_finish receive_outcome resize seek survey sync update verify write_vector
+    zero_range
 """.split()
 LONG = "copy graft survey".split()
 

@@ -22,7 +22,7 @@ FAILING: dict[str, tuple[Callable[[], object], int]] = {
     "madvise": (partial(syscalls.madvise, NOWHERE, 4096, mmap.MADV_WILLNEED), errno.ENOMEM),
     "msync": (partial(syscalls.msync, NOWHERE, 4096), errno.ENOMEM),
     "mincore": (partial(syscalls.mincore, NOWHERE, 4096), errno.ENOMEM),
-    "punch_hole": (partial(syscalls.punch_hole, CLOSED, 0, 1), errno.EBADF),
+    "fallocate": (partial(syscalls.fallocate, CLOSED, 0, 0, 1), errno.EBADF),
     "syncfs": (partial(syscalls.syncfs, CLOSED), errno.EBADF),
     "membarrier": (partial(syscalls.membarrier, 1 << 30), errno.EINVAL),
     "io_setup": (partial(syscalls.io_setup, 0), errno.EINVAL),

@@ -20,10 +20,10 @@ MOUNT_FLAGS = {
     "noatime": 1 << 10, "nodiratime": 1 << 11, "relatime": 1 << 21, "strictatime": 1 << 24,
 }  # fmt: skip
 """Flags of mount(2), by the names that mount(8) has for them."""
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
 _MS_SYNC = 4
-_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _PR_SET_PDEATHSIG = 1
 _PTHREAD_PROCESS_SHARED = _PTHREAD_MUTEX_ROBUST = 1
 _NUMBERS = {
@@ -105,9 +105,8 @@ def mincore(address: int, size: int) -> bytes:
     return resident.raw
 
 
-def punch_hole(fd: int, offset: int, size: int) -> None:
-    """Deallocate a range of a file, which reads as zeros then."""
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """Allocate, deallocate or zero a range of a file; *mode* is of ``FALLOC_FL_...``."""
     _uninterrupted(_fallocate, fd, mode, offset, size)
 
 

@@ -18,6 +18,8 @@ from warabi.region import RegionID
 if TYPE_CHECKING:
     from warabi.target.region_locks import Guard
 
+_PIECE = 1 << 20
+_ZEROS = memoryview(bytes(_PIECE))
 THIS_PROCESS: Final = 0
 STRANGERS: Final = -1
 KERNEL: Final = -2
@@ -175,6 +177,30 @@ class Storage(ABC):
         self.resize(rid, offset + len(data))
         self.write(rid, offset, data)
 
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None:  # noqa: B027
+        """Allocate the space of *size* bytes at *offset*, so that writes there cannot fail for lack
+        of it; no byte changes.  The extent may end beyond the region, whose size stays the same,
+        unless :meth:`moves` is true of that end.
+
+        The default does nothing, for storages that allocate all of a region when it is made.
+
+        Raises:
+            StorageFull: there is not enough space.
+            PathError: ``EOPNOTSUPP``, the file system cannot allocate in advance.
+        """
+
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
+        """Zero *size* bytes at *offset*, and free their space where possible; without *free* their
+        space is allocated, as by :meth:`allocate`."""
+        for start in range(offset, offset + size, _PIECE):
+            self.write(rid, start, _ZEROS[: offset + size - start])
+
+    def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
+        """The first offset from *offset* on, before *end*, at which there is data, or with *hole* a
+        hole; *end* if there is none.  Data may be reported where there is a hole, but not the
+        reverse."""
+        return end if hole else offset
+
     def moves(self, rid: RegionID, size: int) -> bool:
         """Whether growing to *size* bytes would move the region's data."""
         return False
@@ -195,11 +221,27 @@ class Storage(ABC):
     def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
         """Create *copy* from the first *size* bytes of a region that is not being written."""
         self.create(copy, size)
-        buffer = memoryview(bytearray(min(size, 1 << 20)))
-        for offset in range(0, size, 1 << 20):
-            piece = buffer[: size - offset]
-            self.read_into(rid, offset, piece)
-            self.write(copy, offset, piece)
+        self.copy_range(rid, 0, copy, 0, size)
+
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None:
+        """Copy *size* bytes at *start* of the region *source*, which nobody writes, to *offset* of
+        *rid*: another region, or the same one if the extents do not overlap.  Holes are
+        preserved."""
+        buffer = memoryview(bytearray(min(size, _PIECE)))
+        at, end, shift = start, start + size, offset - start
+        while at < end:
+            data = self.seek(source, at, end, hole=False)
+            if data > at:
+                self.zero(rid, at + shift, data - at, free=True)
+            at = data
+            end_of_data = self.seek(source, at, end, hole=True)
+            while at < end_of_data:
+                piece = buffer[: end_of_data - at]
+                self.read_into(source, at, piece)
+                self.write(rid, at + shift, piece)
+                at += len(piece)
 
     def attests(self, inode: Inode, size: int) -> bool:
         """Whether it is known that more than *size* bytes of a region were on stable storage."""

@@ -36,6 +36,9 @@ from warabi.metadata.checksums import BLOCK, SumRows, digest
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 
+_NO_BLOCK = 1 << 62
+"""Above the number of every block."""
+
 
 class ChecksumOwner(base.StorageOwner, Protocol):
     """The methods of the target that this storage calls."""
@@ -146,14 +149,36 @@ class SummedStorage(WrapperStorage):
         with self._changing(rid, _blocks(end, end + 1)):
             self._inner.resize(rid, size)
             if size < old:
-                first = -(-size // BLOCK)
-                with self._lock:
-                    state = self._state(rid)
-                    for blocks in (state.dirty, *state.claims):
-                        blocks.difference_update([b for b in blocks if b >= first])
-                with self._guard.lock, self._guard.checked:
-                    if (inode := self._catalogue.region(rid)) is not None:
-                        self._rows.drop_from(inode, first)
+                self._forget_sums(rid, -(-size // BLOCK), _NO_BLOCK)
+
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
+        # Whole blocks have no checksums afterwards, as if never written: there may be millions.
+        end = offset + size
+        first, last = -(-offset // BLOCK), end // BLOCK
+        with (
+            self._changing(rid, _blocks(offset, offset + 1)),
+            self._changing(rid, _blocks(end - 1, end)),
+        ):
+            self._inner.zero(rid, offset, size, free=free)
+            if first < last:
+                self._forget_sums(rid, first, last)
+
+    def _forget_sums(self, rid: RegionID, first: int, last: int) -> None:
+        """Delete the checksums of the blocks from *first* up to *last*, exclusive, and take the
+        blocks out of persists that are under way."""
+        with self._lock:
+            state = self._state(rid)
+            for blocks in (state.dirty, *state.claims):
+                blocks.difference_update([b for b in blocks if first <= b < last])
+        with self._guard.lock, self._guard.checked:
+            if (inode := self._catalogue.region(rid)) is not None:
+                self._rows.drop_range(inode, first, last)
+
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None:
+        with self._changing(rid, _blocks(offset, offset + size)):
+            self._inner.copy_range(source, start, rid, offset, size)
 
     def _size(self, rid: RegionID) -> int:
         """Return the region's size before an exclusive call changes it."""
@@ -350,6 +375,12 @@ class SummedStorage(WrapperStorage):
             for rid in rids:
                 self._states.pop(rid, None)
         return self._inner.erase_all(rids)
+
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None:
+        self._inner.allocate(rid, offset, size)
+
+    def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
+        return self._inner.seek(rid, offset, end, hole=hole)
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         self._inner.read_into(rid, offset, out)

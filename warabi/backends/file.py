@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from warabi import errors
-from warabi._core import config_keys, descriptors, syscalls
+from warabi._core import config_keys, descriptors, fileio, syscalls
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.fileio import copy_file, pread_full, pwrite_full, set_apart
 from warabi.backends import xattr_times as filetimes
@@ -282,15 +282,50 @@ class FileStorage(Storage):
             finally:
                 self._dirty.add(rid)
 
-    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
-        self.create(copy, size)
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None:
+        with self._translated(rid, "allocate"), self._borrow(rid) as fd:
+            found = os.fstat(fd)
+            # Checked first: the attempt alone would use up all free space for a while.
+            if size - found.st_blocks * 512 > self.room()[1]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            try:
+                fileio.allocate(fd, offset, size)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    text = f"allocate region {rid.hex()}: {self.root}: its file system cannot"
+                    raise errors.path_error(error.errno, text) from None
+                if offset + size > found.st_size:  # free what was allocated before it failed
+                    os.ftruncate(fd, found.st_size)
+                raise
+            finally:
+                self._dirty.add(rid)
+
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
+        with self._translated(rid, "zero"), self._borrow(rid) as fd:
+            self._check_end(rid, fd, "zero", offset + size)
+            try:
+                (fileio.punch if free else fileio.zero)(fd, offset, size)
+            finally:
+                self._dirty.add(rid)
+
+    def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
+        with self._translated(rid, "seek"), self._borrow(rid) as fd:
+            return (fileio.hole_from if hole else fileio.data_from)(fd, offset, end)
+
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None:
         with (
-            self._translated(rid, "copy"),
-            self._borrow(rid) as source,
-            self._borrow(copy) as target,
+            self._translated(source, "copy"),
+            self._borrow(source) as from_fd,
+            self._borrow(rid) as fd,
         ):
-            self._check_end(rid, source, "copy", size)
-            copy_file(source, target, size)
+            self._check_end(source, from_fd, "copy", start + size)
+            self._check_end(rid, fd, "copy to", offset + size)
+            try:
+                copy_file(from_fd, fd, size, start, offset)
+            finally:
+                self._dirty.add(rid)
 
     def keep_times(self, rid: RegionID, times: Times) -> bool:
         if not self._keeps_times:

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from warabi import errors
 from warabi._core import descriptors
-from warabi._core.fileio import copy_file, pread_full, punch
+from warabi._core.fileio import copy_file, data_from, hole_from, pread_full, punch
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Location, Storage
 from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, MemoryBudget
@@ -376,6 +376,8 @@ class MemoryStorage(Storage):
                 # Never back to a slot: a region that shrinks often grows again.
                 if size < item.size:
                     self._unsure.add(item)
+                elif size > item.size:
+                    item.sparse = True
                 try:
                     item.resize(size)
                 except OSError as error:
@@ -405,23 +407,70 @@ class MemoryStorage(Storage):
         except OSError as error:
             raise errors.from_os(error, f"resize to {size} bytes") from error
 
-    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
-        self.create(copy, size)
-        source, target = self._regions[rid], self._regions[copy]
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None:
+        item = self._regions[rid]
+        if isinstance(item, _Slot):
+            return  # whose memory counts since it was handed out
         try:
-            if isinstance(source, Own) and isinstance(target, Own):
-                self._budget.charge(min(size, os.fstat(source.fd).st_blocks * 512))
-                try:
-                    copy_file(source.fd, target.fd, size)
-                finally:
-                    self._unsure.add(target)
-            else:
-                for start in range(0, size, _COPY):
-                    piece = memoryview(bytearray(min(_COPY, size - start)))
-                    _read(source, start, piece)
-                    _write(target, start, piece)
+            self._budget.charge(item.holes(offset, size))
+            try:
+                item.allocate(offset, offset + size)
+            finally:
+                self._unsure.add(item)
+        except OSError as error:
+            raise errors.from_os(error, f"allocate {size} bytes") from error
+
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
+        item = self._regions[rid]
+        if isinstance(item, _Slot):
+            start = item.offset + offset
+            _clear(item.segment.view[start : start + size])
+            return
+        self._expect_holes(item, offset)
+        try:
+            step = max(_STEP, size // 1000)
+            for start in range(offset, offset + size, step):
+                punch(item.fd, start, min(step, offset + size - start))
+        except OSError as error:
+            raise errors.from_os(error, f"zero {size} bytes") from error
+        if not free:
+            self.allocate(rid, offset, size)
+
+    def _expect_holes(self, item: Own, offset: int) -> None:
+        """Bytes from *offset* on may become holes, which other processes may fill if they have the
+        region's descriptor.  There is no view of it."""
+        with self._lock:
+            self._unmap(item)
+            item.filled = min(item.filled, offset)
+            item.sparse = True
+            self._unsure.add(item)
+            if item.holder != THIS_PROCESS:
+                self._lent.add(item)
+
+    def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
+        item = self._regions[rid]
+        if isinstance(item, _Slot):
+            return super().seek(rid, offset, end, hole=hole)
+        return (hole_from if hole else data_from)(item.fd, offset, end)
+
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None:
+        item, target = self._regions[source], self._regions[rid]
+        if isinstance(item, _Slot) or isinstance(target, _Slot):
+            super().copy_range(source, start, rid, offset, size)
+            return
+        filled, end = target.filled, offset + size
+        try:
+            self._budget.charge(min(target.holes(offset, size), os.fstat(item.fd).st_blocks * 512))
+            self._expect_holes(target, offset)
+            copy_file(item.fd, target.fd, size, start, offset)
+            if offset <= filled and hole_from(target.fd, offset, end) == end:
+                target.filled = max(filled, end)
         except OSError as error:
             raise errors.from_os(error, f"copy of {size} bytes") from error
+        finally:
+            self._unsure.add(target)
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
         _read(self._regions[rid], offset, out)
@@ -485,7 +534,10 @@ class MemoryStorage(Storage):
             self.written(data) if isinstance(item, _Slot) and not (item.size or offset) else None
         )
         if fresh is None:
+            sparse = isinstance(item, Own) and (item.sparse or offset > item.size)
             super().write_beyond(rid, offset, data)
+            if isinstance(item, Own):
+                item.sparse = sparse
             return
         fresh.become(rid)
         with self._lock:
@@ -569,7 +621,8 @@ class MemoryStorage(Storage):
                 # A read-only guest creates no regions for which the memory could be reused.
                 holder = holder if writable or holder == KERNEL else STRANGERS
                 self._spare.given(item, holder)
-                return Location(_duplicate(item.fd, writable), 0, None, segment=0, mapped=True)
+                mapped = not (item.sparse and item.filled < item.size)
+                return Location(_duplicate(item.fd, writable), 0, None, segment=0, mapped=mapped)
             segment = item.segment
             return Location(
                 _duplicate(segment.fd, writable), item.offset, segment.slot_size,

@@ -14,7 +14,6 @@ Old contents are never visible: they are overwritten or cleared before the regio
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
@@ -22,7 +21,14 @@ import threading
 import time
 import weakref
 
-from warabi._core.fileio import pread_full, punch, pwrite_full
+from warabi._core.fileio import (
+    allocate,
+    data_from,
+    hole_from,
+    pread_full,
+    punch,
+    pwrite_full,
+)
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS
 from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, machine_memory
@@ -35,6 +41,7 @@ _SHORT = 16  # below this fraction of the machine's memory, available memory is 
 _MOST_COUNT = 128  # each uses a descriptor
 _LONG = 32 * 1024 * 1024
 """Bytes that take the kernel long to free: some milliseconds."""
+_POPULATED = 4 * 1024 * 1024  # bytes whose pages the kernel makes at once, with the GIL held
 _PATIENCE = 1.0  # seconds between two checks of the available memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _END = (1 << 63) - mmap.PAGESIZE  # beyond the end of every file: a guest may have extended it
@@ -58,11 +65,13 @@ class Own:
             it was not shared.
         warm: a mapping for filling reused memory, and nothing else.
         taken: bytes of memory in use when last measured.
+        sparse: it has holes on purpose, which reading a mapping would fill.
+        reserved: start and end of what was allocated beyond the end that it had then.
     """
 
     __slots__ = (
-        "_mappings", "extent", "fd", "filled", "holder", "mapping", "sealed", "size", "taken",
-        "warm",
+        "_mappings", "extent", "fd", "filled", "holder", "mapping", "reserved", "sealed", "size",
+        "sparse", "taken", "warm",
     )  # fmt: skip
 
     def __init__(self, size: int) -> None:
@@ -72,6 +81,8 @@ class Own:
         self.filled = 0
         self.taken = 0
         self.holder = THIS_PROCESS
+        self.sparse = False
+        self.reserved = (0, 0)
         self.mapping: Populated | None = None
         self.warm: SharedMapping | None = None
         self._mappings: list[weakref.ref[mmap.mmap]] = []
@@ -96,11 +107,14 @@ class Own:
             # A guest has extended the file, and it cannot be truncated.
             punch(self.fd, self.size, _END - self.size)
             self.extent = length
+            self.reserved = (0, 0)
         elif size > self.extent or not self.sealed:
             os.ftruncate(self.fd, size)
             self.extent = size
         elif size < self.size:
             punch(self.fd, size, _END - size)
+        if size <= self.size:
+            self.reserved = (0, 0)
         self.size = size
         self.filled = min(self.filled, size)
 
@@ -124,20 +138,33 @@ class Own:
     def holes(self, offset: int, size: int) -> int:
         """The same as :meth:`missing`, exactly; raises ``OSError``."""
         offset, end = offset & -PAGE, (offset + size + PAGE - 1) & -PAGE
+        first, last = self.reserved
         missing = 0
         while offset < end:
-            data = min(end, self._seek(offset, os.SEEK_DATA))
-            missing += data - offset
-            offset = end if data == end else self._seek(data, os.SEEK_HOLE)
+            data = data_from(self.fd, offset, end)
+            missing += data - offset - max(0, min(data, last) - max(offset, first))
+            offset = hole_from(self.fd, data, end)
         return missing
 
-    def _seek(self, offset: int, what: int) -> int:
-        try:
-            return os.lseek(self.fd, offset, what)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # there is nothing after it
-                raise
-            return _END
+    def allocate(self, offset: int, end: int) -> None:
+        """Allocate the memory of the bytes from *offset* to *end*, which may be beyond the region's
+        end; raises ``OSError``.
+
+        Reading the pages through a mapping makes data of holes, which :meth:`holes` needs, without
+        overwriting what other processes write meanwhile.
+        """
+        if end > self.size:
+            first = self.size & -PAGE
+            allocate(self.fd, first, end - first)
+            self.reserved = (first, (max(end, self.reserved[1]) + PAGE - 1) & -PAGE)
+            end = self.size
+        if offset < end:
+            allocate(self.fd, offset, end - offset)
+            mapping = Populated(self.fd, self.size, writable=True)
+            for start in range(offset, end, _POPULATED):
+                mapping.view(start, min(end, start + _POPULATED)).release()
+            if offset <= self.filled:
+                self.filled = max(self.filled, end)
 
     @property
     def seen(self) -> bool:
@@ -278,6 +305,7 @@ class Spare:
             own.discard()
             raise
         own.filled = 0
+        own.sparse = False
         return own
 
     def _remove(self, own: Own) -> None:

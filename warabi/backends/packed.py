@@ -60,7 +60,7 @@ _ZEROS = memoryview(bytes(SLOT))
 
 def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
     """Return *error* with the region's ID instead of its pack's."""
-    if file is rid:
+    if file is rid or isinstance(error, errors.PathError):  # which names no region
         return error
     return type(error)(str(error).replace(file.hex(), rid.hex()))
 
@@ -243,6 +243,37 @@ class PackedStorage(WrapperStorage):
             self.write(rid, offset, data)
             self._record(rid, end)
 
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None:
+        file, start = self._at(rid)
+        try:
+            self._files.allocate(file, start + offset, size)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
+        file, start = self._at(rid)
+        try:
+            self._files.zero(file, start + offset, size, free=free)
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
+        file, start = self._at(rid)
+        try:
+            return self._files.seek(file, start + offset, start + end, hole=hole) - start
+        except errors.Exception as error:
+            raise _of(rid, file, error) from error.__cause__
+
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None:
+        from_file, from_start = self._at(source)
+        file, at = self._at(rid)
+        try:
+            self._files.copy_range(from_file, from_start + start, file, at + offset, size)
+        except errors.Exception as error:
+            raise _of(source, from_file, error) from error.__cause__
+
     def moves(self, rid: RegionID, size: int) -> bool:
         return size > SLOT and self._at(rid)[0] is not rid
 
@@ -276,11 +307,7 @@ class PackedStorage(WrapperStorage):
         with suppress(errors.Exception):  # later persists of the region report it
             files._persist_name(rid)
 
-    def clone(self, rid: RegionID, copy: RegionID, size: int) -> None:
-        if self._at(rid)[0] is rid:
-            self._files.clone(rid, copy, size)
-        else:
-            Storage.clone(self, rid, copy, size)
+    clone = Storage.clone
 
     # Erasing
 

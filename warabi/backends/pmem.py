@@ -95,6 +95,20 @@ class PmemStorage(FileStorage):
         self._unsettled.add(rid)
         super().resize(rid, size)
 
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None:
+        self._unsettled.add(rid)
+        super().allocate(rid, offset, size)
+
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
+        self._unsettled.add(rid)
+        super().zero(rid, offset, size, free=free)
+
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None:
+        self._unsettled.add(rid)  # holes are copied, too
+        super().copy_range(source, start, rid, offset, size)
+
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
         with self._translated(rid, "write"), self._borrow(rid) as fd:
             self._check_length(rid, fd, "write", offset + len(data))

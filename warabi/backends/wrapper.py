@@ -64,6 +64,20 @@ class WrapperStorage(Storage):
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None: ...
 
     @abstractmethod
+    def allocate(self, rid: RegionID, offset: int, size: int) -> None: ...
+
+    @abstractmethod
+    def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None: ...
+
+    @abstractmethod
+    def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int: ...
+
+    @abstractmethod
+    def copy_range(
+        self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
+    ) -> None: ...
+
+    @abstractmethod
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]: ...
 
     @abstractmethod

@@ -84,10 +84,10 @@ class SumRows:
         )
         self._changed(inode)
 
-    def drop_from(self, inode: Inode, first: int) -> None:
-        """Delete the checksums of the blocks from *first* to the end."""
-        sql = "DELETE FROM checksum WHERE ino = ? AND block >= ?"
-        self._catalogue._write(sql, (inode.ino, first))
+    def drop_range(self, inode: Inode, first: int, last: int) -> None:
+        """Delete the checksums of the blocks from *first* up to *last*, exclusive."""
+        sql = "DELETE FROM checksum WHERE ino = ? AND block >= ? AND block < ?"
+        self._catalogue._write(sql, (inode.ino, first, last))
         self._changed(inode)
 
     def attests(self, inode: Inode, size: int) -> bool:

@@ -204,6 +204,17 @@ OPERATIONS: dict[str, Operation] = {
         {"region": REGION, "size": INTEGER},
         NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True,
     ),
+    "allocate": Operation(
+        {**_RANGE, "keep_size": FLAG}, NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True
+    ),
+    "zero_range": Operation(
+        {**_RANGE, "keep_size": FLAG}, NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True
+    ),
+    "punch_hole": Operation(_RANGE, NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True),
+    "seek": Operation(
+        {"region": REGION, "offset": INTEGER, "hole": FLAG},
+        OPTIONAL_INTEGER, _READ, _NOTHING, repeatable=True, waits=True,
+    ),
     "size": Operation({"region": REGION}, INTEGER, _READ, _NOTHING, repeatable=True),
     "stat": Operation({"region": REGION}, REGION_STAT, _READ, _NOTHING, repeatable=True),
     "list": Operation(

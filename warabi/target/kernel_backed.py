@@ -70,6 +70,10 @@ class Exposed:
         if thorough:
             self._wrote(inode.rid)
 
+    def skip(self) -> None:
+        """The last change of the file's bytes or size was the target's own."""
+        self._mtime = os.fstat(self.fd).st_mtime_ns
+
     def end(self) -> None:
         """As :meth:`settle`, thoroughly, for the last time; the descriptor is closed."""
         self._inode.exposed = None

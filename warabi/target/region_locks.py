@@ -326,6 +326,8 @@ class RegionGate:
             if inode.dead:
                 self._free(inode)
             elif wrote:
+                if inode.exposed is not None:
+                    inode.exposed.skip()
                 self._touch(inode)
             if self._waiters:
                 self._idle.notify_all()

@@ -18,7 +18,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +26,7 @@ import trio
 
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes, without_setid
+from warabi._core.buffers import MAX_SIZE
 from warabi._core.changes import ATTRIBUTES, Changes
 from warabi.aio import Target
 from warabi.errors import path_error
@@ -44,6 +45,15 @@ log = logging.getLogger(__name__)
 BLOCK = 4096
 CAPABILITY = b"security.capability"
 """The attribute that the kernel reads before each write to a file, since a write removes it."""
+KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
+FALLOCATE_MODES: dict[int, Callable[[Target, RegionID, int, int], Awaitable[None]]] = {
+    0: lambda target, *extent: target.allocate(*extent),
+    KEEP_SIZE: lambda target, *extent: target.allocate(*extent, keep_size=True),
+    _PUNCH_HOLE | KEEP_SIZE: lambda target, *extent: target.punch_hole(*extent),
+    _ZERO_RANGE: lambda target, *extent: target.zero_range(*extent),
+    _ZERO_RANGE | KEEP_SIZE: lambda target, *extent: target.zero_range(*extent, keep_size=True),
+}
+"""The supported modes of fallocate(2), and the calls that implement them."""
 _PAGE = 512  # directory entries fetched at a time
 _FORGOTTEN = 65536  # forgotten inodes after which the table of known inodes is copied
 _SPARE_NAMES = 200_000  # kept names of directories that are closed or removed
@@ -533,6 +543,36 @@ class FileSystem:
         if self._local is None:
             return None
         return self._local.begin_write(self._region_of(ino, handle), offset, data)
+
+    async def fallocate(
+        self, ino: int, handle: int, mode: int, offset: int, size: int,
+        who: int = 0, kill_setid: bool = False,
+    ) -> None:  # fmt: skip
+        """fallocate(2), in a *mode* of ``FALLOCATE_MODES``; *who* and *kill_setid* are as in
+        :meth:`write`.
+
+        Raises:
+            PathError: EOPNOTSUPP, for any other mode.
+        """
+        try:
+            call = FALLOCATE_MODES[mode]
+        except KeyError:
+            raise path_error(errno.EOPNOTSUPP, f"fallocate: unknown mode {mode:#x}") from None
+        region = self._region_of(ino, handle)
+        with self.writes.one(region, who, offset, size):
+            if kill_setid:
+                await self._kill_setid(ino)
+            await call(self._target, region, offset, size)
+        if self.appends and not mode & KEEP_SIZE:
+            self.note_written(ino, offset + size)
+
+    async def seek(self, ino: int, handle: int, offset: int, hole: bool) -> int | None:
+        """The first offset from *offset* on at which the file has data, or with *hole* a hole; the
+        end of the file counts as one.  None if there is none."""
+        region = self._region_of(ino, handle)
+        if self.writes.under_way:
+            await self.writes.read(region, 0, offset, MAX_SIZE)
+        return await (self._target.seek_hole if hole else self._target.seek_data)(region, offset)
 
     async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)

@@ -535,6 +535,24 @@ class Operations:
             return Told(answer)
         return answer
 
+    @_handles(Opcode.FALLOCATE)
+    async def fallocate(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size, mode = protocol.FALLOCATE.unpack_from(body)
+        files, node = self._files, header.node
+        # The request does not say whether the program may keep set-ID bits; root may.
+        await files.fallocate(node, handle, mode, offset, size, header.pid, header.uid != 0)
+        return b""
+
+    @_handles(Opcode.LSEEK)
+    async def lseek(self, header: Header, body: memoryview) -> Answer:
+        if self._writeback:
+            return errno.ENOSYS  # data that the kernel has not written back yet would be missed
+        handle, offset, whence = protocol.LSEEK.unpack_from(body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            return errno.EINVAL
+        found = await self._files.seek(header.node, handle, offset, whence == os.SEEK_HOLE)
+        return errno.ENXIO if found is None else protocol.SOUGHT.pack(found)
+
     @_handles(Opcode.FLUSH)
     async def flush(self, header: Header, body: memoryview) -> Answer:
         """Nothing is held back: every write has reached the target when it returned.

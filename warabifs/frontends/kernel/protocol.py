@@ -63,8 +63,10 @@ class Opcode(IntEnum):
     DESTROY = 38
     NOTIFY_REPLY = 41  # is not answered
     BATCH_FORGET = 42  # is not answered
+    FALLOCATE = 43
     READDIRPLUS = 44
     RENAME2 = 45
+    LSEEK = 46
 
 
 class Feature:
@@ -167,6 +169,9 @@ READ = struct.Struct("=QQII")  # handle, offset, size, READ_..., and what is of 
 WRITE = struct.Struct("=QQIIQII")
 """Handle, offset, size, WRITE_..., lock owner, flags of the open file as open(2) takes them."""
 HANDLE = struct.Struct("=QI")  # handle, flags
+FALLOCATE = struct.Struct("=QQQI")  # handle, offset, size, mode of fallocate(2)
+LSEEK = struct.Struct("=QQI")  # handle, offset, SEEK_DATA or SEEK_HOLE
+SOUGHT = struct.Struct("=Q")  # the offset that was found
 SETXATTR = struct.Struct("=II")  # size, flags
 SIZE = struct.Struct("=II")
 

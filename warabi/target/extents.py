@@ -1,0 +1,172 @@
+"""Operations of a target that allocate, zero, free and find extents of regions.
+
+Each change here excludes all other calls from the region, as a change of its size does.  A change
+of bytes first revokes the region's grants: a guest in the middle of an access notices that, and
+repeats it by a request to the provider, which waits for the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from warabi._core.buffers import checked_size
+from warabi.metadata.inode import Inode
+from warabi.region import RegionID
+from warabi.target.region_locks import LONG
+from warabi.target.target import Target
+
+
+def allocate(
+    target: Target, region: RegionID, offset: int, size: int, keep_size: bool = False
+) -> None:
+    """Allocate the space of *size* bytes at *offset*, so that writes there cannot fail for lack of
+    it.
+
+    The region grows if the extent ends beyond it.  With *keep_size* its size stays the same, and
+    the space is kept for later growth.
+
+    Raises:
+        InvalidRegion, OutOfBounds: the arguments.
+        StorageFull: there is not enough space, or the quota is exceeded; the size is unchanged.
+        PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance.
+    """
+    end = _end(offset, size, "allocate")
+    if not size:
+        return
+    with _closed(target, region, "allocate", size) as change:
+        if end > change.size:
+            change.allocate_beyond(offset, end, keep_size)
+        if offset < change.size:
+            change.began = True
+            target._storage.allocate(region, offset, min(end, change.size) - offset)
+
+
+def zero_range(
+    target: Target, region: RegionID, offset: int, size: int, keep_size: bool = False
+) -> None:
+    """Zero *size* bytes at *offset*, and allocate their space as :func:`allocate` does."""
+    end = _end(offset, size, "zero_range")
+    if not size:
+        return
+    with _closed(target, region, "zero_range", size) as change:
+        if end > change.size:
+            change.allocate_beyond(offset, end, keep_size)
+        change.zero(offset, min(end, change.size), free=False)
+
+
+def punch_hole(target: Target, region: RegionID, offset: int, size: int) -> None:
+    """Zero *size* bytes at *offset*, and free their space where possible; the part of the extent
+    beyond the region's end is ignored.
+
+    Raises:
+        InvalidRegion, OutOfBounds: the arguments.
+        StorageError: the medium.
+    """
+    end = _end(offset, size, "punch_hole")
+    with _closed(target, region, "punch_hole", size) as change:
+        change.zero(offset, min(end, change.size), free=True)
+
+
+def seek(target: Target, region: RegionID, offset: int, hole: bool) -> int | None:
+    """The first offset from *offset* on at which there is data, or with *hole* a hole; the end of
+    the region counts as one.  None if there is none, or *offset* is not before the end.
+
+    Raises:
+        InvalidRegion, OutOfBounds: the arguments.
+        StorageError, CorruptTarget: the medium.
+    """
+    offset = checked_size(offset, "seek: offset")
+    inode = target._enter(region, "seek", True)
+    try:
+        end = inode.size
+        if offset >= end:
+            return None
+        if end - offset > LONG and not target.blocking:  # every page is looked at
+            target._not_in_a_loop()
+        found = target._storage.seek(region, offset, end, hole=hole)
+        return found if hole or found < end else None
+    finally:
+        target._leave(inode)
+
+
+def _end(offset: int, size: int, what: str) -> int:
+    offset = checked_size(offset, f"{what}: offset")
+    return checked_size(offset + checked_size(size, f"{what}: size"), f"{what}: the end")
+
+
+@dataclass(slots=True)
+class _Change:
+    """A change of a region from which other calls are excluded.
+
+    Attributes:
+        began: something may have changed.
+    """
+
+    target: Target
+    inode: Inode
+    what: str
+    began: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.inode.size
+
+    def allocate_beyond(self, offset: int, end: int, keep_size: bool) -> None:
+        """Allocate the bytes from *offset* to *end* that are beyond the region's end, and then move
+        that to *end* unless *keep_size*."""
+        target, inode, first = self.target, self.inode, max(offset, self.inode.size)
+        if not keep_size:
+            with target._lock:
+                target._reserve(end - inode.size, self.what)
+            target._storage.check(inode.rid, inode.size)
+        self._move_if_needed(end)
+        target._storage.allocate(inode.rid, first, end - first)
+        self.began = True
+        if not keep_size:
+            target._resize_storage(inode, end)
+            target._set_size(inode, end)
+
+    def _move_if_needed(self, end: int) -> None:
+        """Move the bytes to a place where the region can grow to *end* bytes."""
+        inode, storage = self.inode, self.target._storage
+        if not storage.moves(inode.rid, end):
+            return
+        self.revoke_grants()
+        free = storage.replace(inode.rid, inode.size)
+        if storage.moves(inode.rid, end):  # no other process knows this place
+            storage.resize(inode.rid, end)
+            storage.resize(inode.rid, inode.size)
+        target = self.target
+        with target._lock:
+            if inode.share is not None and target._grants is not None:
+                target._grants.later(inode.share.index, free)
+                return
+        free()
+
+    def revoke_grants(self) -> None:
+        target = self.target
+        with target._lock:
+            if self.inode.share is not None and target._grants is not None:
+                target._grants.revoke(self.inode)
+
+    def zero(self, start: int, end: int, *, free: bool) -> None:
+        """Zero the bytes from *start* to *end*, which is not beyond the region's end."""
+        if start < end:
+            self.revoke_grants()
+            self.began = True
+            self.target._storage.zero(self.inode.rid, start, end - start, free=free)
+
+
+@contextmanager
+def _closed(target: Target, region: RegionID, what: str, size: int) -> Iterator[_Change]:
+    """Exclude other calls from the region while the block changes *size* bytes of it."""
+    inode = target._enter_exclusive(region, what, True)
+    change = _Change(target, inode, what)
+    try:
+        if size > LONG:
+            target._not_in_a_loop()
+        yield change
+    finally:
+        target._leave_exclusive(inode, wrote=change.began)
