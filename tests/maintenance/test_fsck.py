@@ -170,10 +170,10 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ("UPDATE inode SET target = X'00' WHERE ino = 3", ["inode 3 is not a symbolic link"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 2", ["inode 2 is marked"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 4", ["inode 4 is marked", "has one"], []),
-    ("INSERT INTO dentry VALUES(1, X'7a', 99)", ["name 'z'", "means nothing"], []),
-    ("INSERT INTO dentry VALUES(98, X'7a', 4)", ["is in no directory"], []),
-    ("INSERT INTO dentry VALUES(4, X'7a', 4)", ["is in no directory"], []),
-    ("INSERT INTO dentry VALUES(2, X'7a', 1)", ["means the root directory"], []),
+    ("INSERT INTO dentry VALUES(1, X'7a', 99)", ["name 'z'", "refers to no inode"], []),
+    ("INSERT INTO dentry VALUES(98, X'7a', 4)", ["is not in a directory"], []),
+    ("INSERT INTO dentry VALUES(4, X'7a', 4)", ["is not in a directory"], []),
+    ("INSERT INTO dentry VALUES(2, X'7a', 1)", ["refers to the root directory"], []),
     ("INSERT INTO dentry VALUES(1, X'612f62', 4)", ["'a/b'", "is not a valid file name"], []),
     ("INSERT INTO dentry VALUES(1, 'text', 4)", ["is not a valid file name"], []),
     ("INSERT INTO dentry VALUES(2, X'2e2e', 4)", ["is not a valid file name"], []),
@@ -325,7 +325,7 @@ def test_a_target_that_is_not_made_yet(tmp_path: Path) -> None:
         made.touch()
         status, output = fsck(path)
         assert status == 0, output
-        assert "not yet made" in output
+        assert "killed while it created the target" in output
         assert fsck(path, "--repair")[0] == 0
     path.unlink()
     schema.create(path)  # and killed before it was opened
@@ -474,7 +474,7 @@ def test_two_files_of_one_region(sample: Sample) -> None:
     wrong = file.parent.with_name("00")
     wrong.mkdir(exist_ok=True)
     (wrong / file.name).write_bytes(b"another")
-    assert sample.repaired("and where it belongs is another") == usual(sample)
+    assert sample.repaired("there is another one in the right place") == usual(sample)
     assert Path(f"{sample.path}.lost+found", file.name).read_bytes() == b"another"
 
 

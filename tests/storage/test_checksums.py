@@ -343,7 +343,7 @@ def test_scrub_command(path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
     rotten, total = done.stdout.decode().splitlines()
     where = f"{2 * BLOCK} bytes at {BLOCK}"
-    assert rotten == f"region {region.hex()} (/named): {where} are rotten"
+    assert rotten == f"region {region.hex()} (/named): {where} are damaged"
     assert total == "2 regions: 2 blocks verified, 0 unverified, 2 rotten"
 
 

@@ -466,7 +466,7 @@ def test_bytes_of_no_region(path: Path) -> None:
     assert fsck(path)[0] == 4
     status, output = fsck(path, "--repair")
     assert status == 1
-    assert "has 1 regions that no row tells of" in output
+    assert "has 1 regions without a row" in output
     copy = Path(f"{path}.lost+found", pack_of(lost.slot).hex()).read_bytes()
     assert copy[lost.slot % SLOTS * SLOT :][:36] == b"lost" * 9
     assert fsck(path)[0] == 0

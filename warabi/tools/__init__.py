@@ -1,1 +1,1 @@
-"""The ``warabi`` command and what it does: archives, scrub, fsck."""
+"""The ``warabi`` command: archives, scrub and fsck."""

@@ -1,4 +1,4 @@
-"""How a command reaches a target: served at an address, or by its path, which it then owns."""
+"""How commands access a target: through a provider, or by its path, opening it exclusively."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def is_address(text: str) -> bool:
-    """Whether *text* names an engine rather than a path."""
+    """Whether *text* is the address of an engine rather than a path."""
     return "://" in text
 
 
 @contextmanager
 def client_engine(address: str, security: dict[str, str]) -> Iterator[Engine]:
-    """An engine to reach *address* with, while the block runs; *security* is as
-    :func:`warabi.protocol.auth.config_of` takes it."""
+    """An engine for connections to *address*, for the duration of the block; *security* is as for
+    :func:`warabi.protocol.auth.config_of`."""
     with Engine(address.split("://")[0], Mode.CLIENT, config=config_of(security)) as engine:
         yield engine
 
@@ -34,7 +34,7 @@ def client_engine(address: str, security: dict[str, str]) -> Iterator[Engine]:
 def handle(
     address: str, provider_id: int, security: dict[str, str], *, read_only: bool = False
 ) -> Iterator[TargetHandle]:
-    """A handle of a provider's target, while the block runs."""
+    """A handle of a provider's target, for the duration of the block."""
     with client_engine(address, security) as engine:
         yield Client(engine).make_target_handle(address, provider_id, read_only)
 
@@ -43,18 +43,18 @@ def handle(
 def served(
     address: str, provider_id: int, security: dict[str, str] | None = None
 ) -> Iterator[Link]:
-    """The target of a provider, while the block runs."""
+    """A link to a provider's target, for the duration of the block."""
     with handle(address, provider_id, security or {}) as target:
         yield target.link
 
 
 @contextmanager
 def owned(path: Path, **settings: Any) -> Iterator[Link]:
-    """The target at *path*, of whatever type, while the block runs; nobody else can have it.
+    """Open the target at *path* exclusively, whatever its type, for the duration of the block.
 
     Raises:
         ConfigError: there is none.
-        TargetBusy: it is open elsewhere.
+        TargetBusy: it is already open.
     """
     from warabi.provider.core import ProviderCore
 
@@ -77,7 +77,7 @@ def _opened(path: str, settings: dict[str, Any]) -> Target:
                 return opening.open_backend(backend, config)
             except ConfigError as error:
                 failure = failure or error
-    assert failure is not None  # files have every setting that a command gives
+    assert failure is not None  # backends with files support every setting that commands pass
     raise failure
 
 
@@ -85,8 +85,8 @@ def _opened(path: str, settings: dict[str, Any]) -> Target:
 def made_or_reached(
     where: str, provider_id: int, security: dict[str, str], pmem_size: int | None
 ) -> Iterator[Link]:
-    """As :func:`reached`; a target that is missing at a path is made, and removed again when the
-    block fails.  *pmem_size* makes it one of persistent memory, of that many bytes."""
+    """The same as :func:`reached`, but creates a missing target at a path, and removes it again if
+    the block fails.  *pmem_size* makes it one of persistent memory, of that many bytes."""
     path = Path(where.removeprefix("file:"))
     if is_address(where) or (path.exists() and path.stat().st_size):
         with reached(where, provider_id, security) as link:
@@ -105,7 +105,7 @@ def made_or_reached(
     try:
         yield DirectLink(core)
     except BaseException:
-        path.unlink()  # closing a target whose catalogue is gone removes the rest
+        path.unlink()  # closing a target without a catalogue removes the rest
         raise
     finally:
         core.close()
@@ -115,7 +115,7 @@ def made_or_reached(
 def reached(
     where: str, provider_id: int, security: dict[str, str], **settings: Any
 ) -> Iterator[Link]:
-    """The target at an address or a path; settings are those of a path's backend."""
+    """A link to the target at an address or a path; settings are for the path's backend."""
     if is_address(where):
         with served(where, provider_id, security) as link:
             yield link

@@ -1,4 +1,4 @@
-"""Asking a running provider to migrate its target."""
+"""Requesting a running provider to migrate its target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from warabi.client import Client
 from warabi.engine import Engine
 from warabi.protocol.address import parse
 
-_INTERVAL = 0.1  # seconds between two looks at the progress
+_INTERVAL = 0.1  # seconds between two queries of the progress
 
 
 def ask(
@@ -21,20 +21,19 @@ def ask(
     options: dict[str, Any],
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
-    """Have the provider *source* migrate its target to *destination*, and return when it has.
+    """Request the provider *source* to migrate its target to *destination*, and wait for the end.
 
-    When this process goes away meanwhile, the migration goes on.
+    If this process ends, the migration continues.
 
     Args:
-        engine: this process's.
+        engine: this process's engine.
         source: address and provider ID.
         destination: address, as the source can reach it, and provider ID.
-        options: as ``Provider.migrate_target`` takes them; paths are the destination's.
-        progress: called with the bytes of regions that the destination has, and those of all.
+        options: as for ``Provider.migrate_target``; paths are the destination's.
+        progress: called with the bytes of regions transferred, and the total.
 
     Raises:
-        As ``Provider.migrate_target``, and ``PermissionDenied`` when the source does not do this
-        for this process.
+        As ``Provider.migrate_target``, and ``PermissionDenied`` if the source does not allow it.
     """
     link = Client(engine).make_target_handle(*source).link
     where = (str(parse(destination[0])), destination[1])

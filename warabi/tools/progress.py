@@ -1,4 +1,4 @@
-"""A progress bar on a terminal; elsewhere, and without the package ``rich``, nothing."""
+"""A progress bar on a terminal; no effect elsewhere, or without the package ``rich``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show how much of *total* bytes is done while the block runs, on standard error.
+    """Show the progress of *total* bytes on standard error, for the duration of the block.
 
-    The block calls what it is given with the number of bytes that were done since the last call.
+    The block calls the yielded function with the number of bytes done since the last call.
     """
     done = 0
 
@@ -27,7 +27,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def overall_progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """As :func:`progress`; what the block calls takes the bytes that are done, and those of all."""
+    """The same as :func:`progress`; the yielded function takes the bytes done, and the total."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

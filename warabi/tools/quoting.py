@@ -1,4 +1,4 @@
-"""How names, which may have any bytes but NUL, are written in lines of text."""
+"""Quoting of names, which may have any bytes but NUL, in lines of text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _CONTROLS = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: 
 
 
 def escaped(name: str) -> bytes:
-    """*name* without blanks and control characters, for programs to read.
+    """Escape *name* for programs that read the output.
 
-    These, DEL and the backslash are a backslash and three octal digits, as in /proc/mounts; all
-    other bytes are themselves.
+    Blanks, control characters, DEL and the backslash become a backslash and three octal digits, as
+    in /proc/mounts; other bytes are unchanged.
     """
     return b"".join(
         b"\\%03o" % byte if byte <= 32 or byte in (92, 127) else bytes((byte,))
@@ -22,8 +22,8 @@ def escaped(name: str) -> bytes:
 
 
 def shell_quoted(name: str) -> str:
-    """*name* for a terminal, as ls(1) shows it there: quoted for the shell where that is needed,
-    and without control characters or bytes that are no text."""
+    """Quote *name* for a terminal like ls(1): for the shell where necessary, without control
+    characters and invalid text."""
     raw = os.fsencode(name)
     if not _UNSAFE.search(raw) and name.isprintable():
         return name
@@ -50,7 +50,7 @@ def _single(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """*text* in one line that a terminal shows as it is: control characters as escapes."""
+    """Escape control characters of *text*, so that it is one line on a terminal."""
     return "".join(
         char if char.isprintable() or "\udc80" <= char <= "\udcff"
         else char.encode("unicode_escape").decode()

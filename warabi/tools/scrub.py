@@ -1,4 +1,4 @@
-"""Comparing the bytes of all regions with their checksums, over any link."""
+"""Comparison of all regions' data with their checksums, over any link."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from warabi.target.verify import STEP
 
 @dataclass
 class Totals:
-    """What a scrub found, in blocks."""
+    """The results of a scrub, in blocks."""
 
     regions: int = 0
     verified: int = 0
@@ -26,7 +26,7 @@ class Totals:
 
 @dataclass
 class Rot:
-    """Blocks of a region that are not what was persisted: bytes from *offset* on."""
+    """Blocks of a region that do not match their checksums: *size* bytes at *offset*."""
 
     region: RegionID
     offset: int
@@ -35,11 +35,11 @@ class Rot:
 
     def __str__(self) -> str:
         names = f" ({', '.join(self.names)})" if self.names else ""
-        return f"region {self.region.hex()}{names}: {self.size} bytes at {self.offset} are rotten"
+        return f"region {self.region.hex()}{names}: {self.size} bytes at {self.offset} are damaged"
 
 
 def regions(link: Link) -> Iterator[RegionID]:
-    """Every region of a target."""
+    """Yield every region of a target."""
     last = RegionID()
     while page := link.call("list", last, PAGE):
         yield from page
@@ -49,9 +49,9 @@ def regions(link: Link) -> Iterator[RegionID]:
 def scrub(
     link: Link, totals: Totals, *, advance: Callable[[int], None], updating: bool = False
 ) -> Iterator[Rot]:
-    """Verify every region, filling *totals* and yielding what is rotten.
+    """Verify every region, updating *totals* and yielding damaged extents.
 
-    With *updating*, sums that are missing are made.  *advance* is told of bytes that are done.
+    With *updating*, missing checksums are computed.  *advance* is called with the bytes done.
 
     Raises:
         ConfigError: the target has no checksums.
@@ -88,7 +88,7 @@ def _scrub_region(
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """First number and length of each run of consecutive numbers."""
+    """Yield first number and length of each run of consecutive numbers."""
     start = count = 0
     for number in numbers:
         if count and number == start + count:

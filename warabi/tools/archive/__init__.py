@@ -1,2 +1,2 @@
-"""Whole targets as one stream: ``survey`` and ``graft`` run where the target is, as operations
-of the table; ``export`` and ``restore`` are their clients."""
+"""Archives of whole targets.  ``survey`` and ``graft`` are operations that run at the target;
+``export`` and ``restore`` are their clients."""

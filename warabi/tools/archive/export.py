@@ -1,9 +1,9 @@
-"""A target as a tar archive, streamed.
+"""Export of a target to a tar archive, streamed.
 
-Every name is a member, in pax format, that any tar extracts; the record ``WARABI.entry`` of its
-header has the whole truth about it (:class:`warabi.target.entries.ArchiveEntry`).  The last member
-tells how many there were and the SHA-256 of their entries and bytes, so that an archive that was
-cut off or damaged is known as such.
+Every name is a member, in pax format, that any tar can extract; the record ``WARABI.entry`` of its
+header has the complete entry (:class:`warabi.target.entries.ArchiveEntry`).  The last member has
+the number of members and the SHA-256 of their entries and data, so that truncation and damage are
+detected.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from warabi.target.entries import CHUNK, ArchiveEntry, unpack_all
 FORMAT = 1
 ENTRY, HEAD, TAIL = "WARABI.entry", "WARABI.archive", "WARABI.end"
 _BLOCK = 512
-_RECORD = 10_240  # what tar pads an archive to
+_RECORD = 10_240  # tar pads archives to a multiple of this
 _KINDS = {
     stat.S_IFDIR: tarfile.DIRTYPE,
     stat.S_IFLNK: tarfile.SYMTYPE,
     stat.S_IFIFO: tarfile.FIFOTYPE,
     stat.S_IFCHR: tarfile.CHRTYPE,
     stat.S_IFBLK: tarfile.BLKTYPE,
-}  # sockets, which tar does not know, become empty files
+}  # sockets, which tar does not support, become empty files
 
 
 class Sink(Protocol):
@@ -40,14 +40,14 @@ class Sink(Protocol):
 
 
 class Digest:
-    """Count and SHA-256 of what an archive has."""
+    """The number of members, and the SHA-256 of an archive."""
 
     def __init__(self) -> None:
         self.members = 0
         self._hash = hashlib.sha256()
 
     def entry(self, packed: bytes, size: int) -> None:
-        """A member begins: its entry, and how many bytes follow."""
+        """Add a member: its entry, and the size of its data."""
         self.members += 1
         self._hash.update(b"%d %d " % (len(packed), size) + packed)
 
@@ -55,18 +55,18 @@ class Digest:
         self._hash.update(piece)
 
     def tail(self) -> str:
-        """What the last member says."""
+        """Return the contents of the last member."""
         return json.dumps({"members": self.members, "sha256": self._hash.hexdigest()})
 
 
 def export(
     link: Link, out: Sink, *, copying: bool, advance: Callable[[int], None] = lambda count: None
 ) -> int:
-    """Write everything that the target has to *out*; returns how many members there are.
+    """Write the whole target to *out*; returns the number of members.
 
-    The names and the set of regions are those of one instant.  With *copying*, which is needed
-    when others may write meanwhile, each region's bytes are those of one later instant.
-    *advance* is told of bytes that were written.
+    The names and the set of regions are a snapshot.  With *copying*, which is needed while other
+    clients may write, each region's data are a later snapshot.  *advance* is called with the number
+    of bytes written.
     """
     listing = link.call("survey")
     try:
@@ -96,7 +96,7 @@ class _Writer:
         self._advance = advance
         self._written = 0
         self._digest = Digest()
-        self._first: dict[int, str] = {}  # the first name of what has several
+        self._first: dict[int, str] = {}  # the first name of each inode with several names
 
     def run(self, listing: IO[bytes]) -> int:
         uuid = str(self._link.call("uuid"))
@@ -187,7 +187,7 @@ def _seconds(ns: int) -> str:
 
 
 def _schily(entry: ArchiveEntry) -> dict[str, str]:
-    """Extended attributes as GNU tar and others write them, but for names they cannot spell."""
+    """Return extended attributes in the format of GNU tar, if it can express their names."""
     found = {}
     for name, value in entry.xattrs:
         if b"=" not in name and name.isascii():

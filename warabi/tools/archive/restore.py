@@ -1,4 +1,4 @@
-"""A tar archive that ``export`` made, as a target again: all of it or nothing."""
+"""Import of an archive of ``export`` into a target, atomically."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 20  # mended entries that are told one by one
-_TAIL_SIZE = 4096  # bytes that the last member has at most
+_SHOWN = 20  # most repaired entries that are logged one by one
+_TAIL_SIZE = 4096  # most bytes of the last member
 
 
 def restore(
     link: Link, source: IO[bytes], *, new_ids: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> int:  # fmt: skip
-    """Put everything that the archive *source* has into the target; returns how many names.
+    """Import the archive *source* into the target; returns the number of names.
 
-    Until all of it is there and on the medium, none of it has a name; when that fails, nothing
-    remains once the link is closed.  With *new_ids* regions get IDs of the target's own.
+    Names are created only when all data are on stable storage; if the import fails, nothing
+    remains once the link is closed.  With *new_ids* regions get new IDs of the target.
 
     Raises:
-        BadArchive: it is damaged, cut off, or none.
+        BadArchive: it is damaged, truncated, or not such an archive.
         InvalidRegion: the target has one of its IDs.
         PathError: EEXIST, the target has one of its names.
-        StorageFull, StorageError: the medium.
+        StorageFull, StorageError: writing failed.
     """
     with tempfile.TemporaryFile() as listing:
         importer = _Importer(link, listing, new_ids, advance)
@@ -65,7 +65,7 @@ class _Importer:
         self._new_ids = new_ids
         self._advance = advance
         self._digest = Digest()
-        self._regions: dict[int, RegionID] = {}  # of slots with several names
+        self._regions: dict[int, RegionID] = {}  # by slot, if there are several names
         self._buffer = memoryview(bytearray(CHUNK))
         self._mended = 0
 
@@ -161,7 +161,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Every member, of which none is remembered: an archive may have millions."""
+    """Yield every member without keeping it in memory: an archive may have millions."""
     while (member := tar.next()) is not None:
         yield member
-        tar.members.clear()  # type: ignore[attr-defined]  # documented nowhere, and years old
+        tar.members.clear()  # type: ignore[attr-defined]  # undocumented but stable for years

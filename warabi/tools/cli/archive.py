@@ -1,4 +1,4 @@
-"""``warabi export`` and ``warabi import``: a target as one archive, and back."""
+"""``warabi export`` and ``warabi import``: archives of whole targets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from warabi.tools.progress import progress
 @reaching
 @click.argument("out", metavar="OUT.tar", type=click.Path(path_type=Path, allow_dash=True))
 def export_command(target: str, provider_id: int, out: Path, **security: str) -> None:
-    """Write everything in a target to a tar archive, or to standard output (-).
+    """Write the contents of a target to a tar archive, or to standard output (-).
 
-    OUT.tar appears, or is replaced, when it is complete; a new one is its owner's alone (0600).
+    OUT.tar is created, or replaced, when it is complete; a new file has mode 0600.
 
-    Clients may write meanwhile: the names and the set of regions are those of one instant, the
-    bytes of each region those of one instant.
+    Clients may write concurrently: the names and the set of regions are a snapshot, and so are the
+    data of each region.
     """
     from warabi.tools.archive.export import export
 
@@ -51,10 +51,10 @@ def import_command(
     pmem_size: int | None,
     **security: str,
 ) -> None:
-    """Put everything in an archive of warabi export, or standard input (-), into a target.
+    """Import an archive of warabi export, or standard input (-), into a target.
 
-    At a PATH where there is none a target is made.  One that has some of the IDs or names is left
-    as it is, as it is when the archive is damaged.
+    Creates a target at PATH if there is none.  If the target has some of the IDs or names, or the
+    archive is damaged, the target is not changed.
     """
     from warabi.tools.archive.restore import restore
 

@@ -1,4 +1,4 @@
-"""``warabi scrub`` and ``warabi fsck``: is a target what it was left as?"""
+"""``warabi scrub`` and ``warabi fsck``: verification and repair of targets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from warabi.tools.quoting import printable
     "--update", is_flag=True, help="With a PATH: enable checksums and compute missing ones."
 )
 def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
-    """Compare the bytes of a target with their checksums.
+    """Compare the data of a target with their checksums.
 
-    Names each rotten extent with its region and paths, on standard output, and exits with 1 when
-    there is one.
+    Prints each damaged extent with its region and paths, and exits with 1 if there is one.
     """
     from warabi.tools.scrub import Totals
     from warabi.tools.scrub import scrub as rotten
@@ -53,7 +52,7 @@ class _WrongUsage(click.UsageError):
 
 
 class _Fsck(click.Command):
-    """A command with the exit statuses of fsck(8), where a wrong command line has its own."""
+    """A command with the exit statuses of fsck(8), which defines one for usage errors."""
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
         try:
@@ -76,13 +75,13 @@ def _backend(context: click.Context, option: click.Parameter, name: str | None) 
 @click.option("--type", "backend", metavar="TYPE", callback=_backend,
               help="The backend type, if it cannot be read from the catalogue.")  # fmt: skip
 def fsck(path: Path, repair: bool, backend: str | None) -> None:
-    """Check the target at PATH, which nobody has open, for damage.
+    """Check the target at PATH, which must not be open, for damage.
 
-    Says what is wrong, and with --repair what was done about it.  Files that belong to no region
-    go to PATH.lost+found, regions without a place in the tree to its /lost+found.
+    Reports problems, and with --repair what was done about them.  Files that belong to no region
+    are moved to PATH.lost+found, regions without a place in the tree to its /lost+found.
 
-    The exit status is 0 when nothing is wrong, 1 when everything was put right, 4 when something
-    is left, 8 when the check could not be done, 16 when the command line is wrong.
+    The exit status is 0 if there is no problem, 1 if all were repaired, 4 if some are left, 8 if
+    the check could not be done, 16 for a usage error.
     """
     from warabi.tools.fsck import check
 

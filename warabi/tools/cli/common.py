@@ -1,4 +1,4 @@
-"""What the modules of the ``warabi`` command share."""
+"""Shared helpers of the ``warabi`` command's modules."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 def explained(error: BaseException) -> str:
-    """One line that says what failed: the library's message, or of an error of the system the
-    file, if it names one, and the system's words."""
+    """Return one line that describes *error*: the library's message, or for an error of the system
+    the file, if known, and the system's message."""
     if isinstance(error, OSError) and not isinstance(error, Exception) and error.strerror:
         files = [os.fsdecode(file) for file in (error.filename, error.filename2)
                  if isinstance(file, str | bytes)]  # fmt: skip
@@ -44,24 +44,24 @@ class InputFile(click.File):
 
 @contextlib.contextmanager
 def one_line(program: str = "warabi", status: int = 1) -> Iterator[None]:
-    """End the command with *status* and one line when the block fails as commands may fail."""
+    """On an expected error in the block, print one line and exit with *status*."""
     try:
         yield
     except (Exception, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            raise  # the reader is gone: see Commands
+            raise  # the reader has closed the pipe: see Commands
         click.echo(f"{program}: {explained(error)}", err=True)
         sys.exit(status)
 
 
 class Commands(click.Group):
-    """Commands that end as others do: with one line when they fail, with nothing when the reader of
-    their output has gone (status 141, as of a process that SIGPIPE ended), with 130 at Ctrl-C, and
-    with what they have half done undone at SIGTERM and SIGHUP."""
+    """Commands with common exit behaviour: one line on failure; silent with status 141, as for
+    SIGPIPE, when the reader of the output has closed it; status 130 on Ctrl-C; and cleanup on
+    SIGTERM and SIGHUP."""
 
     program = "warabi"
     unwinds = True
-    """Whether SIGTERM and SIGHUP are handled here; a command that serves does it itself."""
+    """Whether SIGTERM and SIGHUP unwind the stack; a command that serves handles them itself."""
 
     def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run = partial(super().main, args, *rest, standalone_mode=False, **extra)
@@ -77,7 +77,7 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt):
             _drop_output()
             sys.exit(INTERRUPTED)
-        except OSError as error:  # of --help, or of what a command left in the buffer
+        except OSError as error:  # of --help, or when flushing buffered output
             error.filename = error.filename or "standard output"
             _drop_output()
             with one_line(self.program):
@@ -91,13 +91,13 @@ class Commands(click.Group):
                     return super().invoke(ctx)
                 finally:
                     _flush_output()
-        except OSError:  # EPIPE, of which click would make status 1
+        except OSError:  # EPIPE, for which click would exit with status 1
             _drop_output()
             sys.exit(BROKEN_PIPE)
 
 
 def echo(text: str) -> None:
-    """Write a line to standard output, at once; raises ``OSError``."""
+    """Write a line to standard output and flush it; raises ``OSError``."""
     print_lines([os.fsencode(text)])
     _flush_output()
 
@@ -112,7 +112,7 @@ def print_lines(lines: Sequence[bytes]) -> None:
 
 
 def _flush_output() -> None:
-    """Write what is left in the buffer now: when Python ends it is too late to say what fails."""
+    """Flush buffered output now: at interpreter exit it is too late to report errors."""
     if sys.stdout is not None:
         with _naming_output():
             sys.stdout.flush()
@@ -129,7 +129,7 @@ def _naming_output() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """What is left in the buffer would be written, and fail again, when Python ends."""
+    """Discard buffered output, which would otherwise be written, and fail again, at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -138,7 +138,7 @@ def _drop_output() -> None:
 
 @contextlib.contextmanager
 def _ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack, unless they are ignored, as nohup(1) has it."""
+    """Let SIGTERM and SIGHUP unwind the stack, unless they are ignored, as under nohup(1)."""
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
@@ -156,15 +156,15 @@ def _ending_on_signals() -> Iterator[None]:
 
 
 _FILES = {
-    "token_file": "A token that both sides have to know.",
+    "token_file": "The token shared by both sides.",
     "tls_cert": "With TLS: this side's certificate, PEM.",
     "tls_key": "The certificate's key.",
-    "tls_ca": "The certificate of who signs both sides'.",
+    "tls_ca": "The certificate of the CA that signs both sides' certificates.",
 }
 
 
 def secured(function: Any, variables: bool) -> Any:
-    """The options for what is shown to the other side, and demanded of it."""
+    """Add the options for what is presented to, and required of, the other side."""
     for name, words in reversed(_FILES.items()):
         variable = f"WARABI_{name.upper()}" if variables else None
         option = click.option(
@@ -176,13 +176,13 @@ def secured(function: Any, variables: bool) -> Any:
 
 
 def reaching(function: Any) -> Any:
-    """The options that say which provider, and how to reach it."""
+    """Add the options that select a provider, and how to connect to it."""
     option = click.option("-p", "--provider-id", type=int, default=0, show_default=True)
     return option(authenticated(function))
 
 
 def authenticated(function: Any) -> Any:
-    """The options that say how to reach a provider."""
+    """Add the options for connecting to a provider."""
     name = click.option("--tls-name", metavar="NAME", default=None, envvar="WARABI_TLS_NAME",
                         help="The name in the server's certificate, if not the address's host.",
                         show_envvar=True)  # fmt: skip

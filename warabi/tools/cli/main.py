@@ -1,8 +1,8 @@
-"""``warabi``: serve targets, and look into one.
+"""The ``warabi`` command: serves targets, and accesses them.
 
-Every command exits with 0, or with 1 and one line on standard error; with 2 and a hint when the
-command line itself is wrong.  Interrupted, it exits with 130; with 141, and quietly, when what
-reads its output has gone.
+Every command exits with 0, or with 1 and one line on standard error; with 2 and a hint if the
+command line is wrong; with 130 when interrupted; and silently with 141 when the reader of its
+output has closed it.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _STEP = 8 * 1024 * 1024
 """Bytes of a region that are in memory at once."""
 
 if TYPE_CHECKING:
-    from warabi.bedrock import Server  # takes time to import, which the other commands need not
+    from warabi.bedrock import Server  # slow to import, and not needed by other commands
 
 
 def _target(function: Any) -> Any:
-    """The arguments that name a target and say how to reach it."""
+    """Add the arguments that select a target, and how to connect to it."""
     return click.argument("address")(reaching(function))
 
 
 def _serving(function: Any) -> Any:
-    """The options for whom to serve."""
+    """Add the options for authentication of clients."""
     reading = click.option("--read-only-token-file", metavar="FILE", default=None,
                            help="The token for read-only clients.")  # fmt: skip
     insecure = click.option("--insecure", is_flag=True,
-                            help="Listen beyond loopback without any of these.")  # fmt: skip
+                            help="Listen beyond loopback without authentication.")  # fmt: skip
     return secured(reading(insecure(function)), False)
 
 
@@ -70,7 +70,7 @@ def _region(text: str) -> RegionID:
 @click.group(cls=Commands)
 @click.version_option(warabi.__version__, prog_name="warabi")
 def main() -> None:
-    """Serve Warabi targets, and reach one."""
+    """Serve Warabi targets, and access them."""
 
 
 main.add_command(scrub)
@@ -96,9 +96,9 @@ def serve(
     provider_id: int | None,
     **security: Any,
 ) -> None:
-    """Serve what CONFIG.json says, in the form that Mochi's Bedrock takes, or one TARGET.
+    """Serve the providers of CONFIG.json, in the format of Mochi's Bedrock, or one TARGET.
 
-    Prints the address when it serves.  SIGTERM and SIGINT end it, in order.
+    Prints the address when it serves.  SIGTERM and SIGINT shut it down cleanly.
     """
     from warabi import service
     from warabi._core import descriptors
@@ -151,9 +151,9 @@ def _server(
 def list_regions(address: str, provider_id: int, **security: str) -> None:
     """List every region: its ID, size in bytes, and names.
 
-    On a terminal names are quoted as ls(1) quotes them.  Elsewhere blanks, control characters and
-    backslashes in them are a backslash and three octal digits, as in /proc/mounts, so that each
-    region is one line and each name one word of it.
+    On a terminal names are quoted as by ls(1).  Elsewhere blanks, control characters and
+    backslashes in them are escaped as a backslash and three octal digits, as in /proc/mounts, so
+    that each region is one line and each name one word of it.
     """
     shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
     with handle(address, provider_id, security, read_only=True) as target:
@@ -173,8 +173,8 @@ def _shell_quoted(name: str) -> bytes:
 def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **security: str) -> None:
     """Store FILE, or standard input, as a new region, durably; prints its ID.
 
-    When that fails or is interrupted no region is left; when this command is killed, one without a
-    name may be.
+    On failure or interruption no region is left; if this command is killed, a region without a name
+    may be left.
     """
     with handle(address, provider_id, security) as target:
         piece = file.read(_STEP)
@@ -196,13 +196,13 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
 
 
 def _size(file: IO[bytes]) -> int:
-    """Bytes that there seem to be; 0 for a pipe, where nobody knows."""
+    """Return the file's size in bytes; 0 for a pipe, whose size is unknown."""
     found = os.fstat(file.fileno())
     return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes]) -> None:
-    """Write *piece* and what else *file* has to a new region, durably, however much it is."""
+    """Write *piece* and the rest of *file* to a new region, durably, whatever its size."""
     size, end = target.size(region), 0
     while piece:
         if end + len(piece) > size:
@@ -211,7 +211,7 @@ def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes])
         target.write(region, end, piece)
         end += len(piece)
         piece = file.read(_STEP)
-    if end < size:  # the file became shorter, or was not read from its start
+    if end < size:  # the file was truncated, or not read from its start
         target.resize(region, end)
     target.persist(region, 0, end)
 
@@ -223,7 +223,7 @@ def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes])
 def get(address: str, provider_id: int, region: str, file: str, **security: str) -> None:
     """Write a region, by its ID or its path, to FILE or standard output.
 
-    FILE appears, or is replaced, when it is complete.
+    FILE is created, or replaced, when it is complete.
     """
     with handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
@@ -258,7 +258,7 @@ def rm(address: str, provider_id: int, region: str, **security: str) -> None:
 @click.option("--transfer-size", metavar="BYTES", type=click.IntRange(min=0),
               help="Bytes of region data per message.")  # fmt: skip
 @click.option("--merge-config", metavar="JSON",
-              help="What to merge into the target's configuration.")  # fmt: skip
+              help="Settings to merge into the target's configuration.")  # fmt: skip
 @click.option("--keep-source", is_flag=True, help="Do not remove the source's files.")
 @authenticated
 def migrate(
@@ -272,10 +272,10 @@ def migrate(
     keep_source: bool,
     **security: str,
 ) -> None:
-    """Have a running provider move its target to another one, which has none yet.
+    """Migrate the target of a running provider to another provider, which has none yet.
 
-    DEST_ADDRESS and paths are as the source and the destination see them.  Reads go on meanwhile,
-    changes wait.  An interrupt ends this command, not the migration.
+    DEST_ADDRESS and paths are as seen by the source and the destination.  Reads continue during the
+    migration, changes wait.  Interrupting this command does not stop the migration.
     """
     from warabi.tools.migrate import ask
 

@@ -1,13 +1,13 @@
-"""Finding and repairing damage of targets on a file system, while nobody has them open.
+"""Finding and repairing damage of targets on a file system, while they are not open.
 
-``check`` is the whole of it.  Rules:
+The entry point is ``check``.  Rules:
 
-* What is wrong is said, what is done about it is said, and nothing is deleted that is nowhere
-  else: files go to ``PATH.lost+found/`` beside the target, regions and other inodes without a
-  place in the tree to ``/lost+found`` in it, and rows that cannot be kept are written down in
+* Every problem and every repair is reported, and nothing is deleted that has no copy elsewhere:
+  files are moved to ``PATH.lost+found/`` beside the target, regions and other inodes without a
+  place in the tree to its ``/lost+found``, and rows that cannot be kept are written to
   ``PATH.lost+found/fsck.log``.
-* Without *repair*, nothing changes but what any opening changes: SQLite replays its WAL.
-* What opening a target that was not closed puts right by itself is no damage.
+* Without *repair*, nothing changes except what any opening changes: SQLite replays its WAL.
+* Whatever opening a target after a crash repairs by itself is not damage.
 """
 
 from __future__ import annotations

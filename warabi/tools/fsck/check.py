@@ -1,4 +1,4 @@
-"""The order of a check: the database, its rows, the files of the regions, and the end."""
+"""The order of a check: the database, its rows, the files of the regions, and completion."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from warabi.tools.fsck.tree import TreeCheck
 _INDEX_ONLY = re.compile(
     r"row \d+ missing from index \w+|wrong # of entries in index (anonymous|dentry_ino)"
 )
-"""Complaints of SQLite that are about what can be made anew from the tables."""
+"""Messages of SQLite about indexes, which can be rebuilt from the tables."""
 _DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_FORMAT")
-"""Errors of SQLite that are about the database, and not about reading it now."""
+"""Errors of SQLite about the database, not about reading it now."""
 
 
 def check(path: Path, *, repair: bool, say: Callable[[str], None], backend: str = "") -> Report:
-    """Check the target at *path*, telling *say* what is found and, with *repair*, done.
+    """Check the target at *path*, calling *say* with what is found and, with *repair*, repaired.
 
-    *backend* is the type of the target, for when its catalogue does not tell it any more.
+    *backend* is the type of the target, in case it cannot be read from the catalogue.
 
     Raises:
-        ConfigError: that is no target, or a newer program's.
+        ConfigError: it is not a target, or was written by a newer version.
         TargetBusy: it is open.
         StorageError, StorageFull, CorruptTarget, OSError: the check could not be done, or a
-            repair not be finished; what it moved is in ``lost+found``.
+            repair not be finished; files that it moved are in ``lost+found``.
     """
     with opening.owned(path) as (found, regions):
         lost = LostFound(found)
@@ -56,7 +56,7 @@ def _check(
     path: Path, regions: Path, report: Report, lost: LostFound, repair: bool, backend: str
 ) -> None:
     if _is_unfinished(path, regions):
-        report.note("the target was not yet made when its process was killed")
+        report.note("the process was killed while it created the target")
         return
     name = opening.recorded_backend(path)
     if name is not None and (known := registry.find(name)) is not None and not known.fsck:
@@ -67,7 +67,7 @@ def _check(
     salvaged = bool(trouble)
     if salvaged:
         if not report.problem("the catalogue is damaged", "rebuilt from what can be read"):
-            return  # nothing that its rows say can be believed
+            return  # its rows cannot be trusted
         salvage(path, regions, report, lost, backend)
     with _database(path) as db:
         if repair:
@@ -90,7 +90,7 @@ def _check(
             if not report.left and db.execute(orphans).fetchone() is None:
                 db.execute("UPDATE meta SET value = 1 WHERE key = 'clean'")
             if salvaged or not clean:
-                # As opening it does: nobody gets a slot of a pack that others may still write to.
+                # As opening it does: do not reuse slots of a pack that other processes may still write to.
                 db.execute(
                     "INSERT OR REPLACE INTO meta SELECT 'last', max(ino) | ? FROM inode"
                     f" WHERE ino < {SEQUENCE} AND EXISTS(SELECT 1 FROM inode WHERE packed != 0)"
@@ -98,7 +98,7 @@ def _check(
                     " coalesce((SELECT value FROM meta WHERE key = 'last'), 0)",
                     (SLOTS - 1, SLOTS - 1),
                 )
-            if row is None or row[0] != 1:  # what was volatile may be lost: a new epoch
+            if row is None or row[0] != 1:  # volatile changes may be lost: a new epoch
                 db.execute("DELETE FROM meta WHERE key = 'epoch'")
             db.execute("COMMIT")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -106,22 +106,22 @@ def _check(
 
 
 def _is_unfinished(path: Path, regions: Path) -> bool:
-    """Whether there is no more of a target than opening it makes anew: nothing but the place for
-    regions, or the first half of a migration, whose regions the other side still has."""
+    """Whether opening the target would create it: there is only a directory for regions, or an
+    unfinished migration, whose source still has the regions."""
     if path.exists() and path.stat().st_size:
         return False
     return opening.staged(path).exists() or next(region_files(regions), None) is None
 
 
 def _trouble_with_header(path: Path) -> list[str]:
-    """Why the file cannot be a catalogue at all."""
+    """Return why the file cannot be a catalogue."""
     try:
         with open(path, "rb") as file:
             header = file.read(100)
     except FileNotFoundError:
         return [f"the catalogue {path} is missing"]
     if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
-        return [f"the catalogue {path} is {'no database' if header else 'empty'}"]
+        return [f"the catalogue {path} is {'not a database' if header else 'empty'}"]
     version, application = struct.unpack(">I4xI", header[60:72])
     if application != APPLICATION_ID:
         return [f"the catalogue {path} is not a target's"]
@@ -131,7 +131,7 @@ def _trouble_with_header(path: Path) -> list[str]:
 
 
 def _trouble_inside(path: Path, report: Report) -> list[str]:
-    """What SQLite's own check says that takes more than to make an index anew."""
+    """Return errors of SQLite's integrity check, except those repaired by rebuilding an index."""
     try:
         with _database(path) as db:
             lines = _integrity(db)
@@ -158,7 +158,7 @@ def _trouble_inside(path: Path, report: Report) -> list[str]:
 
 
 def _undecodable(db: sqlite3.Connection) -> Iterator[str]:
-    """Which tables have text that is not UTF-8: no statement can read, or name, such a row."""
+    """Yield tables with text that is not UTF-8: no statement can read, or refer to, such a row."""
     for (table,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
         columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
         texts = " OR ".join(f"typeof({column}) = 'text'" for column in columns)
@@ -177,7 +177,7 @@ def _integrity(db: sqlite3.Connection) -> list[str]:
 
 @contextlib.contextmanager
 def _database(path: Path) -> Iterator[sqlite3.Connection]:
-    uri = f"file:{quote(os.fsencode(path))}?mode=rw"  # or it would make what is missing
+    uri = f"file:{quote(os.fsencode(path))}?mode=rw"  # otherwise SQLite would create a missing file
     db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=1.0)
     try:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -1,4 +1,4 @@
-"""The files of the regions against the rows of the catalogue."""
+"""Consistency of the files of regions with the rows of the catalogue."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _IS_REGION = f"mode & {0o170000} = {stat.S_IFREG}"
 
 
 class RegionFile(NamedTuple):
-    """A file that a region may have."""
+    """A file with the name of a region."""
 
     rid: RegionID
     path: Path
@@ -45,7 +45,7 @@ class RegionFile(NamedTuple):
 
 
 def region_files(regions: Path) -> Iterator[RegionFile]:
-    """Every file below *regions* that is named as a region's is."""
+    """Yield every file below *regions* with the name of a region."""
     for shard in sorted(regions.iterdir()):
         if not _SHARD.fullmatch(shard.name) or not shard.is_dir():
             continue
@@ -55,13 +55,13 @@ def region_files(regions: Path) -> Iterator[RegionFile]:
 
 
 def place(regions: Path, rid: RegionID) -> Path:
-    """Where the file of a region belongs."""
+    """Return the path of a region's file."""
     name = rid.hex()
     return regions / name[-2:] / name
 
 
 class FileCheck:
-    """Checks, and with the report's consent repairs, that rows and files of regions agree."""
+    """Checks, and if the report allows it repairs, consistency of rows and files of regions."""
 
     def __init__(
         self, db: sqlite3.Connection, regions: Path, report: Report, lost: LostFound,
@@ -83,7 +83,7 @@ class FileCheck:
             if file is None or file.path in moved:
                 continue
             if file is not found:
-                moved.add(file.path)  # and may be met once more
+                moved.add(file.path)  # the iteration may yield it once more
             if is_pack(file.rid):
                 self._pack(file)
                 continue
@@ -104,7 +104,7 @@ class FileCheck:
         self._missing()
 
     def _pack(self, file: RegionFile) -> None:
-        """Regions whose slots are in a pack have their bytes, and are what it says they are."""
+        """Check that regions in a pack have their data, and match its records."""
         slots, end = slots_of(file.rid), file.info.st_size
         rows = self._db.execute(
             f"SELECT ino, generation, size, packed FROM inode WHERE {_IS_REGION}"
@@ -114,7 +114,7 @@ class FileCheck:
         with open(file.path, "r+b" if self._report.repairing else "rb", buffering=0) as pack:
             fd = pack.fileno()
             sizes = recorded(fd, file.rid)
-            whole = True  # or not known to have been
+            whole = True  # as far as known
             for ino, generation, size, packed in rows:
                 if packed != PACKED:
                     continue
@@ -135,16 +135,16 @@ class FileCheck:
                 self._length(file, fd, whole=whole)
 
     def _length(self, file: RegionFile, fd: int, *, whole: bool) -> None:
-        """A pack has another length than every pack has."""
+        """Handle a pack of the wrong length."""
         end = file.info.st_size
         text = f"the pack {file.rid.hex()} has {end} bytes, not {PACK}"
-        remedy = f"made as long as it was, by zeros; a copy is in {self._lost.directory}"
+        remedy = f"padded with zeros; a copy is in {self._lost.directory}"
         if not self._clean and whole and end < PACK:
-            wanted = self._report.note(text, "made as long as it was, as opening the target does")
+            wanted = self._report.note(text, "padded with zeros, as opening the target does")
         elif wanted := self._report.problem(text, remedy):
             self._lost.copy(file.path, file.path.name)
             if end < RECORDS:
-                os.truncate(fd, end // SLOT * SLOT)  # whose slot ends there is missing, too
+                os.truncate(fd, end // SLOT * SLOT)  # a region in a truncated slot is missing, too
         if wanted:
             os.truncate(fd, PACK)
 
@@ -160,7 +160,7 @@ class FileCheck:
             self._set_size(ino, have)
 
     def _strays(self, file: RegionFile, known: set[int], fd: int) -> bool:
-        """Bytes in a pack that are no region's; whether the pack stays."""
+        """Handle data in a pack that belong to no region; returns whether the pack stays."""
         strays = [
             number
             for number in set(range(SLOTS)) - known
@@ -169,8 +169,8 @@ class FileCheck:
         ]
         if not strays:
             return True
-        text = f"the pack {file.rid.hex()} has {len(strays)} regions that no row tells of"
-        remedy = f"taken out of it; a copy is in {self._lost.directory}"
+        text = f"the pack {file.rid.hex()} has {len(strays)} regions without a row"
+        remedy = f"removed from it; a copy is in {self._lost.directory}"
         if not known:
             remedy = f"moved to {self._lost.directory}"
         wanted = self._removes(text, remedy)
@@ -188,15 +188,15 @@ class FileCheck:
             self._db.execute("UPDATE inode SET packed = ? WHERE ino = ?", (MOVED, rid.slot))
 
     def _believes(self, text: str, what: str) -> bool:
-        """Whether to believe a file or pack rather than a row, as opening the target would if it
-        was not closed: then it is no problem."""
+        """Whether to trust a file or pack rather than a row, as opening the target after a crash
+        does; then it is not a problem."""
         if self._clean:
             return self._report.problem(text, f"took the {what}")
         return self._report.note(text, f"took the {what}, as opening the target does")
 
     def _removes(self, text: str, remedy: str) -> bool:
-        """Whether to do what *remedy* says with what opening the target would remove if it was not
-        closed: then it is no problem."""
+        """Whether to apply *remedy* to something that opening the target after a crash would
+        remove; then it is not a problem."""
         if self._clean:
             return self._report.problem(text, remedy)
         return self._report.note(f"{text}, which opening the target removes", remedy)
@@ -207,7 +207,9 @@ class FileCheck:
             return file
         text = f"the file of region {file.rid.hex()} is in {file.path.parent}"
         if right.exists():
-            if self._report.problem(f"{text}, and where it belongs is another", "moved"):
+            if self._report.problem(
+                f"{text}, and there is another one in the right place", "moved"
+            ):
                 self._lost.move(file.path)
             return None
         if not self._report.problem(text, f"moved to {right.parent}"):
@@ -218,7 +220,7 @@ class FileCheck:
         return file._replace(path=right)
 
     def _without_row(self, file: RegionFile) -> None:
-        text = f"no region {file.rid.hex()} is known, of which there is a file"
+        text = f"there is a file of region {file.rid.hex()}, which has no row"
         remedy = f"moved to {self._lost.directory}"
         if self._removes(text, remedy):
             self._lost.move(file.path)
@@ -228,7 +230,7 @@ class FileCheck:
         text = f"region {file.rid.hex()}: its file has {have} bytes, its row says {size}"
         ino = file.rid.slot
         if have < size and (self._clean or self._attests(ino, have)):
-            remedy = f"the bytes that are left are in /lost+found/{file.rid.hex()}"
+            remedy = f"the remaining bytes are in /lost+found/{file.rid.hex()}"
             names = self._names(ino)
             if self._report.problem(f"{text}{names}", remedy):
                 self._tree.take_names(ino)
@@ -254,7 +256,7 @@ class FileCheck:
         return f" ({', '.join(paths)})" if paths else ""
 
     def _attests(self, ino: int, size: int) -> bool:
-        """Whether checksums prove that the region had more than *size* bytes on the medium."""
+        """Whether checksums prove that the region had more than *size* bytes on stable storage."""
         if not self._sums:
             return False
         row = self._db.execute(
@@ -272,7 +274,7 @@ class FileCheck:
             )
 
     def _missing(self) -> None:
-        """Regions without a file."""
+        """Handle regions without a file."""
         rows: list[Any] = self._db.execute(
             f"SELECT {COLUMNS} FROM inode WHERE {_IS_REGION} AND ino NOT IN present"
             " AND NOT (nlink = 0 AND anonymous = 0 AND ino NOT IN (SELECT ino FROM dentry))"
@@ -299,7 +301,7 @@ class FileCheck:
                 self._drop(row[0])
 
     def _make_empty(self, rid: RegionID) -> None:
-        """Make an empty file for a region."""
+        """Create an empty file for a region."""
         file = place(self._regions, rid)
         file.parent.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -307,14 +309,14 @@ class FileCheck:
         self._db.execute(f"UPDATE inode SET packed = {OWN} WHERE ino = ?", (rid.slot,))
 
     def _drop(self, ino: int) -> None:
-        """Remove the rows of a region that is lost."""
+        """Remove the rows of a lost region."""
         for table in ("inode", "xattr", *(("checksum", "unsettled") if self._sums else ())):
             self._db.execute(f"DELETE FROM {table} WHERE ino = ?", (ino,))
 
     def _never_persisted(self, rid: RegionID, *, named: bool) -> None:
-        """A region without its bytes that nothing was promised about; see ``Catalogue.fresh``."""
+        """Handle a region without data that was never persisted; see ``Catalogue.fresh``."""
         text = f"region {rid.hex()} was not persisted before the target was last used"
-        remedy = f"{'made an empty file' if named else 'removed'}, as opening the target does"
+        remedy = f"{'created an empty file' if named else 'removed'}, as opening the target does"
         if not self._report.note(f"{text}, and its bytes are lost", remedy):
             return
         if named:
@@ -325,7 +327,7 @@ class FileCheck:
 
 
 def _parts(rid: RegionID) -> tuple[int, int]:
-    """Slot and generation as the catalogue has them; -1 for what it cannot have."""
+    """Return slot and generation as in the catalogue; -1 for invalid ones."""
     return (
         rid.slot if rid.slot < 1 << 63 else -1,
         rid.generation if rid.generation < 1 << 63 else -1,

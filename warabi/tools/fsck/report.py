@@ -1,4 +1,4 @@
-"""What was found and done, and the place beside the target for what it cannot keep."""
+"""The report of a check, and the directory for files that the target cannot keep."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _private(path: str, flags: int) -> int:
 
 
 class LostFound:
-    """``PATH.lost+found/``: files without a row, old catalogues, and a log; made when needed."""
+    """``PATH.lost+found/``: files without a row, old catalogues, and a log; created when needed."""
 
     def __init__(self, path: Path) -> None:
         self.directory = Path(f"{path}.lost+found")
 
     def _free(self, name: str) -> Path:
-        """A path in the directory that nothing has."""
+        """Return an unused path in the directory."""
         self.directory.mkdir(mode=0o700, exist_ok=True)
         place, number = self.directory / name, 0
         while os.path.lexists(place):
@@ -31,14 +31,14 @@ class LostFound:
         return place
 
     def move(self, file: Path) -> Path:
-        """Move *file* here; returns where it is."""
+        """Move *file* here; returns its new path."""
         place = self._free(file.name)
         file.rename(place)
         sync_directory(self.directory)
         return place
 
     def copy(self, file: Path, name: str) -> Path:
-        """Keep a copy of *file* here, on the medium; returns where it is."""
+        """Copy *file* here durably; returns the path of the copy."""
         place = self._free(name)
         shutil.copy2(file, place)
         with open(place, "rb") as copy:
@@ -55,11 +55,11 @@ class LostFound:
 
 
 class Report:
-    """What a check found.
+    """The results of a check.
 
     Attributes:
-        corrected: problems that were repaired.
-        left: problems that were not.
+        corrected: number of problems that were repaired.
+        left: number of problems that were not.
     """
 
     def __init__(self, lost: LostFound, *, repair: bool, say: Callable[[str], None]) -> None:
@@ -71,18 +71,18 @@ class Report:
 
     @property
     def repairing(self) -> bool:
-        """Whether anything is repaired."""
+        """Whether repairs are enabled."""
         return self._repair
 
     @property
     def status(self) -> int:
-        """The exit status that fsck(8) documents."""
+        """The exit status as documented by fsck(8)."""
         return (1 if self.corrected else 0) | (4 if self.left else 0)
 
     def problem(self, what: str, remedy: str, *, details: str = "") -> bool:
-        """Something is wrong; returns whether to do what *remedy* says.
+        """Report a problem; returns whether to apply *remedy*.
 
-        *details* are written to the log first, if so: what is about to be gone.
+        If so, *details* are written to the log first: they describe what will be lost.
         """
         if not self._repair:
             self.left += 1
@@ -94,7 +94,7 @@ class Report:
         return True
 
     def note(self, what: str, remedy: str = "") -> bool:
-        """Something to know that is no damage; returns whether to do what *remedy* says."""
+        """Report something that is not damage; returns whether to apply *remedy*."""
         doing = self._repair and bool(remedy)
         text = f"{what}: {remedy}" if doing else what
         self._say(text)

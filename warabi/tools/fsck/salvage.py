@@ -1,7 +1,7 @@
-"""A new catalogue from what can be read of a damaged one, and from the files of the regions.
+"""Building a new catalogue from the readable rows of a damaged one, and the files of the regions.
 
-Every table is read from both ends and by key, as far as SQLite gets; damaged pages hide only the
-rows on them then.  What no row tells is told by the files: a region's ID is the name of its file.
+Every table is read from both ends and by key, as far as SQLite gets; so damaged pages hide only
+their own rows.  Regions without a row are found by their files, whose names are the IDs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from warabi.region import RegionID
 from warabi.tools.fsck.files import region_files
 from warabi.tools.fsck.report import LostFound, Report
 
-_INSERT = UPSERT.replace("OR REPLACE", "OR IGNORE")  # a row that could be read counts
+_INSERT = UPSERT.replace("OR REPLACE", "OR IGNORE")  # a row that could be read has priority
 
 
 def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend: str) -> None:
@@ -38,7 +38,7 @@ def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend:
         populate(db)
         if path.is_file():
             _Reader(path, db).read()
-        # The sums of what may be an older state of the rows prove nothing.
+        # Checksums from a possibly older state of the rows prove nothing.
         db.execute("DELETE FROM checksum")
         db.execute("DELETE FROM unsettled")
         found = _regions(db, regions)
@@ -50,7 +50,7 @@ def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend:
     wal = Path(f"{path}-wal")
     kept = [lost.copy(file, f"catalogue{suffix}")
             for file, suffix in ((path, ""), (wal, "-wal")) if file.exists()]  # fmt: skip
-    wal.unlink(missing_ok=True)  # it would be taken for the new one's
+    wal.unlink(missing_ok=True)  # it would be applied to the new catalogue
     fresh.replace(path)
     sync_directory(path.parent)
     report.note(
@@ -61,7 +61,7 @@ def salvage(path: Path, regions: Path, report: Report, lost: LostFound, backend:
 
 
 class _Reader:
-    """Reads what can be read of the catalogue at *path* into *db*."""
+    """Copies readable rows of the catalogue at *path* to *db*."""
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
         self._path = path
@@ -75,7 +75,7 @@ class _Reader:
             show_as_new(self._old)
             self._read()
         except sqlite3.DatabaseError:
-            return  # no database at all
+            return  # not a database at all
         finally:
             self._old.close()
 
@@ -109,7 +109,7 @@ class _Reader:
             self._put(table, f"SELECT {columns} FROM {table} WHERE {key} = ?", (value,))
 
     def _put(self, table: str, sql: str, values: tuple[int, ...]) -> bool:
-        """Take over the rows of a query until an error; returns whether there was none."""
+        """Copy the rows of a query until an error; returns whether there was none."""
         try:
             rows = self._old.execute(sql, values)
             while (row := rows.fetchone()) is not None:
@@ -119,14 +119,14 @@ class _Reader:
                     into = f"{table}({COLUMNS})" if table == "inode" else table
                     self._db.execute(f"INSERT OR {verb} INTO {into} VALUES({marks})", row)
                 except sqlite3.IntegrityError:
-                    continue  # a column that cannot be empty is
+                    continue  # a NOT NULL column is empty
         except sqlite3.DatabaseError:
             return False
         return True
 
 
 def _regions(db: sqlite3.Connection, regions: Path) -> int:
-    """Rows for the files, and what is in packs, whose region no row tells of; returns how many."""
+    """Add rows for regions in files and packs that have none; returns their number."""
     count = 0
     for rid, size, mode, packed, info in _stored(regions):
         inode = Inode(
@@ -139,8 +139,8 @@ def _regions(db: sqlite3.Connection, regions: Path) -> int:
 
 
 def _stored(regions: Path) -> Iterator[tuple[RegionID, int, int, int, os.stat_result]]:
-    """ID, size, permissions, place and file of each region; those with a file of their own first,
-    for it counts where a pack has the region, too."""
+    """Yield ID, size, permissions, location and file of each region; those with their own file
+    first, which has priority over a pack."""
     packs = []
     for file in region_files(regions):
         rid = file.rid
@@ -156,7 +156,7 @@ def _stored(regions: Path) -> Iterator[tuple[RegionID, int, int, int, os.stat_re
 
 
 def _directories(db: sqlite3.Connection) -> int:
-    """Rows for inodes without one that have entries, and so were directories."""
+    """Add rows for inodes without one that have entries, and so were directories."""
     rows = db.execute(
         "SELECT DISTINCT parent FROM dentry WHERE parent NOT IN (SELECT ino FROM inode)"
         " AND typeof(parent) = 'integer' AND parent > 1"
@@ -170,7 +170,7 @@ def _directories(db: sqlite3.Connection) -> int:
 
 
 def _set_meta(db: sqlite3.Connection, backend: str) -> None:
-    """Fill in what every catalogue says of itself."""
+    """Set the catalogue's required metadata."""
     row = db.execute("SELECT value FROM meta WHERE key = 'backend'").fetchone()
     if backend or row is None or row[0] not in registry.checked_by_fsck():
         kind = backend or "file"

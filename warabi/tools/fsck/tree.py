@@ -1,7 +1,7 @@
-"""What must be true of the rows of a catalogue, whatever files there are.
+"""Consistency of the rows of a catalogue, independent of files.
 
-The steps are in an order in which each may rely on those before: rows by themselves, names,
-places in the tree, and at last what is counted from them.
+The order of the steps is such that each may rely on the previous ones: single rows, names, places
+in the tree, and finally link counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK,
 
 
 def shown(name: Any) -> str:
-    """A name, or what stands in its place, for a message of one line."""
+    """Format a name, or an invalid value instead of one, for a message."""
     return repr(os.fsdecode(name)) if isinstance(name, bytes) else repr(name)
 
 
@@ -40,12 +40,12 @@ def _is_number(value: Any) -> bool:
 
 
 class TreeCheck:
-    """Checks, and with the report's consent repairs, the rows that *db* has.
+    """Checks, and if the report allows it repairs, the rows of *db*.
 
     Args:
-        db: the catalogue, in a transaction when repairs are wanted.
-        report: what is told, and asked.
-        clean: whether the target was closed in order.
+        db: the catalogue, in a transaction if repairs are enabled.
+        report: receives problems, and decides about repairs.
+        clean: whether the target was closed cleanly.
         sums: whether there are tables of checksums.
     """
 
@@ -55,10 +55,10 @@ class TreeCheck:
         self._clean = clean
         self._sums = sums
         self._lost: int | None = None
-        self._moved: set[int] = set()  # inodes whose link counts follow from what was done
+        self._moved: set[int] = set()  # inodes whose link counts changed because of repairs
 
     def run(self) -> None:
-        """Everything but link counts, which come last, when nothing moves any more."""
+        """Check all except link counts, which come last, after all moves."""
         self._meta()
         self._rows()
         self._root()  # which may have been removed just now
@@ -92,7 +92,7 @@ class TreeCheck:
         if rows and isinstance(rows[0][2], int) and rows[0][2] & _TYPE == stat.S_IFDIR:
             return
         what = "the root directory is missing" if not rows else f"inode {ROOT} is not a directory"
-        if self._report.problem(what, "made anew", details=repr(rows)):
+        if self._report.problem(what, "created again", details=repr(rows)):
             self._add(ROOT, stat.S_IFDIR | 0o755)
 
     def _add(self, ino: int, mode: int) -> None:
@@ -101,7 +101,7 @@ class TreeCheck:
         self._db.execute(UPSERT, row)
 
     def _rows(self) -> None:
-        """Inodes by themselves."""
+        """Check single inodes."""
         for row in self._all(
             f"SELECT {COLUMNS} FROM inode WHERE typeof(mode) != 'integer'"
             f" OR mode & {_TYPE} NOT IN {_KINDS} OR typeof(generation) != 'integer'"
@@ -125,7 +125,7 @@ class TreeCheck:
             self._update(where, what, remedy, change)
 
     def _numbers(self) -> None:
-        """Numbers and targets of links that are outside their domains."""
+        """Check the ranges of numbers, and link targets."""
         wrong = " OR ".join(f"typeof({column}) != 'integer'" for column in domain.RANGES)
         for values in self._all(
             f"SELECT {COLUMNS} FROM inode WHERE {wrong} OR size < 0 OR {OUTSIDE}"
@@ -138,7 +138,7 @@ class TreeCheck:
                 for column, old, new in zip(row._fields, values, row, strict=True)
                 if old != new
             ]
-            text = f"inode {row.ino} has values that make no sense"
+            text = f"inode {row.ino} has invalid values"
             if self._report.problem(text, ", ".join(changes), details=repr(values)):
                 self._db.execute(UPSERT, row)
 
@@ -148,15 +148,15 @@ class TreeCheck:
                 self._db.execute(f"UPDATE inode SET {change} WHERE ino = ?", (row[0],))
 
     def _names(self) -> None:
-        """Directory entries by themselves, and that what they mean exists."""
+        """Check single directory entries, and that their inodes exist."""
         for where, what in (
             ("typeof(name) != 'blob' OR length(name) NOT BETWEEN 1 AND 255"
              " OR name IN (X'2E', X'2E2E') OR instr(name, X'2F') OR instr(name, X'00')",
              "is not a valid file name"),
-            ("ino NOT IN (SELECT ino FROM inode)", "means nothing"),
+            ("ino NOT IN (SELECT ino FROM inode)", "refers to no inode"),
             (f"parent NOT IN (SELECT ino FROM inode WHERE {_IS_DIRECTORY})",
-             "is in no directory"),
-            (f"ino = {ROOT}", "means the root directory"),
+             "is not in a directory"),
+            (f"ino = {ROOT}", "refers to the root directory"),
         ):  # fmt: skip
             for parent, name, ino in self._all(
                 f"SELECT parent, name, ino FROM dentry WHERE {where}"
@@ -172,7 +172,7 @@ class TreeCheck:
         self._db.execute(f"DELETE {ours}", (parent, name))
 
     def _extra_names(self) -> None:
-        """A directory has one name, a region that is shown by its ID none."""
+        """Check that a directory has one name, and a region that is shown by its ID none."""
         for parent, name, ino in self._all(
             f"SELECT d.parent, d.name, d.ino FROM dentry d JOIN inode i USING(ino)"
             f" WHERE i.{_IS_DIRECTORY} AND (d.parent, d.name) != (SELECT parent, name FROM dentry e"
@@ -182,11 +182,11 @@ class TreeCheck:
             if self._report.problem(text, "removed"):
                 self._unlink(parent, name)
         self._update("anonymous = 1 AND ino IN (SELECT ino FROM dentry)",
-                     "is marked as a region that never had a name, and has one", "unmarked",
+                     "is marked as a region that never had a name, but has one", "unmarked",
                      "anonymous = 0")  # fmt: skip
 
     def _belongings(self) -> None:
-        """Attributes and checksums of inodes that are not there."""
+        """Check for attributes and checksums of missing inodes."""
         for ino, name, value in self._all(
             "SELECT * FROM xattr WHERE ino NOT IN (SELECT ino FROM inode)"
             " OR typeof(name) != 'blob' OR typeof(value) != 'blob'"
@@ -218,7 +218,7 @@ class TreeCheck:
                 self._db.execute("DELETE FROM unsettled WHERE ino = ?", (ino,))
 
     def _attributes(self) -> None:
-        """Extended attributes that nothing could set."""
+        """Check for invalid extended attributes."""
         spaces = " ".join(
             f"AND substr(name, 1, {len(space)}) != X'{space.hex()}'" for space in domain.SPACES
         )
@@ -230,7 +230,7 @@ class TreeCheck:
             f" OR (1 {spaces})"
         ):
             why = domain.xattr_fault(name, value)
-            text = f"attribute {shown(name)[:60]} of inode {ino} cannot be: {why}"
+            text = f"attribute {shown(name)[:60]} of inode {ino} is invalid: {why}"
             if why and self._report.problem(text, "removed", details=f"{name!r} {value!r}"):
                 self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
                 (mode,) = self._all("SELECT mode FROM inode WHERE ino = ?", ino)[0]
@@ -238,13 +238,13 @@ class TreeCheck:
                 self._db.execute("UPDATE inode SET mode = ? WHERE ino = ?", (mode, ino))
 
     def _nameless(self) -> None:
-        """Inodes that no name leads to."""
+        """Check for inodes without names."""
         for ino, generation, mode, nlink in self._all(
             "SELECT ino, generation, mode, nlink FROM inode WHERE anonymous = 0"
             f" AND ino != {ROOT} AND ino NOT IN (SELECT ino FROM dentry)"
         ):
             if nlink == 0 and not self._clean:
-                continue  # was held open when its process died: opening the target removes it
+                continue  # was open when its process died: opening the target removes it
             name = _name(ino, generation, mode)
             text = f"{'directory' if stat.S_ISDIR(mode) else 'inode'} {ino} has no name"
             if self._report.problem(text, f"moved to /lost+found/{name}"):
@@ -258,7 +258,8 @@ class TreeCheck:
         self._db.execute("UPDATE inode SET anonymous = 0 WHERE ino = ?", (ino,))
 
     def _lost_and_found(self) -> int:
-        """The directory, made when it is not there; something else of that name keeps it."""
+        """Return the directory, creating it if it is missing; a non-directory of that name is
+        kept."""
         number = 0
         while self._lost is None:
             name = f"lost+found{(number and f'.{number}') or ''}".encode()
@@ -279,7 +280,7 @@ class TreeCheck:
         return self._lost
 
     def _cycles(self) -> None:
-        """Directories that have names, and yet cannot be reached from the root."""
+        """Check for directories with names that cannot be reached from the root."""
         for start in self._unreachable():
             seen: list[int] = []
             ino = start
@@ -287,7 +288,7 @@ class TreeCheck:
                 seen.append(ino)
                 above = self._all("SELECT parent, name FROM dentry WHERE ino = ?", ino)
                 if not above:
-                    break  # in a directory without a name: not repaired, and said already
+                    break  # in a directory without a name: reported already, and not repaired
                 ino = above[0][0]
             if not above or ino == ROOT or ino in self._broken:
                 continue
@@ -314,12 +315,12 @@ class TreeCheck:
             self._unlink(parent, name)
 
     def paths(self, ino: int) -> list[str]:
-        """Every path of an inode."""
+        """Return every path of an inode."""
         rows = self._all("SELECT parent, name FROM dentry WHERE ino = ?", ino)
         return sorted(os.fsdecode(self._path(parent) + b"/" + name) for parent, name in rows)
 
     def _path(self, ino: int) -> bytes:
-        """A directory's path without a slash at its end; the tree has no cycles any more."""
+        """Return a directory's path without a trailing slash; the tree has no cycles any more."""
         parts: list[bytes] = []
         while ino != ROOT and len(parts) < 10_000:
             above = self._all("SELECT parent, name FROM dentry WHERE ino = ?", ino)
@@ -330,7 +331,7 @@ class TreeCheck:
         return b"".join(reversed(parts))
 
     def link_counts(self) -> None:
-        """Compare link counts with names; those of what a repair moved are set without a word."""
+        """Compare link counts with names; counts changed by repairs are set without a report."""
         count = (
             f"CASE WHEN {_IS_DIRECTORY} THEN 2 + (SELECT count(*) FROM dentry d JOIN inode s"
             f" ON s.ino = d.ino WHERE d.parent = inode.ino AND s.{_IS_DIRECTORY})"
