@@ -164,8 +164,8 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ("UPDATE inode SET nlink = 5 WHERE ino = 4", ["inode 4 has 5 links instead of 2"], []),
     ("UPDATE inode SET nlink = 0 WHERE ino = 4", ["inode 4 has 0 links instead of 2"], []),
     ("UPDATE inode SET nlink = 9 WHERE ino = 2", ["inode 2 has 9 links instead of 3"], []),
-    ("UPDATE inode SET nlink = -1 WHERE ino = 7", ["inode 7 has values"], []),
-    ("UPDATE inode SET uid = 'x' WHERE ino = 4", ["inode 4 has values"], []),
+    ("UPDATE inode SET nlink = -1 WHERE ino = 7", ["inode 7 has invalid values"], []),
+    ("UPDATE inode SET uid = 'x' WHERE ino = 4", ["inode 4 has invalid values"], []),
     ("UPDATE inode SET size = 1 WHERE ino = 5", ["wrong size"], []),
     ("UPDATE inode SET target = X'00' WHERE ino = 3", ["inode 3 is not a symbolic link"], []),
     ("UPDATE inode SET anonymous = 1 WHERE ino = 2", ["inode 2 is marked"], []),
@@ -205,7 +205,7 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
      ["-/a", "-/a/b", "-/a/b/file", "+/lost+found", "+/lost+found/inode-3",
       "+/lost+found/inode-3/file"]),
     ("UPDATE inode SET mode = 61440 WHERE ino = 5", ["inode 5 is invalid"], ["-/link"]),
-    *((statement, ["inode 4 has values" if "ino = 4" in statement else "inode 5 has values"], [])
+    *((statement, [f"inode {4 if 'ino = 4' in statement else 5} has invalid values"], [])
       for statement in OUTSIDE),
     ("INSERT INTO xattr VALUES(4, X'757365722e79', zeroblob(65537))", ["'user.y' of inode 4"], []),
     ("INSERT INTO xattr VALUES(4, X'757365722e', X'00')", ["'user.' of inode 4"], []),
@@ -411,7 +411,7 @@ def test_something_else_is_called_lost_and_found(sample: Sample) -> None:
 
 def test_file_without_a_row(sample: Sample) -> None:
     edit(sample.path, "DELETE FROM inode WHERE ino = 6")
-    sample.repaired(f"no region {sample.nameless.hex()} is known")
+    sample.repaired(f"region {sample.nameless.hex()} has a file but no row")
     kept = Path(f"{sample.path}.lost+found", sample.nameless.hex())
     assert kept.read_bytes() == pattern(5000)
 
@@ -493,7 +493,7 @@ def test_a_crash_is_no_damage(kind: str, tmp_path: Path) -> None:
     status, output = fsck(path)
     assert status == 0, output
     assert "was not closed" in output
-    assert f"{unfinished.hex()} is known" in output
+    assert f"{unfinished.hex()} has a file but no row" in output
     status, output = fsck(path, "--repair")
     assert status == 0, output
     assert Path(f"{path}.lost+found", unfinished.hex()).read_bytes() == b"unfinished"

@@ -90,7 +90,7 @@ def _check(
             if not report.left and db.execute(orphans).fetchone() is None:
                 db.execute("UPDATE meta SET value = 1 WHERE key = 'clean'")
             if salvaged or not clean:
-                # As opening it does: do not reuse slots of a pack that other processes may still write to.
+                # As opening it does: do not reuse slots of a pack that others may still write to.
                 db.execute(
                     "INSERT OR REPLACE INTO meta SELECT 'last', max(ino) | ? FROM inode"
                     f" WHERE ino < {SEQUENCE} AND EXISTS(SELECT 1 FROM inode WHERE packed != 0)"

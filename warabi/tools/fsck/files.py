@@ -220,7 +220,7 @@ class FileCheck:
         return file._replace(path=right)
 
     def _without_row(self, file: RegionFile) -> None:
-        text = f"there is a file of region {file.rid.hex()}, which has no row"
+        text = f"region {file.rid.hex()} has a file but no row"
         remedy = f"moved to {self._lost.directory}"
         if self._removes(text, remedy):
             self._lost.move(file.path)
