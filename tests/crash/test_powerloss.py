@@ -131,6 +131,39 @@ die()
     assert kinds == {"old", "new"}
 
 
+def test_a_graft_is_there_as_a_whole_or_not_at_all(tmp_path: Path, scratch: Path) -> None:
+    """Also when what it does in steps is committed after each of them."""
+    grafting = f"""{BEGIN}
+import types
+from tests.support.grafts import entry, listing, region
+from warabi.target import graft
+target = opened(backend, path)
+names = [region(target, b"%d" % i, b"%04d" % i * 10) for i in range(5)]
+place = target.create_and_write(listing(entry(b"", 0o40755), *names))
+target.sync()
+say("brought")
+graft._STEP = 3
+graft.time = types.SimpleNamespace(sleep=lambda seconds: target.commit())
+graft.graft(target, place)
+say("grafted")
+target.commit()
+say("durable")
+die()
+"""
+    events = powerloss.recorded(
+        tmp_path, ["-c", grafting, "file", f"{tmp_path}/disk/target"], killed=1
+    )
+    whole = {str(i): b"%04d" % i * 10 for i in range(5)}
+    seen: set[tuple[str, int]] = set()
+    for said, found, _ in found_after("file", tmp_path, scratch, events, 1):
+        names = {name: found.regions[rid] for name, rid in found.names.items()}
+        assert names in ({}, whole), said
+        assert len(found.regions) == len(names) + bool(said) or not said
+        assert names or said not in ("grafted", "durable")
+        seen.add((said, len(names)))
+    assert {("brought", 0), ("brought", 5), ("durable", 5)} <= seen
+
+
 def test_a_descriptor_that_is_another_files_before_its_close_was_seen_to_end(
     tmp_path: Path,
 ) -> None:

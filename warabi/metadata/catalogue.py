@@ -28,6 +28,7 @@ import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from warabi._core import forks
 from warabi._core.attributes import ROOT, Attributes
@@ -41,7 +42,7 @@ from warabi.errors import (
 )
 from warabi.metadata import domain
 from warabi.metadata.clock import Clock
-from warabi.metadata.dentries import Dentries
+from warabi.metadata.dentries import Dentries, settle_graft
 from warabi.metadata.inode import OWN, Inode
 from warabi.metadata.journal import Journal, Row, sync_directory, translate
 from warabi.metadata.notifications import Feed
@@ -81,6 +82,7 @@ class Catalogue:
         # Dirty inodes that cannot be stored: the error, and whether a persist must fail for it.
         self._unstored: dict[int, tuple[Exception, bool]] = {}
         self.change = 0  # number of the latest change
+        self._joined = 0  # number of the change that joined the last graft
         self._charge: Callable[[int], None] | None = None
         self.feed = Feed()
         self.clock = Clock()
@@ -121,6 +123,8 @@ class Catalogue:
             self._settled: int | None = meta.get("settled")
             if path is not None:
                 migrate(self._db, path)
+                if not self.clean:
+                    self._settle_graft()
                 bad = self._check_rows(path)
                 self._open_wal(path)
                 self._mend_rows(bad)
@@ -156,6 +160,11 @@ class Catalogue:
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA cache_size = -65536")
         self._db.execute("PRAGMA cache_spill = OFF")
+
+    def _settle_graft(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        settle_graft(self._db)  # when this fails, the connection is closed
+        self._db.execute("COMMIT")
 
     def _check_rows(self, path: Path) -> list[domain.Row]:
         """Check cheaply that the rows are those of a catalogue; ``warabi fsck`` checks the rest.
@@ -401,10 +410,7 @@ class Catalogue:
 
     def trim(self) -> None:
         """Drop unused inodes when too many are cached.  No caller may hold one."""
-        if len(self._dirty) > _FLUSH_AT:
-            self._flush_inodes(_FLUSH)
-        if len(self._dentries.dirty) > _FLUSH_AT:
-            self._dentries.flush(_FLUSH)
+        self.flush_some(_FLUSH_AT)
         self._dentries.trim()
         if len(self._cache) <= self._trim_at:
             return
@@ -434,7 +440,7 @@ class Catalogue:
     def unlink(self, parent: int, name: bytes) -> None:
         self._dentries.set(parent, name, None)
         self.change += 1
-        if self.feed.watched:
+        if self.feed.watched and parent > 0:
             self.feed.name(parent, name, 0)
 
     def unlink_all(self, inode: Inode) -> list[int]:
@@ -454,11 +460,16 @@ class Catalogue:
     def entries(self, parent: int, after: bytes, limit: int) -> list[tuple[bytes, Attributes]]:
         """Return up to *limit* entries of a directory that sort after *after*, by name."""
         self.flush()
-        rows = self._db.execute(
+        sql = (
             f"SELECT name, i.{COLUMNS.replace(', ', ', i.')} FROM dentry d JOIN inode i"
-            " ON i.ino = d.ino WHERE parent = ? AND name > ? ORDER BY name LIMIT ?",
-            (parent, after, limit),
+            " ON i.ino = d.ino WHERE parent = ? AND name > ? ORDER BY name LIMIT ?"
         )
+        rows: list[tuple[Any, ...]] = []
+        parents = self._dentries.parents(parent)
+        for each in parents:
+            rows += self._db.execute(sql, (each, after, limit))
+        if len(parents) > 1:
+            rows = sorted(rows)[:limit]
         return [(row[0], self._attributes(row[1:])) for row in rows]
 
     def regions(self, after: int, limit: int, *, anonymous: bool) -> list[Attributes]:
@@ -476,6 +487,63 @@ class Catalogue:
     def _attributes(self, row: tuple[int, ...]) -> Attributes:
         cached = self._cache.get(row[0])
         return (cached or Inode(*row)).attributes()  # type: ignore[arg-type]  # the row has the columns' types
+
+    # Names that are staged for a graft: see ``dentries.py``
+
+    @property
+    def staging(self) -> bool:
+        """Whether there may be staged names."""
+        return self._dentries.staging
+
+    @property
+    def joined(self) -> bool:
+        """Whether those are names of their directories."""
+        return self._dentries.joined
+
+    def begin_staging(self) -> None:
+        """From now on names may be staged; what others do to the same names is noted."""
+        self._dentries.staging = True
+
+    def stage(self, parent: int, name: bytes, inode: Inode) -> None:
+        """As :meth:`link`, of a name that nobody can find yet."""
+        self._dentries.set(parent, name, inode.ino)
+        self.touch(inode, durable=True, tell=False)
+
+    def unstage(self, parent: int, name: bytes) -> None:
+        """Forget a staged name, or one in a directory whose name is staged."""
+        self._dentries.set(parent, name, None)
+        self.change += 1
+
+    def conflict(self) -> tuple[int, bytes] | None:
+        """A name, with its directory, that is staged and was made by others meanwhile."""
+        for parent, name in self._dentries.conflicts:
+            if self.lookup(parent, name) is not None:
+                return parent, name
+        self._dentries.conflicts.clear()
+        return None
+
+    def join(self) -> None:
+        """Make all staged names names of their directories, at once."""
+        self._write("INSERT OR REPLACE INTO meta VALUES('joined', 1)", ())
+        self._dentries.joined = True
+        self.change += 1
+        self._joined = self.change
+
+    def staged_parent(self) -> int | None:
+        """The parent of some staged names, or None when there are none."""
+        return self._dentries.staged_parent()
+
+    def page(self, parent: int, limit: int) -> list[tuple[bytes, int]]:
+        """Up to *limit* names that have the parent *parent* in the rows, and their inodes."""
+        return self._dentries.page(parent, limit)
+
+    def end_staging(self) -> None:
+        """No staged names are left."""
+        if self._dentries.joined:
+            self._write("DELETE FROM meta WHERE key = 'joined'", ())
+            self.change += 1
+        self._dentries.staging = self._dentries.joined = False
+        self._dentries.conflicts.clear()
 
     def orphans(self) -> list[Inode]:
         """Return the inodes that lost their last name while open in a target that was not
@@ -547,6 +615,16 @@ class Catalogue:
     def _write(self, sql: str, values: Row) -> None:
         self._journal.write(sql, (values,))
 
+    def flush_some(self, left: int = 0) -> bool:
+        """As :meth:`flush`, of some where more than *left* inodes or names are dirty; whether there
+        were."""
+        inodes, names = len(self._dirty) > left, len(self._dentries.dirty) > left
+        if inodes:
+            self._flush_inodes(_FLUSH)
+        if names:
+            self._dentries.flush(_FLUSH)
+        return inodes or names
+
     def flush(self) -> None:
         """Write dirty inodes and names into the open transaction.
 
@@ -611,7 +689,8 @@ class Catalogue:
     def is_durable(self, inode: Inode) -> bool:
         """Whether the changes of *inode* and its names that must be durable are on stable
         storage."""
-        return self._journal.is_synced(inode.changed) and not self._why_unstored(inode)
+        change = max(inode.changed, self._joined)  # a graft may have named a directory above it
+        return self._journal.is_synced(change) and not self._why_unstored(inode)
 
     def _why_unstored(self, inode: Inode | None) -> Exception | None:
         """Return why *inode* (None: any inode), or a name of it, is not stored; None if all are."""

@@ -175,23 +175,31 @@ class Namespace(Tree):
 
     def paths(self, inode: Inode, most: int, characters: float, steps: float) -> list[str]:
         """Return *most* paths of an inode from the root, all for -1, and no more once they have so
-        many
-        *characters*.  Raises ``Lengthy`` after *steps* directories; the guard is held."""
-        above: dict[int, bytes] = {}
+        many *characters*.  Raises ``Lengthy`` after *steps* directories; the guard is held.
+
+        Names that a graft has staged, and not joined, have no path.
+        """
+        above: dict[int, bytes | None] = {}
         found: list[str] = []
         for parent, name in self._catalogue.names(inode, most):
             if parent not in above:
                 above[parent] = self._path(parent, steps)
-                steps -= above[parent].count(b"/")
-            found.append(os.fsdecode(above[parent] + b"/" + name))
+                steps -= (above[parent] or b"").count(b"/")
+            path = above[parent]
+            if path is None:
+                continue
+            found.append(os.fsdecode(path + b"/" + name))
             characters -= len(found[-1])
             if characters < 0:
                 break
         return found
 
-    def _path(self, ino: int, steps: float) -> bytes:
+    def _path(self, ino: int, steps: float) -> bytes | None:
         names: list[bytes] = []
-        while ino != ROOT and (above := self._catalogue.names(self._get(ino), 1)):
+        while ino != ROOT:
+            above = self._catalogue.names(self._get(ino), 1) if ino > 0 else []
+            if not above:
+                return None
             ino, name = above[0]
             names.append(b"/" + name)
             if len(names) > steps:

@@ -72,11 +72,11 @@ class DurableRegions(RegionGate):
             self._committer.start()
 
     @contextlib.contextmanager
-    def _kept_open(self) -> Iterator[None]:
+    def _kept_open(self, what: str = "persist") -> Iterator[None]:
         """Keep the target from closing while the block runs."""
         with self._lock:
             if self._closed:
-                raise TargetNotFound(f"persist: {self._guard.reason}")
+                raise TargetNotFound(f"{what}: {self._guard.reason}")
             self._inside += 1
         try:
             yield
@@ -363,7 +363,7 @@ class DurableRegions(RegionGate):
             # Last, so that what the commit has freed does not come back either.
             self._storage.persist_all()
             self._check_stored()
-            clean = not self._freed
+            clean = not (self._freed or self._catalogue.staging)
         finally:
             try:
                 with self._lock:

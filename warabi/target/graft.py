@@ -7,21 +7,36 @@ to its end, however that happens, it goes.
 from __future__ import annotations
 
 import errno
+import itertools
+import logging
+import os
 import stat
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import IO
 
+from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
 from warabi._core.buffers import checked_size
-from warabi.errors import BadArchive, TargetBusy, path_error
+from warabi.errors import BadArchive, TargetBusy, TargetNotFound, path_error
+from warabi.metadata import domain
+from warabi.metadata.dentries import ANONYMOUS, staged
 from warabi.metadata.inode import Inode
 from warabi.metadata.tree import region_of_name
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_again, unpack_all
 from warabi.target.target import Target
 
+log = logging.getLogger(__name__)
+
 _NOTHING = RegionID()
+_STEP = 200
+"""Entries per step, which holds the target's lock for some milliseconds."""
+_PAUSE = 0.0005
+"""Seconds between two steps, without which the next one could take the lock first every time."""
 
 
 def adopt(target: Target, region: RegionID, size: int) -> Attributes:
@@ -47,25 +62,26 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
 
 
 def graft(target: Target, listing: RegionID) -> int:
-    """Give the tree the entries that the region *listing* has, all of them or none.
+    """Add the entries in the region *listing* to the tree, atomically; return their number.
 
-    Regions among them were adopted.  A directory that exists already is left as it is, and may
-    get more entries; the root directory's attributes are taken over if it is empty.  Returns how
-    many names were made.
+    Regions among them were adopted.  A directory that exists is left as it is, and may get more
+    entries; the root directory's attributes are taken over if it is empty.  Other calls are served
+    meanwhile.  Regions without names appear in the root directory one after the other, just after
+    the names.
 
     Raises:
-        PathError: EEXIST for a name that is taken, or what else keeps a name from being made.
-        BadArchive: the entries make no sense.
+        PathError: EEXIST for a name that exists, ENOENT if a directory was removed during the
+            graft, or another reason why a name cannot be created.
+        BadArchive: the entries are inconsistent.
+        TargetNotFound: the target was closed during the graft.
     """
     with tempfile.SpooledTemporaryFile(CHUNK) as spool:
         # Only what is an entry takes room: a listing may be a hole of any size.
         for entry in unpack_all(_Listing(target, listing)):
             spool.write(entry.pack())
         spool.seek(0)
-        with target._long:
-            target._announce()
-            with target._guard.lock, target._guard.checked:
-                return _Graft(target).run(spool)
+        with target._grafting, target._kept_open("graft"):
+            return _Graft(target).run(spool)
 
 
 class _Listing:
@@ -85,85 +101,133 @@ class _Listing:
 
 
 class _Graft:
-    """One graft; the guard is held for all of it, so that it is one change, and one commit."""
+    """One graft: names are staged, joined with the tree atomically, and then moved there.
+
+    The lock is held for ``_STEP`` names at a time; no ``Inode`` may be kept from one step to the
+    next.  If this process ends before, opening the target completes the graft or removes it.
+    """
 
     def __init__(self, target: Target) -> None:
+        self._target = target
+        self._guard = target._guard
         self._names = target.namespace
         self._catalogue = target._catalogue
-        self._directories: dict[bytes, int] = {}
-        # What has several names, by whether it is a region, whose slot may be a new one, and slot.
-        self._linked: dict[tuple[bool, int], Inode] = {}
-        self._last: list[Callable[[], None]] = []  # to do at the end
-        self._undo: list[Callable[[], None]] = []  # to do, last one first, after a failure
+        # The parent of the entries of each directory, by path: the inode if the graft created it,
+        # `staged` of the inode if it existed.
+        self._parents: dict[bytes, int] = {}
+        self._places: Counter[int] = Counter()
+        """The number of directories staged for each existing directory, which is pinned."""
+        # Inodes with several names, by whether they are regions (whose slot may be new) and slot.
+        self._linked: dict[tuple[bool, int], int] = {}
+        self._root: ArchiveEntry | None = None
+        self._count = 0
 
     def run(self, file: IO[bytes]) -> int:
-        empty = not self._catalogue.has_entries(ROOT)
+        if self._catalogue.staging:
+            self._end()  # of a graft that could not finish
+        entries = unpack_again(file)
+        with self._guard.lock, self._guard.checked:
+            self._catalogue.begin_staging()
+            empty = not self._catalogue.has_entries(ROOT)
         try:
-            for entry in unpack_again(file):
-                if entry.path:
-                    self._add(entry)
-                else:
-                    self._root(entry, empty)
-            for finish in self._last:
-                finish()
+            self._in_steps(lambda: self._stage(list(itertools.islice(entries, _STEP))))
+            self._in_steps(self._catalogue.flush_some)
+            with self._guard.lock, self._guard.checked:
+                self._join(empty)
         except BaseException:
-            for undo in reversed(self._undo):
-                undo()
+            self._end_or_warn()
             raise
-        return len(self._undo)
+        else:
+            self._end_or_warn()
+        finally:
+            for place in self._places:
+                self._names.unpin(place)
+        return self._count
 
-    def _root(self, entry: ArchiveEntry, empty: bool) -> None:
-        self._directories[b""] = ROOT
-        if empty and stat.S_ISDIR(entry.mode):
-            root = self._names._get(ROOT)
-            self._last.append(lambda: self._dress(root, entry))
+    def _in_steps(self, step: Callable[[], bool]) -> None:
+        """Call *step* until it returns false, each time with the lock held."""
+        going_on = True
+        while going_on:
+            with self._guard.lock, self._guard.checked:
+                going_on = step()
+            time.sleep(_PAUSE)
+
+    # Staging
+
+    def _stage(self, entries: list[ArchiveEntry]) -> bool:
+        for entry in entries:
+            if entry.path:
+                self._add(entry)
+            else:
+                self._parents[b""] = self._place(self._names._get(ROOT))
+                self._root = entry
+        self._check()
+        return bool(entries)
+
+    def _check(self) -> None:
+        """Raise if the graft cannot succeed any more."""
+        if self._target._closed:
+            raise TargetNotFound(f"graft: {self._guard.reason}")
+        if (conflict := self._catalogue.conflict()) is not None:
+            raise path_error(
+                errno.EEXIST,
+                f"{os.fsdecode(conflict[1])}: another client created the name during the graft",
+            )
+
+    def _place(self, directory: Inode) -> int:
+        """Return the parent of names that are staged for an existing directory."""
+        if directory.ino not in self._places:
+            self._places[directory.ino] = 0
+            directory.pins += 1
+        return staged(directory.ino)
 
     def _add(self, entry: ArchiveEntry) -> None:
         above, _, name = entry.path.rpartition(b"/")
-        if above not in self._directories or entry.path.startswith(b"/"):
+        parent = self._parents.get(above)
+        if parent is None or entry.path.startswith(b"/"):
             raise BadArchive(f"{entry.shown}: its parent directory is not in the archive")
-        parent = self._names._get(self._directories[above])
-        if stat.S_ISDIR(entry.mode):
-            self._directory(parent, name, entry)
-        elif entry.anonymous:
+        if entry.anonymous and not stat.S_ISDIR(entry.mode):
             inode = self._region(entry)
-            inode.anonymous = 1
-            self._undo.append(lambda: setattr(inode, "anonymous", 0))
+            self._name(ANONYMOUS, inode.rid.hex().encode(), inode)
             self._dress(inode, entry)
-        else:
-            self._file(parent, name, entry)
-
-    def _directory(self, parent: Inode, name: bytes, entry: ArchiveEntry) -> None:
-        found = self._names._find(parent, name)
-        if found is not None and stat.S_ISDIR(found.mode):
-            self._directories[entry.path] = found.ino
             return
-        self._check_free(parent, name, entry)
+        directory = self._names._destination(abs(parent), name)
+        found = self._names._find(directory, name)
+        inside = found is None and parent < 0
+        if inside and (ino := self._catalogue.lookup(parent, name)) is not None:
+            found = self._names._get(ino)
+        if not stat.S_ISDIR(entry.mode):
+            if directory.ino == ROOT and region_of_name(name) == entry.region:
+                raise BadArchive(f"{entry.shown}: the name is the region's own ID")
+            if found is not None:
+                raise path_error(errno.EEXIST, f"{entry.shown}: the name exists in the target")
+            self._file(parent, name, entry)
+        elif found is None:
+            self._parents[entry.path] = self._directory(parent, name, entry)
+        elif not stat.S_ISDIR(found.mode):
+            raise path_error(errno.EEXIST, f"{entry.shown}: the name exists in the target")
+        elif inside or parent > 0:
+            self._parents[entry.path] = found.ino  # the archive has it twice
+        else:
+            self._parents[entry.path] = self._place(found)
+
+    def _directory(self, parent: int, name: bytes, entry: ArchiveEntry) -> int:
         mode = stat.S_IFDIR | stat.S_IMODE(entry.mode)
         inode = self._catalogue.add(mode, entry.uid, entry.gid)
         self._name(parent, name, inode)
-        self._directories[entry.path] = inode.ino
-        # What is made in it changes its times, so they are set when all is made.
-        self._last.append(lambda: self._dress(inode, entry))
+        self._dress(inode, entry)
+        return inode.ino
 
-    def _file(self, parent: Inode, name: bytes, entry: ArchiveEntry) -> None:
-        self._check_free(parent, name, entry)
-        inode = self._linked.get((entry.is_region, entry.slot))
-        known = inode is not None
-        if inode is None:
-            inode = self._region(entry) if entry.is_region else self._special(entry)
+    def _file(self, parent: int, name: bytes, entry: ArchiveEntry) -> None:
+        known = self._linked.get((entry.is_region, entry.slot))
+        if known is not None:
+            self._name(parent, name, self._names._get(known))
+            return
+        inode = self._region(entry) if entry.is_region else self._special(entry)
         if entry.links > 1:
-            self._linked[entry.is_region, entry.slot] = inode
+            self._linked[entry.is_region, entry.slot] = inode.ino
         self._name(parent, name, inode)
-        if not known:
-            self._dress(inode, entry)
-
-    def _check_free(self, parent: Inode, name: bytes, entry: ArchiveEntry) -> None:
-        self._names._destination(parent.ino, name)
-        if parent.ino == ROOT and region_of_name(name) == entry.region:
-            raise BadArchive(f"{entry.shown}: the name is the region's own ID")
-        if self._names._find(parent, name) is not None:
-            raise path_error(errno.EEXIST, f"{entry.shown}: the name exists in the target")
+        self._dress(inode, entry)
 
     def _region(self, entry: ArchiveEntry) -> Inode:
         inode = self._catalogue.region(entry.region)
@@ -183,16 +247,28 @@ class _Graft:
             mode, entry.uid, entry.gid, size=len(target or b""), rdev=entry.rdev, target=target
         )
 
-    def _name(self, parent: Inode, name: bytes, inode: Inode) -> None:
-        times = parent.mtime, parent.ctime
+    def _name(self, parent: int, name: bytes, inode: Inode) -> None:
+        if stat.S_ISDIR(inode.mode):
+            self._add_link(parent)
+        else:
+            self._check_links(inode, name)
+            inode.nlink += 1
+        self._catalogue.stage(parent, name, inode)
+        self._count += 1
 
-        def undo() -> None:
-            # An adopted region keeps its pin; others go with their last name.
-            self._names._unnamed(parent, name, inode, hold=False)
-            parent.mtime, parent.ctime = times
+    def _add_link(self, parent: int) -> None:
+        """Count a directory in *parent*; if that existed, its link count changes at the join."""
+        if parent < 0:
+            self._places[staged(parent)] += 1
+            return
+        directory = self._names._get(parent)
+        directory.nlink += 1
+        self._catalogue.touch(directory, durable=True, tell=False)
 
-        self._names._named(parent, name, inode)
-        self._undo.append(undo)
+    @staticmethod
+    def _check_links(inode: Inode, name: bytes, more: int = 1) -> None:
+        if inode.nlink + more > domain.LINKS_MAX:
+            raise path_error(errno.EMLINK, f"{os.fsdecode(name)}: too many links")
 
     def _dress(self, inode: Inode, entry: ArchiveEntry) -> None:
         # Not before times that were kept beside its bytes while it was being brought.
@@ -203,4 +279,96 @@ class _Graft:
         for name, value in entry.xattrs:
             self._catalogue.charge(len(value))
             self._catalogue.set_xattr(inode, name, value)
-        self._catalogue.touch(inode, durable=True)
+        self._catalogue.touch(inode, durable=True, tell=inode.ino == ROOT)
+
+    # Joining, and the end
+
+    def _join(self, empty: bool) -> None:
+        self._check()
+        growing: list[tuple[Inode, int]] = []
+        for place, directories in self._places.items():
+            inode = self._catalogue.get_cached(place)
+            if inode is None or inode.dead or not inode.nlink:
+                raise path_error(
+                    errno.ENOENT, "another client removed a directory during the graft"
+                )
+            if directories:
+                self._check_links(inode, b"a directory", directories)
+                growing.append((inode, directories))
+        if empty and self._root is not None and stat.S_ISDIR(self._root.mode):
+            self._dress(self._names._get(ROOT), self._root)
+        else:
+            self._root = None
+        self._catalogue.join()  # what follows cannot fail
+        for inode, directories in growing:
+            inode.nlink += directories
+            self._catalogue.touch(inode, durable=True)
+        if self._target._grants is not None:
+            self._target._grants.loosen_all()
+
+    def _end_or_warn(self) -> None:
+        """Move joined names, or remove staged ones.  A failure does not change the outcome of the
+        graft, so it is only logged."""
+        try:
+            self._end()
+        except errors.Exception as error:
+            log.warning(
+                "names of a graft stay staged until the next graft or opening of the target: %s",
+                error,
+            )
+
+    def _end(self) -> None:
+        if self._catalogue.joined:
+            self._in_steps(self._move)
+        else:
+            self._in_steps(partial(self._remove, []))
+        with self._guard.lock, self._guard.checked:
+            self._catalogue.end_staging()
+
+    def _move(self) -> bool:
+        """Move some names from where they are staged to their directory."""
+        parent = self._catalogue.staged_parent()
+        if parent is None:
+            return False
+        names = self._catalogue.page(parent, _STEP)
+        for name, ino in names:
+            inode = self._names._get(ino)
+            self._catalogue.unstage(parent, name)
+            if parent == ANONYMOUS:
+                inode.nlink -= 1
+                inode.anonymous = int(not inode.nlink)
+                self._catalogue.touch(inode, durable=True, tell=False)
+            else:
+                self._catalogue.link(staged(parent), name, inode, new=True)
+        if parent != ANONYMOUS and not (staged(parent) == ROOT and self._root is not None):
+            self._names._changed(self._names._get(staged(parent)))
+        return True
+
+    def _remove(self, path: list[tuple[int, bytes, int]]) -> bool:
+        """Remove some names that are staged, those within a directory first.
+
+        *path* has the directories that are being emptied: parent, name and inode of each.
+        """
+        parent = path[-1][2] if path else self._catalogue.staged_parent()
+        if parent is None:
+            return False
+        names = self._catalogue.page(parent, _STEP)
+        if not names:
+            self._unname(*path.pop())
+        for name, ino in names:
+            inode = self._catalogue.get(ino)
+            if inode is not None and stat.S_ISDIR(inode.mode):
+                path.append((parent, name, ino))
+                break
+            self._unname(parent, name, ino)
+        return True
+
+    def _unname(self, parent: int, name: bytes, ino: int) -> None:
+        self._catalogue.unstage(parent, name)
+        inode = self._catalogue.get(ino)
+        if inode is None:
+            return
+        inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
+        self._catalogue.touch(inode, durable=True, tell=False)
+        if not (inode.nlink or inode.pins):  # an adopted region keeps its pin
+            self._target.discard(inode)

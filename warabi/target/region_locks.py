@@ -207,6 +207,7 @@ class RegionGate:
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
         self._ending: set[RegionID] = set()  # of those, the ones that calls are still inside
         self._long = threading.Lock()  # taken before `_lock` by what holds that for long
+        self._grafting = threading.Lock()  # one graft at a time; taken before all others
         self._pid = os.getpid()
         forks.register(self)
 
@@ -215,6 +216,7 @@ class RegionGate:
         reason = f"the target belongs to process {self._pid}, from which this one was forked"
         self._closed = True
         self._lock, self._long = threading.Lock(), threading.Lock()
+        self._grafting = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._changed = threading.Event()
         for guard in (self._guard, self._storage_guard):

@@ -16,6 +16,7 @@ from contextlib import closing
 
 from warabi._core.attributes import ROOT, Attributes
 from warabi.errors import InvalidRegion
+from warabi.metadata.dentries import settle_graft
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
 from warabi.metadata.schema import COLUMNS
@@ -49,6 +50,7 @@ def survey(target: Target) -> Attributes:
     try:
         with closing(snapshot), tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
             try:
+                settle_graft(snapshot)
                 for entry in _entries(snapshot):
                     spool.write(entry.pack())
             except sqlite3.Error as error:
