@@ -147,6 +147,7 @@ def test_nothing_is_wrong(sample: Sample) -> None:
     assert sample.names() == usual(sample)
 
 
+NUMBERS = ("uid", "gid", "rdev", "atime", "mtime", "ctime", "anonymous", "packed")
 OUTSIDE = [
     "UPDATE inode SET uid = -1 WHERE ino = 4",
     "UPDATE inode SET gid = 4294967295 WHERE ino = 4",
@@ -158,8 +159,15 @@ OUTSIDE = [
     "UPDATE inode SET target = X'6100622f63', size = 5 WHERE ino = 5",
     "UPDATE inode SET target = X'', size = 0 WHERE ino = 5",
     "UPDATE inode SET target = zeroblob(5000), size = 5000 WHERE ino = 5",
+    "UPDATE inode SET target = 'text', size = 4 WHERE ino = 5",
+    "UPDATE inode SET target = 17 WHERE ino = 5",
+    *(f"UPDATE inode SET {column} = 0.5 WHERE ino = 4" for column in NUMBERS),
+    *(
+        f"UPDATE inode SET {', '.join(f'{column} = {value}' for column in NUMBERS)} WHERE ino = 4"
+        for value in ("1e300", "-9e999", "'x'", "X'01'")
+    ),
 ]
-"""Values that older versions let in."""
+"""Values that older versions let in, or that only another program can have stored."""
 ROWS: list[tuple[str, list[str], list[str]]] = [
     ("UPDATE inode SET nlink = 5 WHERE ino = 4", ["inode 4 has 5 links instead of 2"], []),
     ("UPDATE inode SET nlink = 0 WHERE ino = 4", ["inode 4 has 0 links instead of 2"], []),
@@ -231,7 +239,7 @@ def test_opening_mends_what_older_versions_let_in(
             assert not domain.fault(row)
 
 
-@pytest.mark.parametrize("value", ["-1", "'x'", "X'01'"])
+@pytest.mark.parametrize("value", ["-1", "0.5", "'x'", "X'01'"])
 @pytest.mark.parametrize("column", ["size", "generation"])
 @pytest.mark.parametrize("ino", [1, 4, 5])
 def test_opening_refuses_what_only_fsck_can_mend(
@@ -239,12 +247,36 @@ def test_opening_refuses_what_only_fsck_can_mend(
 ) -> None:
     edit(sample.path, f"UPDATE inode SET {column} = {value} WHERE ino = {ino}")
     with pytest.raises(
-        errors.CorruptTarget, match=f"inode {ino} has an impossible size or generation"
+        errors.CorruptTarget, match=f"inode {ino} has an impossible type, size or generation"
     ):
         open_target("file", sample.path)
     assert fsck(sample.path, "--repair")[0] == 1
     assert fsck(sample.path)[0] == 0
     open_target("file", sample.path).close()
+
+
+@pytest.mark.parametrize("value", ["33188.5", "'33188'||'x'", "X'01'"])
+def test_opening_refuses_a_type_that_is_no_number(sample: Sample, value: str) -> None:
+    edit(sample.path, f"UPDATE inode SET mode = {value} WHERE ino = 4")
+    with pytest.raises(errors.CorruptTarget, match="inode 4 has an impossible type"):
+        open_target("file", sample.path)
+    assert fsck(sample.path, "--repair")[0] == 1
+    assert fsck(sample.path)[0] == 0
+    open_target("file", sample.path).close()
+
+
+def test_opening_refuses_a_slot_that_is_no_number(sample: Sample) -> None:
+    edit(sample.path, "INSERT OR REPLACE INTO meta VALUES('settled', 0.5)")
+    with pytest.raises(errors.CorruptTarget, match=r"settled is 0\.5; see warabi fsck"):
+        open_target("file", sample.path)
+    assert fsck(sample.path, "--repair")[0] == 1
+    open_target("file", sample.path).close()
+
+
+def test_a_link_count_that_is_no_integer(sample: Sample) -> None:
+    edit(sample.path, "UPDATE inode SET nlink = 2.5 WHERE ino = 4")
+    assert sample.names() == usual(sample)
+    assert fsck(sample.path) == (0, f"{sample.path}: 0 problems, 0 corrected\n")
 
 
 def test_a_root_whose_mode_is_too_large(sample: Sample) -> None:

@@ -121,6 +121,10 @@ class Catalogue:
             if (found := meta.get("backend", "file")) != backend:
                 raise ConfigError(f"target {path}: is a target of type {found!r}, not {backend!r}")
             self._settled: int | None = meta.get("settled")
+            if not isinstance(self._settled, int | None):
+                raise CorruptTarget(
+                    f"catalogue {path}: settled is {self._settled!r}; see warabi fsck"
+                )
             if path is not None:
                 migrate(self._db, path)
                 if not self.clean:
@@ -175,8 +179,8 @@ class Catalogue:
         """
         if self._one(f"SELECT mode & {0o170000} FROM inode WHERE ino = 1") != stat.S_IFDIR:
             raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
-        wrong = " OR ".join(
-            f"{column} NOT BETWEEN {least} AND {most}"
+        wrong = "typeof(mode) != 'integer'" + "".join(
+            f" OR typeof({column}) != 'integer' OR {column} NOT BETWEEN {least} AND {most}"
             for column, (least, most) in domain.RANGES.items()
             if column in ("size", "generation")
         )
@@ -186,8 +190,8 @@ class Catalogue:
         for beyond, *row in rows:
             if beyond:
                 raise CorruptTarget(
-                    f"catalogue {path}: inode {row[0]} has an impossible size or generation; see"
-                    " warabi fsck"
+                    f"catalogue {path}: inode {row[0]} has an impossible type, size or generation;"
+                    " see warabi fsck"
                 )
         return [domain.Row(*row) for _, *row in rows]
 

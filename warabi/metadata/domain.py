@@ -279,8 +279,12 @@ def mended(values: Sequence[Any]) -> Row:
     }
     if (new["uid"], new["gid"]) != (row.uid, row.gid) and stat.S_ISREG(new["mode"]):
         new["mode"] &= ~(stat.S_ISUID | stat.S_ISGID)
-    if stat.S_ISLNK(new["mode"]) and isinstance(row.target, bytes):
-        target = row.target.partition(b"\0")[0][:TARGET_MAX] or b"?"
+    # Other values of these two are left to fsck.
+    new.update({c: 0 for c in ("anonymous", "packed") if type(getattr(row, c)) is not int})
+    if stat.S_ISLNK(new["mode"]) and row.target is not None:
+        held: Any = row.target
+        held = held.encode(errors="surrogateescape") if isinstance(held, str) else held
+        target = (held if isinstance(held, bytes) else b"").partition(b"\0")[0][:TARGET_MAX] or b"?"
         new.update(target=target, size=len(target))
     return row._replace(**new)
 
@@ -291,11 +295,13 @@ def _mended_number(column: str, value: Any) -> int:
         return value
     if column in ("uid", "gid"):
         return NOBODY
+    if isinstance(value, float):  # SQLite keeps such a one in a column for integers, too
+        value = int(max(-(2.0**64), min(2.0**64, value)))
     if column == "mode" and type(value) is int:
         return value & MODE_MAX
     if column == "nlink":  # an inode with 0 links would be removed
         return max(1, min(value, high)) if type(value) is int else 1
-    if column == "rdev" or type(value) is not int:
+    if type(value) is not int or (column == "rdev" and not low <= value <= high):
         return 0
     return max(low, min(high, value))
 

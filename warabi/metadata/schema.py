@@ -81,8 +81,13 @@ OUTSIDE = " OR ".join(
             for column, (least, most) in domain.RANGES.items()
             if column not in ("generation", "size")
         ),
-        f"(target IS NOT NULL AND mode & {0o170000} = {stat.S_IFLNK} AND typeof(target) = 'blob'"
-        f" AND (length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
+        # Values of other types are larger than any number; but REAL makes such a sum REAL.
+        "anonymous NOT BETWEEN 0 AND 1",
+        "packed NOT BETWEEN 0 AND 2",
+        "typeof(mode + nlink + uid + gid + rdev + anonymous + packed"
+        " + atime / 4 + mtime / 4 + ctime / 4) != 'integer'",
+        f"(target IS NOT NULL AND mode & {0o170000} = {stat.S_IFLNK} AND (typeof(target) != 'blob'"
+        f" OR length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
     ]
 )
 """The condition for inodes that ``domain.mended`` repairs."""
