@@ -74,7 +74,43 @@ def test_a_file_that_is_replaced_keeps_what_is_not_its_content(tmp_path: Path) -
     assert content(tmp_path) == ["old"]
 
 
-def test_nothing_is_changed_by_a_block_that_fails(tmp_path: Path) -> None:
+@pytest.fixture(params=["unnamed", "named"])
+def temporary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kind of temporary file: named ones are those of file systems without unnamed ones."""
+    if request.param == "named":
+        original = os.open
+
+        def no_unnamed(path: str, flags: int, *rest: int) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return original(path, flags, *rest)
+
+        monkeypatch.setattr(os, "open", no_unnamed)
+    return str(request.param)
+
+
+def test_a_file_is_complete_when_it_has_its_name(temporary: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data in (b"first", b"second", b"third"):
+        before = path.read_bytes() if path.exists() else None
+        with output(path) as out:
+            out.write(data)
+            out.flush()
+            assert (path.read_bytes() if path.exists() else None) == before
+            hidden = [name for name in content(tmp_path) if name != "file"]
+            assert len(hidden) == (temporary == "named")
+            if data == b"third":
+                path.unlink(missing_ok=True)
+        assert (path.read_bytes(), path.stat().st_nlink) == (data, 1)
+        assert content(tmp_path) == ["file"]
+    with output(tmp_path / "other") as out:
+        out.write(b"mine")
+        (tmp_path / "other").write_bytes(b"somebody else's")
+    assert (tmp_path / "other").read_bytes() == b"mine"
+    assert content(tmp_path) == ["file", "other"]
+
+
+def test_nothing_is_changed_by_a_block_that_fails(temporary: str, tmp_path: Path) -> None:
     for name in ("old", "new"):
         path = tmp_path / name
         if name == "old":
@@ -82,7 +118,7 @@ def test_nothing_is_changed_by_a_block_that_fails(tmp_path: Path) -> None:
         for error in (ZeroDivisionError, KeyboardInterrupt, SystemExit):
             with pytest.raises(error), output(path) as out:
                 out.write(bytes(1 << 20))
-                assert len(content(tmp_path)) == 2
+                assert len(content(tmp_path)) == 1 + (temporary == "named")
                 raise error
             assert content(tmp_path) == ["old"]
     assert (tmp_path / "old").read_bytes() == OLD
@@ -106,6 +142,35 @@ def test_symbolic_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(errors.StorageError, match="symbolic links"):
         write_file(tmp_path / "loop", b"")
+
+
+def test_a_file_that_is_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    """As a container has it; rename(2) fails with EBUSY."""
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_bytes(OLD)
+    other.write_bytes(OLD)
+    (tmp_path / "link").symlink_to("file")
+    subprocess.run(["mount", "--bind", other, path], check=True, timeout=9)
+    try:
+        for name in ("file", "link"):
+            with (
+                pytest.raises(errors.ConfigError, match="is a mount point"),
+                output(tmp_path / name),
+            ):
+                raise AssertionError("the block was entered")
+    finally:
+        subprocess.run(["umount", path], check=True, timeout=9)
+    assert content(tmp_path) == ["file", "link", "other"]
+    write_file(path, b"new")
+    assert (path.read_bytes(), other.read_bytes()) == (b"new", OLD)
+
+
+def test_a_file_on_a_file_system_that_is_mounted_is_replaced(small: Path) -> None:
+    (small / "file").write_bytes(OLD)
+    write_file(small / "file", b"new")
+    assert (small / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("name", ["", "no/such", "there/", "new/", "there", "file/below", "a\0b"])
@@ -189,7 +254,10 @@ top = Path(sys.argv[1])
 os.setgroups([2])
 os.setgid(2)
 os.setuid(1)
-for path, words in (("closed/new", "cannot create files in"), ("others", "no write permission")):
+for path, words in (
+    ("closed/new", "cannot create files in"), ("others", "no write permission"),
+    ("sticky/file", "only owners can replace"),
+):
     try:
         write_file(top / path, b"data")
         raise AssertionError(path)
@@ -205,7 +273,15 @@ def test_what_a_user_may_not_do(tmp_path: Path) -> None:
     top.mkdir()
     try:
         (top / "closed").mkdir(mode=0o555)
-        for name, group, mode in (("others", 0, 0o644), ("shared", 2, 0o664), ("open", 0, 0o666)):
+        (top / "sticky").mkdir()
+        os.chown(top / "sticky", 0, 2)
+        (top / "sticky").chmod(0o1770)
+        for name, group, mode in (
+            ("others", 0, 0o644),
+            ("shared", 2, 0o664),
+            ("open", 0, 0o666),
+            ("sticky/file", 0, 0o666),
+        ):
             (top / name).write_bytes(OLD)
             os.chown(top / name, 0, group)
             (top / name).chmod(mode)
@@ -218,7 +294,9 @@ def test_what_a_user_may_not_do(tmp_path: Path) -> None:
         # The group is this user's now: it does not get what another group had.
         info = (top / "open").stat()
         assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1, 2, 0o606)
-        assert content(top) == ["closed", "open", "others", "shared"]
+        assert (top / "sticky" / "file").read_bytes() == OLD
+        assert content(top / "sticky") == ["file"]
+        assert content(top) == ["closed", "open", "others", "shared", "sticky"]
     finally:
         subprocess.run(["rm", "-rf", top], check=True, timeout=9)
 
@@ -391,7 +469,8 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_an_interrupt_leaves_the_old_file(
     number: signal.Signals, status: int, target: tuple[str, str], tmp_path: Path

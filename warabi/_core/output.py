@@ -2,9 +2,9 @@
 
 A regular file appears, or is replaced, only when it is complete: the data go to a temporary file in
 the same directory, which is synced and renamed.  If anything fails, or the command is interrupted,
-the old file is unchanged and the temporary file is removed.  Anything else at the path, a device,
-a FIFO, a terminal or a descriptor of the process such as ``/dev/stdout``, is written to as a
-stream.
+the old file is unchanged and the temporary file is removed; if it is killed, too, where the file
+system supports files without a name (``O_TMPFILE``).  Anything else at the path, a device, a FIFO,
+a terminal or a descriptor of the process such as ``/dev/stdout``, is written to as a stream.
 Symbolic links are followed.
 
 In a world-writable sticky directory, such as ``/tmp``, a file of another user is neither followed,
@@ -212,14 +212,15 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
                 f"{name}: is a target or another database, and is not overwritten; remove it first"
                 " if it is not needed any more"
             )
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        if old is not None:
+            _check_replaceable(path, name, old)
         kept = old is not None or mode is not None
         part = path.with_name(f".warabi-{secrets.token_hex(8)}.part")
-    fd = -1
+    fd, named = -1, False
     try:
         with _translated(name):
             try:
-                fd = os.open(part, flags, PRIVATE if kept else _PUBLIC)
+                fd, named = _temporary(part, PRIVATE if kept else _PUBLIC)
             except PermissionError:
                 raise PermissionDenied(
                     f"{name}: this user cannot create files in {path.parent}"
@@ -231,13 +232,66 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
             elif mode is not None:
                 os.fchmod(fd, mode)
             _sync(fd)
-            os.replace(part, path)
+            if named or not _link(fd, path):
+                if not named:
+                    _link(fd, part)
+                os.replace(part, path)
             _sync_directory(path.parent)
     finally:
         if fd >= 0:
             os.close(fd)
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _check_replaceable(path: Path, name: str, old: os.stat_result) -> None:
+    """Refuse a file that is writable, but cannot be replaced by rename(2)."""
+    if _mount_id(path) != _mount_id(path.parent):
+        raise ConfigError(
+            f"{name}: is a mount point, which cannot be replaced; write to another file, or to"
+            " standard output"
+        )
+    above = os.stat(path.parent)
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, old.st_uid, above.st_uid):
+        raise PermissionDenied(
+            f"{name}: belongs to another user, in a directory where only owners can replace files"
+        )
+
+
+def _mount_id(path: Path) -> str:
+    """Return the number of the mount that *path* is on; empty if it is not known."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        fields = Path(f"/proc/self/fdinfo/{fd}").read_text().split()
+    except FileNotFoundError:  # /proc is not mounted
+        return ""
+    finally:
+        os.close(fd)
+    return fields[fields.index("mnt_id:") + 1]
+
+
+def _temporary(part: Path, mode: int) -> tuple[int, bool]:
+    """Create a file without a name; where that is not supported, or there is no /proc for linking
+    it later, a file with the name *part*.  Return its descriptor, and whether it has that name."""
+    with contextlib.suppress(OSError):  # an error that matters is raised by the second attempt
+        fd = os.open(part.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode)
+        if os.path.exists(f"/proc/self/fd/{fd}"):
+            return fd, False
+        os.close(fd)
+    return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), True
+
+
+def _link(fd: int, path: Path) -> bool:
+    """Give a name to a file without one; False if the name exists."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # os.link() follows symbolic links only if it is given a directory.
+        os.link(f"/proc/self/fd/{fd}", path.name, src_dir_fd=directory, dst_dir_fd=directory)
+    except FileExistsError:
+        return False
+    finally:
+        os.close(directory)
+    return True
 
 
 def _is_database(path: Path) -> bool:
