@@ -65,9 +65,9 @@ def test_what_a_killed_process_wrote_can_be_persisted_by_the_next(
 target = opened(backend, path)
 for i in range(20):
     region = target.create_and_write(b"%04d" % i * 1000)
-    target._commit()  # as a persist of another region would
+    target.committer.commit_catalogue()  # as a persist of another region would
     target.namespace.link_name(region, f"/{{i}}")
-target._commit()
+target.committer.commit_catalogue()
 die()
 """
     after = f"""{BEGIN}

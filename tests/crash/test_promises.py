@@ -38,7 +38,7 @@ def test_changes_are_committed_after_a_while(
         region = target.create_and_write(b"kept")
         target.namespace.link_name(region, "/name")
         target.erase(erased)
-        eventually(lambda: not target._catalogue.uncommitted and not target._freed)
+        eventually(lambda: not target._catalogue.uncommitted and not target.erasure.pending)
         shutil.copytree(path.parent, tmp_path / "copy")
     with opened("file", tmp_path / "copy" / "a") as target:
         found = on_target(target).look()

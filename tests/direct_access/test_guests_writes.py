@@ -58,10 +58,10 @@ def guest(code: str, *arguments: str, **variables: str) -> Iterator[subprocess.P
 @contextmanager
 def joined(target: Target) -> Iterator[Grants]:
     """What is shared with guests, kept while all of those leave."""
-    found = target.join()
+    found = target.sharing.join()
     assert found is not None
     yield found[1]
-    target.leave(found[0])
+    target.sharing.leave(found[0])
 
 
 def hexed(regions: list[RegionID]) -> str:
@@ -138,15 +138,15 @@ def test_no_write_is_missed_by_who_looks_all_the_time(
     arguments = (str(engine.addr()), hexed(regions), "1000")
     with guest(WRITING, *arguments, WARABI_PURE=pure) as process:
         assert line(process) == "ready"
-        grants = target._grants
+        grants = target.sharing._grants
         assert grants is not None
         marks: Any = grants._marks
         go_on(process)
         assert process.stdout is not None
         while not select.select([process.stdout], [], [], 0)[0]:
-            target.look_at_guests()
+            target.sharing.look()
         assert line(process) == "done"
-        target.look_at_guests()
+        target.sharing.look()
         for index, inode in grants._shared.items():
             assert inode.share is not None
             assert inode.share.seen == marks[index] != 0
@@ -157,7 +157,7 @@ def test_marks_are_found_wherever_they_are() -> None:
     """Also where the marks of erased regions were."""
     chance = random.Random(7)
     told: list[bytes] = []
-    with open_memory(MemoryConfig()) as memory, memory._guard.lock, memory._guard.checked:
+    with open_memory(MemoryConfig()) as memory, memory.state.guard.lock, memory.state.guard.checked:
         catalogue = memory._catalogue
         grants = Grants(catalogue, told.append)
         marks: Any = grants._marks
@@ -227,7 +227,7 @@ def test_a_part_of_a_write_that_fails_is_noticed(engine: Engine, tmp_path: Path,
             assert line(process) == "ready"
             go_on(process)
             assert line(process) == "OutOfBounds"
-            target.look_at_guests()
+            target.sharing.look()
             assert target.read(region, 299_980, 30) == bytes(10) + b"y" * 10 + bytes(10)
             assert target.stat(region).mtime_ns > before
 

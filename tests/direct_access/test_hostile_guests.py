@@ -212,7 +212,7 @@ def test_flags_of_a_guest_s_descriptor_are_its_own(
 
 def test_memory_that_a_guest_made_longer_can_be_resized() -> None:
     with open_memory(MemoryConfig()) as target:
-        joined = target.join()
+        joined = target.sharing.join()
         assert joined is not None
         guest, _ = joined
         region = target.create_and_write(pattern(100_000))
@@ -228,7 +228,7 @@ def test_memory_that_a_guest_made_longer_can_be_resized() -> None:
         assert target.read(region, 140_000, 100_000) == bytes(100_000)
         os.close(granted.place.fd)
         target.erase(region)
-        target.leave(guest)
+        target.sharing.leave(guest)
 
 
 def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
     with Provider(engine, 1, config) as provider:
         target = provider._core.target
         region = target.create_and_write(pattern(100_000))
-        joined = target.join()
+        joined = target.sharing.join()
         assert joined is not None
         guest, grants = joined
         granted = target.grant(region, guest.number, writable=True)
@@ -249,13 +249,13 @@ def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
             for mark in (1, 2, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0):
                 marks[granted.index] = mark
                 marks[0] = mark
-                target.look_at_guests()
+                target.sharing.look()
                 found = target.stat(region)
                 assert 0 <= found.mtime_ns <= time.time_ns()
                 assert changed < found.ctime_ns <= time.time_ns()
                 changed = found.ctime_ns
                 target.sync()
-        target.leave(guest)
+        target.sharing.leave(guest)
     with Provider(engine, 2, config) as provider:
         found = provider._core.target.stat(region)
         assert (found.mtime_ns, found.ctime_ns) == (0, changed)
@@ -414,20 +414,20 @@ def test_the_last_guest_leaves_while_the_target_waits_for_it(engine: Engine, end
     with Provider(engine, 1, MEMORY) as provider:
         target = provider._core.target
         region = target.create_and_write(pattern(100_000))
-        joined = target.join()
+        joined = target.sharing.join()
         assert joined is not None
         guest, _ = joined
         granted = target.grant(region, guest.number, writable=True)
         assert granted is not None
         os.close(granted.place.fd)
         guest.board.view[0] = granted.index
-        timer = threading.Timer(0.1, target.leave, (guest,))
+        timer = threading.Timer(0.1, target.sharing.leave, (guest,))
         timer.start()
         began = time.monotonic()
         if ending == "close":
             provider.close()
         else:
-            target.pause_sharing()
+            target.sharing.pause()
         assert time.monotonic() - began > 0.05
         timer.join()
-        target.leave(guest)  # a second time is none
+        target.sharing.leave(guest)  # a second time is none

@@ -388,7 +388,7 @@ def test_a_region_that_was_never_persisted(tmp_path: Path) -> None:
         kept = target.create_and_write(b"kept", persist=True)
         named, nameless = (target.create_and_write(b"lost") for _ in range(2))
         target.namespace.link_name(named, "/named")
-        target._commit()  # as a persist of another region would
+        target.committer.commit_catalogue()  # as a persist of another region would
         for repaired in (path.with_name("repaired"), path.with_name("opened")):
             for suffix in ("", "-wal"):
                 shutil.copy(f"{path}{suffix}", f"{repaired}{suffix}")

@@ -208,7 +208,7 @@ def test_everything_else_waits_beside_the_loop(
     begun, go_on = threading.Event(), threading.Event()
 
     def occupying(target: Target, *arguments: Any) -> int:
-        with target._long, target._guard.lock:
+        with target.state.long, target.state.guard.lock:
             begun.set()
             assert go_on.wait(PATIENCE)
         raise errors.BadArchive("it was only a test")

@@ -343,7 +343,7 @@ def test_who_waits_for_a_region_lets_those_behind_go_first(
         busy, free = (bytes(served.handle.create_and_write(old)) for _ in range(2))
         peer = RawPeer(connection)
         for writing in (False, True, False, True, True):
-            inode = served.target._enter_exclusive(RegionID(busy), "resize", True)
+            inode = served.target.locks.enter_exclusive(RegionID(busy), "resize", True)
             try:
                 for number, region in enumerate((busy, free)):
                     if writing:
@@ -352,7 +352,7 @@ def test_who_waits_for_a_region_lets_those_behind_go_first(
                         peer.send([number, 1, "read", [region, 0, size, False, False], None])
                 assert peer.reply() == [1, None]
             finally:
-                served.target._leave_exclusive(inode)
+                served.target.locks.leave_exclusive(inode)
             assert peer.reply() == [0, None]
         for region in (busy, free):
             assert served.target.read(RegionID(region), 0, size) == new

@@ -341,13 +341,13 @@ def test_readers_of_an_erased_region(path: Path) -> None:
     with opened(path) as target:
         region = target.create_and_write(b"bytes")
         target.commit()
-        inode = target._enter(region, "read", True)
+        inode = target.locks.enter(region, "read", True)
         target.erase(region)
         target.commit()
         place = bytearray(5)
         target._storage.read_into(region, 0, memoryview(place))
         assert place == b"bytes"
-        target._leave(inode)
+        target.locks.leave(inode)
         target.commit()
         eventually(lambda: not any(files(path)[0][0].read_bytes()))
 
@@ -577,7 +577,7 @@ def test_who_shares_a_pack_that_could_not_be_synced_is_not_persisted_by_clients(
     (site,) = (site for site in sites(base) if site.call == "fdatasync")
     with opened(path) as target:
         regions = [target.create_and_write(b"lost", persist=True) for _ in range(3)]
-        joined = target.join()
+        joined = target.sharing.join()
         assert joined is not None
         guest, grants = joined
         indices = []
@@ -594,7 +594,7 @@ def test_who_shares_a_pack_that_could_not_be_synced_is_not_persisted_by_clients(
         assert not any(grants._entries[FIRM + index] for index in indices)
         for region in regions:
             target.erase(region)
-        target.leave(guest)
+        target.sharing.leave(guest)
 
 
 def test_a_region_that_grew_out_of_a_pack_is_persisted_as_others_are(path: Path) -> None:
@@ -644,7 +644,7 @@ def test_a_pack_goes_when_its_last_regions_are_erased_side_by_side(path: Path) -
                 assert go.wait(10)
             return borrow(rid)
 
-        inode = target._enter(regions[0], "read", True)
+        inode = target.locks.enter(regions[0], "read", True)
         for region in regions[: SLOTS - 2]:
             target.erase(region)
         with pytest.MonkeyPatch.context() as patch:
@@ -652,7 +652,7 @@ def test_a_pack_goes_when_its_last_regions_are_erased_side_by_side(path: Path) -
             first = threading.Thread(target=target.commit)
             first.start()
             assert looked.wait(10)
-            target._leave(inode)
+            target.locks.leave(inode)
             target.commit()
             go.set()
             first.join(10)
@@ -823,7 +823,7 @@ def test_a_pack_that_was_not_synced_is_no_damage(path: Path) -> None:
     """Its length was lost with the power, and so were bytes that nobody persisted."""
     with opened(path) as target:
         regions = [target.create_and_write(b"12345678") for _ in range(9)]
-        target._commit()
+        target.committer.commit_catalogue()
         left = crashed(path)
     os.truncate(files(left)[0][0], regions[5].slot * SLOT + 4)
     copy = left.parent.with_name("other")

@@ -271,7 +271,7 @@ def test_without_being_asked_it_is_tried_again(
         region = target.create(0)
         eventually(lambda: len(tries) > 5)
         database.refuses = lambda sql, row: None
-        with target._lock:
+        with target.state.lock:
             inode = inode_of(target, region)
         eventually(lambda: target._catalogue.is_durable(inode))
     assert sum(record.exc_info is not None for record in caplog.records) == 2

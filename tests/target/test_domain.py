@@ -373,7 +373,7 @@ def test_every_id_that_is_given_can_be_imported(tmp_path: Path) -> None:
         wanted = RegionID.from_parts(slot, 7)
         with open_target("file", path, checksums=None) as target:
             adopt(target, wanted, 5)
-            with target._guard.lock, target._guard.checked:
+            with target.state.guard.lock, target.state.guard.checked:
                 names, catalogue = target.namespace, target._catalogue
                 root, inode = catalogue.get(1), catalogue.region(wanted)
                 assert root is not None
@@ -492,7 +492,7 @@ def test_a_target_of_an_older_version_moves(
         source = Client(engine).make_target_handle(str(engine.addr()), 1)
         furnish(source)
         target = provider._core.target
-        with target._guard.lock, target._guard.checked:
+        with target.state.guard.lock, target.state.guard.checked:
             inode = target._catalogue.get(2)
             assert inode is not None
             inode.uid, inode.mode = 1 << 32, 0o104775

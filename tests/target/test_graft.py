@@ -143,7 +143,7 @@ def test_all_names_at_one_instant_while_others_go_on(target: Target, between: Be
 
     def meanwhile() -> None:
         assert not target.occupied
-        assert not target._lock.locked()
+        assert not target.state.lock.locked()
         found = look(target)
         counts.append(brought(found))
         if not target._catalogue.joined:
@@ -424,7 +424,7 @@ def test_a_target_is_closed_meanwhile(tmp_path: Path, between: Between, pauses: 
         left[0] -= 1
         if not left[0]:
             thread.start()
-            eventually(lambda: closed._closed)
+            eventually(lambda: closed.state.closed)
 
     between(meanwhile)
     with pytest.raises(errors.TargetNotFound, match="graft: the target is closed"):

@@ -62,11 +62,11 @@ def test_what_was_done_to_it_is_known(target: Target) -> None:
     target.write(region, 51, b"z")
     assert target.read(region, 0, 61) == pattern(LARGE)[:50] + b"\0z" + bytes(8) + b"y"
     os.pwrite(fd, b"!", 61)
-    target.conceal(region)
+    target.kernel_backed.conceal(region)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     assert target.size(region) == 62
-    target.conceal(region)  # has no effect
+    target.kernel_backed.conceal(region)  # has no effect
     target.erase(region)
 
 
@@ -97,7 +97,7 @@ def test_writing_takes_set_id_bits_away(target: Target, mode: int, left: int) ->
     namespace.setattr(made.ino, mode=mode)
     assert namespace.getattr(made.ino).mode & 0o7777 == mode  # what was written was before
     os.pwrite(fd, b"y", 0)
-    target.conceal(made.region)
+    target.kernel_backed.conceal(made.region)
     assert namespace.getattr(made.ino).mode & 0o7777 == left
 
 
@@ -105,17 +105,17 @@ def test_guests_and_those_who_write_by_themselves_exclude_each_other(target: Tar
     region = target.create_and_write(pattern(LARGE))
     assert target.expose(region) is not None
     assert target.expose(region) is None  # once
-    assert target.join() is None
+    assert target.sharing.join() is None
     with pytest.raises(errors.TargetBusy, match="does not see their writes"):
-        target.pause_sharing()
-    target.conceal(region)
-    joined = target.join()
+        target.sharing.pause()
+    target.kernel_backed.conceal(region)
+    joined = target.sharing.join()
     if joined is not None:
         assert target.expose(region) is None
-        target.leave(joined[0])
-    target.pause_sharing()
+        target.sharing.leave(joined[0])
+    target.sharing.pause()
     assert target.expose(region) is None
-    target.resume_sharing()
+    target.sharing.resume()
     assert target.expose(region) is not None
 
 
@@ -135,7 +135,7 @@ def test_a_region_of_which_somebody_has_to_know_is_not_exposed(case: str, tmp_pa
     with contextlib.closing(make(tmp_path / "target")) as target:
         region = target.create_and_write(pattern(size))
         assert target.expose(region) is None
-        target.conceal(region)
+        target.kernel_backed.conceal(region)
         target.erase(region)
 
 
@@ -147,14 +147,15 @@ durability.COMMIT_INTERVAL = 3600
 target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
 region = target.create_and_write(bytes(1 << 20), True)
 fd = target.expose(region)
-for how in (lambda: target.fsync(region), target.sync, lambda: target.conceal(region), target.sync):
+conceal = target.kernel_backed.conceal
+for how in (lambda: target.fsync(region), target.sync, lambda: conceal(region), target.sync):
     os.pwrite(fd, b"x", 5)
     target.stat(region)
     os.pwrite(fd, b"y" * 10, os.fstat(fd).st_size)
     os.write(1, b"begin")
     how()
     os.write(1, b"end")
-    if how is not target.sync and not target._exposed:
+    if how is not target.sync and not target.kernel_backed._exposed:
         fd = os.open("/dev/null", os.O_RDWR)
 print(region.hex(), target.size(region), flush=True)
 os._exit(9)
@@ -166,7 +167,7 @@ from warabi.target.config import FileConfig
 target = layout.open_file(FileConfig(path=sys.argv[1], create_if_missing=True))
 region = target.create_and_write(bytes(1 << 20), True)
 mapping = mmap.mmap(target.expose(region), 1 << 20)
-target.conceal(region)
+target.kernel_backed.conceal(region)
 target.sync()
 mapping[5] = 1
 os.write(1, b"begin")
@@ -206,12 +207,12 @@ def test_what_was_written_unseen_is_synced_and_survives(tmp_path: Path) -> None:
 
 def granted(target: Target, region: RegionID) -> Callable[[], None]:
     """Have a guest granted the region; what makes it leave."""
-    joined = target.join()
+    joined = target.sharing.join()
     assert joined is not None
     grant = target.grant(region, joined[0].number, writable=True)
     assert grant is not None
     os.close(grant.place.fd)
-    return lambda: target.leave(joined[0])
+    return lambda: target.sharing.leave(joined[0])
 
 
 def test_memory_that_a_guest_was_granted_is_not_exposed(tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_memory_that_a_guest_was_granted_is_not_exposed(tmp_path: Path) -> None:
         assert target.expose(region) is None
         assert target.read(region, 0, 100_000) == pattern(LARGE)[:100_000]
         assert target.expose(other) is not None
-        target.conceal(other)
+        target.kernel_backed.conceal(other)
 
 
 def test_what_was_exposed_may_be_granted(target: Target) -> None:
@@ -232,7 +233,7 @@ def test_what_was_exposed_may_be_granted(target: Target) -> None:
     fd = target.expose(region)
     assert fd is not None
     os.pwrite(fd, b"x" * 100_000, LARGE)
-    target.conceal(region)
+    target.kernel_backed.conceal(region)
     assert target.size(region) == LARGE + 100_000
     leave = granted(target, region)
     for size in (LARGE + 50_000, LARGE + 100_000):

@@ -18,7 +18,7 @@ from warabi.engine import Engine, client
 from warabi.metadata import journal
 from warabi.region import RegionID
 from warabi.server import Provider
-from warabi.target import opening, region_locks, snapshot
+from warabi.target import opening, snapshot, state
 from warabi.target.config import FileConfig, MemoryConfig
 from warabi.target.entries import ArchiveEntry, unpack_all
 from warabi.target.handlers import CALLS
@@ -127,7 +127,7 @@ def test_a_survey_that_fails_leaves_nothing(
     monkeypatch.setattr(snapshot, "_entries", failing)
     with pytest.raises(errors.StorageFull, match="only a test"):
         snapshot.survey(target)
-    assert (target.list(), target._holds) == ([region], set())
+    assert (target.list(), target.erasure._holds) == ([region], set())
     assert not target.occupied
 
 
@@ -163,12 +163,12 @@ def announced(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each time that a lock was going to be held for long: whether by the thread of a loop."""
     found: list[bool] = []
 
-    def announce(self: region_locks.RegionGate) -> None:
+    def announce(self: state.TargetState) -> None:
         assert self.occupied
-        found.append(threading.get_ident() in region_locks.LOOPS)
+        found.append(threading.get_ident() in state.LOOPS)
 
-    monkeypatch.setattr(region_locks, "STEPS", 5)
-    monkeypatch.setattr(region_locks.RegionGate, "_announce", announce)
+    monkeypatch.setattr(state, "STEPS", 5)
+    monkeypatch.setattr(state.TargetState, "announce", announce)
     return found
 
 
@@ -194,16 +194,16 @@ def test_what_takes_many_steps_leaves_the_loop_of_a_mount(
     async def main() -> None:
         await aio.attach(target).call(name, *arguments)
 
-    region_locks.LOOPS.add(threading.get_ident())
+    state.LOOPS.add(threading.get_ident())
     try:
         trio.run(main)
     finally:
-        region_locks.LOOPS.discard(threading.get_ident())
+        state.LOOPS.discard(threading.get_ident())
     assert announced == [False]
 
 
 def test_what_takes_many_steps_is_right(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(region_locks, "STEPS", 5)
+    monkeypatch.setattr(state, "STEPS", 5)
     deep = Deep(target)
     names = target.namespace
     paths = ["/first"] + ["/d" * depth + "/file" for depth in range(1, 8)]
@@ -230,7 +230,7 @@ async def test_an_attached_target_whose_lock_is_held_keeps_no_loop_waiting(
     begun, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with target._long, target._lock:
+        with target.state.long, target.state.lock:
             begun.set()
             assert go_on.wait(PATIENCE)
 
@@ -298,7 +298,7 @@ def test_the_wal_s_length_is_known(stored: Target) -> None:
             _change(stored, count, first)
             first += count
             counted = stored._catalogue._journal._pages()
-            with stored._lock:
+            with stored.state.lock:
                 assert counted == _pages_by_sqlite(stored) >= count
 
 
@@ -367,7 +367,7 @@ def test_what_an_export_kept_is_erased_beside_the_loop(
     erase = type(target._storage).erase
 
     def watched(self: Any, rid: RegionID) -> None:
-        erasing.append(threading.get_ident() in region_locks.LOOPS)
+        erasing.append(threading.get_ident() in state.LOOPS)
         erase(self, rid)
 
     listing = handle._link.call("survey")
@@ -375,13 +375,13 @@ def test_what_an_export_kept_is_erased_beside_the_loop(
         target.erase(target.create_and_write(b"x"))
     kept = handle.create_and_write(b"kept")
     handle.erase(kept)
-    assert len(target._freed) > 1000
+    assert target.erasure.pending > 1000
     monkeypatch.setattr(type(target._storage), "erase", watched)
     handle._link.call("unpin", listing.ino, 1)
     with pytest.raises(errors.InvalidRegion):
         handle._link.call("copy", kept)
     target.commit()
-    eventually(lambda: not target._freed and not target._erasing)
+    eventually(lambda: not target.erasure.pending and not target.erasure._thread)
     assert True not in erasing
     assert target.list() == []
     assert handle.read(handle.create_and_write(b"new"), 0, 3) == b"new"

@@ -822,8 +822,8 @@ def test_a_write_is_not_begun_where_it_could_fail_or_be_missed(
         erased = target.create_and_write(pattern(1 << 20))
         target.erase(erased)
         assert refused(erased, 0)
-        joined = target.join()  # others can cut it off
+        joined = target.sharing.join()  # others can cut it off
         if joined is not None:
             assert refused(full, 0)
-            target.leave(joined[0])
+            target.sharing.leave(joined[0])
         target.resize(full, 0, wait=False)  # nobody was left inside

@@ -89,7 +89,7 @@ def compare(target: Target, kind: str) -> None:
         b"empty", b"latest", b"pointer", b"queue", b"results", nameless.hex().encode(),
     ]  # fmt: skip
     capacity = (8 << 20) if kind == "pmem" else None
-    assert target._capacity == capacity
+    assert target.sizes.capacity == capacity
 
 
 def test_an_old_version_is_migrated(path: Path, kind: str, old: int) -> None:

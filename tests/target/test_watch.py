@@ -218,12 +218,12 @@ def test_a_look_at_guests_that_has_to_wait_is_soon_followed_by_the_next() -> Non
         async with aclosing(warabi.aio.attach(local).changes()) as changes:
             assert (await anext(changes)).everything
             guest.write(region, 0, b"by itself")
-            assert local.has_guests
+            assert local.sharing.active
             assert (await anext(changes)).inodes.keys() == {region.slot}
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(anext, changes)
                 await trio.testing.wait_all_tasks_blocked()
-                holder = threading.Thread(target=hold, args=[local._lock])
+                holder = threading.Thread(target=hold, args=[local.state.lock])
                 holder.start()
                 held.wait()
                 await trio.sleep(0.1)  # a look waits for the lock

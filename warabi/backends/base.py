@@ -7,16 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple
 
 from warabi import errors
 from warabi.backends.xattr_times import Times
 from warabi.errors import WouldBlock
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
-
-if TYPE_CHECKING:
-    from warabi.target.region_locks import Guard
 
 _PIECE = 1 << 20
 _ZEROS = memoryview(bytes(_PIECE))
@@ -61,14 +58,6 @@ class Fresh(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Free the memory, unless it became a region."""
-
-
-class StorageOwner(Protocol):
-    """The methods of the target that its storage calls."""
-
-    @property
-    def _storage_guard(self) -> Guard:
-        """The target's lock, also while the target closes."""
 
 
 class Flush(NamedTuple):

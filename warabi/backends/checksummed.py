@@ -23,28 +23,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
 
 from warabi import errors
 from warabi._core.results import Verified
-from warabi.backends import base
 from warabi.backends.base import STRANGERS, Location, Storage
 from warabi.backends.wrapper import WrapperStorage
 from warabi.errors import CorruptTarget
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.checksums import BLOCK, SumRows, digest
+from warabi.metadata.guard import Guard
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 
 _NO_BLOCK = 1 << 62
 """Above the number of every block."""
-
-
-class ChecksumOwner(base.StorageOwner, Protocol):
-    """The methods of the target that this storage calls."""
-
-    def _commit(self) -> None:
-        """Make the catalogue durable."""
 
 
 class _State:
@@ -88,10 +80,11 @@ class SummedStorage(WrapperStorage):
         self._doubtful = self._rows.unsettled()  # inodes with a mark from before a crash
         self._seen: dict[int, int] = {}  # of those: blocks verified so far from the start
 
-    def bind(self, target: ChecksumOwner) -> None:
-        """Set the target that owns the storage."""
-        self._guard = target._storage_guard
-        self._commit = target._commit
+    def bind(self, guard: Guard, commit: Callable[[], None]) -> None:
+        """Set the guard of the target that owns the storage, which also passes while it closes,
+        and *commit*, which makes the catalogue durable."""
+        self._guard = guard
+        self._commit = commit
 
     # Writing
 

@@ -33,7 +33,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 
 from warabi import errors
 from warabi._core.fileio import pwrite_full
-from warabi.backends.base import STRANGERS, Flush, Location, Storage, StorageOwner
+from warabi.backends.base import STRANGERS, Flush, Location, Storage
 from warabi.backends.file import FileStorage
 from warabi.backends.pack_format import (
     PACK,
@@ -51,6 +51,7 @@ from warabi.backends.wrapper import WrapperStorage
 from warabi.backends.xattr_times import Times
 from warabi.errors import WouldBlock
 from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.guard import Guard
 from warabi.metadata.inode import MOVED, OWN, PACKED, Inode
 from warabi.metadata.journal import let_go
 from warabi.region import RegionID
@@ -94,9 +95,9 @@ class PackedStorage(WrapperStorage):
 
     blocking = True
 
-    def bind(self, target: StorageOwner) -> None:
-        """Set the target that owns the storage."""
-        self._guard = target._storage_guard
+    def bind(self, guard: Guard) -> None:
+        """Set the guard of the target that owns the storage, which also passes while it closes."""
+        self._guard = guard
 
     # Locations
 

@@ -2,7 +2,7 @@
 
 An event loop must not wait for that lock itself, or all that it serves would wait, too; nor should
 each request that waits for it take a worker thread.  What makes a target ``occupied``, and for how
-long: ``region_locks.py``.
+long: ``target/state.py``.
 """
 
 from __future__ import annotations

@@ -63,10 +63,10 @@ class Watching:
             target = self._target
             assert target is not None
             self._woken = trio.Event()
-            with trio.move_on_after(max(_LOOK, pause) if target.has_guests else _CHECK):
+            with trio.move_on_after(max(_LOOK, pause) if target.sharing.active else _CHECK):
                 await self._woken.wait()
             began = time.thread_time()
-            target.look_at_guests()
+            target.sharing.look()
             pause = _SHARE * (time.thread_time() - began)
         return Changes(self._number, False, {}, {})
 

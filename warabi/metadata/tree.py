@@ -16,8 +16,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from warabi._core.attributes import ROOT, Attributes
 from warabi._core.changes import ORIGIN, Origin
@@ -25,11 +26,9 @@ from warabi._core.results import OpenedInode
 from warabi.errors import Lengthy, path_error
 from warabi.metadata import acl, domain
 from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.guard import Guard
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
-
-if TYPE_CHECKING:
-    from warabi.target.region_locks import Guard
 
 _T = TypeVar("_T")
 
@@ -42,13 +41,27 @@ _RENAMES = (
 )  # fmt: skip
 
 
-class Regions(Protocol):
-    """The target's methods that the tree calls, with the guard held."""
+class Patiently(Protocol):
+    """``TargetState.patiently``."""
 
-    def new_region(self, mode: int, uid: int | None, gid: int | None) -> Inode: ...
-    def discard(self, inode: Inode) -> None: ...
-    def _reap(self) -> None: ...
-    def patiently(self, work: Callable[[float], _T]) -> _T: ...
+    def __call__(self, work: Callable[[float], _T], /) -> _T: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """The target's functions that the tree calls, with the guard held.
+
+    Attributes:
+        new_region: an empty region of that mode, owner and group, which the tree is about to name.
+        discard: erases a region without names and pins.
+        reap: frees what erased regions held; called without the guard, after *discard*.
+        patiently: calls with a number of steps that may be taken under the guard.
+    """
+
+    new_region: Callable[[int, int | None, int | None], Inode]
+    discard: Callable[[Inode], None]
+    reap: Callable[[], None]
+    patiently: Patiently
 
 
 def region_of_name(name: bytes) -> RegionID | None:
@@ -277,7 +290,7 @@ class Tree:
             inode.pins = max(0, inode.pins - count)
             if not inode.pins and inode.nlink == 0 and not inode.anonymous:
                 self._regions.discard(inode)
-        self._regions._reap()
+        self._regions.reap()
 
     # Directory entries
 
@@ -372,7 +385,7 @@ class Tree:
                 raise path_error(errno.EISDIR, f"{os.fsdecode(name)}: is a directory")
             self._unnamed(directory, name, inode, hold)
             attributes = inode.attributes()
-        self._regions._reap()
+        self._regions.reap()
         return attributes
 
     def rmdir(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
@@ -402,7 +415,7 @@ class Tree:
             raise path_error(errno.EINVAL, f"rename: unknown flags {flags:#x}")
         arguments = parent, name, new_parent, new_name, flags, hold
         replaced = self._regions.patiently(partial(self._rename, *arguments))
-        self._regions._reap()
+        self._regions.reap()
         return replaced
 
     def _rename(

@@ -73,7 +73,7 @@ class Host:
         except OSError as error:
             log.info("direct access is not available: %s", error.strerror)
             return None, []
-        joined = target.join()
+        joined = target.sharing.join()
         if joined is None:
             self._life.drop()
             return None, []
@@ -119,7 +119,7 @@ class Host:
 
     def _leave(self) -> None:
         if self._guest is not None and self._target is not None:
-            self._target.leave(self._guest)
+            self._target.sharing.leave(self._guest)
             self._guest = None
             self._life.drop()
 
@@ -128,7 +128,7 @@ class Host:
         :meth:`drain`, when the target's end takes care of it."""
         try:
             if self._guest is not None and self._target is not None:
-                self._target.asks_no_more(self._guest)
+                self._target.sharing.asks_no_more(self._guest)
                 with self._waiting:
                     if self._process < 0:
                         await trio.sleep_forever()

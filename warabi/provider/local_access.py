@@ -70,7 +70,7 @@ class LocalAccess(DirectAccess):
 
     def _join(self, target: Target) -> Guest | None:
         self._target = target
-        joined = target.join()
+        joined = target.sharing.join()
         if joined is None:
             return None
         self._board, shared = joined

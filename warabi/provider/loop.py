@@ -26,7 +26,7 @@ from warabi.provider.direct_access import Host
 from warabi.provider.idle_connections import Crowd
 from warabi.provider.session import ClientSession
 from warabi.shm.liveness import LifeSigns
-from warabi.target.region_locks import LOOPS
+from warabi.target.state import LOOPS
 
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit())  # peers cause most of what is logged here

@@ -2,7 +2,7 @@
 be sent, in the page cache, and where all of what is to be written came with its header.
 
 The kernel copies them once, as if they were in this process's own buffers.  What is to be moved is
-lent by the target for moments in which nothing waits (``RegionGate.lend``), so a peer that stops
+lent by the target for moments in which nothing waits (``Target.lend``), so a peer that stops
 half way keeps nobody from resizing the region; for the same reason a large write that ends half way
 has written half, as one of a client that reaches the region itself.
 

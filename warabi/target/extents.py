@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from warabi._core.buffers import checked_size
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
-from warabi.target.region_locks import LONG
+from warabi.target.state import LONG, not_in_a_loop
 from warabi.target.target import Target
 
 
@@ -40,7 +40,7 @@ def allocate(
             change.allocate_beyond(offset, end, keep_size)
         if offset < change.size:
             change.began = True
-            target._storage.allocate(region, offset, min(end, change.size) - offset)
+            target.state.storage.allocate(region, offset, min(end, change.size) - offset)
 
 
 def zero_range(
@@ -78,17 +78,17 @@ def seek(target: Target, region: RegionID, offset: int, hole: bool) -> int | Non
         StorageError, CorruptTarget: the medium.
     """
     offset = checked_size(offset, "seek: offset")
-    inode = target._enter(region, "seek", True)
+    inode = target.locks.enter(region, "seek", True)
     try:
         end = inode.size
         if offset >= end:
             return None
         if end - offset > LONG and not target.blocking:  # every page is looked at
-            target._not_in_a_loop()
-        found = target._storage.seek(region, offset, end, hole=hole)
+            not_in_a_loop()
+        found = target.state.storage.seek(region, offset, end, hole=hole)
         return found if hole or found < end else None
     finally:
-        target._leave(inode)
+        target.locks.leave(inode)
 
 
 def _end(offset: int, size: int, what: str) -> int:
@@ -118,19 +118,19 @@ class _Change:
         that to *end* unless *keep_size*."""
         target, inode, first = self.target, self.inode, max(offset, self.inode.size)
         if not keep_size:
-            with target._lock:
-                target._reserve(end - inode.size, self.what)
-            target._storage.check(inode.rid, inode.size)
+            with target.state.lock:
+                target.sizes.reserve(end - inode.size, self.what)
+            target.state.storage.check(inode.rid, inode.size)
         self._move_if_needed(end)
-        target._storage.allocate(inode.rid, first, end - first)
+        target.state.storage.allocate(inode.rid, first, end - first)
         self.began = True
         if not keep_size:
-            target._resize_storage(inode, end)
-            target._set_size(inode, end)
+            target.sizes.resize(inode, end)
+            target.sizes.set(inode, end)
 
     def _move_if_needed(self, end: int) -> None:
         """Move the bytes to a place where the region can grow to *end* bytes."""
-        inode, storage = self.inode, self.target._storage
+        inode, storage = self.inode, self.target.state.storage
         if not storage.moves(inode.rid, end):
             return
         self.revoke_grants()
@@ -138,35 +138,28 @@ class _Change:
         if storage.moves(inode.rid, end):  # no other process knows this place
             storage.resize(inode.rid, end)
             storage.resize(inode.rid, inode.size)
-        target = self.target
-        with target._lock:
-            if inode.share is not None and target._grants is not None:
-                target._grants.later(inode.share.index, free)
-                return
-        free()
+        self.target.sizes.free_later(inode, free)
 
     def revoke_grants(self) -> None:
-        target = self.target
-        with target._lock:
-            if self.inode.share is not None and target._grants is not None:
-                target._grants.revoke(self.inode)
+        with self.target.state.lock:
+            self.target.sharing.revoke(self.inode)
 
     def zero(self, start: int, end: int, *, free: bool) -> None:
         """Zero the bytes from *start* to *end*, which is not beyond the region's end."""
         if start < end:
             self.revoke_grants()
             self.began = True
-            self.target._storage.zero(self.inode.rid, start, end - start, free=free)
+            self.target.state.storage.zero(self.inode.rid, start, end - start, free=free)
 
 
 @contextmanager
 def _closed(target: Target, region: RegionID, what: str, size: int) -> Iterator[_Change]:
     """Exclude other calls from the region while the block changes *size* bytes of it."""
-    inode = target._enter_exclusive(region, what, True)
+    inode = target.locks.enter_exclusive(region, what, True)
     change = _Change(target, inode, what)
     try:
         if size > LONG:
-            target._not_in_a_loop()
+            not_in_a_loop()
         yield change
     finally:
-        target._leave_exclusive(inode, wrote=change.began)
+        target.locks.leave_exclusive(inode, wrote=change.began)

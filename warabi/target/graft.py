@@ -21,7 +21,7 @@ from typing import IO
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
 from warabi._core.buffers import checked_size
-from warabi.errors import BadArchive, TargetBusy, TargetNotFound, path_error
+from warabi.errors import BadArchive, TargetBusy, path_error
 from warabi.metadata import domain
 from warabi.metadata.dentries import ANONYMOUS, staged
 from warabi.metadata.inode import Inode
@@ -50,13 +50,13 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
         StorageFull: as for ``create``.
     """
     size = checked_size(size, "adopt: size")
-    if target._freed:
+    if target.erasure.pending:
         target.commit()  # the bytes of an import that failed may still be in the way
-    with target._guard.lock, target._guard.checked:
+    with target.state.guard.lock, target.state.guard.checked:
         wanted = None if region == _NOTHING else region
-        if any(wanted == freed for _, freed, _ in target._freed):
+        if wanted is not None and target.erasure.is_pending(wanted):
             raise TargetBusy(f"adopt: the bytes of {region!r} are still in use by an export")
-        inode = target.new_region(0o600, None, None, size, rid=wanted)
+        inode = target.creation.new_region(0o600, None, None, size, rid=wanted)
         inode.pins = 1
         return inode.attributes()
 
@@ -80,7 +80,7 @@ def graft(target: Target, listing: RegionID) -> int:
         for entry in unpack_all(_Listing(target, listing)):
             spool.write(entry.pack())
         spool.seek(0)
-        with target._grafting, target._kept_open("graft"):
+        with target.state.grafting, target.locks.kept_open("graft"):
             return _Graft(target).run(spool)
 
 
@@ -109,9 +109,9 @@ class _Graft:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._guard = target._guard
+        self._guard = target.state.guard
         self._names = target.namespace
-        self._catalogue = target._catalogue
+        self._catalogue = target.state.catalogue
         # The parent of the entries of each directory, by path: the inode if the graft created it,
         # `staged` of the inode if it existed.
         self._parents: dict[bytes, int] = {}
@@ -166,8 +166,7 @@ class _Graft:
 
     def _check(self) -> None:
         """Raise if the graft cannot succeed any more."""
-        if self._target._closed:
-            raise TargetNotFound(f"graft: {self._guard.reason}")
+        self._target.state.check_open("graft")
         if (conflict := self._catalogue.conflict()) is not None:
             raise path_error(
                 errno.EEXIST,
@@ -303,8 +302,7 @@ class _Graft:
         for inode, directories in growing:
             inode.nlink += directories
             self._catalogue.touch(inode, durable=True)
-        if self._target._grants is not None:
-            self._target._grants.loosen_all()
+        self._target.sharing.loosen_all()
 
     def _end_or_warn(self) -> None:
         """Move joined names, or remove staged ones.  A failure does not change the outcome of the
@@ -371,4 +369,4 @@ class _Graft:
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         self._catalogue.touch(inode, durable=True, tell=False)
         if not (inode.nlink or inode.pins):  # an adopted region keeps its pin
-            self._target.discard(inode)
+            self._target.erasure.discard(inode)

@@ -1,21 +1,24 @@
-"""Regions whose bytes somebody uses by a descriptor of their own, and says nothing."""
+"""Regions whose files a kernel reads and writes by itself, without telling the target.
+
+Their sizes and times are looked up in the file when somebody asks for them and before each commit.
+Calls the storage, and ``Sharing``, since guests and exposed regions exclude each other.  Called by
+``Target`` and by ``Committer``.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Callable
-from typing import Any
 
 from warabi._core import descriptors
 from warabi._core.attributes import without_setid
 from warabi.backends.base import KERNEL
-from warabi.errors import TargetBusy
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
-from warabi.target.leases import GrantHolder, Grants
-from warabi.target.sharing import SharedRegions
+from warabi.target.sharing import Sharing
+from warabi.target.state import TargetState
 
 _PART = 4
 """No more of the descriptors are for exposed regions than that part: everything else needs some."""
@@ -83,84 +86,61 @@ class Exposed:
             os.close(self.fd)
 
 
-class ExposedRegions(SharedRegions):
-    """Exposes regions to those who use their descriptors without asking."""
+class KernelBacked:
+    """The exposed regions of one target."""
 
-    _capacity: int | None = None
-
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, state: TargetState, sharing: Sharing) -> None:
+        self._state = state
+        self._sharing = sharing
         self._exposed: dict[RegionID, Exposed] = {}
         self._were_exposed = False
-        super().__init__(*args)
 
-    def expose(self, region: RegionID) -> int | None:
-        """A descriptor by which somebody may read and write the region, also beyond its end, until
-        :meth:`conceal`; the caller keeps the region from being erased meanwhile, and does not
-        close it.  None where the region has no file of its own, or somebody has to see to what
-        is written.
-
-        Raises:
-            InvalidRegion: unknown or erased.
-            StorageError: the medium.
-            OSError: there are too many descriptors.
-        """
-        inode = self._enter(region, "expose", True)
-        try:
-            storage = self._storage
-            if self._capacity is not None or not storage.shares_writes or storage.write_waits:
+    def expose(self, inode: Inode) -> int | None:
+        """As ``Target.expose``, of a region that the caller is inside."""
+        storage = self._state.storage
+        if not storage.shares_writes or storage.write_waits:
+            return None
+        with self._state.lock:
+            if self._sharing.excluded or inode.exposed is not None:
                 return None
-            with self._lock:
-                if self._paused or self._grants is not None or inode.exposed is not None:
-                    return None
-            if len(self._exposed) >= descriptors.limit() // _PART:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            place = storage.share(region, writable=True, holder=KERNEL)
-            if place is None:
-                return None
-            if place.segment or place.offset or place.room is not None:
-                os.close(place.fd)
-                return None
-            with self._lock:
-                exposed = Exposed(inode, place.fd, self._catalogue, storage.grew, storage.wrote)
-                inode.exposed = self._exposed[region] = exposed
-                self._were_exposed = True
-            return place.fd
-        finally:
-            self._leave(inode)
+        if len(self._exposed) >= descriptors.limit() // _PART:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        place = storage.share(inode.rid, writable=True, holder=KERNEL)
+        if place is None:
+            return None
+        if place.segment or place.offset or place.room is not None:
+            os.close(place.fd)
+            return None
+        with self._state.lock:
+            exposed = Exposed(inode, place.fd, self._state.catalogue, storage.grew, storage.wrote)
+            inode.exposed = self._exposed[inode.rid] = exposed
+            self._were_exposed = True
+            self._sharing.exclude(True)
+        return place.fd
 
     def conceal(self, region: RegionID) -> None:
-        """Nobody uses an exposed region's descriptor any more; it is closed.
+        """Nothing uses an exposed region's descriptor any more; it is closed.
 
-        Who has mapped its file meanwhile may go on writing there.
+        Programs that have mapped its file meanwhile may go on writing there.
         """
-        with self._lock:
+        with self._state.lock:
             exposed = self._exposed.pop(region, None)
+            self._sharing.exclude(bool(self._exposed))
             if exposed is not None:
                 exposed.end()
 
-    def _settle_all(self, *, thorough: bool = False) -> None:
-        super()._settle_all(thorough=thorough)
+    def settle_all(self, *, thorough: bool = False) -> None:
+        """Take over what became of all exposed regions; the lock is held."""
         for exposed in self._exposed.values():
             exposed.settle(thorough=thorough)
 
-    def join(self) -> tuple[GrantHolder, Grants] | None:
-        # A guest could not be told how large an exposed region is.
-        return None if self._exposed else super().join()
-
-    def pause_sharing(self) -> None:
-        if self._exposed:
-            raise TargetBusy(
-                "files are open for passthrough, so the target does not see their writes"
-            )
-        super().pause_sharing()
+    def sync(self) -> None:
+        """Persist what was written to exposed regions, also by mappings of their files."""
+        if self._were_exposed:
+            self._state.storage.sync_found()
 
     def close(self) -> None:
-        try:
-            if self._were_exposed and not self._closed:
-                self._storage.sync_found()  # what was written to mappings, too
-        finally:
-            super().close()
-        if self._closed:
-            for exposed in self._exposed.values():
-                os.close(exposed.fd)
-            self._exposed.clear()
+        """Close the descriptors."""
+        for exposed in self._exposed.values():
+            os.close(exposed.fd)
+        self._exposed.clear()

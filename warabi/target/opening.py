@@ -320,9 +320,10 @@ def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) ->
             on_close=closed,
             on_closing=lock.closing,
         )
-        for part in (packed, summed):
-            if part is not None:
-                part.bind(target)
+        if packed is not None:
+            packed.bind(target.state.storage_guard)
+        if summed is not None:
+            summed.bind(target.state.storage_guard, target.committer.commit_catalogue)
         undo.pop_all()
         return target
 

@@ -1,20 +1,27 @@
-"""Regions that other processes of the host may reach by themselves: see ``leases.py``."""
+"""Regions that other processes of the host may reach by themselves: see ``leases.py``.
+
+Calls the storage.  Called by ``Target``, by the parts that end regions or make them durable, and by
+the provider's sessions of guests.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from warabi.backends.base import Flush, Location
+from warabi.backends.base import Location
 from warabi.errors import TargetBusy, WouldBlock
 from warabi.metadata.inode import Inode
-from warabi.region import RegionID
 from warabi.shm.memory import barrier
-from warabi.target.commit import DurableRegions
-from warabi.target.leases import GrantHolder, Grants
+from warabi.target.leases import GrantHolder, Grants, Share
+from warabi.target.state import TargetState
+
+GUESTS_PATIENCE = 1.0
+"""Seconds that accesses of other processes have to end when a target closes or is migrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,70 +44,30 @@ class Granted:
         return [*reply, True], [place.fd]
 
 
-class SharedRegions(DurableRegions):
+class Sharing:
     """Admits guests and grants them regions."""
 
-    _paused = False
-
-    def pause_sharing(self) -> None:
-        """End every grant, and give no new ones: until :meth:`resume_sharing` all changes come
-        through the provider.  What guests report as written before is there."""
-        with self._lock:
-            self._paused = True
-        self._revoke_all()
-
-    def resume_sharing(self) -> None:
+    def __init__(self, state: TargetState) -> None:
+        self._state = state
+        self._grants: Grants | None = None  # while there are guests
         self._paused = False
+        self._exposed = False
 
-    def quieten(self, inode: Inode) -> None:
-        """End every grant of a region that this call has closed to others, and give accesses that
-        are under way a moment to end."""
-        with self._lock:
-            share = inode.share
-            if self._grants is None or share is None:
-                return
-            self._grants.revoke(inode)
-        self._wait_for_guests(lambda grants: grants.quiet(share.index))
+    def forked(self) -> None:
+        """In a forked child the guests are the parent's."""
+        self._grants = None
 
-    def _fasten(self, inode: Inode) -> None:
-        """Have guests persist the region by themselves, if that can be; the lock is held."""
-        share = inode.share
-        if (
-            share is not None
-            and share.grants is self._grants
-            and self._catalogue.is_durable(inode)
-            and self._storage.firm(inode.rid)
-        ):
-            self._grants.fasten(share)
+    @property
+    def active(self) -> bool:
+        """Whether other processes may be writing to regions by themselves."""
+        return self._grants is not None
 
-    def _persist_inside(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
-        with self._fastening(inode):
-            super()._persist_inside(inode, offset, size, times=times)
+    @property
+    def excluded(self) -> bool:
+        """Whether regions must not be exposed to the kernel now."""
+        return self._paused or self.active
 
-    @contextmanager
-    def _flushing_inside(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
-        with self._fastening(inode), super()._flushing_inside(inode, times=times) as flush:
-            yield flush
-
-    @contextmanager
-    def _fastening(self, inode: Inode) -> Iterator[None]:
-        """The block persists a region, as guests may do after it; unless it fails."""
-        try:
-            yield
-        except WouldBlock:
-            raise
-        except BaseException:
-            with self._lock:  # what failed may have been a sync of others' bytes, too
-                if self._grants is not None:
-                    self._grants.loosen_all()
-            raise
-        if inode.share is not None:
-            with self._lock:
-                self._fasten(inode)
-
-    def _check_sharing(self) -> None:
-        if self._paused:
-            raise TargetBusy("share: the target is being migrated")
+    # Guests
 
     def join(self) -> tuple[GrantHolder, Grants] | None:
         """A new guest, and the memory that it shares; None where the system does not allow it.
@@ -109,60 +76,29 @@ class SharedRegions(DurableRegions):
             TargetNotFound: the target is closed.
             TargetBusy: not now.
         """
-        with self._guard.lock, self._guard.checked:
-            self._check_sharing()
+        state = self._state
+        with state.guard.lock, state.guard.checked:
+            if self._exposed:
+                return None  # a guest could not be told how large an exposed region is
+            self._check_paused()
             if self._grants is None:
                 try:
                     barrier()
                 except (OSError, KeyError):
                     return None
-                self._grants = Grants(self._catalogue, self._storage.wrote)
-                self.feed.nudge()  # from now on somebody has to look at what guests write
+                self._grants = Grants(state.catalogue, state.storage.wrote)
+                state.catalogue.feed.nudge()  # from now on guests' writes have to be looked for
             return self._grants.join(), self._grants
-
-    @property
-    def has_guests(self) -> bool:
-        """Whether other processes may be writing to regions by themselves."""
-        return self._grants is not None
-
-    def begin_write(
-        self, region: RegionID, offset: int, data: memoryview
-    ) -> Callable[[], None] | None:
-        """What writes *data*, to be called in any case, and soon; None where that might wait or
-        fail, or be missed by who survives this process: :meth:`write` does it or says why not.
-
-        So it is for memory that the region has, and that nobody else may cut off.
-        """
-        if self._storage.blocking or self.has_guests:
-            return None
-        loan = self.lend(region, offset, len(data), writable=True)
-        place = loan.__enter__().place
-        if place is None:
-            loan.__exit__()
-            return None
-
-        def write() -> None:
-            place[:] = data
-            loan.__exit__()
-
-        return write
-
-    def look_at_guests(self) -> None:
-        """Take over what guests wrote, and so tell those who watch the target."""
-        if self._grants is not None:
-            with self._lock:
-                if self._grants is not None:
-                    self._grants.settle_all()
 
     def asks_no_more(self, guest: GrantHolder) -> None:
         """The guest makes no regions any more: nothing is kept for those."""
-        self._storage.left(guest.number)
+        self._state.storage.left(guest.number)
 
     def leave(self, guest: GrantHolder) -> None:
         """The guest's process is gone, or has promised to touch nothing more."""
         self.asks_no_more(guest)
-        with self._lock:
-            due = []
+        due = []
+        with self._state.lock:
             if self._grants is not None:
                 if self._grants.leave(guest):
                     due, self._grants = self._grants.forget(), None
@@ -171,33 +107,166 @@ class SharedRegions(DurableRegions):
         for free in due:
             free()
 
-    def grant(
-        self, region: RegionID, holder: int, *, writable: bool, wait: bool = True
-    ) -> Granted | None:
-        """What a guest needs to reach the region; None when it has to go through the provider.
+    def _check_paused(self) -> None:
+        if self._paused:
+            raise TargetBusy("share: the target is being migrated")
 
-        The descriptor in it is the caller's to close, and *holder*'s to use: a guest, by its
-        number, or ``THIS_PROCESS``.
+    def grant(self, inode: Inode, holder: int, *, writable: bool) -> Granted | None:
+        """As ``Target.grant``, of a region that the caller is inside."""
+        self._check_paused()
+        place = self._state.storage.share(inode.rid, writable=writable, holder=holder)
+        if place is None:
+            return None
+        with self._state.lock:
+            granted = None
+            if self._grants is not None and not inode.dead and not self._paused:
+                granted = self._grants.grant(inode)
+                self._fasten(inode)
+        if granted is None:
+            os.close(place.fd)
+            return None
+        return Granted(*granted, place)
+
+    # What guests may rely on; the lock is held, except where it is said
+
+    def resized(self, inode: Inode) -> None:
+        """Let guests know the region's size; one that shrank was revoked before."""
+        if self._grants is not None:
+            self._grants.resized(inode)
+
+    def revoke(self, inode: Inode) -> bool:
+        """End every grant of the region; whether no guest is in the middle of an access."""
+        return self._grants is None or self._grants.revoke(inode)
+
+    def withdraw(self, inode: Inode) -> None:
+        """The region is gone: end its grants for ever."""
+        if inode.share is not None and self._grants is not None:
+            self._grants.withdraw(inode.share)
+
+    def later(self, share: Share, free: Callable[[], None]) -> bool:
+        """Have *free* called when no guest touches the region of *share* any more; False where no
+        guest can."""
+        if share.grants is not self._grants:
+            return False
+        share.grants.later(share.index, free)
+        return True
+
+    def free_quiet(self) -> None:
+        """Free places that guests were still touching when regions left them; takes the lock."""
+        if self._grants is not None and self._grants.waiting:
+            with self._state.lock:
+                due = [] if self._grants is None else self._grants.due()
+            for free in due:
+                free()
+
+    def _fasten(self, inode: Inode) -> None:
+        """Have guests persist the region by themselves, if that can be."""
+        share = inode.share
+        if (
+            share is not None
+            and share.grants is self._grants
+            and self._state.catalogue.is_durable(inode)
+            and self._state.storage.firm(inode.rid)
+        ):
+            share.grants.fasten(share)
+
+    @contextmanager
+    def fastening(self, inode: Inode) -> Iterator[None]:
+        """The block persists a region, as guests may do after it, unless it fails; takes the
+        lock."""
+        try:
+            yield
+        except WouldBlock:
+            raise
+        except BaseException:
+            self.sync_failed()
+            raise
+        if inode.share is not None:
+            with self._state.lock:
+                self._fasten(inode)
+
+    def loosen_all(self) -> None:
+        """Guests persist no region by themselves any more; the lock is held."""
+        if self._grants is not None:
+            self._grants.loosen_all()
+
+    def sync_failed(self) -> None:
+        """Guests persist no region by themselves any more: what failed may have been a sync of any
+        region's bytes, or of the catalogue; takes the lock."""
+        with self._state.lock:
+            self.loosen_all()
+
+    # What guests wrote
+
+    def settle_all(self, *, thorough: bool = False) -> None:
+        """Take over what guests did to regions, with *thorough* also what may have gone unnoticed;
+        the lock is held."""
+        if self._grants is not None:
+            self._grants.settle_all(thorough=thorough)
+
+    def look(self) -> None:
+        """Take over what guests wrote, and so notify subscribers of the target."""
+        if self._grants is not None:
+            with self._state.lock:
+                self.settle_all()
+
+    # The end of grants
+
+    def exclude(self, exposed: bool) -> None:
+        """Admit no guests while regions are *exposed* to the kernel; the lock is held."""
+        self._exposed = exposed
+
+    def pause(self) -> None:
+        """End every grant, and give no new ones: until :meth:`resume` all changes come through the
+        provider.  What guests report as written before is there.
 
         Raises:
-            InvalidRegion: unknown or erased.
-            TargetBusy: not now.
-            WouldBlock: without *wait*, while the region is being resized.
+            TargetBusy: regions are exposed to the kernel.
         """
-        self._check_sharing()
-        inode = self._enter(region, "share", wait)
-        try:
-            place = self._storage.share(region, writable=writable, holder=holder)
-            if place is None:
-                return None
-            with self._lock:
-                granted = None
-                if self._grants is not None and not inode.dead and not self._paused:
-                    granted = self._grants.grant(inode)
-                    self._fasten(inode)
-            if granted is None:
-                os.close(place.fd)
-                return None
-            return Granted(*granted, place)
-        finally:
-            self._leave(inode)
+        with self._state.lock:
+            if self._exposed:
+                raise TargetBusy(
+                    "files are open for passthrough, so the target does not see their writes"
+                )
+            self._paused = True
+        self._revoke_all()
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def quieten(self, inode: Inode) -> None:
+        """End every grant of a region that this call has closed to others, and give accesses that
+        are under way a moment to end."""
+        with self._state.lock:
+            share = inode.share
+            if self._grants is None or share is None:
+                return
+            self._grants.revoke(inode)
+        self._wait_for_guests(lambda grants: grants.quiet(share.index))
+
+    def close(self) -> None:
+        """End all direct access; what guests wrote until now counts."""
+        self._revoke_all()
+        with self._state.guard.lock, self._state.guard.checked:
+            grants, self._grants = self._grants, None  # unless the last guest has left meanwhile
+            freeing = [] if grants is None else grants.forget()
+        for free in freeing:
+            free()
+
+    def _revoke_all(self) -> None:
+        """End every grant, and give accesses that are under way a moment to end."""
+        with self._state.guard.lock, self._state.guard.checked:
+            if self._grants is None:
+                return
+            self._grants.revoke_all()
+        self._wait_for_guests(lambda grants: grants.all_quiet)
+
+    def _wait_for_guests(self, quiet: Callable[[Grants], bool]) -> None:
+        """Wait until *quiet*, or no guest is left, but not long: a guest may have been stopped, or
+        lie.  Guests may leave meanwhile, and the last one takes the grants with it."""
+        deadline = time.monotonic() + GUESTS_PATIENCE
+        while time.monotonic() < deadline:
+            with self._state.lock:
+                if self._grants is None or quiet(self._grants):
+                    return
+            time.sleep(0.001)

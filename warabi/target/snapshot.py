@@ -34,19 +34,20 @@ def survey(target: Target) -> Attributes:
     It is pinned for the caller, who ends it and the keeping of erased regions with ``unpin``.
     Other calls wait while the catalogue is copied, and go on while the copy is read.
     """
-    with target._long:
-        target._announce()
-        with target._guard.lock, target._guard.checked:
-            target._settle_all()
-            target._catalogue.commit(target._storage.oldest_fresh())
-            target._catalogue.check_stored()  # or it would be missing
-            snapshot = target._catalogue.snapshot()
+    state = target.state
+    with state.long:
+        state.announce()
+        with state.guard.lock, state.guard.checked:
+            target.committer.write_commit()
+            state.catalogue.check_stored()  # or it would be missing
+            snapshot = state.catalogue.snapshot()
             try:
-                inode = _pinned(target)
+                inode = target.creation.new_region(0o600, None, None)
             except BaseException:
                 snapshot.close()
                 raise
-            target._holds.add(inode.rid)
+            inode.pins = 1
+            target.erasure.hold(inode.rid)
     try:
         with closing(snapshot), tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
             try:
@@ -64,13 +65,6 @@ def survey(target: Target) -> Attributes:
         target.namespace.unpin(inode.ino)
         raise
     return target.namespace.getattr(inode.ino)
-
-
-def _pinned(target: Target) -> Inode:
-    """A new, empty region that has no name and goes when its pin does; the guard is held."""
-    inode = target.new_region(0o600, None, None)
-    inode.pins = 1
-    return inode
 
 
 def _entries(db: sqlite3.Connection) -> Iterator[ArchiveEntry]:
@@ -124,44 +118,45 @@ def copy(target: Target, region: RegionID) -> Attributes:
         StorageFull, StorageError, CorruptTarget: the medium; there is no copy then.
     """
     try:
-        source = target._enter_exclusive(region, "copy", True)
+        source = target.locks.enter_exclusive(region, "copy", True)
     except InvalidRegion:
         size = _kept(target, region)
         if size is None:
             raise
         return _copied(target, region, size, None)
     try:
-        target.quieten(source)
+        target.sharing.quieten(source)
         return _copied(target, region, source.size, source)
     finally:
-        target._leave_exclusive(source)
+        target.locks.leave_exclusive(source)
 
 
 def _kept(target: Target, region: RegionID) -> int | None:
     """The size of a region that was erased and is kept for a survey, once calls that were inside
     it have come to their end."""
-    with target._lock:
-        while region in target._ending:
-            target._wait(True)
-        return target._kept.get(region)
+    with target.state.lock:
+        while target.erasure.is_ending(region):
+            target.locks.wait(True)
+        return target.erasure.kept(region)
 
 
 def _copied(target: Target, region: RegionID, size: int, source: Inode | None) -> Attributes:
-    with target._guard.lock, target._guard.checked:
-        inode = target._catalogue.add(stat.S_IFREG | 0o600, os.getuid(), os.getgid(), size=size)
+    catalogue, storage, guard = target.state.catalogue, target.state.storage, target.state.guard
+    with guard.lock, guard.checked:
+        inode = catalogue.add(stat.S_IFREG | 0o600, os.getuid(), os.getgid(), size=size)
         inode.pins = 1
     try:
-        target._storage.clone(region, inode.rid, size)
+        storage.clone(region, inode.rid, size)
     except BaseException:
-        with target._guard.lock, target._guard.checked:
-            target._catalogue.remove(inode)
+        with guard.lock, guard.checked:
+            catalogue.remove(inode)
             inode.dead = True
         with contextlib.suppress(KeyError):  # it was not even made
-            target._storage.erase(inode.rid)
+            storage.erase(inode.rid)
         raise
-    with target._guard.lock, target._guard.checked:
+    with guard.lock, guard.checked:
         if source is not None:
-            target._catalogue.set_attributes(
+            catalogue.set_attributes(
                 inode, atime=source.atime, mtime=source.mtime, ctime=source.ctime
             )
         return inode.attributes()

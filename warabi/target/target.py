@@ -1,6 +1,16 @@
-"""A target: catalogue and storage as one, with every check in one place.
+"""A target: catalogue and storage as one, with every check of arguments in one place.
 
-Locks, and who may be where: ``region_locks.py``.  What is on the medium when: ``commit.py``.
+A method checks its arguments, enters the region, has the storage or a part of the target do the
+work, and leaves.  Each part owns its state and calls only those above it here:
+
+* ``TargetState``: catalogue, storage and the lock, which all share (``state.py``)
+* ``Sharing``: grants of direct access to other processes (``sharing.py``)
+* ``KernelBacked``: regions whose files a kernel uses (``kernel_backed.py``)
+* ``Erasure``: when bytes of erased regions are freed (``erasure.py``)
+* ``RegionLocks``: which calls are inside which region (``region_locks.py``)
+* ``Committer``: what is durable when (``commit.py``)
+* ``Sizes``: quota, and growing and shrinking (``sizes.py``)
+* ``Creation``: new regions (``creation.py``)
 """
 
 from __future__ import annotations
@@ -13,32 +23,42 @@ from time import perf_counter_ns
 from types import MappingProxyType
 from typing import Any
 
+from warabi._core import forks
 from warabi._core.buffers import MAX_SIZE, checked_size, filled_bytes, readable, writable
 from warabi._core.extents import Extent, check_total, checked_extents, views
 from warabi._core.results import RegionStat
 from warabi.backends import Storage
-from warabi.backends.base import Flush
+from warabi.backends.base import Flush, Fresh
 from warabi.errors import Lengthy, OutOfBounds, WouldBlock
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.metadata.namespace import Namespace
+from warabi.metadata.tree import Regions
 from warabi.region import RegionID
-from warabi.target.creation import MadeRegions
-from warabi.target.region_locks import LONG
+from warabi.target.commit import Committer
+from warabi.target.creation import Creation
+from warabi.target.erasure import Erasure
+from warabi.target.kernel_backed import KernelBacked
+from warabi.target.loan import RegionLoan
+from warabi.target.recovery import recover
+from warabi.target.region_locks import RegionLocks
+from warabi.target.sharing import Granted, Sharing
+from warabi.target.sizes import Sizes
+from warabi.target.state import LONG, TargetState, not_in_a_loop
 from warabi.target.write_throttle import Pace
 
 _MANY = 1024
 """Extents that take long to go through."""
 
 
-class Target(MadeRegions):
+class Target:
     """Regions and their names on one catalogue and one storage.
 
     Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it
     would have to wait for another call or for the medium, and has then done nothing.
 
     Args:
-        catalogue: which regions exist.
+        catalogue: which regions exist; recovered if it was not closed.
         storage: where their bytes are.
         capacity: quota on the sum of region sizes, in bytes; None for none.
         threads: how many calls of Trio programs may wait for the medium at once; None for Trio's
@@ -59,15 +79,49 @@ class Target(MadeRegions):
         on_closing: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        largest = storage.room()[0]
-        super().__init__(catalogue, storage, on_closing, on_close)
-        self._capacity = capacity
-        self._largest = largest
+        if not catalogue.clean:
+            recover(catalogue, storage)
+        state = self.state = TargetState(catalogue, storage)
+        self.sharing = Sharing(state)
+        self.kernel_backed = KernelBacked(state, self.sharing)
+        self.erasure = Erasure(state, self.sharing)
+        self.locks = RegionLocks(state, self.erasure)
+        self.sizes = Sizes(state, self.sharing, capacity)
+        self.creation = Creation(state, self.sizes)
+        self.namespace = Namespace(
+            catalogue,
+            state.guard,
+            Regions(
+                self.creation.new_region, self.erasure.discard, self.erasure.reap, state.patiently
+            ),
+        )
+        self.committer = Committer(
+            state, self.locks, self.erasure, self.sharing, self.kernel_backed
+        )
+        self.feed = catalogue.feed
         self.blocking = storage.blocking
         self.threads = threads
         self.instead = instead
+        self._on_closing = on_closing
+        self._on_close = on_close
+        self._catalogue = catalogue
+        self._storage = storage
         self._pace = Pace()
-        self.namespace = Namespace(catalogue, self._guard, self)
+        # Bound once, for the calls that are frequent.
+        self._enter = self.locks.enter
+        self._leave = self.locks.leave
+        forks.register(self)
+
+    def _forked(self) -> None:
+        self.state.forked()
+        self.locks.forked()
+        self.sharing.forked()
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a thread holds the lock for long, or is about to; event loops, where every task
+        would wait for it, leave the target alone meanwhile."""
+        return self.state.occupied
 
     @property
     def write_waits(self) -> bool:
@@ -102,6 +156,58 @@ class Target(MadeRegions):
             )
 
     # Regions
+
+    def create(self, size: int) -> RegionID:
+        """A new region of *size* zero bytes, without a name.
+
+        Raises:
+            OutOfBounds: *size* is no integer of at least 0.
+            StorageFull: it exceeds the quota, or could never fit on the medium.
+        """
+        return self._new(checked_size(size, "create: size"), None).rid
+
+    def make(self, size: int, guest: int) -> RegionID:
+        """As :meth:`create`, for the guest of that number, which may write, is granted the region
+        next, and fills it."""
+        size = checked_size(size, "create: size")
+        return self._new(size, self._storage.cleared(size, guest)).rid
+
+    def _new(self, size: int, fresh: Fresh | None, *, entered: bool = False) -> Inode:
+        """A new region without a name, of *fresh* bytes if there are any; with *entered* the
+        caller is in it, from the start, so that the target does not close meanwhile."""
+        try:
+            with self.state.guard.lock, self.state.guard.checked:
+                inode = self.creation.new_region(
+                    0o644, None, None, size, anonymous=True, fresh=fresh
+                )
+                if entered:
+                    self.locks.enter_new(inode)
+                return inode
+        except BaseException:
+            if fresh is not None:
+                fresh.discard()
+            raise
+
+    def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
+        """A new region of just *data*; when anything fails, no region remains."""
+        view = readable(data, "create_and_write: data")
+        fresh = self._storage.written(view)
+        inode = self._new(len(view), fresh, entered=True)
+        try:
+            if view and fresh is None:
+                self._storage.write(inode.rid, 0, view)
+            if persist:
+                self.committer.persist(inode, 0, len(view))
+        except BaseException:
+            # Not by `erase`, which a target that is about to close refuses.
+            with self.state.guard.lock, self.state.guard.checked:
+                if not inode.dead:
+                    self.namespace.forget_names(inode)
+                    self.erasure.discard(inode)
+            raise
+        finally:
+            self._leave(inode, wrote=bool(view))
+        return inode.rid
 
     def write(
         self, region: RegionID, offset: int, data: Any, persist: bool = False,
@@ -168,63 +274,20 @@ class Target(MadeRegions):
     ) -> int:
         """Store *view* at *offset*, or at the region's end; returns where."""
         what = "append" if offset is None else "write"
-        inode = self._enter_exclusive(region, what, wait)
+        inode = self.locks.enter_exclusive(region, what, wait)
         wrote = False
         try:
             if offset is None:
                 offset = inode.size
             end = checked_size(offset + len(view), f"{what}: the end")
             if end > inode.size:
-                self._grow_and_fill(inode, what, offset, view)
+                self.sizes.grow_and_fill(inode, what, offset, view)
             else:  # another call made it grow meanwhile
                 self._storage.write(region, offset, view)
             wrote = True
         finally:
-            self._leave_exclusive(inode, wrote=wrote)
+            self.locks.leave_exclusive(inode, wrote=wrote)
         return offset
-
-    def _grow_and_fill(self, inode: Inode, what: str, offset: int, view: memoryview) -> None:
-        """Store *view*, which ends beyond the end of a region that this call has closed."""
-        region, end = inode.rid, offset + len(view)
-        with self._lock:
-            self._reserve(end - inode.size, what)
-        self._storage.check(region, inode.size)
-        try:
-            if self._storage.moves(region, end) and inode.share is not None:
-                self._resize_storage(inode, end)
-                self._storage.write(region, offset, view)
-            else:
-                self._storage.write_beyond(region, offset, view)
-        except BaseException:
-            # It may have grown and not been filled: what is beyond the old end goes.
-            self._storage.resize(region, inode.size)
-            raise
-        self._set_size(inode, end)
-
-    def _set_size(self, inode: Inode, size: int) -> None:
-        with self._lock:
-            if not inode.dead:
-                self._catalogue.resize(inode, size)
-                if self._grants is not None:
-                    self._grants.resized(inode)
-
-    def _resize_storage(self, inode: Inode, size: int) -> None:
-        """Resize the bytes of a region that this call has closed to others."""
-        rid, quiet = inode.rid, True
-        if size < inode.size or self._storage.moves(rid, size):
-            with self._lock:
-                if inode.share is not None and self._grants is not None:
-                    quiet = self._grants.revoke(inode)
-        if quiet:
-            self._storage.resize(rid, size)
-            return
-        # A guest may still write where the bytes are now.
-        free = self._storage.replace(rid, size)
-        with self._lock:
-            if inode.share is not None and self._grants is not None:
-                self._grants.later(inode.share.index, free)
-                return
-        free()
 
     def read_into(
         self, region: RegionID, offset: int, buffer: Any, *, short: bool = False, wait: bool = True
@@ -265,17 +328,45 @@ class Target(MadeRegions):
             InvalidRegion, OutOfBounds: the arguments.
         """
         offset = checked_size(offset, "view: offset")
-        with self._lock:
-            inode = self._find(region, "view")
+        with self.state.lock:
+            inode = self.locks.find(region, "view")
             size = min(checked_size(size, "view: size"), inode.size - offset)
             return self._storage.view(region, offset, size) if size > 0 else None
+
+    def lend(
+        self, region: RegionID, offset: int, size: int, *, writable: bool = False
+    ) -> RegionLoan:
+        """*size* bytes at *offset* where they are: ``with target.lend(...) as loan``."""
+        return RegionLoan(self.state, self.locks, region, offset, size, writable=writable)
+
+    def begin_write(
+        self, region: RegionID, offset: int, data: memoryview
+    ) -> Callable[[], None] | None:
+        """What writes *data*, to be called in any case, and soon; None where that might wait or
+        fail, or not survive this process: :meth:`write` does it or says why not.
+
+        So it is for memory that the region has, and that no other process may cut off.
+        """
+        if self.blocking or self.sharing.active:
+            return None
+        loan = self.lend(region, offset, len(data), writable=True)
+        place = loan.__enter__().place
+        if place is None:
+            loan.__exit__()
+            return None
+
+        def write() -> None:
+            place[:] = data
+            loan.__exit__()
+
+        return write
 
     def read(self, region: RegionID, offset: int, size: int) -> bytes:
         """Exactly *size* bytes from *offset*; raises as :meth:`read_into`."""
         offset = checked_size(offset, "read: offset")
         size = checked_size(size, "read: size")
-        with self._lock:  # refuse before the memory for an absurd size is asked for
-            self._bounds(self._find(region, "read"), "read", offset, size)
+        with self.state.lock:  # refuse before the memory for an absurd size is asked for
+            self._bounds(self.locks.find(region, "read"), "read", offset, size)
 
         def fill(view: memoryview) -> None:
             self.read_into(region, offset, view)
@@ -295,7 +386,7 @@ class Target(MadeRegions):
         inode = self._enter(region, "persist", True)
         try:
             self._bounds(inode, "persist", offset, size)
-            self._persist_inside(inode, offset, size)
+            self.committer.persist(inode, offset, size)
         finally:
             self._leave(inode)
 
@@ -310,7 +401,7 @@ class Target(MadeRegions):
         inode = self._enter(region, "persist", False)
         try:
             self._bounds(inode, "persist", offset, size)
-            with self._flushing_inside(inode, times=times) as flush:
+            with self.committer.flushing(inode, times=times) as flush:
                 yield flush
         finally:
             self._leave(inode)
@@ -320,7 +411,7 @@ class Target(MadeRegions):
         fdatasync(2) does not.  Raises as :meth:`persist`."""
         inode = self._enter(region, "fsync", True)
         try:
-            self._persist_inside(inode, 0, inode.size, times=times)
+            self.committer.persist(inode, 0, inode.size, times=times)
         finally:
             self._leave(inode)
 
@@ -337,7 +428,7 @@ class Target(MadeRegions):
         checked = checked_extents(extents, "write_vector")
         check_total(checked, len(view), "write_vector")
         if len(checked) > _MANY:
-            self._not_in_a_loop()
+            not_in_a_loop()
         inode = self._enter(region, "write_vector", True)
         wrote = False
         try:
@@ -361,7 +452,7 @@ class Target(MadeRegions):
         checked = checked_extents(extents, "read_vector")
         check_total(checked, len(view), "read_vector")
         if len(checked) > _MANY:
-            self._not_in_a_loop()
+            not_in_a_loop()
         inode = self._enter(region, "read_vector", True)
         try:
             self._check_all(inode, "read_vector", checked)
@@ -388,7 +479,7 @@ class Target(MadeRegions):
         # One span: flushing what lies between costs less than a flush for each extent.
         start = min((offset for offset, _ in extents), default=0)
         end = max((offset + size for offset, size in extents), default=0)
-        self._persist_inside(inode, start, end - start)
+        self.committer.persist(inode, start, end - start)
 
     def erase(self, region: RegionID) -> None:
         """Remove a region and all its names.  Calls inside it still end well.
@@ -396,16 +487,16 @@ class Target(MadeRegions):
         Raises:
             InvalidRegion: unknown or erased already.
         """
-        self.patiently(partial(self._erase, region))
-        self._reap()
+        self.state.patiently(partial(self._erase, region))
+        self.erasure.reap()
 
     def _erase(self, region: RegionID, steps: float) -> None:
-        with self._guard.lock, self._guard.checked:
-            inode = self._find(region, "erase")
+        with self.state.guard.lock, self.state.guard.checked:
+            inode = self.locks.find(region, "erase")
             if inode.nlink > steps:
                 raise Lengthy
             self.namespace.forget_names(inode)
-            self.discard(inode)
+            self.erasure.discard(inode)
 
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.
@@ -417,34 +508,74 @@ class Target(MadeRegions):
             StorageFull: it exceeds the quota.
         """
         size = checked_size(size, "resize: size")
-        inode = self._enter_exclusive(region, "resize", wait)
+        inode = self.locks.enter_exclusive(region, "resize", wait)
         resized = False
         try:
             if inode.size - size > LONG:
-                self._not_in_a_loop()
+                not_in_a_loop()
             if size != inode.size:
-                with self._lock:
-                    self._reserve(max(0, size - inode.size), "resize")
+                with self.state.lock:
+                    self.sizes.reserve(max(0, size - inode.size), "resize")
                 self._storage.check(region, inode.size)
-                self._resize_storage(inode, size)
-                self._set_size(inode, size)
+                self.sizes.resize(inode, size)
+                self.sizes.set(inode, size)
             resized = True
         finally:
-            self._leave_exclusive(inode, wrote=resized)
+            self.locks.leave_exclusive(inode, wrote=resized)
+
+    # Bytes that others read and write by themselves
+
+    def grant(
+        self, region: RegionID, holder: int, *, writable: bool, wait: bool = True
+    ) -> Granted | None:
+        """What a guest needs to reach the region; None when it has to go through the provider.
+
+        The descriptor in it is the caller's to close, and *holder*'s to use: a guest, by its
+        number, or ``THIS_PROCESS``.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            TargetBusy: not now.
+            WouldBlock: without *wait*, while the region is being resized.
+        """
+        inode = self._enter(region, "share", wait)
+        try:
+            return self.sharing.grant(inode, holder, writable=writable)
+        finally:
+            self._leave(inode)
+
+    def expose(self, region: RegionID) -> int | None:
+        """A descriptor by which a kernel may read and write the region, also beyond its end, until
+        ``kernel_backed.conceal``; the caller keeps the region from being erased meanwhile, and does
+        not close it.  None where the region has no file of its own, or what is written has to be
+        checked or accounted for.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            StorageError: the medium.
+            OSError: there are too many descriptors.
+        """
+        inode = self._enter(region, "expose", True)
+        try:
+            return None if self.sizes.capacity is not None else self.kernel_backed.expose(inode)
+        finally:
+            self._leave(inode)
+
+    # What is known of regions
 
     def size(self, region: RegionID) -> int:
         """The region's size in bytes."""
-        with self._lock:
-            return self._find(region, "size").size
+        with self.state.lock:
+            return self.locks.find(region, "size").size
 
     def stat(self, region: RegionID, names: int = -1, characters: float = math.inf) -> RegionStat:
         """Size, times and names of a region; *names* of these, or all, and no more once they have
         so many *characters*."""
-        return self.patiently(partial(self._stat, region, names, characters))
+        return self.state.patiently(partial(self._stat, region, names, characters))
 
     def _stat(self, region: RegionID, names: int, characters: float, steps: float) -> RegionStat:
-        with self._guard.lock, self._guard.checked:
-            inode = self._find(region, "stat")
+        with self.state.guard.lock, self.state.guard.checked:
+            inode = self.locks.find(region, "stat")
             found = inode.attributes()
             return RegionStat(
                 found.size, found.atime_ns, found.mtime_ns, found.ctime_ns,
@@ -454,18 +585,65 @@ class Target(MadeRegions):
     def list(self, after: RegionID | None = None, limit: int = 1000) -> list[RegionID]:
         """Up to *limit* IDs of live regions in slot order, those after *after*."""
         limit = min(checked_size(limit, "list: limit"), 10000)
-        with self._guard.lock, self._guard.checked:
+        with self.state.guard.lock, self.state.guard.checked:
             slot = 0 if after is None else RegionID(after).slot
             return [a.region for a in self._catalogue.regions(slot, limit, anonymous=False)]
 
     def room(self) -> tuple[int, int, int]:
         """Total and available bytes under quota and medium, and the number of regions."""
         total, available = self._storage.room()
-        with self._lock:
-            if self._capacity is not None:
-                total = min(total, self._capacity)
-                available = min(available, max(0, self._capacity - self._catalogue.used))
+        with self.state.lock:
+            if self.sizes.capacity is not None:
+                total = min(total, self.sizes.capacity)
+                available = min(available, max(0, self.sizes.capacity - self._catalogue.used))
             return total, available, self._catalogue.count
+
+    # Everything
+
+    def commit(self) -> None:
+        """Make every change of the catalogue durable, and then free what erased regions held."""
+        self.committer.commit()
+
+    def sync(self) -> None:
+        """Make everything written so far durable: data first, then the catalogue."""
+        self.committer.sync()
+
+    def say_closed(self, reason: str) -> None:
+        """Have calls after the target is closed fail with *reason*."""
+        self.state.guard.reason = reason
+
+    def will_close(self) -> None:
+        """Say that :meth:`close` will come soon: processes that want to open the target wait."""
+        self._on_closing()
+
+    def close(self) -> None:
+        """Persist everything and let go of the medium.  Idempotent; never deletes a region.
+
+        Waits for calls in flight.  Later calls raise ``TargetNotFound``.
+
+        Raises:
+            TargetBusy: a Trio task of this thread is persisting; nothing was done.
+        """
+        if self.state.closed:
+            return
+        try:
+            self.kernel_backed.sync()
+        finally:
+            if self.locks.close():
+                self._close()
+
+    def _close(self) -> None:
+        self.erasure.close()
+        self.will_close()
+        self.sharing.close()
+        try:
+            self.committer.close()
+        finally:
+            try:
+                self._storage.close()
+            finally:
+                self.kernel_backed.close()
+                self._on_close()
 
     def __enter__(self) -> Target:
         return self

@@ -17,7 +17,7 @@ STEP = 512
 
 
 def _summed(target: Target, what: str) -> SummedStorage:
-    storage = target._storage
+    storage = target.state.storage
     if not isinstance(storage, SummedStorage):
         raise ConfigError(f"{what}: the target has no checksums (its setting `checksums`)")
     return storage
@@ -25,7 +25,7 @@ def _summed(target: Target, what: str) -> SummedStorage:
 
 def summed(target: Target) -> bool:
     """Whether the target has checksums."""
-    return isinstance(target._storage, SummedStorage)
+    return isinstance(target.state.storage, SummedStorage)
 
 
 def verify(target: Target, region: RegionID, first: int, count: int) -> Verified:
@@ -39,20 +39,20 @@ def verify(target: Target, region: RegionID, first: int, count: int) -> Verified
     storage = _summed(target, "verify")
     first = checked_size(first, "verify: first")
     count = min(checked_size(count, "verify: count"), STEP)
-    inode = target._enter(region, "verify", True)
+    inode = target.locks.enter(region, "verify", True)
     try:
         return storage.verify(region, first, count)
     finally:
-        target._leave(inode)
+        target.locks.leave(inode)
 
 
 def update(target: Target, region: RegionID) -> None:
     """Persist a region, and sum its blocks that have no sum; raises as :func:`verify`."""
     storage = _summed(target, "update")
-    inode = target._enter(region, "update", True)
+    inode = target.locks.enter(region, "update", True)
     try:
         for first in range(0, -(-inode.size // BLOCK), STEP):
             storage.update(region, first, STEP)
-            target._persist_inside(inode, first * BLOCK, min(STEP * BLOCK, inode.size))
+            target.committer.persist(inode, first * BLOCK, min(STEP * BLOCK, inode.size))
     finally:
-        target._leave(inode)
+        target.locks.leave(inode)

@@ -32,7 +32,7 @@ from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog
 from warabi.protocol.auth import config_of
 from warabi.target import opening
-from warabi.target.region_locks import LOOPS
+from warabi.target.state import LOOPS
 from warabi.target.target import Target
 from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
 from warabifs.frontends.kernel.dispatch import Operations

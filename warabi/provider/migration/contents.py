@@ -64,10 +64,10 @@ def regions(target: Target) -> Iterator[tuple[RegionID, int]]:
 
 
 def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-    with target._guard.lock, target._guard.checked:
+    with target.state.guard.lock, target.state.guard.checked:
         try:
-            target._catalogue.flush()
-            target._catalogue.check_stored()  # or it would be missing
-            return target._catalogue._db.execute(sql, values).fetchall()
+            target.state.catalogue.flush()
+            target.state.catalogue.check_stored()  # or it would be missing
+            return target.state.catalogue._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise translate(error, target._catalogue.path) from error
+            raise translate(error, target.state.catalogue.path) from error

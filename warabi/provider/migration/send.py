@@ -106,12 +106,12 @@ class Sending:
             try:
                 self._core.changes.freeze(_CHANGES_PATIENCE, lambda: self._stopping)
                 try:
-                    target.pause_sharing()
+                    target.sharing.pause()
                     self._send_all(target)
                     self._commit(target.uuid)
                     self._core.give_up(self._gone())
                 finally:
-                    target.resume_sharing()
+                    target.sharing.resume()
                     self._core.changes.thaw()
             except BaseException:
                 self._abort()
@@ -133,11 +133,11 @@ class Sending:
     def _plan(self, target: Target) -> MigrationPlan:
         source = self._core.config.target
         assert source is not None
-        quota = target._catalogue.capacity
+        quota = target.state.catalogue.capacity
         settings = source.model_dump(exclude_none=True)
-        settings["config"].setdefault("checksums", target._catalogue.summed is not None)
+        settings["config"].setdefault("checksums", target.state.catalogue.summed is not None)
         found = destination(settings, quota, self._options)
-        path = target._catalogue.path
+        path = target.state.catalogue.path
         return MigrationPlan(
             **found.model_dump(),
             uuid=target.uuid,
@@ -242,7 +242,7 @@ class Sending:
 
     def _leave(self, target: Target) -> None:
         """Close the target, which has gone; it is too late for any failure."""
-        path = target._catalogue.path
+        path = target.state.catalogue.path
         try:
             if self._options.remove_source and path is not None:
                 # The catalogue first: without it nothing can be taken for a target; and closing

@@ -81,7 +81,7 @@ class Passing:
         except errors.WouldBlock:
             return 0
         except (errors.Exception, OSError) as error:
-            self._target.conceal(region)
+            self._target.kernel_backed.conceal(region)
             number = error.errno or 0 if isinstance(error, OSError) else 0
             self._in_vain = number in _IN_VAIN
             if number not in self._told:
@@ -106,4 +106,4 @@ class Passing:
         if not passed.openings:
             del self._passed[ino]
             self._session.let_go(passed.backing)
-            self._target.conceal(passed.region)
+            self._target.kernel_backed.conceal(passed.region)

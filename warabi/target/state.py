@@ -1,0 +1,115 @@
+"""What the parts of a target share: catalogue, storage, and the lock that covers the catalogue.
+
+Every other part is given this one.  It calls none of them.
+
+What holds the lock for longer than an event loop may wait takes ``long`` first.  Event loops look
+at ``occupied``, and leave the target alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from warabi.backends import Storage
+from warabi.errors import Lengthy, TargetNotFound, WouldBlock
+from warabi.metadata.catalogue import Catalogue
+from warabi.metadata.guard import Guard
+
+_T = TypeVar("_T")
+
+LOOPS: set[int] = set()
+"""Threads that run the event loop of an engine or a mount.  What would have one of them wait for a
+region, or do what takes long, raises ``WouldBlock`` there, nothing having been done; a worker
+thread does it."""
+_GRACE = 0.02
+"""Seconds between when a target is found free and when its lock is taken, at most and about."""
+STEPS = 5000
+"""Names or directories, of some microseconds each, that are gone through while others wait."""
+LONG = 32 * 1024 * 1024
+"""Bytes of memory that take long to give back."""
+
+
+def not_in_a_loop() -> None:
+    """Raise ``WouldBlock`` in a thread that runs an event loop."""
+    if threading.get_ident() in LOOPS:
+        raise WouldBlock
+
+
+class TargetState:
+    """State of one target that several of its parts use.
+
+    Attributes:
+        catalogue: which regions exist.
+        storage: where their bytes are.
+        lock: the target's lock.  It covers *catalogue*, the inodes and what the parts know of
+            them.  It is held for short steps, never while bytes of a region move or stable storage
+            is waited for.  Order: ``Committer``'s lock of times and ``long`` before it; those of
+            the notifications and of the storage after it.  The catalogue's sync lock is never
+            held together with it.  See docs/locks.md.
+        long: taken, never by an event loop, before *lock* by what holds that for long.
+        grafting: taken by a graft, of which there is one at a time, before all others.
+        guard: *lock* with the checks for callers of the target.
+        storage_guard: as *guard*, for the storage, which still has to be served while the target
+            closes and refuses calls.
+        changed: set when the catalogue has something to commit.
+        closed: calls are refused; *guard* follows when nothing changes any more.
+    """
+
+    def __init__(self, catalogue: Catalogue, storage: Storage) -> None:
+        self.catalogue = catalogue
+        self.storage = storage
+        self.lock = threading.Lock()
+        self.long = threading.Lock()
+        self.grafting = threading.Lock()
+        self.changed = threading.Event()
+        self.guard = Guard(self.lock, catalogue, self.changed)
+        self.storage_guard = Guard(self.lock, catalogue, self.changed)
+        self.closed = False
+        self._pid = os.getpid()
+
+    def forked(self) -> None:
+        """In a forked child the target is the parent's: every call fails at once, and waits for no
+        lock that a thread of the parent may hold."""
+        self.closed = True
+        self.lock, self.long, self.grafting = (threading.Lock() for _ in range(3))
+        self.changed = threading.Event()
+        for guard in (self.guard, self.storage_guard):
+            guard.lock, guard.closed = self.lock, True
+            guard.reason = (
+                f"the target belongs to process {self._pid}, from which this one was forked"
+            )
+        self.catalogue.give_up()
+
+    def check_open(self, what: str) -> None:
+        """Raise ``TargetNotFound``, for the operation *what*, once the target is closed."""
+        if self.closed:
+            raise TargetNotFound(f"{what}: {self.guard.reason}")
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a thread holds the lock for long, or is about to."""
+        return self.long.locked()
+
+    def announce(self) -> None:
+        """Let event loops that found the target free, and are about to take its lock, do so; the
+        caller holds ``long``, and is about to hold the lock for long."""
+        time.sleep(_GRACE)
+
+    def patiently(self, work: Callable[[float], _T]) -> _T:
+        """The result of *work*, which takes the lock and is told how many steps it may do with it.
+
+        Where more are needed it raises ``Lengthy``, having done nothing, and is called once more,
+        in a thread that may take its time.
+        """
+        try:
+            return work(STEPS)
+        except Lengthy:
+            not_in_a_loop()
+        with self.long:
+            self.announce()
+            return work(math.inf)
