@@ -145,6 +145,7 @@ UNREACHED = {
     ("warabi.backends.file", "fstat"): "how much is to be copied",
     ("warabi._core.fileio", "pread"): "copies where the kernel does not",
     ("warabi.backends.file", "unlink"): "takes back a region that could not be made",
+    ("warabi.backends.file", "ftruncate"): "takes back what could not be allocated",
     ("warabi.backends.pmem", "ftruncate"): "takes back what could not be reserved",
     ("warabi.backends.pmem", "fdatasync"): "with libpmem only",
     ("warabi.backends.xattr_times", "getxattr"): "after a crash, and for a region's new file",

@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import gc, sys, weakref
-from warabi.eventloop.gc_pauses import limit_pauses
+from warabi.eventloop import gc_pauses
 
 class Object:
     __slots__ = ("__weakref__", "other")
@@ -18,8 +18,9 @@ def cycle():
     return weakref.ref(one)
 
 gc.collect()
-limit_pauses(float(sys.argv[1]))
-limit_pauses(float(sys.argv[1]))
+gc_pauses._LONG = float(sys.argv[1])
+gc_pauses.limit_pauses()
+gc_pauses.limit_pauses()
 kept = [Object() for _ in range(1_000_000)]
 gc.collect()
 before = gc.get_freeze_count()

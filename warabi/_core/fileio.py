@@ -97,27 +97,22 @@ def allocate(fd: int, offset: int, size: int) -> None:
 
 def punch(fd: int, offset: int, size: int) -> None:
     """Zero *size* bytes at *offset* of *fd*, and free their blocks where possible."""
-    try:
-        syscalls.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        _write_zeros(fd, offset, size)
+    _zero(fd, FALLOC_FL_PUNCH_HOLE, offset, size)
 
 
 def zero(fd: int, offset: int, size: int) -> None:
     """Zero *size* bytes at *offset* of *fd*, and allocate their blocks."""
+    _zero(fd, FALLOC_FL_ZERO_RANGE, offset, size)
+
+
+def _zero(fd: int, mode: int, offset: int, size: int) -> None:
     try:
-        syscalls.fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, size)
+        syscalls.fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, offset, size)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        _write_zeros(fd, offset, size)
-
-
-def _write_zeros(fd: int, offset: int, size: int) -> None:
-    for start in range(0, size, _PIECE):
-        pwrite_full(fd, _ZEROS[: size - start], offset + start)
+        for start in range(0, size, _PIECE):
+            pwrite_full(fd, _ZEROS[: size - start], offset + start)
 
 
 def set_apart(fd: int) -> None:

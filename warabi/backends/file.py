@@ -253,14 +253,15 @@ class FileStorage(Storage):
             return self._mapped.show(fd, offset, size)
         return None
 
-    def _check_end(self, rid: bytes, fd: int, what: str, end: int) -> None:
+    def _check_end(self, rid: bytes, fd: int, what: str, end: int) -> int:
         """Check that a file was not truncated: writing beyond its end would replace data by
-        zeros."""
+        zeros.  Returns its size."""
         have = os.lseek(fd, 0, os.SEEK_END)  # cheaper than fstat(2); offsets are always explicit
         if have < end:
             raise CorruptTarget(
                 f"{what} region {rid.hex()}: its file ends at {have} bytes, before {end}"
             )
+        return have
 
     def check(self, rid: RegionID, size: int) -> None:
         with self._translated(rid, "resize"), self._borrow(rid) as fd:

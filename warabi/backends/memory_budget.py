@@ -10,13 +10,13 @@ is noticed in time, since an allowance is a fraction of the available memory.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from warabi._core.procfs import unescaped
 from warabi.errors import StorageFull
 
 PAGE = 4096
@@ -29,7 +29,6 @@ _UNLIMITED = 1 << 60  # control groups version 1 report more than this if there 
 _PATIENCE = 60.0  # seconds
 _MOST_READ = 16 * 1024
 _NAMES = (b"MemTotal", b"MemAvailable", b"SwapTotal", b"SwapFree")
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 class Machine:
@@ -171,8 +170,7 @@ def _places(root: Path) -> list[tuple[Path, Path, tuple[str, str, str]]]:
 
 
 def _path(field: bytes) -> Path:
-    text = _ESCAPED.sub(lambda found: bytes((int(found[1], 8),)), field)
-    return Path(text.decode(errors="surrogateescape"))
+    return Path(os.fsdecode(unescaped(field)))
 
 
 def _limit(group: _Group) -> tuple[int, int] | None:

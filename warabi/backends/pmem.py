@@ -14,7 +14,6 @@ from typing import Annotated
 
 from pydantic import AfterValidator, StrictBool
 
-from warabi._core.fileio import pwrite_full
 from warabi.backends.base import STRANGERS, THIS_PROCESS, Location, Storage
 from warabi.backends.fd_cache import OpenFile
 from warabi.backends.file import FileStorage
@@ -109,14 +108,6 @@ class PmemStorage(FileStorage):
         self._unsettled.add(rid)  # holes are copied, too
         super().copy_range(source, start, rid, offset, size)
 
-    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        with self._translated(rid, "write"), self._borrow(rid) as fd:
-            self._check_length(rid, fd, "write", offset + len(data))
-            try:
-                pwrite_full(fd, data, offset)
-            finally:
-                self._dirty.add(rid)
-
     write_beyond = Storage.write_beyond  # which reserves space before it writes
 
     view = Storage.view  # not supported: persistent memory has no page cache
@@ -124,7 +115,7 @@ class PmemStorage(FileStorage):
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._check_failed(rid)
         with self._translated(rid, "persist"), self._borrow(rid) as fd:
-            length = self._check_length(rid, fd, "persist", offset + size)
+            length = self._check_end(rid, fd, "persist", offset + size)
             unsettled = rid in self._unsettled
             mapping = self._mapping(rid, fd, length) if size else None
             if mapping is not None and mapping.size < offset + size:
@@ -162,15 +153,6 @@ class PmemStorage(FileStorage):
                 self._persistent = mapping is not None
                 self._mappings[rid] = mapping = mapping or PageCacheMapping(fd, length)
             return mapping
-
-    def _check_length(self, rid: bytes, fd: int, what: str, end: int) -> int:
-        """Return the file's length in bytes, at least *end*."""
-        length = os.fstat(fd).st_size
-        if length < end:
-            raise CorruptTarget(
-                f"{what} region {rid.hex()}: its file ends at {length} bytes, before {end}"
-            )
-        return length
 
 
 def _plan(settings: PmemConfig) -> Plan:

@@ -22,28 +22,23 @@ _LONG = 0.02  # seconds
 
 
 class PauseLimit:
-    """A callback of the collector that freezes the survivors of long collections.
+    """A callback of the collector that freezes the survivors of long collections."""
 
-    Args:
-        long: seconds.
-    """
-
-    def __init__(self, long: float) -> None:
-        self._long = long
+    def __init__(self) -> None:
         self._began = 0.0
 
     def __call__(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":
             self._began = perf_counter()
-        elif info["generation"] == 2 and perf_counter() - self._began > self._long:
+        elif info["generation"] == 2 and perf_counter() - self._began > _LONG:
             gc.freeze()
 
 
-def limit_pauses(long: float = _LONG) -> None:
-    """Freeze objects that survive a full collection of more than *long* seconds.
+def limit_pauses() -> None:
+    """Freeze objects that survive a full collection of more than ``_LONG`` seconds.
 
     For processes that only serve: it changes the collector of the whole process.
     """
     if not any(isinstance(callback, PauseLimit) for callback in gc.callbacks):
         gc.set_threshold(*_THRESHOLDS)
-        gc.callbacks.append(PauseLimit(long))
+        gc.callbacks.append(PauseLimit())

@@ -193,11 +193,6 @@ class Patience:
             return self.silence * _SLOW
         return self.silence * _QUICK
 
-    @property
-    def shortest(self) -> float:
-        """The shortest deadline of any operation."""
-        return self.silence * _QUICK if self.deadline is None else self.deadline
-
 
 def _failure(what: str, failure: Any) -> errors.Exception:
     """Convert the fourth item of a reply to an exception.

@@ -94,15 +94,15 @@ def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
     return open_backend(memory.BACKEND, config, limit=limit)
 
 
-def open_file(config: FileConfig, *, patience: float = 0.0) -> Target:
+def open_file(config: FileConfig) -> Target:
     """The target of files at ``config.path``; see :func:`open_backend`."""
-    return open_backend(file.BACKEND, config, patience=patience)
+    return open_backend(file.BACKEND, config)
 
 
-def open_pmem(config: PmemConfig, *, patience: float = 0.0) -> Target:
+def open_pmem(config: PmemConfig) -> Target:
     """As :func:`open_file`.  The size that the target was created with is its quota, whatever the
     configuration says later; an empty file that becomes a target without a size has none."""
-    return open_backend(pmem.BACKEND, config, patience=patience)
+    return open_backend(pmem.BACKEND, config)
 
 
 def _open(opening: Opening, patience: float) -> Target:

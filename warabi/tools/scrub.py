@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -89,13 +90,6 @@ def _scrub_region(
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
     """Yield first number and length of each run of consecutive numbers."""
-    start = count = 0
-    for number in numbers:
-        if count and number == start + count:
-            count += 1
-            continue
-        if count:
-            yield start, count
-        start, count = number, 1
-    if count:
-        yield start, count
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        yield found[0], len(found)

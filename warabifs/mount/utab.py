@@ -18,6 +18,7 @@ import os
 import re
 from pathlib import Path
 
+from warabi._core.procfs import unescaped
 from warabifs.frontends.kernel.mountinfo import device_number, identity, is_gone
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _lines() -> list[list[bytes]]:
         lines = _TABLE.read_bytes().splitlines()
     except OSError:
         return []
-    return [[_plain(field) for field in line.split(b" ")] for line in lines]
+    return [[unescaped(field) for field in line.split(b" ")] for line in lines]
 
 
 def _target(fields: list[bytes]) -> bytes:
@@ -118,8 +119,3 @@ def _update(source: bytes, mountpoint: bytes, attributes: bytes | None = None) -
         library.mnt_free_update(update)
     if status < 0:
         log.info("%s: not updated: %s", _TABLE, os.strerror(-status))
-
-
-def _plain(field: bytes) -> bytes:
-    """Decode the octal escapes of a field."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)

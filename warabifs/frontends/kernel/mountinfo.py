@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from warabi._core.procfs import unescaped
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ def mounts() -> list[Mounted]:
 
 
 def _text(field: str) -> str:
-    """A field of the list, whose special characters are written in octal."""
-    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(field))
-    return os.fsdecode(raw)
+    return os.fsdecode(unescaped(os.fsencode(field)))
 
 
 def mounted_on(path: str) -> Mounted | None:
