@@ -233,6 +233,26 @@ class Target:
                 return
             yield start, end - start
 
+    async def copy(self, region: RegionID, persist: bool = False) -> RegionID:
+        copy: RegionID = await self.call("clone", _id(region), bool(persist))
+        return copy
+
+    async def copy_range(
+        self, source: RegionID, source_offset: int, region: RegionID, offset: int, size: int
+    ) -> int:
+        source_offset = checked_size(source_offset, "copy_range: source_offset")
+        offset = checked_size(offset, "copy_range: offset")
+        left, done = checked_size(size, "copy_range: size"), 0
+        while left > done:
+            count: int = await self.call(
+                "copy_range", _id(region), offset + done,
+                _id(source), source_offset + done, left - done,
+            )  # fmt: skip
+            if not count:
+                break
+            done += count
+        return done
+
     async def changes(self, *, new_names: bool = False) -> AsyncGenerator[Changes, None]:
         """What others change in the target, as it happens; never ends by itself.
 

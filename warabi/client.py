@@ -472,6 +472,48 @@ class TargetHandle:
                 return
             yield start, end - start
 
+    # Copies
+
+    def copy(self, region: RegionID, persist: bool = False) -> RegionID:
+        """A new region that has the bytes that *region* has at one instant; with *persist*,
+        durably.
+
+        The target copies, so that no bytes pass through this process.  Holes are preserved, and
+        blocks are shared if the target's file system supports it (XFS, btrfs).
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            StorageFull: there is not enough space, or the quota is exceeded; no region remains.
+        """
+        copy: RegionID = self._link.call("clone", _id(region), bool(persist))
+        return copy
+
+    def copy_range(
+        self, source: RegionID, source_offset: int, region: RegionID, offset: int, size: int
+    ) -> int:
+        """Copy *size* bytes at *source_offset* of *source* to *offset* of *region*, which grows if
+        they end beyond it; returns how many were copied, fewer only if *source* ends before.
+
+        As :meth:`copy`, but not at one instant: other calls may come between every 256 MiB.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            OutOfBounds: extents of one region overlap.
+            StorageFull: there is not enough space, or the quota is exceeded.
+        """
+        source_offset = checked_size(source_offset, "copy_range: source_offset")
+        offset = checked_size(offset, "copy_range: offset")
+        left, done = checked_size(size, "copy_range: size"), 0
+        while left > done:
+            count: int = self._link.call(
+                "copy_range", _id(region), offset + done,
+                _id(source), source_offset + done, left - done,
+            )  # fmt: skip
+            if not count:
+                break
+            done += count
+        return done
+
     # NumPy
 
     def put_array(self, array: NDArray[Any], persist: bool = False) -> RegionID:

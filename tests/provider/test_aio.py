@@ -148,6 +148,14 @@ async def test_room_and_holes(target: aio.Target) -> None:
     assert await target.seek_hole(region, 1 << 30) is None
 
 
+async def test_copies(target: aio.Target) -> None:
+    source = await target.create_and_write(pattern(100_000))
+    copy = await target.copy(source, persist=True)
+    assert await target.copy_range(source, 10, copy, 99_990, 1 << 40) == 99_990
+    data = pattern(100_000)
+    assert await target.read(copy, 0, 199_980) == data[:99_990] + data[10:]
+
+
 async def test_growing_writes_of_any_size(target: aio.Target) -> None:
     region = await target.create(0)
     content = b""

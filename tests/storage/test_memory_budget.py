@@ -263,8 +263,8 @@ def test_what_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None
                 left -= 4 * MiB
         assert left < 4 * MiB
         # Others are not let fill what does not fit.
-        assert target._storage.share(region, writable=True) is None
-        place = target._storage.share(region, writable=False)
+        assert target.state.storage.share(region, writable=True) is None
+        place = target.state.storage.share(region, writable=False)
         assert place is not None
         os.close(place.fd)
         left = 60 * MiB
@@ -272,7 +272,7 @@ def test_what_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None
             target.create_and_write(bytes(61 * MiB))
         assert target.room()[2] == 1
         other = target.create(50 * MiB)
-        place = target._storage.share(other, writable=True)
+        place = target.state.storage.share(other, writable=True)
         assert place is not None
         os.close(place.fd)
         # What they may fill by themselves counts.
@@ -429,7 +429,7 @@ def test_what_is_reserved_can_be_written_when_nothing_else_fits() -> None:
 def test_a_hole_that_others_may_fill_is_promised_to_them() -> None:
     with memory(16 * MiB) as target:
         region = target.create_and_write(b"x" * 8 * MiB)
-        place = target._storage.share(region, writable=True)
+        place = target.state.storage.share(region, writable=True)
         assert place is not None
         call(target, "punch_hole", region, 0, 8 * MiB)
         with pytest.raises(errors.StorageFull):

@@ -629,6 +629,51 @@ def test_extents_of_data(target: TargetHandle) -> None:
         target.seek_data(region, -1)
 
 
+def test_copies(target: TargetHandle) -> None:
+    for size in (0, 1, 3000, 65_536, 300_000):
+        data = pattern(size)
+        region = target.create_and_write(data)
+        copies = [target.copy(region), target.copy(region, persist=True)]
+        target.write(region, 0, bytes(size))
+        target.erase(region)
+        for copy in copies:
+            assert target.read(copy, 0, size) == data
+            assert target.stat(copy).names == []
+        assert set(copies) <= set(target.list())
+    with pytest.raises(errors.InvalidRegion):
+        target.copy(region)
+
+
+@pytest.mark.parametrize("size", [3000, 300_000])
+def test_copies_of_extents(target: TargetHandle, size: int) -> None:
+    data, other = pattern(size), bytearray(pattern(size, 1))
+    source, region = target.create_and_write(data), target.create_and_write(other)
+    assert target.copy_range(source, 10, region, 20, size // 2) == size // 2
+    other[20 : 20 + size // 2] = data[10 : 10 + size // 2]
+    assert target.read(region, 0, size) == other
+    assert target.copy_range(source, size - 100, region, size - 50, 1 << 40) == 100
+    other[size - 50 :] = data[size - 100 :]
+    assert target.read(region, 0, size + 50) == other
+    assert target.copy_range(source, 5, region, size + 1000, 100) == 100
+    other += bytes(950) + data[5:105]
+    assert target.read(region, 0, size + 1100) == other
+    for offset, length in ((size, 100), (1 << 62, 5), (0, 0)):
+        assert target.copy_range(source, offset, region, 0, length) == 0
+    assert target.copy_range(region, 0, region, 500, 500) == 500
+    other[500:1000] = other[:500]
+    assert target.read(region, 0, size + 1100) == other
+    assert target.read(source, 0, size) == data
+    with pytest.raises(errors.OutOfBounds):
+        target.copy_range(region, 0, region, 499, 500)
+    with pytest.raises(errors.InvalidRegion):
+        target.copy_range(RegionID(b"\xff" * 16), 0, region, 0, 10)
+    with pytest.raises(errors.InvalidRegion):
+        target.copy_range(source, 0, RegionID(b"\xff" * 16), 0, 10)
+    with pytest.raises(errors.OutOfBounds):
+        target.copy_range(source, 0, region, (1 << 63) - 5, 10)
+    assert target.read(region, 0, size + 1100) == other
+
+
 def test_stat(target: TargetHandle) -> None:
     start = time.time_ns() - 1_000_000_000
     region = target.create(10)

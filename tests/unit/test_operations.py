@@ -39,15 +39,16 @@ CHANGES_NOTHING = """
     readlink resolve room seek size stat summed sync unpin used uuid verify watch
 """.split()
 REPEATABLE_CHANGES = """
-    allocate punch_hole receive_outcome resize setattr setxattr survey write write_vector zero_range
+    allocate copy_range punch_hole receive_outcome resize setattr setxattr survey write write_vector
+    zero_range
 """.split()
 NOT_REPEATED_READS = "grant join leave".split()
 WAITING = """
-    adopt allocate commit copy fsync graft migrate persist persist_vector punch_hole read_vector
-    receive_commit receive_finish receive_outcome resize seek survey sync update verify write_vector
-    zero_range
+    adopt allocate clone commit copy copy_range fsync graft migrate persist persist_vector
+    punch_hole read_vector receive_commit receive_finish receive_outcome resize seek survey sync
+    update verify write_vector zero_range
 """.split()
-LONG = "copy graft survey".split()
+LONG = "clone copy copy_range graft survey".split()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -88,7 +88,7 @@ def wait_all(link: Link, requests: Sequence[PendingRequest]) -> Any:
     return result
 
 
-CREATE = ("create", "create_and_write")
+CREATE = ("clone", "create", "create_and_write")
 
 
 class DirectLink:

@@ -211,6 +211,16 @@ OPERATIONS: dict[str, Operation] = {
         {**_RANGE, "keep_size": FLAG}, NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True
     ),
     "punch_hole": Operation(_RANGE, NOTHING, _CHANGE, _BYTES_OF, repeatable=True, waits=True),
+    "copy_range": Operation(
+        {
+            "region": REGION, "offset": INTEGER, "source": REGION, "source_offset": INTEGER,
+            "size": INTEGER,
+        },
+        INTEGER, _CHANGE, _BYTES_OF, repeatable=True, waits=True, long=True,
+    ),
+    "clone": Operation(
+        {"region": REGION, "persist": FLAG}, REGION, _CHANGE, _NAMES, waits=True, long=True
+    ),
     "seek": Operation(
         {"region": REGION, "offset": INTEGER, "hole": FLAG},
         OPTIONAL_INTEGER, _READ, _NOTHING, repeatable=True, waits=True,

@@ -12,6 +12,7 @@ from warabi import errors
 from warabi._core.changes import CONTENT, Changes
 from warabi._core.extents import EXTENTS, Extent, groups, pack, total
 from warabi.local.aio_link import ERASE_PATIENCE, GetBuffer
+from warabi.local.link import CREATE
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
@@ -74,7 +75,7 @@ class AsyncWireLink:
             eager, data = bytes(data), None
         header = (self._provider_id, request.what, arguments, eager)
         soon = request.what != "watch"
-        if request.what in ("create", "create_and_write"):
+        if request.what in CREATE:
             self._connection.undo_later(request, [self._provider_id, "erase"])
         return await self._connection.request(request, header, data, soon=soon)
 

@@ -1,4 +1,4 @@
-"""Operations of a target that allocate, zero, free and find extents of regions.
+"""Operations of a target that allocate, zero, free, find and copy extents of regions.
 
 Each change here excludes all other calls from the region, as a change of its size does.  A change
 of bytes first revokes the region's grants: a guest in the middle of an access notices that, and
@@ -12,10 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from warabi._core.buffers import checked_size
+from warabi.errors import OutOfBounds
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 from warabi.target.state import LONG, not_in_a_loop
 from warabi.target.target import Target
+
+_MOST_COPIED = 256 * 1024 * 1024
+"""Bytes that are copied while other calls wait for the region."""
 
 
 def allocate(
@@ -78,8 +82,7 @@ def seek(target: Target, region: RegionID, offset: int, hole: bool) -> int | Non
         StorageError, CorruptTarget: the medium.
     """
     offset = checked_size(offset, "seek: offset")
-    inode = target.locks.enter(region, "seek", True)
-    try:
+    with _entered(target, region, "seek") as inode:
         end = inode.size
         if offset >= end:
             return None
@@ -87,8 +90,53 @@ def seek(target: Target, region: RegionID, offset: int, hole: bool) -> int | Non
             not_in_a_loop()
         found = target.state.storage.seek(region, offset, end, hole=hole)
         return found if hole or found < end else None
+
+
+def copy_range(
+    target: Target, region: RegionID, offset: int, source: RegionID, source_offset: int, size: int
+) -> int:
+    """Copy *size* bytes at *source_offset* of the region *source* to *offset* of *region*, which
+    grows if they end beyond it; returns how many bytes were copied.
+
+    They are fewer if *source* ends before, or if it were so many that other calls would have to
+    wait for long.  Holes are preserved; blocks are shared if the file system supports it.
+
+    Raises:
+        InvalidRegion, OutOfBounds: the arguments; among them extents of one region that overlap.
+        StorageFull, StorageError, CorruptTarget: the storage; the bytes at *offset* are undefined
+            then, the size is unchanged.
+    """
+    source_offset = checked_size(source_offset, "copy_range: source offset")
+    end = _end(offset, size, "copy_range")
+    if region == source and offset < source_offset + size and source_offset < end:
+        raise OutOfBounds(f"copy_range: the extents of {region!r} overlap")
+    with _copying(target, region, source) as (change, original):
+        size = min(size, _MOST_COPIED, max(0, original.size - source_offset))
+        if size:
+            change.copy(original, source_offset, offset, size)
+        return size
+
+
+def clone(target: Target, region: RegionID, persist: bool = False) -> RegionID:
+    """A new region without a name that has the bytes that *region* has at one instant.
+
+    Writers of *region* wait until it is copied, which takes no time if the file system can share
+    blocks.  Holes are preserved.
+
+    Raises:
+        InvalidRegion: unknown or erased.
+        StorageFull, StorageError, CorruptTarget: the storage or the quota; there is no copy then.
+    """
+    source = target.locks.enter_exclusive(region, "clone", True)
+    try:
+        target.sharing.quieten(source)
+        with target.filling(source.size) as copy:
+            target.state.storage.copy_range(region, 0, copy.rid, 0, source.size)
+            if persist:
+                target.committer.persist(copy, 0, copy.size)
+        return copy.rid
     finally:
-        target.locks.leave(inode)
+        target.locks.leave_exclusive(source)
 
 
 def _end(offset: int, size: int, what: str) -> int:
@@ -150,6 +198,60 @@ class _Change:
             self.revoke_grants()
             self.began = True
             self.target.state.storage.zero(self.inode.rid, start, end - start, free=free)
+
+    def copy(self, source: Inode, source_offset: int, offset: int, size: int) -> None:
+        """Copy *size* bytes of *source*, which the caller has entered, to *offset*."""
+        target, inode, end = self.target, self.inode, offset + size
+        rid, storage = inode.rid, target.state.storage
+        growing = end > inode.size
+        if growing:
+            with target.state.lock:
+                target.sizes.reserve(end - inode.size, self.what)
+            storage.check(rid, inode.size)
+        self.revoke_grants()
+        self.began = True
+        try:
+            if growing:
+                target.sizes.resize(inode, end)
+            storage.copy_range(source.rid, source_offset, rid, offset, size)
+        except BaseException:
+            if growing:
+                storage.resize(rid, inode.size)
+            raise
+        if growing:
+            target.sizes.set(inode, end)
+
+
+@contextmanager
+def _copying(target: Target, region: RegionID, source: RegionID) -> Iterator[tuple[_Change, Inode]]:
+    """Enter *source*, and exclude other calls from *region*, while the block copies.
+
+    In the order of their IDs, so that no two copies wait for each other.
+    """
+    if region == source:
+        with _closed(target, region, "copy_range", 0) as change:
+            yield change, change.inode
+    elif source < region:
+        with (
+            _entered(target, source, "copy_range") as original,
+            _closed(target, region, "copy_range", 0) as change,
+        ):
+            yield change, original
+    else:
+        with (
+            _closed(target, region, "copy_range", 0) as change,
+            _entered(target, source, "copy_range") as original,
+        ):
+            yield change, original
+
+
+@contextmanager
+def _entered(target: Target, region: RegionID, what: str) -> Iterator[Inode]:
+    inode = target.locks.enter(region, what, True)
+    try:
+        yield inode
+    finally:
+        target.locks.leave(inode)
 
 
 @contextmanager

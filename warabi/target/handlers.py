@@ -15,7 +15,14 @@ from warabi.errors import InvalidRegion
 from warabi.metadata.namespace import Namespace
 from warabi.protocol.operations import OPERATIONS, PAGE, Served
 from warabi.region import RegionID
-from warabi.target.extents import allocate, punch_hole, seek, zero_range
+from warabi.target.extents import (
+    allocate,
+    clone,
+    copy_range,
+    punch_hole,
+    seek,
+    zero_range,
+)
 from warabi.target.graft import adopt, graft
 from warabi.target.snapshot import copy, survey
 from warabi.target.target import Target
@@ -75,6 +82,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "zero_range": zero_range,
     "punch_hole": punch_hole,
     "seek": seek,
+    "copy_range": copy_range,
+    "clone": clone,
     "size": Target.size,
     "stat": _stat_with_some_names,
     "list": lambda target, after, limit: target.list(after, min(limit, PAGE)),

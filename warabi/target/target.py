@@ -192,12 +192,19 @@ class Target:
         """A new region of just *data*; when anything fails, no region remains."""
         view = readable(data, "create_and_write: data")
         fresh = self._storage.written(view)
-        inode = self._new(len(view), fresh, entered=True)
-        try:
+        with self.filling(len(view), fresh) as inode:
             if view and fresh is None:
                 self._storage.write(inode.rid, 0, view)
             if persist:
                 self.committer.persist(inode, 0, len(view))
+        return inode.rid
+
+    @contextmanager
+    def filling(self, size: int, fresh: Fresh | None = None) -> Iterator[Inode]:
+        """A new region of *size* bytes, which the block writes; when that fails, none remains."""
+        inode = self._new(size, fresh, entered=True)
+        try:
+            yield inode
         except BaseException:
             # Not by `erase`, which a target that is about to close refuses.
             with self.state.guard.lock, self.state.guard.checked:
@@ -206,8 +213,7 @@ class Target:
                     self.erasure.discard(inode)
             raise
         finally:
-            self._leave(inode, wrote=bool(view))
-        return inode.rid
+            self._leave(inode, wrote=bool(size))
 
     def write(
         self, region: RegionID, offset: int, data: Any, persist: bool = False,

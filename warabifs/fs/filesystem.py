@@ -566,6 +566,29 @@ class FileSystem:
         if self.appends and not mode & KEEP_SIZE:
             self.note_written(ino, offset + size)
 
+    async def copy_range(
+        self, source: tuple[int, int, int], place: tuple[int, int, int], size: int,
+        who: int = 0, kill_setid: bool = False,
+    ) -> int:  # fmt: skip
+        """Copy up to *size* bytes between open files, each an inode, handle and offset; how many.
+
+        *who* and *kill_setid* are as in :meth:`write`.
+        """
+        (*source_file, start), (*file, offset) = source, place
+        original, region = self._region_of(*source_file), self._region_of(*file)
+        if self.writes.under_way:
+            await self.writes.read(original, who, start, size)
+            await self.writes.follow(region, offset, size)
+        with self.writes.one(region, who, offset, size):
+            if kill_setid:
+                await self._kill_setid(place[0])
+            count: int = await self._target.call(
+                "copy_range", region, offset, original, start, size
+            )
+        if self.appends:
+            self.note_written(place[0], offset + count)
+        return count
+
     async def seek(self, ino: int, handle: int, offset: int, hole: bool) -> int | None:
         """The first offset from *offset* on at which the file has data, or with *hole* a hole; the
         end of the file counts as one.  None if there is none."""

@@ -551,7 +551,17 @@ class Operations:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             return errno.EINVAL
         found = await self._files.seek(header.node, handle, offset, whence == os.SEEK_HOLE)
-        return errno.ENXIO if found is None else protocol.SOUGHT.pack(found)
+        return errno.ENXIO if found is None else protocol.NUMBER.pack(found)
+
+    @_handles(Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64)
+    async def copy_file_range(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, node, to, at, size = protocol.COPY_FILE_RANGE.unpack_from(body)
+        count = await self._files.copy_range(
+            (header.node, handle, offset), (node, to, at), size, header.pid, header.uid != 0
+        )
+        if header.opcode == Opcode.COPY_FILE_RANGE:
+            return protocol.written(count)
+        return protocol.NUMBER.pack(count)
 
     @_handles(Opcode.FLUSH)
     async def flush(self, header: Header, body: memoryview) -> Answer:

@@ -67,6 +67,8 @@ class Opcode(IntEnum):
     READDIRPLUS = 44
     RENAME2 = 45
     LSEEK = 46
+    COPY_FILE_RANGE = 47
+    COPY_FILE_RANGE_64 = 53
 
 
 class Feature:
@@ -171,7 +173,10 @@ WRITE = struct.Struct("=QQIIQII")
 HANDLE = struct.Struct("=QI")  # handle, flags
 FALLOCATE = struct.Struct("=QQQI")  # handle, offset, size, mode of fallocate(2)
 LSEEK = struct.Struct("=QQI")  # handle, offset, SEEK_DATA or SEEK_HOLE
-SOUGHT = struct.Struct("=Q")  # the offset that was found
+COPY_FILE_RANGE = struct.Struct("=QQQQQQ")
+"""Handle and offset to copy from; inode, handle and offset to copy to; size; flags follow."""
+NUMBER = struct.Struct("=Q")
+"""The answer to a LSEEK, an offset, and to a COPY_FILE_RANGE_64, a size."""
 SETXATTR = struct.Struct("=II")  # size, flags
 SIZE = struct.Struct("=II")
 
