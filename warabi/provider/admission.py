@@ -1,4 +1,4 @@
-"""Which connections an engine keeps, and how much each may have under way.
+"""Admission control: limits on an engine's connections, and on pending requests of each.
 
 Used from one Trio loop; nothing here is thread-safe.
 """
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Visitor:
-    """A connection from its arrival to its end.
+    """A connection from accept(2) to its end.
 
     Args:
-        host: whose it is; empty for this one's user.
-        drop: ends the connection, before it has opened.
+        host: the peer's host; empty for local connections.
+        drop: closes the connection before its handshake has completed.
     """
 
     def __init__(self, host: str, drop: Callable[[], None]) -> None:
@@ -31,20 +31,20 @@ class Visitor:
 
 
 class Admission:
-    """The connections of one engine, those that have opened and those that have not.
+    """The connections of one engine, before and after the handshake.
 
-    They have limits of their own, so that peers which connect and say nothing keep out nobody
-    else.
+    These have separate limits, so that peers which connect without completing the handshake do not
+    block other clients.
     """
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
-        self._unopened: dict[Visitor, None] = {}  # the oldest first
+        self._unopened: dict[Visitor, None] = {}  # oldest first
         self._opened: set[Visitor] = set()
         self._hosts: Counter[str] = Counter()
 
     def arrive(self, visitor: Visitor) -> None:
-        """Somebody connected; the oldest of those that have not opened may have to go."""
+        """Add a new connection; may drop the oldest one without a completed handshake."""
         self._unopened[visitor] = None
         if len(self._unopened) > self._limits.unopened:
             oldest = next(iter(self._unopened))
@@ -53,10 +53,10 @@ class Admission:
             oldest.drop()
 
     def admit(self, visitor: Visitor) -> None:
-        """The connection has opened.
+        """Admit a connection whose handshake has completed.
 
         Raises:
-            ConnectionFailed: there are too many; it has to be ended.
+            ConnectionFailed: there are too many; the caller must close it.
         """
         self._unopened.pop(visitor, None)
         limits = self._limits
@@ -71,7 +71,7 @@ class Admission:
         self._hosts[visitor.host] += 1
 
     def leave(self, visitor: Visitor) -> None:
-        """The connection ended, whether it was admitted or not."""
+        """Remove a closed connection, whether it was admitted or not."""
         self._unopened.pop(visitor, None)
         if visitor in self._opened:
             self._opened.remove(visitor)
@@ -81,13 +81,13 @@ class Admission:
 
 
 class Budget:
-    """What one connection may have under way: requests, and their bytes.
+    """Limits on the pending requests of one connection, and their bytes.
 
     Only one task may acquire.
 
     Args:
-        requests: how many at once.
-        outstanding: how many bytes at once.
+        requests: most pending requests.
+        outstanding: most bytes of pending requests.
     """
 
     def __init__(self, requests: int, outstanding: int) -> None:
@@ -97,11 +97,11 @@ class Budget:
 
     @property
     def under_way(self) -> int:
-        """How many requests are."""
+        """Number of pending requests."""
         return self._most - self._requests
 
     async def acquire(self, size: int) -> None:
-        """Return when another request, of *size* bytes at most ``outstanding``, may be started."""
+        """Wait until another request, of *size* bytes (at most ``outstanding``), may start."""
         while self._requests < 1 or self._bytes < size:
             self._returned = trio.Event()
             await self._returned.wait()
@@ -109,7 +109,7 @@ class Budget:
         self._bytes -= size
 
     def release(self, size: int) -> None:
-        """A request that was acquired with *size* has been answered."""
+        """Release a request of *size* bytes that was completed."""
         self._requests += 1
         self._bytes += size
         self._returned.set()

@@ -1,9 +1,9 @@
-"""Transfer managers: where the bytes of large requests are between socket and storage.
+"""Transfer managers: buffers for the data of large requests between socket and storage.
 
-``__default__`` takes a buffer of a transfer's size each time.  ``pipeline`` has a fixed set of
-buffers, made when the provider starts, shared by all its clients: larger transfers go through
-them in chunks, one being received or sent while others are being stored or loaded, and who
-finds no free buffer waits for one.  So a pipeline's memory does not grow with clients or sizes.
+``__default__`` allocates a buffer of a transfer's size each time.  ``pipeline`` has a fixed set of
+buffers, allocated when the provider starts, shared by all its clients: larger transfers use them in
+chunks, one being received or sent while others are being stored or loaded, and a transfer waits if
+no buffer is free.  So a pipeline's memory does not grow with the number of clients or sizes.
 
 Used from one Trio loop; nothing here is thread-safe.
 """
@@ -25,47 +25,48 @@ from warabi.provider.channel import STALL_PATIENCE
 from warabi.region import RegionID
 from warabi.target.target import Target
 
-_SPARE = 8 * 1024 * 1024  # bytes of buffers that the default manager keeps, at most
-_SPARE_COUNT = 16  # how many these may be
+_SPARE = 8 * 1024 * 1024  # most bytes of spare buffers of the default manager
+_SPARE_COUNT = 16  # most spare buffers
 
 
 class Transfers(ABC):
-    """Gives out buffers.
+    """Allocates buffers.
 
     Attributes:
-        chunk: bytes of the largest buffer; larger transfers are cut into chunks of that size.
-        patience: seconds for which a peer may keep a buffer waiting.
+        chunk: bytes of the largest buffer; larger transfers are split into chunks of that size.
+        patience: seconds that a slow peer may occupy a buffer.
     """
 
     chunk: int
     patience: float
 
     async def acquire(self, size: int) -> memoryview:
-        """A view of *size* bytes, at most ``chunk``, with undefined content; give it back."""
+        """Return a view of *size* bytes, at most ``chunk``, with undefined contents; release it
+        after use."""
         while (view := self.acquire_nowait(size)) is None:
             await self._wait()
         return view
 
     @abstractmethod
     def acquire_nowait(self, size: int) -> memoryview | None:
-        """As :meth:`acquire`, or None when it would have to wait."""
+        """The same as :meth:`acquire`, or None if it would have to wait."""
 
     @abstractmethod
     def release(self, view: memoryview) -> None:
-        """Give back what was acquired."""
+        """Release an acquired view."""
 
     @abstractmethod
     async def _wait(self) -> None:
-        """Until a buffer may be free."""
+        """Wait until a buffer may be free."""
 
 
 class DefaultTransfers(Transfers):
-    """A buffer for every transfer, the last ones kept for the next of about the same size."""
+    """Allocates a buffer for every transfer, and keeps recent ones for similar sizes."""
 
     def __init__(self) -> None:
         self.chunk = Limits().payload
-        self.patience = math.inf  # such a peer keeps nobody else waiting
-        self._spare: list[bytearray] = []  # the latest last; their sizes are powers of two
+        self.patience = math.inf  # a slow peer does not block others
+        self._spare: list[bytearray] = []  # most recent last; sizes are powers of two
 
     def acquire_nowait(self, size: int) -> memoryview | None:
         room = 1 << (size - 1).bit_length() if size > 1 else 1
@@ -86,16 +87,16 @@ class DefaultTransfers(Transfers):
 
 
 class PipelineTransfers(Transfers):
-    """Pools of buffers, each pool's larger than those of the one before.
+    """Pools of buffers; each pool has larger buffers than the previous one.
 
     Args:
-        num_pools: how many pools.
-        num_buffers_per_pool: how many buffers in each.
+        num_pools: number of pools.
+        num_buffers_per_pool: number of buffers in each.
         first_buffer_size: bytes of a buffer in the first pool.
-        buffer_size_multiplier: how much larger those of the next one are.
+        buffer_size_multiplier: growth of the buffer size from one pool to the next.
 
     Raises:
-        ConfigError: this machine has not so much memory.
+        ConfigError: the machine has too little memory.
     """
 
     def __init__(
@@ -134,12 +135,12 @@ class PipelineTransfers(Transfers):
         owner = view.obj
         assert isinstance(owner, bytearray)
         self._free[len(owner)].append(owner)
-        # All of them: the first in line may need a larger buffer than this one.
+        # Wake all: the first in the queue may need a larger buffer than this one.
         self._waiting.unpark_all()
 
 
 def part(extents: list[Extent], start: int, end: int) -> list[Extent]:
-    """The extents of the bytes from *start* to *end* of what *extents* hold together."""
+    """Return the extents of the bytes from *start* to *end* of the concatenated *extents*."""
     found = []
     for offset, size in extents:
         low, high = max(start, 0), min(end, size)
@@ -154,7 +155,7 @@ def part(extents: list[Extent], start: int, end: int) -> list[Extent]:
 async def store(
     target: Target, region: RegionID, extents: list[Extent], data: Any, extend: bool
 ) -> None:
-    """Write *data* to *extents*, without keeping the loop waiting."""
+    """Write *data* to *extents*, without blocking the loop."""
     if len(extents) == 1:
         await async_ops.write(target, region, extents[0][0], data, False, extend)
     else:
@@ -165,10 +166,10 @@ async def load(
     target: Target, region: RegionID, extents: list[Extent], place: memoryview, short: bool,
     *, wait: bool = True,
 ) -> None:  # fmt: skip
-    """Fill *place* from *extents*, without keeping the loop waiting.
+    """Fill *place* from *extents*, without blocking the loop.
 
-    With *short*, of a single extent, what the region no longer has reads as zero.  Without *wait*
-    ``WouldBlock`` is raised where the medium would have to be waited for.
+    With *short*, for a single extent, bytes beyond the region's end read as zero.  Without *wait*
+    ``WouldBlock`` is raised instead of waiting for stable storage.
     """
     if len(extents) == 1:
         offset = extents[0][0]

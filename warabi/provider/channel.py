@@ -1,7 +1,7 @@
-"""One connection's bytes on the provider's side: events in, frames out, on a Trio socket.
+"""The provider's side of one connection: events in, frames out, on a Trio socket.
 
-What goes over the socket may be TLS (``protocol/transport.py``); who is at its other end is found
-out before anything else is taken from it (``protocol/handshake.py``).
+The socket may use TLS (``protocol/transport.py``); the peer is authenticated before anything else
+is accepted from it (``protocol/handshake.py``).
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from warabi.protocol.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
 from warabi.provider.idle_connections import TURN, Crowd, Serve
 
 OPENING_PATIENCE = 10.0
-"""Seconds that a peer has for its opening, with everything that belongs to it."""
+"""Seconds in which a peer must complete its handshake."""
 STALL_PATIENCE = 60.0
-"""Seconds that a peer may take for each ``STALL_SIZE`` bytes that go through shared buffers."""
+"""Seconds that a peer may take for each ``STALL_SIZE`` bytes that use shared buffers."""
 STALL_SIZE = 4 * 1024 * 1024
 _PIECES = 2_000_000
-"""Nanoseconds after which others get a turn while the pieces of a payload are looked for."""
-_ONE = memoryview(bytearray(1))  # what is looked at goes there, and is received later
-_UNREAD = 64  # pieces of input that are thrown away at the end
+"""Nanoseconds of polling for chunks of a payload after which other tasks get a turn."""
+_ONE = memoryview(bytearray(1))  # for MSG_PEEK
+_UNREAD = 64  # reads of unused input when closing
 _UNREAD_PIECE = 256 * 1024
 
 
 class Channel:
     """A connected socket and the protocol on it.
 
-    One task receives, or the crowd's leader for it.  Any number send; a frame, or a :meth:`stream`
-    of several parts, is never mixed with another's.
+    One task receives, or the leader of the idle connections does for it.  Any number of tasks send;
+    a frame, or a :meth:`stream` of several parts, is never interleaved with another's.
 
-    What can be received and sent at once is, without a turn of Trio's loop, which would cost more
-    than most requests.  The loop gets one when there is nothing to do, and after ``TURN``.
+    Data that can be received or sent at once are, without a turn of Trio's loop, which would cost
+    more than most requests.  The loop gets a turn when there is nothing to do, and after ``TURN``.
 
     Args:
         sock: the connected socket.
-        limits: what this side receives from those whom it has let in.
-        crowd: where all channels of the loop stand while nothing is under way on them.
+        limits: what this side accepts after authentication.
+        crowd: the idle connections of the loop.
 
     Attributes:
-        draining: no more is taken than has come in.
+        draining: only data that have already arrived are still accepted.
     """
 
     def __init__(
@@ -65,29 +65,29 @@ class Channel:
         self._crowd = crowd
         self._attention = self._crowd.attention
         self._lookout = self._crowd.lookout
-        self._turn = 0  # when this task last had one of Trio's loop
+        self._turn = 0  # time of this task's last checkpoint
         self._limits = limits
         self._connection = wire.ProtocolConnection(handshake.STRANGER)
         self._sending = trio.Lock()
         self.draining = False
-        self._deaf = False  # the peer no longer takes replies; its requests still count
+        self._deaf = False  # the peer no longer reads replies; its requests are still executed
         self.peer = Limits()
 
     def fileno(self) -> int:
-        """The socket's descriptor; -1 when it is closed."""
+        """The socket's descriptor; -1 if it is closed."""
         return self._socket.fileno()
 
     @property
     def limits(self) -> Limits:
-        """What this side receives, and allocates."""
+        """The limits of this side."""
         return self._limits
 
     async def open(self, security: Security, *, local: bool) -> Peer | None:
-        """Exchange openings and find out who the peer is; None when it closes instead.
+        """Execute the handshake; returns the peer, None if it closes the connection instead.
 
         Raises:
-            PermissionDenied: it may not come in.
-            ProtocolError, trio.TooSlowError, OSError: it is no peer of ours.
+            PermissionDenied: the peer is refused.
+            ProtocolError, trio.TooSlowError, OSError: the handshake failed.
         """
         with trio.fail_after(OPENING_PATIENCE):
             if security.tls is not None and not local:
@@ -120,23 +120,23 @@ class Channel:
                 done = tls.shake_hands()
             except (PermissionDenied, ProtocolError):
                 await self.send([tls.unsent() or NO_TLS])
-                self._deaf = True  # an alert is all that it may understand
+                self._deaf = True  # after a failed TLS handshake only an alert can be sent
                 raise
             if unsent := tls.unsent():
                 await self.send([unsent])
             if not done:
                 await trio.lowlevel.wait_readable(self._socket)
-                with contextlib.suppress(BlockingIOError):  # there was nothing, after all
+                with contextlib.suppress(BlockingIOError):  # spurious wake-up
                     tls.receive()
         self._transport = tls
         self._encrypted = True
 
     def _look(self, buffer: memoryview, began: int, look: bool, within: bool) -> int:
-        """Receive what comes without a turn for others; -1 when they have to get one."""
+        """Receive data without a checkpoint; -1 if other tasks must get a turn."""
         receive = self._transport.recv_into
         alone = self._attention.alone(self, began)
         count = -1
-        if alone or self._encrypted:  # of what was received before, something may be left there
+        if alone or self._encrypted:  # decrypted data may be left from before
             if within:
                 count = self._lookout.piece(receive, buffer, began, wait=alone)
                 self._lookout.moved(max(0, count))
@@ -159,7 +159,8 @@ class Channel:
         return count
 
     def _came(self, began: int, within: bool) -> None:
-        """Something came after a sleep, since *began*: a message, or within one, a piece."""
+        """Record that data arrived after blocking since *began*: a message or, *within* one, a
+        chunk."""
         if within:
             self._lookout.piece_came(began)
         else:
@@ -167,7 +168,7 @@ class Channel:
         self._turn = perf_counter_ns()
 
     async def _turn_within(self) -> int:
-        """Let others have a turn after many pieces of a message; returns the present time."""
+        """Let other tasks run after many chunks of a message; returns the current time."""
         now = perf_counter_ns()
         if now - self._turn > _PIECES:
             await trio.lowlevel.checkpoint()
@@ -175,17 +176,18 @@ class Channel:
         return now
 
     def drain(self) -> None:
-        """From now on :meth:`next_event` gives what has come in, and then None."""
+        """Make :meth:`next_event` return only events that have arrived, and then None."""
         self.draining = True
 
     async def next_event(self, *, look: bool = False, wait: bool = True) -> wire.Event | None:
-        """The next event, or None when the peer closed between two messages.
+        """Return the next event, or None if the peer closed the connection between two messages.
 
-        With *look* the loop may stand still for a moment, for nothing of this connection is under
-        way.  Without *wait* it is ``NEED_DATA`` if others had better get a turn before it comes.
+        With *look* it may poll for a moment, since no request of this connection is pending. 
+        Without
+        *wait* it returns ``NEED_DATA`` if other tasks should get a turn first.
 
         Raises:
-            ProtocolError: the peer broke a rule, or closed elsewhere.
+            ProtocolError: the peer violated the protocol, or closed within a message.
             OSError: the connection broke.
         """
         if perf_counter_ns() - self._turn > TURN:
@@ -196,7 +198,7 @@ class Channel:
                 last = self.event_nowait()
                 if last is not NEED_DATA:
                     return last
-                continue  # a part of a message, whose rest is waited for
+                continue  # a part of a message
             within = not self._connection.between_messages
             began = await self._turn_within() if within else perf_counter_ns()
             buffer = self._connection.buffer()
@@ -211,7 +213,7 @@ class Channel:
         return event
 
     def event_nowait(self) -> wire.Event | None:
-        """The next event in what is there, ``NEED_DATA`` if it is not whole; as
+        """Return the next event from received data, ``NEED_DATA`` if it is incomplete; otherwise as
         :meth:`next_event`."""
         connection = self._connection
         event = connection.next_event()
@@ -229,7 +231,7 @@ class Channel:
         return event
 
     async def stand(self, serve: Serve) -> None:
-        """As :meth:`warabi.provider.idle_connections.Crowd.stand`; only on a connection that is
+        """See :meth:`warabi.provider.idle_connections.Crowd.stand`; only if the connection is
         :attr:`plain`."""
         if self._socket.fileno() < 0:
             raise trio.ClosedResourceError
@@ -237,15 +239,15 @@ class Channel:
 
     @property
     def between_messages(self) -> bool:
-        """As of :class:`warabi.protocol.wire.ProtocolConnection`."""
+        """See :class:`warabi.protocol.wire.ProtocolConnection`."""
         return self._connection.between_messages
 
     async def fill(self, place: memoryview, patience: float = math.inf) -> None:
-        """Receive the next bytes of the current payload into *place*, all of it.
+        """Receive the next bytes of the current payload into *place*, filling it.
 
         Raises:
-            trio.TooSlowError: the peer took more than *patience* seconds for each ``STALL_SIZE``
-                bytes; a byte now and then is not enough.
+            trio.TooSlowError: the peer took more than *patience* seconds for ``STALL_SIZE`` bytes;
+                occasional single bytes do not reset this.
         """
         self._connection.accept_payload(place)
         with trio.fail_after(_scaled(patience, len(place))):
@@ -254,9 +256,9 @@ class Channel:
             raise ProtocolError("the peer closed the connection in the middle of a payload")
 
     async def readable(self) -> None:
-        """Return when the next piece of a payload is there, or the peer has gone.
+        """Return when the next chunk of a payload has arrived, or the peer has closed.
 
-        Only without TLS, with which the socket does not tell.
+        Only without TLS, where the socket does not tell.
         """
         began = await self._turn_within()
         alone = self._attention.alone(self, began)
@@ -269,25 +271,25 @@ class Channel:
 
     @property
     def plain(self) -> bool:
-        """Whether bytes go to and from the socket as they are."""
+        """Whether the connection is not encrypted."""
         return isinstance(self._transport, Plain)
 
     def arrived(self) -> memoryview:
-        """As :meth:`warabi.protocol.wire.ProtocolConnection.arrived`."""
+        """See :meth:`warabi.protocol.wire.ProtocolConnection.arrived`."""
         return self._connection.arrived()
 
     @property
     def alone(self) -> bool:
-        """Whether the next message is worth looking for at this connection only."""
+        """Whether to poll only this connection for the next message."""
         now = perf_counter_ns()
         return self._attention.alone(self, now) and self._lookout.until(now) > now
 
     def skip(self, count: int) -> None:
-        """As :meth:`warabi.protocol.wire.ProtocolConnection.skip`."""
+        """See :meth:`warabi.protocol.wire.ProtocolConnection.skip`."""
         self._connection.skip(count)
 
     def fill_nowait(self, place: memoryview) -> int:
-        """As :meth:`fill`, without waiting; returns how many bytes were there to be received."""
+        """The same as :meth:`fill`, without waiting; returns the number of bytes received."""
         connection = self._connection
         connection.accept_payload(place)
         try:
@@ -303,18 +305,18 @@ class Channel:
         return len(place)
 
     async def drop_payload(self) -> None:
-        """Receive what is left of the current payload into nothing."""
+        """Receive and discard the rest of the current payload."""
         self._connection.accept_payload(None)
         if await self.next_event() is not PAYLOAD_DONE:
             raise ProtocolError("the peer closed the connection in the middle of a payload")
 
     async def send(self, parts: Sequence[Part], descriptors: Sequence[int] = ()) -> None:
-        """Send *parts* as one; a peer that is gone is no error, for its requests still count.
+        """Send *parts* as one frame; ignores a closed peer, since its requests are still executed.
 
-        Over a local socket *descriptors* go with the first of them.
+        On a local socket *descriptors* are sent with the first part.
         """
         if not (descriptors or self._encrypted or self._sending.locked()):
-            # Most is sent with this, without the lock: nobody else has a turn meanwhile.
+            # Most frames are sent here, without the lock, since there is no checkpoint.
             try:
                 parts = self._send_some(parts)
             except BlockingIOError:
@@ -325,7 +327,7 @@ class Channel:
                 return
         if self._sending.locked():
             await self._sending.acquire()
-        else:  # acquire() would let others go first, between what is sent already and the rest
+        else:  # acquire() could interleave another frame
             self._sending.acquire_nowait()
         try:
             await self._send(parts, descriptors)
@@ -335,7 +337,7 @@ class Channel:
     def _send_some(
         self, parts: Sequence[Part], rights: Sequence[tuple[int, int, array.array[int]]] = ()
     ) -> Sequence[Part]:
-        """Send what the socket takes at once, and return the rest."""
+        """Send what the socket accepts at once, and return the rest."""
         sent: int = self._socket._sock.sendmsg(parts, rights)  # type: ignore[attr-defined]
         self._lookout.moved(sent)
         rest: list[Part] = []
@@ -366,7 +368,7 @@ class Channel:
             self._deaf = True
 
     def send_nowait(self, parts: Sequence[Part]) -> int:
-        """Send what the socket takes at once, in a :meth:`stream`; returns how many bytes.
+        """Send what the socket accepts at once, in a :meth:`stream`; returns the number of bytes.
 
         Parts that cannot be read are not sent.
         """
@@ -382,20 +384,22 @@ class Channel:
             return 0
 
     def stream(self, patience: float) -> Stream:
-        """A frame whose parts are sent one by one: ``async with channel.stream(...) as stream``.
+        """Return a context for sending a frame in parts: ``async with channel.stream(...) as
+        stream``.
 
-        Sending a part raises ``trio.TooSlowError`` when the peer takes less than ``STALL_SIZE``
-        bytes in *patience* seconds.
+        Sending a part raises ``trio.TooSlowError`` if the peer reads less than ``STALL_SIZE`` bytes
+        in
+        *patience* seconds.
         """
         return Stream(self, patience)
 
     def close(self) -> None:
-        """End the connection; replies that were sent arrive.
+        """Close the connection so that replies that were sent still arrive.
 
-        Input that nobody has read would have the kernel reset the connection, and what the peer has
-        not received by then would be lost.
+        Unread input would make the kernel reset the connection, and the peer would lose data that
+        it has not received yet.
         """
-        with contextlib.suppress(OSError):  # there is no more
+        with contextlib.suppress(OSError):  # nothing left to read
             for _ in range(_UNREAD):
                 if not self._socket._sock.recv(_UNREAD_PIECE):  # type: ignore[attr-defined]
                     break
@@ -404,12 +408,12 @@ class Channel:
 
 
 def _scaled(patience: float, size: int) -> float:
-    """Seconds for *size* bytes, from those for ``STALL_SIZE``, which are the fewest, too."""
+    """Return the timeout for *size* bytes, given that for ``STALL_SIZE``, which is the minimum."""
     return patience * max(1.0, size / STALL_SIZE)
 
 
 class Stream:
-    """The right to send, held for several parts; one that is left half way ends the connection."""
+    """The exclusive right to send several parts; an incomplete frame closes the connection."""
 
     def __init__(self, channel: Channel, patience: float) -> None:
         self._channel = channel
@@ -423,7 +427,7 @@ class Stream:
         return self
 
     async def send(self, *parts: Part) -> None:
-        """Send all of *parts*, however long it takes within the patience."""
+        """Send all of *parts*, within the timeout."""
         with trio.fail_after(_scaled(self._patience, sum(map(len, parts)))):
             await self._channel._send(parts)
 

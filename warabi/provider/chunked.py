@@ -1,5 +1,5 @@
-"""Transfers of more than a buffer holds, in chunks: one of them on the socket, while others are on
-their way to or from the storage."""
+"""Transfers larger than a buffer, in chunks: one chunk on the socket, while others are being stored
+or loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from warabi.region import RegionID
 
 
 async def upload(channel: Channel, request: TargetRequest) -> RegionID | None:
-    """Receive a chunk while those before it are being stored; returns what to answer."""
+    """Receive a chunk while previous ones are being stored; returns the result of the operation."""
     transfers = request.core.transfers
     failures: list[Exception] = []
     plan: TransferPlan | None = None
@@ -39,7 +39,7 @@ async def upload(channel: Channel, request: TargetRequest) -> RegionID | None:
                     transfers.release(view)
                     raise
                 stores.start_soon(_store_chunk, request, plan, start, end, view, failures)
-        except Exception as error:  # kept out of the nursery, which would wrap it in a group
+        except Exception as error:  # a nursery would wrap it in a group
             broken = error
     if plan.created and (broken or failures):
         request.target.erase(plan.region)
@@ -65,10 +65,10 @@ async def _store_chunk(
 
 
 async def download(channel: Channel, request: TargetRequest, plan: TransferPlan, size: int) -> None:
-    """Load a chunk while the one before it is being sent.
+    """Load a chunk while the previous one is being sent.
 
-    The first chunk is loaded before anything is sent, so what is wrong from the start is a
-    failure reply; later only the end of the connection can say so.
+    The first chunk is loaded before anything is sent, so that early errors are reported in a reply;
+    later ones can only close the connection.
     """
     transfers = request.core.transfers
     pieces = list(chunks(size, transfers.chunk))
@@ -79,7 +79,7 @@ async def download(channel: Channel, request: TargetRequest, plan: TransferPlan,
             await stream.send(wire.frame([request.number, None], size))
             for index, (start, end) in enumerate(pieces):
                 following = pieces[index + 1] if index + 1 < len(pieces) else None
-                # Never wait for a second buffer while holding one: others may do the same.
+                # Never wait for a second buffer while holding one, which could deadlock.
                 ahead = transfers.acquire_nowait(transfers.chunk) if following else None
                 failures: list[Exception] = []
                 async with trio.open_nursery() as nursery:
@@ -103,7 +103,7 @@ async def download(channel: Channel, request: TargetRequest, plan: TransferPlan,
 async def _load_chunk(
     request: TargetRequest, plan: TransferPlan, piece: tuple[int, int], view: memoryview
 ) -> None:
-    """Load the bytes from the one to the other end of *piece*, of all that *plan* is about."""
+    """Load the range *piece* of the bytes of *plan*."""
     start, end = piece
     pieces = part(plan.extents, start, end)
     await load(request.target, plan.region, pieces, view[: end - start], plan.short)
@@ -113,7 +113,7 @@ async def _load_ahead(
     request: TargetRequest, plan: TransferPlan, piece: tuple[int, int], view: memoryview,
     failures: list[Exception],
 ) -> None:  # fmt: skip
-    """As :func:`_load_chunk`, beside others: what it raises is added to *failures*."""
+    """The same as :func:`_load_chunk`, concurrently; errors are added to *failures*."""
     try:
         await _load_chunk(request, plan, piece, view)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What serves one provider ID."""
+"""The state of one provider: its target, configuration and migrations."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _THREADS = 16  # for asynchronous requests from the provider's own process
 
 
 class ProviderCore:
-    """What serves one provider ID: a target, or none yet.
+    """A provider: a target, or none yet, under one provider ID.
 
     Attributes:
         provider_id: 0 to 65535.
         target: the target; operations fail with ``TargetNotFound`` without one.
         transfers: its transfer manager.
-        abandoned: set when the last reference to the ``Provider`` object is gone.
-        config: its effective configuration, whose target is the one that it has now.
+        abandoned: set when the last reference to the ``Provider`` object is dropped.
+        config: its effective configuration, including that of its current target.
         changes: the gate that every change of the target passes.
-        sending: the latest migration of its target away, under way or ended.
-        receiving: the migration that brings it a target, while it is under way.
-        connect: a connection to an engine, for a migration alone.
-        on_adopt: called after a target was brought.
-        direct: reaches its regions past the target.
+        sending: the latest migration of its target to another provider, running or ended.
+        receiving: the running migration to this provider.
+        connect: opens a connection to an engine, for a migration.
+        on_adopt: called after a target was received.
+        direct: direct access to its regions from this process.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class ProviderCore:
         self.receiving: Receiving | None = None
         self.connect: Callable[[str], BlockingConnection] | None = None
         self.on_adopt: Callable[[ProviderCore], None] = lambda core: None
-        self._lock = threading.Lock()  # of what target it has, and whether it is closed
+        self._lock = threading.Lock()  # protects the target, and whether it is closed
         self._closed = False
-        self._gone = ""  # where its target went
+        self._gone = ""  # reason why the target is gone
         self._parents: Target | None = None  # in a forked child
         self._pool: ThreadPoolExecutor | None = None
         self.direct = LocalAccess(self)
@@ -65,13 +65,14 @@ class ProviderCore:
 
     def _forked(self) -> None:
         self._lock = threading.Lock()
-        # It stays referred to: to deallocate all that is in it would copy the parent's memory.
+        # Kept referenced: deallocating its contents would copy the parent's memory.
         self._parents, self._target = self._target, None
         self._gone = f"the target belongs to process {self._pid}, from which this one was forked"
         self.sending = self.receiving = self._pool = None
 
     def run_beside(self, work: Callable[[], None]) -> None:
-        """Have *work*, which waits for the medium, done by a thread; before :meth:`close` ends."""
+        """Run *work*, which waits for stable storage, in a thread that ends before :meth:`close`
+        does."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="warabi-async")
         self._pool.submit(work)
@@ -88,16 +89,16 @@ class ProviderCore:
         return self._target is not None
 
     def check_open(self) -> None:
-        """Raise ``ProviderNotFound`` once it is closed."""
+        """Raise ``ProviderNotFound`` if it is closed."""
         if self._closed:
             raise errors.ProviderNotFound(f"provider {self.provider_id} is closed")
 
     def begin_sending(self, sending: Sending) -> None:
-        """Let *sending* be the one migration of the target away.
+        """Register *sending* as the only migration of the target to another provider.
 
         Raises:
-            TargetNotFound, ProviderNotFound: there is nothing to send.
-            TargetBusy: another migration is under way.
+            TargetNotFound, ProviderNotFound: there is no target.
+            TargetBusy: another migration is in progress.
         """
         with self._lock:
             self.check_open()
@@ -109,12 +110,12 @@ class ProviderCore:
             self.sending = sending
 
     def begin_receiving(self, receiving: Receiving) -> None:
-        """Let *receiving* be the one migration that brings a target.
+        """Register *receiving* as the only migration to this provider.
 
         Raises:
-            ConfigError: there is a target already.
+            ConfigError: it already has a target.
             ProviderNotFound: it is closed.
-            TargetBusy: another migration is under way.
+            TargetBusy: another migration is in progress.
         """
         with self._lock:
             self.check_open()
@@ -129,7 +130,7 @@ class ProviderCore:
             self.receiving = receiving
 
     def adopt(self, target: Target, config: ProviderConfig) -> None:
-        """Serve *target*, which was brought; closes it and raises when this provider is closed."""
+        """Serve a received *target*; if this provider is closed, closes the target and raises."""
         with self._lock:
             if not self._closed:
                 self._target, self.config, self._gone = target, config, ""
@@ -139,9 +140,10 @@ class ProviderCore:
         self.on_adopt(self)
 
     def give_up(self, reason: str) -> Target:
-        """Serve no target any more; operations raise ``TargetNotFound`` with *reason*.
+        """Stop serving the target; operations raise ``TargetNotFound`` with *reason*.
 
-        Returns the target, which is the caller's to close.
+        Returns:
+            the target, which the caller must close.
         """
         with self._lock:
             target = self.target
@@ -151,7 +153,7 @@ class ProviderCore:
         return target
 
     def close(self) -> None:
-        """Finish what runs beside and close the target; ends a migration.  Idempotent."""
+        """Stop migrations, wait for background threads and close the target.  Idempotent."""
         with self._lock:
             self._closed = True
         if self.sending is not None:

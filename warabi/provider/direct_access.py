@@ -1,16 +1,17 @@
-"""The provider's part of direct access: what one connection was granted, and its descriptors.
+"""The provider's side of direct access: the grants of one connection, and its descriptors.
 
-A guest's connection does nothing else.  It sends ``join [writable]`` and gets ``[word offset, word
-value, writable]`` with four descriptors (life sign, table, marks or, when not writable, the table
-again, and its board), and then ``grant [region]``, which is answered by ``[index, stamp, offset,
-room, segment, mapped, waits, follows]``, of a :class:`~warabi.backends.base.Location`, and, if it
-*follows*, one descriptor.  ``make [size]`` creates a region and grants it: ``[region, ...]``, as
-for ``grant`` and with a descriptor of the region's own, or ``[region]`` where there is none.  Each
-is answered by ``None`` where direct access is not to be had.  Numbers are bytes but for
-``segment``, which names a descriptor that several regions share and that is sent once.
+A guest uses a separate connection for this.  It sends ``join [writable]`` and gets ``[word offset,
+word value, writable]`` with four descriptors (liveness word, table, last-write times or, when not
+writable, the table again, and its hazard slots), and then ``grant [region]``, whose result is
+``[index, version, offset, room, segment, mapped, waits, follows]``, of a
+:class:`~warabi.backends.base.Location`, and, if it *follows*, one descriptor.  ``make [size]``
+creates a region and grants it: ``[region, ...]``, as for ``grant`` and with a descriptor of the
+region's own, or ``[region]`` if it cannot be granted.  The result is ``None`` if direct access is
+not possible.  Numbers are bytes except ``segment``, which identifies a descriptor that several
+regions share and that is sent once.
 
-A guest that says ``leave`` touches nothing any more.  One whose connection ends without that may
-still be in the middle of an access, so it counts as there until its process has ended.
+After sending ``leave`` a guest accesses nothing any more.  If its connection ends without that, an
+access may still be pending, so it stays registered until its process has exited.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ log = logging.getLogger(__name__)
 
 
 class Host:
-    """What the guests of one connection hold.
+    """The guests of one connection.
 
     Args:
-        life: of the loop's thread.
-        pid: of the guest's process; 0 when it cannot be seen from here.
+        life: the liveness words of the loop's thread.
+        pid: ID of the guest's process; 0 if it is not visible here.
     """
 
     def __init__(self, life: LifeSigns, pid: int) -> None:
         self._life = life
         self._pid = pid
-        self._process = -1  # a descriptor that tells when it ends
+        self._process = -1  # pidfd
         self._waiting = trio.CancelScope()
         self._guest: GrantHolder | None = None
         self._target: Target | None = None
@@ -53,7 +54,7 @@ class Host:
     async def answer(
         self, target: Target, name: str, arguments: list[Any]
     ) -> tuple[Any, list[int]]:
-        """The result of an operation, and descriptors for the caller to send and close."""
+        """Return the result of an operation, and descriptors for the caller to send and close."""
         if name == "join":
             return self._join(target, arguments[0])
         if self._guest is None or target is not self._target:
@@ -104,7 +105,7 @@ class Host:
         region = target.make(size, guest.number)
         try:
             granted = target.grant(region, guest.number, writable=True, wait=False)
-        except (errors.Exception, WouldBlock):  # somebody found it, and was at it already
+        except (errors.Exception, WouldBlock):  # another client has found and is using it
             granted = None
         if granted is not None and granted.place.segment:
             os.close(granted.place.fd)
@@ -124,8 +125,8 @@ class Host:
             self._life.drop()
 
     async def end(self) -> None:
-        """The connection has ended: return when the guest can touch nothing more, or at
-        :meth:`drain`, when the target's end takes care of it."""
+        """After the end of the connection: return when the guest cannot access anything any more,
+        or at :meth:`drain`, since closing the target handles it then."""
         try:
             if self._guest is not None and self._target is not None:
                 self._target.sharing.asks_no_more(self._guest)
@@ -139,5 +140,5 @@ class Host:
                 os.close(self._process)
 
     def drain(self) -> None:
-        """Wait for no guest."""
+        """Do not wait for guests."""
         self._waiting.cancel()

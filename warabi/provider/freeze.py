@@ -1,8 +1,8 @@
-"""Changes of a provider's target wait while it is being migrated.
+"""Gate that blocks changes of a provider's target while it is being migrated.
 
-Every change through a provider passes its gate: from the wire in ``session.py``, in the process
-in ``remote/link.py``.  Processes that reach regions directly do not pass it: ``pause_sharing``
-sends them to the provider, and so here.
+Every change through a provider passes its gate: requests in ``session.py``, calls in the process in
+``remote/link.py``.  Processes with direct access do not pass it: ``pause_sharing`` revokes their
+grants, so that they send requests.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from warabi.errors import ConnectionLost, TimedOut
 
 
 class ChangeGate:
-    """A context that a change runs in: ``with gate``; entering waits until the gate is open.
+    """A context for a change: ``with gate``; entering waits until the gate is open.
 
-    Thread-safe.  In a program's main thread it is entered under ``interrupts.uninterrupted`` only.
-    Who enters counts itself and then looks whether the gate is closed; who closes
-    it does so and then counts: one of them sees the other, and an open gate costs no lock.
+    Thread-safe.  In a program's main thread it must be entered under ``interrupts.uninterrupted``.
+    Entering first increments the count and then checks whether the gate is closed; closing first
+    sets that and then checks the count: at least one sees the other, and an open gate needs no
+    lock.
     """
 
     def __init__(self) -> None:
-        self._inside: list[None] = []  # its length counts; append and pop are atomic
-        self._frozen = False  # changed with the lock held
+        self._inside: list[None] = []  # its length is the count; append and pop are atomic
+        self._frozen = False  # modified with the lock held
         self._lock = threading.Lock()  # innermost
         self._changed = threading.Condition(self._lock)
-        self._wakers: list[Callable[[], None]] = []  # of Trio tasks that wait
+        self._wakers: list[Callable[[], None]] = []  # wake waiting Trio tasks
 
     def __enter__(self) -> None:
         self._inside.append(None)
@@ -58,7 +59,7 @@ class ChangeGate:
         return self._frozen
 
     def enter_nowait(self) -> bool:
-        """Enter if that is possible at once."""
+        """Enter if the gate is open; whether it was."""
         self._inside.append(None)
         if self._frozen:
             self.leave()
@@ -66,7 +67,7 @@ class ChangeGate:
         return True
 
     async def enter(self) -> None:
-        """Enter, without keeping the loop waiting."""
+        """Enter, without blocking the loop."""
         while not self.enter_nowait():
             opened = trio.Event()
             token = trio.lowlevel.current_trio_token()
@@ -80,7 +81,7 @@ class ChangeGate:
             await opened.wait()
 
     def leave(self) -> None:
-        """As the end of the context, after :meth:`enter_nowait` or :meth:`enter`."""
+        """Leave, after :meth:`enter_nowait` or :meth:`enter`."""
         self._inside.pop()
         if self._frozen:
             self._tell()
@@ -90,11 +91,11 @@ class ChangeGate:
             self._changed.notify_all()
 
     def freeze(self, patience: float, stopped: Callable[[], bool]) -> None:
-        """Close the gate and return when the changes inside have ended; only one may.
+        """Close the gate and return when pending changes have ended; only one thread may do this.
 
         Raises:
-            TimedOut: they have not, after *patience* seconds; the gate is open again.
-            ConnectionLost: *stopped* became true meanwhile; the gate is open again.
+            TimedOut: they have not ended after *patience* seconds; the gate is open again.
+            ConnectionLost: *stopped* became true; the gate is open again.
         """
         deadline = time.monotonic() + patience
         with self._lock:
@@ -121,6 +122,6 @@ class ChangeGate:
         self._frozen = False
         self._changed.notify_all()
         for wake in self._wakers:
-            with contextlib.suppress(trio.RunFinishedError):  # and so has the task
+            with contextlib.suppress(trio.RunFinishedError):  # the task has ended, too
                 wake()
         self._wakers.clear()

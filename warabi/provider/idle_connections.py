@@ -1,16 +1,16 @@
-"""Connections on which nothing is under way, all served by one task.
+"""Idle connections: connections without pending requests share one epoll(7) and one task.
 
 A turn of Trio's loop for each request of each connection would cost as much as the request.  So
-connections whose own tasks have nothing to do *stand* here, in one epoll(7), and one task, the
-leader, serves those on which something has come, one request of each in turn.  What it begins
-mostly ends without waiting.  What does wait is carried on by the task that began it, while another
-one leads; then that connection's own task goes on.
+connections whose own tasks have nothing to do wait here, and one task, the *leader*, serves those
+that become readable, one request of each in turn.  Most requests complete without blocking.  If one
+blocks, the task that started it continues it, another task becomes the leader, and afterwards the
+connection's own task resumes.
 
-The own task is parked meanwhile, until what was begun for it has ended, so two tasks never serve
-one connection.  Who cancels it cancels what was begun.
+The connection's own task is suspended until a request that was started for it has ended, so two
+tasks never serve one connection.  Cancelling it cancels the request.
 
-When nothing has come, the leader looks for a moment before it sleeps, if it came so soon before
-(``eventloop/busy_poll.py``), and if nothing is under way that would have to wait for it.
+If nothing is readable, the leader polls for a moment before it blocks, if messages arrived soon
+before (``eventloop/busy_poll.py``), and no pending request would be delayed.
 
 Used from one Trio loop; nothing here is thread-safe.
 """
@@ -32,29 +32,29 @@ from warabi.eventloop.busy_poll import Attention, Lookout
 from warabi.eventloop.eager_start import continued
 
 TURN = 250_000
-"""Nanoseconds for which requests are served before other tasks get a turn."""
+"""Nanoseconds of serving requests after which other tasks get a turn."""
 _LONG_TURN = 1_000_000
-"""The same where nobody waits but those who come and go."""
+"""The same if only connecting and disconnecting tasks wait."""
 _IDLE = 8
-"""Workers that are kept for later."""
+"""Idle worker tasks that are kept."""
 
 
 class Next(enum.Enum):
-    """What becomes of a connection when something was done for it."""
+    """What happens to a connection after a request."""
 
-    STAYS = enum.auto()  # until more comes
-    MORE = enum.auto()  # has come already
-    LEAVES = enum.auto()  # its own task goes on
+    STAYS = enum.auto()  # wait for more input
+    MORE = enum.auto()  # more input has arrived
+    LEAVES = enum.auto()  # its own task resumes
 
 
 STAYS, MORE, LEAVES = Next.STAYS, Next.MORE, Next.LEAVES
 
 Serve = Callable[[], Coroutine[Any, Any, Next]]
-"""Takes one request that has come, and answers it."""
+"""Serves one request that has arrived."""
 
 
 class _Member:
-    """A connection that stands in the crowd."""
+    """An idle connection."""
 
     __slots__ = ("fd", "over", "queued", "scope", "serve", "task")
 
@@ -62,18 +62,18 @@ class _Member:
         self.fd = fd
         self.serve = serve
         self.task = trio.lowlevel.current_task()
-        self.queued = False  # something has come, which nobody has looked at
-        self.scope: trio.CancelScope | None = None  # around what is being done for it
-        self.over = False  # it is not to be served any more
+        self.queued = False  # readable, but not served yet
+        self.scope: trio.CancelScope | None = None  # of the request being served for it
+        self.over = False  # it must not be served any more
 
 
 class Crowd:
-    """The connections of one loop, and those who serve them.
+    """The idle connections of one loop, and the tasks that serve them.
 
     Attributes:
-        attention: which connection messages come from.
-        lookout: whether they come soon.
-        beside: requests under way beside others, which need turns of the loop to be answered.
+        attention: tracks from which connection messages arrive.
+        lookout: polling state.
+        beside: number of requests running concurrently, which need turns of the loop to complete.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Crowd:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
-        """While the block lasts; nobody may stand here at its end."""
+        """Serve for the duration of the block; no connection may be idle at its end."""
         with self._epoll:
             async with trio.open_nursery() as self._nursery:
                 self._lead_on()
@@ -97,8 +97,8 @@ class Crowd:
                 self._nursery.cancel_scope.cancel()
 
     async def stand(self, fd: int, serve: Serve) -> None:
-        """Have *serve* called whenever something comes at *fd*, until that says that the
-        caller is to go on, or has waited for anything.
+        """Call *serve* whenever *fd* is readable, until it returns that the caller should resume,
+        or has blocked.
 
         Raises:
             trio.ClosedResourceError: *fd* is being closed.
@@ -120,7 +120,7 @@ class Crowd:
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def closing(self, fd: int) -> None:
-        """To be called before *fd* is closed."""
+        """Must be called before *fd* is closed."""
         member = self._members.get(fd)
         if member is None:
             return
@@ -138,7 +138,7 @@ class Crowd:
     # Workers
 
     def _lead_on(self) -> None:
-        """Have another worker lead."""
+        """Make another worker the leader."""
         if self._idle:
             self._idle.pop().set()
         else:
@@ -159,9 +159,10 @@ class Crowd:
             await idle.wait()
 
     async def _lead(self, scope: trio.CancelScope) -> bool:
-        """Serve until something waits, and see to its end, while another worker leads.
+        """Serve until a request blocks, and complete that while another worker leads.
 
-        True at once, for this one to lead on, where *scope* may have been cancelled.
+        Returns True at once, so that this worker continues to lead, if *scope* may have been
+        cancelled.
         """
         now = turn = perf_counter_ns()
         ready = self._ready
@@ -199,7 +200,7 @@ class Crowd:
                     now = turn = perf_counter_ns()
 
     def _look(self, began: int) -> list[tuple[int, int]]:
-        """What comes within a moment, if that is to be expected."""
+        """Poll for a moment if input is expected."""
         events: list[tuple[int, int]] = []
         if not self.beside:
             until = self.lookout.until(began)

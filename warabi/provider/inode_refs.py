@@ -1,4 +1,4 @@
-"""What one connection holds of a tree of names: inodes that must not go while it knows them."""
+"""Inode references of one connection, which keep inodes from being removed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from warabi.provider.core import ProviderCore
 log = logging.getLogger(__name__)
 
 _TURN = 100
-"""Inodes that are unpinned before other tasks get a turn."""
+"""Inodes to unpin before other tasks get a turn."""
 
 
 class Pins:
-    """How often the connection has pinned which inode of which provider."""
+    """Pin counts of the connection by provider and inode."""
 
     def __init__(self) -> None:
         self._held: Counter[tuple[int, int]] = Counter()
 
     def check(self, provider_id: int, ino: int, count: int) -> None:
-        """Return if the connection may unpin *ino* so often.
+        """Check that the connection may unpin *ino* *count* times.
 
         Raises:
-            OutOfBounds: it holds it less often; others, who do, would lose it.
+            OutOfBounds: it has fewer pins; other connections would lose theirs.
         """
         held = self._held[provider_id, ino]
         if not 0 < count <= held:
@@ -37,15 +37,15 @@ class Pins:
             )
 
     def note(self, provider_id: int, ino: int, count: int) -> None:
-        """*ino* was pinned *count* times, or unpinned when that is negative."""
+        """Record *count* pins of *ino*, negative for unpinning."""
         self._held[provider_id, ino] += count
         if not self._held[provider_id, ino]:
             del self._held[provider_id, ino]
 
     async def give_back(self, find: Callable[[int], ProviderCore]) -> None:
-        """Unpin everything; *find* gives the provider of an ID.
+        """Unpin everything; *find* returns the provider of an ID.
 
-        Runs to its end also where it is cancelled, and lets others run meanwhile.
+        Completes even if cancelled, and lets other tasks run.
         """
         for number, ((provider_id, ino), count) in enumerate(self._held.items()):
             try:

@@ -1,4 +1,4 @@
-"""Direct access of a provider's own process: the same as a guest's, without a connection."""
+"""Direct access from a provider's own process: like a guest's, without a connection."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class LocalAccess(DirectAccess):
-    """Reads and writes regions as a :class:`Guest` does: False where the target has to be asked.
+    """Reads and writes regions like a :class:`Guest`: False if the target must be called.
 
-    There is one for a provider, made when first needed, and it ends with the target.
+    Each provider has one, created on first use, which ends with the target.
 
     Args:
-        core: whose target.
+        core: the provider.
     """
 
     def __init__(self, core: ProviderCore) -> None:
         super().__init__()
         self._core = core
-        self._lock = threading.Lock()  # held by who asks; others meanwhile use the target
-        self._target: Target | None = None  # that was joined
+        self._lock = threading.Lock()  # held while requesting a grant
+        self._target: Target | None = None  # the target that it has joined
         self._board: leases.GrantHolder | None = None
         self._accesses = 0
         forks.register(self)
@@ -63,7 +63,7 @@ class LocalAccess(DirectAccess):
                 guest.add(region, *granted.answer(self._board))
             return guest
         except (errors.Exception, errors.WouldBlock, OSError):
-            return None  # what the caller does next says what is wrong
+            return None  # the caller's next step reports the error
         finally:
             if held:
                 self._lock.release()
@@ -75,7 +75,7 @@ class LocalAccess(DirectAccess):
             return None
         self._board, shared = joined
         marks = shared.marks if target.shares_writes else shared.table
-        # The table's first word is its own sign of life.
+        # The table's first word serves as the liveness word.
         shown = (shared.table, shared.table, marks, self._board.board)
         guest = Guest([0, 1, target.shares_writes], [os.dup(memory.fd) for memory in shown])
         shared.on_withdraw, shared.on_forget = guest.let_go, guest.forget

@@ -1,4 +1,4 @@
-"""The Trio loop of a serving engine, in a thread of its own."""
+"""The Trio loop of a serving engine, in a separate thread."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from warabi.shm.liveness import LifeSigns
 from warabi.target.state import LOOPS
 
 log = logging.getLogger(__name__)
-log.addFilter(RateLimit())  # peers cause most of what is logged here
+log.addFilter(RateLimit())  # most messages are caused by peers
 
 _DRAIN_PATIENCE = 2.0
-"""Seconds that peers have, at the end, to send the rest of a request and to take their replies."""
+"""Seconds for peers to send the rest of a request and read replies when the engine stops."""
 
 _KEPT_ALIVE = (
-    # The connection of a host that died ends within minutes, and with it what it holds here.
+    # Close connections to dead hosts within minutes, and release what they hold.
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
     ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
     ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 15),
@@ -47,11 +47,11 @@ class Runtime:
     """Listens at an endpoint and serves providers until stopped.
 
     Args:
-        wanted: where to listen; parts may be left out.
-        security: what is demanded of peers.
-        limits: what is taken from them.
-        on_shutdown: called, from the loop, when a peer asks the engine to shut down.
-        share: whether processes of this host may reach regions directly.
+        wanted: where to listen; parts may be omitted.
+        security: requirements on peers.
+        limits: limits on peers.
+        on_shutdown: called, from the loop, when a peer requests a shutdown of the engine.
+        share: whether processes of this host may have direct access.
 
     Raises:
         ConfigError, PermissionDenied: it cannot listen there.
@@ -67,7 +67,7 @@ class Runtime:
         share: bool,
     ) -> None:
         if security.tls is not None:
-            assert security.tls.server  # what is wrong with the files is said now
+            assert security.tls.server  # report problems with the files now
         self._share = share
         self._life = LifeSigns()
         self._listener, self.endpoint = address.listen(wanted, protected=security.protected)
@@ -90,7 +90,7 @@ class Runtime:
         self._started.wait()
 
     def _forked(self) -> None:
-        # Peers must see the end of their connections, and of the listener, when the parent ends.
+        # Peers must see their connections and the listener close when the parent exits.
         self.providers = {}
         forks.disconnect(fd for fd in (s.fileno() for s in self._sessions) if fd >= 0)
         if self._listener.fileno() >= 0:
@@ -172,14 +172,14 @@ class Runtime:
             self._sessions.discard(session)
 
     def _drain(self) -> None:
-        """Take nothing new, and end when what has come in is answered."""
+        """Accept no new requests, and end when pending ones are completed."""
         self._accepting.cancel()
         self._scope.deadline = trio.current_time() + _DRAIN_PATIENCE
         for session in list(self._sessions):
             session.drain()
 
     def find(self, provider_id: int) -> ProviderCore:
-        """The provider with that ID.
+        """Return the provider with that ID.
 
         Raises:
             ProviderNotFound: there is none.
@@ -195,9 +195,9 @@ class Runtime:
         self._on_shutdown()
 
     def stop(self) -> None:
-        """Answer what has come in, end the loop and close every provider.
+        """Complete pending requests, stop the loop and close every provider.
 
-        Idempotent; not from the loop itself.
+        Idempotent; must not be called from the loop itself.
         """
         if self._token is not None:
             with contextlib.suppress(trio.RunFinishedError):

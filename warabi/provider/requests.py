@@ -1,4 +1,4 @@
-"""What a provider is about to do for a request: which bytes, of which region, of which target."""
+"""Validation of requests, and planning of transfers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from warabi.region import RegionID
 from warabi.target.target import Target
 
 SMALL = 16 * 1024
-"""Bytes of a read that is simply tried, into memory of its own."""
+"""Most bytes of a read that is tried without planning, into a separate buffer."""
 
 
 @dataclass(slots=True)
 class TargetRequest:
-    """A request with checked arguments, for a target that exists."""
+    """A validated request for an existing target."""
 
     number: int
     name: str
@@ -29,14 +29,14 @@ class TargetRequest:
     core: ProviderCore
     target: Target
     eager: bytes | None
-    payload: int  # bytes that follow
-    entered: bool = False  # it is a change, and inside the provider's gate
-    beside: bool = False  # it may wait for the medium, for others are answered meanwhile
+    payload: int  # bytes of the payload that follows
+    entered: bool = False  # it is a change, and has entered the provider's gate
+    beside: bool = False  # it may wait for stable storage, since it runs concurrently
 
 
 @dataclass(slots=True)
 class TransferPlan:
-    """Which bytes of which region a transfer is about."""
+    """Region and extents of a transfer."""
 
     region: RegionID
     extents: list[Extent]
@@ -47,10 +47,10 @@ class TransferPlan:
 
 
 def checked_header(header: Any) -> list[Any]:
-    """The five items of a request's header, of which only the arguments may be anything.
+    """Return the five items of a request's header; the arguments are not validated.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: it is not a request.
     """
     if (
         not isinstance(header, list)
@@ -65,10 +65,10 @@ def checked_header(header: Any) -> list[Any]:
 
 
 def check_data(name: str, eager: Any, payload: int) -> None:
-    """Refuse data that an operation, which exists, does not take.
+    """Check that an existing operation accepts a payload, if there is one.
 
     Raises:
-        ProtocolError: there are some.
+        ProtocolError: it does not.
     """
     if (payload or eager is not None) and OPERATIONS[name].payload is not Payload.UPLOAD:
         raise errors.ProtocolError(f"{name}: expected no payload")
@@ -77,19 +77,19 @@ def check_data(name: str, eager: Any, payload: int) -> None:
 def checked_request(
     number: int, core: ProviderCore, name: str, arguments: Any, eager: Any, payload: int
 ) -> TargetRequest:
-    """A request for an operation on a target.
+    """Validate a request for an operation on a target.
 
     Raises:
-        ProtocolError: its arguments are not the operation's.
-        TargetNotFound: the provider has none.
+        ProtocolError: invalid arguments.
+        TargetNotFound: the provider has no target.
     """
     checked = checked_arguments(name, arguments)
     return TargetRequest(number, name, checked, core, core.target, eager, payload)
 
 
 def memory(request: TargetRequest, limit: int) -> int:
-    """How many bytes, *limit* at most, a request beside others keeps in memory until its reply is
-    sent, which is for ever when the peer does not read."""
+    """Return the bytes, at most *limit*, that a concurrent request keeps in memory until its reply
+    is sent, which may never happen if the peer does not read."""
     size = request.payload or len(request.eager or b"")
     operation = OPERATIONS[request.name]
     if operation.payload is Payload.DOWNLOAD:
@@ -99,7 +99,7 @@ def memory(request: TargetRequest, limit: int) -> int:
 
 
 def check_bounds(target: Target, plan: TransferPlan, what: str) -> None:
-    """Refuse a transfer before memory for it is asked for."""
+    """Check the bounds of a transfer before allocating memory."""
     have = target.size(plan.region)
     for offset, size in plan.extents:
         if not plan.extend and (offset < 0 or offset + size > have):
@@ -110,7 +110,7 @@ def check_bounds(target: Target, plan: TransferPlan, what: str) -> None:
 
 
 def plan_upload(request: TargetRequest) -> TransferPlan:
-    """What to write where; what cannot be written is refused before its first chunk."""
+    """Plan a write; invalid ones are rejected before the first chunk."""
     target, size = request.target, request.payload
     if request.name == "create_and_write":
         region = target.create(size)
@@ -129,12 +129,12 @@ def plan_upload(request: TargetRequest) -> TransferPlan:
 def plan_download(
     request: TargetRequest, own: Limits, peer: Limits
 ) -> tuple[TransferPlan, int, bool]:
-    """What to read from where, how many bytes, and whether these go into the reply's header.
+    """Plan a read; returns also its size, and whether the data are sent inside the reply's header.
 
     Args:
-        request: whose reply it is.
-        own: limits of this side, which allocates what is read.
-        peer: those of the other one, which may be anything.
+        request: the request.
+        own: limits of this side, which allocates the data.
+        peer: limits of the other side, which may be any numbers.
     """
     eager = False
     short = False

@@ -1,9 +1,9 @@
-"""What a provider does with its clients' requests: target operations, and replies.
+"""Sessions of clients: executing requests, and sending replies.
 
-This is the only place where an exception becomes a failure reply.  One task reads a
-connection; what can be answered at once is answered by that task, what turns out to have to wait
-for a medium runs beside it, so replies may come in any order.  A peer that does not read its
-replies, or that breaks the protocol, stops only its own connection.
+This is the only place where an exception becomes an error reply.  One task reads a connection;
+requests that do not block are executed by that task, those that turn out to have to wait for stable
+storage run concurrently, so replies may be sent in any order.  A peer that does not read its
+replies, or violates the protocol, affects only its own connection.
 
 Requests are ``[id, provider id, operation, arguments, eager data or None]``, replies ``[id,
 result]`` with an optional third item, eager data, or ``[id, None, None, failure]``.
@@ -58,7 +58,7 @@ from warabi.provider.requests import (
 )
 
 log = logging.getLogger(__name__)
-log.addFilter(RateLimit())  # peers cause what is logged here
+log.addFilter(RateLimit())  # messages are caused by peers
 
 
 class ClientSession:
@@ -66,15 +66,15 @@ class ClientSession:
 
     Args:
         sock: the connected socket; closed at the end.
-        find: the provider of an ID; raises ``ProviderNotFound``.
-        shutdown: what a request to shut the engine down calls; raises ``PermissionDenied``.
-        security: what is demanded of the client.
-        limits: what is taken from it.
+        find: returns the provider of an ID; raises ``ProviderNotFound``.
+        shutdown: called by a shutdown request; raises ``PermissionDenied``.
+        security: requirements on the client.
+        limits: limits on the client.
         local: whether it is known to be a process of this user, or of root, on this host.
-        admit: called when the client has opened the connection; raises ``ConnectionFailed``.
+        admit: called after the handshake; raises ``ConnectionFailed``.
         leave: called when the connection has ended.
-        host: grants direct access to regions; None where the peer can have none.
-        crowd: where all sessions of the loop stand while nothing is under way on them.
+        host: grants direct access; None if the peer can have none.
+        crowd: the idle connections of the loop.
     """
 
     def __init__(
@@ -101,24 +101,24 @@ class ClientSession:
         self._local = local
         self._admit = admit
         self._leave = leave
-        self._peer = Peer(read_only=True)  # until it is known better
+        self._peer = Peer(read_only=True)  # until it is authenticated
         self._reading = trio.CancelScope()
-        self._handling = False  # a request, not waiting for one
+        self._handling = False  # whether a request is being handled
         self._nursery: trio.Nursery | None = None
-        self._held: wire.Event | None = NEED_DATA  # what the crowd's leader left to this task
+        self._held: wire.Event | None = NEED_DATA  # event that the leader left to this task
         self._writes = zero_copy.Sequence()
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
-        self._origin = changes.Origin()  # inodes remember who wrote to them, and outlive a session
+        self._origin = changes.Origin()  # referenced by inodes, which outlive the session
         self._watching = Watching(self._origin)
-        self._watchers = 0  # requests to watch that are under way
+        self._watchers = 0  # pending watch requests
 
     def fileno(self) -> int:
-        """The socket's descriptor; -1 when it is closed."""
+        """The socket's descriptor; -1 if it is closed."""
         return self._channel.fileno()
 
     async def run(self) -> None:
-        """Serve until the peer goes, then give back what it held."""
+        """Serve until the peer disconnects, then release its pins and grants."""
         changes.ORIGIN.set(self._origin)
         try:
             async with trio.open_nursery() as nursery:
@@ -135,11 +135,11 @@ class ClientSession:
             await self._host.end()
 
     def drop(self) -> None:
-        """End at once; only while the client has not opened the connection yet."""
+        """Close at once; only before the handshake has completed."""
         self._reading.cancel()
 
     def drain(self) -> None:
-        """Answer the requests that have come in, and end."""
+        """Complete the requests that have arrived, and end."""
         self._channel.drain()
         self._watching.finish()
         if self._host is not None:
@@ -152,8 +152,8 @@ class ClientSession:
             with self._reading:
                 await self._read_requests(nursery)
             if self._reading.cancelled_caught and self._nursery is not None:
-                await self._take_requests(nursery)  # those that have come, and were not looked at
-        except errors.Exception as error:  # one that answers no request ends the connection
+                await self._take_requests(nursery)  # requests that have arrived
+        except errors.Exception as error:  # an error outside of a request closes the connection
             log.warning("connection refused: %s", error)
             await self._fail(0, error)
         except (OSError, trio.TooSlowError, trio.ClosedResourceError) as error:
@@ -171,7 +171,7 @@ class ClientSession:
     async def _take_requests(self, nursery: trio.Nursery) -> None:
         channel = self._channel
         while True:
-            # Those that watch wait for others, who are served then.
+            # Watch requests wait for changes by others, which are still served then.
             idle = self._running.under_way == self._watchers
             event = await channel.next_event(look=idle, wait=not channel.plain)
             if event is NEED_DATA:
@@ -186,7 +186,7 @@ class ClientSession:
                 self._handling = False
 
     async def _serve_at_once(self) -> Next:
-        """Answer a request that has come, whole, while this connection stands in the crowd."""
+        """Serve a request that has arrived completely, while this connection is idle."""
         channel = self._channel
         event = channel.event_nowait()
         if event is NEED_DATA:
@@ -253,7 +253,7 @@ class ClientSession:
             await self._reply(number, None)
             return
         self._shutdown()
-        with trio.move_on_after(1.0, shield=True):  # the loop may be cancelled by now
+        with trio.move_on_after(1.0, shield=True):  # the loop may have been cancelled
             await self._reply(number, None)
 
     async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
@@ -266,7 +266,7 @@ class ClientSession:
             await wait_free(core.target)
         target = core.target
         if name == "make" and not core.changes.enter_nowait():
-            return await self._reply(number, None)  # an ordinary request waits
+            return await self._reply(number, None)  # another request is pending
         try:
             result, descriptors = await self._host.answer(target, name, checked)
         finally:
@@ -279,7 +279,7 @@ class ClientSession:
                 os.close(fd)
 
     async def _watch(self, number: int, provider_id: int, arguments: list[Any]) -> None:
-        """Answer when something changes that this connection did not change itself."""
+        """Reply when something changes that this connection did not change itself."""
         try:
             found = await self._watching.changes(lambda: self._find(provider_id).target, *arguments)
             await self._reply(number, change_codec.to_wire(found))
@@ -290,7 +290,8 @@ class ClientSession:
             self._running.release(0)
 
     async def _migrate(self, message: Message, concurrently: bool, nursery: trio.Nursery) -> None:
-        """A message of a migration; its payload comes first, whoever may send it."""
+        """Handle a message of a migration; its payload is received first, whatever the
+        permissions."""
         number, provider_id, name, arguments, _ = message.header
         data = memoryview(bytearray(message.payload))
         if message.payload:
@@ -316,7 +317,7 @@ class ClientSession:
         nursery: trio.Nursery,
         work: Callable[[TargetRequest], Awaitable[None]],
     ) -> None:
-        """Answer a request, *beside* the ones that follow if it has to wait for anything."""
+        """Serve a request, concurrently with later ones if it has to wait."""
         if request.name not in READING and not request.entered:
             request.entered = request.core.changes.enter_nowait()
             beside = beside or not request.entered
@@ -343,17 +344,17 @@ class ClientSession:
     async def _answer(
         self, request: TargetRequest, work: Callable[[TargetRequest], Awaitable[None]]
     ) -> None:
-        """Do *work*, which replies, once the target may be changed, if it changes it.
+        """Run *work*, which replies, after entering the gate if it changes the target.
 
         Raises:
-            WouldBlock: it has to be done beside others; it goes on to be inside the gate.
+            WouldBlock: it must be run concurrently; it stays inside the gate.
         """
         leave = True
         try:
             if not request.entered and request.name not in READING:
                 await request.core.changes.enter()
                 request.entered = True
-                request.target = request.core.target  # it may have gone meanwhile
+                request.target = request.core.target  # it may have been migrated meanwhile
             if request.target.occupied:
                 await wait_free(request.target)
                 request.target = request.core.target
@@ -368,7 +369,7 @@ class ClientSession:
                 request.core.changes.leave()
 
     async def _report(self, number: int, name: str, error: Exception) -> None:
-        """Turn what an operation raised into a failure."""
+        """Send the exception of an operation as an error reply."""
         if isinstance(error, trio.TooSlowError):
             log.info("connection closed: the peer does not read its replies")
             self._channel.close()
@@ -386,7 +387,7 @@ class ClientSession:
             self._pins.note(request.core.provider_id, *pinned)
         await self._reply(request.number, result)
 
-    # Uploads: the payload has to be received before the next request is looked at
+    # Uploads: the payload must be received before the next request is parsed
 
     async def _upload(self, request: TargetRequest, nursery: trio.Nursery) -> None:
         transfers = request.core.transfers
@@ -411,7 +412,7 @@ class ClientSession:
                 transfers.release(view)
                 raise
             request.entered = request.core.changes.enter_nowait()
-            if not request.entered:  # a buffer that others wait for must not wait
+            if not request.entered:  # a shared buffer must not wait for the gate
                 own = memoryview(bytes(view))
                 transfers.release(view)
                 await self._start(request, True, nursery, lambda r: self._store(r, own))
@@ -421,7 +422,7 @@ class ClientSession:
         elif request.name != "append" and request.core.changes.enter_nowait():
             request.entered = True
             await self._answer(request, self._store_in_chunks)
-        else:  # an append has to be here as a whole before its place is known
+        else:  # an append must be complete before its offset is determined
             own = memoryview(bytearray(request.payload))
             await self._channel.fill(own, transfers.patience)
             await self._start(request, True, nursery, lambda r: self._store(r, own))
@@ -430,7 +431,7 @@ class ClientSession:
         release = True
         try:
             await self._store(request, view)
-        except WouldBlock:  # it is done once more
+        except WouldBlock:  # it is repeated
             release = False
             raise
         finally:
@@ -465,7 +466,7 @@ class ClientSession:
     async def _download(self, request: TargetRequest) -> None:
         plan, size, eager = plan_download(request, self._channel.limits, self._channel.peer)
         transfers = request.core.transfers
-        if eager or size <= SMALL:  # to lend the region would cost more than to copy this
+        if eager or size <= SMALL:  # lending the region would cost more than copying
             data = bytearray(size)
             await self._load(request, plan, memoryview(data))
             if eager:

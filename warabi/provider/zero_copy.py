@@ -1,12 +1,12 @@
-"""Payloads between socket and region without a buffer: where a region's bytes are in memory, or to
-be sent, in the page cache, and where all of what is to be written came with its header.
+"""Zero-copy transfers: payloads between socket and region without a buffer, where region data are
+in memory or, for sending, in the page cache, and where a complete write arrived with its header.
 
-The kernel copies them once, as if they were in this process's own buffers.  What is to be moved is
-lent by the target for moments in which nothing waits (``Target.lend``), so a peer that stops
-half way keeps nobody from resizing the region; for the same reason a large write that ends half way
-has written half, as one of a client that reaches the region itself.
+The kernel copies the data once, as if they were in this process's own buffers.  The target lends
+the data for moments without waiting (``RegionGate.lend``), so that a peer that stops half way does
+not block a resize of the region; for the same reason a large write that is interrupted half way has
+written half, like one by direct access.
 
-Not for TLS, which stores and loads by itself, where only system calls may.
+Not for TLS, which would load and store the data directly, where only system calls are safe.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from warabi.provider.channel import Channel
 from warabi.provider.requests import TargetRequest, TransferPlan
 
 WHOLE = 64 * 1024
-"""Bytes of the largest write that is stored when all of it has come, or not at all."""
+"""Bytes of the largest write that is atomic: stored when complete, or not at all."""
 
 
 async def receive(channel: Channel, request: TargetRequest) -> bool:
-    """Receive what can be of a write's payload into its place; whether that was all of it.
+    """Receive as much of a write's payload as possible in place; whether that was all of it.
 
-    The request is left with what is still to be received, for which there is no such place, or
-    not any more.
+    The request is left with the remaining bytes, for which there is no memory, or not any more.
     """
-    if request.name != "write" or request.arguments[2]:  # or it has to be persisted
+    if request.name != "write" or request.arguments[2]:  # not if it must be persisted
         return False
     if len(channel.arrived()) == request.payload:
         return _store_whole(channel, request)
@@ -38,7 +37,7 @@ async def receive(channel: Channel, request: TargetRequest) -> bool:
         return False
     if not request.core.changes.enter_nowait():
         return False
-    try:  # inside until the end: of a write that a migration refuses, no part is to be stored
+    try:  # entered until the end, so that a migration blocks all or nothing
         while _receive_now(channel, request):
             if not request.payload:
                 return True
@@ -49,7 +48,7 @@ async def receive(channel: Channel, request: TargetRequest) -> bool:
 
 
 def _store_whole(channel: Channel, request: TargetRequest) -> bool:
-    """Store a payload that came with its header; False when it has to go another way."""
+    """Store a payload that arrived with its header; False if that is not possible."""
     region, offset, _, extend = request.arguments
     if not request.core.changes.enter_nowait():
         return False
@@ -67,7 +66,7 @@ def _store_whole(channel: Channel, request: TargetRequest) -> bool:
 
 
 def _receive_now(channel: Channel, request: TargetRequest) -> bool:
-    """Receive what is there; False when it has to go another way."""
+    """Receive available data; False if that is not possible."""
     region, offset = request.arguments[:2]
     try:
         target = request.core.target
@@ -85,7 +84,7 @@ def _receive_now(channel: Channel, request: TargetRequest) -> bool:
             _advance(request, arrived)
         if request.payload:
             try:
-                with loan.place[arrived:] as rest:  # not kept by the traceback of an error
+                with loan.place[arrived:] as rest:  # released before a traceback can keep it
                     _advance(request, channel.fill_nowait(rest))
             except OSError as error:
                 if error.errno != errno.EFAULT:
@@ -100,30 +99,32 @@ def _advance(request: TargetRequest, count: int) -> None:
 
 
 class Sequence:
-    """Writes of one connection that follow each other."""
+    """Detects sequential writes of one connection."""
 
     def __init__(self) -> None:
-        self._end: object = None  # region and offset at which the last one ended
+        self._end: object = None  # region and end offset of the last write
 
     def answered(self, request: TargetRequest, size: int) -> None:
-        """*request* has stored *size* bytes; what seems to come next is mapped before it does.
+        """Record that *request* has stored *size* bytes; maps the memory that the next one will
+        use.
 
-        To be called once the client has its answer, and takes its time for the next request.
+        Called after the reply was sent, while the client prepares the next request.
         """
         region, end = request.arguments[:2]
         follows = self._end == (region, end - size)
         self._end = region, end
         if follows:
             with suppress(errors.Exception), request.core.target.lend(region, end, size):
-                """To be lent it has to be mapped."""
+                """Map the memory, which lending requires."""
 
 
 async def send(
     channel: Channel, request: TargetRequest, plan: TransferPlan, buffer: memoryview
 ) -> bool:
-    """Answer a read of as many bytes as *buffer* has from where they are; False if that cannot be.
+    """Reply to a read of the size of *buffer* in place; False if that is not possible.
 
-    What the socket does not take at once is copied to *buffer*, and does not hold up the region.
+    Data that the socket does not accept at once are copied to *buffer*, so as not to block the
+    region.
     """
     if not channel.plain or len(plan.extents) != 1:
         return False

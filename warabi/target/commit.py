@@ -34,7 +34,7 @@ from warabi.target.state import TargetState
 log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL = 5.0
-"""Seconds after which volatile changes of the catalogue are committed without being asked."""
+"""Seconds after which volatile changes of the catalogue are committed without a request."""
 
 
 class Committer:
@@ -56,7 +56,7 @@ class Committer:
         self._sharing = sharing
         self._kernel_backed = kernel_backed
         self._stop = threading.Event()
-        self._unforeseen = ""  # the last error of a commit that is no failure of the medium
+        self._unforeseen = ""  # the last unexpected error of a commit
         # The order in which times of regions are put into their files.  Before the target's lock.
         self._keeping = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -68,8 +68,8 @@ class Committer:
 
     @contextlib.contextmanager
     def _errors_translated(self) -> Iterator[None]:
-        """Any error as one of the library's, in a step that is to be tried again: each caller that
-        waits for it is told so, for whatever reason it failed."""
+        """Convert any error to one of the library's, in a step that will be retried: every waiting
+        caller gets the error, whatever its cause."""
         try:
             yield
         except errors.Exception:
@@ -91,19 +91,19 @@ class Committer:
     # The catalogue
 
     def commit(self) -> None:
-        """Make every change of the catalogue durable, and then free what erased regions held."""
+        """Make every change of the catalogue durable, and then free the data of erased regions."""
         with self._locks.kept_open("commit"):
             self._storage.persist_names()
             self.commit_catalogue()
             self._check_stored()
 
     def _check_stored(self, inode: Inode | None = None) -> None:
-        """Raise if the last commit had to leave out *inode*, or without one anything."""
+        """Raise if the last commit could not store *inode*, or without one anything."""
         with self._state.lock:
             self._catalogue.check_stored(inode)
 
     def commit_catalogue(self) -> None:
-        """As :meth:`commit`, by a caller that keeps the target from closing, and does not mind that
+        """The same as :meth:`commit`, for a caller that keeps the target open, and accepts that
         regions which were never persisted may be lost."""
         if self._catalogue.commit_is_long:
             with self._state.long:
@@ -132,16 +132,16 @@ class Committer:
         return self._catalogue.commit(self._storage.oldest_fresh())
 
     def _settle_all(self, *, thorough: bool = False) -> None:
-        """Take over what others did to regions by themselves, with *thorough* also what may have
-        gone unnoticed; the lock is held."""
+        """Take over changes that other processes made to regions directly, with *thorough* also
+        those that may have gone unnoticed; the lock is held."""
         self._sharing.settle_all(thorough=thorough)
         self._kernel_backed.settle_all(thorough=thorough)
 
     def _checkpoint(self) -> None:
-        """Put the catalogue's WAL, which is long, into its database.
+        """Checkpoint the catalogue's long WAL.
 
-        SQLite waits for the medium meanwhile, and does nothing else with the database.  What was to
-        be made durable is so, whether or not this succeeds.
+        SQLite waits for stable storage meanwhile, and does nothing else with the database.  The
+        commit is durable, whether or not this succeeds.
         """
         with self._state.long:
             self._state.announce()
@@ -168,7 +168,7 @@ class Committer:
                 return
             except Exception as error:
                 self._state.changed.set()
-                if str(error) != failure:  # it is tried again and again
+                if str(error) != failure:  # it is retried repeatedly
                     log.exception(
                         "commit of %s failed; the next persist will report it", self._catalogue.path
                     )
@@ -179,7 +179,7 @@ class Committer:
     # Regions
 
     def persist(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
-        """Persist an extent of a region that the caller is inside, and with *times* its times."""
+        """Persist an extent of a region that the caller has entered, and with *times* its times."""
         with self._sharing.fastening(inode):
             kept = times and self._keep_times(inode)
             self._storage.persist(inode.rid, offset, size, times=kept)
@@ -192,7 +192,7 @@ class Committer:
                 self._catalogue.check()
 
     def _commit_times(self, inode: Inode) -> None:
-        """Commit a region's times, which by themselves are no change that is waited for."""
+        """Commit a region's times, which are not durable changes by themselves."""
         with self._state.lock:
             ctime = inode.ctime
             if not inode.dead:
@@ -215,10 +215,10 @@ class Committer:
             self._catalogue.check()
 
     def _keep_times(self, inode: Inode, *, wait: bool = True) -> bool:
-        """Put a region's times where the sync of its bytes makes them durable; False where they
-        have to be committed, or without *wait* while others are about to do so."""
+        """Store a region's times where the sync of its data makes them durable; False if they must
+        be committed, or without *wait* if another caller is about to do so."""
         held = False
-        try:  # one at a time, or the times of an earlier call could be put there last
+        try:  # one at a time, so that the latest times are stored last
             (held,) = map(self._keeping.acquire, (wait,))  # in one step: see interrupts.py
             if not held:
                 return False
@@ -226,7 +226,7 @@ class Committer:
                 if inode.share is not None:
                     inode.share.settle(inode)
                 if not self._catalogue.is_durable(inode):
-                    return False  # a commit is due, and has the times, too
+                    return False  # a commit is needed, and includes the times
                 times = Times(inode.mtime, inode.ctime)
             if times.ctime != inode.kept:
                 if not self._storage.keep_times(inode.rid, times):
@@ -260,16 +260,16 @@ class Committer:
             self._thread.join()
         clean = False
         try:
-            self.commit_catalogue()  # what is erased goes, whether or not it could be persisted
+            self.commit_catalogue()  # erased regions are freed even if this fails
             self._storage.settle()
             self._storage.persist_all()
             with self._state.lock:
-                self._state.guard.closed = True  # nothing changes any more
+                self._state.guard.closed = True  # no further changes
                 with self._errors_translated():
                     for inode in self._catalogue.orphans():
                         self._erasure.discard(inode)
             self.commit_catalogue()
-            # Last, so that what the commit has freed does not come back either.
+            # Last, so that data freed by the commit do not reappear either.
             self._storage.persist_all()
             self._check_stored()
             clean = not (self._erasure.pending or self._catalogue.staging)

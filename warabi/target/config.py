@@ -1,4 +1,4 @@
-"""Configuration of a provider, checked by pydantic.  Not imported by clients: it takes time."""
+"""Configuration of a provider, validated by pydantic.  Not imported by clients, as it is slow."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _AnyModel = TypeVar("_AnyModel", bound=BaseModel)
 class TargetConfig(Model):
     """A target: one of the names of its backend, and that backend's settings.
 
-    What is validated becomes an instance of the subclass for its backend.
+    Validation returns an instance of the subclass for its backend.
     """
 
     type: str
@@ -47,14 +47,14 @@ class TargetConfig(Model):
 
     @property
     def backend(self) -> Backend:
-        """What ``type`` names."""
+        """The backend that ``type`` names."""
         found = registry.find(self.type)
         assert found is not None  # it was looked up when this was validated
         return found
 
     @property
     def path(self) -> str | None:
-        """Where the target is, if it has a path."""
+        """The path of the target, if it has one."""
         return self.config.path if isinstance(self.config, PathModel) else None
 
     @model_validator(mode="wrap")
@@ -111,7 +111,7 @@ TransferConfig = Annotated[DefaultTransfer | PipelineTransfer, Field(discriminat
 
 
 class MigrationConfig(Model):
-    """What peers over the network may: see ``provider/migration/permission.py``."""
+    """Permissions of peers over the network: see ``provider/migration/permission.py``."""
 
     send: StrictBool = False
     receive: StrictBool = False
@@ -119,7 +119,7 @@ class MigrationConfig(Model):
 
 
 class ProviderConfig(Model):
-    """What ``Provider`` takes: a target, or none yet, and a transfer manager."""
+    """The configuration of ``Provider``: a target, or none yet, and a transfer manager."""
 
     target: SerializeAsAny[TargetConfig] | None = None
     migration: MigrationConfig | None = None
@@ -127,7 +127,7 @@ class ProviderConfig(Model):
 
 
 def parse(config: dict[str, Any] | str | None) -> ProviderConfig:
-    """*config* as a checked :class:`ProviderConfig`; raises as :func:`checked`."""
+    """Validate *config*; raises as :func:`checked`."""
     return checked(ProviderConfig, config)
 
 
@@ -139,16 +139,16 @@ def checked(
     root: str = "$",
     hidden: tuple[str, ...] = (),
 ) -> _AnyModel:
-    """*config*, a dict or JSON text, as a *model*.
+    """Validate *config*, a dict or JSON text.
 
     Args:
         what: begins the message of an error.
-        root: the JSON path of *config* in what the user wrote.
-        hidden: keys at its top that the user did not write.
+        root: the JSON path of *config* in the user's configuration.
+        hidden: top-level keys that the user did not write.
 
     Raises:
-        ConfigError: no valid JSON text, or a key that is unknown, missing or of the wrong type;
-            the message gives its JSON path.
+        ConfigError: invalid JSON, or a key that is unknown, missing or of the wrong type; the
+            message gives its JSON path.
     """
     if isinstance(config, str):
         try:
@@ -165,7 +165,7 @@ _UNIONS = ("target", "transfer_manager")
 
 
 def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> Collection[str]:
-    """The keys that the model at *location*, as pydantic tells it, below *model* has."""
+    """Return the keys of the model at *location*, as given by pydantic, below *model*."""
     found = [model]
     for part in location:
         if isinstance(part, int):
@@ -179,7 +179,7 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> Collecti
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Every model that an annotation has."""
+    """Return every model in an annotation."""
     if annotation is TargetConfig:
         return [_target_model(backend) for backend in registry.loaded()]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -190,7 +190,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _explain(
     model: type[BaseModel], error: ValidationError, root: str, hidden: tuple[str, ...]
 ) -> str:
-    """One line with the JSON path and the reason of every problem found."""
+    """Return one line with the JSON path and the reason of every problem."""
     problems = []
     for item in error.errors(include_url=False):
         location = item["loc"]

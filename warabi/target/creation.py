@@ -1,8 +1,4 @@
-"""How regions come to be: their row and their bytes.
-
-Calls ``Sizes`` for the quota, the catalogue and the storage.  Called by ``Target`` and by the tree
-of names.
-"""
+"""Creation of regions: quota, data, and initial contents."""
 
 from __future__ import annotations
 
@@ -32,8 +28,8 @@ class Creation:
     ) -> Inode:  # fmt: skip
         """As ``Target.create``, for callers that hold the guard and are about to name the region.
 
-        With *rid* it gets that ID; raises as ``Catalogue.add``.  With *fresh*, which stay the
-        caller's if anything fails, it gets these bytes.
+        With *rid* it gets that ID; raises as ``Catalogue.add``.  With *fresh* it gets these data;
+        on failure they stay the caller's.
         """
         self._state.check_open("create")
         self._sizes.reserve(size, "create")

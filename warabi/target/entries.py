@@ -1,7 +1,7 @@
-"""What an archive knows of an inode under one of its names, and how that is spelled.
+"""Entries of archives: an inode under one of its names, and their encoding.
 
-A list of entries is a sequence of msgpack arrays.  It crosses the wire as the content of a region
-without a name, so no message limits it and it goes away with the connection of whoever wanted it.
+A list of entries is a sequence of msgpack arrays.  It is transferred as the contents of a region
+without a name, so no message limit applies, and it is removed with the requesting connection.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from warabi.metadata import domain
 from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
-log.addFilter(RateLimit())  # an archive may have millions
+log.addFilter(RateLimit())  # an archive may have millions of entries
 
 CHUNK = 8 * 1024 * 1024
 """Bytes that are read or written at once."""
 
 
-_LARGEST = 64 * 1024 * 1024  # bytes of an entry, which are mostly its extended attributes
+_LARGEST = 64 * 1024 * 1024  # most bytes of an entry, mostly extended attributes
 
 
 class Readable(Protocol):
-    """What entries can be read from."""
+    """A source of entries."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 class ArchiveEntry(NamedTuple):
-    """One name of one inode; of a region that never had one, the ID in hex.
+    """One name of an inode; for a region without a name, its ID in hex.
 
-    The root directory's path is empty, others are relative to it.  The slot tells the names of
-    one inode; with the generation it is a region's ID.  Times in ns since the epoch.
+    The root directory's path is empty, others are relative to it.  Names with the same slot refer
+    to one inode; slot and generation are a region's ID.  Times in ns since the epoch.
     """
 
     path: bytes
@@ -61,7 +61,7 @@ class ArchiveEntry(NamedTuple):
 
     @property
     def region(self) -> RegionID:
-        """The ID, of a region."""
+        """The ID, if it is a region."""
         return RegionID.from_parts(self.slot, self.generation)
 
     @property
@@ -140,10 +140,9 @@ def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
 
 
 def unpack(data: bytes, tell: Callable[[str], None] = _log) -> ArchiveEntry:
-    """The entry that *data* spells; raises ``BadArchive``.
+    """Decode an entry; raises ``BadArchive``.
 
-    *tell* is called with a sentence when the entry had values that no file can have: an older
-    version let them in.
+    *tell* is called with a message if the entry had invalid values, which older versions accepted.
     """
     try:
         return _checked(msgpack.unpackb(data), tell)
@@ -152,7 +151,7 @@ def unpack(data: bytes, tell: Callable[[str], None] = _log) -> ArchiveEntry:
 
 
 def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
-    """Every entry in *file*; raises ``BadArchive``."""
+    """Yield every entry in *file*; raises ``BadArchive``."""
     unpacker = msgpack.Unpacker(file, max_buffer_size=_LARGEST)
     try:
         for item in unpacker:
@@ -162,6 +161,6 @@ def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
 
 
 def unpack_again(file: Readable) -> Iterator[ArchiveEntry]:
-    """Every entry in *file*, to which entries that had been checked were packed."""
+    """Yield every entry in *file*, which contains only validated entries."""
     for item in msgpack.Unpacker(file, max_buffer_size=_LARGEST):
         yield ArchiveEntry._make([*item[:-1], [(name, value) for name, value in item[-1]]])

@@ -26,8 +26,8 @@ from warabi.target.state import LOOPS, TargetState
 log = logging.getLogger(__name__)
 
 _MOST = 256
-"""Regions in memory that are erased from storage at a time, by an event loop, too."""
-_MOST_FILES = 16384  # more, since those that share a file are best erased together
+"""Regions in memory that are erased from storage at a time, also by an event loop."""
+_MOST_FILES = 16384  # more, since regions in the same pack are best erased together
 
 
 class Erasure:
@@ -36,12 +36,12 @@ class Erasure:
     def __init__(self, state: TargetState, sharing: Sharing) -> None:
         self._state = state
         self._sharing = sharing
-        # To erase when that change is synced, and no guest touches that share any more.
+        # To be erased when that change is synced, and no guest accesses the region any more.
         self._freed: deque[tuple[int, RegionID, Share | None]] = deque()
         self._thread: threading.Thread | None = None  # erases what loops leave to it
-        self._holds: set[RegionID] = set()  # surveys that go on: erased bytes stay meanwhile
+        self._holds: set[RegionID] = set()  # running surveys, which keep the data of erased regions
         self._kept: dict[RegionID, int] = {}  # sizes of regions erased during surveys
-        self._ending: set[RegionID] = set()  # of those, the ones that calls are still inside
+        self._ending: set[RegionID] = set()  # those in which calls are still pending
 
     @property
     def pending(self) -> int:
@@ -63,14 +63,14 @@ class Erasure:
         return region in self._ending
 
     def kept(self, region: RegionID) -> int | None:
-        """The size of a region that was erased and is kept for a survey."""
+        """Return the size of an erased region whose data are kept for a survey, after calls in it
+        have ended."""
         return self._kept.get(region)
 
     # Erasing
 
     def discard(self, inode: Inode) -> None:
-        """Forget a nameless inode, and its bytes; the guard is held, and :meth:`reap` follows
-        without it."""
+        """Remove a nameless inode, and free its data; the guard is held."""
         self._state.storage.retire(inode)
         self._state.catalogue.remove(inode)
         inode.dead = True
@@ -107,7 +107,8 @@ class Erasure:
         self._sharing.free_quiet()
 
     def _left_to_others(self) -> bool:
-        """Whether others erase what an event loop would: have them do it."""
+        """Leave erasing to another thread, if an event loop should not do it; whether it was
+        left."""
         state = self._state
         with state.lock:
             if not self._holds:
@@ -131,7 +132,7 @@ class Erasure:
                 self._thread = None
 
     def _erase_some(self) -> bool:
-        """Erase some of what is due; whether there may be more, after others had the lock."""
+        """Erase some pending regions; returns whether there may be more."""
         due: list[RegionID] = []
         state = self._state
         most = _MOST_FILES if state.storage.blocking else _MOST
@@ -155,7 +156,7 @@ class Erasure:
         return taken == most and not failed
 
     def _erase_bytes(self, rids: list[RegionID]) -> int:
-        """Erase regions from storage; how many could not be."""
+        """Erase regions from storage; returns the number of failures."""
         failed = 0
         for rid, error in self._state.storage.erase_all(rids):
             # The region is erased, only its bytes are still there: the next commit tries again.
@@ -166,7 +167,8 @@ class Erasure:
         return failed
 
     def _erase_granted(self, rid: RegionID, share: Share) -> None:
-        # Guests that have not noticed yet hold descriptors and mappings, which would keep space.
+        # Guests that have not noticed yet hold descriptors and mappings, which would keep the
+        # memory.
         try:
             self._state.storage.vacate(rid)
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Operations of a target for an import: regions of given IDs, and all their names at once.
+"""Operations of a target for an import: regions of given IDs, and creating all names at once.
 
-A region that is adopted has no name and is pinned for its connection: if the import does not come
-to its end, however that happens, it goes.
+An adopted region has no name and is pinned for its connection: if the import does not complete,
+for whatever reason, it is erased.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ _PAUSE = 0.0005
 
 
 def adopt(target: Target, region: RegionID, size: int) -> Attributes:
-    """Make a region of *size* zero bytes and no name, with the ID *region*, or any for all zero.
+    """Create a region of *size* zero bytes without a name, with the ID *region*, or a new one if
+    zero.
 
-    It is pinned for the caller, and gone when that ends, unless ``graft`` named it before.
+    It is pinned for the caller, and erased when that disconnects, unless ``graft`` gave it a name.
 
     Raises:
         InvalidRegion: the target has the region, or something else in its slot.
-        TargetBusy: the target had the region, and an export that goes on may still want it.
+        TargetBusy: the target had the region, and a running export may still need its data.
         StorageFull: as for ``create``.
     """
     size = checked_size(size, "adopt: size")
     if target.erasure.pending:
-        target.commit()  # the bytes of an import that failed may still be in the way
+        target.commit()  # data of a failed import may still be present
     with target.state.guard.lock, target.state.guard.checked:
         wanted = None if region == _NOTHING else region
         if wanted is not None and target.erasure.is_pending(wanted):
@@ -76,7 +77,7 @@ def graft(target: Target, listing: RegionID) -> int:
         TargetNotFound: the target was closed during the graft.
     """
     with tempfile.SpooledTemporaryFile(CHUNK) as spool:
-        # Only what is an entry takes room: a listing may be a hole of any size.
+        # Only entries use memory: a listing may be a hole of any size.
         for entry in unpack_all(_Listing(target, listing)):
             spool.write(entry.pack())
         spool.seek(0)
@@ -85,7 +86,7 @@ def graft(target: Target, listing: RegionID) -> int:
 
 
 class _Listing:
-    """The bytes of a region, to be read one after the other."""
+    """Sequential reader of a region."""
 
     def __init__(self, target: Target, region: RegionID) -> None:
         self._target = target
@@ -94,7 +95,7 @@ class _Listing:
         self._size = target.size(region)
 
     def read(self, size: int) -> bytes:
-        """The next bytes, up to *size*; none at the end."""
+        """Return up to *size* more bytes; empty at the end."""
         data = self._target.read(self._region, self._offset, min(size, self._size - self._offset))
         self._offset += len(data)
         return data
@@ -270,7 +271,7 @@ class _Graft:
             raise path_error(errno.EMLINK, f"{os.fsdecode(name)}: too many links")
 
     def _dress(self, inode: Inode, entry: ArchiveEntry) -> None:
-        # Not before times that were kept beside its bytes while it was being brought.
+        # Not earlier than times stored with its data during the import.
         ctime = max(entry.ctime_ns, inode.kept + 1) if inode.kept >= 0 else entry.ctime_ns
         self._catalogue.set_attributes(
             inode, entry.mode, entry.uid, entry.gid, entry.atime_ns, entry.mtime_ns, ctime

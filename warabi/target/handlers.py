@@ -1,4 +1,4 @@
-"""How a target carries out the operations of ``protocol/operations.py``."""
+"""Implementation of the operations in ``protocol/operations.py`` by a target."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from warabi.target.target import Target
 from warabi.target.verify import summed, update, verify
 
 _NAMES = 64 * 1024
-"""Characters of names in one reply, about: a reply has at most 1 MiB."""
+"""Approximate limit on characters of names in one reply, which has at most 1 MiB."""
 _COMPONENTS = 2000
-"""Of paths in one reply, about: to find each is some µs of an event loop."""
+"""Approximate limit on path components in one reply: finding each takes some µs."""
 _STATS = 250
-"""Regions in one reply with their names, which take some time each."""
+"""Regions with names in one reply, each of which takes some time."""
 
 
 def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
@@ -41,7 +41,8 @@ def _stat_with_some_names(target: Target, region: RegionID) -> RegionStat:
 
 
 def _list_stats(target: Target, after: RegionID, limit: int) -> list[tuple[RegionID, RegionStat]]:
-    """As ``list``, with what ``stat`` tells of each; empty only where no region is left."""
+    """The same as ``list``, with the result of ``stat`` for each; empty only if no region is
+    left."""
     length, components, found = 0, 0, []
     while regions := target.list(after, min(limit, _STATS)):
         for region in regions:
@@ -71,8 +72,8 @@ FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
     "persist": Target.persisting,
     "fsync": _fsyncing,
 }
-"""Operations that may be no more than the flush of a file, which these give; they raise
-``WouldBlock`` where it is more."""
+"""Operations that may consist of one flush of a file, which these yield; otherwise they raise
+``WouldBlock``."""
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "create": Target.create,
@@ -116,7 +117,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
         ino, after, min(limit, PAGE)
     ),
 }
-"""Those that are no methods of a target's names."""
+"""Operations that are not methods of a target's namespace."""
 
 _METHODS = tuple(
     name
@@ -125,11 +126,11 @@ _METHODS = tuple(
 )
 
 CALLS = {**_CALLS, **{method: _names(method) for method in _METHODS}}
-"""By name: what is called with a target and the arguments."""
+"""By name: the function to call with a target and the arguments."""
 
 
 def bound(target: Target) -> dict[str, Callable[..., Any]]:
-    """The operations of one target, which are called with what follows it."""
+    """Return the operations bound to one target."""
     calls: dict[str, Callable[..., Any]] = {
         name: partial(call, target) for name, call in CALLS.items()
     }

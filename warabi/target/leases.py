@@ -1,23 +1,25 @@
-"""What processes of the same host may reach of a target's regions without asking its provider.
+"""Direct access by processes of the same host: hazard pointers with versions and membarrier(2).
 
 A *guest* is such a process, or one connection of it.  It is *granted* a region: the descriptor
-that holds the bytes, and an index into memory that is shared with all guests:
+with its data, and an index into memory that is shared with all guests:
 
-* the *table*, which only the provider writes: for each index, from 1 on, a *stamp* and the
-  region's size.  A grant is good while the stamp is what it was; stamps are never used twice.
-  Behind those, for each index, the stamp once more while the region is *firm*: all of it but its
-  bytes is on the medium, and a guest that syncs its descriptor has persisted it.
-* the *marks*, which guests write: when the region of an index was last written.  Mark 0 is set
-  after every other one.
-* a *board* for each guest: *lanes*, in which it says what index it is about to touch.
+* the *table*, which only the provider writes: for each index, from 1 on, the *version* of the grant
+  (``stamp``) and the region's size.  A grant is valid while its version is unchanged; versions are
+  never reused.  After those, for each index, the version again while the region is
+  *metadata-durable* (``firm``): all except its data is on stable storage, so a guest that syncs its
+  descriptor persists the region.
+* the *last-write times* (``marks``), which guests write: when the region of an index was last
+  written.  Time 0 is set after every other one.
+* an array of *hazard slots* (``lanes`` of a ``board``) for each guest, in which it announces the
+  index that it is about to access.
 
-A guest that reads or writes enters the index in a lane of its own, looks at the stamp, moves the
-bytes, looks at the stamp again, and clears the lane.  With a stamp that changed it has done
-nothing that counts, and asks the provider.  Whoever takes a region away (erases it, shrinks it,
-moves it) first changes the stamp, then passes a barrier, and then looks at the lanes: a guest that
-is not in one will see the new stamp before it touches anything.  While one is, the place that the
-bytes had is given to nobody (:meth:`Grants.later`).  Nobody ever waits for a guest to leave a
-lane, for it may have been stopped.
+A guest that reads or writes stores the index in a free hazard slot, checks the version, moves the
+data, checks the version again, and clears the slot.  If the version changed, the access is void,
+and the guest sends a request to the provider.  To revoke a region (to erase, shrink or move it) the
+provider first changes the version, then executes a barrier, and then reads the hazard slots: a
+guest that has not announced an access by then will see the new version before it touches anything.
+While a slot still has the index, the old location is not reused (:meth:`Grants.later`).  The
+provider never waits for a guest to clear a slot, for it may have been stopped.
 
 Every call is made with the target's lock held.
 """
@@ -35,17 +37,17 @@ from warabi.region import RegionID
 from warabi.shm.layout import ENTRIES, FIRM, LANES, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMemory, barrier
 
-_PAGE = 4096  # bytes of marks that are compared at once
+_PAGE = 4096  # bytes of last-write times that are compared at once
 
 
 class GrantHolder:
-    """Somebody who may hold grants.
+    """A guest.
 
     Attributes:
-        number: of no other one, ever.
-        board: its lanes.
+        number: unique, never reused.
+        board: its hazard slots.
         writes: whether it may write to regions.
-        segments: which shared descriptors it was given.
+        segments: numbers of the shared descriptors that it was given.
     """
 
     _numbers = itertools.count(1)
@@ -58,11 +60,11 @@ class GrantHolder:
         self._lanes = self.board.view.cast("Q")
 
     def touches(self, index: int) -> bool:
-        """Whether it is in the middle of an access to that index, or says so."""
+        """Whether a hazard slot has that index, truthfully or not."""
         return index in self._lanes.tolist()
 
     def touched(self) -> set[int]:
-        """What it is in the middle of accesses to, or says so: any numbers."""
+        """Return the contents of the hazard slots: any numbers."""
         return set(self._lanes.tolist())
 
     def close(self) -> None:
@@ -71,26 +73,26 @@ class GrantHolder:
 
 
 class Share:
-    """A region's entry in the table, from its first grant until it is gone."""
+    """A region's entry in the table, from its first grant until it is erased."""
 
     __slots__ = ("grants", "index", "seen")
 
     def __init__(self, grants: Grants, index: int) -> None:
         self.grants = grants
         self.index = index
-        self.seen = 0  # the last mark that was taken into account
+        self.seen = 0  # the last-write time that was taken over
 
     def settle(self, inode: Inode) -> bool:
-        """Take over when guests last wrote; whether they did since the last time."""
+        """Take over the last-write time; returns whether it has changed."""
         return self.grants.settle(self, inode)
 
     def loosen(self) -> None:
-        """The region is not firm (any more): guests have the provider persist it."""
+        """Clear metadata durability: guests must request persists from the provider."""
         self.grants.loosen(self)
 
 
 class Grants:
-    """The table, the marks and the guests of one target."""
+    """The table, the last-write times and the guests of one target."""
 
     def __init__(self, catalogue: Catalogue, wrote: Callable[[bytes], None]) -> None:
         self._catalogue = catalogue
@@ -99,20 +101,20 @@ class Grants:
         self.marks = SharedMemory("warabi-marks", 8 * ENTRIES)
         self._entries = self.table.view.cast("Q")
         self._marks = self.marks.view.cast("Q")
-        self._entries[0] = 1  # a sign of life, for guests in this process
+        self._entries[0] = 1  # liveness word for guests in this process
         self._guests: list[GrantHolder] = []
         self._shared: dict[int, Inode] = {}
         self._free: list[int] = []
         self._next = 1
-        # Nobody can guess what a stamp of an earlier provider was, nor meet it by accident.
+        # Random, so that it differs from every version of an earlier provider.
         self._stamp = secrets.randbits(62) + 1
-        self._seen = 0  # of mark 0
-        self._known = b""  # all marks, as they were when all were last looked at
+        self._seen = 0  # of time 0
+        self._known = b""  # all last-write times when they were last compared
         self._later: list[tuple[int, Callable[[], None]]] = []
         self.on_withdraw: Callable[[RegionID], None] = lambda region: None
-        """Called when a region is gone; a guest in this process lets go of it then."""
+        """Called when a region was erased, so that a guest in this process drops its grant."""
         self.on_forget: Callable[[], None] = lambda: None
-        """Called when all of them are."""
+        """Called when all grants end."""
 
     def join(self) -> GrantHolder:
         guest = GrantHolder()
@@ -120,13 +122,13 @@ class Grants:
         return guest
 
     def leave(self, guest: GrantHolder) -> bool:
-        """The guest's process cannot touch anything any more; whether it was the last one."""
+        """Remove a guest whose process cannot access anything any more; whether it was the last."""
         if guest not in self._guests:
             return False
         self._guests.remove(guest)
         for index in guest.touched() if guest.writes else ():
-            # It ended in the middle of an access: if that was a write, it may have stored some of
-            # the bytes, and it never set the marks.
+            # It ended during an access: if that was a write, some bytes may have been stored, but
+            # the last-write times were not set.
             inode = self._shared.get(index)
             if inode is not None:
                 self._wrote_at(inode, self._catalogue.clock.exact())
@@ -134,7 +136,7 @@ class Grants:
         return not self._guests
 
     def grant(self, inode: Inode) -> tuple[int, int] | None:
-        """Index and stamp with which a guest may reach the region; None when all are in use."""
+        """Return index and version for access to the region; None if all indexes are in use."""
         share = inode.share
         if share is None:
             if not self._free and self._next == ENTRIES:
@@ -153,27 +155,27 @@ class Grants:
         self._entries[2 * index] = self._stamp
 
     def resized(self, inode: Inode) -> None:
-        """Let guests know the region's size; one that shrank was revoked before."""
+        """Publish the region's size; grants of one that shrank were revoked before."""
         if inode.share is not None:
             self._entries[2 * inode.share.index + 1] = inode.size
 
     def fasten(self, share: Share) -> None:
-        """The region is firm."""
+        """Mark the region as metadata-durable."""
         self._entries[FIRM + share.index] = self._entries[2 * share.index]
 
     def loosen(self, share: Share) -> None:
-        """As :meth:`Share.loosen`."""
+        """See :meth:`Share.loosen`."""
         self._entries[FIRM + share.index] = 0
 
     def loosen_all(self) -> None:
-        """As :meth:`loosen`, of every region."""
+        """Clear metadata durability of every region."""
         for index in self._shared:
             self._entries[FIRM + index] = 0
 
     def revoke(self, inode: Inode) -> bool:
-        """End every grant of the region; whether no guest is in the middle of an access.
+        """Revoke all grants of the region; returns whether no access is pending.
 
-        Bytes that a guest wrote and reports as written are there when this returns.
+        Data that a guest wrote and reports as written are present when this returns.
         """
         share = inode.share
         if share is None:
@@ -184,26 +186,27 @@ class Grants:
         return self.quiet(share.index)
 
     def withdraw(self, share: Share) -> None:
-        """The region is gone: end its grants for ever."""
+        """Permanently revoke the grants of an erased region."""
         self._entries[2 * share.index] = 0
         barrier()
         inode = self._shared.pop(share.index)
         self.on_withdraw(inode.rid)
 
     def recycle(self, index: int) -> None:
-        """Let another region have the index of one that is gone, which is quiet now."""
+        """Reuse the index of an erased region without pending accesses."""
         self._free.append(index)
 
     def quiet(self, index: int) -> bool:
-        """Whether no guest is in the middle of an access that began before the stamp changed."""
+        """Whether no access that began before the version changed is pending."""
         return not any(guest.touches(index) for guest in self._guests)
 
     def later(self, index: int, free: Callable[[], None]) -> None:
-        """Have *free* called when the index is quiet."""
+        """Call *free* when no access to the index is pending."""
         self._later.append((index, free))
 
     def due(self) -> list[Callable[[], None]]:
-        """What has become quiet; to be called without the target's lock."""
+        """Return functions whose indexes have no pending access; call them without the target's
+        lock."""
         found = [free for index, free in self._later if self.quiet(index)]
         if found:
             self._later = [item for item in self._later if item[1] not in found]
@@ -213,10 +216,10 @@ class Grants:
     def waiting(self) -> bool:
         return bool(self._later)
 
-    # What guests wrote
+    # Writes by guests
 
     def settle(self, share: Share, inode: Inode) -> bool:
-        """As :meth:`Share.settle`."""
+        """See :meth:`Share.settle`."""
         mark = self._marks[share.index]
         if mark == share.seen:
             return False
@@ -225,7 +228,7 @@ class Grants:
         return True
 
     def _wrote_at(self, inode: Inode, mark: int) -> None:
-        """A guest says that it wrote to the region at *mark*, which may be any number."""
+        """Record a write by a guest; the time *mark* may be any number."""
         inode.written_by(None)
         self._catalogue.clock.wrote_at(inode, mark)
         self._catalogue.touch(inode, durable=False, tell=False)
@@ -234,18 +237,18 @@ class Grants:
         self._wrote(inode.rid)
 
     def settle_all(self, *, thorough: bool = False) -> None:
-        """Take over everything that guests wrote.
+        """Take over all writes by guests.
 
-        Mark 0 tells whether there is anything; two guests that set it at the very same time can
-        hide one's mark, which only matters to who has to be *thorough*.
+        Time 0 tells whether there is anything; two guests that set it at the very same time can
+        hide one's write, which only matters if *thorough*.
         """
         if self._marks[0] == self._seen and not thorough:
             return
         self._seen = self._marks[0]
         if not STRONGLY_ORDERED:
-            barrier()  # or a region's mark might be loaded before mark 0, which was set after it
-        # There may be hundreds of thousands, and the target's lock is held: only where something
-        # changed are they looked at one by one.
+            barrier()  # otherwise a region's time might be loaded before time 0, which is set later
+        # There may be hundreds of thousands, and the target's lock is held: examine single times
+        # only in pages that changed.
         marks = bytes(self.marks.view[: 8 * self._next])
         known = self._known.ljust(len(marks), b"\0")
         for start in range(0, len(marks), _PAGE):
@@ -261,7 +264,7 @@ class Grants:
     # The end
 
     def revoke_all(self) -> None:
-        """End every grant; who wants one again has to ask."""
+        """Revoke all grants; guests must request them again."""
         for index in self._shared:
             self._new_stamp(index)
         barrier()
@@ -272,7 +275,7 @@ class Grants:
         return all(not any(guest.board.view) for guest in self._guests)
 
     def forget(self) -> list[Callable[[], None]]:
-        """Let go of everything, after the last guest; returns what still waited for one."""
+        """Release everything after the last guest; returns the functions that still waited."""
         self.settle_all(thorough=True)
         for guest in self._guests:
             guest.close()

@@ -13,15 +13,14 @@ from warabi.target.state import TargetState
 
 
 class RegionLoan:
-    """Bytes of a region where they are, for a block that hands them to system calls.
+    """Data of a region in place, for a block that passes them to system calls.
 
-    The region is not resized, and its bytes are not freed, before the end of the block, which must
-    not wait.
+    The region is not resized or freed before the end of the block, which must not wait.
 
     Attributes:
-        place: the bytes; None, without a reason, where that cannot be, now or at all: reading or
-            writing the usual way tells why.  A load or store here would be killed if a process
-            that was granted the region had cut off its memory; a system call fails.
+        place: the data; None, without a reason, if that is not possible now, or at all: use the
+            normal calls then.  Use system calls only: a load or store could kill the process if
+            a guest had truncated the region's memory, while a system call fails.
     """
 
     __slots__ = ("_inode", "_locks", "_state", "_wanted", "place")
@@ -53,11 +52,11 @@ class RegionLoan:
         return self
 
     def load(self, offset: int, out: memoryview) -> None:
-        """Fill *out* from *offset* of the region, within what was lent."""
+        """Fill *out* from *offset* of the region, within the lent range."""
         self._state.storage.read_into(self._wanted[0], offset, out)
 
     def store(self, offset: int, data: memoryview) -> None:
-        """Write *data* at *offset* of the region, within what was lent."""
+        """Write *data* at *offset* of the region, within the lent range."""
         self._state.storage.write(self._wanted[0], offset, data)
 
     def __exit__(self, *_: object) -> None:

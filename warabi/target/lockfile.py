@@ -14,10 +14,10 @@ from warabi.errors import TargetBusy
 from warabi.metadata.journal import let_go
 
 _CLOSING_PATIENCE = 60.0
-"""Seconds to wait for an owner that has begun to close, when asked to wait at all."""
+"""Seconds to wait for an owner that is closing, if the caller waits at all."""
 _DEAD_PATIENCE = 5.0
-"""Seconds to wait where the owner is dead, and a child that it was just starting still has its
-descriptors: until that runs its own program."""
+"""Seconds to wait if the owner is dead, but a child that it was just starting still has its
+descriptors: until that calls execve(2)."""
 
 
 def _is_dead(pid: str) -> bool:
@@ -31,7 +31,7 @@ def _is_dead(pid: str) -> bool:
 
 
 class LockFile:
-    """Ownership of a target, for as long as this object or its process lives."""
+    """Exclusive ownership of a target, as long as this object or its process lives."""
 
     def __init__(self, path: Path, file: Path, patience: float) -> None:
         self._file = file
@@ -72,7 +72,7 @@ class LockFile:
         os.pwrite(self._fd, text.encode(), 0)
 
     def closing(self) -> None:
-        """Tell whoever waits that the end is near, if that can be written."""
+        """Tell waiting processes that the owner is closing, if that can be written."""
         with contextlib.suppress(OSError):
             self._write(f"{os.getpid()}, which is closing\n")
 
@@ -80,8 +80,8 @@ class LockFile:
         self._file.unlink(missing_ok=True)
 
     def release(self) -> None:
-        # Said, and not left to the closing: a child that was forked by other means than Python's
-        # has the descriptor, too, and closing it does not release the lock while that one is open.
+        # Explicitly unlocked before closing: a child that was not forked by Python also has the
+        # descriptor, and close(2) does not release the lock while that is open.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):

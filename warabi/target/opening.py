@@ -1,8 +1,8 @@
-"""A target on a file system: what its path may be, who owns it, and how it is opened.
+"""Opening targets on a file system: valid paths, ownership, and creation.
 
-``path`` is the catalogue.  Regions live in ``path + ".regions/"``, and the lock that makes one
+``path`` is the catalogue.  Regions are in ``path + ".regions/"``, and the lock that makes one
 process the owner is the file ``LOCK`` in there: SQLite's own locks are on the catalogue file,
-where closing any other descriptor of it would drop them.
+where closing any other descriptor of it would release them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from warabi.target.target import Target
 
 
 class Opening(NamedTuple):
-    """How a target on a file system is opened."""
+    """Parameters for opening a target on a file system."""
 
     path: str
     backend: Backend
@@ -45,32 +45,32 @@ class Opening(NamedTuple):
 
 
 def opening_of(backend: Backend, settings: Any) -> Opening:
-    """How a target of a backend with files is opened, by checked settings."""
+    """Return the parameters for a target of a persistent backend, from validated settings."""
     return Opening(settings.path, backend, settings, backend.plan(settings))
 
 
 def open_target(target: TargetConfig) -> Target:
-    """The target that a provider's configuration names; raises as :func:`open_backend`."""
+    """Open the target of a provider's configuration; raises as :func:`open_backend`."""
     return open_backend(target.backend, target.config)
 
 
 def open_backend(
     backend: Backend, settings: Any, *, patience: float = 0.0, limit: int | None = None
 ) -> Target:
-    """A target of a backend; created where the settings say so, and if it has no path, empty.
+    """Open a target of a backend; creates it if the settings say so, or if it has no path.
 
     Args:
         backend: its type.
         settings: an instance of ``backend.config``.
-        patience: seconds to wait for another owner to let go of its path.
-        limit: how many bytes of memory its regions and names may take, holes not counted; without
-            it as many as the machine can give.  For backends with ``in_memory`` alone.
+        patience: seconds to wait for another owner to release its path.
+        limit: most bytes of memory for its regions and names, holes not counted; by default what
+            the machine can provide.  Only for backends with ``in_memory``.
 
     Raises:
-        ConfigError: the path is no target of this type (it is left as it is), or is missing and
-            not to be created.
-        TargetBusy: another process, named by its pid, has it open.
-        CorruptTarget, StorageError, StorageFull, PermissionDenied: the medium.
+        ConfigError: the path is not a target of this type (it is not modified), or is missing and
+            must not be created.
+        TargetBusy: another process, named by its PID, has it open.
+        CorruptTarget, StorageError, StorageFull, PermissionDenied: storage errors.
     """
     if backend.files:
         return _open(opening_of(backend, settings), patience)
@@ -83,24 +83,24 @@ def open_backend(
 
 
 def volatile(catalogue: Catalogue, storage: Storage, capacity: int | None) -> Target:
-    """A target that ends with its process."""
+    """Open a target that ends with its process."""
     catalogue.limit(storage.charge)
     return Target(catalogue, storage, capacity=capacity, instead=storage.instead)
 
 
 def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
-    """An empty target in memory; see :func:`open_backend`.  The configuration's ``capacity`` counts
-    sizes, *limit* memory."""
+    """Open an empty target in memory; see :func:`open_backend`.  The configuration's ``capacity``
+    limits sizes, *limit* memory."""
     return open_backend(memory.BACKEND, config, limit=limit)
 
 
 def open_file(config: FileConfig) -> Target:
-    """The target of files at ``config.path``; see :func:`open_backend`."""
+    """Open the target of files at ``config.path``; see :func:`open_backend`."""
     return open_backend(file.BACKEND, config)
 
 
 def open_pmem(config: PmemConfig) -> Target:
-    """As :func:`open_file`.  The size that the target was created with is its quota, whatever the
+    """Open a pmem target.  The size that it was created with is its permanent quota, whatever the
     configuration says later; an empty file that becomes a target without a size has none."""
     return open_backend(pmem.BACKEND, config)
 
@@ -115,7 +115,7 @@ def _open(opening: Opening, patience: float) -> Target:
         )
     try:
         state = _inspect(path)
-        path = Path(os.path.realpath(path))  # the regions are beside the catalogue, not the link
+        path = Path(os.path.realpath(path))  # regions are next to the catalogue, not the link
         if state == "missing" and not plan.create:
             raise ConfigError(f"target {path}: no such file, and {plan.creation} is not set")
         if state == "missing":
@@ -128,7 +128,7 @@ def _open(opening: Opening, patience: float) -> Target:
 
 
 def _make_directories(path: Path) -> None:
-    """A directory and those above it, as far as they are missing, each on the medium."""
+    """Create a directory and its missing ancestors, durably."""
     missing = [path, *path.parents]
     for directory in reversed(missing[: [a.exists() for a in missing].index(True)]):
         directory.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def _make_directories(path: Path) -> None:
 
 
 def _inspect(path: Path) -> str:
-    """``missing``, ``empty`` or ``target``; refuses what is something else."""
+    """Return ``missing``, ``empty`` or ``target``; raises for anything else."""
     try:
         info = path.stat()
     except FileNotFoundError:
@@ -171,16 +171,16 @@ def _inspect(path: Path) -> str:
 
 
 def _is_ours(regions: Path) -> bool:
-    """Whether a directory is a target's, or empty and so may become one's."""
+    """Whether a directory belongs to a target, or is empty and so may become one's."""
     return regions.is_dir() and ((regions / "LOCK").is_file() or not any(regions.iterdir()))
 
 
 def lock_regions(path: Path, patience: float) -> tuple[Path, LockFile, bool]:
-    """The directory for the regions of a target at *path*, its lock, and whether it was made.
+    """Create and lock the directory for regions; returns it, its lock, and whether it was created.
 
     Raises:
-        ConfigError: it is something else.
-        TargetBusy: another process, named by its pid, has the target open.
+        ConfigError: it is not a directory of regions.
+        TargetBusy: another process, named by its PID, has the target open.
     """
     regions = Path(f"{path}.regions")
     made = not regions.exists()
@@ -194,10 +194,10 @@ def lock_regions(path: Path, patience: float) -> tuple[Path, LockFile, bool]:
 
 
 def _make_private(path: Path, regions: Path) -> None:
-    """Take what other users may do with a target's files away, where this process can.
+    """Remove other users' permissions on a target's files, if this process can.
 
-    Catalogues used to be made with the permissions that the umask leaves; names, sizes and IDs in
-    them are the owner's as much as the bytes of the regions.
+    Catalogues used to be created with default permissions; the names, sizes and IDs in them are as
+    private as the data of the regions.
     """
     for place in (path, *(Path(f"{path}{end}") for end in ("-wal", "-shm", "-journal")), regions):
         with contextlib.suppress(OSError):
@@ -207,15 +207,15 @@ def _make_private(path: Path, regions: Path) -> None:
 
 
 def clear(path: Path, regions: Path, backend: Backend) -> None:
-    """Remove what a target, or half of one that was being brought, left without a catalogue."""
+    """Remove what a target without a catalogue, or an unfinished migration, left."""
     _existing(backend, regions).destroy()
-    # SQLite would play a log that was left into whatever catalogue comes to be beside it.
+    # SQLite would apply a leftover log to whatever catalogue is created there.
     for leftover in (f"{path}-wal", f"{staged(path)}", f"{staged(path)}-journal"):
         Path(leftover).unlink(missing_ok=True)
 
 
 def staged(path: Path) -> Path:
-    """Where the catalogue of a target that is being brought to *path* is made."""
+    """Return the path of the catalogue of a target that is being migrated to *path*."""
     return Path(f"{path}.migrating")
 
 
@@ -228,7 +228,7 @@ def _open_locked(path: Path, opening: Opening, patience: float) -> Target:
     plan, backend = opening.plan, opening.backend
     regions, lock, made = lock_regions(path, patience)
     try:
-        state = _inspect(path)  # again, now that nobody else can change it
+        state = _inspect(path)  # again, now that no other process can change it
         if state != "target" or plan.override:
             if not (plan.override or staged(path).exists()) and _any_regions(backend, regions):
                 raise CorruptTarget(
@@ -236,7 +236,7 @@ def _open_locked(path: Path, opening: Opening, patience: float) -> Target:
                     f" warabi fsck --repair {path}, or remove them"
                 )
             former = _former(path, backend) if state == "target" else backend
-            # The catalogue first: what a crash leaves of the regions is removed at the next open.
+            # The catalogue first: regions that a crash leaves are removed at the next open.
             schema.create(path, backend.name, plan.pool)
             for each in {former, backend}:
                 clear(path, regions, each)
@@ -251,7 +251,8 @@ def _open_locked(path: Path, opening: Opening, patience: float) -> Target:
 
 
 def recorded_backend(path: Path) -> str | None:
-    """What the catalogue at *path* says of its type; None if it cannot be read, or does not say."""
+    """Return the backend in the catalogue at *path*; None if it cannot be read, or is not
+    recorded."""
     uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"  # written once, so no log is needed
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
@@ -262,7 +263,7 @@ def recorded_backend(path: Path) -> str | None:
 
 
 def _former(path: Path, backend: Backend) -> Backend:
-    """Whose regions there are of a target that one of *backend* replaces."""
+    """Return the backend of a target that one of *backend* replaces."""
     name = recorded_backend(path)
     found = backend if name is None else registry.find(name)
     if found is None or not found.files:
@@ -281,7 +282,7 @@ def _any_regions(backend: Backend, regions: Path) -> bool:
 
 
 def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) -> Target:
-    """Open a target that is there; its lock, which is held, goes with it, but not on failure."""
+    """Open an existing target, which takes over its lock; on failure the caller keeps it."""
     _make_private(path, regions)
     plan = opening.plan
     with contextlib.ExitStack() as undo:
@@ -294,8 +295,8 @@ def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) ->
         undo.callback(let_go, held)
 
         def closed() -> None:
-            # Callers may remove the catalogue while it is open, as one does with a temporary file:
-            # nothing can ever reach the regions then, and they go too.
+            # If the catalogue was unlinked while open, as is done with temporary files, the regions
+            # cannot be reached any more, and are removed, too.
             with contextlib.suppress(OSError):
                 if os.fstat(held).st_nlink == 0:
                     _existing(opening.backend, regions).destroy()
@@ -330,12 +331,12 @@ def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) ->
 
 @contextlib.contextmanager
 def owned(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Own the target at *path*, in whatever state it is, without opening it.
+    """Lock the target at *path*, in whatever state it is, without opening it.
 
-    Gives its path with symbolic links followed, and the directory of its regions.
+    Yields its path with symbolic links followed, and the directory of its regions.
 
     Raises:
-        ConfigError: there is nothing that can be, or have been, a target.
+        ConfigError: there is nothing that is, or may have been, a target.
         TargetBusy: it is open, here or elsewhere.
     """
     path = Path(os.path.realpath(path))

@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def recover(catalogue: Catalogue, storage: Storage) -> None:
-    """After a crash: drop bytes that no row mentions, believe the files' sizes.
+    """After a crash: erase data that no row mentions, and take sizes from files.
 
-    A region that was not persisted and lost its file is gone; if it had a name, that means
-    an empty region now, as on other file systems.  This may take long, and Ctrl-C ends it.
+    A region that was not persisted and lost its file is removed; if it had a name, it becomes an
+    empty region, as on other file systems.  This may take long; Ctrl-C interrupts it.
     """
     orphaned = resized = lost = 0
     for inode in catalogue.orphans():
@@ -35,7 +35,7 @@ def recover(catalogue: Catalogue, storage: Storage) -> None:
             storage.erase(rid)
             orphaned += 1
         else:
-            if found.packed == PACKED:  # it had grown out of its pack, and no commit said so
+            if found.packed == PACKED:  # it had outgrown its pack, but that was not committed
                 found.packed = MOVED
                 catalogue.touch(found, durable=True, tell=False)
             if found.size != size and not (size < found.size and storage.attests(found, size)):
@@ -46,7 +46,7 @@ def recover(catalogue: Catalogue, storage: Storage) -> None:
                 catalogue.set_attributes(found, mtime=times.mtime, ctime=times.ctime)
                 catalogue.touch(found, durable=False)
         catalogue.trim()
-        interrupts.check()  # the next to open begins anew, as after a crash
+        interrupts.check()  # the next open starts again, as after a crash
     for rid in sorted(missing):
         interrupts.check()
         found = catalogue.region(rid)

@@ -36,10 +36,10 @@ class RegionLocks:
         self._erasure = erasure
         self._catalogue = state.catalogue
         self._lock = state.lock  # the same, as each read and write takes it twice
-        self._idle = threading.Condition(self._lock)  # a region may have become free
+        self._idle = threading.Condition(self._lock)  # a region may have become available
         self._waiters = 0
-        self._inside = 0  # calls in any region, for close
-        self._flushes: Counter[int] = Counter()  # of event loops, by their threads
+        self._inside = 0  # number of calls in any region, for close
+        self._flushes: Counter[int] = Counter()  # pending flushes of event loops, by thread
 
     def forked(self) -> None:
         """In a forked child, after ``TargetState.forked``."""
@@ -47,7 +47,7 @@ class RegionLocks:
         self._idle = threading.Condition(self._lock)
 
     def find(self, region: RegionID, what: str) -> Inode:
-        """The region's inode, alive; the lock is held."""
+        """Return the inode of a live region; the lock is held."""
         if self._state.closed:
             self._state.check_open(what)
         inode = self._catalogue.by_rid.get(region) if type(region) is RegionID else None
@@ -172,7 +172,7 @@ class RegionLocks:
         self._check_waiting()
         self._waiters += 1
         try:
-            # No handler interrupts a condition here, which would lose the lock: see interrupts.py.
+            # Signal handlers do not interrupt a condition here: see interrupts.py.
             self._idle.wait(interrupts.LOOK_AROUND if interrupts.waits_held() else None)
         finally:
             self._waiters -= 1
@@ -180,7 +180,7 @@ class RegionLocks:
             interrupts.check()
 
     def _check_waiting(self) -> None:
-        """Refuse to wait where an event loop would, for what only that loop brings to its end."""
+        """Raise instead of deadlocking: an event loop must not wait for its own task."""
         if self._flushes[threading.get_ident()]:
             raise TargetBusy(
                 "a task of this thread is persisting, and cannot finish while the thread blocks"

@@ -1,8 +1,4 @@
-"""Regions that other processes of the host may reach by themselves: see ``leases.py``.
-
-Calls the storage.  Called by ``Target``, by the parts that end regions or make them durable, and by
-the provider's sessions of guests.
-"""
+"""Direct access of other processes to regions: see ``leases.py``."""
 
 from __future__ import annotations
 
@@ -21,19 +17,19 @@ from warabi.target.leases import GrantHolder, Grants, Share
 from warabi.target.state import TargetState
 
 GUESTS_PATIENCE = 1.0
-"""Seconds that accesses of other processes have to end when a target closes or is migrated."""
+"""Seconds to wait for accesses by other processes when a target closes or is migrated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A region that a guest may reach: where, and by which entry of the table."""
+    """A granted region: its location, and its entry of the table."""
 
     index: int
     stamp: int
     place: Location
 
     def answer(self, guest: GrantHolder) -> tuple[list[Any], list[int]]:
-        """What the guest is told, and the descriptors that go with it: a segment's only once."""
+        """Return the reply, and the descriptors to send with it: a segment's only once."""
         place = self.place
         reply = [self.index, self.stamp, *place[1:]]
         if place.segment in guest.segments:
@@ -59,7 +55,7 @@ class Sharing:
 
     @property
     def active(self) -> bool:
-        """Whether other processes may be writing to regions by themselves."""
+        """Whether there are processes with direct access."""
         return self._grants is not None
 
     @property
@@ -70,11 +66,11 @@ class Sharing:
     # Guests
 
     def join(self) -> tuple[GrantHolder, Grants] | None:
-        """A new guest, and the memory that it shares; None where the system does not allow it.
+        """Add a guest; returns it and the shared memory; None if the system does not support it.
 
         Raises:
             TargetNotFound: the target is closed.
-            TargetBusy: not now.
+            TargetBusy: not possible now.
         """
         state = self._state
         with state.guard.lock, state.guard.checked:
@@ -91,11 +87,11 @@ class Sharing:
             return self._grants.join(), self._grants
 
     def asks_no_more(self, guest: GrantHolder) -> None:
-        """The guest makes no regions any more: nothing is kept for those."""
+        """Record that a guest creates no more regions: free memory kept for it."""
         self._state.storage.left(guest.number)
 
     def leave(self, guest: GrantHolder) -> None:
-        """The guest's process is gone, or has promised to touch nothing more."""
+        """Remove a guest whose process has ended, or has promised to access nothing more."""
         self.asks_no_more(guest)
         due = []
         with self._state.lock:
@@ -130,16 +126,19 @@ class Sharing:
     # What guests may rely on; the lock is held, except where it is said
 
     def resized(self, inode: Inode) -> None:
-        """Let guests know the region's size; one that shrank was revoked before."""
+        """Publish the region's size; grants of one that shrank were revoked before."""
         if self._grants is not None:
             self._grants.resized(inode)
 
     def revoke(self, inode: Inode) -> bool:
-        """End every grant of the region; whether no guest is in the middle of an access."""
+        """Revoke all grants of the region; returns whether no access is pending.
+
+        Data that a guest wrote and reports as written are present when this returns.
+        """
         return self._grants is None or self._grants.revoke(inode)
 
     def withdraw(self, inode: Inode) -> None:
-        """The region is gone: end its grants for ever."""
+        """Permanently revoke the grants of an erased region."""
         if inode.share is not None and self._grants is not None:
             self._grants.withdraw(inode.share)
 
@@ -152,7 +151,7 @@ class Sharing:
         return True
 
     def free_quiet(self) -> None:
-        """Free places that guests were still touching when regions left them; takes the lock."""
+        """Free locations that guests were still accessing when they were revoked."""
         if self._grants is not None and self._grants.waiting:
             with self._state.lock:
                 due = [] if self._grants is None else self._grants.due()
@@ -160,7 +159,7 @@ class Sharing:
                 free()
 
     def _fasten(self, inode: Inode) -> None:
-        """Have guests persist the region by themselves, if that can be."""
+        """Let guests persist the region themselves, if possible; the lock is held."""
         share = inode.share
         if (
             share is not None
@@ -172,8 +171,7 @@ class Sharing:
 
     @contextmanager
     def fastening(self, inode: Inode) -> Iterator[None]:
-        """The block persists a region, as guests may do after it, unless it fails; takes the
-        lock."""
+        """The block persists a region, which guests may do afterwards unless it fails."""
         try:
             yield
         except WouldBlock:
@@ -196,7 +194,7 @@ class Sharing:
         with self._state.lock:
             self.loosen_all()
 
-    # What guests wrote
+    # Writes by guests
 
     def settle_all(self, *, thorough: bool = False) -> None:
         """Take over what guests did to regions, with *thorough* also what may have gone unnoticed;
@@ -217,12 +215,9 @@ class Sharing:
         self._exposed = exposed
 
     def pause(self) -> None:
-        """End every grant, and give no new ones: until :meth:`resume` all changes come through the
-        provider.  What guests report as written before is there.
-
-        Raises:
-            TargetBusy: regions are exposed to the kernel.
-        """
+        """Revoke all grants, and refuse new ones: until :meth:`resume_sharing` all changes are
+        requests.
+        Data that guests reported as written before are present."""
         with self._state.lock:
             if self._exposed:
                 raise TargetBusy(
@@ -235,8 +230,8 @@ class Sharing:
         self._paused = False
 
     def quieten(self, inode: Inode) -> None:
-        """End every grant of a region that this call has closed to others, and give accesses that
-        are under way a moment to end."""
+        """Revoke the grants of a region that this call has closed, and wait a moment for pending
+        accesses."""
         with self._state.lock:
             share = inode.share
             if self._grants is None or share is None:
@@ -245,16 +240,16 @@ class Sharing:
         self._wait_for_guests(lambda grants: grants.quiet(share.index))
 
     def close(self) -> None:
-        """End all direct access; what guests wrote until now counts."""
+        """End all direct access; writes of guests until now are taken over."""
         self._revoke_all()
         with self._state.guard.lock, self._state.guard.checked:
-            grants, self._grants = self._grants, None  # unless the last guest has left meanwhile
+            grants, self._grants = self._grants, None  # unless the last guest has left concurrently
             freeing = [] if grants is None else grants.forget()
         for free in freeing:
             free()
 
     def _revoke_all(self) -> None:
-        """End every grant, and give accesses that are under way a moment to end."""
+        """End every grant, and wait a moment for pending accesses."""
         with self._state.guard.lock, self._state.guard.checked:
             if self._grants is None:
                 return
@@ -262,8 +257,8 @@ class Sharing:
         self._wait_for_guests(lambda grants: grants.all_quiet)
 
     def _wait_for_guests(self, quiet: Callable[[Grants], bool]) -> None:
-        """Wait until *quiet*, or no guest is left, but not long: a guest may have been stopped, or
-        lie.  Guests may leave meanwhile, and the last one takes the grants with it."""
+        """Wait until *quiet*, or no guest is left, for a limited time: a guest may be stopped, or
+        misbehave.  Guests may leave meanwhile, and the last one removes the grants."""
         deadline = time.monotonic() + GUESTS_PATIENCE
         while time.monotonic() < deadline:
             with self._state.lock:

@@ -29,7 +29,7 @@ class Sizes:
         self.capacity = capacity
 
     def reserve(self, extra: int, what: str) -> None:
-        """Refuse growth beyond the quota; the lock is held."""
+        """Check the quota; the lock is held."""
         used = self._state.catalogue.used
         if self.capacity is not None and used + extra > self.capacity:
             raise StorageFull(
@@ -74,7 +74,7 @@ class Sizes:
             else:
                 storage.write_beyond(region, offset, view)
         except BaseException:
-            # It may have grown and not been filled: what is beyond the old end goes.
+            # It may have grown without being filled: remove everything beyond the old end.
             storage.resize(region, inode.size)
             raise
         self.set(inode, end)

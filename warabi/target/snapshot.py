@@ -1,7 +1,7 @@
-"""Operations of a target for an export: all names at one instant, and copies of regions.
+"""Operations of a target for an export: a snapshot of all names, and copies of regions.
 
-While a survey's region exists, bytes of regions that are erased are kept, so that whatever the
-survey tells of can still be copied.
+While a survey's region exists, the data of erased regions are kept, so that every region of the
+survey can still be copied.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry
 from warabi.target.target import Target
 
-_IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that need no file
+_IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that are kept in memory
 _COLUMNS = COLUMNS.replace(", ", ", i.")
 
 
 def survey(target: Target) -> Attributes:
-    """A new region without a name that lists every entry of the target, as of one instant.
+    """Create a region without a name that lists every entry of the target, as a snapshot.
 
-    It is pinned for the caller, who ends it and the keeping of erased regions with ``unpin``.
-    Other calls wait while the catalogue is copied, and go on while the copy is read.
+    It is pinned for the caller, who releases it and the kept data of erased regions with ``unpin``.
+    Other calls wait while the catalogue is copied, and continue while the copy is read.
     """
     state = target.state
     with state.long:
         state.announce()
         with state.guard.lock, state.guard.checked:
             target.committer.write_commit()
-            state.catalogue.check_stored()  # or it would be missing
+            state.catalogue.check_stored()  # otherwise it would be missing
             snapshot = state.catalogue.snapshot()
             try:
                 inode = target.creation.new_region(0o600, None, None)
@@ -68,7 +68,7 @@ def survey(target: Target) -> Attributes:
 
 
 def _entries(db: sqlite3.Connection) -> Iterator[ArchiveEntry]:
-    """Every entry of a catalogue: a directory before what is in it."""
+    """Yield every entry of a catalogue: directories before their entries."""
     row = db.execute(f"SELECT i.{_COLUMNS} FROM inode i WHERE ino = ?", (ROOT,)).fetchone()
     pending = [(b"", Inode(*row).attributes())]
     while pending:
@@ -107,15 +107,15 @@ def _xattrs(db: sqlite3.Connection, ino: int) -> list[tuple[bytes, bytes]]:
 
 
 def copy(target: Target, region: RegionID) -> Attributes:
-    """A new region without a name, with the bytes and times that *region* has at one instant.
+    """Create a region without a name, with a snapshot of the data and times of *region*.
 
-    Writers of the region wait while its file is copied, which takes no time where the file system
-    can share blocks.  While a survey goes on, a region that was erased since can be copied too.
-    The copy is pinned for the caller, and no quota refuses it.
+    Writers of the region wait while its file is copied, which takes no time if the file system can
+    share blocks.  During a survey, regions that were erased since can be copied, too.  The copy is
+    pinned for the caller, and no quota applies.
 
     Raises:
-        InvalidRegion: unknown, and in no survey that goes on.
-        StorageFull, StorageError, CorruptTarget: the medium; there is no copy then.
+        InvalidRegion: unknown, and in no running survey.
+        StorageFull, StorageError, CorruptTarget: storage errors; there is no copy then.
     """
     try:
         source = target.locks.enter_exclusive(region, "copy", True)
@@ -132,8 +132,8 @@ def copy(target: Target, region: RegionID) -> Attributes:
 
 
 def _kept(target: Target, region: RegionID) -> int | None:
-    """The size of a region that was erased and is kept for a survey, once calls that were inside
-    it have come to their end."""
+    """Return the size of an erased region whose data are kept for a survey, after calls in it have
+    ended."""
     with target.state.lock:
         while target.erasure.is_ending(region):
             target.locks.wait(True)
@@ -151,7 +151,7 @@ def _copied(target: Target, region: RegionID, size: int, source: Inode | None) -
         with guard.lock, guard.checked:
             catalogue.remove(inode)
             inode.dead = True
-        with contextlib.suppress(KeyError):  # it was not even made
+        with contextlib.suppress(KeyError):  # it was not created
             storage.erase(inode.rid)
         raise
     with guard.lock, guard.checked:

@@ -23,15 +23,14 @@ from warabi.metadata.guard import Guard
 _T = TypeVar("_T")
 
 LOOPS: set[int] = set()
-"""Threads that run the event loop of an engine or a mount.  What would have one of them wait for a
-region, or do what takes long, raises ``WouldBlock`` there, nothing having been done; a worker
-thread does it."""
+"""Threads that run the event loop of an engine or a mount.  A call that would make one of them wait
+for a region, or take long, raises ``WouldBlock`` without effect; a worker thread then makes it."""
 _GRACE = 0.02
-"""Seconds between when a target is found free and when its lock is taken, at most and about."""
+"""Approximate longest time in seconds between finding a target free and acquiring its lock."""
 STEPS = 5000
-"""Names or directories, of some microseconds each, that are gone through while others wait."""
+"""Names or directories, of some microseconds each, to process while other calls wait."""
 LONG = 32 * 1024 * 1024
-"""Bytes of memory that take long to give back."""
+"""Bytes of memory that take long to free."""
 
 
 def not_in_a_loop() -> None:
@@ -96,15 +95,15 @@ class TargetState:
         return self.long.locked()
 
     def announce(self) -> None:
-        """Let event loops that found the target free, and are about to take its lock, do so; the
-        caller holds ``long``, and is about to hold the lock for long."""
+        """Wait until event loops that found the target free have acquired its lock; the caller
+        holds ``_long``, and is about to hold the lock for long."""
         time.sleep(_GRACE)
 
     def patiently(self, work: Callable[[float], _T]) -> _T:
-        """The result of *work*, which takes the lock and is told how many steps it may do with it.
+        """Return the result of *work*, which acquires the lock and is passed a limit on its steps.
 
-        Where more are needed it raises ``Lengthy``, having done nothing, and is called once more,
-        in a thread that may take its time.
+        If more are needed it raises ``Lengthy`` without effect, and is called again without a
+        limit, unless this thread runs an event loop.
         """
         try:
             return work(STEPS)

@@ -1,16 +1,6 @@
-"""A target: catalogue and storage as one, with every check of arguments in one place.
+"""A target: catalogue and storage combined, with all checks of arguments.
 
-A method checks its arguments, enters the region, has the storage or a part of the target do the
-work, and leaves.  Each part owns its state and calls only those above it here:
-
-* ``TargetState``: catalogue, storage and the lock, which all share (``state.py``)
-* ``Sharing``: grants of direct access to other processes (``sharing.py``)
-* ``KernelBacked``: regions whose files a kernel uses (``kernel_backed.py``)
-* ``Erasure``: when bytes of erased regions are freed (``erasure.py``)
-* ``RegionLocks``: which calls are inside which region (``region_locks.py``)
-* ``Committer``: what is durable when (``commit.py``)
-* ``Sizes``: quota, and growing and shrinking (``sizes.py``)
-* ``Creation``: new regions (``creation.py``)
+Locks are described in ``region_locks.py``, durability in ``commit.py``.
 """
 
 from __future__ import annotations
@@ -48,22 +38,22 @@ from warabi.target.state import LONG, TargetState, not_in_a_loop
 from warabi.target.write_throttle import Pace
 
 _MANY = 1024
-"""Extents that take long to go through."""
+"""Number of extents that take long to process."""
 
 
 class Target:
-    """Regions and their names on one catalogue and one storage.
+    """Regions and their names, in one catalogue and one storage.
 
-    Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock` where it
-    would have to wait for another call or for the medium, and has then done nothing.
+    Thread-safe.  A call with ``wait=False`` raises :class:`warabi.errors.WouldBlock`, without
+    effect, if it would have to wait for another call or for stable storage.
 
     Args:
         catalogue: which regions exist; recovered if it was not closed.
         storage: where their bytes are.
         capacity: quota on the sum of region sizes, in bytes; None for none.
-        threads: how many calls of Trio programs may wait for the medium at once; None for Trio's
-            own limit.
-        instead: settings that the storage has instead of those that were asked for.
+        threads: most calls of Trio programs that wait for stable storage concurrently; None for
+            Trio's own limit.
+        instead: settings of the storage in effect that differ from the configuration.
         on_closing: called when the target begins to close, or is about to.
         on_close: called once after the target was closed.
     """
@@ -125,22 +115,23 @@ class Target:
 
     @property
     def write_waits(self) -> bool:
-        """Whether a write waits for the medium, and not only a persist, or is likely to."""
+        """Whether a write waits for stable storage, and not only a persist, or is likely to."""
         return self._storage.write_waits or self._pace.slow(perf_counter_ns())
 
     @property
     def shares_writes(self) -> bool:
-        """Whether processes of the host may write to regions by themselves."""
+        """Whether guests may write to regions."""
         return self._storage.shares_writes
 
     @property
     def uuid(self) -> str:
-        """The target's own identity, for as long as it exists."""
+        """The target's unique ID, for as long as it exists."""
         return self._catalogue.uuid
 
     @property
     def epoch(self) -> str:
-        """Changes when volatile changes may have been lost: the target was not closed in order."""
+        """Changes when volatile changes may have been lost because the target was not closed
+        cleanly."""
         return self._catalogue.epoch
 
     @property
@@ -158,23 +149,23 @@ class Target:
     # Regions
 
     def create(self, size: int) -> RegionID:
-        """A new region of *size* zero bytes, without a name.
+        """Create a region of *size* zero bytes, without a name.
 
         Raises:
-            OutOfBounds: *size* is no integer of at least 0.
-            StorageFull: it exceeds the quota, or could never fit on the medium.
+            OutOfBounds: *size* is not an integer of at least 0.
+            StorageFull: it exceeds the quota, or the capacity of the storage.
         """
         return self._new(checked_size(size, "create: size"), None).rid
 
     def make(self, size: int, guest: int) -> RegionID:
-        """As :meth:`create`, for the guest of that number, which may write, is granted the region
-        next, and fills it."""
+        """The same as :meth:`create`, for a writable guest that is granted the region next, and
+        fills it."""
         size = checked_size(size, "create: size")
         return self._new(size, self._storage.cleared(size, guest)).rid
 
     def _new(self, size: int, fresh: Fresh | None, *, entered: bool = False) -> Inode:
-        """A new region without a name, of *fresh* bytes if there are any; with *entered* the
-        caller is in it, from the start, so that the target does not close meanwhile."""
+        """Create a region without a name, from *fresh* if given; with *entered* the caller has
+        entered it from the start, so that the target does not close meanwhile."""
         try:
             with self.state.guard.lock, self.state.guard.checked:
                 inode = self.creation.new_region(
@@ -189,7 +180,7 @@ class Target:
             raise
 
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
-        """A new region of just *data*; when anything fails, no region remains."""
+        """Create a region with *data*; on failure no region remains."""
         view = readable(data, "create_and_write: data")
         fresh = self._storage.written(view)
         with self.filling(len(view), fresh) as inode:
@@ -206,7 +197,7 @@ class Target:
         try:
             yield inode
         except BaseException:
-            # Not by `erase`, which a target that is about to close refuses.
+            # Not by `erase`, which fails while the target closes.
             with self.state.guard.lock, self.state.guard.checked:
                 if not inode.dead:
                     self.namespace.forget_names(inode)
@@ -219,13 +210,14 @@ class Target:
         self, region: RegionID, offset: int, data: Any, persist: bool = False,
         *, extend: bool = False, wait: bool = True,
     ) -> None:  # fmt: skip
-        """Store *data*, any contiguous buffer, at *offset* bytes.
+        """Write *data*, any contiguous buffer, at *offset* bytes.
 
         With *extend* a write beyond the end grows the region; a gap reads as zero.
 
         Raises:
-            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
-            StorageFull, StorageError: the medium; the extent's content is then undefined.
+            InvalidRegion, OutOfBounds, InvalidBuffer: invalid arguments, before anything is
+            written.
+            StorageFull, StorageError: writing failed; the extent's contents are then undefined.
         """
         if not wait and self.write_waits:
             raise WouldBlock
@@ -252,14 +244,15 @@ class Target:
     def append(
         self, region: RegionID, data: Any, persist: bool = False, *, wait: bool = True
     ) -> int:
-        """Store *data* at the end of the region, which grows; returns the offset of its first byte.
+        """Write *data* at the end of the region, which grows; returns the offset of its first byte.
 
         The end is determined, and moved, while no other call is inside the region, so that appends
         never overlap each other or writes that make the region grow.
 
         Raises:
-            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
-            StorageFull, StorageError: the medium; nothing was appended, unless only the persist
+            InvalidRegion, OutOfBounds, InvalidBuffer: invalid arguments, before anything is
+            written.
+            StorageFull, StorageError: writing failed; nothing was appended, unless only the persist
                 failed.
         """
         if not wait and self.write_waits:
@@ -278,7 +271,7 @@ class Target:
     def _write_growing(
         self, region: RegionID, offset: int | None, view: memoryview, wait: bool
     ) -> int:
-        """Store *view* at *offset*, or at the region's end; returns where."""
+        """Write *view* at *offset*, or at the region's end; returns the offset."""
         what = "append" if offset is None else "write"
         inode = self.locks.enter_exclusive(region, what, wait)
         wrote = False
@@ -288,7 +281,7 @@ class Target:
             end = checked_size(offset + len(view), f"{what}: the end")
             if end > inode.size:
                 self.sizes.grow_and_fill(inode, what, offset, view)
-            else:  # another call made it grow meanwhile
+            else:  # another call made it grow concurrently
                 self._storage.write(region, offset, view)
             wrote = True
         finally:
@@ -300,11 +293,11 @@ class Target:
     ) -> int:
         """Fill *buffer*, any writable contiguous buffer, from *offset* bytes.
 
-        With *short* the region may end before the buffer does.  Returns how many bytes were read.
+        With *short* the region may end before the buffer does.  Returns the number of bytes read.
 
         Raises:
-            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is read.
-            StorageError, CorruptTarget: the medium.
+            InvalidRegion, OutOfBounds, InvalidBuffer: invalid arguments, before anything is read.
+            StorageError, CorruptTarget: reading failed.
         """
         view = writable(buffer, "read: buffer")
         offset = checked_size(offset, "read: offset")
@@ -324,14 +317,14 @@ class Target:
             self._leave(inode)
 
     def view(self, region: RegionID, offset: int, size: int) -> memoryview | None:
-        """Up to *size* bytes at *offset* where they are, fewer at the region's end; None where the
-        storage has them in no memory, or some of them were never written.
+        """Return up to *size* bytes at *offset* in place, fewer at the region's end; None if they
+        are not in memory, or partly a hole.
 
-        What touches them after the region was shrunk or erased is killed: only for who holds the
-        whole target, and hands them to a system call at once, which fails then.
+        An access after the region was shrunk or erased kills the process: only for a caller that
+        owns the whole target, and passes the view to a system call at once, which fails then.
 
         Raises:
-            InvalidRegion, OutOfBounds: the arguments.
+            InvalidRegion, OutOfBounds: invalid arguments.
         """
         offset = checked_size(offset, "view: offset")
         with self.state.lock:
@@ -342,16 +335,17 @@ class Target:
     def lend(
         self, region: RegionID, offset: int, size: int, *, writable: bool = False
     ) -> RegionLoan:
-        """*size* bytes at *offset* where they are: ``with target.lend(...) as loan``."""
+        """Return a context manager for *size* bytes at *offset* in place: ``with target.lend(...)
+        as loan``."""
         return RegionLoan(self.state, self.locks, region, offset, size, writable=writable)
 
     def begin_write(
         self, region: RegionID, offset: int, data: memoryview
     ) -> Callable[[], None] | None:
-        """What writes *data*, to be called in any case, and soon; None where that might wait or
-        fail, or not survive this process: :meth:`write` does it or says why not.
+        """Return a function that writes *data*, which must be called, and soon; None if that might
+        wait or fail, or be visible to other processes: use :meth:`write` then.
 
-        So it is for memory that the region has, and that no other process may cut off.
+        So it is only for allocated memory that no other process can truncate.
         """
         if self.blocking or self.sharing.active:
             return None
@@ -371,7 +365,7 @@ class Target:
         """Exactly *size* bytes from *offset*; raises as :meth:`read_into`."""
         offset = checked_size(offset, "read: offset")
         size = checked_size(size, "read: size")
-        with self.state.lock:  # refuse before the memory for an absurd size is asked for
+        with self.state.lock:  # check before allocating memory of an absurd size
             self._bounds(self.locks.find(region, "read"), "read", offset, size)
 
         def fill(view: memoryview) -> None:
@@ -380,12 +374,11 @@ class Target:
         return filled_bytes(size, fill)
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
-        """Return when the extent and all that is needed to find it again are on the medium.
+        """Return when the extent and all metadata needed to find it are on stable storage.
 
         Raises:
-            InvalidRegion, OutOfBounds: the arguments.
-            StorageError: the medium refused now, or an earlier persist met a failure that the
-                kernel does not report twice.
+            InvalidRegion, OutOfBounds: invalid arguments.
+            StorageError: this or an earlier persist failed; the kernel reports a failure only once.
         """
         offset = checked_size(offset, "persist: offset")
         size = checked_size(size, "persist: size")
@@ -400,8 +393,9 @@ class Target:
     def persisting(
         self, region: RegionID, offset: int, size: int, *, times: bool = False
     ) -> Iterator[Flush]:
-        """As :meth:`persist`, and with *times* as :meth:`fsync`, where that is one flush of a file,
-        which is to be waited for within the block; raises ``WouldBlock`` where it is more."""
+        """The same as :meth:`persist`, with *times* as :meth:`fsync`, if one flush of a file is
+        sufficient: yields the flush, to be waited for within the block; otherwise raises
+        ``WouldBlock``."""
         offset = checked_size(offset, "persist: offset")
         size = checked_size(size, "persist: size")
         inode = self._enter(region, "persist", False)
@@ -413,8 +407,8 @@ class Target:
             self._leave(inode)
 
     def fsync(self, region: RegionID, times: bool = True) -> None:
-        """Persist the whole region; with *times* its timestamps too, as fsync(2) promises and
-        fdatasync(2) does not.  Raises as :meth:`persist`."""
+        """Persist the whole region; with *times* also its timestamps, like fsync(2) and unlike
+        fdatasync(2).  Raises as :meth:`persist`."""
         inode = self._enter(region, "fsync", True)
         try:
             self.committer.persist(inode, 0, inode.size, times=times)
@@ -424,11 +418,12 @@ class Target:
     def write_vector(
         self, region: RegionID, extents: Sequence[Extent], data: Any, persist: bool = False
     ) -> None:
-        """Store *data* in several extents, one piece of it after the other.
+        """Write *data* to several extents, one after the other.
 
         Raises:
-            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is written.
-            StorageFull, StorageError: the medium; the extents' content is then undefined.
+            InvalidRegion, OutOfBounds, InvalidBuffer: invalid arguments, before anything is
+            written.
+            StorageFull, StorageError: writing failed; the extents' contents are then undefined.
         """
         view = readable(data, "write_vector: data")
         checked = checked_extents(extents, "write_vector")
@@ -451,8 +446,8 @@ class Target:
         """Fill *buffer* from several extents, one after the other.
 
         Raises:
-            InvalidRegion, OutOfBounds, InvalidBuffer: the arguments, before anything is read.
-            StorageError, CorruptTarget: the medium.
+            InvalidRegion, OutOfBounds, InvalidBuffer: invalid arguments, before anything is read.
+            StorageError, CorruptTarget: reading failed.
         """
         view = writable(buffer, "read_vector: buffer")
         checked = checked_extents(extents, "read_vector")
@@ -468,7 +463,7 @@ class Target:
             self._leave(inode)
 
     def persist_vector(self, region: RegionID, extents: Sequence[Extent]) -> None:
-        """As :meth:`persist`, of several extents."""
+        """The same as :meth:`persist`, for several extents."""
         checked = checked_extents(extents, "persist_vector")
         inode = self._enter(region, "persist_vector", True)
         try:
@@ -482,17 +477,13 @@ class Target:
             self._bounds(inode, what, offset, size)
 
     def _persist_all_inside(self, inode: Inode, extents: list[Extent]) -> None:
-        # One span: flushing what lies between costs less than a flush for each extent.
+        # One range: flushing the gaps is cheaper than a flush for each extent.
         start = min((offset for offset, _ in extents), default=0)
         end = max((offset + size for offset, size in extents), default=0)
         self.committer.persist(inode, start, end - start)
 
     def erase(self, region: RegionID) -> None:
-        """Remove a region and all its names.  Calls inside it still end well.
-
-        Raises:
-            InvalidRegion: unknown or erased already.
-        """
+        """Remove a region and all its names.  Pending calls in it still succeed."""
         self.state.patiently(partial(self._erase, region))
         self.erasure.reap()
 
@@ -534,14 +525,14 @@ class Target:
     def grant(
         self, region: RegionID, holder: int, *, writable: bool, wait: bool = True
     ) -> Granted | None:
-        """What a guest needs to reach the region; None when it has to go through the provider.
+        """Grant the region to a guest; None if it must use requests.
 
-        The descriptor in it is the caller's to close, and *holder*'s to use: a guest, by its
+        The caller must close the descriptor in the result.  *holder* is the user: a guest, by its
         number, or ``THIS_PROCESS``.
 
         Raises:
             InvalidRegion: unknown or erased.
-            TargetBusy: not now.
+            TargetBusy: not possible now.
             WouldBlock: without *wait*, while the region is being resized.
         """
         inode = self._enter(region, "share", wait)
@@ -615,17 +606,18 @@ class Target:
         self.committer.sync()
 
     def say_closed(self, reason: str) -> None:
-        """Have calls after the target is closed fail with *reason*."""
+        """Set the message of errors after the target is closed."""
         self.state.guard.reason = reason
 
     def will_close(self) -> None:
-        """Say that :meth:`close` will come soon: processes that want to open the target wait."""
+        """Announce that :meth:`close` follows soon: a process that wants to open the target waits
+        for it."""
         self._on_closing()
 
     def close(self) -> None:
-        """Persist everything and let go of the medium.  Idempotent; never deletes a region.
+        """Persist everything and close the storage.  Idempotent; never deletes a region.
 
-        Waits for calls in flight.  Later calls raise ``TargetNotFound``.
+        Waits for pending calls.  Later calls raise ``TargetNotFound``.
 
         Raises:
             TargetBusy: a Trio task of this thread is persisting; nothing was done.

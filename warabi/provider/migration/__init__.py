@@ -1,20 +1,18 @@
-"""Targets that move from one provider to another, whatever the two backends are.
+"""Migration of a target from one provider to another, whatever the two backends are.
 
-The source connects to the destination, has its changes wait (``provider/freeze.py``), and sends the
-catalogue row by row, then the bytes, region by region, in messages of ``transfer_size`` bytes.
-The destination builds the target aside (``staging.py``); nobody can open it there.
+The source connects to the destination, blocks its changes (``provider/freeze.py``), and sends the
+catalogue row by row, then the data, region by region, in messages of ``transfer_size`` bytes.
+The destination builds the target separately (``staging.py``), where it cannot be opened.
 
 The commit point is one ``rename`` at the destination, of the finished catalogue to the path of
-the target (in memory: its adoption by the provider).  Everything is on the medium before it.
+the target (in memory: its adoption by the provider).  Everything is on stable storage before it.
 
-* Before it, whatever fails, either process's death included, leaves the source whole, and it goes
-  on serving; the destination has nothing, or leftovers that the next target or migration at that
-  path removes.
-* After it, the destination serves, says so, and the source stops: its operations raise
-  ``TargetNotFound`` that says where the target went; its files are removed if that was asked for,
-  the catalogue first.
-* Between the two, when the source dies, or when the destination's word does not arrive and it
-  cannot be asked again, both have the target, whole.  A source that lives goes on serving and
-  ``migrate_target`` raises ``ConnectionLost`` that says so.  There is no point at which neither
-  has it.
+* Before it, any failure, including the death of either process, leaves the source intact, and it
+  continues to serve; the destination has nothing, or leftovers that the next target or migration at
+  that path removes.
+* After it, the destination serves and reports this, and the source stops: its operations raise
+  ``TargetNotFound`` with the new location; its files are removed if requested, the catalogue first.
+* In between, if the source dies, or the destination's reply is lost and it cannot be asked again,
+  both have the complete target.  A source that lives continues to serve and ``migrate_target``
+  raises ``ConnectionLost`` with this information.  At no point does neither have it.
 """

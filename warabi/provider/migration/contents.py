@@ -1,7 +1,7 @@
-"""What of a target moves: its catalogue's rows and its regions, page by page.
+"""The contents of a migration: rows of the catalogue and regions, page by page.
 
-For a target whose changes wait.  Inodes that lost their last name and are still open somewhere
-stay behind.  The target's lock is held for a page at a time.
+For a target whose changes are blocked.  Open inodes without names are not migrated.  The target's
+lock is held for a page at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from warabi.target.target import Target
 _PAGE = 1000  # rows
 _MOVES = "(nlink > 0 OR anonymous = 1)"
 _REGULAR = f"mode & {0o170000} = {stat.S_IFREG} AND {_MOVES}"
-# Each table's key, and which of its rows move.
+# Each table's key, and the condition for rows to migrate.
 _KEYS = {
     "inode": (("ino",), _MOVES),
     "dentry": (("parent", "name"), "1"),
@@ -31,14 +31,14 @@ _KEYS = {
 
 
 def totals(target: Target) -> tuple[int, int]:
-    """How many regions move, and their bytes."""
+    """Return the number of regions to migrate, and their total bytes."""
     sql = f"SELECT count(*), coalesce(sum(size), 0) FROM inode WHERE {_REGULAR}"
     regions, used = _page(target, sql)[0]
     return regions, used
 
 
 def rows(target: Target, table: str) -> Iterator[tuple[Any, ...]]:
-    """The rows of a table of the catalogue, by their key."""
+    """Yield the rows of a table of the catalogue, by their key."""
     columns = TABLES[table]
     key, moves = _KEYS[table]
     last: tuple[Any, ...] = (-1, b"")[: len(key)]
@@ -52,7 +52,7 @@ def rows(target: Target, table: str) -> Iterator[tuple[Any, ...]]:
 
 
 def regions(target: Target) -> Iterator[tuple[RegionID, int]]:
-    """The ID and the size of each region, by slot."""
+    """Yield the ID and the size of each region, by slot."""
     sql = (
         f"SELECT ino, generation, size FROM inode WHERE ino > ? AND {_REGULAR} ORDER BY ino LIMIT ?"
     )
@@ -67,7 +67,7 @@ def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:
     with target.state.guard.lock, target.state.guard.checked:
         try:
             target.state.catalogue.flush()
-            target.state.catalogue.check_stored()  # or it would be missing
+            target.state.catalogue.check_stored()  # otherwise it would be missing
             return target.state.catalogue._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise translate(error, target.state.catalogue.path) from error

@@ -1,7 +1,7 @@
-"""A migration's messages on a provider's connection: the destination's side, and who asks for one.
+"""Messages of a migration on a provider's connection: the destination's side, and the request.
 
-Belongs to one connection, in one Trio loop.  A target that is being received goes with the
-connection that brings it, unless its commit has begun: that runs to its end.
+Belongs to one connection, in one Trio loop.  A target that is being received is discarded when its
+connection ends, unless its commit has begun: that is completed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from warabi.target.target import Target
 log = logging.getLogger(__name__)
 
 PATIENCE = 300.0
-"""Seconds without a word from the source after which a target that is being received is dropped."""
+"""Seconds without a message from the source after which a migration is aborted."""
 
 
 class Receiving:
-    """A target that is being brought to a provider.
+    """A target that is being received by a provider.
 
     Attributes:
-        ended: set when it is the provider's, or gone.
+        ended: set when it was adopted by the provider, or discarded.
     """
 
     def __init__(self, core: ProviderCore, plan: MigrationPlan) -> None:
@@ -51,11 +51,11 @@ class Receiving:
 
 
 class Exchange:
-    """Carries out the operations of ``warabi.provider.migration`` for one connection.
+    """Executes the operations of ``warabi.provider.migration`` for one connection.
 
     Args:
         local: whether the peer is a process of this user on this host.
-        hang_up: ends the connection.
+        hang_up: closes the connection.
     """
 
     def __init__(self, local: bool, hang_up: Callable[[], None]) -> None:
@@ -64,7 +64,7 @@ class Exchange:
         self._receiving: Receiving | None = None
 
     async def call(self, core: ProviderCore, name: str, arguments: Any, payload: memoryview) -> Any:
-        """The result of an operation; raises what it failed with."""
+        """Execute an operation; returns its result."""
         checked = checked_arguments(name, arguments)
         if OPERATIONS[name].payload is Payload.UPLOAD:
             checked.append(payload)
@@ -78,8 +78,8 @@ class Exchange:
     ) -> None:
         permission.check_send(core.config, core.provider_id, self._local)
         sending = Sending(core, (address, provider_id), parse(options))
-        # A thread of its own, that no other migration waits for.  Who asked may go away: the
-        # migration goes on.  The provider ends it when it is closed.
+        # A separate thread, so that migrations do not wait for each other.  It continues if the
+        # requesting client disconnects, and is stopped when the provider is closed.
         await trio.to_thread.run_sync(
             sending.run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
         )
@@ -111,7 +111,8 @@ class Exchange:
         trio.lowlevel.spawn_system_task(self._watch, receiving)
 
     async def _watch(self, receiving: Receiving) -> None:
-        """Hang up on a source that says nothing any more, as one does whose host is gone."""
+        """Close the connection if the source sends nothing any more, for example since its host
+        died."""
         while not receiving.ended.is_set():
             with trio.move_on_at(receiving.heard + PATIENCE):
                 await receiving.ended.wait()
@@ -161,7 +162,7 @@ class Exchange:
     async def _receive_commit(self, core: ProviderCore) -> None:
         receiving, staging = self._current(core, "receive_commit")
         core.check_open()
-        receiving.staging = None  # from here on it does not go with the connection
+        receiving.staging = None  # from here on it is kept if the connection ends
         self._receiving = None
         with trio.CancelScope(shield=True):
             try:
@@ -179,7 +180,7 @@ class Exchange:
         await self._drop()
 
     async def _receive_outcome(self, core: ProviderCore, uuid: str) -> bool:
-        """Whether the provider has that target, once it is decided."""
+        """Whether the provider has that target, after a pending commit has ended."""
         permission.check_receive(core.config, core.provider_id, self._local)
         receiving = core.receiving
         if receiving is not None and receiving.plan.uuid == uuid:
@@ -199,7 +200,7 @@ class Exchange:
                 receiving.end()
 
     async def aclose(self) -> None:
-        """The connection has ended: forget what it was bringing."""
+        """Discard an unfinished target after the connection has ended."""
         try:
             await self._drop()
         except (Exception, OSError) as error:
@@ -207,7 +208,7 @@ class Exchange:
 
 
 def settle(plan: MigrationPlan, core: ProviderCore, local: bool) -> None:
-    """Decide where the target's files will be, and write it into *plan*.
+    """Determine where the target's files will be, and store it in *plan*.
 
     Raises:
         PermissionDenied: the peer may not put them there.

@@ -1,4 +1,4 @@
-"""Options of a migration, and the configuration that the target has at its destination."""
+"""Options of a migration, and the configuration of the target at its destination."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHAT = "migration options"
 
 
 class MigrationOptions(Model):
-    """What ``migrate_target`` takes; see there."""
+    """The options of ``migrate_target``; see there."""
 
     new_root: Annotated[StrictStr, Field(min_length=1)] | None = None
     transfer_size: Bytes = 0
@@ -34,9 +34,9 @@ class _Patch(Model):
 
 
 class Destination(Model):
-    """The target as its destination is told to have it.
+    """The configuration of the target that is sent to the destination.
 
-    ``new_root`` is there when the path is still the destination's to find.
+    ``new_root`` is set if the destination must still determine the path.
     """
 
     target: SerializeAsAny[TargetConfig]
@@ -44,17 +44,17 @@ class Destination(Model):
 
 
 class MigrationPlan(Destination):
-    """What the first message of a migration says, beside :class:`Destination`."""
+    """The first message of a migration, an extension of :class:`Destination`."""
 
     uuid: Annotated[StrictStr, Field(min_length=1, max_length=64)]
     name: StrictStr
-    """The file name for a ``new_root`` that is a directory."""
+    """File name in a ``new_root`` that is a directory."""
     used: Bytes
-    """Bytes of its regions, about: changes still go on."""
+    """Approximate bytes of its regions, since changes are not blocked yet."""
 
 
 def parse(options: dict[str, Any] | str | None) -> MigrationOptions:
-    """Checked options; raises ``ConfigError`` with the JSON path of the offender."""
+    """Validate options; raises ``ConfigError`` with the JSON path of the problem."""
     if isinstance(options, str):
         try:
             options = cast("dict[str, Any]", json.loads(options or "{}"))
@@ -64,7 +64,7 @@ def parse(options: dict[str, Any] | str | None) -> MigrationOptions:
 
 
 def _merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """*base* with what *patch* says instead, object by object."""
+    """Merge *patch* into *base*, recursively."""
     result = dict(base)
     for key, value in patch.items():
         below = result.get(key)
@@ -76,13 +76,13 @@ def _merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 def destination(
     source: dict[str, Any], quota: int | None, options: MigrationOptions
 ) -> Destination:
-    """The configuration of *source*, a target's, with *options* applied.
+    """Return the configuration of *source*, a target's, with *options* applied.
 
-    Settings that the destination's backend does not know stay behind.  *quota* is a pmem
-    target's own, in bytes, which counts more than its configuration.
+    Settings that the destination's backend does not have are dropped.  *quota* is a pmem target's
+    own quota in bytes, which overrides its configuration.
 
     Raises:
-        ConfigError: what is wrong, with its JSON path.
+        ConfigError: invalid options, with their JSON path.
     """
     merge, where = options.merge_config, "$.merge_config"
     if "target" in merge:

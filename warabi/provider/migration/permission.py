@@ -1,15 +1,15 @@
-"""Who may migrate what: the one place where it is decided.
+"""Permissions of migrations.
 
 The program that owns a provider may send its target anywhere.  Over a connection, a process of
-the same user on the same host (``na+sm``) may do what that user may: ask a provider to send its
-target, bring one, and say where its files go.  Anybody else may only what the provider's
-configuration has in ``migration``:
+the same user on the same host (``na+sm``) has the permissions of that user: to request that a
+provider sends its target, to send one, and to choose where its files are stored.  Any other peer
+has only the permissions in ``migration`` of the provider's configuration:
 
-* ``send``: ask this provider to send its target away, to an address that the peer names, and to
-  remove it here.
-* ``receive``: bring this provider, while it has none, a target.
-* ``root``: the directory in which the files of every target that is brought must be, whoever
-  brings it.  Without it a network peer may bring targets in memory only.
+* ``send``: request that this provider sends its target to an address that the peer names, and
+  removes it here.
+* ``receive``: send a target to this provider, while it has none.
+* ``root``: the directory that must contain the files of every received target, whatever the sender.
+  Without it network peers may send targets in memory only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _allowed(config: ProviderConfig) -> MigrationConfig:
 
 
 def check_send(config: ProviderConfig, provider_id: int, local: bool) -> None:
-    """Whether a peer, *local* or not, may have a provider send its target away."""
+    """Check that a peer, *local* or not, may request that a provider sends its target."""
     if not (local or _allowed(config).send):
         raise PermissionDenied(
             f"migrate: provider {provider_id} does not send its target for peers over the network;"
@@ -35,7 +35,7 @@ def check_send(config: ProviderConfig, provider_id: int, local: bool) -> None:
 
 
 def check_receive(config: ProviderConfig, provider_id: int, local: bool) -> None:
-    """Whether a peer, *local* or not, may bring a provider a target."""
+    """Check that a peer, *local* or not, may send a target to a provider."""
     if not (local or _allowed(config).receive):
         raise PermissionDenied(
             f"migrate: provider {provider_id} does not receive targets from peers over the network;"
@@ -44,12 +44,12 @@ def check_receive(config: ProviderConfig, provider_id: int, local: bool) -> None
 
 
 def place(config: ProviderConfig, path: str, local: bool) -> Path:
-    """Where a target's files may be that a peer wants at *path*, symbolic links resolved.
+    """Return the path for a target that a peer requests at *path*, symbolic links resolved.
 
     With a ``root``, a relative *path* is relative to it.
 
     Raises:
-        PermissionDenied: not there.
+        PermissionDenied: the peer may not use it.
     """
     root = _allowed(config).root
     if root is None:

@@ -1,6 +1,6 @@
-"""What a migration's messages hold: rows of the catalogue, and pieces of regions.
+"""Contents of a migration's messages: rows of the catalogue, and chunks of regions.
 
-The other side may be anybody who is allowed to send a target, so everything is checked here.
+The sender may be any peer with permission to send a target, so everything is validated here.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ TABLES: dict[str, tuple[str, ...]] = {
     "dentry": ("parent", "name", "ino"),
     "xattr": ("ino", "name", "value"),
 }  # fmt: skip
-"""The catalogue's tables that move, in this order, with their columns."""
+"""The catalogue's tables that are migrated, in this order, with their columns."""
 
-_PIECE = struct.Struct("<16sQI?")  # region, offset, length, whether its bytes are all zero
+_PIECE = struct.Struct("<16sQI?")  # region, offset, length, whether all bytes are zero
 PIECE_HEADER = _PIECE.size
 _BYTES = {"name", "value"}
 
 
 class Piece(NamedTuple):
-    """Some bytes of a region; None when they are all zero."""
+    """A chunk of a region; *data* is None if all bytes are zero."""
 
     region: RegionID
     offset: int
@@ -47,12 +47,12 @@ class Piece(NamedTuple):
 def put_header(
     place: memoryview, at: int, region: bytes, offset: int, length: int, zero: bool
 ) -> None:
-    """Write what goes before a piece's bytes, ``PIECE_HEADER`` bytes."""
+    """Write the header of a chunk, ``PIECE_HEADER`` bytes."""
     _PIECE.pack_into(place, at, region, offset, length, zero)
 
 
 def pieces(payload: memoryview) -> Iterator[Piece]:
-    """The pieces in a message.
+    """Yield the chunks of a message.
 
     Raises:
         ProtocolError: it is malformed.
@@ -76,22 +76,22 @@ def pack_row(row: Sequence[Any]) -> bytes:
 
 
 def join_rows(packed: Sequence[bytes]) -> memoryview:
-    """A message of rows that were packed one by one."""
+    """Return a message of individually packed rows."""
     header: bytes = msgpack.Packer().pack_array_header(len(packed))
     return memoryview(header + b"".join(packed))
 
 
 def rows(table: str, payload: memoryview) -> list[list[Any]]:
-    """The checked rows of *table* in a message; numbers that older versions let in are mended.
+    """Validate the rows of *table* in a message; numbers that older versions accepted are repaired.
 
     Raises:
-        ProtocolError: they are malformed, or no catalogue could have them.
+        ProtocolError: they are malformed or invalid.
     """
     columns = TABLES.get(table)
     if columns is None:
         raise ProtocolError(f"receive_rows: unknown table {table!r:.60}")
     try:
-        found = msgpack.unpackb(payload, raw=False)  # its size bounds what it can hold
+        found = msgpack.unpackb(payload, raw=False)  # bounded by the message's size
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"receive_rows: malformed rows of {table}: {error}") from None
     if not isinstance(found, list):
@@ -107,7 +107,7 @@ def rows(table: str, payload: memoryview) -> list[list[Any]]:
             domain.name(row[1])
         except PathError as error:
             raise ProtocolError(f"receive_rows: name {row!r:.200}: {error}") from None
-    return found  # what is wrong with attributes is for Staging.add_rows() to mend
+    return found  # invalid attributes are repaired by Staging.add_rows()
 
 
 def _check_types(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
@@ -125,7 +125,7 @@ def _check_types(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
 
 
 def _inode(values: list[Any]) -> list[Any]:
-    """The row of an inode; what older versions let in is mended."""
+    """Validate the row of an inode; values that older versions accepted are repaired."""
     values[8:11] = (
         domain.clamped(values[8]),
         domain.clamped(values[9]),

@@ -1,4 +1,4 @@
-"""The source's side of a migration: blocking, in the thread of whoever asked for it."""
+"""The source's side of a migration: blocking, in the thread of the caller."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 
 _TRANSFER_SIZE = 1024 * 1024
 _AHEAD = 4
-"""Messages that are under way at once; their bytes are in the socket, not here."""
+"""Pending messages; their bytes are in the socket's buffer."""
 _CHANGES_PATIENCE = 120.0
-"""Seconds for changes to end that were under way: more than a peer may stall in one."""
-_BLOCK = 4096  # that pieces of a large region end at, for the destination's sake
-_SKIPPED = 16  # times its size that a message may stand for, when there are holes
+"""Seconds for pending changes to end: more than a peer may stall in one."""
+_BLOCK = 4096  # alignment of chunks of a large region, for the destination's page cache
+_SKIPPED = 16  # most region bytes per message byte, if there are holes
 _ROOM = 64
-"""Bytes of a message beyond those of regions: a piece's header at least."""
+"""Bytes of a message in addition to region data: at least a chunk's header."""
 
 
 class Sending:
-    """A migration of a provider's target, as its source.
+    """A migration of a provider's target, at the source.
 
     Args:
         core: the provider.
         where: address and provider ID of the destination.
-        options: checked options.
+        options: validated options.
         progress: called after each step with :attr:`done` and :attr:`total`.
 
     Attributes:
@@ -66,8 +66,8 @@ class Sending:
         self._committing = False
         self._stopping = False
         self._ended = threading.Event()
-        self._thread = 0  # that runs it
-        self._lock = threading.Lock()  # of what stop() has to know
+        self._thread = 0  # ID of the thread that runs it
+        self._lock = threading.Lock()  # protects the state that stop() needs
         self.done = 0
         self.total = 0
 
@@ -85,12 +85,12 @@ class Sending:
         return self._ended.is_set()
 
     def stop(self) -> None:
-        """End the migration, unless it is past the point of no return, and wait for its end."""
+        """Abort the migration, unless its commit has begun, and wait for its end."""
         with self._lock:
             self._stopping = True
             if self._connection is not None and not self._committing:
                 self._connection.close(0)
-        if threading.get_ident() != self._thread:  # as when *progress* closes the provider
+        if threading.get_ident() != self._thread:  # for instance if *progress* closes the provider
             self._ended.wait()
 
     def _run(self) -> None:
@@ -101,7 +101,7 @@ class Sending:
             self._connection = connection
         try:
             self._check_stopping()
-            # What the destination refuses, it refuses before any change has to wait.
+            # The destination refuses before any change is blocked.
             self._call("receive_begin", self._plan(target).model_dump_json(exclude_none=True))
             try:
                 self._core.changes.freeze(_CHANGES_PATIENCE, lambda: self._stopping)
@@ -174,7 +174,7 @@ class Sending:
             self._submit("receive_rows", table, payload=join_rows(batch))
 
     def _send_regions(self, target: Target, place: memoryview) -> None:
-        """Send the bytes of every region: many small ones in a message, large ones in many."""
+        """Send the data of every region: many small regions per message, large ones in several."""
         zeros = bytes(len(place))
         used = done = 0
         for region, size in contents.regions(target):
@@ -191,7 +191,7 @@ class Sending:
                 start = used + PIECE_HEADER
                 piece = place[start : start + length]
                 target.read_into(region, offset, piece)
-                # Holes stay holes, and what is all zero takes no room on the way.
+                # Holes are preserved, and zeros are not sent.
                 zero = not (length and (piece[0] or piece[-1])) and piece == zeros[:length]
                 put_header(place, used, region, offset, length, zero)
                 used = start + (0 if zero else length)
@@ -204,10 +204,10 @@ class Sending:
         while self._pending:
             self._take_reply()
 
-    # The point of no return
+    # Commit
 
     def _commit(self, uuid: str) -> None:
-        """Have the destination install the target; returns when it is sure that it has."""
+        """Make the destination install the target; returns when it certainly has."""
         with self._lock:
             self._check_stopping()
             self._committing = True
@@ -220,7 +220,7 @@ class Sending:
                 raise
 
     def _arrived(self, uuid: str, lost: errors.Exception) -> bool:
-        """Whether the destination has the target, after a connection that broke at the commit."""
+        """Whether the destination has the target, after the connection broke during the commit."""
         log.warning("migrate: %s; querying the destination for the outcome", lost)
         assert self._core.connect is not None
         try:
@@ -241,11 +241,11 @@ class Sending:
             ) from error
 
     def _leave(self, target: Target) -> None:
-        """Close the target, which has gone; it is too late for any failure."""
+        """Close the migrated target; failures are only logged."""
         path = target.state.catalogue.path
         try:
             if self._options.remove_source and path is not None:
-                # The catalogue first: without it nothing can be taken for a target; and closing
+                # The catalogue first: without it there is no target any more; and closing
                 # a target whose catalogue was removed removes its regions.
                 path.unlink(missing_ok=True)
                 sync_directory(path.parent)
@@ -257,7 +257,7 @@ class Sending:
 
     def _submit(self, name: str, *arguments: Any, payload: memoryview | None = None,
                 size: int = 0) -> None:  # fmt: skip
-        """Send a message; *payload* may change when this returns.  *size* bytes are done then."""
+        """Send a message; *payload* may be reused when this returns.  *size* counts as progress."""
         while len(self._pending) >= _AHEAD:
             self._take_reply()
         assert self._connection is not None
@@ -278,7 +278,7 @@ class Sending:
         return result
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Send a message and wait for its reply, and those before it."""
+        """Send a message and wait for its reply, and previous replies."""
         self._submit(name, *arguments)
         result = None
         while self._pending:
@@ -286,7 +286,7 @@ class Sending:
         return result
 
     def _abort(self) -> None:
-        """Tell the destination, so that it can have another try at once."""
+        """Notify the destination, so that another attempt is possible at once."""
         self._pending.clear()
         connection = self._connection
         if connection is not None and connection.usable:

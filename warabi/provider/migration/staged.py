@@ -1,7 +1,7 @@
-"""Where a target that is being received is built, and how it becomes one.
+"""Building of a received target, and its installation.
 
-A place gives a database for the catalogue and a storage for the bytes, and then is installed,
-or discarded.  Nobody can open the target before it is installed.
+A staged target has a database for the catalogue and a storage for the data, and is then installed
+or discarded.  It cannot be opened before it is installed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from warabi.target.target import Target
 
 
 class StagedTarget(ABC):
-    """Attributes: ``db``, with the catalogue's schema and its first rows, ``database``, the path of
-    its file or None, and ``storage``."""
+    """A target being built.
+
+    Attributes: ``db``, with the catalogue's schema and initial rows, ``database``, the path of its
+    file or None, and ``storage``."""
 
     db: sqlite3.Connection
     database: Path | None = None
@@ -34,23 +36,23 @@ class StagedTarget(ABC):
 
     @abstractmethod
     def checkpoint(self) -> None:
-        """Put the bytes stored so far on the medium, and forget which they were."""
+        """Flush the data stored so far, and forget the list of dirty regions."""
 
     @abstractmethod
     def seal(self) -> None:
-        """Put everything on the medium; nothing is added later."""
+        """Flush everything to stable storage; nothing may be added later."""
 
     @abstractmethod
     def install(self) -> Target:
-        """The target, open; it is there for good.  On failure everything is as before."""
+        """Install and open the target, permanently.  On failure nothing has changed."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Leave nothing of the target."""
+        """Remove everything."""
 
 
 class _Received(Catalogue):
-    """A catalogue in memory whose rows are there already."""
+    """A catalogue in memory that already has its rows."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._received = db
@@ -74,7 +76,7 @@ class StagedVolatileTarget(StagedTarget):
         schema.populate(self.db)
 
     def checkpoint(self) -> None:
-        """Nothing of it outlives the process."""
+        """No effect: it is not persistent."""
 
     seal = checkpoint
 
@@ -94,16 +96,16 @@ class StagedFileTarget(StagedTarget):
         path: where its catalogue will be, an absolute path without symbolic links.
 
     Raises:
-        ConfigError: there is something already, or there can be no target.
-        TargetBusy: another process has the path.
-        StorageFull, StorageError, PermissionDenied: the medium.
+        ConfigError: the path exists, or there can be no target.
+        TargetBusy: another process has locked the path.
+        StorageFull, StorageError, PermissionDenied: storage errors.
     """
 
     def __init__(self, target: TargetConfig, path: Path) -> None:
         self._path = path
         self._staged = self.database = opening.staged(path)
         self._opening = opening.opening_of(target.backend, target.config)._replace(path=str(path))
-        self._made: list[Path] = []  # directories, outermost first
+        self._made: list[Path] = []  # created directories, outermost first
         self._sealed = False
         try:
             self._claim()
@@ -126,12 +128,12 @@ class StagedFileTarget(StagedTarget):
         if made:
             self._made.append(self._regions)
         try:
-            self._check_free()  # again, now that nobody else can change it
+            self._check_free()  # again, now that no other process can change it
             opening.clear(self._path, self._regions, self._opening.backend)
             self.storage = self._opening.storage(self._regions)
             schema.create(self._staged, self._opening.backend.name, self._opening.plan.pool)
             self.db = sqlite3.connect(self._staged, isolation_level=None, check_same_thread=False)
-            # Until it is sealed nothing in it is worth saving.
+            # Nothing needs to survive a crash before it is sealed.
             self.db.execute("PRAGMA journal_mode = OFF")
             self.db.execute("PRAGMA synchronous = OFF")
         except BaseException:
@@ -172,7 +174,7 @@ class StagedFileTarget(StagedTarget):
         self._let_go()
 
     def _let_go(self) -> None:
-        with contextlib.suppress(OSError):  # the next target here removes what is left
+        with contextlib.suppress(OSError):  # the next target here removes leftovers
             opening.clear(self._path, self._regions, self._opening.backend)
             if self._regions in self._made:
                 self._lock.remove()
@@ -180,13 +182,13 @@ class StagedFileTarget(StagedTarget):
         self._remove_made()
 
     def _remove_made(self) -> None:
-        with contextlib.suppress(OSError):  # others may have put something there
+        with contextlib.suppress(OSError):  # other files may have been created there
             for directory in reversed(self._made):
                 directory.rmdir()
 
 
 def quota_of(target: TargetConfig) -> int | None:
-    """The quota in bytes that a target has at its destination."""
+    """Return the quota in bytes of a target at its destination."""
     plan = target.backend.plan(target.config)
     return plan.pool if plan.capacity is None else plan.capacity
 

@@ -1,4 +1,4 @@
-"""A target that is being received: rows first, then the bytes of each region, then it is one."""
+"""Receiving a target: first rows, then the data of each region, then its installation."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 log.addFilter(RateLimit())
 
 _CHECKPOINT = 16384
-"""Regions after which their bytes are put on the medium, so that no list of them grows."""
+"""Regions after which their data are flushed, which bounds the list of dirty regions."""
 _REGULAR = f"mode & {0o170000} = {stat.S_IFREG}"
 
 
 class Staging:
-    """What has come of a target so far.  For one thread at a time; calls may wait for the medium.
+    """The received part of a target.  For one thread at a time; calls may wait for stable storage.
 
-    Everything raises ``ProtocolError`` for what no source would send, ``StorageFull`` and
-    ``StorageError`` of the medium; then only :meth:`discard` is left.
+    All methods raise ``ProtocolError`` for data that no source would send, ``StorageFull`` and
+    ``StorageError`` for storage errors; then only :meth:`discard` may be called.
 
     Args:
-        plan: what the source announced; its target's path is final.
+        plan: the source's announcement; its target's path is final.
     """
 
     def __init__(self, plan: MigrationPlan) -> None:
@@ -53,7 +53,7 @@ class Staging:
         else:
             self._place = StagedFileTarget(target, Path(target.path))
         self._db = self._place.db
-        self._region = RegionID()  # whose bytes are coming
+        self._region = RegionID()  # the region being received
         self._size = 0
         self._next = 0
         self._regions = 0
@@ -78,7 +78,7 @@ class Staging:
             )
 
     def add_rows(self, table: str, payload: memoryview) -> None:
-        """Take rows of a table of the catalogue."""
+        """Add rows of a table of the catalogue."""
         found = rows(table, payload)
         if table == "xattr":
             found = [row for row in found if self._is_attribute(*row)]
@@ -90,7 +90,7 @@ class Staging:
             raise damaged(error, self._place.database) from error
 
     def _is_attribute(self, ino: int, name: bytes, value: bytes) -> bool:
-        """Whether an attribute can be; the inode does without one that an older version let in."""
+        """Whether an attribute is valid; if not, it is dropped: older versions accepted it."""
         why = domain.xattr_fault(name, value)
         if not why:
             return True
@@ -101,7 +101,7 @@ class Staging:
         return False
 
     def add_data(self, payload: memoryview) -> None:
-        """Take bytes of regions, whose rows are there: one region after the other, by slot."""
+        """Add data of regions, whose rows exist: one region after the other, by slot."""
         for region, offset, length, data in pieces(payload):
             if self._next == self._size and (region != self._region or not self._regions):
                 self._start(region)
@@ -137,7 +137,7 @@ class Staging:
             raise damaged(error, self._place.database) from error
 
     def finish(self, expected: int) -> None:
-        """Check that *expected* regions are there and all fits together; put it on the medium."""
+        """Check that all *expected* regions are present and consistent; flush everything."""
         regions, used = self._one(f"SELECT count(*), total(size) FROM inode WHERE {_REGULAR}")
         if regions != self._regions or self._next != self._size or regions != expected:
             raise ProtocolError(
@@ -162,11 +162,11 @@ class Staging:
         self._sealed = True
 
     def commit(self) -> Target:
-        """Make it a target, and open it.  When that fails, it is none."""
+        """Install and open the target.  On failure there is none."""
         if not self._sealed:
             raise ProtocolError("receive_commit: before receive_finish")
         return self._place.install()
 
     def discard(self) -> None:
-        """Leave nothing of it."""
+        """Remove everything."""
         self._place.discard()
