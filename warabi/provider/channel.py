@@ -182,7 +182,7 @@ class Channel:
     async def next_event(self, *, look: bool = False, wait: bool = True) -> wire.Event | None:
         """Return the next event, or None if the peer closed the connection between two messages.
 
-        With *look* it may poll for a moment, since no request of this connection is pending. 
+        With *look* it may poll for a moment, since no request of this connection is pending.
         Without
         *wait* it returns ``NEED_DATA`` if other tasks should get a turn first.
 
