@@ -245,7 +245,7 @@ def test_a_fault_while_a_region_gets_another_file(
             if site.call == "fsync" and not failed:  # of the directory
                 with pytest.raises(errors.StorageError, match="Write it to a new region"):
                     storage.persist(rid, 0, size)
-            storage._failed.clear()
+            storage.failed.clear()
             assert [path.name for path in scratch.rglob("*") if path.is_file()] == [rid.hex()]
     storage.close()
 

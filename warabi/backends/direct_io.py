@@ -76,7 +76,7 @@ class DirectFileStorage(FileStorage):
         with self._lock:
             direct = self._direct.get(fd)
             if direct is None:
-                direct = self._open(self._path(rid), self._flags | os.O_DIRECT, locked=True)
+                direct = self.open(self.path(rid), self._flags | os.O_DIRECT, locked=True)
                 self._direct[fd] = direct
             return direct
 
@@ -107,7 +107,7 @@ class DirectFileStorage(FileStorage):
             super()._read(rid, offset + end, out[end:], flags)
 
     def _read_direct(self, rid: bytes, offset: int, out: memoryview) -> None:
-        with self._translated(rid, "read"), self._borrow(rid) as fd, self._buffer() as bounce:
+        with self.translated(rid, "read"), self.borrow(rid) as fd, self._buffer() as bounce:
             direct = self._direct_descriptor(rid, fd)
             for start in range(0, len(out), _BOUNCE):
                 piece = out[start : start + _BOUNCE]
@@ -119,7 +119,7 @@ class DirectFileStorage(FileStorage):
                 piece[:] = bounce[: len(piece)]
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        with self._translated(rid, "write"), self._borrow(rid) as fd:
+        with self.translated(rid, "write"), self.borrow(rid) as fd:
             self._check_end(rid, fd, "write", offset + len(data))
         self.write_beyond(rid, offset, data)
 
@@ -131,7 +131,7 @@ class DirectFileStorage(FileStorage):
             super().write_beyond(rid, offset + end, data[end:])
 
     def _write_direct(self, rid: bytes, offset: int, data: memoryview) -> None:
-        with self._translated(rid, "write"), self._borrow(rid) as fd, self._buffer() as bounce:
+        with self.translated(rid, "write"), self.borrow(rid) as fd, self._buffer() as bounce:
             try:
                 direct = self._direct_descriptor(rid, fd)
                 for start in range(0, len(data), _BOUNCE):

@@ -102,7 +102,7 @@ class FileStorage(Storage):
         self._fresh_shards: set[str] = set()
         self._swept_shards: set[str] = set()
         self._lost_shards: set[str] = set()
-        self._failed: dict[bytes, str] = {}  # a sync failed: written data may be lost
+        self.failed: dict[bytes, str] = {}  # a sync failed: written data may be lost
         self._keeps_times = True  # until the file system rejects it
         with os.scandir(root) as entries:
             self._shards = {e.name for e in entries if e.is_dir() and _SHARD.fullmatch(e.name)}
@@ -110,15 +110,17 @@ class FileStorage(Storage):
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         set_apart(self._root_fd)
 
-    def _path(self, rid: bytes) -> str:
+    def path(self, rid: bytes) -> str:
+        """Return the path of the region's file."""
         name = rid.hex()
         return f"{self._prefix}{name[-2:]}/{name}"
 
     @staticmethod
-    def _translated(rid: bytes, what: str) -> Translated:
+    def translated(rid: bytes, what: str) -> Translated:
+        """Return a context manager that translates errors of *what* is done with the region."""
         return Translated(rid, what)
 
-    def _borrow(self, rid: bytes) -> Borrowed:
+    def borrow(self, rid: bytes) -> Borrowed:
         """Return a context manager that keeps the region's descriptor open."""
         return Borrowed(rid, self._take, self._give_back)
 
@@ -126,7 +128,7 @@ class FileStorage(Storage):
         with self._lock:
             held = self._descriptors.pop(rid, None)
             if held is None:
-                held = OpenFile(self._open(self._path(rid), self._flags, locked=True))
+                held = OpenFile(self.open(self.path(rid), self._flags, locked=True))
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
@@ -143,11 +145,11 @@ class FileStorage(Storage):
         self._mapped.drop(held.fd)
         let_go(held.fd)
 
-    def _set_size(self, fd: int, size: int) -> None:
+    def set_size(self, fd: int, size: int) -> None:
         """Set the size of an open region file, or leave it unchanged on failure."""
         os.ftruncate(fd, size)
 
-    def _open(self, path: str, flags: int, *, locked: bool = False) -> int:
+    def open(self, path: str, flags: int, *, locked: bool = False) -> int:
         """Open a file; new ones are private.  If there are no descriptors left, first close half of
         the cached ones; *locked*: ``_lock`` is held."""
         try:
@@ -171,9 +173,6 @@ class FileStorage(Storage):
             else:
                 self._close(rid, held)
 
-    def _exists(self, rid: bytes) -> bool:
-        return os.path.exists(self._path(rid))
-
     def _made(self, rid: bytes) -> str:
         """Return the path of a region's file, after creating its directory if necessary."""
         shard = _shard(rid)
@@ -182,15 +181,29 @@ class FileStorage(Storage):
             with self._lock:
                 self._shards.add(shard)
                 self._fresh_shards.add(shard)
-        return self._path(rid)
+        return self.path(rid)
+
+    def create_durable(self, rid: RegionID, data: memoryview, size: int) -> None:
+        """Create a region of *size* bytes that begins with *data*; they are durable before it gets
+        its name, whose durability is up to :meth:`persist_name`."""
+
+        def fill(new: int) -> None:
+            pwrite_full(new, data, 0)
+            self.set_size(new, size)
+            os.fsync(new)
+
+        self._made(rid)
+        self._put_in_place(rid, fill)
+        with self._lock:
+            self._fresh[rid] = None
 
     def create(self, rid: RegionID, size: int) -> None:
-        with self._translated(rid, "create"):
+        with self.translated(rid, "create"):
             path = self._made(rid)
-            fd = self._open(path, self._flags | os.O_CREAT | os.O_EXCL)
+            fd = self.open(path, self._flags | os.O_CREAT | os.O_EXCL)
             if size:
                 try:
-                    self._set_size(fd, size)
+                    self.set_size(fd, size)
                 except BaseException:
                     let_go(fd)
                     os.unlink(path)
@@ -207,20 +220,20 @@ class FileStorage(Storage):
             self._kept.discard(rid)
             self._dirty.discard(rid)
             self._fresh.pop(rid, None)
-            self._failed.pop(rid, None)
+            self.failed.pop(rid, None)
             self._swept_shards.add(_shard(rid))
             if held is not None and not held.users:  # else a sync of everything uses it
                 self._close(rid, held)
         try:
-            os.unlink(self._path(rid))
+            os.unlink(self.path(rid))
         except FileNotFoundError:
             pass  # already erased
         except OSError as error:
             raise errors.from_os(error, f"erase region {rid.hex()}") from error
 
     def resize(self, rid: RegionID, size: int) -> None:
-        with self._translated(rid, "resize"), self._borrow(rid) as fd:
-            self._set_size(fd, size)
+        with self.translated(rid, "resize"), self.borrow(rid) as fd:
+            self.set_size(fd, size)
             self._dirty.add(rid)
 
     def read_into(self, rid: RegionID, offset: int, out: memoryview) -> None:
@@ -236,7 +249,7 @@ class FileStorage(Storage):
             raise
 
     def _read(self, rid: bytes, offset: int, out: memoryview, flags: int) -> None:
-        with self._translated(rid, "read"), self._borrow(rid) as fd:
+        with self.translated(rid, "read"), self.borrow(rid) as fd:
             count = pread_full(fd, out, offset, flags)
         if count < len(out):
             raise CorruptTarget(
@@ -249,7 +262,7 @@ class FileStorage(Storage):
     ) -> memoryview | None:
         if writable or size < LEAST:
             return None
-        with contextlib.suppress(OSError), self._borrow(rid) as fd:
+        with contextlib.suppress(OSError), self.borrow(rid) as fd:
             return self._mapped.show(fd, offset, size)
         return None
 
@@ -264,11 +277,11 @@ class FileStorage(Storage):
         return have
 
     def check(self, rid: RegionID, size: int) -> None:
-        with self._translated(rid, "resize"), self._borrow(rid) as fd:
+        with self.translated(rid, "resize"), self.borrow(rid) as fd:
             self._check_end(rid, fd, "resize", size)
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        with self._translated(rid, "write"), self._borrow(rid) as fd:
+        with self.translated(rid, "write"), self.borrow(rid) as fd:
             self._check_end(rid, fd, "write", offset + len(data))
             try:
                 pwrite_full(fd, data, offset)
@@ -277,14 +290,14 @@ class FileStorage(Storage):
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
         # The write extends the file, which is cheaper than ftruncate(2) first.
-        with self._translated(rid, "write"), self._borrow(rid) as fd:
+        with self.translated(rid, "write"), self.borrow(rid) as fd:
             try:
                 pwrite_full(fd, data, offset)
             finally:
                 self._dirty.add(rid)
 
     def allocate(self, rid: RegionID, offset: int, size: int) -> None:
-        with self._translated(rid, "allocate"), self._borrow(rid) as fd:
+        with self.translated(rid, "allocate"), self.borrow(rid) as fd:
             found = os.fstat(fd)
             # Checked first: the attempt alone would use up all free space for a while.
             if size - found.st_blocks * 512 > self.room()[1]:
@@ -302,7 +315,7 @@ class FileStorage(Storage):
                 self._dirty.add(rid)
 
     def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
-        with self._translated(rid, "zero"), self._borrow(rid) as fd:
+        with self.translated(rid, "zero"), self.borrow(rid) as fd:
             self._check_end(rid, fd, "zero", offset + size)
             try:
                 (fileio.punch if free else fileio.zero)(fd, offset, size)
@@ -310,16 +323,16 @@ class FileStorage(Storage):
                 self._dirty.add(rid)
 
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
-        with self._translated(rid, "seek"), self._borrow(rid) as fd:
+        with self.translated(rid, "seek"), self.borrow(rid) as fd:
             return (fileio.hole_from if hole else fileio.data_from)(fd, offset, end)
 
     def copy_range(
         self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
     ) -> None:
         with (
-            self._translated(source, "copy"),
-            self._borrow(source) as from_fd,
-            self._borrow(rid) as fd,
+            self.translated(source, "copy"),
+            self.borrow(source) as from_fd,
+            self.borrow(rid) as fd,
         ):
             self._check_end(source, from_fd, "copy", start + size)
             self._check_end(rid, fd, "copy to", offset + size)
@@ -331,7 +344,7 @@ class FileStorage(Storage):
     def keep_times(self, rid: RegionID, times: Times) -> bool:
         if not self._keeps_times:
             return False
-        with self._translated(rid, "persist"), self._borrow(rid) as fd:
+        with self.translated(rid, "persist"), self.borrow(rid) as fd:
             try:
                 filetimes.put(fd, times)
             except OSError as error:
@@ -340,8 +353,8 @@ class FileStorage(Storage):
             return True
 
     def kept_times(self, rid: RegionID) -> Times | None:
-        with self._translated(rid, "recovery of"):
-            return filetimes.get(self._path(rid))
+        with self.translated(rid, "recovery of"):
+            return filetimes.get(self.path(rid))
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._persist_file(rid, times=times)
@@ -350,7 +363,7 @@ class FileStorage(Storage):
         """Flush the whole file and its name; with *times* also its attributes."""
         with self._flushing(rid, times) as flush:
             flush.wait()
-        self._persist_name(rid)
+        self.persist_name(rid)
 
     @contextlib.contextmanager
     def _flushing(self, rid: bytes, times: bool) -> Iterator[Flush]:
@@ -358,7 +371,7 @@ class FileStorage(Storage):
         # Even if nothing is dirty: another persist of the region may still be waiting for the
         # flush, and this one must not return before it.
         self._dirty.discard(rid)
-        with self._translated(rid, "persist"), self._borrow(rid) as fd, self._remembered(rid):
+        with self.translated(rid, "persist"), self.borrow(rid) as fd, self._remembered(rid):
             yield Flush(fd, data=not times)
 
     def flushing(self, rid: RegionID, *, times: bool) -> contextlib.AbstractContextManager[Flush]:
@@ -367,7 +380,7 @@ class FileStorage(Storage):
         return self._flushing(rid, times)
 
     def _check_failed(self, rid: bytes) -> None:
-        if failed := self._failed.get(rid):
+        if failed := self.failed.get(rid):
             raise StorageError(failed)
 
     @contextlib.contextmanager
@@ -379,17 +392,18 @@ class FileStorage(Storage):
             if descriptors.are_short(error):  # nothing was attempted
                 raise errors.from_os(error, f"persist region {rid.hex()}") from error
             text = f"persist region {rid.hex()}: a sync failed ({error.strerror}); {_ADVICE}"
-            self._failed[rid] = text
+            self.failed[rid] = text
             raise type(errors.from_os(error, text))(text) from error
 
-    def _persist_name(self, rid: bytes) -> None:
+    def persist_name(self, rid: bytes) -> None:
+        """Flush the directory entry of the region's file, if it is new."""
         if rid in self._fresh:
             with self._remembered(rid):
                 self._sync_shard(_shard(rid))
 
     def persist_names(self) -> None:
         with self._lock:
-            shards = {_shard(rid) for rid in self._fresh if rid not in self._failed}
+            shards = {_shard(rid) for rid in self._fresh if rid not in self.failed}
         try:
             for shard in shards:
                 self._sync_shard(shard)
@@ -405,7 +419,7 @@ class FileStorage(Storage):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             self._swept_shards.discard(shard)
         try:
-            sync_directory(f"{self.root}/{shard}", self._open)
+            sync_directory(f"{self.root}/{shard}", self.open)
             if made:
                 os.fsync(self._root_fd)
         except OSError as error:
@@ -417,16 +431,20 @@ class FileStorage(Storage):
                 if made:
                     self._lost_shards.add(shard)
                 for rid in fresh:
-                    self._failed[rid] = f"persist region {rid.hex()}: {text}"
+                    self.failed[rid] = f"persist region {rid.hex()}: {text}"
             raise
         with self._lock:
             self._fresh_shards.discard(shard)
             for rid in fresh:
                 self._fresh.pop(rid, None)
 
-    def oldest_fresh(self) -> RegionID | None:
+    def fresh(self) -> list[RegionID]:
+        """Return the regions whose directory entries may not be durable."""
         with self._lock:
-            return min(self._fresh, default=None)  # imported IDs are in no order
+            return list(self._fresh)
+
+    def oldest_fresh(self) -> RegionID | None:
+        return min(self.fresh(), default=None)  # imported IDs are in no order
 
     def persist_all(self) -> None:
         with self._lock:
@@ -436,32 +454,32 @@ class FileStorage(Storage):
             self._sync_everything(pending)
         else:
             self._sync_singly(pending, swept)
-        if self._failed:
-            raise StorageError(next(iter(self._failed.values())))
+        if self.failed:
+            raise StorageError(next(iter(self.failed.values())))
 
     def replace(self, rid: RegionID, size: int) -> Callable[[], None]:
         def fill(new: int) -> None:
-            self._set_size(new, size)
+            self.set_size(new, size)
             copy_file(fd, new, min(size, os.fstat(fd).st_size))
             filetimes.copy(fd, new)
             # Before it replaces data that may have been persisted.
             os.fsync(new)
 
-        with self._translated(rid, "resize"), self._borrow(rid) as fd:
+        with self.translated(rid, "resize"), self.borrow(rid) as fd:
             self._put_in_place(rid, fill)
-        path = self._path(rid)
+        path = self.path(rid)
         try:
-            sync_directory(os.path.dirname(path), self._open)
+            sync_directory(os.path.dirname(path), self.open)
         except OSError as error:  # the old file may reappear after a power failure
             text = f"a sync of its directory failed ({error.strerror}); {_ADVICE}"
-            self._failed[rid] = f"persist region {rid.hex()}: {text}"
+            self.failed[rid] = f"persist region {rid.hex()}: {text}"
         return lambda: None  # the old file has no name, and is freed with its last descriptor
 
     def _put_in_place(self, rid: bytes, fill: Callable[[int], None]) -> None:
         """Atomically replace the region's file by a new one, which *fill* fills."""
-        path = self._path(rid)
+        path = self.path(rid)
         fresh = path + NEW
-        new = self._open(fresh, self._flags | os.O_CREAT | os.O_TRUNC)
+        new = self.open(fresh, self._flags | os.O_CREAT | os.O_TRUNC)
         try:
             fill(new)
             os.rename(fresh, path)
@@ -504,7 +522,7 @@ class FileStorage(Storage):
         except OSError as error:
             text = f"a sync of the file system failed ({error.strerror}); {_ADVICE}"
             for rid in pending:
-                self._failed[rid] = f"persist region {rid.hex()}: {text}"
+                self.failed[rid] = f"persist region {rid.hex()}: {text}"
             raise errors.from_os(error, f"sync of {self.root}") from error
         with self._lock:
             self._fresh_shards -= made
@@ -522,17 +540,17 @@ class FileStorage(Storage):
         self._dirty.add(rid)
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
-        with self._translated(rid, "share"), self._borrow(rid):
+        with self.translated(rid, "share"), self.borrow(rid):
             # Not a duplicate of ours, for which the kernel would not report write errors
             # separately.
             flags = self._flags if writable else os.O_RDONLY | os.O_CLOEXEC
-            fd = self._open(self._path(rid), flags)
+            fd = self.open(self.path(rid), flags)
             if len(self._kept) < self._limit // 4:
                 self._kept.add(rid)
             return Location(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
 
     def firm(self, rid: RegionID) -> bool:
-        return rid in self._kept and rid not in self._fresh and rid not in self._failed
+        return rid in self._kept and rid not in self._fresh and rid not in self.failed
 
     def room(self) -> tuple[int, int]:
         try:

@@ -158,7 +158,7 @@ class _Fresh(Fresh):
 
     def become(self, rid: RegionID) -> None:
         if self._own is not None:
-            self._storage._put(rid, self._own)
+            self._storage.adopt(rid, self._own)
             self._own = None
 
     def discard(self) -> None:
@@ -284,7 +284,8 @@ class MemoryStorage(Storage):
             return None  # use new memory instead, which reports errors
         return _Fresh(self, own)
 
-    def _put(self, rid: RegionID, own: Own) -> None:
+    def adopt(self, rid: RegionID, own: Own) -> None:
+        """Create a region whose memory is *own*, which exists already."""
         with self._lock:
             self._regions[rid] = own
             self._own += 1

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
 from warabi import errors
-from warabi._core.fileio import pwrite_full
 from warabi.backends.base import STRANGERS, Flush, Location, Storage
 from warabi.backends.file import FileStorage
 from warabi.backends.pack_format import (
@@ -130,26 +129,26 @@ class PackedStorage(WrapperStorage):
         else:
             number, index = divmod(inode.ino, SLOTS)
             newest = self._newest
-            if newest is None or newest[0] != number or self._files._failed:
+            if newest is None or newest[0] != number or self._files.failed:
                 newest = self._prepare(inode)
             if newest is None or os.lseek(newest[2], 0, os.SEEK_END) < PACK:
                 inode.packed = OWN
                 self._files.create(rid, size)
                 return
             _, pack, fd = newest
-            with self._files._translated(rid, "create"):
+            with self._files.translated(rid, "create"):
                 record = RECORD.pack(inode.generation, size)
                 os.pwrite(fd, record, RECORDS + index * RECORD.size)
-            self._files._dirty.add(pack)
+            self._files.wrote(pack)
 
     def _prepare(self, inode: Inode) -> tuple[int, RegionID, int] | None:
         """Return the pack for a new region, creating it if necessary; None if it cannot be used."""
         self._let_go()
         pack = pack_of(inode.ino)
         known = is_pack(pack)  # else an imported slot is too large for a pack
-        if known and pack not in self._files._failed and self._is_whole(pack, inode):
-            with self._files._translated(pack, "create in"):
-                fd = self._files._open(self._files._path(pack), os.O_RDWR | os.O_CLOEXEC)
+        if known and pack not in self._files.failed and self._is_whole(pack, inode):
+            with self._files.translated(pack, "create in"):
+                fd = self._files.open(self._files.path(pack), os.O_RDWR | os.O_CLOEXEC)
             self._newest = (inode.ino // SLOTS, pack, fd)
         return self._newest
 
@@ -161,7 +160,7 @@ class PackedStorage(WrapperStorage):
     def _is_whole(self, pack: RegionID, inode: Inode) -> bool:
         """Whether the pack of a new region exists, and has existed since its first region."""
         try:
-            return os.stat(self._files._path(pack)).st_size == PACK
+            return os.stat(self._files.path(pack)).st_size == PACK
         except FileNotFoundError:
             slots = slots_of(pack)
             if self._catalogue.packed(slots[0], slots[-1]) != [inode.ino]:
@@ -294,19 +293,11 @@ class PackedStorage(WrapperStorage):
         data = memoryview(bytearray(SLOT))
         self.read_into(rid, 0, data)
 
-        def fill(new: int) -> None:
-            pwrite_full(new, data[:size], 0)
-            files._set_size(new, size)
-            os.fsync(new)
-
-        with files._translated(rid, "resize"):
-            files._made(rid)
-            files._put_in_place(rid, fill)
-            with files._lock:
-                files._fresh[rid] = None
+        with files.translated(rid, "resize"):
+            files.create_durable(rid, data[:size], size)
         self._inodes[rid].packed = MOVED  # committed by the caller that changes its size
         with suppress(errors.Exception):  # later persists of the region report it
-            files._persist_name(rid)
+            files.persist_name(rid)
 
     clone = Storage.clone
 
@@ -348,7 +339,7 @@ class PackedStorage(WrapperStorage):
             others = self._retired_of[number] > len(inodes)
             needed = others or bool(self._catalogue.packed(slots[0], slots[-1]))
             if others or (
-                self._catalogue.is_next(slots) and pack not in files._failed and not needed
+                self._catalogue.is_next(slots) and pack not in files.failed and not needed
             ):
                 self._unneeded.add(number)  # the others may be erased concurrently
                 needed = True
@@ -356,10 +347,10 @@ class PackedStorage(WrapperStorage):
                 if self._newest is not None and self._newest[0] == number:
                     self._let_go()
                 files.erase(pack)
-        if needed and files._exists(pack):  # otherwise already erased
-            with files._translated(pack, "erase in"), files._borrow(pack) as fd:
+        if needed and os.path.exists(files.path(pack)):  # otherwise already erased
+            with files.translated(pack, "erase in"), files.borrow(pack) as fd:
                 forget(fd, [inode.ino - slots[0] for inode in inodes])
-                files._dirty.add(pack)
+                files.wrote(pack)
         with self._guard.lock, self._guard.checked:
             for inode in inodes:
                 if self._retired.pop(inode.rid, None) is not None:
@@ -418,10 +409,11 @@ class PackedStorage(WrapperStorage):
             raise type(error)(text) from error.__cause__
 
     def oldest_fresh(self) -> RegionID | None:
-        with self._files._lock:
-            fresh = list(self._files._fresh)
         return min(
-            (rid if rid.slot else RegionID.from_parts(slots_of(rid)[0], 0) for rid in fresh),
+            (
+                rid if rid.slot else RegionID.from_parts(slots_of(rid)[0], 0)
+                for rid in self._files.fresh()
+            ),
             default=None,
         )
 
@@ -449,7 +441,7 @@ class PackedStorage(WrapperStorage):
             self._catalogue.leave(slots)
             self._believe(pack, used, attests)
             unused = set(slots).difference(used)
-            with self._files._translated(pack, "recovery of"), self._files._borrow(pack) as fd:
+            with self._files.translated(pack, "recovery of"), self._files.borrow(pack) as fd:
                 forget(fd, [slot - slots[0] for slot in unused])
         self._left.clear()
         return found
@@ -459,7 +451,7 @@ class PackedStorage(WrapperStorage):
     ) -> None:
         """Take sizes from a pack, as from files; an unsynced pack may be truncated."""
         files, whole = self._files, True
-        with files._translated(pack, "recovery of"), files._borrow(pack) as fd:
+        with files.translated(pack, "recovery of"), files.borrow(pack) as fd:
             end = os.fstat(fd).st_size
             sizes = recorded(fd, pack)
             for slot in used:
@@ -471,7 +463,7 @@ class PackedStorage(WrapperStorage):
                     elif size != inode.size:
                         self._catalogue.resize(inode, size)
             if end < PACK and whole:
-                files._set_size(fd, PACK)
+                files.set_size(fd, PACK)
         self._catalogue.trim()
 
     # Direct access

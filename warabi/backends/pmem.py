@@ -65,7 +65,7 @@ class PmemStorage(FileStorage):
         if mapping := self._mappings.pop(rid, None):
             mapping.close()
 
-    def _set_size(self, fd: int, size: int) -> None:
+    def set_size(self, fd: int, size: int) -> None:
         old = os.fstat(fd).st_size
         if size <= old:
             os.ftruncate(fd, size)
@@ -114,7 +114,7 @@ class PmemStorage(FileStorage):
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         self._check_failed(rid)
-        with self._translated(rid, "persist"), self._borrow(rid) as fd:
+        with self.translated(rid, "persist"), self.borrow(rid) as fd:
             length = self._check_end(rid, fd, "persist", offset + size)
             unsettled = rid in self._unsettled
             mapping = self._mapping(rid, fd, length) if size else None
@@ -133,7 +133,7 @@ class PmemStorage(FileStorage):
                 if mapping is not None and not (times and cached):
                     mapping.flush(offset, size, shared=rid in self._shared)
             self._unsettled.discard(rid)
-        self._persist_name(rid)
+        self.persist_name(rid)
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         if holder != THIS_PROCESS:

@@ -401,11 +401,11 @@ class Catalogue:
             self.count -= 1
             self.used -= inode.size
         if inode.stored:
-            self._write("DELETE FROM inode WHERE ino = ?", (inode.ino,))
-            self._write("DELETE FROM xattr WHERE ino = ?", (inode.ino,))
+            self.write("DELETE FROM inode WHERE ino = ?", (inode.ino,))
+            self.write("DELETE FROM xattr WHERE ino = ?", (inode.ino,))
             if self.summed:
-                self._write("DELETE FROM checksum WHERE ino = ?", (inode.ino,))
-                self._write("DELETE FROM unsettled WHERE ino = ?", (inode.ino,))
+                self.write("DELETE FROM checksum WHERE ino = ?", (inode.ino,))
+                self.write("DELETE FROM unsettled WHERE ino = ?", (inode.ino,))
         self.change += 1
         if self.feed.watched:
             self.feed.inode(inode.ino, CONTENT)
@@ -528,7 +528,7 @@ class Catalogue:
 
     def join(self) -> None:
         """Make all staged names names of their directories, at once."""
-        self._write("INSERT OR REPLACE INTO meta VALUES('joined', 1)", ())
+        self.write("INSERT OR REPLACE INTO meta VALUES('joined', 1)", ())
         self._dentries.joined = True
         self.change += 1
         self._joined = self.change
@@ -544,7 +544,7 @@ class Catalogue:
     def end_staging(self) -> None:
         """No staged names are left."""
         if self._dentries.joined:
-            self._write("DELETE FROM meta WHERE key = 'joined'", ())
+            self.write("DELETE FROM meta WHERE key = 'joined'", ())
             self.change += 1
         self._dentries.staging = self._dentries.joined = False
         self._dentries.conflicts.clear()
@@ -606,9 +606,9 @@ class Catalogue:
         if value is not None:
             domain.xattr(name, value)
         if value is None:
-            self._write("DELETE FROM xattr WHERE ino = ? AND name = ?", (inode.ino, name))
+            self.write("DELETE FROM xattr WHERE ino = ? AND name = ?", (inode.ino, name))
         else:
-            self._write("INSERT OR REPLACE INTO xattr VALUES(?, ?, ?)", (inode.ino, name, value))
+            self.write("INSERT OR REPLACE INTO xattr VALUES(?, ?, ?)", (inode.ino, name, value))
         self._has_xattrs = True
         # The row must exist for the attribute to be found and removed with it.
         inode.stored = True
@@ -616,8 +616,13 @@ class Catalogue:
 
     # Transactions
 
-    def _write(self, sql: str, values: Row) -> None:
-        self._journal.write(sql, (values,))
+    def write(self, sql: str, *rows: Row) -> None:
+        """Execute *sql*, a change, for each of *rows*."""
+        self._journal.write(sql, rows)
+
+    def rows(self, sql: str, values: Row = ()) -> list[tuple[Any, ...]]:
+        """Return the rows that *sql*, a query, selects, as they were last flushed."""
+        return self._db.execute(sql, values).fetchall()
 
     def flush_some(self, left: int = 0) -> bool:
         """As :meth:`flush`, of some where more than *left* inodes or names are dirty; whether there
@@ -744,7 +749,7 @@ class Catalogue:
         self.flush()
         settled = self._next_ino if unsettled is None else unsettled.slot
         if settled != self._settled and self._journal.uncommitted:
-            self._write("INSERT OR REPLACE INTO meta VALUES('settled', ?)", (settled,))
+            self.write("INSERT OR REPLACE INTO meta VALUES('settled', ?)", (settled,))
             self._settled = settled
         return self._journal.commit(self.change)
 
@@ -812,11 +817,11 @@ class Catalogue:
         try:
             if self.path is not None:
                 if clean:
-                    self._write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
+                    self.write("UPDATE meta SET value = 1 WHERE key = 'clean'", ())
                     # A process that was stopped while it wrote to an erased region, through a
                     # shared descriptor, must never write to a new region in the same slot.
                     last = (self._next_ino - 1,)
-                    self._write("INSERT OR REPLACE INTO meta VALUES('last', ?)", last)
+                    self.write("INSERT OR REPLACE INTO meta VALUES('last', ?)", last)
                 self.commit(unsettled)
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

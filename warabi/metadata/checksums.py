@@ -46,7 +46,6 @@ class SumRows:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._db = catalogue._db
 
     def enable(self, on: bool) -> None:
         """Enable checksums, or disable and delete them; a no-op if nothing changes."""
@@ -54,9 +53,9 @@ class SumRows:
         if catalogue.summed == (ALGORITHM if on else None):
             return
         for table in ("checksum", "unsettled", "meta WHERE key = 'checksums'"):
-            catalogue._write(f"DELETE FROM {table}", ())
+            catalogue.write(f"DELETE FROM {table}", ())
         if on:
-            catalogue._write("INSERT INTO meta VALUES('checksums', ?)", (ALGORITHM,))
+            catalogue.write("INSERT INTO meta VALUES('checksums', ?)", (ALGORITHM,))
         catalogue.summed = ALGORITHM if on else None
         catalogue.change += 1
         catalogue.sync(catalogue.commit())
@@ -64,30 +63,30 @@ class SumRows:
     def get(self, inode: Inode, first: int, count: int) -> dict[int, int]:
         """Return the checksums that exist among *count* blocks from *first* on, by block."""
         return dict(
-            self._db.execute(
+            self._catalogue.rows(
                 "SELECT block, sum FROM checksum WHERE ino = ? AND block >= ? AND block < ?",
                 (inode.ino, first, first + count),
             )
         )
 
     def put(self, inode: Inode, sums: dict[int, int]) -> None:
-        self._catalogue._journal.write(
+        self._catalogue.write(
             "INSERT OR REPLACE INTO checksum VALUES(?, ?, ?)",
-            [(inode.ino, block, value) for block, value in sums.items()],
+            *((inode.ino, block, value) for block, value in sums.items()),
         )
         self._changed(inode)
 
     def drop(self, inode: Inode, blocks: Iterable[int]) -> None:
-        self._catalogue._journal.write(
+        self._catalogue.write(
             "DELETE FROM checksum WHERE ino = ? AND block = ?",
-            [(inode.ino, block) for block in blocks],
+            *((inode.ino, block) for block in blocks),
         )
         self._changed(inode)
 
     def drop_range(self, inode: Inode, first: int, last: int) -> None:
         """Delete the checksums of the blocks from *first* up to *last*, exclusive."""
         sql = "DELETE FROM checksum WHERE ino = ? AND block >= ? AND block < ?"
-        self._catalogue._write(sql, (inode.ino, first, last))
+        self._catalogue.write(sql, (inode.ino, first, last))
         self._changed(inode)
 
     def attests(self, inode: Inode, size: int) -> bool:
@@ -96,22 +95,19 @@ class SumRows:
             "SELECT EXISTS(SELECT 1 FROM checksum WHERE ino = ? AND block >= ?)"
             " AND NOT EXISTS(SELECT 1 FROM unsettled WHERE ino = ?)"
         )
-        row = self._db.execute(sql, (inode.ino, size // BLOCK, inode.ino)).fetchone()
-        return bool(row[0])
+        return bool(self._catalogue.rows(sql, (inode.ino, size // BLOCK, inode.ino))[0][0])
 
     # Marks
 
     def unsettled(self) -> set[int]:
-        return {row[0] for row in self._db.execute("SELECT ino FROM unsettled")}
+        return {row[0] for row in self._catalogue.rows("SELECT ino FROM unsettled")}
 
     def unsettle(self, inode: Inode) -> None:
-        self._catalogue._write("INSERT OR REPLACE INTO unsettled VALUES(?)", (inode.ino,))
+        self._catalogue.write("INSERT OR REPLACE INTO unsettled VALUES(?)", (inode.ino,))
         self._changed(inode)
 
     def settle(self, inos: Iterable[int]) -> None:
-        self._catalogue._journal.write(
-            "DELETE FROM unsettled WHERE ino = ?", [(ino,) for ino in inos]
-        )
+        self._catalogue.write("DELETE FROM unsettled WHERE ino = ?", *((ino,) for ino in inos))
         self._catalogue.change += 1
 
     def _changed(self, inode: Inode) -> None:

@@ -32,7 +32,7 @@ class Namespace(Tree):
         ``user.warabi.region`` is a region's ID in hex, ``user.warabi.target`` the target's UUID.
         """
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ino)
+            inode = self.get(ino)
             if name == _REGION_XATTR and stat.S_ISREG(inode.mode):
                 return inode.rid.hex().encode()
             if name == _TARGET_XATTR:
@@ -65,7 +65,7 @@ class Namespace(Tree):
         self, ino: int, name: bytes, entries: list[acl.AclEntry], keep_setgid: bool
     ) -> None:
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ino)
+            inode = self.get(ino)
             if stat.S_ISLNK(inode.mode):
                 raise path_error(
                     errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no access control list"
@@ -89,7 +89,7 @@ class Namespace(Tree):
 
     def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ino)
+            inode = self.get(ino)
             if name in (_REGION_XATTR, _TARGET_XATTR):
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
             domain.xattr_name(name)
@@ -116,7 +116,7 @@ class Namespace(Tree):
     def listxattr(self, ino: int) -> list[bytes]:
         """Return the names of the extended attributes, without virtual ones."""
         with self._guard.lock, self._guard.checked:
-            self._get(ino)
+            self.get(ino)
             return self._catalogue.xattrs(ino)
 
     # Paths
@@ -129,13 +129,13 @@ class Namespace(Tree):
         if len(parts) > steps:
             raise Lengthy
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ROOT)
+            inode = self.get(ROOT)
             for name in parts:
                 if not stat.S_ISDIR(inode.mode):
                     raise path_error(
                         errno.ENOTDIR, f"{path}: a component of the path is not a directory"
                     )
-                found = self._find(inode, name)
+                found = self.find(inode, name)
                 if found is None:
                     raise path_error(errno.ENOENT, f"{path}: no such file or directory")
                 inode = found
@@ -197,7 +197,7 @@ class Namespace(Tree):
     def _path(self, ino: int, steps: float) -> bytes | None:
         names: list[bytes] = []
         while ino != ROOT:
-            above = self._catalogue.names(self._get(ino), 1) if ino > 0 else []
+            above = self._catalogue.names(self.get(ino), 1) if ino > 0 else []
             if not above:
                 return None
             ino, name = above[0]

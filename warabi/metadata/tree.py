@@ -81,7 +81,7 @@ class Tree:
 
     # Lookups; the guard is held
 
-    def _get(self, ino: int) -> Inode:
+    def get(self, ino: int) -> Inode:
         inode = self._catalogue.get(ino)
         if inode is None or inode.dead:
             raise path_error(errno.ESTALE, f"inode {ino}: no longer exists")
@@ -90,27 +90,27 @@ class Tree:
         return inode
 
     def _directory(self, ino: int) -> Inode:
-        inode = self._get(ino)
+        inode = self.get(ino)
         if not stat.S_ISDIR(inode.mode):
             raise path_error(errno.ENOTDIR, f"inode {ino}: not a directory")
         return inode
 
-    def _find(self, parent: Inode, name: bytes) -> Inode | None:
+    def find(self, parent: Inode, name: bytes) -> Inode | None:
         if parent.ino == ROOT and (rid := region_of_name(name)) is not None:
             region = self._catalogue.region(rid)
             if region is not None and (region.anonymous or region.nlink):
                 return region
         ino = self._catalogue.lookup(parent.ino, name)
-        return None if ino is None else self._get(ino)
+        return None if ino is None else self.get(ino)
 
     def _existing(self, parent: Inode, name: bytes) -> Inode:
-        inode = self._find(parent, name)
+        inode = self.find(parent, name)
         if inode is None:
             domain.length(name)
             raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: no such file or directory")
         return inode
 
-    def _destination(self, parent: int, name: bytes) -> Inode:
+    def destination(self, parent: int, name: bytes) -> Inode:
         """Return the directory *parent*, if *name* may be created in it."""
         directory = self._directory(parent)
         domain.name(name)
@@ -119,8 +119,8 @@ class Tree:
         return directory
 
     def _absent(self, parent: int, name: bytes) -> Inode:
-        directory = self._destination(parent, name)
-        if self._find(directory, name) is not None:
+        directory = self.destination(parent, name)
+        if self.find(directory, name) is not None:
             raise path_error(errno.EEXIST, f"{os.fsdecode(name)}: exists")
         return directory
 
@@ -130,7 +130,7 @@ class Tree:
 
     # Changes; the guard is held
 
-    def _changed(self, *inodes: Inode) -> None:
+    def changed(self, *inodes: Inode) -> None:
         now = self._catalogue.clock.exact()
         for inode in inodes:
             inode.changed_at(now)
@@ -147,7 +147,7 @@ class Tree:
             parent.nlink += 1
         else:
             inode.nlink += 1
-        self._changed(parent)
+        self.changed(parent)
 
     def _unnamed(self, parent: Inode, name: bytes, inode: Inode, hold: bool) -> None:
         """Remove one name of *inode*; without names and pins it is erased."""
@@ -167,7 +167,7 @@ class Tree:
                 inode.nlink -= 1
         inode.changed_at(self._catalogue.clock.exact())
         self._catalogue.touch(inode, durable=True)
-        self._changed(parent)
+        self.changed(parent)
         if inode.nlink == 0:
             inode.pins += hold
             if not inode.pins:
@@ -209,7 +209,7 @@ class Tree:
         for parent in self._catalogue.unlink_all(inode):
             directory = self._catalogue.get(parent)
             if directory is not None:
-                self._changed(directory)
+                self.changed(directory)
 
     # Inodes
 
@@ -221,16 +221,16 @@ class Tree:
         """
         with self._guard.lock, self._guard.checked:
             if name == b".":
-                return self._get(parent).attributes()
+                return self.get(parent).attributes()
             if name == b"..":
-                return self._above(self._get(parent)).attributes()
+                return self._above(self.get(parent)).attributes()
             return self._existing(self._directory(parent), name).attributes()
 
     def _above(self, inode: Inode) -> Inode:
         """Return a directory that contains *inode*; the root for itself, and for a nameless
         inode."""
         names = self._catalogue.names(inode, 1)
-        return self._get(names[0][0] if names else ROOT)
+        return self.get(names[0][0] if names else ROOT)
 
     def getattr(self, ino: int) -> Attributes:
         """Return an inode's attributes; ESTALE if it was removed."""
@@ -238,7 +238,7 @@ class Tree:
         if inode is not None and not inode.dead and inode.exposed is None:
             return inode.attributes()
         with self._guard.lock, self._guard.checked:
-            return self._get(ino).attributes()
+            return self.get(ino).attributes()
 
     def setattr(
         self,
@@ -255,7 +255,7 @@ class Tree:
         or mode; also for -1, which is not an owner and does not mean "unchanged".
         """
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ino)
+            inode = self.get(ino)
             self._catalogue.set_attributes(inode, mode, uid, gid, atime_ns, mtime_ns)
             if mode is not None:
                 self._list_follows_mode(inode)
@@ -266,13 +266,13 @@ class Tree:
     def pin(self, ino: int) -> Attributes:
         """Keep an inode for an open file even if its last name is removed; see :meth:`unpin`."""
         with self._guard.lock, self._guard.checked:
-            return self._pinned(self._get(ino))
+            return self._pinned(self.get(ino))
 
     def open(self, ino: int) -> OpenedInode:
         """The same as :meth:`pin`; also returns the version of the data, to validate caches."""
         origin = ORIGIN.get() or _NOBODY
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ino)
+            inode = self.get(ino)
             return OpenedInode(self._pinned(inode), inode.version(origin))
 
     @staticmethod
@@ -353,7 +353,7 @@ class Tree:
     def readlink(self, ino: int) -> bytes:
         """Return the target of a symbolic link; EINVAL for anything else."""
         with self._guard.lock, self._guard.checked:
-            target = self._get(ino).target
+            target = self.get(ino).target
             if target is None:
                 raise path_error(errno.EINVAL, f"inode {ino}: not a symbolic link")
             return target
@@ -361,7 +361,7 @@ class Tree:
     def link(self, ino: int, parent: int, name: bytes) -> Attributes:
         """Give an inode, not a directory, one more name."""
         with self._guard.lock, self._guard.checked:
-            inode = self._get(ino)
+            inode = self.get(ino)
             directory = self._absent(parent, name)
             if stat.S_ISDIR(inode.mode):
                 raise path_error(errno.EPERM, f"link: inode {ino} is a directory")
@@ -369,7 +369,7 @@ class Tree:
                 raise path_error(errno.ENOENT, f"link: inode {ino} was removed")
             self._catalogue.charge(len(name))
             self._named(directory, name, inode)
-            self._changed(inode)
+            self.changed(inode)
             return inode.attributes()
 
     def unlink(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
@@ -425,8 +425,8 @@ class Tree:
         with self._guard.lock, self._guard.checked:
             source = self._directory(parent)
             inode = self._existing(source, name)
-            into = self._destination(new_parent, new_name)
-            victim = self._find(into, new_name)
+            into = self.destination(new_parent, new_name)
+            victim = self.find(into, new_name)
             if victim is not None and flags & RENAME_NOREPLACE:
                 raise path_error(errno.EEXIST, f"{os.fsdecode(new_name)}: exists")
             if victim is inode:
@@ -456,7 +456,7 @@ class Tree:
         while stat.S_ISDIR(inode.mode) and ancestor != ROOT:
             if ancestor == inode.ino:
                 raise path_error(errno.EINVAL, "rename: a directory cannot be moved into itself")
-            above = self._catalogue.names(self._get(ancestor), 1)
+            above = self._catalogue.names(self.get(ancestor), 1)
             if not above:
                 return
             ancestor = above[0][0]
@@ -481,7 +481,7 @@ class Tree:
             source.nlink -= 1
             into.nlink += 1
         inode.changed_at(self._catalogue.clock.exact())
-        self._changed(source, into)
+        self.changed(source, into)
 
     def _exchange(
         self, source: Inode, name: bytes, inode: Inode, into: Inode, new_name: bytes, steps: float
@@ -498,7 +498,7 @@ class Tree:
         now = self._catalogue.clock.exact()
         inode.changed_at(now)
         victim.changed_at(now)
-        self._changed(source, into)
+        self.changed(source, into)
 
     def readdir(
         self, ino: int, after: bytes = b"", limit: int = 1000

@@ -160,7 +160,7 @@ class _Graft:
             if entry.path:
                 self._add(entry)
             else:
-                self._parents[b""] = self._place(self._names._get(ROOT))
+                self._parents[b""] = self._place(self._names.get(ROOT))
                 self._root = entry
         self._check()
         return bool(entries)
@@ -191,11 +191,11 @@ class _Graft:
             self._name(ANONYMOUS, inode.rid.hex().encode(), inode)
             self._dress(inode, entry)
             return
-        directory = self._names._destination(abs(parent), name)
-        found = self._names._find(directory, name)
+        directory = self._names.destination(abs(parent), name)
+        found = self._names.find(directory, name)
         inside = found is None and parent < 0
         if inside and (ino := self._catalogue.lookup(parent, name)) is not None:
-            found = self._names._get(ino)
+            found = self._names.get(ino)
         if not stat.S_ISDIR(entry.mode):
             if directory.ino == ROOT and region_of_name(name) == entry.region:
                 raise BadArchive(f"{entry.shown}: the name is the region's own ID")
@@ -221,7 +221,7 @@ class _Graft:
     def _file(self, parent: int, name: bytes, entry: ArchiveEntry) -> None:
         known = self._linked.get((entry.is_region, entry.slot))
         if known is not None:
-            self._name(parent, name, self._names._get(known))
+            self._name(parent, name, self._names.get(known))
             return
         inode = self._region(entry) if entry.is_region else self._special(entry)
         if entry.links > 1:
@@ -261,7 +261,7 @@ class _Graft:
         if parent < 0:
             self._places[staged(parent)] += 1
             return
-        directory = self._names._get(parent)
+        directory = self._names.get(parent)
         directory.nlink += 1
         self._catalogue.touch(directory, durable=True, tell=False)
 
@@ -296,7 +296,7 @@ class _Graft:
                 self._check_links(inode, b"a directory", directories)
                 growing.append((inode, directories))
         if empty and self._root is not None and stat.S_ISDIR(self._root.mode):
-            self._dress(self._names._get(ROOT), self._root)
+            self._dress(self._names.get(ROOT), self._root)
         else:
             self._root = None
         self._catalogue.join()  # what follows cannot fail
@@ -331,7 +331,7 @@ class _Graft:
             return False
         names = self._catalogue.page(parent, _STEP)
         for name, ino in names:
-            inode = self._names._get(ino)
+            inode = self._names.get(ino)
             self._catalogue.unstage(parent, name)
             if parent == ANONYMOUS:
                 inode.nlink -= 1
@@ -340,7 +340,7 @@ class _Graft:
             else:
                 self._catalogue.link(staged(parent), name, inode, new=True)
         if parent != ANONYMOUS and not (staged(parent) == ROOT and self._root is not None):
-            self._names._changed(self._names._get(staged(parent)))
+            self._names.changed(self._names.get(staged(parent)))
         return True
 
     def _remove(self, path: list[tuple[int, bytes, int]]) -> bool:

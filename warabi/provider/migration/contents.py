@@ -68,6 +68,6 @@ def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
             target.state.catalogue.flush()
             target.state.catalogue.check_stored()  # otherwise it would be missing
-            return target.state.catalogue._db.execute(sql, values).fetchall()
+            return target.state.catalogue.rows(sql, values)
         except sqlite3.Error as error:
             raise translate(error, target.state.catalogue.path) from error
