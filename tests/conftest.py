@@ -23,6 +23,7 @@ from warabi._core import log_limit
 from warabi.client import TargetHandle
 from warabi.engine import Engine, client
 from warabi.server import Provider
+from warabifs.frontends.registry import DEFAULT, FRONT_ENDS
 
 hypothesis.settings.register_profile(
     "warabi",
@@ -32,6 +33,28 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("warabi")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*abilities): what the mount's front end must have")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs an ability must fail on mounts by a front end without it."""
+    for item in items:
+        wanted = {ability for mark in item.iter_markers("needs") for ability in mark.args}
+        lacks = wanted - FRONT_ENDS[_front_end(item)].abilities
+        if lacks:
+            item.add_marker(pytest.mark.xfail(reason=", ".join(sorted(lacks)), strict=True))
+
+
+def _front_end(item: pytest.Item) -> str:
+    """The one that a parameter names, such as ``file-pyfuse3``; else the default."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    words = {word for one in parameters if isinstance(one, str) for word in one.split("-")}
+    return next((name for name in FRONT_ENDS if name in words - {DEFAULT}), DEFAULT)
+
+
 _GRACE = 30.0
 """Seconds that threads and processes, which were told to end, have for it."""
 

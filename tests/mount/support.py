@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("memory", "file")
 PASSED = ("memory-passed", "file-passed")
 """Embedded targets whose regions the kernel reads and writes by itself."""
+PYFUSE3 = ("file-pyfuse3", "engine-pyfuse3")
+"""Targets that are mounted by the other front end."""
 SOURCES = (*BACKENDS, "engine", "tcp")
 PROVIDER_ID = 7
 PATIENCE = 60.0  # seconds after which anything at all counts as hung
@@ -355,15 +357,15 @@ def serving(
 @contextlib.contextmanager
 def source_of(kind: str, place: Path) -> Iterator[tuple[str, list[str]]]:
     """The source, and its options, of one of ``SOURCES`` or ``PASSED``, with files in *place*."""
-    kind, _, passed = kind.partition("-")
-    options = ["passthrough"] if passed else []
+    kind, _, how = kind.partition("-")
+    options = {"": [], "passed": ["passthrough"], "pyfuse3": ["frontend=pyfuse3"]}[how]
     if kind == "memory":
         yield "memory:", options
     elif kind == "file":
         yield f"file:{place}/target", options
     else:
         with serving({"engine": "na+sm", "tcp": "tcp"}[kind]) as provider:
-            yield provider.address, [f"provider_id={PROVIDER_ID}"]
+            yield provider.address, [f"provider_id={PROVIDER_ID}", *options]
 
 
 @contextlib.contextmanager

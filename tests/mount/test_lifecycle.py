@@ -522,7 +522,7 @@ mount.main(["--foreground", *sys.argv[1:]])
 """
 
 REFUSED = """
-from warabifs.frontends.kernel import device
+from warabifs.frontends import device
 
 def refused(*arguments):
     raise PermissionError

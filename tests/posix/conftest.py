@@ -18,9 +18,9 @@ from tests.crash.test_loop import mounted as mounted_disk
 from tests.mount.conftest import disposable, limit_of
 from tests.mount.conftest import machine as machine  # a fixture
 from tests.mount.conftest import place as place  # another
-from tests.mount.support import BACKENDS, PASSED, Mount, mounting, source_of, watchdog
+from tests.mount.support import BACKENDS, PASSED, PYFUSE3, Mount, mounting, source_of, watchdog
 
-MOUNTED = (*BACKENDS, "engine", *PASSED)
+MOUNTED = (*BACKENDS, "engine", *PASSED, *PYFUSE3)
 
 
 @pytest.fixture(scope="package", params=["tmpfs", *MOUNTED])

@@ -21,6 +21,7 @@ from tests.posix.support import (
     updated,
     user,
 )
+from warabifs.frontends.base import Ability
 
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
@@ -101,6 +102,7 @@ def test_changes_of_a_list_change_the_change_time(where: Path) -> None:
     os.removexattr(path, ACCESS)  # there was none
 
 
+@pytest.mark.needs(Ability.UMASK)
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_what_is_made_gets_the_default_list_instead_of_the_umask(where: Path, mask: int) -> None:
     parent = directory(where / "parent")
@@ -131,6 +133,7 @@ def test_what_is_made_gets_the_default_list_instead_of_the_umask(where: Path, ma
         assert mode_of(fd) == 0o666 & ~mask
 
 
+@pytest.mark.needs(Ability.UMASK)
 def test_a_default_list_without_names_gives_modes_only(where: Path) -> None:
     parent = directory(where / "parent")
     setfacl("-d", "-m", "u::rwx,g::rwx,o::r", parent)
@@ -143,6 +146,7 @@ def test_a_default_list_without_names_gives_modes_only(where: Path) -> None:
     assert DEFAULT in os.listxattr(parent / "below")
 
 
+@pytest.mark.needs(Ability.UMASK)
 def test_lists_go_deep_and_the_set_group_id_bit_with_them(where: Path) -> None:
     parent = directory(where / "parent")
     os.chown(parent, 0, 2000)

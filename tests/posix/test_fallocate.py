@@ -17,8 +17,12 @@ import pytest
 from tests.mount.support import another_python, fails_with, line_of, run
 from tests.posix.conftest import MOUNTED
 from tests.posix.support import check, file, libc, mode_of, opened, updated, user
+from warabifs.frontends.base import Ability
 
-pytestmark = pytest.mark.parametrize("shared", ["ext4", *MOUNTED], indirect=True, scope="package")
+pytestmark = [
+    pytest.mark.parametrize("shared", ["ext4", *MOUNTED], indirect=True, scope="package"),
+    pytest.mark.needs(Ability.FALLOCATE),
+]
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 0x10
 MODES = (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE)
@@ -117,6 +121,7 @@ def extents(fd: int) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.needs(Ability.SEEK_DATA)
 def test_data_and_holes_are_found(where: Path) -> None:
     path = where / "file"
     first, second, size, end = 1 << 20, 20 << 20, 102_400, 32 << 20

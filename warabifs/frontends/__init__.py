@@ -1,1 +1,4 @@
-"""How requests of programs reach the file system."""
+"""Front ends: what a mount speaks FUSE with.
+
+``base`` says what a front end is, ``registry`` which there are.
+"""

@@ -24,7 +24,7 @@ import click
 
 from warabi.errors import PermissionDenied
 from warabi.protocol import socket_directories
-from warabifs.frontends.kernel.mountinfo import mounts
+from warabifs.frontends.mountinfo import mounts
 from warabifs.mount import install
 from warabifs.mount.unmount import KIND
 

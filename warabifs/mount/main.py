@@ -34,12 +34,10 @@ from warabi.protocol.auth import config_of
 from warabi.target import opening
 from warabi.target.state import LOOPS
 from warabi.target.target import Target
-from warabifs.frontends.kernel.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
-from warabifs.frontends.kernel.dispatch import Operations
-from warabifs.frontends.kernel.mountinfo import device_number, identity
-from warabifs.frontends.kernel.passthrough import Passing
-from warabifs.frontends.kernel.protocol import Feature
-from warabifs.frontends.kernel.session import FuseSession
+from warabifs.frontends.base import Ability, FrontEnd, Settings
+from warabifs.frontends.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
+from warabifs.frontends.mountinfo import device_number, identity
+from warabifs.frontends.registry import FRONT_ENDS
 from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.invalidator import Follower
 from warabifs.fs.owner_override import ShownLink
@@ -81,6 +79,7 @@ def main(arguments: Sequence[str] | None = None, *, helper: bool = False) -> Non
             source.backend is None or source.backend.in_memory is None
         ):
             raise ConfigError("option size: only for memory:")
+        FRONT_ENDS[options.frontend].load()  # raises ConfigError if its package is missing
         mountpoint = _check_mountpoint(parsed.mountpoint)
         _check_device()
         if parsed.fake:
@@ -361,76 +360,82 @@ async def _mount_and_serve(
                 names = directories = options.entry_timeout
             negative = names if options.negative_timeout is None else options.negative_timeout
             device = _mount(source, mountpoint, options)
-            session = FuseSession(device.fd)
+            entry = FRONT_ENDS[options.frontend]
+            front = entry.load()(device)
             files = FileSystem(
                 target,
                 exclusive=alone,
                 attr_timeout=attributes,
-                drop_name=session.drop_name,
-                drop_attributes=session.drop_attributes,
+                drop_name=front.drop_name,
+                drop_attributes=front.drop_attributes,
                 local=local,
                 remember_names=names > 0,
-                openless=local is not None and not options.passthrough,
+                openless=(
+                    local is not None
+                    and not options.passthrough
+                    and Ability.OPENLESS in entry.abilities
+                ),
             )
-            files.writes.drop = session.drop_bytes
+            files.writes.drop = front.drop_bytes
             if source.remote:
                 await files.pages.learn()
             follower = Follower(
                 target,
                 files,
-                forget_inode=session.forget_inode,
-                forget_name=session.forget_name,
+                forget_inode=front.forget_inode,
+                forget_name=front.forget_name,
                 new_names=bool(negative),
             )
-            operations = Operations(
-                files,
+            settings = Settings(
                 attr_timeout=attributes,
                 entry_timeout=names,
                 directory_timeout=directories,
                 negative_timeout=negative,
                 direct_io=options.direct_io,
                 writeback=options.exclusive,
-                passing=Passing(local, session) if options.passthrough and local else None,
+                passthrough=local if options.passthrough else None,
                 # I/O on stable storage in this process cannot be interrupted.
-                interrupt=None if source.embedded else session.interrupt,
+                interruptible=not source.embedded,
+                read_ahead=READ_AHEAD_REMOTE if source.remote else READ_AHEAD,
             )
             unmount = True
-            entry = utab.UtabEntry(options.fsname or source.text, mountpoint)
+            listed = utab.UtabEntry(options.fsname or source.text, mountpoint)
             try:
-                operations.features = session.begin(operations.features)
-                if options.passthrough and not operations.features & Feature.PASSTHROUGH:
+                abilities = front.begin(files, settings)
+                if options.passthrough and Ability.PASSTHROUGH not in abilities:
                     raise ConfigError(
                         "option passthrough: not supported by this kernel (Linux 6.14 or later is"
                         " required)"
                     )
-                device.read_ahead(READ_AHEAD_REMOTE if source.remote else READ_AHEAD)
                 try:
                     shutdown.announce(mountpoint)
                 except (PermissionDenied, OSError) as error:
                     log.warning("umount will not wait until this process has persisted: %s", error)
                 utab.remove_stale()
-                entry.add()
+                listed.add()
                 number = device_number(mountpoint)
                 with Watchdog(number, identity(number)):
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_end_on_signal, signals, mountpoint, follower, session)
+                        nursery.start_soon(
+                            _end_on_signal, signals, mountpoint, follower, device, front
+                        )
                         nursery.start_soon(_accept, shutdown)
                         if not alone:
                             nursery.start_soon(follower.run)
                         ready()
                         with inline_wait.serving(device.fd):
-                            await session.serve(operations)
+                            await front.serve()
                         unmount = False  # the kernel ended the session: already unmounted
                         nursery.cancel_scope.cancel()
             except (ValueError, TimeoutError) as error:
                 raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
             finally:
                 shutdown.gather()
-                entry.remove()
+                listed.remove()
                 if local is not None:
                     local.will_close()
                 await follower.stop()
-                session.silence()
+                front.close()
                 device.close(unmount=unmount)
                 with trio.CancelScope(shield=True):
                     await _sync(target, None if source.embedded else options.timeout)
@@ -504,24 +509,25 @@ async def _end_on_signal(
     signals: trio.MemoryReceiveChannel[signal.Signals],
     mountpoint: str,
     follower: Follower,
-    session: FuseSession,
+    device: Device,
+    front: FrontEnd,
 ) -> None:
     """Unmount on a signal, so that the kernel flushes its caches before the session ends."""
     async for number in signals:
         log.info("exiting on %s", number.name)
         if await _run("fusermount3", "-u", mountpoint) == 0:
-            if not session.ended:  # another bind mount or mount namespace has it, too
+            if not device.ended:  # another bind mount or mount namespace has it, too
                 log.info("%s: unmounting the remaining mounts of this file system", mountpoint)
                 await _run("sync")
                 await follower.stop()
-                session.stop()
+                front.stop()
             return
         # Busy: programs have files open.  Detach the mount, and flush dirty pages before and after
         # that, since the programs continue to write.
         await _run("sync", "-f", mountpoint)
         if await _run("sh", "-c", _DETACH, "sh", mountpoint) == 0:
             await follower.stop()
-            session.stop()
+            front.stop()
             return
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from warabi.backends import Backend, registry
 from warabi.errors import ConfigError
 from warabi.protocol import address
+from warabifs.frontends.base import Ability
+from warabifs.frontends.registry import DEFAULT, FRONT_ENDS
 from warabifs.fs.owner_override import Shown
 
 
@@ -31,6 +33,7 @@ class Options:
     direct_io: bool = False
     exclusive: bool = False
     passthrough: bool = False
+    frontend: str = DEFAULT
     allow_other: bool = False
     size: Callable[[int], int] | None = None  # maps the bytes of RAM to the limit
     fsname: str = ""
@@ -52,6 +55,7 @@ class _Option:
     apply: Callable[[Options, str], None]
     help: str
     value: str = ""  # the value's placeholder; empty for an option without one
+    needs: Ability | None = None  # what the front end has to support
 
 
 def _number(name: str, text: str, low: float, high: float) -> float:
@@ -87,6 +91,12 @@ def _security(name: str) -> Callable[[Options, str], None]:
 
 def _file(name: str) -> Callable[[Options, str], None]:
     return lambda options, text: options.security.update({name: str(Path(text).absolute())})
+
+
+def _frontend(options: Options, text: str) -> None:
+    if text not in FRONT_ENDS:
+        raise ConfigError(f"option frontend={text}: expected {' or '.join(FRONT_ENDS)}")
+    options.frontend = text
 
 
 def _provider_id(options: Options, text: str) -> None:
@@ -168,14 +178,21 @@ OPTIONS: dict[str, _Option] = {
     "direct_io": _Option(
         _flag("direct_io", True), "strict: every read and write bypasses the page cache; no shared"
         " mmap",
+        needs=Ability.DIRECT_IO,
     ),
     "exclusive": _Option(
         _flag("exclusive", True), "no other client changes the target: writes are cached until a"
         " file is closed or synced, names and attributes for a day",
+        needs=Ability.WRITEBACK,
     ),
     "passthrough": _Option(
         _flag("passthrough", True), "embedded targets, root only, Linux 6.14: the kernel reads and"
         " writes region files directly; opening and closing files takes longer; implies nosuid",
+        needs=Ability.PASSTHROUGH,
+    ),
+    "frontend": _Option(
+        _frontend, "the implementation of the FUSE protocol: kernel (default), warabifs' own, or"
+        " pyfuse3, an optional package with fewer abilities", "NAME",
     ),
     "allow_other": _Option(
         _flag("allow_other", True), "let other users access the mount, subject to permissions"
@@ -273,6 +290,7 @@ def parse_options(
             continue
         elif item not in _IGNORED and not name.startswith(("x-", "X-", "comment")) and not sloppy:
             raise ConfigError(_unknown(name))
+    _check_abilities(options)
     if options.exclusive and options.direct_io:
         raise ConfigError("options exclusive and direct_io: at most one of them")
     if options.passthrough:
@@ -296,6 +314,16 @@ def parse_options(
     if helper and root and not options.shown:
         options.fuse |= {flag for flag in ("suid", "dev") if f"no{flag}" not in options.flags}
     return options
+
+
+def _check_abilities(options: Options) -> None:
+    """Raises ConfigError for an option that the front end does not support."""
+    abilities = FRONT_ENDS[options.frontend].abilities
+    for item in options.fixed:
+        needs = OPTIONS[item.partition("=")[0]].needs
+        if needs is not None and needs not in abilities:
+            able = " or ".join(name for name, one in FRONT_ENDS.items() if needs in one.abilities)
+            raise ConfigError(f"option {item}: only with frontend={able}")
 
 
 def _items(group: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from warabi.protocol import socket_directories
 from warabi.protocol.address import peer, set_send_timeout
-from warabifs.frontends.kernel.mountinfo import Mounted, identity, is_gone, mounted_on
+from warabifs.frontends.mountinfo import Mounted, identity, is_gone, mounted_on
 
 _PREFIX = "umount."
 _QUEUE = 4096

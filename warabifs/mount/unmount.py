@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from warabi._core.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
 from warabi.errors import ConfigError
-from warabifs.frontends.kernel.mountinfo import Mounted, identity, is_gone, mounted_on, mounts
+from warabifs.frontends.mountinfo import Mounted, identity, is_gone, mounted_on, mounts
 from warabifs.mount.shutdown_socket import Waiting
 from warabifs.mount.utab import remove_stale
 

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from warabi._core.procfs import unescaped
-from warabifs.frontends.kernel.mountinfo import device_number, identity, is_gone
+from warabifs.frontends.mountinfo import device_number, identity, is_gone
 
 log = logging.getLogger(__name__)
 

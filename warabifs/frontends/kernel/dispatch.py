@@ -1,7 +1,7 @@
-"""The kernel's requests, taken apart, and the only place where an exception becomes an errno.
+"""The kernel's requests, taken apart, and what their answers are made of.
 
-What the library raises becomes its errno, what nobody expected becomes ``EIO`` with a traceback in
-the log, and ``trio.Cancelled``, which is no ``Exception``, passes.
+An exception becomes an errno here, as ``warabifs/frontends/errnos.py`` says; ``trio.Cancelled``,
+which is no ``Exception``, passes.
 
 What follows a request's header lies in a buffer that is used again after the answer.
 """
@@ -10,49 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any
 
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
 from warabi.metadata.domain import NAME_MAX, clamped
 from warabi.region import RegionID
+from warabifs.frontends.callers import groups_of
+from warabifs.frontends.errnos import UNKNOWN_EFFECT, errno_of
 from warabifs.frontends.kernel import protocol
 from warabifs.frontends.kernel.passthrough import Passing
-from warabifs.frontends.kernel.protocol import Feature, Header, Opcode, Open, Valid, is_errno
+from warabifs.frontends.kernel.protocol import Feature, Header, Opcode, Open, Valid
 from warabifs.frontends.kernel.session import Answer, Early, Told
 from warabifs.fs.filesystem import BLOCK, CAPABILITY, FileSystem
 from warabifs.fs.write_ordering import KERNEL
-
-log = logging.getLogger(__name__)
-
-_ERRNO: dict[type[errors.Exception], int] = {
-    errors.InvalidRegion: errno.ESTALE,
-    errors.OutOfBounds: errno.EFBIG,  # offsets come from the kernel, never negative
-    errors.InvalidBuffer: errno.EINVAL,
-    errors.ConfigError: errno.EINVAL,
-    errors.ProviderNotFound: errno.ENXIO,
-    errors.TargetNotFound: errno.ENXIO,
-    errors.ConnectionFailed: errno.ENOTCONN,
-    errors.ConnectionLost: errno.ENOTCONN,
-    errors.ProtocolError: errno.EPROTO,
-    errors.TimedOut: errno.ETIMEDOUT,
-    errors.StorageFull: errno.ENOSPC,
-    errors.StorageError: errno.EIO,
-    errors.CorruptTarget: errno.EIO,
-    errors.PermissionDenied: errno.EACCES,
-    errors.TargetBusy: errno.EBUSY,
-    errors.ProviderFailed: errno.EIO,
-}
-_UNKNOWN_EFFECT = (errors.ConnectionLost, errors.TimedOut)
-"""What is raised when a reply was lost, and nothing tells whether the request took effect."""
-_QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
 
 _ENTRIES = (
     Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK, Opcode.CREATE,
@@ -90,34 +65,6 @@ def name_of(opcode: int) -> str:
         return Opcode(opcode).name.lower()
     except ValueError:
         return f"opcode {opcode}"
-
-
-def errno_of(error: Exception, what: str) -> int:
-    """The errno that a program gets for *error*; what the program cannot know is logged."""
-    if isinstance(error, OSError) and is_errno(error.errno):  # PathError too, as a provider sent it
-        return error.errno
-    number = _ERRNO.get(type(error))  # type: ignore[arg-type]  # a miss for classes of others
-    if number is None:
-        log.error("unhandled exception in %s", what, exc_info=error)
-        return errno.EIO
-    if not isinstance(error, _QUIET):
-        log.error("%s: %s", what, error)
-    return number
-
-
-def _groups(header: Header) -> Callable[[], set[int]] | None:
-    """What tells the groups of who makes a request; None for root."""
-    return None if header.uid == 0 else lambda: {header.gid, *_supplementary(header.pid)}
-
-
-def _supplementary(pid: int) -> list[int]:
-    """The supplementary groups of a process; none when it is gone, or of another namespace."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return []
-    found = re.search(r"^Groups:(.*)$", status, re.MULTILINE)
-    return [int(group) for group in found[1].split()] if found else []
 
 
 def _seconds(timeout: float) -> tuple[int, int]:
@@ -220,7 +167,7 @@ class Operations:
 
     def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
         """The answer to a request whose handler raised *error*."""
-        if isinstance(error, _UNKNOWN_EFFECT):
+        if isinstance(error, UNKNOWN_EFFECT):
             self._doubt(header, body)
         number = errno_of(error, name_of(header.opcode))
         return None if header.opcode in _SILENT else number
@@ -637,7 +584,9 @@ class Operations:
         name, _, rest = bytes(body[protocol.SETXATTR.size :]).partition(_NAME)
         if flags and await self._has_xattr(header.node, name) == bool(flags & _CREATE):
             return errno.EEXIST if flags & _CREATE else errno.ENODATA
-        await self._files.setxattr(header.node, name, rest[:size], _groups(header))
+        await self._files.setxattr(
+            header.node, name, rest[:size], groups_of(header.uid, header.gid, header.pid)
+        )
         return b""
 
     async def _has_xattr(self, ino: int, name: bytes) -> bool:
@@ -651,7 +600,9 @@ class Operations:
 
     @_handles(Opcode.REMOVEXATTR)
     async def removexattr(self, header: Header, body: memoryview) -> Answer:
-        await self._files.removexattr(header.node, _last(body), _groups(header))
+        await self._files.removexattr(
+            header.node, _last(body), groups_of(header.uid, header.gid, header.pid)
+        )
         return b""
 
     @_handles(Opcode.LISTXATTR)

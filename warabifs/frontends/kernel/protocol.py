@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from warabifs.fs.limits import MAX_WRITE
 
@@ -147,8 +147,6 @@ class Header(NamedTuple):
 
 HEADER = struct.Struct("=IIQQIIII")
 _ANSWER = struct.Struct("=IiQ")  # length, negative errno, unique
-_ERRNOS = 512
-"""Errnos from here on are the kernel's internal ones."""
 
 _INIT = struct.Struct("=IIIII")  # major, minor, readahead, features, and their upper half
 _INIT_ANSWER = struct.Struct("=IIIIHHIIHHII24x")
@@ -208,12 +206,6 @@ fragment size, 0."""
 ATTRIBUTES_SIZE = _ATTRIBUTES.size
 ENTRY_SIZE = _ENTRY.size + ATTRIBUTES_SIZE
 _DIRENT_SIZE = _DIRENT.size
-
-
-def is_errno(number: object) -> TypeGuard[int]:
-    """Whether *number* may be in an answer.  The kernel refuses an answer with any other number,
-    and the program would wait for ever."""
-    return isinstance(number, int) and 0 < number < _ERRNOS
 
 
 def answer(unique: int, size: int) -> bytes:

@@ -186,13 +186,6 @@ class FuseSession:
         async with trio.open_nursery() as self._nursery:
             self._lead_on()
 
-    @property
-    def ended(self) -> bool:
-        """Whether the kernel has ended the session: it is mounted nowhere, or was aborted."""
-        poll = select.poll()
-        poll.register(self._fd, 0)
-        return bool(poll.poll(0))
-
     def stop(self) -> None:
         """Take no more requests; :meth:`serve` returns when those under way are answered."""
         self._over = True

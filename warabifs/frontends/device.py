@@ -11,7 +11,7 @@ import subprocess
 
 from warabi._core import syscalls
 from warabi.errors import ConfigError
-from warabifs.frontends.kernel.mountinfo import mounted_on
+from warabifs.frontends.mountinfo import mounted_on
 
 READ_AHEAD = 512
 """KiB; the kernel's own value is 128, four requests in the place of one.  More would leave the
@@ -62,9 +62,17 @@ class Device:
             if int(file.read()) < size:
                 file.write(str(size))
 
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended the session: it is mounted nowhere, or was aborted.  What is
+        mounted there now is another's."""
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        return bool(poll.poll(0))
+
     def close(self, *, unmount: bool) -> None:
         """Let go of the kernel; with *unmount* the mount ends too, if it is still there."""
-        still_ours = unmount and not _ended(self.fd)
+        still_ours = unmount and not self.ended
         # First of all the descriptor: unmounting would wait for somebody to read from it.
         os.close(self.fd)
         if not still_ours:
@@ -82,13 +90,6 @@ def _failed(mountpoint: str, why: str) -> ConfigError:
         f"mount point {mountpoint}: the mount failed ({why}); is /dev/fuse usable, and may this"
         " user mount there?"
     )
-
-
-def _ended(fd: int) -> bool:
-    """Whether the kernel ended the session: what is mounted there now is another's."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return bool(poll.poll(0))
 
 
 def _mount(mountpoint: str, name: str, options: set[str]) -> int:

@@ -1,0 +1,151 @@
+"""What a front end is: it takes the kernel's requests, has a :class:`FileSystem` carry them out,
+and tells the kernel what to forget.
+
+A front end translates, and decides nothing.  What a request means is in ``warabifs/fs/``; mounting
+and unmounting are in ``warabifs/mount/``.  Neither depends on which front end it is.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # options, which need no more than names of abilities, are parsed without these
+    from warabi.target.target import Target as LocalTarget
+    from warabifs.frontends.device import Device
+    from warabifs.fs.filesystem import FileSystem
+
+
+class Ability(enum.StrEnum):
+    """What a front end may be able to do, or not."""
+
+    DIRECT_IO = "direct_io"
+    """Reads and writes go past the page cache: ``-o direct_io``."""
+    WRITEBACK = "writeback"
+    """The kernel holds writes back: ``-o exclusive``."""
+    PASSTHROUGH = "passthrough"
+    """The kernel reads and writes regions by itself: ``-o passthrough``."""
+    OPENLESS = "openless"
+    """Files of an embedded target need neither OPEN nor RELEASE."""
+    INTERRUPT = "interrupt"
+    """A program that waits for a provider can be killed."""
+    UMASK = "umask"
+    """A default access control list takes the umask's place, as the kernel leaves both to us."""
+    KILL_SETID = "kill_setid"
+    """The kernel says whose writes take set-ID bits away, and asks nothing before each write."""
+    FORGET_RANGE = "forget_range"
+    """Some pages of a file can be dropped; without it all of them are."""
+    APPEND_CACHE = "append_cache"
+    """What a program appends to a file that it also reads goes past the page cache."""
+    REQUEST_FLAGS = "request_flags"
+    """Reads and writes say which thread they are of, and whether they go past the page cache, also
+    after ``O_DIRECT`` was set with fcntl(2)."""
+    FALLOCATE = "fallocate"
+    """fallocate(2) reserves space, and punches and zeroes holes."""
+    SEEK_DATA = "seek_data"
+    """lseek(2) finds data and holes (``SEEK_DATA``, ``SEEK_HOLE``)."""
+    COPY_RANGE = "copy_range"
+    """copy_file_range(2) has the target copy; without it the kernel reads and writes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a mount is to be served.
+
+    Attributes:
+        entry_timeout: seconds for which the kernel may believe a name.
+        directory_timeout: likewise, if it is a directory's.
+        attr_timeout: seconds for which it may believe attributes.
+        negative_timeout: seconds for which it may believe that a name does not exist.
+        direct_io: whether reads and writes bypass the page cache.
+        writeback: whether the kernel may hold writes back, until a file is closed or synced.
+        passthrough: the target whose regions the kernel is to read and write by itself, if any.
+        interruptible: whether a program that waits can be killed: not where it waits for a medium
+            in this process.
+        read_ahead: KiB that the kernel reads ahead, at least.
+    """
+
+    entry_timeout: float
+    directory_timeout: float
+    attr_timeout: float
+    negative_timeout: float
+    direct_io: bool
+    writeback: bool
+    passthrough: LocalTarget | None
+    interruptible: bool
+    read_ahead: int
+
+
+class FrontEnd(ABC):
+    """The connection of one mount to the kernel.
+
+    First the methods by which the kernel is told to forget something may be handed out, then
+    :meth:`begin` is called once, :meth:`serve` once, and :meth:`close` in any case.
+
+    Args:
+        device: ``/dev/fuse``, mounted; the caller closes it after the front end.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    # For the mount
+
+    @abstractmethod
+    def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
+        """Agree with the kernel on how *files* are served; returns the abilities that it has, too.
+
+        Raises:
+            OSError: the mount was over before it began.
+            ValueError: the kernel is too old; the message says how old.
+            TimeoutError: it says nothing.
+        """
+
+    @abstractmethod
+    async def serve(self) -> None:
+        """Serve until the file system is unmounted or :meth:`stop` is called.
+
+        What is being served then is carried to its end.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Take no more requests; :meth:`serve` returns when those under way are answered."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Tell the kernel nothing any more, and let go of what :meth:`begin` made.
+
+        A thread that waits in the kernel by now is waited for only for a moment, and does no harm.
+        """
+
+    # For the file system: what the kernel is told unasked
+
+    @abstractmethod
+    def forget_inode(self, ino: int, attributes_only: bool) -> None:
+        """Make the kernel forget an inode's attributes and, unless told, its bytes.
+
+        Waits for requests that concern it, so it must not be called in the loop that serves them.
+
+        Raises:
+            FileNotFoundError: the kernel does not know it.
+            OSError: the mount is over.
+        """
+
+    @abstractmethod
+    def forget_name(self, directory: int, name: bytes) -> None:
+        """As :meth:`forget_inode`, for what a name means."""
+
+    @abstractmethod
+    def drop_name(self, directory: int, name: bytes) -> None:
+        """Make the kernel let go of a name, in a thread, soon."""
+
+    @abstractmethod
+    def drop_attributes(self, ino: int) -> None:
+        """Make the kernel forget an inode's attributes, in a thread, soon."""
+
+    @abstractmethod
+    def drop_bytes(self, ino: int, offset: int, size: int) -> None:
+        """Make the kernel forget some bytes of an inode, or more, in a thread, soon."""

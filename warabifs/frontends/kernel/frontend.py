@@ -1,0 +1,73 @@
+"""The front end that speaks the kernel's protocol itself: the default."""
+
+from __future__ import annotations
+
+from warabifs.frontends.base import Ability, FrontEnd, Settings
+from warabifs.frontends.device import Device
+from warabifs.frontends.kernel.dispatch import Operations
+from warabifs.frontends.kernel.passthrough import Passing
+from warabifs.frontends.kernel.protocol import Feature
+from warabifs.frontends.kernel.session import FuseSession
+from warabifs.fs.filesystem import FileSystem
+
+_FEATURES = {
+    Ability.WRITEBACK: Feature.WRITEBACK_CACHE,
+    Ability.PASSTHROUGH: Feature.PASSTHROUGH,
+    Ability.UMASK: Feature.DONT_MASK,
+    Ability.KILL_SETID: Feature.HANDLE_KILLPRIV_V2,
+    Ability.APPEND_CACHE: Feature.DIRECT_IO_ALLOW_MMAP,
+}
+"""Abilities that the kernel has to have, too."""
+
+
+class KernelFrontEnd(FrontEnd):
+    """:class:`FuseSession` takes the requests, and :class:`Operations` takes them apart."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self._session = FuseSession(device.fd)
+        self._operations: Operations | None = None
+
+    def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
+        passed = settings.passthrough
+        operations = self._operations = Operations(
+            files,
+            attr_timeout=settings.attr_timeout,
+            entry_timeout=settings.entry_timeout,
+            directory_timeout=settings.directory_timeout,
+            negative_timeout=settings.negative_timeout,
+            direct_io=settings.direct_io,
+            writeback=settings.writeback,
+            passing=None if passed is None else Passing(passed, self._session),
+            interrupt=self._session.interrupt if settings.interruptible else None,
+        )
+        operations.features = self._session.begin(operations.features)
+        self._device.read_ahead(settings.read_ahead)
+        return frozenset(
+            ability for ability in Ability if operations.features & _FEATURES.get(ability, -1)
+        )
+
+    async def serve(self) -> None:
+        assert self._operations is not None
+        await self._session.serve(self._operations)
+
+    def stop(self) -> None:
+        self._session.stop()
+
+    def close(self) -> None:
+        self._session.silence()
+
+    def forget_inode(self, ino: int, attributes_only: bool) -> None:
+        self._session.forget_inode(ino, attributes_only)
+
+    def forget_name(self, directory: int, name: bytes) -> None:
+        self._session.forget_name(directory, name)
+
+    def drop_name(self, directory: int, name: bytes) -> None:
+        self._session.drop_name(directory, name)
+
+    def drop_attributes(self, ino: int) -> None:
+        self._session.drop_attributes(ino)
+
+    def drop_bytes(self, ino: int, offset: int, size: int) -> None:
+        self._session.drop_bytes(ino, offset, size)
