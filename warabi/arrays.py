@@ -6,8 +6,8 @@ array is first stored or fetched.
 
 from __future__ import annotations
 
-import ast
 import builtins
+import io
 import math
 import struct
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _MAGIC = b"\x93NUMPY"
 _FIXED = len(_MAGIC) + 2
-_VERSIONS = {(1, 0): ("<H", "latin-1"), (2, 0): ("<I", "latin-1"), (3, 0): ("<I", "utf-8")}
-"""How the length of the rest of the header, and the rest itself, are encoded."""
+_LENGTHS = {(1, 0): "<H", (2, 0): "<I", (3, 0): "<I"}
+"""The format of the length of the rest of the header, by the version of the format."""
 _ALIGNMENT = 64  # of the data, so that they can be mapped from a file and used as they are
 _LONGEST_HEADER = 1 << 20
 _PIECE = 1 << 22  # bytes of a strided array that are gathered at a time
@@ -54,25 +54,24 @@ def encode(array: Any) -> tuple[int, Iterator[tuple[int, memoryview]]]:
     if array.dtype.hasobject:
         raise InvalidBuffer(f"put_array: dtype {array.dtype} holds references to objects")
     try:
-        described = npy.dtype_to_descr(array.dtype)
-        if npy.descr_to_dtype(described) != array.dtype:
+        fields = npy.header_data_from_array_1_0(array)
+        if npy.descr_to_dtype(fields["descr"]) != array.dtype:
             raise ValueError("the description does not restore the same dtype")
     except (ValueError, TypeError) as error:
         raise InvalidBuffer(f"put_array: dtype {array.dtype}: {error}") from None
-    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    header = _header({"descr": described, "fortran_order": fortran, "shape": array.shape})
+    header = _header(fields)
     if len(header) > _LONGEST_HEADER:
         raise InvalidBuffer(
             f"put_array: the description of its dtype is too long: {len(header)} bytes"
         )
-    return len(header) + array.nbytes, _pieces(header, array.T if fortran else array)
+    ordered = array.T if fields["fortran_order"] else array
+    return len(header) + array.nbytes, _pieces(header, ordered)
 
 
 def _header(fields: dict[str, Any]) -> bytes:
-    text = repr(fields)
-    version = (1, 0) if text.isascii() and len(text) < 0xFF00 else (3, 0)
-    length, encoding = _VERSIONS[version]
-    body = text.encode(encoding)
+    body = ascii(dict(sorted(fields.items()))).encode()
+    version = (1, 0) if len(body) < 0xFF00 else (2, 0)
+    length = _LENGTHS[version]
     before = _FIXED + struct.calcsize(length)
     body += b" " * (-(before + len(body) + 1) % _ALIGNMENT) + b"\n"
     return _MAGIC + bytes(version) + struct.pack(length, len(body)) + body
@@ -120,11 +119,11 @@ def data_offset(region: object, size: int, prefix: bytes) -> int:
             f"get_array {region!r}: its {size} bytes do not start with the header of an array"
         )
     version = (prefix[_FIXED - 2], prefix[_FIXED - 1])
-    if version not in _VERSIONS:
+    if version not in _LENGTHS:
         raise NotAnArray(
             f"get_array {region!r}: version {version} of the array format is not supported"
         )
-    length = _VERSIONS[version][0]
+    length = _LENGTHS[version]
     offset: int = _FIXED + struct.calcsize(length) + struct.unpack_from(length, prefix, _FIXED)[0]
     if offset > min(size, _LONGEST_HEADER):
         raise NotAnArray(f"get_array {region!r}: a header of {offset} bytes, the region has {size}")
@@ -145,13 +144,14 @@ def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memo
     import numpy
     from numpy.lib import format as npy
 
-    length, encoding = _VERSIONS[header[_FIXED - 2], header[_FIXED - 1]]
+    version, rest = header[_FIXED - 2], header[_FIXED:]
+    read = npy.read_array_header_1_0 if version == 1 else npy.read_array_header_2_0
     try:
-        text = header[_FIXED + struct.calcsize(length) :].decode(encoding)
-        fields = ast.literal_eval(text.strip())
-        dtype = npy.descr_to_dtype(fields["descr"])
-        shape, order = fields["shape"], "F" if fields["fortran_order"] else "C"
-        if not (isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)):
+        if version == 3:  # as version 2, but in UTF-8; NumPy has no public function for it
+            text = rest[4:].decode().encode("latin-1", "backslashreplace")
+            rest = struct.pack("<I", len(text)) + text
+        shape, fortran, dtype = read(io.BytesIO(rest), max_header_size=len(rest))
+        if not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"shape {shape!r}")
         needed = dtype.itemsize * math.prod(shape)
     except (builtins.Exception, MemoryError) as error:  # whatever a wrong description leads to
@@ -163,10 +163,10 @@ def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memo
             f"get_array {region!r}: an array of {needed} bytes, it has {size - len(header)}"
         )
     try:
-        array = numpy.empty(shape, dtype, order)  # type: ignore[call-overload]  # "C" or "F"
+        array = numpy.empty(shape, dtype, "F" if fortran else "C")
     except ValueError as error:  # too many dimensions, or too large without having a byte
         raise NotAnArray(f"get_array {region!r}: {error}") from None
-    return array, _flat(array.T if order == "F" else array)
+    return array, _flat(array.T if fortran else array)
 
 
 __all__ = ["PREFIX", "NotAnArray", "data_offset", "decode", "encode"]

@@ -194,6 +194,14 @@ def test_regions_that_hold_no_array(engine: Engine, name: str) -> None:
         same(target.get_array(target.create_and_write(npy(GOOD))), np.zeros(100))
 
 
+def test_an_array_that_python_2_wrote(engine: Engine) -> None:
+    with Provider(engine, 1, MEMORY):
+        target = Client(engine).make_target_handle(str(engine.addr()), 1)
+        region = target.create_and_write(npy(GOOD.replace("100", "100L")))
+        with pytest.warns(UserWarning, match="Python 2"):  # as NumPy warns
+            same(target.get_array(region), np.zeros(100))
+
+
 def test_unknown_regions(engine: Engine) -> None:
     with Provider(engine, 1, MEMORY):
         target = Client(engine).make_target_handle(str(engine.addr()), 1)

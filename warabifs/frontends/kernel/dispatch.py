@@ -44,7 +44,6 @@ _APPEND, _ACCESS, _WRITE_ONLY = os.O_APPEND, os.O_ACCMODE, os.O_WRONLY
 _DIRECT = os.O_DIRECT
 _SYNC = os.O_SYNC  # of which O_DSYNC is a part
 _READ_DIRECT, _WRITE_DIRECT = protocol.READ_LOCKOWNER, protocol.WRITE_LOCKOWNER
-_CREATE, _REPLACE = 1, 2  # flags of setxattr(2)
 
 Handler = Callable[["Operations", Header, memoryview], Coroutine[Any, Any, Answer]]
 _HANDLERS: dict[int, Handler] = {}
@@ -582,8 +581,8 @@ class Operations:
     async def setxattr(self, header: Header, body: memoryview) -> Answer:
         size, flags = protocol.SETXATTR.unpack_from(body)
         name, _, rest = bytes(body[protocol.SETXATTR.size :]).partition(_NAME)
-        if flags and await self._has_xattr(header.node, name) == bool(flags & _CREATE):
-            return errno.EEXIST if flags & _CREATE else errno.ENODATA
+        if flags and await self._has_xattr(header.node, name) == bool(flags & os.XATTR_CREATE):
+            return errno.EEXIST if flags & os.XATTR_CREATE else errno.ENODATA
         await self._files.setxattr(
             header.node, name, rest[:size], groups_of(header.uid, header.gid, header.pid)
         )

@@ -55,7 +55,6 @@ class Opcode(IntEnum):
     FLUSH = 25
     INIT = 26
     OPENDIR = 27
-    READDIR = 28
     RELEASEDIR = 29
     FSYNCDIR = 30
     CREATE = 35
@@ -81,7 +80,6 @@ class Feature:
     DONT_MASK = 1 << 6  # the file system applies the umask
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
-    READDIRPLUS_AUTO = 1 << 14
     ASYNC_DIO = 1 << 15
     WRITEBACK_CACHE = 1 << 16
     PARALLEL_DIROPS = 1 << 18
