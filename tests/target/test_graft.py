@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
 import stat
@@ -381,6 +382,34 @@ def test_a_medium_that_fails_in_the_middle(tmp_path: Path, between: Between) -> 
         # The regions that were adopted go when their connection ends.
         assert after == before
         assert brought(look(target)) == 0
+
+
+def test_an_inode_that_cannot_be_stored(tmp_path: Path, between: Between) -> None:
+    """Found while names are staged, the graft fails, and the next one removes them."""
+
+    def refuses(sql: str, row: Any) -> Exception | None:
+        wanted = sql.startswith("INSERT OR REPLACE INTO inode") and row and row[12] == b"to"
+        return RuntimeError("injected") if wanted else None
+
+    with open_at(tmp_path / "target") as failing:
+        place = prepared(failing)
+        before = look(failing)
+
+        def commits() -> None:
+            with contextlib.suppress(errors.StorageError):
+                failing.commit()
+
+        between(commits)
+        with faulty(failing) as database:
+            database.refuses = refuses
+            with pytest.raises(errors.StorageError, match="injected"):
+                graft(failing, place)
+            assert failing._catalogue.staging
+        assert look(failing) == before
+        failing.commit()
+        assert graft(failing, place) == COUNT
+        assert brought(look(failing)) == COUNT - 2
+        rows(failing)
 
 
 def test_what_could_not_be_moved_or_removed_is_so_by_the_next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,10 @@ from tests.support.helpers import MEMORY, PATIENCE, eventually, file_config, pat
 from warabi import aio, errors
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
-from warabi.metadata import journal
+from warabi.metadata import catalogue, journal
 from warabi.region import RegionID
 from warabi.server import Provider
-from warabi.target import opening, snapshot, state
+from warabi.target import commit, opening, snapshot, state
 from warabi.target.config import FileConfig, MemoryConfig
 from warabi.target.entries import ArchiveEntry, unpack_all
 from warabi.target.handlers import CALLS
@@ -356,6 +357,31 @@ def test_large_commits_are_announced(stored: Target, monkeypatch: pytest.MonkeyP
         stored.namespace.setxattr(1, b"user.%d" % number, b"x")
     stored.commit()
     assert True in seen
+
+
+def test_a_commit_of_many_changes_writes_them_in_steps(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other calls are served between them; entries that cannot be stored do not add steps."""
+    region = target.create_and_write(b"x")
+    for number in range(50):
+        target.namespace.link(region.slot, 1, b"%d" % number)
+    target.commit()
+    target.erase(region)
+    sizes: list[int] = []
+
+    def pause(seconds: float) -> None:
+        target.namespace.mkdir(1, b"during %d" % len(sizes), 0o755, 0, 0)
+        sizes.append(len(target._catalogue._dentries.dirty))
+
+    monkeypatch.setattr(catalogue, "_FLUSH_AT", 20)
+    monkeypatch.setattr(catalogue, "_FLUSH", 10)
+    monkeypatch.setattr(commit, "time", types.SimpleNamespace(sleep=pause))
+    target.commit()
+    monkeypatch.undo()
+    assert len(sizes) == 5
+    assert sizes[0] > 3 * sizes[-1]
+    assert [name for name, _ in target.namespace.readdir(1)] == [b"during %d" % i for i in range(5)]
 
 
 def test_what_an_export_kept_is_erased_beside_the_loop(

@@ -447,12 +447,12 @@ class Catalogue:
         if self.feed.watched and parent > 0:
             self.feed.name(parent, name, 0)
 
-    def unlink_all(self, inode: Inode) -> list[int]:
+    def unlink_all(self, inode: Inode) -> set[int]:
         """Remove every name of *inode*; return the directories that contained one."""
         names = self.names(inode)
         for parent, name in names:
             self.unlink(parent, name)
-        return [parent for parent, _ in names]
+        return {parent for parent, _ in names}
 
     def names(self, inode: Inode, most: int = -1) -> list[tuple[int, bytes]]:
         """Return the (parent, name) pairs of *inode*, at most *most* if not negative."""
@@ -624,15 +624,19 @@ class Catalogue:
         """Return the rows that *sql*, a query, selects, as they were last flushed."""
         return self._db.execute(sql, values).fetchall()
 
-    def flush_some(self, left: int = 0) -> bool:
-        """As :meth:`flush`, of some where more than *left* inodes or names are dirty; whether there
-        were."""
-        inodes, names = len(self._dirty) > left, len(self._dentries.dirty) > left
-        if inodes:
+    @property
+    def backlog(self) -> int:
+        """Number of calls of :meth:`flush_some` that a commit needs before it; 0 if few entries are
+        dirty.  The lock need not be held."""
+        dirty = max(len(self._dirty), len(self._dentries.dirty))
+        return dirty // _FLUSH if dirty > _FLUSH_AT else 0
+
+    def flush_some(self, left: int = 0) -> None:
+        """As :meth:`flush`, of some inodes and of some names where more than *left* are dirty."""
+        if len(self._dirty) > left:
             self._flush_inodes(_FLUSH)
-        if names:
+        if len(self._dentries.dirty) > left:
             self._dentries.flush(_FLUSH)
-        return inodes or names
 
     def flush(self) -> None:
         """Write dirty inodes and names into the open transaction.

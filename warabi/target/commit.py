@@ -17,6 +17,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 
 from warabi import errors
@@ -29,7 +30,7 @@ from warabi.target.erasure import Erasure
 from warabi.target.kernel_backed import KernelBacked
 from warabi.target.region_locks import RegionLocks
 from warabi.target.sharing import Sharing
-from warabi.target.state import TargetState
+from warabi.target.state import PAUSE, TargetState
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Committer:
     def commit_catalogue(self) -> None:
         """The same as :meth:`commit`, for a caller that keeps the target open, and accepts that
         regions which were never persisted may be lost."""
+        self._flush_backlog()
         if self._catalogue.commit_is_long:
             with self._state.long:
                 self._state.announce()
@@ -120,6 +122,13 @@ class Committer:
             self._checkpoint()
         if self._erasure.pending:
             self._erasure.reap()
+
+    def _flush_backlog(self) -> None:
+        """Write most of what is dirty in steps, so that the commit holds the lock only briefly."""
+        for _ in range(self._catalogue.backlog):
+            with self._state.lock, self._errors_translated():
+                self._catalogue.flush_some()
+            time.sleep(PAUSE)
 
     def _commit_to_wal(self) -> int:
         with self._state.lock, self._errors_translated():

@@ -28,6 +28,7 @@ from warabi.metadata.inode import Inode
 from warabi.metadata.tree import region_of_name
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_again, unpack_all
+from warabi.target.state import PAUSE
 from warabi.target.target import Target
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 _NOTHING = RegionID()
 _STEP = 200
 """Entries per step, which holds the target's lock for some milliseconds."""
-_PAUSE = 0.0005
-"""Seconds between two steps, without which the next one could take the lock first every time."""
 
 
 def adopt(target: Target, region: RegionID, size: int) -> Attributes:
@@ -132,7 +131,6 @@ class _Graft:
             empty = not self._catalogue.has_entries(ROOT)
         try:
             self._in_steps(lambda: self._stage(list(itertools.islice(entries, _STEP))))
-            self._in_steps(self._catalogue.flush_some)
             with self._guard.lock, self._guard.checked:
                 self._join(empty)
         except BaseException:
@@ -151,7 +149,7 @@ class _Graft:
         while going_on:
             with self._guard.lock, self._guard.checked:
                 going_on = step()
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
 
     # Staging
 
@@ -167,6 +165,7 @@ class _Graft:
 
     def _check(self) -> None:
         """Raise if the graft cannot succeed any more."""
+        self._catalogue.check_stored()
         self._target.state.check_open("graft")
         if (conflict := self._catalogue.conflict()) is not None:
             raise path_error(
@@ -322,10 +321,12 @@ class _Graft:
         else:
             self._in_steps(partial(self._remove, []))
         with self._guard.lock, self._guard.checked:
+            self._catalogue.check_stored()  # or there may still be names
             self._catalogue.end_staging()
 
     def _move(self) -> bool:
         """Move some names from where they are staged to their directory."""
+        self._catalogue.check_stored()
         parent = self._catalogue.staged_parent()
         if parent is None:
             return False
@@ -348,6 +349,7 @@ class _Graft:
 
         *path* has the directories that are being emptied: parent, name and inode of each.
         """
+        self._catalogue.check_stored()
         parent = path[-1][2] if path else self._catalogue.staged_parent()
         if parent is None:
             return False

@@ -29,6 +29,9 @@ _GRACE = 0.02
 """Approximate longest time in seconds between finding a target free and acquiring its lock."""
 STEPS = 5000
 """Names or directories, of some microseconds each, to process while other calls wait."""
+PAUSE = 0.0005
+"""Seconds between two steps of a long operation, without which the next step could take the lock
+first every time."""
 LONG = 32 * 1024 * 1024
 """Bytes of memory that take long to free."""
 
