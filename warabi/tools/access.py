@@ -56,9 +56,15 @@ def owned(path: Path, **settings: Any) -> Iterator[Link]:
         ConfigError: there is none.
         TargetBusy: it is already open.
     """
+    with _direct(_opened(str(path).removeprefix("file:"), settings)) as link:
+        yield link
+
+
+@contextmanager
+def _direct(target: Target) -> Iterator[Link]:
     from warabi.provider.core import ProviderCore
 
-    core = ProviderCore(0, _opened(str(path).removeprefix("file:"), settings))
+    core = ProviderCore(0, target)
     try:
         yield DirectLink(core)
     finally:
@@ -92,7 +98,6 @@ def made_or_reached(
         with reached(where, provider_id, security) as link:
             yield link
         return
-    from warabi.provider.core import ProviderCore
     from warabi.target import opening
     from warabi.target.config import FileConfig, PmemConfig
 
@@ -101,14 +106,12 @@ def made_or_reached(
     else:
         pmem = PmemConfig(path=str(path), create_if_missing_with_size=pmem_size)
         target = opening.open_pmem(pmem)
-    core = ProviderCore(0, target)
-    try:
-        yield DirectLink(core)
-    except BaseException:
-        path.unlink()  # closing a target without a catalogue removes the rest
-        raise
-    finally:
-        core.close()
+    with _direct(target) as link:
+        try:
+            yield link
+        except BaseException:
+            path.unlink()  # closing a target without a catalogue removes the rest
+            raise
 
 
 @contextmanager

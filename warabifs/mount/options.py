@@ -250,6 +250,13 @@ _IGNORED = frozenset(
     " default_permissions nolazytime lazytime silent loud noiversion iversion".split()
 )
 _LABELS = frozenset("context fscontext defcontext rootcontext".split())
+_CONFLICTS = {
+    ("exclusive", "direct_io"): "at most one of them",
+    ("passthrough", "exclusive"): "at most one of them",
+    ("passthrough", "direct_io"): "at most one of them",
+    ("passthrough", "suid"): "the kernel would not clear set-id bits on writes",
+    ("passthrough", "sync"): "the kernel would sync data but not metadata",
+}
 _SHOWN = frozenset("user_id group_id fd rootmode max_read blksize uhelper".split())
 """Options in the mount table, which mount(8) passes on a remount."""
 
@@ -291,22 +298,12 @@ def parse_options(
         elif item not in _IGNORED and not name.startswith(("x-", "X-", "comment")) and not sloppy:
             raise ConfigError(_unknown(name))
     _check_abilities(options)
-    if options.exclusive and options.direct_io:
-        raise ConfigError("options exclusive and direct_io: at most one of them")
+    if options.passthrough and not root:
+        raise ConfigError("option passthrough: only root may have the kernel use descriptors")
+    for pair, reason in _CONFLICTS.items():
+        if all(name in options.flags or getattr(options, name, False) for name in pair):
+            raise ConfigError(f"options {' and '.join(pair)}: {reason}")
     if options.passthrough:
-        if not root:
-            raise ConfigError("option passthrough: only root may have the kernel use descriptors")
-        if options.exclusive or options.direct_io:
-            other = "exclusive" if options.exclusive else "direct_io"
-            raise ConfigError(f"options passthrough and {other}: at most one of them")
-        if "suid" in options.flags:
-            raise ConfigError(
-                "options passthrough and suid: the kernel would not clear set-id bits on writes"
-            )
-        if "sync" in options.flags:
-            raise ConfigError(
-                "options passthrough and sync: the kernel would sync data but not metadata"
-            )
         options.flags.add("nosuid")
     options.fuse |= options.flags & _TO_FUSE
     # Not with overridden owners or permissions: a set-ID program would run as the owner that

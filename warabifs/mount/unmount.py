@@ -82,7 +82,6 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
         elsewhere (a bind mount, another mount namespace), whose unmount will report; the status
         of the failed unmount; or 1, also if the mount process cannot be asked, or was killed.
     """
-    name = f"umount.warabifs: {mount.path}"
     before = identity(mount.device)
     waiting = Waiting(mount, before)
     try:
@@ -92,32 +91,26 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
         if not waiting.killed and _is_mounted_elsewhere(mount, before, lazy):
             return 0
         if waiting.reason:
-            print(
-                f"{name}: is unmounted, but it is not known whether everything is persisted:"
-                f" {waiting.reason}", file=sys.stderr,
-            )  # fmt: skip
+            _say(mount, f"it is not known whether everything is persisted: {waiting.reason}")
             return 1
         report = waiting.wait_report(_LAZY_PATIENCE if lazy else patience)
     finally:
         waiting.close()
         remove_stale()
+    process = f"process {waiting.pid}"
     if report is None and lazy:
-        print(
-            f"{name}: process {waiting.pid} continues until the last file is closed and everything"
-            " is"
-            " persisted", file=sys.stderr,
-        )  # fmt: skip
+        _say(mount, f"{process} continues until the last file is closed and everything persisted")
         return 0
     if report is None:
-        print(
-            f"{name}: is unmounted, but process {waiting.pid} is still persisting {mount.source}"
-            f" after {patience:g} s; it continues", file=sys.stderr,
-        )  # fmt: skip
-        return 1
-    if report:
-        print(f"{name}: is unmounted, but not everything is persisted: {report}", file=sys.stderr)
-        return 1
-    return 0
+        text = f"is still persisting {mount.source} after {patience:g} s; it continues"
+        _say(mount, f"{process} {text}")
+    elif report:
+        _say(mount, f"not everything is persisted: {report}")
+    return 0 if report == "" else 1
+
+
+def _say(mount: Mounted, text: str) -> None:
+    print(f"umount.warabifs: {mount.path}: is unmounted, but {text}", file=sys.stderr)
 
 
 def _is_mounted_elsewhere(mount: Mounted, before: int, lazy: bool) -> bool:
