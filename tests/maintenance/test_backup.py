@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import io
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,22 @@ def test_archives_that_are_cut_off(tmp_path: Path, archive: Any) -> None:
             restore(DirectLink(ProviderCore(0, target)), io.BytesIO(data[: end + 512]))
             == len(before) - 1
         )
+
+
+@pytest.mark.parametrize("kind", ["empty", "short", "text", "random", "compressed", "zip"])
+def test_what_is_no_tar_archive(kind: str, archive: Any) -> None:
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as file:
+        file.writestr("name", b"data")
+    data = {
+        "empty": b"", "short": b"x" * 100, "text": b"no archive\n" * 1000,
+        "random": random.Random(1).randbytes(5000), "compressed": gzip.compress(archive[0]),
+        "zip": zipped.getvalue(),
+    }[kind]  # fmt: skip
+    with opening.open_memory(MemoryConfig()) as target:
+        message = refuse(target, data)
+    assert message.startswith("not a tar archive, or its first header is damaged (")
+    assert message.endswith("; if it is compressed, decompress it first")
 
 
 def test_damaged_archives(archive: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -695,3 +697,72 @@ def exists(names: Namespace, directory: int, name: bytes) -> bool:
     except errors.PathError as error:
         return error.errno != errno.ENOENT
     return True
+
+
+def test_the_cost_of_an_attribute_does_not_grow_with_their_number(target: Target) -> None:
+    """In steps of SQLite's virtual machine; the room for attributes is checked each time."""
+    ino, database, steps = target.create(0).slot, target._catalogue._db, 0
+
+    def step() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    def cost(name: bytes) -> int:
+        nonlocal steps
+        steps = 0
+        database.set_progress_handler(step, 1)
+        try:
+            target.namespace.setxattr(ino, name, b"value")
+        finally:
+            database.set_progress_handler(None, 1)
+        return steps
+
+    costs = []
+    for number in range(600):
+        costs.append(cost(b"user.%03d" % number))
+    assert max(costs[300:]) <= max(costs[2:10]), costs
+    assert cost(b"user.007") <= 2 * max(costs[2:10])
+
+
+def test_the_room_for_attributes_is_what_the_others_leave(target: Target) -> None:
+    names, catalogue, dice = target.namespace, target._catalogue, random.Random(1)
+    inodes = [target.create(0).slot for _ in range(3)]
+
+    def stored(ino: int, but: bytes) -> tuple[int, int]:
+        found = [(name, names.getxattr(ino, name)) for name in names.listxattr(ino) if name != but]
+        return sum(len(name) + 1 for name, _ in found), sum(len(value) for _, value in found)
+
+    for number in range(600):
+        ino, name = dice.choice(inodes), b"user." + b"x" * dice.randrange(1, 9)
+        if dice.random() < 0.3:
+            with contextlib.suppress(errors.PathError):
+                names.removexattr(ino, name)
+        else:
+            names.setxattr(ino, name, dice.randbytes(dice.randrange(100)))
+        if number % 50 == 0:
+            catalogue._xattr_totals.clear()  # as when there are too many inodes
+        name = b"user." + b"x" * dice.randrange(1, 9)
+        assert catalogue.xattr_bytes(ino, name) == stored(ino, name)
+    region = target.list()[0]
+    target.erase(region)
+    assert catalogue.xattr_bytes(region.slot, b"user.x") == (0, 0)
+
+
+def test_an_attribute_that_is_not_stored_takes_no_room(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ino, catalogue = target.create(0).slot, target._catalogue
+    target.namespace.setxattr(ino, b"user.a", b"value")
+
+    def full(*arguments: object) -> None:
+        raise sqlite3.OperationalError("it was only a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue._journal, "write", full)
+        with pytest.raises(errors.StorageError):
+            target.namespace.setxattr(ino, b"user.b", b"other")
+        with pytest.raises(errors.StorageError):
+            target.namespace.removexattr(ino, b"user.a")
+    assert catalogue.xattr_bytes(ino, b"user.b") == (7, 5)
+    assert catalogue.xattr_bytes(ino, b"user.a") == (0, 0)

@@ -55,6 +55,7 @@ _SHOWN = 100  # most repaired rows that are logged one by one
 _CACHED = 65536
 _ROW = 1024  # most bytes of memory for an inode or a name, without its variable-length data
 _FLUSH_AT = 4096  # dirty entries that may be left for a commit, which also holds the lock
+_TOTALS = 4096  # most inodes whose attributes' sizes are kept
 _FLUSH = 256  # entries per flush, which bounds how long the lock is held
 
 
@@ -83,6 +84,8 @@ class Catalogue:
         self._unstored: dict[int, tuple[Exception, bool]] = {}
         self.change = 0  # number of the latest change
         self._joined = 0  # number of the change that joined the last graft
+        # Bytes of the names and of the values of inodes' attributes, see `xattr_bytes`.
+        self._xattr_totals: dict[int, tuple[int, int]] = {}
         self._charge: Callable[[int], None] | None = None
         self.feed = Feed()
         self.clock = Clock()
@@ -387,6 +390,7 @@ class Catalogue:
         """Remove *inode* and its xattrs; its names were removed, except those of an erased
         region."""
         self._cache.pop(inode.ino, None)
+        self._xattr_totals.pop(inode.ino, None)
         self.by_rid.pop(inode.rid, None)
         self._removed += 1
         if self._removed >= _CACHED:  # a dictionary does not shrink when keys are removed
@@ -594,21 +598,31 @@ class Catalogue:
         attributes other than *but*."""
         if not self._has_xattrs:
             return 0, 0
-        names, values = self._db.execute(
-            "SELECT coalesce(sum(length(name) + 1), 0), coalesce(sum(length(value)), 0)"
-            " FROM xattr WHERE ino = ? AND name != ?",
-            (ino, but),
-        ).fetchone()
-        return names, values
+        total = self._xattr_totals.get(ino)
+        if total is None:
+            if len(self._xattr_totals) >= _TOTALS:
+                self._xattr_totals.clear()
+            total = self._xattr_totals[ino] = self._db.execute(
+                "SELECT coalesce(sum(length(name) + 1), 0), coalesce(sum(length(value)), 0)"
+                " FROM xattr WHERE ino = ?",
+                (ino,),
+            ).fetchone()
+        names, values = total
+        sql = "SELECT length(value) FROM xattr WHERE ino = ? AND name = ?"
+        row = self._db.execute(sql, (ino, but)).fetchone()
+        return (names, values) if row is None else (names - len(but) - 1, values - row[0])
 
     def set_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
         """Set, or with None remove, an extended attribute; raises as ``domain.xattr``."""
         if value is not None:
             domain.xattr(name, value)
+        names, values = self.xattr_bytes(inode.ino, name)
         if value is None:
             self.write("DELETE FROM xattr WHERE ino = ? AND name = ?", (inode.ino, name))
         else:
             self.write("INSERT OR REPLACE INTO xattr VALUES(?, ?, ?)", (inode.ino, name, value))
+            names, values = names + len(name) + 1, values + len(value)
+        self._xattr_totals[inode.ino] = names, values
         self._has_xattrs = True
         # The row must exist for the attribute to be found and removed with it.
         inode.stored = True

@@ -70,9 +70,17 @@ class _Importer:
         self._mended = 0
 
     def read(self, source: IO[bytes]) -> None:
-        with tarfile.open(
-            fileobj=source, mode="r|", bufsize=1 << 20, encoding="utf-8", errors="surrogateescape"
-        ) as tar:
+        try:
+            opened = tarfile.open(  # noqa: SIM115 - closed below
+                fileobj=source, mode="r|", bufsize=1 << 20,
+                encoding="utf-8", errors="surrogateescape",
+            )  # fmt: skip
+        except tarfile.ReadError as error:
+            raise BadArchive(
+                f"not a tar archive, or its first header is damaged ({error}); if it is compressed,"
+                " decompress it first"
+            ) from error
+        with opened as tar:
             ended = False
             for member in _members(tar):
                 if ended:
