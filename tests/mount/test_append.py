@@ -7,6 +7,7 @@ import fcntl
 import json
 import mmap
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -317,3 +318,50 @@ def test_a_direct_write_that_fails_cuts_off_no_appends(place: Path, flags: int) 
         assert os.fstat(fd).st_size == 100_000
         os.ftruncate(fd, 200)
         assert other.read_bytes() == start[:100] + bytes(100)
+
+
+WRITER = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+start = os.fstat(fd).st_size
+print("open", flush=True)
+input()
+with mmap.mmap(-1, 1 << 20) as large:
+    print("writing", flush=True)
+    os.pwrite(fd, large, start)
+"""
+
+
+def test_a_direct_write_of_a_killed_program_cuts_off_no_appends(place: Path) -> None:
+    """The kernel has such a program wait for the reply, which fails here."""
+    full = {"type": "memory", "config": {"capacity": 300_000}}
+    for name in ("first", "second"):
+        (place / name).mkdir()
+    with (
+        serving("na+sm", full) as provider,
+        mounting(provider.address, place / "first", *OPTIONS) as first,
+        mounting(provider.address, place / "second", *OPTIONS) as second,
+    ):
+        path, other = first.path / "file", second.path / "file"
+        start, lines = b"x" * mmap.PAGESIZE, b"line\n" * 100
+        path.write_bytes(start)
+        with another_python(WRITER, path) as writer:
+            assert line_of(writer) == "open"
+            with appending(opened_to_write, other) as (appender,):
+                os.write(appender, lines)
+            provider.process.send_signal(signal.SIGSTOP)
+            tasks = [*Path(f"/proc/{provider.process.pid}/task").glob("*/stat")]
+            try:
+                wait_until(lambda: all(") T " in task.read_text() for task in tasks), "its stop")
+                assert writer.stdin is not None
+                print("write", file=writer.stdin, flush=True)
+                assert line_of(writer) == "writing"
+                state = Path(f"/proc/{writer.pid}/stat")
+                wait_until(lambda: ") R " not in state.read_text(), "the write")
+                writer.kill()
+            finally:
+                provider.process.send_signal(signal.SIGCONT)
+            assert writer.wait(60) == -signal.SIGKILL
+        assert other.read_bytes() == path.read_bytes() == start + lines
+        os.truncate(path, 100)  # what a program asks for is done
+        assert other.stat().st_size == path.stat().st_size == 100

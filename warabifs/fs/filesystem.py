@@ -427,9 +427,9 @@ class FileSystem:
         if known is not None and known.size < end:
             known.size = end
 
-    def is_rollback(self, ino: int, handle: int, size: int, who: int) -> bool:
-        """Whether the kernel truncates a file to *size* because thread *who* failed to extend it
-        with ``O_DIRECT``, and not because a program requested it.
+    def is_rollback(self, ino: int, handle: int, size: int) -> bool:
+        """Whether the kernel truncates a file to *size* because a write that extends it failed with
+        ``O_DIRECT``, and not because a program requested it.
 
         The kernel truncates to the size that it knows; bytes appended by other clients since then
         lie beyond it and must not be lost.
@@ -438,12 +438,7 @@ class FileSystem:
         if known is None or not isinstance(file, File):
             return False
         failed, file.failed_end = file.failed_end, 0
-        if size == known.size and size < failed:
-            return True
-        return any(
-            write.is_left and write.who == who and write.region == file.region and size < write.end
-            for write in self.writes.under_way
-        )
+        return size == known.size and size < failed
 
     def failed_past_pages(self, handle: int, end: int) -> None:
         """Record that an ``O_DIRECT`` write of bytes before *end* has failed."""

@@ -307,7 +307,7 @@ class Operations:
         if (
             self._files.appends
             and valid & _SIZE_OF_OPEN == _SIZE_OF_OPEN
-            and self._files.is_rollback(header.node, handle, size, header.pid)
+            and self._files.is_rollback(header.node, handle, size)
         ):
             return self._attributes(await self._files.getattr(header.node))
         now = time.time_ns() if valid & _NOW else 0

@@ -200,7 +200,7 @@ class Adapter(pyfuse3.Operations):
         if (
             self._files.appends
             and not (size is None or fh is None)
-            and self._files.is_rollback(ino, fh, size, ctx.pid)
+            and self._files.is_rollback(ino, fh, size)
         ):
             return self._attributes(await self._files.getattr(ino))
         changed = await self._files.setattr(
