@@ -37,6 +37,7 @@ from tests.target.test_upgrade import DATA
 from tests.tools.test_cli import COMMAND, fails, ok, run
 from warabi import errors
 from warabi.local.link import DirectLink, Link
+from warabi.metadata.domain import Row
 from warabi.provider.core import ProviderCore
 from warabi.region import RegionID
 from warabi.target import opening
@@ -87,13 +88,13 @@ def everything(link: Link) -> dict[bytes, tuple[Any, ...]]:
     found: dict[bytes, tuple[Any, ...]] = {}
     first: dict[int, bytes] = {}
     for entry in unpack_all(data):
-        content = memoryview(bytearray(entry.size if entry.is_region else 0))
+        content = memoryview(bytearray(entry.row.size if entry.is_region else 0))
         if content:
             link.read_into(entry.region, 0, content)
-        same = first.setdefault(entry.slot, entry.path)
-        kept = entry if entry.is_region else entry._replace(slot=0, generation=0)
+        same = first.setdefault(entry.row.ino, entry.path)
+        kept = entry if entry.is_region else entry.changed(ino=0, generation=0)
         # The target's own listing went, which changes nothing; a directory's size is none.
-        found[entry.path] = (kept._replace(links=entry.links), same, bytes(content))
+        found[entry.path] = (kept, same, bytes(content))
     return found
 
 
@@ -102,9 +103,9 @@ def without_ids(found: dict[bytes, tuple[Any, ...]]) -> list[Any]:
     plain = []
     for path, (entry, same, content) in found.items():
         assert isinstance(entry, ArchiveEntry)
-        nameless = entry.anonymous
+        nameless = entry.row.anonymous
         plain.append(
-            (b"" if nameless else path, entry._replace(slot=0, generation=0, path=b""),
+            (b"" if nameless else path, entry.changed(ino=0, generation=0)._replace(path=b""),
              b"" if nameless else same, content)
         )  # fmt: skip
     return sorted(plain)
@@ -169,7 +170,9 @@ def test_served_targets_through_a_pipe(tmp_path: Path) -> None:
             assert everything(a) == everything(b) == everything(c)
             # Neither copies nor listings stay.
             counts = [link.call("room")[2] for link in (a, b, c)]
-            assert counts[0] == len({e.slot for e, _, _ in everything(a).values() if e.is_region})
+            assert counts[0] == len(
+                {e.row.ino for e, _, _ in everything(a).values() if e.is_region}
+            )
             assert len(set(counts)) == 1
 
 
@@ -215,7 +218,7 @@ def test_into_a_target_that_has_regions(tmp_path: Path, archive: Any) -> None:
     with owned(tmp_path / "other") as link:
         found = everything(link)
         assert found.pop(kept.hex().encode())[2] == b"kept"
-        assert found[b"results"][0].mode == stat.S_IFDIR | 0o700
+        assert found[b"results"][0].row.mode == stat.S_IFDIR | 0o700
         for path in (b"", b"results"):
             assert path in found
             del found[path], before[path]
@@ -318,8 +321,8 @@ def craft(target: Target, *entries: ArchiveEntry) -> int:
 
 def test_entries_that_make_no_sense(tmp_path: Path) -> None:
     """Whoever can write to a target can send any; the tree stays as it was."""
-    good = ArchiveEntry(b"x", 5, 5, stat.S_IFIFO | 0o600, 0, 0, 0, 0, 0, 0, 0, False, 1, None, [])
-    root = good._replace(path=b"", mode=stat.S_IFDIR | 0o755)
+    good = ArchiveEntry(b"x", Row(5, 5, stat.S_IFIFO | 0o600, 1, 0, 0, 0, 0, 0, 0, 0, 0, None), [])
+    root = good._replace(path=b"").changed(mode=stat.S_IFDIR | 0o755)
     with open_target("file", tmp_path / "target") as target:
         target.namespace.mknod(1, b"there", 0o600, 0, 0)
         link = DirectLink(ProviderCore(0, target))
@@ -333,13 +336,13 @@ def test_entries_that_make_no_sense(tmp_path: Path) -> None:
             good._replace(path=b"there"),
             good._replace(path=b"x"),  # once more
             good._replace(path=b"there/x"),
-            good._replace(mode=0),
-            good._replace(mode=stat.S_IFLNK | 0o777),
-            good._replace(mode=stat.S_IFLNK | 0o777, target=b"t" * 5000),
-            good._replace(mode=stat.S_IFREG | 0o600),  # of no region that was adopted
-            good._replace(mode=stat.S_IFREG | 0o600, slot=2),
-            good._replace(slot=-1),
-            good._replace(mtime_ns=1 << 63),
+            good.changed(mode=0),
+            good.changed(mode=stat.S_IFLNK | 0o777),
+            good.changed(mode=stat.S_IFLNK | 0o777, target=b"t" * 5000),
+            good.changed(mode=stat.S_IFREG | 0o600),  # of no region that was adopted
+            good.changed(mode=stat.S_IFREG | 0o600, ino=2),
+            good.changed(ino=-1),
+            good.changed(mtime=1 << 63),
             good._replace(xattrs=[(b"system.x", b"")]),
         ):
             with pytest.raises((errors.BadArchive, errors.PathError)):

@@ -24,10 +24,10 @@ from tests.support.helpers import (
 from tests.support.loops import Hold, check_never_held, check_not_held, watched_loops
 from warabi import errors
 from warabi._core import extents
-from warabi._core.attributes import Attributes
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
 from warabi.local.link import Link
+from warabi.metadata.domain import Row
 from warabi.protocol.operations import OPERATIONS, Payload, Served
 from warabi.region import RegionID
 from warabi.server import Provider
@@ -130,11 +130,11 @@ def test_many_extents(place: Place) -> None:
 
 def _entries(count: int) -> bytes:
     """A listing with so many symbolic links in the root directory."""
-    now = (1, 1, 0o40755, 2, 0, 0, 0, 0, 1, 1, 1)
-    listing = [ArchiveEntry.of(b"", Attributes(*now)).pack()]
+    root = Row(1, 1, 0o40755, 2, 0, 0, 0, 0, 1, 1, 1, 0, None)
+    listing = [ArchiveEntry(b"", root, []).pack()]
     for number in range(count):
-        found = Attributes(number + 2, 1, 0o120777, 1, 0, 0, 0, 6, 1, 1, 1)
-        listing.append(ArchiveEntry.of(b"link %d" % number, found, target=b"target").pack())
+        row = Row(number + 2, 1, 0o120777, 1, 0, 0, 0, 6, 1, 1, 1, 0, b"target")
+        listing.append(ArchiveEntry(b"link %d" % number, row, []).pack())
     return b"".join(listing)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from typing import Any
 
-from warabi._core.attributes import Attributes
+from warabi.metadata.domain import Row
 from warabi.region import RegionID
 from warabi.target.entries import ArchiveEntry
 from warabi.target.graft import adopt
@@ -13,8 +13,9 @@ from warabi.target.target import Target
 
 
 def entry(path: bytes, mode: int, slot: int = 50, generation: int = 1, **more: Any) -> ArchiveEntry:
-    attributes = Attributes(slot, generation, mode, 1, 5, 6, 0, 0, 1, 2, 3)
-    return ArchiveEntry.of(path, attributes)._replace(**more)
+    xattrs = more.pop("xattrs", [])
+    row = Row(slot, generation, mode, 1, 5, 6, 0, 0, 1, 2, 3, 0, None)
+    return ArchiveEntry(path, row, xattrs).changed(**more)
 
 
 def listing(*entries: ArchiveEntry) -> bytes:

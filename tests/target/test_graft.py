@@ -56,7 +56,7 @@ DIRECTORY, LINK = stat.S_IFDIR | 0o750, stat.S_IFLNK | 0o777
 def sample(target: Target) -> bytes:
     """A listing for a target with the directory ``/there``: names in that and in the root, a
     region with two names, and two regions that have none."""
-    double = region(target, b"there/sub/file", b"double", links=2)
+    double = region(target, b"there/sub/file", b"double", nlink=2)
     nameless = [region(target, b"", b"nameless") for _ in range(2)]
     return listing(
         entry(b"", stat.S_IFDIR | 0o711),
@@ -67,7 +67,7 @@ def sample(target: Target) -> bytes:
         entry(b"there/sub", DIRECTORY),
         double,
         double._replace(path=b"top/deep/again"),
-        *[one._replace(path=one.region.hex().encode(), anonymous=True) for one in nameless],
+        *[one._replace(path=one.region.hex().encode()).changed(anonymous=1) for one in nameless],
         entry(b"there/fifo", stat.S_IFIFO | 0o600, 200),
     )  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_the_root_s_attributes_are_taken_over_where_it_is_empty(target: Target) 
     target.write(place.region, 0, listing(root, entry(b"d", DIRECTORY)), extend=True)
     assert graft(target, place.region) == 1
     found = target.namespace.getattr(ROOT)
-    assert (found.mode, found.uid, found.mtime_ns, found.nlink) == (root.mode, 5, 2, 3)
+    assert (found.mode, found.uid, found.mtime_ns, found.nlink) == (root.row.mode, 5, 2, 3)
 
 
 def test_what_others_do_with_names_that_are_still_moved(target: Target, between: Between) -> None:

@@ -110,8 +110,8 @@ def test_a_survey_is_of_one_instant_and_others_go_on_meanwhile(
         found = _listed(handle, surveyed.result(PATIENCE).region)
     assert set(found) == {b"", b"d", b"d/file", b"d/link", b"gone", nameless.hex().encode()}
     assert found[b"d/file"].xattrs == [(b"user.a", b"before")]
-    assert (found[b"d/file"].size, found[b"d/file"].region) == (1000, region)
-    assert (found[b"d/link"].target, found[b"d/link"].uid) == (b"there", 5)
+    assert (found[b"d/file"].row.size, found[b"d/file"].region) == (1000, region)
+    assert (found[b"d/link"].row.target, found[b"d/link"].row.uid) == (b"there", 5)
     copy = link.call("copy", nameless)  # what it tells of can be had
     assert handle.read(copy.region, 0, 8) == b"nameless"
 

@@ -70,10 +70,7 @@ CREATE TABLE xattr(
 ) WITHOUT ROWID;
 {";".join(_CHECKSUMS)};
 """
-COLUMNS = (
-    "ino, generation, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, anonymous, target,"
-    " packed"
-)
+COLUMNS = ", ".join(domain.Row._fields)
 OUTSIDE = " OR ".join(
     [
         *(
@@ -91,7 +88,8 @@ OUTSIDE = " OR ".join(
     ]
 )
 """The condition for inodes that ``domain.mended`` repairs."""
-UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({', '.join('?' * 14)})"
+_PLACES = ", ".join("?" for _ in domain.Row._fields)
+UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({_PLACES})"
 _STEPS: dict[int, tuple[str, ...]] = {
     1: _CHECKSUMS,
     2: ("ALTER TABLE inode ADD COLUMN packed INTEGER NOT NULL DEFAULT 0",),

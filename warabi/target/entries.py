@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
-from warabi._core.attributes import Attributes
 from warabi._core.log_limit import RateLimit
 from warabi.errors import BadArchive
 from warabi.metadata import domain
@@ -39,57 +38,49 @@ class Readable(Protocol):
 class ArchiveEntry(NamedTuple):
     """One name of an inode; for a region without a name, its ID in hex.
 
-    The root directory's path is empty, others are relative to it.  Names with the same slot refer
-    to one inode; slot and generation are a region's ID.  Times in ns since the epoch.
+    The root directory's path is empty, others are relative to it.  Names with the same slot, which
+    is ``ino`` of the row, refer to one inode; slot and generation are a region's ID.
     """
 
     path: bytes
-    slot: int
-    generation: int
-    mode: int
-    uid: int
-    gid: int
-    rdev: int
-    size: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-    anonymous: bool
-    links: int
-    target: bytes | None
+    row: domain.Row
     xattrs: list[tuple[bytes, bytes]]
 
     @property
     def region(self) -> RegionID:
         """The ID, if it is a region."""
-        return RegionID.from_parts(self.slot, self.generation)
+        return RegionID.from_parts(self.row.ino, self.row.generation)
 
     @property
     def is_region(self) -> bool:
-        return stat.S_ISREG(self.mode)
+        return stat.S_ISREG(self.row.mode)
 
     @property
     def shown(self) -> str:
         """The path for a message."""
         return os.fsdecode(b"/" + self.path)
 
-    @classmethod
-    def of(
-        cls, path: bytes, a: Attributes, *, anonymous: bool = False, target: bytes | None = None,
-        xattrs: list[tuple[bytes, bytes]] | None = None,
-    ) -> ArchiveEntry:  # fmt: skip
-        """The entry of an inode with attributes *a*."""
-        return cls(
-            path, a.ino, a.generation, a.mode, a.uid, a.gid, a.rdev, a.size, a.atime_ns,
-            a.mtime_ns, a.ctime_ns, anonymous, a.nlink, target, xattrs or [],
-        )  # fmt: skip
+    def changed(self, **values: Any) -> ArchiveEntry:
+        """The entry with other *values* in its row."""
+        return self._replace(row=self.row._replace(**values))
 
     def pack(self) -> bytes:
-        packed: bytes = msgpack.packb(tuple(self))
+        row = self.row
+        packed: bytes = msgpack.packb((
+            self.path, row.ino, row.generation, row.mode, *row[4:11], bool(row.anonymous),
+            row.nlink, row.target, self.xattrs,
+        ))  # fmt: skip
         return packed
 
 
 _TYPES: tuple[Any, ...] = (bytes, *[int] * 10, bool, int, (bytes, type(None)), list)
+"""The values that :meth:`ArchiveEntry.pack` packs."""
+
+
+def _unpacked(item: Any) -> ArchiveEntry:
+    path, ino, generation, mode, *numbers, anonymous, nlink, target, xattrs = item
+    row = domain.Row._make((ino, generation, mode, nlink, *numbers, int(anonymous), target, 0))
+    return ArchiveEntry(path, row, [(name, value) for name, value in xattrs])
 
 
 def _log(text: str) -> None:
@@ -109,17 +100,12 @@ def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
         )
     ):
         raise BadArchive(f"not an entry: {item!r:.100}")
-    found = ArchiveEntry._make([*item[:-1], [(name, value) for name, value in item[-1]]])
-    found = found._replace(
-        atime_ns=domain.clamped(found.atime_ns),
-        mtime_ns=domain.clamped(found.mtime_ns),
-        ctime_ns=domain.clamped_change(found.ctime_ns),
+    found = _unpacked(item)
+    row = found.row._replace(
+        atime=domain.clamped(found.row.atime),
+        mtime=domain.clamped(found.row.mtime),
+        ctime=domain.clamped_change(found.row.ctime),
     )
-    row = domain.Row(
-        found.slot, found.generation, found.mode, found.links, found.uid, found.gid, found.rdev,
-        found.size, found.atime_ns, found.mtime_ns, found.ctime_ns, int(found.anonymous),
-        found.target,
-    )  # fmt: skip
     why = domain.fault(row)
     if why:
         row = domain.mended(row)
@@ -132,11 +118,7 @@ def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
             f"{found.shown!a} has invalid values, which are replaced by the nearest valid ones:"
             f" {'; '.join(faults)!a}"
         )
-        found = found._replace(
-            mode=mode, uid=row.uid, gid=row.gid, rdev=row.rdev, size=row.size, links=row.nlink,
-            target=row.target, xattrs=xattrs,
-        )  # fmt: skip
-    return found
+    return ArchiveEntry(found.path, row._replace(mode=mode), xattrs)
 
 
 def unpack(data: bytes, tell: Callable[[str], None] = _log) -> ArchiveEntry:
@@ -163,4 +145,4 @@ def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
 def unpack_again(file: Readable) -> Iterator[ArchiveEntry]:
     """Yield every entry in *file*, which contains only validated entries."""
     for item in msgpack.Unpacker(file, max_buffer_size=_LARGEST):
-        yield ArchiveEntry._make([*item[:-1], [(name, value) for name, value in item[-1]]])
+        yield _unpacked(item)

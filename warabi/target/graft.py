@@ -185,7 +185,7 @@ class _Graft:
         parent = self._parents.get(above)
         if parent is None or entry.path.startswith(b"/"):
             raise BadArchive(f"{entry.shown}: its parent directory is not in the archive")
-        if entry.anonymous and not stat.S_ISDIR(entry.mode):
+        if entry.row.anonymous and not stat.S_ISDIR(entry.row.mode):
             inode = self._region(entry)
             self._name(ANONYMOUS, inode.rid.hex().encode(), inode)
             self._dress(inode, entry)
@@ -195,7 +195,7 @@ class _Graft:
         inside = found is None and parent < 0
         if inside and (ino := self._catalogue.lookup(parent, name)) is not None:
             found = self._names.get(ino)
-        if not stat.S_ISDIR(entry.mode):
+        if not stat.S_ISDIR(entry.row.mode):
             if directory.ino == ROOT and region_of_name(name) == entry.region:
                 raise BadArchive(f"{entry.shown}: the name is the region's own ID")
             if found is not None:
@@ -211,20 +211,20 @@ class _Graft:
             self._parents[entry.path] = self._place(found)
 
     def _directory(self, parent: int, name: bytes, entry: ArchiveEntry) -> int:
-        mode = stat.S_IFDIR | stat.S_IMODE(entry.mode)
-        inode = self._catalogue.add(mode, entry.uid, entry.gid)
+        mode = stat.S_IFDIR | stat.S_IMODE(entry.row.mode)
+        inode = self._catalogue.add(mode, entry.row.uid, entry.row.gid)
         self._name(parent, name, inode)
         self._dress(inode, entry)
         return inode.ino
 
     def _file(self, parent: int, name: bytes, entry: ArchiveEntry) -> None:
-        known = self._linked.get((entry.is_region, entry.slot))
+        known = self._linked.get((entry.is_region, entry.row.ino))
         if known is not None:
             self._name(parent, name, self._names.get(known))
             return
         inode = self._region(entry) if entry.is_region else self._special(entry)
-        if entry.links > 1:
-            self._linked[entry.is_region, entry.slot] = inode.ino
+        if entry.row.nlink > 1:
+            self._linked[entry.is_region, entry.row.ino] = inode.ino
         self._name(parent, name, inode)
         self._dress(inode, entry)
 
@@ -235,15 +235,21 @@ class _Graft:
         return inode
 
     def _special(self, entry: ArchiveEntry) -> Inode:
-        kind = stat.S_IFMT(entry.mode)
+        row = entry.row
+        kind = stat.S_IFMT(row.mode)
         if kind not in (
             stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK
         ):  # fmt: skip
-            raise BadArchive(f"{entry.shown}: unknown file type, mode {entry.mode:#o}")
-        target = entry.target if kind == stat.S_IFLNK else None
-        mode = kind | stat.S_IMODE(entry.mode)
+            raise BadArchive(f"{entry.shown}: unknown file type, mode {row.mode:#o}")
+        target = row.target if kind == stat.S_IFLNK else None
+        mode = kind | stat.S_IMODE(row.mode)
         return self._catalogue.add(
-            mode, entry.uid, entry.gid, size=len(target or b""), rdev=entry.rdev, target=target
+            mode,
+            row.uid,
+            row.gid,
+            size=len(target or b""),
+            rdev=row.rdev,
+            target=target,
         )
 
     def _name(self, parent: int, name: bytes, inode: Inode) -> None:
@@ -271,9 +277,16 @@ class _Graft:
 
     def _dress(self, inode: Inode, entry: ArchiveEntry) -> None:
         # Not earlier than times stored with its data during the import.
-        ctime = max(entry.ctime_ns, inode.kept + 1) if inode.kept >= 0 else entry.ctime_ns
+        row = entry.row
+        ctime = max(row.ctime, inode.kept + 1) if inode.kept >= 0 else row.ctime
         self._catalogue.set_attributes(
-            inode, entry.mode, entry.uid, entry.gid, entry.atime_ns, entry.mtime_ns, ctime
+            inode,
+            row.mode,
+            row.uid,
+            row.gid,
+            row.atime,
+            row.mtime,
+            ctime,
         )
         for name, value in entry.xattrs:
             self._catalogue.charge(len(value))
@@ -294,7 +307,7 @@ class _Graft:
             if directories:
                 self._check_links(inode, b"a directory", directories)
                 growing.append((inode, directories))
-        if empty and self._root is not None and stat.S_ISDIR(self._root.mode):
+        if empty and self._root is not None and stat.S_ISDIR(self._root.row.mode):
             self._dress(self._names.get(ROOT), self._root)
         else:
             self._root = None

@@ -17,15 +17,14 @@ from contextlib import closing
 from warabi._core.attributes import ROOT, Attributes
 from warabi.errors import InvalidRegion
 from warabi.metadata.dentries import settle_graft
+from warabi.metadata.domain import Row
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
-from warabi.metadata.schema import COLUMNS
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry
 from warabi.target.target import Target
 
 _IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that are kept in memory
-_COLUMNS = COLUMNS.replace(", ", ", i.")
 
 
 def survey(target: Target) -> Attributes:
@@ -69,36 +68,36 @@ def survey(target: Target) -> Attributes:
 
 def _entries(db: sqlite3.Connection) -> Iterator[ArchiveEntry]:
     """Yield every entry of a catalogue: directories before their entries."""
-    row = db.execute(f"SELECT i.{_COLUMNS} FROM inode i WHERE ino = ?", (ROOT,)).fetchone()
-    pending = [(b"", Inode(*row).attributes())]
+    columns = ", ".join(f"i.{column}" for column in Row._fields)
+    row = db.execute(f"SELECT {columns} FROM inode i WHERE ino = ?", (ROOT,)).fetchone()
+    pending = [(b"", Row(*row))]
     while pending:
         path, directory = pending.pop()
-        yield ArchiveEntry.of(path, directory, xattrs=_xattrs(db, directory.ino))
+        yield _entry(db, path, directory)
         prefix = path + b"/" if path else b""
         rows = db.execute(
-            f"SELECT name, i.{_COLUMNS} FROM dentry d JOIN inode i ON i.ino = d.ino"
+            f"SELECT name, {columns} FROM dentry d JOIN inode i ON i.ino = d.ino"
             " WHERE parent = ? ORDER BY name",
             (directory.ino,),
         )
-        for name, *columns in rows:
-            found = Inode(*columns)
-            if stat.S_ISDIR(found.mode):
-                pending.append((prefix + name, found.attributes()))
-                continue
-            yield ArchiveEntry.of(
-                prefix + name, found.attributes(), xattrs=_xattrs(db, found.ino),
-                target=found.target if stat.S_ISLNK(found.mode) else None,
-            )  # fmt: skip
+        for name, *values in rows:
+            row = Row(*values)
+            if stat.S_ISDIR(row.mode):
+                pending.append((prefix + name, row))
+            else:
+                yield _entry(db, prefix + name, row)
     rows = db.execute(
-        f"SELECT i.{_COLUMNS} FROM inode i WHERE anonymous = 1"
+        f"SELECT {columns} FROM inode i WHERE anonymous = 1"
         f" AND mode & {0o170000} = {stat.S_IFREG} ORDER BY ino"
     )
-    for row in rows:
-        found = Inode(*row)
-        yield ArchiveEntry.of(
-            found.rid.hex().encode(), found.attributes(), anonymous=True,
-            xattrs=_xattrs(db, found.ino),
-        )  # fmt: skip
+    for values in rows:
+        row = Row(*values)._replace(nlink=1)
+        yield _entry(db, RegionID.from_parts(row.ino, row.generation).hex().encode(), row)
+
+
+def _entry(db: sqlite3.Connection, path: bytes, row: Row) -> ArchiveEntry:
+    # Where a region's bytes are in this target does not matter to another one.
+    return ArchiveEntry(path, row._replace(packed=0), _xattrs(db, row.ino))
 
 
 def _xattrs(db: sqlite3.Connection, ino: int) -> list[tuple[bytes, bytes]]:

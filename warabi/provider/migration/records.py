@@ -21,13 +21,10 @@ log = logging.getLogger(__name__)
 log.addFilter(RateLimit())
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "inode": (
-        "ino", "generation", "mode", "nlink", "uid", "gid", "rdev", "size", "atime", "mtime",
-        "ctime", "anonymous", "target",
-    ),
+    "inode": domain.Row._fields[:-1],  # but whether it is packed
     "dentry": ("parent", "name", "ino"),
     "xattr": ("ino", "name", "value"),
-}  # fmt: skip
+}
 """The catalogue's tables that are migrated, in this order, with their columns."""
 
 _PIECE = struct.Struct("<16sQI?")  # region, offset, length, whether all bytes are zero

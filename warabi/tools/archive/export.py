@@ -131,22 +131,22 @@ class _Writer:
         self._write(bytes(-self._written % block))
 
     def _member(self, entry: ArchiveEntry) -> None:
-        if not entry.is_region or entry.slot in self._first:
-            self._begin(entry._replace(size=0) if entry.is_region else entry)
+        if not entry.is_region or entry.row.ino in self._first:
+            self._begin(entry.changed(size=0) if entry.is_region else entry)
             return
         if not self._copying:
             self._region(entry, entry.region)
             return
         copy = self._link.call("copy", entry.region)
         try:
-            times = {name: getattr(copy, name) for name in ("atime_ns", "mtime_ns", "ctime_ns")}
-            self._region(entry._replace(size=copy.size, **times), copy.region)
+            times = {"atime": copy.atime_ns, "mtime": copy.mtime_ns, "ctime": copy.ctime_ns}
+            self._region(entry.changed(size=copy.size, **times), copy.region)
         finally:
             self._link.call("unpin", copy.ino, 1)
 
     def _region(self, entry: ArchiveEntry, place: RegionID) -> None:
         self._begin(entry)
-        _fetch(self._link, place, entry.size, self._region_data)
+        _fetch(self._link, place, entry.row.size, self._region_data)
         self._pad(_BLOCK)
 
     def _region_data(self, piece: memoryview) -> None:
@@ -155,26 +155,26 @@ class _Writer:
 
     def _begin(self, entry: ArchiveEntry) -> None:
         packed = entry.pack()
-        size = entry.size if entry.is_region else 0
+        size = entry.row.size if entry.is_region else 0
         self._digest.entry(packed, size)
         name = os.fsdecode(entry.path) or "."
         info = tarfile.TarInfo(name)
-        info.type = _KINDS.get(stat.S_IFMT(entry.mode), tarfile.REGTYPE)
-        info.mode = stat.S_IMODE(entry.mode)
-        info.uid, info.gid = entry.uid, entry.gid
-        info.mtime = entry.mtime_ns // 10**9
+        info.type = _KINDS.get(stat.S_IFMT(entry.row.mode), tarfile.REGTYPE)
+        info.mode = stat.S_IMODE(entry.row.mode)
+        info.uid, info.gid = entry.row.uid, entry.row.gid
+        info.mtime = entry.row.mtime // 10**9
         info.size = size
-        info.devmajor, info.devminor = os.major(entry.rdev), os.minor(entry.rdev)
-        if entry.target is not None:
-            info.linkname = os.fsdecode(entry.target)
-        if entry.links > 1 and not stat.S_ISDIR(entry.mode):
-            if entry.slot in self._first:
-                info.type, info.linkname = tarfile.LNKTYPE, self._first[entry.slot]
+        info.devmajor, info.devminor = os.major(entry.row.rdev), os.minor(entry.row.rdev)
+        if entry.row.target is not None:
+            info.linkname = os.fsdecode(entry.row.target)
+        if entry.row.nlink > 1 and not stat.S_ISDIR(entry.row.mode):
+            if entry.row.ino in self._first:
+                info.type, info.linkname = tarfile.LNKTYPE, self._first[entry.row.ino]
             else:
-                self._first[entry.slot] = name
+                self._first[entry.row.ino] = name
         info.pax_headers = {
-            "mtime": _seconds(entry.mtime_ns),
-            "atime": _seconds(entry.atime_ns),
+            "mtime": _seconds(entry.row.mtime),
+            "atime": _seconds(entry.row.atime),
             **_schily(entry),
             ENTRY: base64.b64encode(packed).decode(),
         }

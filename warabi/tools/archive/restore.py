@@ -134,21 +134,21 @@ class _Importer:
     def _region(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, entry: ArchiveEntry, size: int
     ) -> ArchiveEntry:
-        region = self._regions.get(entry.slot)
+        region = self._regions.get(entry.row.ino)
         if region is None:
-            if size != entry.size or not member.isreg():
-                raise BadArchive(f"{entry.shown}: {size} bytes instead of {entry.size}")
+            if size != entry.row.size or not member.isreg():
+                raise BadArchive(f"{entry.shown}: {size} bytes instead of {entry.row.size}")
             wanted = RegionID() if self._new_ids else entry.region
             region = self._link.call("adopt", wanted, size).region
             self._fill(region, _content(tar, member), entry)
-            if entry.links > 1:
-                self._regions[entry.slot] = region
-        return entry._replace(slot=region.slot, generation=region.generation)
+            if entry.row.nlink > 1:
+                self._regions[entry.row.ino] = region
+        return entry.changed(ino=region.slot, generation=region.generation)
 
     def _fill(self, region: RegionID, content: IO[bytes], entry: ArchiveEntry) -> None:
         offset = 0
-        while offset < entry.size:
-            piece = self._buffer[: min(CHUNK, entry.size - offset)]
+        while offset < entry.row.size:
+            piece = self._buffer[: min(CHUNK, entry.row.size - offset)]
             have = 0
             while have < len(piece) and (read := content.read(len(piece) - have)):
                 piece[have : have + len(read)] = read
