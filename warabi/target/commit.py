@@ -7,8 +7,9 @@ durable.
 A commit also mentions regions that were never persisted.  It says from which slot on their files
 may be missing after a power failure, so that those regions can be told from damage.
 
-Calls every part but ``Creation``.  Called by ``Target``, by a thread of its own from time to time,
-and by storages that must have the catalogue durable before they go on.
+Calls ``RegionLocks``, ``Erasure``, ``KernelBacked`` and ``Sharing``.  Called by ``Target``, by a
+thread of its own from time to time, and by storages that must have the catalogue durable before
+they go on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Creation of regions: quota, data, and initial contents."""
+"""Creation of regions: the row of the catalogue, and the bytes in the storage.
+
+Calls ``Sizes`` for the quota.  Called by ``Target``, and by the tree of names.
+"""
 
 from __future__ import annotations
 

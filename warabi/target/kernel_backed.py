@@ -1,6 +1,6 @@
 """Regions whose files a kernel reads and writes by itself, without telling the target.
 
-Their sizes and times are looked up in the file when somebody asks for them and before each commit.
+Their sizes and times are looked up in the file when they are asked for and before each commit.
 Calls the storage, and ``Sharing``, since guests and exposed regions exclude each other.  Called by
 ``Target`` and by ``Committer``.
 """

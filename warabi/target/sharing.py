@@ -1,4 +1,8 @@
-"""Direct access of other processes to regions: see ``leases.py``."""
+"""Direct access of other processes to regions: see ``leases.py``.
+
+Calls the storage.  Called by ``Target``, by the parts that erase, resize or persist regions, and by
+the provider for its guests.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,17 @@
 """A target: catalogue and storage combined, with all checks of arguments.
 
-Locks are described in ``region_locks.py``, durability in ``commit.py``.
+A method checks its arguments, enters the region, has the storage or a part of the target do the
+work, and leaves.  Each part owns its state, is constructed from parts above it in this list, and
+calls only those:
+
+* ``TargetState``: catalogue, storage and the lock, which all share (``state.py``)
+* ``Sharing``: grants of direct access to other processes (``sharing.py``)
+* ``KernelBacked``: regions whose files a kernel uses (``kernel_backed.py``)
+* ``Sizes``: quota, and growing and shrinking (``sizes.py``)
+* ``Erasure``: when bytes of erased regions are freed (``erasure.py``)
+* ``RegionLocks``: which calls are inside which region (``region_locks.py``)
+* ``Committer``: what is durable when (``commit.py``)
+* ``Creation``: new regions (``creation.py``)
 """
 
 from __future__ import annotations
