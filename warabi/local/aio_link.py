@@ -16,9 +16,9 @@ from warabi.region import RegionID
 from warabi.target.handlers import bound
 from warabi.target.target import Target as LocalTarget
 
-ERASE_PATIENCE = 10.0  # seconds to take back a region that could not be filled
+ERASE_PATIENCE = 10.0  # seconds to erase a region that could not be filled
 GetBuffer = Callable[[], memoryview]
-"""Gives the place of bytes when they are there: the same one when it is asked again."""
+"""Returns the buffer for data when they arrive: the same one on every call."""
 
 
 class AsyncLink(Protocol):
@@ -45,9 +45,9 @@ class AsyncLink(Protocol):
 
 
 class AsyncDirectLink:
-    """A target in this process.
+    """A link to a target in this process.
 
-    Ctrl-C comes at checkpoints, not between two steps of a change.
+    Ctrl-C is raised at checkpoints, not between two steps of a change.
     """
 
     def __init__(self, target: LocalTarget) -> None:
@@ -66,7 +66,7 @@ class AsyncDirectLink:
             try:
                 return call(*arguments)
             except WouldBlock:
-                """It takes long with these arguments."""
+                """Whether it takes long with these arguments."""
         return await async_ops.execute(self._target, name, tuple(arguments))
 
     @trio.lowlevel.enable_ki_protection

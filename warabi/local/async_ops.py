@@ -1,9 +1,9 @@
-"""Carrying out operations from a Trio task without ever keeping its loop waiting.
+"""Executing operations of a target in a Trio task without blocking its loop.
 
-What memory or the page cache can answer is done at once; what has to wait for the medium goes
-to a worker thread, or without *wait* raises ``WouldBlock``, nothing having been done.  Used by the
-provider and by Trio programs that hold a target themselves.  A call that went to a thread runs to
-its end even when the task is cancelled meanwhile.
+Operations on memory or the page cache are executed directly; those that have to wait for stable
+storage use a worker thread, or without *wait* raise ``WouldBlock``, without effect.  Used by the
+provider and by Trio programs that own a target.  A call in a thread is completed even if the task
+is cancelled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _limiters = trio.lowlevel.RunVar("warabi-limiters")
 
 
 def _limiter(target: Target) -> trio.CapacityLimiter:
-    """How many calls may wait for the medium at once, as the target's settings allow."""
+    """Return the limiter of calls that wait for stable storage, as configured for the target."""
     if target.threads is None:
         return trio.to_thread.current_default_thread_limiter()
     try:
@@ -53,23 +53,23 @@ def _limiter(target: Target) -> trio.CapacityLimiter:
 
 
 async def _in_thread(target: Target, call: Callable[..., _T], *arguments: Any) -> _T:
-    """Run *call* in a worker thread, beside others as far as the limiter allows."""
+    """Run *call* in a worker thread, concurrently with others as the limiter allows."""
     return await in_thread(partial(call, *arguments), _limiter(target))
 
 
 def needs_thread(target: Target, name: str) -> bool:
-    """Whether the operation *name* never runs in an event loop's own thread."""
+    """Whether the operation *name* always needs a worker thread."""
     operation = OPERATIONS[name]
     return operation.long or (operation.waits and target.blocking)
 
 
 def off_loop(target: Target, name: str) -> bool:
-    """Whether the operation *name* must not run in an event loop's own thread now."""
+    """Whether the operation *name* needs a worker thread now."""
     return target.occupied or needs_thread(target, name)
 
 
 async def _when_free(target: Target, wait: bool) -> None:
-    """Return when nothing holds the target's lock for long; raise ``WouldBlock`` without *wait*."""
+    """Wait while the target's lock is held for long; raise ``WouldBlock`` without *wait*."""
     if not wait:
         raise WouldBlock
     await wait_free(target)
@@ -78,10 +78,10 @@ async def _when_free(target: Target, wait: bool) -> None:
 async def execute(
     target: Target, name: str, arguments: list[Any] | tuple[Any, ...], *, wait: bool = True
 ) -> Any:
-    """The result of the operation *name* on *target*.
+    """Execute the operation *name* on *target*; returns its result.
 
-    Without *wait*, ``WouldBlock`` is raised where it would have to wait for another call, or
-    takes long with these arguments.
+    Without *wait*, ``WouldBlock`` is raised if it would have to wait for another call, or takes
+    long with these arguments.
     """
     call = CALLS[name]
     if target.occupied:
@@ -103,7 +103,7 @@ async def execute(
 
 
 def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether the upload *name* is known to wait for the medium."""
+    """Whether the upload *name* is known to wait for stable storage."""
     operation = OPERATIONS[name]
     if target.occupied:
         return True
@@ -117,7 +117,7 @@ async def write(
     target: Target, region: RegionID, offset: int, data: Any, persist: bool, extend: bool,
     *, wait: bool = True,
 ) -> None:  # fmt: skip
-    """As ``Target.write``."""
+    """See ``Target.write``."""
     if target.occupied:
         await _when_free(target, wait)
     try:
@@ -133,7 +133,7 @@ async def write(
 async def append(
     target: Target, region: RegionID, data: Any, persist: bool, *, wait: bool = True
 ) -> int:
-    """As ``Target.append``."""
+    """See ``Target.append``."""
     if target.occupied:
         await _when_free(target, wait)
     try:
@@ -152,7 +152,7 @@ async def read_into(
     target: Target, region: RegionID, offset: int, buffer: Any,
     *, short: bool = False, wait: bool = True,
 ) -> int:  # fmt: skip
-    """As ``Target.read_into``."""
+    """See ``Target.read_into``."""
     if target.occupied:
         await _when_free(target, wait)
     try:
@@ -166,7 +166,7 @@ async def read_into(
 
 
 async def write_vector(target: Target, region: RegionID, extents: list[Extent], data: Any) -> None:
-    """As ``Target.write_vector``."""
+    """See ``Target.write_vector``."""
     if target.occupied:
         await wait_free(target)
     if not target.blocking:
@@ -180,7 +180,7 @@ async def read_vector(
     target: Target, region: RegionID, extents: list[Extent], place: memoryview,
     *, wait: bool = True,
 ) -> None:  # fmt: skip
-    """As ``Target.read_vector``."""
+    """See ``Target.read_vector``."""
     if target.occupied:
         await _when_free(target, wait)
     if not target.blocking:
@@ -193,7 +193,7 @@ async def read_vector(
 
 
 async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID:
-    """As ``Target.create_and_write``."""
+    """See ``Target.create_and_write``."""
     if target.occupied:
         await wait_free(target)
     if waits(target, "create_and_write", (persist,)):
@@ -202,7 +202,7 @@ async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID
 
 
 def failure(error: Exception, name: str) -> errors.Exception:
-    """What a client is told when operation *name* raised *error*; defects are logged."""
+    """Convert an exception of operation *name* to one for the client; logs unhandled exceptions."""
     if isinstance(error, errors.Exception):
         return error
     if isinstance(error, OSError):

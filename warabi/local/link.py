@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Link(Protocol):
-    """One way to a target.  The ``start`` methods return requests to wait for, in any order.
+    """The interface of links to a target.  The ``start`` methods return pending requests, which may
+    be waited for in any order.
 
     Attributes:
         writing, reading: direct access, to be tried before :meth:`write` and :meth:`read_into`.
-        eager_write, eager_read: up to how many bytes go inside a header.
+        eager_write, eager_read: most bytes of data that are sent inside a header.
     """
 
     writing: DirectAccess
@@ -33,10 +34,10 @@ class Link(Protocol):
     eager_read: int
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Carry out an operation of the table and return its result."""
+        """Execute an operation of the table and return its result."""
 
     def size(self, region: RegionID) -> int:
-        """Bytes of a region."""
+        """Return the size of a region in bytes."""
 
     def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
@@ -60,24 +61,25 @@ class Link(Protocol):
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]: ...
 
     def wait(self, request: PendingRequest) -> Any:
-        """The result of a request, or its error."""
+        """Wait for a request; returns its result or raises its error."""
 
     def poll(self, request: PendingRequest) -> None:
-        """Notice whether a request is done, without waiting."""
+        """Update the state of a request without waiting."""
 
     def withdraw(self, requests: Sequence[PendingRequest]) -> None:
-        """Have nothing touch the buffers of reads any more."""
+        """Ensure that the buffers of reads are not accessed any more."""
 
     def undo(self, requests: Sequence[PendingRequest]) -> None:
-        """Give up requests whose caller was interrupted, and erase the regions that they make."""
+        """Abandon requests whose caller was interrupted, and erase regions that they create."""
 
 
 def wait_all(link: Link, requests: Sequence[PendingRequest]) -> Any:
-    """The last result, or the first error once all have ended: none may touch a buffer later."""
+    """Wait for all requests; returns the last result, or raises the first error after all have
+    ended, so that none accesses a buffer later."""
     failure: errors.Exception | None = None
     result = None
     for request in requests:
-        if request.late is None:  # else the reply is waited for a little, to undo what it made
+        if request.late is None:  # else wait a moment for the reply, to erase what it created
             interrupts.check()
         try:
             result = link.wait(request)
@@ -92,16 +94,16 @@ CREATE = ("clone", "create", "create_and_write")
 
 
 class DirectLink:
-    """A target in this process: calls, not messages.
+    """A link to a target in this process.
 
-    What is not a plain access to a region runs under ``interrupts.uninterrupted``.
+    All except plain access to regions runs under ``interrupts.uninterrupted``.
     """
 
     eager_write = EAGER_THRESHOLD
     eager_read = EAGER_THRESHOLD
 
     def __init__(self, core: ProviderCore) -> None:
-        from warabi.target.handlers import CALLS  # which the clients of others do not need
+        from warabi.target.handlers import CALLS  # not needed by clients of other processes
 
         self._calls = CALLS
         self._core = core
@@ -199,7 +201,7 @@ class DirectLink:
         target = self._core.target
         waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
         start = ("write", waits, self.write, region, offset, data, persist, False)
-        # Without a thread nothing is under way when an exception passes.
+        # Without a thread nothing is pending when an exception passes.
         return self._interruptible(self._start, *start) if waits else self._start(*start)
 
     def start_read(self, region: RegionID, offset: int, place: memoryview) -> list[PendingRequest]:
@@ -233,7 +235,7 @@ class DirectLink:
     def _start(
         self, what: str, waits: bool, call: Callable[..., Any], *arguments: Any
     ) -> list[PendingRequest]:
-        """Carry out *call*: at once, or beside the caller if it *waits* for the medium."""
+        """Execute *call*: directly, or in a thread if it *waits* for stable storage."""
         if waits:
             request = PendingRequest(what, buffers=arguments)
             request.event = interrupts.Wakeup()
@@ -264,7 +266,7 @@ class DirectLink:
         return request.outcome()
 
     def poll(self, request: PendingRequest) -> None:
-        """Requests here are finished by the threads that carry them out."""
+        """No effect: the threads that execute requests finish them."""
 
     def withdraw(self, requests: Sequence[PendingRequest]) -> None:
         for request in requests:

@@ -1,8 +1,8 @@
 """Waiting in a Trio task while another thread holds a target's lock for long.
 
-An event loop must not wait for that lock itself, or all that it serves would wait, too; nor should
-each request that waits for it take a worker thread.  What makes a target ``occupied``, and for how
-long: ``target/state.py``.
+An event loop must not wait for that lock itself, which would block everything it serves; nor should
+each waiting request occupy a worker thread.  ``region_locks.py`` explains when a target is
+``occupied``, and for how long.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import trio
 
 from warabi.target.target import Target
 
-_SHORTEST, _LONGEST = 0.001, 0.02  # seconds between two looks
+_SHORTEST, _LONGEST = 0.001, 0.02  # seconds between two polls
 
 
 async def wait_free(target: Target) -> None:
-    """Return when nothing holds the lock of *target* for long.
+    """Return when the lock of *target* is not held for long.
 
-    It looks from time to time: a lock is what tells it, since only that is given back whatever
-    becomes of its holder.
+    Polls, since the state is a lock, which is released whatever happens to its holder.
     """
     pause = _SHORTEST
     while target.occupied:

@@ -1,4 +1,4 @@
-"""Waiting, in a Trio loop, for what changes in a target."""
+"""Waiting for changes of a target in a Trio loop."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from warabi.metadata.notifications import Subscription
 from warabi.target.target import Target
 
 _LOOK = 0.05
-"""Seconds between looks at what guests wrote, of which nobody tells; ``_SHARE`` times what a look
-took of the processor, if that is more.  How long it had to wait says nothing about the next."""
+"""Seconds between polls of guests' writes, which send no notifications; or ``_SHARE`` times the
+processor time of a poll, if that is more.  Time spent waiting for locks is not counted."""
 _CHECK = 1.0
-"""Seconds between looks whether it is still the same target, while there are no guests."""
+"""Seconds between checks that it is still the same target, while there are no guests."""
 _SHARE = 20
 
 
 class Watching:
-    """What one connection, or one program, watches.
+    """The watch state of one connection, or one program.
 
     Args:
-        origin: whose changes are not told; None: all are.
+        origin: whose changes are omitted; None: none are.
     """
 
     def __init__(self, origin: object | None) -> None:
         self._origin = origin if origin is not None else self
         self._target: Target | None = None
         self._subscription: Subscription | None = None
-        self._number = 0  # of the last answer
-        self._turn = 0  # of the question that is waiting
+        self._number = 0  # number of the last reply
+        self._turn = 0  # number of the pending query
         self._woken = trio.Event()
         self._over = False
 
     async def changes(self, find: Callable[[], Target], number: int, new_names: bool) -> Changes:
-        """What changed since the answer *number*; waits until something did.
+        """Wait for changes since the reply *number*.
 
-        The first answer, and one after an answer that was lost, is that everything may have.  A
-        later question, and :meth:`end`, have one that waits answered with nothing.
+        The first reply, and one after a lost reply, is that everything may have changed.  A later
+        query, and :meth:`end`, complete a pending one with an empty reply.
 
         Args:
-            find: gives the target; raises when it is gone.
-            number: of the last answer that came, 0 for none.
-            new_names: whether names that meant nothing before are told, too.
+            find: returns the target; raises if it is gone.
+            number: of the last reply received, 0 for none.
+            new_names: whether to include names that did not exist before.
         """
         self._turn += 1
         turn = self._turn
@@ -88,11 +88,11 @@ class Watching:
         self._subscription = self._target = None
 
     def finish(self) -> None:
-        """Answer who waits, and who asks later, at once."""
+        """Complete pending and later queries at once."""
         self._over = True
         self._woken.set()
 
     def end(self) -> None:
-        """As :meth:`finish`; nobody asks any more."""
+        """The same as :meth:`finish`; there are no later queries."""
         self.finish()
         self._unsubscribe()

@@ -1,9 +1,9 @@
-"""A Trio client's connection.
+"""The connection of a Trio client.
 
-One reader task.  The only request under way looks for its reply by itself for a moment, without a
-turn of Trio's loop, if replies come so soon.  Sending is synchronous as far as the socket takes
-it, and goes on in a task of its own where it does not, so that no cancelled caller leaves half a
-frame behind.
+One task reads.  The only pending request polls for its reply itself for a moment, without a turn of
+Trio's loop, if replies arrive quickly.  Sending is synchronous as far as the socket accepts data,
+and otherwise continues in a separate task, so that a cancelled caller never leaves an incomplete
+frame.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from warabi.protocol.wire import NEED_DATA, Limits
 
 _CONNECT_TIMEOUT = 10.0
 _TURN = 250_000
-"""Nanoseconds after which a task that does nothing but requests lets others run."""
-_IN_FLIGHT = 64  # requests of one connection that wait for their replies
+"""Nanoseconds of consecutive requests after which other tasks get a turn."""
+_IN_FLIGHT = 64  # most pending requests of one connection
 _SLOW = 10
-"""Times as long may a request take that may wait for a medium, while others are answered."""
+"""Factor on the timeout of requests that may wait for stable storage, while others complete."""
 _TURN_SIZE = 1024 * 1024
-"""Bytes that may be received before other tasks get a turn; a call counts as a sixteenth."""
+"""Bytes received after which other tasks get a turn; a call counts as a sixteenth of it."""
 
 
 class TrioConnection(Replies):
@@ -49,12 +49,12 @@ class TrioConnection(Replies):
 
     Args:
         sock: connected and non-blocking.
-        transport: what goes over it.
+        transport: the transport on it.
         name: of the peer, for messages.
-        patience: for how long requests wait.
+        patience: timeouts of requests.
         descriptors: whether the engine may send some, see :meth:`take_descriptors`.
-        deadlines: whether a request also gives up when the provider answers others, and not it,
-            for *timeout*: ten times as long, if the operation may wait for a medium.
+        deadlines: whether a request also fails if the provider completes others, but not this one,
+            within *timeout*: ten times that if the operation may wait for stable storage.
     """
 
     def __init__(
@@ -80,21 +80,19 @@ class TrioConnection(Replies):
         self._name = name
         self._patience = patience
         self._timeout = patience.silence
-        self._late: dict[
-            int, PendingRequest
-        ] = {}  # given up, and to be undone when they are answered
-        self._heard = 0.0  # when something last came, by Trio's clock
-        self._asked = False  # a sign of life was asked for since then
+        self._late: dict[int, PendingRequest] = {}  # abandoned, to be undone when they complete
+        self._heard = 0.0  # when data last arrived, by Trio's clock
+        self._asked = False  # a sign of life was requested since then
         self._lookout = Lookout()
-        self._awaited = 0  # requests under way whose replies may come soon
-        self._turn = 0  # when others could last run
-        self._busy = trio.Event()  # requests wait for replies
-        # With TLS the socket does not tell whether there is something.
+        self._awaited = 0  # pending requests whose replies are expected soon
+        self._turn = 0  # time of the last checkpoint
+        self._busy = trio.Event()  # set while requests are pending
+        # With TLS the socket does not tell whether data are available.
         self._lull = Lull(sock.fileno()) if isinstance(transport, Plain) else None
         self.limits = Limits()
         self._ids = itertools.count(1)
         self._slots = trio.Semaphore(_IN_FLIGHT)
-        self._unyielding = 0  # bytes that were received since other tasks had a turn
+        self._unyielding = 0  # bytes received since the last checkpoint
         self._unsent: deque[memoryview] = deque()
         self._has_unsent = trio.Event()
         self._running = trio.CancelScope()
@@ -102,18 +100,18 @@ class TrioConnection(Replies):
         forks.register(self)
 
     def _forked(self) -> None:
-        """The socket, and the loop that runs this, are the parent's."""
+        """In a forked child: the socket, and the loop, belong to the parent."""
         reason = "the connection belongs to the parent process; connect again in this fork"
         self._lost = (ConnectionLost, f"{self._name}: {reason}")
         if self._socket.fileno() >= 0:
             forks.disconnect([self._socket.fileno()])
 
     async def open(self, security: Security, *, local: bool, read_only: bool) -> None:
-        """Exchange openings; the arguments are those of ``handshake.client``.
+        """Execute the handshake; the arguments are those of ``handshake.client``.
 
         Raises:
-            PermissionDenied: it does not let this side in, or is not who it should be.
-            ProtocolError, TimedOut, ConnectionLost: it is no engine.
+            PermissionDenied: the engine refuses this side, or cannot authenticate itself.
+            ProtocolError, TimedOut, ConnectionLost: the handshake failed.
         """
         limits = self._wire.limits
         dialogue = handshake.client(limits, security, local=local, read_only=read_only)
@@ -122,9 +120,11 @@ class TrioConnection(Replies):
             with trio.fail_after(min(self._timeout, _CONNECT_TIMEOUT)):
                 while True:
                     for parts in self._transport.sealed([say]):
-                        # Who is refused may find out here: what was said before tells more.
+                        # A refused client may get an error here: the received message explains it.
                         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                            await self._socket.send(b"".join(parts))  # little: it fits in
+                            await self._socket.send(
+                                b"".join(parts)
+                            )  # small enough for the socket's buffer
                     say = dialogue.send(await self._next_event())
         except StopIteration as end:
             self.limits = end.value
@@ -136,9 +136,9 @@ class TrioConnection(Replies):
             reason = error.strerror or error
             raise ConnectionLost(f"{self._name}: {reason} while connecting") from error
 
-    @trio.lowlevel.enable_ki_protection  # Ctrl-C comes to the main task, at a checkpoint
+    @trio.lowlevel.enable_ki_protection  # Ctrl-C is raised in the main task, at a checkpoint
     async def run(self) -> None:
-        """Take replies until the connection ends; every request on it then fails."""
+        """Receive replies until the connection ends; then every pending request fails."""
         try:
             with self._running:
                 async with trio.open_nursery() as nursery:
@@ -148,7 +148,7 @@ class TrioConnection(Replies):
         finally:
             self._fail(ConnectionLost, "the connection was closed")
             self._socket.close()
-            for fd in self.take_descriptors():  # who asked for them was cancelled
+            for fd in self.take_descriptors():  # their request was cancelled
                 os.close(fd)
 
     async def _read(self) -> None:
@@ -156,10 +156,10 @@ class TrioConnection(Replies):
             while True:
                 self._take(await self._next_event())
         except (errors.Exception, OSError) as error:
-            self._end(error)  # before anybody else finds that there is no more to come
+            self._end(error)  # before another task sees the end of the stream
 
     def _end(self, error: errors.Exception | OSError) -> None:
-        """The connection is of no more use, for that reason."""
+        """Mark the connection as failed."""
         if isinstance(error, errors.Exception):
             self._fail(type(error), str(error))
         else:
@@ -167,7 +167,7 @@ class TrioConnection(Replies):
         self.close()
 
     def close(self) -> None:
-        """Have :meth:`run` end; the requests under way fail."""
+        """Make :meth:`run` return; pending requests fail."""
         self._running.cancel()
 
     async def _next_event(self) -> wire.Event:
@@ -183,8 +183,8 @@ class TrioConnection(Replies):
         return event
 
     def _receive(self) -> int:
-        # At once or not at all: in a wait between buffer() and the receiving, a request may be
-        # cancelled, whose buffer is its caller's again.
+        # Without waiting: between buffer() and the receive, a waiting request could be cancelled,
+        # after which its buffer belongs to the caller again.
         count = self._recv_into(self._wire.buffer())
         self._received(count)
         return count
@@ -197,7 +197,7 @@ class TrioConnection(Replies):
         self._asked = False
 
     def _not_sent(self, error: OSError) -> None:
-        """Nothing can be sent any more; what the provider said before it closed tells more."""
+        """Handle a send error; a message that the provider sent before it closed explains more."""
         try:
             while True:
                 event = self._wire.next_event()
@@ -211,11 +211,11 @@ class TrioConnection(Replies):
             self._end(said)
 
     def _receive_alone(self, request: PendingRequest) -> None:
-        """Take the reply of the only request that is under way, without a turn of Trio's loop.
+        """Receive the reply of the only pending request, without a turn of Trio's loop.
 
-        It is looked for for a moment, and then waited for as long as nothing else comes.  The task
-        that reads the connection sleeps meanwhile, and loses nothing: it is between two messages,
-        or between two pieces of one, and receives as this does, at once or not at all.
+        It polls for a moment, and then waits as long as nothing else arrives.  The reading task
+        sleeps meanwhile, and misses nothing: it is between two messages, or two chunks of one, and
+        also receives without waiting.
         """
         began = perf_counter_ns()
         asleep = False
@@ -253,7 +253,7 @@ class TrioConnection(Replies):
             request.finish(error=self._lost_error(request.what))
 
     def _lost_error(self, what: str) -> errors.Exception:
-        """A fresh error each time: one that is raised again gathers tracebacks without end."""
+        """Return a new error each time: one that is raised repeatedly collects tracebacks."""
         assert self._lost is not None
         kind, reason = self._lost
         return kind(f"{what}: {reason}")
@@ -269,7 +269,7 @@ class TrioConnection(Replies):
     ) -> Any:
         """Send *request* and return its result, or raise its error.
 
-        A reply that waits for something to happen does not come *soon*.
+        *soon* is false for requests that wait for an event.
         """
         if self._lost is not None:
             raise self._lost_error(request.what)
@@ -290,13 +290,13 @@ class TrioConnection(Replies):
             self._slots.release()
 
     async def _acquire_slot(self, request: PendingRequest) -> None:
-        """Wait until one of the requests under way has ended.
+        """Wait until one of the pending requests has ended.
 
         Raises:
-            TimedOut: the request has waited for as long as it may for its reply, or would change
-                something for a caller that is gone; it was not sent.
+            TimedOut: the request's timeout expired, or it would change something for a cancelled
+                caller; it was not sent.
         """
-        request.since = trio.current_time()  # this wait is a part of the request's time
+        request.since = trio.current_time()  # this wait counts for the request's timeout
         limit = self._limit(request)
         with trio.move_on_after(limit) as scope:
             await self._slots.acquire()
@@ -343,7 +343,7 @@ class TrioConnection(Replies):
                     self._lookout.came(began)
         except trio.Cancelled:
             if request.done and request.error is None and request.late is not None:
-                request.late(request.result)  # it was answered after the wait was cancelled
+                request.late(request.result)  # it completed after the wait was cancelled
             raise
         finally:
             answered = request.done
@@ -367,11 +367,11 @@ class TrioConnection(Replies):
         return error
 
     def _deadline(self, request: PendingRequest) -> float:
-        """When *request* gives up, by Trio's clock, if nothing comes until then."""
+        """Return when *request* times out, by Trio's clock, if nothing arrives until then."""
         return min(max(self._heard, request.since) + self._timeout, request.expires)
 
     def _limit(self, request: PendingRequest) -> float:
-        """Seconds that *request* may take, whatever signs of life come."""
+        """Return the deadline of *request* in seconds, regardless of signs of life."""
         limit = self._patience.of(request.operation)
         if not self._deadlines:
             return limit
@@ -380,12 +380,11 @@ class TrioConnection(Replies):
         return min(limit, self._timeout * (_SLOW if slow else 1))
 
     async def _watch_silence(self) -> None:
-        """Give up on requests when the provider has been silent for too long, or has not answered
-        one of them.
+        """Fail requests if the provider has been silent for too long, or does not complete one of
+        them.
 
-        After half of that a sign of life is asked for, which a provider that is busy with a
-        request gives, and one that is stopped or unreachable does not.  A request that expires is
-        given up whatever signs of life come.
+        After half of the timeout a sign of life is requested, which a busy provider sends, and a
+        stopped or unreachable one does not.  A request with an expired deadline fails regardless.
         """
         while True:
             await self._busy.wait()
@@ -395,7 +394,7 @@ class TrioConnection(Replies):
             if late:
                 for request in late:
                     request.event.set()
-                await trio.lowlevel.checkpoint()  # they take themselves off the table
+                await trio.lowlevel.checkpoint()  # they remove themselves from the table
             elif not self._requests:
                 self._busy = trio.Event()
             else:
@@ -409,8 +408,8 @@ class TrioConnection(Replies):
         return self._requests.pop(number, None) or self._late.pop(number, None)
 
     def undo_later(self, request: PendingRequest, header: list[Any]) -> None:
-        """Send a request with that header, and the result as its argument, if *request* is
-        answered after it was given up."""
+        """Send a request with that header, and the result as its argument, if *request* completes
+        after it was abandoned."""
 
         def undo(result: Any) -> None:
             if self._lost is None:
@@ -420,14 +419,14 @@ class TrioConnection(Replies):
 
     def _abandon(self, request_id: int, request: PendingRequest) -> None:
         request.finish(error=errors.TimedOut(f"{request.what}: the request was abandoned"))
-        self._requests.pop(request_id, None)  # its late answer is nobody's
+        self._requests.pop(request_id, None)  # its late reply is discarded
         if request.late is not None:
             self._late[request_id] = request
         if self._message is not None and self._message.header[0] == request_id:
             self._wire.drop_payload()
 
     def _send(self, parts: list[Any]) -> None:
-        # With TLS, what the socket does not take at once is held a second time, encrypted.
+        # With TLS, data that the socket does not accept at once are held twice, also encrypted.
         pieces = self._transport.sealed([part for part in parts if part is not None])
         views = [memoryview(part) for piece in pieces for part in piece]
         if not self._unsent:

@@ -1,4 +1,4 @@
-"""How a Trio client comes to direct access; ``direct.py`` is the same for blocking ones."""
+"""Direct access of a Trio client; ``direct.py`` is the same for blocking clients."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from warabi.remote.aio_connection import TrioConnection
 from warabi.shm.client import Guest
 
 _PIECE = 4 * 1024 * 1024
-"""Bytes that are copied before other tasks get their turn."""
+"""Bytes copied after which other tasks get a turn."""
 _LEAVING_PATIENCE = 2.0
 
 
 class AsyncDirectAccessChannel:
     """Direct access to one target, if its provider grants it, for the tasks of one Trio loop.
 
-    Methods return how many bytes, from the first on, were moved; the rest is the provider's.
-    Nothing here waits for a medium.
+    Methods return the number of bytes, from the first on, that were moved; the rest must be
+    requested from the provider.  Nothing here waits for stable storage.
 
     Args:
-        nursery: where asking goes on when who asked is cancelled.
-        connect: makes the connection, one that takes descriptors and runs until it is closed, also
-            where everything is cancelled.
-        provider_id: whose target.
-        writable: whether regions are to be written.
+        nursery: for requests of grants that continue after their caller was cancelled.
+        connect: opens a connection with descriptors that runs until it is closed, even if
+            everything is cancelled.
+        provider_id: of the target's provider.
+        writable: whether to request write access.
     """
 
     def __init__(
@@ -45,24 +45,24 @@ class AsyncDirectAccessChannel:
         self._connect = connect
         self._provider_id = provider_id
         self._writable = writable
-        self._asking = False  # somebody is; others meanwhile use the provider
+        self._asking = False  # a grant is being requested; other tasks use the provider meanwhile
         self._connection: TrioConnection | None = None
         self._guest: Guest | None = None
         self._over = False
 
     def size(self, region: RegionID) -> int:
-        """As :meth:`Guest.size`."""
+        """See :meth:`Guest.size`."""
         return -1 if self._guest is None else self._guest.size(region)
 
     def wrote(self, marks: set[int]) -> set[int]:
-        """Those of *marks* that are of writes from here, lately."""
+        """Return the last-write times among *marks* that are of recent writes by this client."""
         return marks & set(() if self._guest is None else self._guest.recent)
 
     async def write(self, region: RegionID, offset: int, data: memoryview) -> int:
-        """Store *data* within the region.
+        """Write *data* within the region.
 
         Raises:
-            StorageFull, StorageError: the medium.
+            StorageFull, StorageError: writing failed.
         """
         done = 0
         while done < len(data):
@@ -89,7 +89,7 @@ class AsyncDirectAccessChannel:
     async def read_some(
         self, region: RegionID, offset: int, place: memoryview, *, short: bool = True
     ) -> int:
-        """As :meth:`Guest.read_some`, at once: of a size that does not keep others waiting."""
+        """The same as :meth:`Guest.read_some`, without a checkpoint, for small sizes."""
         count, guest = -1, self._guest
         if guest is not None:
             count = guest.read_some(region, offset, place, False, short)
@@ -100,12 +100,12 @@ class AsyncDirectAccessChannel:
         return count
 
     async def _asked(self, region: RegionID, size: int) -> Guest | None:
-        """The guest, if it was granted the region now."""
+        """Request a grant; returns the guest if it was granted."""
         if self._over or self._asking:
             return None
         if self._guest is not None and not self._guest.wants(region, size):
             return None
-        # In a task of its own: a caller that is cancelled leaves an answer that belongs to nobody.
+        # In a separate task, since a cancelled caller would leave an unclaimed reply.
         self._asking = True
         answered = trio.Event()
         self._nursery.start_soon(self._ask, region, size, answered)
@@ -149,7 +149,7 @@ class AsyncDirectAccessChannel:
         return await connection.request(PendingRequest(name), header)
 
     def _end(self) -> None:
-        """No direct access any more."""
+        """End direct access."""
         self._over = True
         if self._guest is not None:
             self._guest.close()
@@ -166,7 +166,7 @@ class AsyncDirectAccessChannel:
             self._guest.close()
         try:
             if self._connection is not None and not over:
-                # Descriptors that come meanwhile belong to who asks for a grant.
+                # Descriptors that arrive now belong to a request for a grant.
                 with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
                     await self._request(self._connection, "leave", [])
         finally:

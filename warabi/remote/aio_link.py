@@ -23,7 +23,7 @@ _LATER = memoryview(b"")
 
 @asynccontextmanager
 async def _pieces() -> AsyncIterator[Callable[..., None]]:
-    """Run calls side by side; all end before the first of their errors is raised."""
+    """Run calls concurrently; all end before the first of their errors is raised."""
     failures: list[errors.Exception] = []
 
     async def guarded(call: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
@@ -39,7 +39,7 @@ async def _pieces() -> AsyncIterator[Callable[..., None]]:
 
 
 class _Read(PendingRequest):
-    """A read of up to *size* bytes, whose place is asked for when they come."""
+    """A read of up to *size* bytes, whose buffer is requested when data arrive."""
 
     def __init__(self, size: int, place: GetBuffer) -> None:
         super().__init__("read", into=_LATER, short=True)
@@ -184,7 +184,7 @@ class AsyncWireLink:
     async def _groups(
         self, region: RegionID, extents: list[Extent], what: str
     ) -> list[list[Extent]]:
-        """What goes into one message each; when it takes several, all extents are checked first."""
+        """Yield the extents for each message; if there are several, all are checked first."""
         found = list(groups(extents, self._connection.limits.payload, EXTENTS))
         if len(found) > 1:
             for offset, size in extents:

@@ -1,4 +1,4 @@
-"""A Trio program's link that only reads, as ``readonly.py`` has it for blocking ones."""
+"""A read-only link for Trio programs; ``readonly.py`` has the blocking one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from warabi.remote.readonly import refuse_change
 
 
 class AsyncReadOnlyLink:
-    """*link*, but only to read."""
+    """Restricts *link* to operations that only read."""
 
     def __init__(self, link: AsyncLink) -> None:
         self._link = link

@@ -1,19 +1,19 @@
-"""A blocking client's connection: its own socket I/O, in the threads that call it.
+"""The connection of a blocking client: socket I/O in the calling threads.
 
 There is no background thread.  Any number of threads share a connection; requests are
-pipelined.  Whoever waits for a reply while nobody reads becomes the reader and finishes other
-threads' requests too, until its own is done; then it wakes another waiter to take over.
+pipelined.  A thread that waits for a reply while no other reads becomes the reader and finishes
+other threads' requests, too, until its own is done; then it wakes another waiter to take over.
 
-A call that an exception leaves, a time-out or a signal handler's, withdraws its request: when it
-is left, nothing touches its buffer any more.  A reader that is interrupted while it waits in the
-kernel has lost nothing; one that is interrupted elsewhere gives up the connection, because nothing
-tells how far it had come, and the next call makes another one.  While a region is being made, whose
-ID must not be lost, all calls run under ``interrupts.uninterrupted``, and so are interrupted only
-where they wait, after a moment.
+A call that is left by an exception, of a timeout or a signal handler, withdraws its request:
+afterwards nothing accesses its buffer.  A reader that is interrupted while it waits in the kernel
+has lost nothing; one that is interrupted elsewhere closes the connection, because its state is
+unknown, and the next call opens another one.  While a region is being created, whose ID must not be
+lost, all calls run under ``interrupts.uninterrupted``, and so are interrupted only where they wait,
+after a moment.
 
-Locks: ``_send_lock`` is held while one frame is written.  ``_mutex`` guards who reads and the
-table of requests; it is innermost and never held over a system call.  A sender that finds the
-socket full reads replies while it waits, for the provider may be stuck until somebody does.
+Locks: ``_send_lock`` is held while one frame is written.  ``_mutex`` protects the reader's identity
+and the table of requests; it is innermost and never held during a system call.  A sender that finds
+the socket full reads replies while it waits, since the provider may be blocked until then.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from warabi.protocol.wire import NEED_DATA, Limits, Message
 log = logging.getLogger(__name__)
 
 TIMEOUT = 60.0
-"""Default seconds without a sign of life from the provider after which a call gives up."""
+"""Default seconds without a sign of life from the provider after which a call fails."""
 _CONNECT_TIMEOUT = 10.0
-_LOOK_AROUND = 1.0  # seconds after which a blocked receive looks at its deadline
-_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # to add them up takes time
+_LOOK_AROUND = 1.0  # seconds after which a blocked receive checks its deadline
+_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # computed once, which saves time
 
 
 class BlockingConnection(Replies):
@@ -55,17 +55,17 @@ class BlockingConnection(Replies):
 
     Args:
         endpoint: where it listens.
-        patience: for how long calls wait.
-        security: what is shown to the engine, and demanded of it.
-        read_only: have the engine refuse every change.
-        descriptors: whether the engine may send some, see :meth:`take_descriptors`; this costs
-            a little with every reply.  Only for local engines.
+        patience: timeouts of calls.
+        security: what is presented to the engine, and required of it.
+        read_only: request read-only access.
+        descriptors: whether the engine may send some, see :meth:`take_descriptors`; this slows down
+            every reply a little.  Only for local engines.
 
     Raises:
-        ConnectionFailed: nobody listens there.
-        PermissionDenied: it does not let this side in, or is not who it should be.
-        ProtocolError: something else does.
-        TimedOut: it does not answer the opening.
+        ConnectionFailed: no engine listens there.
+        PermissionDenied: the engine refuses this side, or cannot authenticate itself.
+        ProtocolError: it is not an engine.
+        TimedOut: it does not complete the handshake.
     """
 
     def __init__(
@@ -85,23 +85,25 @@ class BlockingConnection(Replies):
         self._send_lock = threading.Lock()
         self._mutex = threading.Lock()
         self._reading = False
-        self._reader = 0  # the thread
+        self._reader = 0  # ID of the reading thread
         self._lost: errors.Exception | None = None
-        self._filling: PendingRequest | None = None  # whose buffer a payload is being received into
-        self._receiving = False  # the reader is, and has not told the protocol what it got
-        self._undoing = 0  # threads that undo what interrupted requests make
-        self._making: set[int] = set()  # requests with something to be undone: see above
-        self.interruptible = True  # also under interrupts.uninterrupted()
-        self._lookout = Lookout()  # the reader's
-        self._heard = 0.0  # when something last came, by the monotonic clock
-        self._asked = False  # a sign of life was asked for since then
+        self._filling: PendingRequest | None = (
+            None  # the request into whose buffer a payload is being received
+        )
+        self._receiving = False  # the reader is receiving; the protocol state is not updated yet
+        self._undoing = 0  # threads that erase what interrupted requests create
+        self._making: set[int] = set()  # requests that create something: see above
+        self.interruptible = True
+        self._lookout = Lookout()  # polling state of the reader
+        self._heard = 0.0  # when data last arrived, by the monotonic clock
+        self._asked = False  # a sign of life was requested since then
         forks.register(self)
         security = security or Security()
         deadline = time.monotonic() + min(timeout, _CONNECT_TIMEOUT)
         self._socket, self._transport = transport.connect(
             endpoint, min(timeout, _CONNECT_TIMEOUT), security
         )
-        # Blocking with a receive timeout: one system call per reply, and still no endless wait.
+        # Blocking with a receive timeout: one system call per reply, and no endless wait.
         self._socket.setsockopt(
             socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(_LOOK_AROUND), 0)
         )
@@ -125,7 +127,7 @@ class BlockingConnection(Replies):
         try:
             while True:
                 for parts in self._transport.sealed([say]):
-                    # Who is refused may find out here: what was said before tells more.
+                    # A refused client may get an error here: the received message explains it.
                     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                         self._socket.sendall(b"".join(parts))
                 while (event := self._wire.next_event()) is NEED_DATA:
@@ -149,7 +151,7 @@ class BlockingConnection(Replies):
 
     @property
     def own_limits(self) -> Limits:
-        """What this side is ready to receive; ``limits`` is what the provider is."""
+        """The limits of this side; ``limits`` are the provider's."""
         return self._wire.limits
 
     @property
@@ -165,7 +167,7 @@ class BlockingConnection(Replies):
 
         Raises:
             ConnectionLost, TimedOut: it cannot be sent.
-            ProtocolError: it is larger than the provider takes; nothing was sent.
+            ProtocolError: it exceeds the provider's limits; nothing was sent.
         """
         if self._making:
             interrupts.uninterrupted(self._submit, request, header, payload)
@@ -202,14 +204,14 @@ class BlockingConnection(Replies):
             for piece in self._transport.sealed(parts):
                 self._send_piece(piece)
         except OSError as error:
-            self.poll()  # what the provider said before it closed tells more than a broken pipe
+            self.poll()  # a message that the provider sent before it closed explains more than EPIPE
             raise self._fail(f"{request.what}: {error.strerror}") from error
         except BaseException:
             self._fail(f"{request.what}: interrupted while it was being sent")
             raise
 
     def _send_piece(self, parts: list[Part]) -> None:
-        since = 0.0  # nothing could be sent
+        since = 0.0  # time since which nothing could be sent
         while parts:
             try:
                 sent = self._socket.sendmsg(parts, (), _AT_ONCE)
@@ -227,7 +229,7 @@ class BlockingConnection(Replies):
         poller = select.poll()
         try:
             poller.register(self._socket, select.POLLOUT | select.POLLIN)
-        except ValueError:  # closed meanwhile; the next send says so
+        except ValueError:  # closed concurrently; the next send reports it
             return
         for _, event in poller.poll(_LOOK_AROUND * 1000):
             if event & select.POLLIN and not self.poll():
@@ -239,12 +241,12 @@ class BlockingConnection(Replies):
     # Receiving
 
     def wait(self, request: PendingRequest) -> Any:
-        """The result of *request*.
+        """Wait for *request*; returns its result.
 
         Raises:
-            TimedOut: no answer, nor any other sign of life, for ``timeout`` seconds.  The
-                request may still take effect.
-            ConnectionLost: the provider went.
+            TimedOut: no reply, nor any other sign of life, for ``timeout`` seconds.  The request
+                may still take effect.
+            ConnectionLost: the provider disconnected.
         """
         if self._making:
             return interrupts.uninterrupted(self._wait, request)
@@ -263,22 +265,22 @@ class BlockingConnection(Replies):
         except errors.Exception:
             raise
         except BaseException:
-            self._wake_another()  # this one may have been meant
+            self._wake_another()  # the wake-up may have been for this one
             raise
         if request.event is not None:
             request.event.set()  # for another thread that waits for the same request
         return request.outcome()
 
     def withdraw(self, request: PendingRequest) -> None:
-        """Give up *request*, which its caller does not wait for any more; nothing touches its
-        buffer afterwards.
+        """Abandon *request*, whose caller does not wait any more; nothing accesses its buffer
+        afterwards.
 
-        What it makes is undone by a thread, for the answer may take long.
+        A thread erases what it creates, since the reply may take long.
         """
         if request.late is not None and not request.done:
             with self._mutex:
                 if request.number not in self._requests:
-                    return  # it was not sent: no answer will come
+                    return  # it was not sent: there will be no reply
                 self._undoing += 1
             undoing = threading.Thread(
                 target=self._undo, args=(request, request.late), name="warabi-undo", daemon=True
@@ -301,11 +303,11 @@ class BlockingConnection(Replies):
             request.finish(error=error)
             if self._filling is not request:
                 return
-            if not self._reading:  # the rest is for the next reader to throw away
+            if not self._reading:  # the next reader discards the rest
                 self._wire.drop_payload()
                 self._filling = None
                 return
-        # Another thread receives into the buffer just now: soon it is done, or it is made to.
+        # Another thread is receiving into the buffer: it ends soon, or is made to.
         deadline = time.monotonic() + _LOOK_AROUND
         while self._filled_by_another(request):
             if self.usable and time.monotonic() > deadline:
@@ -317,7 +319,7 @@ class BlockingConnection(Replies):
         return self._filling is request and self._reading and self._reader != threading.get_ident()
 
     def _wake_another(self) -> None:
-        """Have another waiting thread look whether it has to be the reader."""
+        """Wake another waiting thread, which may have to become the reader."""
         with self._mutex:
             for waiting in self._requests.values():
                 if waiting.event is not None and not waiting.done:
@@ -325,16 +327,16 @@ class BlockingConnection(Replies):
                     return
 
     def poll(self) -> bool:
-        """Take the replies that have arrived, without waiting; False when another thread reads."""
+        """Process replies that have arrived, without waiting; False if another thread reads."""
         if self._making:
             return self.usable and interrupts.uninterrupted(self._read, 0.0, None)
         return self.usable and self._read(0.0, None)
 
     def _check_silence(self, request: PendingRequest, since: float) -> None:
-        """Ask for a sign of life after half the timeout without one, give up after the whole.
+        """Request a sign of life after half the timeout without one, fail after all of it.
 
-        A provider that is busy with a request answers; one that is stopped or unreachable does
-        not.  One that answers, but never *request*, is waited for until that expires.
+        A busy provider sends one; a stopped or unreachable one does not.  If it sends signs of
+        life, but never the reply, *request* fails when its deadline expires.
         """
         if self.interruptible:
             interrupts.check()
@@ -348,11 +350,11 @@ class BlockingConnection(Replies):
             self._ask()
 
     def _ask(self) -> None:
-        # Not by waiting: the caller may be the reader, for whom a sender may be waiting.
+        # Without waiting: the caller may be the reader, on which a sender may depend.
         poller = select.poll()
         try:
             poller.register(self._socket, select.POLLOUT)
-        except ValueError:  # closed meanwhile; who waits is told so
+        except ValueError:  # closed concurrently; waiting callers are notified
             return
         held = False
         try:
@@ -368,9 +370,9 @@ class BlockingConnection(Replies):
                 self._send_lock.release()
 
     def _read(self, since: float, request: PendingRequest | None) -> bool:
-        """Be the reader until *request* is done, or with None until nothing more is there.
+        """Read until *request* is done, or with None until no more data are available.
 
-        False when another thread reads; *request* then has an event to wait for.
+        Returns False if another thread reads; *request* then has an event to wait for.
         """
         reading = False
         number = 0
@@ -441,10 +443,10 @@ class BlockingConnection(Replies):
         return True
 
     def _lost_nothing(self) -> bool:
-        """Whether the reader, which was interrupted, can be followed by another one."""
+        """Whether another reader can continue after this one was interrupted."""
         receiving, self._receiving = self._receiving, False
         if interrupts.waits_held():
-            return True  # it was where it may be
+            return True  # it was interrupted at a safe point
         count = self._lookout.received
         if not receiving or not self._at_once or count in (UNKNOWN, 0):
             return False
@@ -453,8 +455,8 @@ class BlockingConnection(Replies):
         return True
 
     def _take_whole(self, since: float, request: PendingRequest) -> bool:
-        """Receive *request*'s reply, if it comes next and in one piece, in as few steps as that
-        takes; else False, and what has come is left to the ordinary way."""
+        """Receive *request*'s reply on a fast path, if it is next and arrives at once; otherwise
+        returns False, and the received data are left to the normal path."""
         place = self._wire.vacant()
         if place is None:
             return False
@@ -468,7 +470,7 @@ class BlockingConnection(Replies):
             self._check_silence(request, since)
             return False
         if not count:
-            return False  # the end, which comes again
+            return False  # end of stream, which will be reported again
         self._heard = time.monotonic()
         self._asked = False
         if (message := self._wire.whole(count)) is not None:
@@ -480,7 +482,7 @@ class BlockingConnection(Replies):
 
     def _take(self, event: wire.Event) -> None:
         if isinstance(event, Message) and event.payload:
-            # With the lock: the request may be given up meanwhile, by another thread.
+            # With the lock, since another thread may abandon the request.
             with self._mutex:
                 super()._take(event)
                 found = self._requests.get(event.header[0])
@@ -499,12 +501,12 @@ class BlockingConnection(Replies):
                 return
             try:
                 request.take_reply(message)
-            except errors.Exception as error:  # it is no longer among those that will fail
+            except errors.Exception as error:  # already removed from the table
                 request.finish(error=error)
                 raise
 
     def _time_out(self, request: PendingRequest, patience: str) -> None:
-        """Give up on *request*; its late reply must not touch the caller's buffer."""
+        """Fail *request*; its late reply must not access the caller's buffer."""
         with self._mutex:
             request.finish(
                 error=TimedOut(f"{request.what}: no reply from {self.endpoint} within {patience}")
@@ -518,7 +520,7 @@ class BlockingConnection(Replies):
     # The end
 
     def _fail(self, reason: str, kind: type[errors.Exception] = ConnectionLost) -> errors.Exception:
-        """Give up the connection: every request on it fails."""
+        """Mark the connection as failed; every pending request fails."""
         with self._mutex:
             if self._lost is None:
                 self._lost = kind(f"{self.endpoint}: {reason}")
@@ -526,7 +528,7 @@ class BlockingConnection(Replies):
             failed, self._requests = list(self._requests.values()), {}
             if not self._reading:
                 self._socket.close()
-            else:  # the reader closes it: its descriptor must not become another file meanwhile
+            else:  # the reader closes it, so that the descriptor is not reused meanwhile
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
         for request in failed:
@@ -534,7 +536,8 @@ class BlockingConnection(Replies):
         return lost
 
     def _forked(self) -> None:
-        """Let go of the socket, without a word, for the parent uses it."""
+        """In a forked child: close the socket without sending anything, since the parent uses
+        it."""
         self._send_lock = threading.Lock()
         self._mutex = threading.Lock()
         self._reading = False
@@ -545,16 +548,16 @@ class BlockingConnection(Replies):
         self._socket.close()
         requests, self._requests = self._requests, {}
         for request in requests.values():
-            request.event = None  # its lock may be held by a thread that is not here
+            request.event = None  # its lock may be held by a thread of the parent
             request.finish(error=ConnectionLost(f"{request.what}: {self._lost}"))
 
     def _unfinished(self) -> bool:
-        """Whether there are requests to wait for, and not only some that were given up."""
+        """Whether there are pending requests that were not abandoned."""
         with self._mutex:
             return bool(self._undoing) or any(not r.done for r in self._requests.values())
 
     def close(self, patience: float = 5.0) -> None:
-        """Wait for requests in flight, which must not be lost, and close."""
+        """Wait for pending requests that must not be lost, and close."""
         deadline = time.monotonic() + patience
         while self._unfinished() and self.usable and time.monotonic() < deadline:
             if not self.poll():

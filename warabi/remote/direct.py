@@ -1,4 +1,4 @@
-"""How a blocking client comes to direct access: a connection of its own, for grants only."""
+"""Direct access of a blocking client, over a separate connection for grants."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from warabi.shm.client import DirectAccess, Guest
 from warabi.shm.layout import ENTRIES
 
 _FIRST_SIZE = 64 * 1024
-"""Bytes of a transfer that is worth joining for at once; a smaller one is when it is not alone."""
+"""From this size in bytes on a transfer joins at once; smaller ones only if there are several."""
 _MADE_SIZE = 256 * 1024
-"""Bytes of a new region from which on they are better written past the provider."""
+"""From this size in bytes on the data of a new region are written by direct access."""
 _MOST_WANTED = 1024
 _ASKING_PATIENCE = 0.5
-"""Seconds that a grant, being asked for, has to come when the client closes."""
+"""Seconds to wait for a pending grant when the client closes."""
 
 
 def _made(made: list[Any], descriptors: list[int]) -> tuple[RegionID, Sequence[Any] | None]:
-    """What ``make`` answered: the region, and what was granted with one descriptor, if it was.
+    """Parse the result of ``make``: the region, and its grant with one descriptor, if any.
 
     Raises:
-        ProtocolError: these do not belong together; the descriptors are closed.
+        ProtocolError: it is inconsistent; the descriptors are closed.
     """
     region: RegionID = made[0]
     granted: Sequence[Any] = made[1:]
@@ -47,9 +47,9 @@ class DirectAccessChannel(DirectAccess):
     """Direct access to one target, if its provider grants it.
 
     Args:
-        connect: makes the connection, one that takes descriptors.
-        provider_id: whose target.
-        writable: whether regions are to be written.
+        connect: opens a connection with descriptors.
+        provider_id: of the target's provider.
+        writable: whether to request write access.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DirectAccessChannel(DirectAccess):
         self._connect = connect
         self._provider_id = provider_id
         self._writable = writable
-        self._lock = threading.Lock()  # held by who asks; others meanwhile use the provider
+        self._lock = threading.Lock()  # held while requesting a grant
         self._over = False
         self._begin()
         forks.register(self)
@@ -68,14 +68,15 @@ class DirectAccessChannel(DirectAccess):
         self.guest = None
         self._connection: BlockingConnection | None = None
         self._accesses = 0
-        self._wanted: dict[RegionID, None] = {}  # by callers that do not wait
-        self._beside = False  # a thread asks for them
+        self._wanted: dict[RegionID, None] = {}  # requested by callers that do not wait
+        self._beside = False  # a thread requests them
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
-        """The guest, if it was granted the region now; without *wait* that comes later.
+        """Request a grant; returns the guest if it was granted; without *wait* a thread requests
+        it.
 
         Raises:
-            TimedOut: the provider does not answer.
+            TimedOut: the provider does not reply.
         """
         if self._over:
             return None
@@ -96,7 +97,7 @@ class DirectAccessChannel(DirectAccess):
         return None
 
     def _ask_beside(self, what: str) -> None:
-        """Ask for what is wanted, while that is anything, for callers that do not wait."""
+        """Request grants for callers that do not wait, until there are none left."""
         try:
             while self._wanted and not self._over:
                 region = next(iter(self._wanted))
@@ -107,7 +108,7 @@ class DirectAccessChannel(DirectAccess):
             self._beside = False
 
     def _ask(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
-        """Ask for a grant; without *wait* None while others ask."""
+        """Request a grant; without *wait* returns None while another thread does."""
         held = False
         try:
             (held,) = map(self._lock.acquire, (wait,))  # in one step: see interrupts.py
@@ -139,12 +140,12 @@ class DirectAccessChannel(DirectAccess):
                 self._lock.release()
 
     def make(self, size: int) -> tuple[RegionID, Callable[[memoryview], bool]] | None:
-        """A new region of *size* bytes, and what writes all of them; None when an ordinary request
-        has to do it, False from the latter when one has to do that.
+        """Create a region of *size* bytes; returns it and a function that writes its data.  None:
+        use a normal request to create it; if the function returns False: use one to write the data.
 
         Raises:
-            StorageFull, StorageError, and what else there is to say of a region that is created.
-            TimedOut: the provider does not answer.
+            StorageFull, StorageError: and the other errors of creating a region.
+            TimedOut: the provider does not reply.
         """
         what = "create_and_write"
         if size < _MADE_SIZE or self._over:
@@ -210,8 +211,8 @@ class DirectAccessChannel(DirectAccess):
         return result, self._connection.take_descriptors()
 
     def _erase_made(self, connection: BlockingConnection, request: PendingRequest) -> None:
-        """Erase the region that *request* makes, whose caller was interrupted; in a thread of its
-        own, because the answer may take long."""
+        """Erase the region that *request* creates, whose caller was interrupted; in a separate
+        thread, because the reply may take long."""
         with contextlib.suppress(errors.Exception):
             made = connection.wait(request)
             for fd in connection.take_descriptors():
@@ -223,7 +224,7 @@ class DirectAccessChannel(DirectAccess):
         connection.close(0.0)
 
     def _end(self) -> None:
-        """No direct access any more."""
+        """End direct access."""
         self._over = True
         if self.guest is not None:
             self.guest.close()
@@ -231,7 +232,7 @@ class DirectAccessChannel(DirectAccess):
             self._connection.close(0.0)
 
     def _restart(self) -> None:
-        """An answer was given up, and with it whatever descriptors come with it: begin anew."""
+        """Start again with a new connection, since a reply with its descriptors was abandoned."""
         if self.guest is not None:
             self.guest.close()
         if self._connection is not None:
@@ -239,7 +240,8 @@ class DirectAccessChannel(DirectAccess):
         self._begin()
 
     def _forked(self) -> None:
-        """What was granted is the parent's; the child asks for its own, over its own connection."""
+        """In a forked child: grants belong to the parent; request new ones over a new
+        connection."""
         self._lock = threading.Lock()
         self._begin()
 
@@ -249,7 +251,7 @@ class DirectAccessChannel(DirectAccess):
         try:
             (held,) = map(self._lock.acquire, (True,), (_ASKING_PATIENCE,))
             if not held:
-                # The thread that asks waits for a provider that does not answer.
+                # The requesting thread waits for a provider that does not respond.
                 self._over = True
                 if self._connection is not None:
                     self._connection.close(0.0)

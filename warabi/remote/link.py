@@ -19,7 +19,7 @@ from warabi.shm.client import NO_ACCESS, DirectAccess
 
 
 def _withdraw(requests: Sequence[PendingRequest]) -> None:
-    """Have nothing touch the buffers of requests any more whose caller was interrupted."""
+    """Ensure that buffers of requests with an interrupted caller are not accessed any more."""
     for request in requests:
         if request.connection is not None and not request.done:
             request.connection.withdraw(request)
@@ -64,10 +64,10 @@ class WireLink:
         connection.submit(request, header, payload)
 
     def _run(self, begin: Callable[..., None], *arguments: Any) -> Any:
-        """Do what *begin* adds to its first argument, a list of requests, as it sends them.
+        """Run the requests that *begin* sends and adds to its first argument, a list.
 
-        A caller that is interrupted, here or where it waits, leaves none behind that touches its
-        buffers: each is in the list before it is sent.
+        If the caller is interrupted, here or while waiting, no request that accesses its buffers is
+        left behind: each is in the list before it is sent.
         """
         requests: list[PendingRequest] = []
         try:
@@ -78,7 +78,7 @@ class WireLink:
             raise
 
     def _begun(self, begin: Callable[..., None], *arguments: Any) -> list[PendingRequest]:
-        """As :meth:`_run`, without waiting."""
+        """The same as :meth:`_run`, without waiting."""
         requests: list[PendingRequest] = []
         try:
             begin(requests, *arguments)
@@ -97,7 +97,7 @@ class WireLink:
 
     def _new(self, requests: list[PendingRequest], name: str, **settings: Any) -> PendingRequest:
         request = PendingRequest(name, **settings)
-        if name in CREATE:  # what it makes after it was given up is erased
+        if name in CREATE:  # erase what it creates after it was abandoned
             request.late = self._erase
         requests.append(request)
         return request
@@ -163,7 +163,7 @@ class WireLink:
             self._submit(connection, request, (region, offset + start, persist, extend), piece)
 
     def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
-        """Refuse a transfer in pieces as a whole, before its first piece."""
+        """Check the bounds of a transfer in chunks before its first chunk."""
         have = self.size(region)
         if offset + size > have:
             raise errors.OutOfBounds(
@@ -256,7 +256,7 @@ class WireLink:
     def _groups(
         self, connection: BlockingConnection, region: RegionID, extents: list[Extent], what: str
     ) -> list[list[Extent]]:
-        """What goes into one message each; when it takes several, all extents are checked first."""
+        """Yield the extents for each message; if there are several, all are checked first."""
         found = list(groups(extents, connection.limits.payload, EXTENTS))
         if len(found) > 1:
             for offset, size in extents:
@@ -295,7 +295,7 @@ class WireLink:
         persist: bool,
         fill: Callable[[memoryview], bool],
     ) -> None:
-        """Write *data* to a region that was just made; it is erased when that fails."""
+        """Write *data* to a new region; on failure it is erased."""
         try:
             if not fill(data):
                 self._run(self._write, region, 0, data, persist, False)

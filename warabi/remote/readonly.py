@@ -1,7 +1,7 @@
-"""A blocking link that only reads: what would change something is refused before it is sent.
+"""A read-only blocking link: operations that change anything are refused before they are sent.
 
-The provider refuses it too; here the caller is told at once, and a target in the caller's own
-process, which no connection protects, is as safe.
+The provider refuses them, too; this reports the error earlier, and also protects a target in the
+caller's own process, which has no connection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def refuse_change(name: str) -> None:
 
 
 class ReadOnlyLink:
-    """*link*, but only to read."""
+    """Restricts *link* to operations that only read."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
