@@ -1,11 +1,11 @@
-"""The client for Trio programs: the API of ``warabi.client``, every wait a checkpoint.
+"""The client for Trio programs: the API of ``warabi.client``, where every wait is a checkpoint.
 
     async with warabi.aio.connect(address, provider_id) as target:
         region = await target.create_and_write(b"...")
 
-A request that is cancelled has taken effect or not, and its late reply touches nobody's buffer; a
-region that it creates late is erased.  A cancelled write's data must not change until the
-connection ends or another request on it has been answered.
+A cancelled request has taken effect or not, and its late reply never accesses the caller's buffer;
+a region that it creates late is erased.  The data of a cancelled write must not change until the
+connection ends or a later request on it has completed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _CONNECT_TIMEOUT = 10.0
 
 
 class Target:
-    """A target, as :class:`warabi.client.TargetHandle`, whose methods, arguments, results and
-    errors these are.
+    """A target with the methods, arguments, results and errors of
+    :class:`warabi.client.TargetHandle`.
 
     Every method is a coroutine; a cancelled one has taken effect or not.
     """
@@ -59,7 +59,7 @@ class Target:
 
     @property
     def link(self) -> AsyncLink:
-        """The way to the target, without the checks of arguments."""
+        """The link to the target, without validation of arguments."""
         return self._link
 
     def __reduce__(self) -> str:
@@ -69,7 +69,7 @@ class Target:
         )
 
     def call(self, name: str, *arguments: Any) -> Awaitable[Any]:
-        """Carry out an operation of :data:`warabi.protocol.operations.OPERATIONS`."""
+        """Execute an operation of :data:`warabi.protocol.operations.OPERATIONS`."""
         return self._link.call(name, arguments)
 
     async def create(self, size: int) -> RegionID:
@@ -85,7 +85,7 @@ class Target:
         *,
         extend: bool = False,
     ) -> None:
-        """Store *data*; with *extend* a write beyond the region's end makes it grow."""
+        """Write *data*; with *extend* a write beyond the region's end makes it grow."""
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
         await self._link.write(_id(region), offset, view, bool(persist), extend)
@@ -114,7 +114,8 @@ class Target:
         await self._link.read_into(_id(region), checked_size(offset, "read_into: offset"), view)
 
     async def read_some(self, region: RegionID, offset: int, buffer: Any) -> int:
-        """As :meth:`read_into`, but the region may end earlier: returns how many bytes there were.
+        """The same as :meth:`read_into`, but the region may end earlier: returns the number of
+        bytes read.
 
         *buffer* is at most as large as the provider's limit on a payload.
         """
@@ -122,10 +123,10 @@ class Target:
         return await self.read_later(region, offset, len(view), lambda: view)
 
     async def read_later(self, region: RegionID, offset: int, size: int, place: GetBuffer) -> int:
-        """As :meth:`read_some`, of *size* bytes into the view of as many that *place* gives.
+        """The same as :meth:`read_some`, into a view of *size* bytes that *place* returns.
 
-        It is asked when they come, or not at all, so that who waits for many replies needs no
-        buffer for each; and again, for the same view, when the connection was lost meanwhile.
+        *place* is called when the data arrive, or not at all, so that pending reads need no
+        buffers; and again, for the same view, if the connection was lost in between.
         """
         offset = checked_size(offset, "read_some: offset")
         return await self._link.read_some(_id(region), offset, size, place)
@@ -135,7 +136,7 @@ class Target:
         await self.call("persist", _id(region), offset, checked_size(size, "persist: size"))
 
     async def fsync(self, region: RegionID, *, times: bool = True) -> None:
-        """Make the whole region durable; with *times* its timestamps too."""
+        """Make the whole region durable; with *times* also its timestamps."""
         await self.call("fsync", _id(region), times)
 
     async def write_vector(
@@ -229,7 +230,7 @@ class Target:
         end = 0
         while (start := await self.seek_data(region, end)) is not None:
             end = await self.seek_hole(region, start) or 0
-            if end <= start:  # the region became shorter
+            if end <= start:  # the region was truncated
                 return
             yield start, end - start
 
@@ -254,14 +255,14 @@ class Target:
         return done
 
     async def changes(self, *, new_names: bool = False) -> AsyncGenerator[Changes, None]:
-        """What others change in the target, as it happens; never ends by itself.
+        """Yield changes of the target by other clients; never ends by itself.
 
-        The first item says that everything may have changed, and so does one after changes that
-        were too many to be told, or a lost connection.  Of several changes of one thing, one
-        may be told.  One iteration at a time and connection.
+        The first item reports that everything may have changed, and so does one after too many
+        changes, or a lost connection.  Several changes of one object may be merged.  Only one
+        iteration at a time per connection.
 
         Args:
-            new_names: tell also of names that meant nothing before.
+            new_names: include names that did not exist before.
         """
         number = 0
         while True:
@@ -311,7 +312,7 @@ class Target:
 
 
 def _id(region: Any) -> RegionID:
-    """*region*, or ``InvalidRegion`` for what can be none."""
+    """Return *region*; raises ``InvalidRegion`` if it is not a region ID."""
     return region if type(region) is RegionID else RegionID(region)
 
 
@@ -321,7 +322,7 @@ def _asyncio_runs() -> bool:
 
 
 def check_loop(what: str) -> None:
-    """Raise ``RuntimeError``, which says what to use instead, unless a Trio loop runs *what*."""
+    """Raise ``RuntimeError``, with advice, unless *what* runs in a Trio loop."""
     if trio.lowlevel.in_trio_run():
         return
     if _asyncio_runs():
@@ -347,26 +348,26 @@ async def connect(
     ended: trio.Event | None = None,
     deadlines: bool = False,
 ) -> AsyncIterator[Target]:
-    """A target behind the engine at *address*, while the block runs.
+    """Connect to a target of the engine at *address*, for the duration of the block.
 
     Args:
-        address: as ``str(engine.addr())`` gives it.
+        address: as returned by ``str(engine.addr())``.
         provider_id: 0 to 65535.
         timeout: seconds without a sign of life from the provider after which a call raises
             ``TimedOut``.
-        deadline: seconds after which it does so whatever signs of life come; by default 5 times
+        deadline: seconds after which a call raises it even with signs of life; by default 5 times
             *timeout* for calls that only read, 60 times for others.
-        share: whether regions of a provider on this host may be reached directly.
+        share: whether to use direct access to regions of a provider on this host.
         read_only: let every change fail with ``PermissionDenied``, here and at the provider.
         tls, token, token_file: as in an engine's configuration, see docs/security.md.
-        ended: set when the connection has ended, whoever ended it.
-        deadlines: whether a call also raises ``TimedOut`` that is not answered for *timeout* while
-            others are; for ten times as long, if it may wait for a medium.
+        ended: set when the connection has ended, for whatever reason.
+        deadlines: whether a call also raises ``TimedOut`` if it does not complete for *timeout*
+            while others do; ten times that if it may wait for stable storage.
 
     Raises:
-        ConfigError: a malformed address, or something wrong with the certificates or the token.
-        PermissionDenied: the engine does not let this side in, or is not who it should be.
-        ConnectionFailed, ProtocolError, TimedOut: no engine answers there.
+        ConfigError: a malformed address, or invalid certificates or token.
+        PermissionDenied: the engine refuses this client, or cannot authenticate itself.
+        ConnectionFailed, ProtocolError, TimedOut: no engine responds there.
         ProviderNotFound: that engine has no such provider.
         RuntimeError: not in a Trio task.
     """
@@ -418,7 +419,7 @@ async def connect(
             finally:
                 if side is not None:
                     await side.aclose()
-        except Exception as error:  # kept out of the nursery, which would wrap it in a group
+        except Exception as error:  # a nursery would wrap it in a group
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
@@ -428,7 +429,8 @@ async def connect(
 async def _in_thread(
     endpoint: Endpoint, limit: float, shown: auth.Security
 ) -> tuple[socket.socket, Transport]:
-    """As ``transport.connect``; a connection that comes after a cancellation is closed."""
+    """The same as ``transport.connect``; a connection that arrives after a cancellation is
+    closed."""
     lock = threading.Lock()
     made: list[socket.socket] = []
     given_up = False
@@ -460,13 +462,13 @@ async def _run(connection: TrioConnection, ended: trio.Event | None) -> None:
 
 
 async def _run_until_closed(connection: TrioConnection) -> None:
-    """Whoever is cancelled: there is a last word to say."""
+    """Run even if the caller is cancelled: a last message must be sent."""
     with trio.CancelScope(shield=True):
         await connection.run()
 
 
 def attach(target: LocalTarget) -> Target:
-    """The Trio API on a target of this process; what may wait for its medium goes to threads."""
+    """Return the Trio API for a target of this process; calls that may block use threads."""
     if _asyncio_runs():
         check_loop("warabi.aio.attach()")
     return Target(AsyncDirectLink(target))

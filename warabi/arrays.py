@@ -1,6 +1,6 @@
-"""NumPy arrays as regions: what a region holds is a file of NumPy's ``.npy`` format.
+"""NumPy arrays as regions, in the ``.npy`` file format.
 
-No input or output here, so that blocking and Trio clients share it.  NumPy is imported when an
+This module does no I/O, so that blocking and Trio clients share it.  NumPy is imported when an
 array is first stored or fetched.
 """
 
@@ -24,24 +24,25 @@ _LENGTHS = {(1, 0): "<H", (2, 0): "<I", (3, 0): "<I"}
 """The format of the length of the rest of the header, by the version of the format."""
 _ALIGNMENT = 64  # of the data, so that they can be mapped from a file and used as they are
 _LONGEST_HEADER = 1 << 20
-_PIECE = 1 << 22  # bytes of a strided array that are gathered at a time
+_PIECE = 1 << 22  # bytes of a strided array to gather at a time
 PREFIX = 1 << 16
-"""Bytes to transfer at first; a smaller array is complete with them."""
+"""Bytes of the first transfer, which is sufficient for small arrays."""
 
 
 class NotAnArray(Exception, ValueError):
-    """The region holds no array, or one that cannot be made without running its code."""
+    """The region does not contain an array, or one that cannot be created without executing its
+    code."""
 
 
 def encode(array: Any) -> tuple[int, Iterator[tuple[int, memoryview]]]:
-    """The size in bytes of *array*'s region, and what goes where in it.
+    """Return the size in bytes of *array*'s region, and an iterator of offsets and data.
 
-    An array that is contiguous, in C's or in Fortran's order, is not copied, and keeps its order;
-    of others a few megabytes are copied at a time.
+    A contiguous array, in C or Fortran order, is not copied, and keeps its order; of others a few
+    megabytes are copied at a time.
 
     Raises:
         InvalidBuffer: an array of objects or of a type that cannot be described, a masked one, or
-            no array at all.
+            not an array.
     """
     import numpy
     from numpy.lib import format as npy
@@ -99,12 +100,12 @@ def _pieces(header: bytes, array: NDArray[Any]) -> Iterator[tuple[int, memoryvie
 
 
 def _flat(array: NDArray[Any]) -> memoryview:
-    """The bytes of a C-contiguous array, without a copy."""
+    """Return the bytes of a C-contiguous array, without copying."""
     return array.reshape(-1).view("u1").data if array.nbytes else memoryview(bytearray())
 
 
 def data_offset(region: object, size: int, prefix: bytes) -> int:
-    """Where an array's bytes begin, which may be beyond *prefix*.
+    """Return the offset of an array's data, which may be beyond *prefix*.
 
     Args:
         region: for messages.
@@ -112,7 +113,7 @@ def data_offset(region: object, size: int, prefix: bytes) -> int:
         prefix: its first bytes, at least ``PREFIX`` of them or all.
 
     Raises:
-        NotAnArray: the region holds something else.
+        NotAnArray: the region contains something else.
     """
     if prefix[: len(_MAGIC)] != _MAGIC or len(prefix) < _FIXED + 4:
         raise NotAnArray(
@@ -131,7 +132,7 @@ def data_offset(region: object, size: int, prefix: bytes) -> int:
 
 
 def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memoryview]:
-    """An array to be filled, and its bytes.
+    """Return an array to be filled, and its bytes.
 
     Args:
         region: for messages.
@@ -139,7 +140,7 @@ def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memo
         header: its bytes up to :func:`data_offset`.
 
     Raises:
-        NotAnArray: the header describes no array, or a larger one than the region holds.
+        NotAnArray: the header does not describe an array, or one that exceeds the region.
     """
     import numpy
     from numpy.lib import format as npy
@@ -154,7 +155,7 @@ def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memo
         if not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"shape {shape!r}")
         needed = dtype.itemsize * math.prod(shape)
-    except (builtins.Exception, MemoryError) as error:  # whatever a wrong description leads to
+    except (builtins.Exception, MemoryError) as error:  # any error of an invalid header
         raise NotAnArray(f"get_array {region!r}: its header: {error}") from None
     if dtype.hasobject:
         raise NotAnArray(f"get_array {region!r}: dtype {dtype} holds references to objects")
@@ -164,7 +165,7 @@ def decode(region: object, size: int, header: bytes) -> tuple[NDArray[Any], memo
         )
     try:
         array = numpy.empty(shape, dtype, "F" if fortran else "C")
-    except ValueError as error:  # too many dimensions, or too large without having a byte
+    except ValueError as error:  # too many dimensions, or too large a shape without data
         raise NotAnArray(f"get_array {region!r}: {error}") from None
     return array, _flat(array.T if fortran else array)
 

@@ -1,11 +1,11 @@
-"""A whole service from one JSON document, in the form that Mochi's Bedrock takes for Warabi.
+"""A complete service from one JSON document, in the format of Mochi's Bedrock for Warabi.
 
     with Server("na+sm", {"providers": [{"name": "blobs", "type": "warabi", "config": {...}}]}):
         ...
 
-What only makes sense with Argobots, Mercury and shared libraries is accepted, shown by
-``get_config()``, and reported as having no effect: a configuration written for Bedrock starts
-here as it is.
+Settings that apply only to Argobots, Mercury and shared libraries are accepted, returned by
+``get_config()``, and logged as having no effect: a configuration for Bedrock can be used
+unchanged.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ _Section = Annotated[Any, AfterValidator(_section)]
 
 
 class _Margo(Model):
-    """The engine's settings.  Margo's own may have any values, and no effect."""
+    """The engine's settings.  Those of Margo may have any values, and no effect."""
 
     model_config = ConfigDict(extra="allow")
 
     timeout: float | None = Field(default=None, strict=True, gt=0, le=1e9)
     insecure: StrictBool | None = None
     share: StrictBool | None = None
-    # Looked into by the engine.
+    # Validated by the engine.
     tls: dict[str, Any] | None = None
     limits: dict[str, Any] | None = None
     token_file: StrictStr | None = None
@@ -109,8 +109,8 @@ class _Margo(Model):
         return self
 
     def engine(self) -> dict[str, Any]:
-        """What ``Engine`` takes."""
-        # What is given as null is not as if it were not given: Engine refuses it.
+        """The configuration for ``Engine``."""
+        # Null is not the same as a missing key: Engine rejects it.
         return {
             key: getattr(self, key)
             for key in ("timeout", "share", "limits", *KEYS)
@@ -142,20 +142,20 @@ class _Service(Model):
 
 
 class Server:
-    """An engine with the providers that a configuration describes.
+    """An engine with the providers of a configuration.
 
     Args:
-        address: where to listen, as ``Engine`` takes it.
+        address: where to listen, as for ``Engine``.
         config: dict or JSON text.  ``providers`` is an array of objects with ``type``
-            (``"warabi"``), ``name`` (``warabi-<provider_id>`` unless given), ``provider_id``
-            (the first one that is free), ``config`` (what ``Provider`` takes) and ``tags``;
+            (``"warabi"``), ``name`` (default ``warabi-<provider_id>``), ``provider_id`` (default:
+            the first free one), ``config`` (the configuration of ``Provider``) and ``tags``;
             ``margo`` may have the settings of ``Engine``.  Other keys of Bedrock and Margo have
             no effect, which is logged as a warning, once for each.
-        engine: settings of ``Engine`` that count instead of those in ``margo``.
+        engine: settings of ``Engine`` that override those in ``margo``.
 
     Raises:
-        ConfigError: a key that is unknown or of the wrong type, with its JSON path; a provider
-            of another type; a name or ID that is there twice; an address that cannot be used.
+        ConfigError: a key that is unknown or of the wrong type, with its JSON path; a provider of
+            another type; a duplicate name or ID; an address that cannot be used.
         TargetBusy, CorruptTarget, StorageError, StorageFull, PermissionDenied: a target could
             not be opened.  Those opened before are closed again.
     """
@@ -186,10 +186,10 @@ class Server:
         path: str | os.PathLike[str],
         engine: dict[str, Any] | None = None,
     ) -> Server:
-        """As ``Server(address, config, engine)``, with the configuration from a file.
+        """The same as ``Server(address, config, engine)``, with the configuration from a file.
 
         Raises:
-            ConfigError: it cannot be read; and as ``Server``.
+            ConfigError: it cannot be read; otherwise as ``Server``.
         """
         try:
             with open(path, encoding="utf-8") as file:
@@ -218,7 +218,7 @@ class Server:
 
     @property
     def address(self) -> Address:
-        """Where clients reach it; ``str()`` gives the text for other processes."""
+        """The address for clients; ``str()`` returns the text for other processes."""
         return self._engine.addr()
 
     @property
@@ -239,7 +239,7 @@ class Server:
         return found
 
     def finalize(self) -> None:
-        """Answer what has come in, then close every provider; nothing is deleted.  Idempotent."""
+        """Complete pending requests, then close every provider; nothing is deleted.  Idempotent."""
         self._engine.finalize()
 
     def wait_for_finalize(self) -> None:
@@ -257,7 +257,7 @@ class Server:
 
 
 def _complete(providers: list[_Provider]) -> None:
-    """Give names and IDs to providers without; refuse those that two have."""
+    """Assign missing names and IDs to providers; reject duplicates."""
     ids: dict[int, int] = {}
     for i, provider in enumerate(providers):
         if provider.provider_id is not None:
@@ -282,7 +282,7 @@ def _distinct(first: int, i: int, key: str, value: object) -> None:
 
 
 def _without_effect(settings: _Service) -> Iterator[str]:
-    """The keys that were given and mean nothing here, each once."""
+    """Yield the given keys that have no effect, each once."""
     for key in sorted(settings.margo.model_extra or ()):
         yield f"margo.{key}"
     for key in ("libraries", "bedrock", "clients", "abt_io", "mona", "ssg"):

@@ -38,22 +38,22 @@ __all__ = [
 
 
 def _id(region: Any) -> RegionID:
-    """*region*, or ``InvalidRegion`` for what can be none."""
+    """Return *region*; raises ``InvalidRegion`` if it is not a region ID."""
     return region if type(region) is RegionID else RegionID(region)
 
 
 class AsyncRequest:
-    """An operation under way.  Dropping it neither cancels the operation nor harms others."""
+    """A pending operation.  Dropping it neither cancels the operation nor affects others."""
 
     def __init__(self, link: Link, requests: Sequence[PendingRequest]) -> None:
         self._link = link
         self._requests = requests
 
     def wait(self) -> Any:
-        """Return, None, when the operation is done; raise what it raised.  May be called again.
+        """Wait for the operation; returns None, or raises its error.  May be called repeatedly.
 
-        A ``KeyboardInterrupt`` gives a read up, and the buffer is the caller's again; other
-        operations go on, and may be waited for again.
+        A ``KeyboardInterrupt`` abandons a read, and the buffer belongs to the caller again; other
+        operations continue, and may be waited for again.
         """
         self._wait()
 
@@ -67,7 +67,7 @@ class AsyncRequest:
             raise
 
     def completed(self) -> bool:
-        """Whether :meth:`wait` would return at once; becomes true without anybody waiting."""
+        """Whether :meth:`wait` would return at once; becomes true without a call of it."""
         for request in self._requests:
             if not request.done:
                 self._link.poll(request)
@@ -87,16 +87,16 @@ class AsyncRequest:
 
 
 class AsyncCreateRequest(AsyncRequest):
-    """As :class:`AsyncRequest`, of an operation that makes a region."""
+    """A pending operation that creates a region."""
 
     def wait(self) -> RegionID:
-        """The new region's ID."""
+        """Wait for the operation; returns the new region's ID."""
         region: RegionID = self._wait()
         return region
 
 
 class _Nowhere:
-    """In the place of a link, for a handle without one: whatever is asked of it fails."""
+    """Replaces the link of a handle without a target: every operation fails."""
 
     def _fail(self, *_: object) -> Any:
         raise TargetNotFound("the handle has no target; create it with make_target_handle()")
@@ -108,21 +108,21 @@ _NOWHERE: Any = _Nowhere()
 
 
 class TargetHandle:
-    """A target, wherever it is.  ``TargetHandle()`` is none: it is false and its calls fail.
+    """A handle of a target.  ``TargetHandle()`` has no target: it is false and its calls fail.
 
     Thread-safe.  Sizes and offsets are in bytes.  ``data`` is any object with a contiguous
-    buffer, ``buffer`` a writable one.  Besides what each method tells, every call raises
-    ``TargetNotFound`` or ``ProviderNotFound`` when there is no target, ``ConnectionFailed`` or
-    ``ConnectionLost`` when its provider cannot be reached (any more), ``TimedOut`` when it does
-    not answer, ``StorageError`` when the medium fails, and ``OutOfBounds`` for an extent outside
-    the region or a number that is no size.
+    buffer, ``buffer`` a writable one.  In addition to the errors of each method, every call raises
+    ``TargetNotFound`` or ``ProviderNotFound`` if there is no target, ``ConnectionFailed`` or
+    ``ConnectionLost`` if its provider cannot be reached (any more), ``TimedOut`` if it does not
+    respond, ``StorageError`` for I/O errors, and ``OutOfBounds`` for an extent outside the region
+    or a number that is not a size.
     """
 
     def __init__(
         self, link: Link | None = None, engine: Engine | None = None, place: Place | None = None
     ) -> None:
         self._link: Link = _NOWHERE if link is None else link
-        self._engine = engine  # lives as long as its handles
+        self._engine = engine  # kept alive by its handles
         self._place = place
         if engine is not None and place is not None and isinstance(_inner(self._link), DirectLink):
             forks.register(self, last=True)
@@ -131,7 +131,8 @@ class TargetHandle:
         return self._link is not _NOWHERE
 
     def _forked(self) -> None:
-        """The target is the parent's, and is reached as by any other process."""
+        """In a forked child: the target belongs to the parent, and is accessed like from any
+        process."""
         assert self._engine is not None
         assert self._place is not None
         old, self._link = self._link, _remote_link(self._engine, self._place)
@@ -139,7 +140,7 @@ class TargetHandle:
 
     @property
     def link(self) -> Link:
-        """The way to the target, without the checks of arguments."""
+        """The link to the target, without validation of arguments."""
         return self._link
 
     # Copies and pickles: see processes.py.
@@ -162,16 +163,16 @@ class TargetHandle:
     # Regions
 
     def create(self, size: int) -> RegionID:
-        """A new region of *size* zero bytes.
+        """Create a region of *size* zero bytes; returns its ID.
 
         Raises:
-            StorageFull: no room, or *size* could never fit.
+            StorageFull: there is not enough space, or the storage is smaller than *size*.
         """
         region: RegionID = self._link.call("create", checked_size(size, "create: size"))
         return region
 
     def create_async(self, size: int) -> AsyncCreateRequest:
-        """As :meth:`create`, not waiting."""
+        """The same as :meth:`create`, without waiting."""
         size = checked_size(size, "create: size")
         return self._creating(lambda: self._link.start("create", size))
 
@@ -182,12 +183,12 @@ class TargetHandle:
         )
 
     def write(self, region: RegionID, offset: int, data: Any, persist: bool = False) -> None:
-        """Store *data* at *offset*; with *persist*, durably.
+        """Write *data* at *offset*; with *persist*, durably.
 
         Raises:
             InvalidRegion: unknown or erased.
             InvalidBuffer: *data* has no contiguous buffer.
-            StorageFull: the medium has no room.
+            StorageFull: there is not enough space.
         """
         guest = self._link.writing.guest
         if guest is not None and guest.put(region, offset, data):
@@ -317,7 +318,7 @@ class TargetHandle:
         self._link.read_vector(_id(region), checked, view)
 
     def persist_vector(self, region: RegionID, extents: Iterable[tuple[int, int]]) -> None:
-        """As :meth:`persist`, of several ``(offset, size)`` extents, in one request.
+        """The same as :meth:`persist`, for several ``(offset, size)`` extents, in one request.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -336,27 +337,28 @@ class TargetHandle:
         self._link.call("erase", _id(region))
 
     def erase_async(self, region: RegionID) -> AsyncRequest:
-        """As :meth:`erase`, not waiting."""
+        """The same as :meth:`erase`, without waiting."""
         return AsyncRequest(self._link, self._link.start("erase", _id(region)))
 
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
-        """A new region of just *data*; with *persist*, durable.
+        """Create a region with the contents *data*; with *persist*, durable.
 
-        A process that is killed meanwhile may leave a region with part of large *data*.
+        If the process is killed, a region with part of large *data* may be left.
 
         Raises:
             InvalidBuffer: *data* has no contiguous buffer.
-            StorageFull: no room; no region remains.
+            StorageFull: there is not enough space; no region remains.
         """
         return self._link.create_and_write(readable(data, "create_and_write: data"), bool(persist))
 
     def create_and_write_async(self, data: Any, persist: bool = False) -> AsyncCreateRequest:
-        """As :meth:`create_and_write`, not waiting; *data* must not change until it is done."""
+        """The same as :meth:`create_and_write`, without waiting; *data* must not change until it is
+        done."""
         view = readable(data, "create_and_write: data")
         return self._creating(lambda: self._link.start_create_and_write(view, bool(persist)))
 
     def size(self, region: RegionID) -> int:
-        """The region's size.
+        """Return the region's size in bytes.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -364,8 +366,8 @@ class TargetHandle:
         return self._link.size(_id(region))
 
     def stat(self, region: RegionID) -> RegionStat:
-        """The region's size, times (ns since the epoch) and paths in the tree of names, up to 1000
-        of them and about 64 KiB.
+        """Return the region's size, times (ns since the epoch) and paths, up to 1000 of them and
+        about 64 KiB.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -374,9 +376,9 @@ class TargetHandle:
         return found
 
     def list(self, page_size: int = PAGE) -> Iterator[RegionID]:
-        """Every region, in an order of the target's own, *page_size* of them a request.
+        """Yield every region in an unspecified order, *page_size* of them per request.
 
-        Regions created or erased meanwhile may or may not appear.
+        Regions created or erased during the iteration may or may not appear.
         """
         last = RegionID()
         page_size = max(1, checked_size(page_size, "list: page_size"))
@@ -385,8 +387,8 @@ class TargetHandle:
             last = page[-1]
 
     def list_stats(self, page_size: int = PAGE) -> Iterator[tuple[RegionID, RegionStat]]:
-        """As :meth:`list`, each region with what :meth:`stat` tells of it, in as many requests as
-        the provider likes, up to *page_size* regions each."""
+        """The same as :meth:`list`, with the result of :meth:`stat` for each region; the provider
+        chooses the number of regions per request, up to *page_size*."""
         last = RegionID()
         page_size = max(1, checked_size(page_size, "list_stats: page_size"))
         while page := self._link.call("list_stats", last, page_size):
@@ -468,7 +470,7 @@ class TargetHandle:
         end = 0
         while (start := self.seek_data(region, end)) is not None:
             end = self.seek_hole(region, start) or 0
-            if end <= start:  # the region became shorter
+            if end <= start:  # the region was truncated
                 return
             yield start, end - start
 
@@ -517,13 +519,13 @@ class TargetHandle:
     # NumPy
 
     def put_array(self, array: NDArray[Any], persist: bool = False) -> RegionID:
-        """A new region that holds *array*, as a file of NumPy's ``.npy`` format would.
+        """Create a region with *array* in NumPy's ``.npy`` format.
 
-        Nothing is copied but arrays that are not contiguous, a few megabytes at a time.
+        Only arrays that are not contiguous are copied, a few megabytes at a time.
 
         Raises:
-            InvalidBuffer: an array of objects, a masked one, or no array.
-            StorageFull: no room; no region remains.
+            InvalidBuffer: an array of objects, a masked one, or not an array.
+            StorageFull: there is not enough space; no region remains.
         """
         size, pieces = arrays.encode(array)
         if size <= arrays.PREFIX:
@@ -543,11 +545,11 @@ class TargetHandle:
             raise
 
     def get_array(self, region: RegionID) -> NDArray[Any]:
-        """The array that *region* holds, with its type, shape and order.
+        """Return the array in *region*, with its type, shape and order.
 
         Raises:
             InvalidRegion: unknown or erased.
-            NotAnArray: it holds something else.
+            NotAnArray: it contains something else.
         """
         size = self.size(region)
         prefix = self.read(region, 0, min(size, arrays.PREFIX))
@@ -564,20 +566,20 @@ class TargetHandle:
     # Names
 
     def open_name(self, path: str) -> RegionID:
-        """The region at *path* in the tree that a mount shows.
+        """Return the region at *path* in the tree that a mount shows.
 
         Raises:
-            PathError: with ``errno`` ENOENT, ENOTDIR, or EISDIR or EINVAL for what is no region.
+            PathError: with ``errno`` ENOENT, ENOTDIR, or EISDIR or EINVAL if it is not a region.
         """
         region: RegionID = self._link.call("open_name", checked_path(path, "open_name"))
         return region
 
     def link_name(self, region: RegionID, path: str) -> None:
-        """Give the region the name *path*, in a directory that exists.
+        """Give the region the name *path*, in an existing directory.
 
         Raises:
             InvalidRegion: unknown or erased.
-            PathError: with ``errno`` EEXIST when the name is taken, ENOENT, ENOTDIR.
+            PathError: with ``errno`` EEXIST if the name exists, ENOENT, ENOTDIR.
         """
         self._link.call("link_name", _id(region), checked_path(path, "link_name"))
 
@@ -590,7 +592,8 @@ class TargetHandle:
         self._link.call("unlink_name", checked_path(path, "unlink_name"))
 
     def list_names(self, path: str = "/") -> Iterator[str]:
-        """The names in the directory at *path*; the root also has the IDs of nameless regions.
+        """Yield the names in the directory at *path*; the root also has the IDs of nameless
+        regions.
 
         Raises:
             PathError: with ``errno`` ENOENT, ENOTDIR.
@@ -604,11 +607,11 @@ class TargetHandle:
     # Tuning
 
     def set_eager_write_threshold(self, size: int) -> None:
-        """Send data of up to *size* bytes inside the request's header; 2048 unless changed."""
+        """Send data of up to *size* bytes inside the request's header (default 2048)."""
         self._link.eager_write = checked_size(size, "set_eager_write_threshold: size")
 
     def set_eager_read_threshold(self, size: int) -> None:
-        """Get data of up to *size* bytes inside the reply's header; 2048 unless changed."""
+        """Receive data of up to *size* bytes inside the reply's header (default 2048)."""
         self._link.eager_read = checked_size(size, "set_eager_read_threshold: size")
 
 
@@ -621,10 +624,10 @@ def _inner(link: Link) -> Link:
 
 
 def _link_to(engine: Engine, place: Place) -> Link:
-    """The way from *engine* to a target, over a connection that is made when it is needed.
+    """Return a link from *engine* to a target, over a connection that is opened when needed.
 
     Raises:
-        ProviderNotFound: it would be in *engine* itself, which has no such provider.
+        ProviderNotFound: the address is *engine*'s own, and it has no such provider.
     """
     text, provider_id, read_only = place
     runtime = engine._state.runtime
@@ -662,7 +665,7 @@ def _unpickled_client(settings: dict[str, Any]) -> Client:
 
 
 class Client:
-    """Makes handles to targets, through an engine."""
+    """Creates handles of targets, through an engine."""
 
     def __init__(self, engine: Engine) -> None:
         if not isinstance(engine, Engine):
@@ -672,14 +675,14 @@ class Client:
     def make_target_handle(
         self, address: str, provider_id: int, read_only: bool = False
     ) -> TargetHandle:
-        """A handle to the target of a provider.
+        """Create a handle of a provider's target.
 
         With *read_only* every change fails with ``PermissionDenied``, here and at the provider.
 
         Raises:
             ConfigError: a malformed address or ID.
-            PermissionDenied: the engine does not let this one in, or is not who it should be.
-            ConnectionFailed, ProtocolError, TimedOut: no engine answers there.
+            PermissionDenied: the engine refuses this client, or cannot authenticate itself.
+            ConnectionFailed, ProtocolError, TimedOut: no engine responds there.
             ProviderNotFound: that engine has no such provider.
         """
         text = str(_address.parse(str(address)))
@@ -716,4 +719,4 @@ class Client:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Nothing to close: connections are the engine's."""
+        """No effect: connections belong to the engine."""

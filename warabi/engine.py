@@ -1,8 +1,8 @@
-"""Engines: the process's end of the network, serving or not.
+"""Engines: endpoints of the network, serving or not.
 
 A serving engine runs a Trio loop in a background thread (``provider/loop.py``); a client's engine
-has no thread, its calls do their own I/O.  Neither keeps the interpreter from exiting: an engine
-that is collected or outlived is finalized then.
+has no thread, its calls do their own I/O.  Neither keeps the interpreter from exiting: an engine is
+finalized when it is garbage-collected, or at interpreter exit.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 _LONGEST = 1_000_000_000
-"""Seconds of the longest timeout: more than the system's timers take is an error there."""
+"""Longest timeout in seconds: system timers reject longer ones."""
 
 
 class Mode(enum.Enum):
-    """Whether an engine serves, or only calls others."""
+    """Whether an engine serves, or only connects to others."""
 
     CLIENT = "client"
     SERVER = "server"
@@ -51,7 +51,7 @@ server = Mode.SERVER
 
 
 class Address:
-    """Where an engine can be reached; ``str()`` gives the text for other processes."""
+    """The address of an engine; ``str()`` returns the text for other processes."""
 
     def __init__(self, text: str, engine: Engine | None = None) -> None:
         self._text = text
@@ -70,14 +70,14 @@ class Address:
         return hash(self._text)
 
     def __reduce__(self) -> tuple[type[Address], tuple[str]]:
-        return Address, (self._text,)  # an engine is no part of its address
+        return Address, (self._text,)  # without the engine
 
     def shutdown(self) -> None:
-        """Ask the engine there to finalize.
+        """Request the engine at this address to finalize.
 
         Raises:
             PermissionDenied: it has not enabled remote shutdown.
-            ConnectionFailed: nobody listens there.
+            ConnectionFailed: no engine listens there.
         """
         from warabi.remote.link import WireLink
 
@@ -90,13 +90,13 @@ class Address:
 
 
 class Connections:
-    """The connections of one engine to others, one for each address, and another for those who
-    only read, made when first needed.
+    """The connections of one engine to others, one for each address, and separate ones for
+    read-only access, opened when first needed.
 
     Args:
-        patience: of each.
-        security: what is shown to others, and demanded of them.
-        share: whether regions of other processes on this host may be reached directly.
+        patience: timeouts of each.
+        security: what is presented to others, and required of them.
+        share: whether to use direct access to regions of other processes on this host.
     """
 
     def __init__(self, patience: Patience, security: Security, share: bool = True) -> None:
@@ -115,12 +115,12 @@ class Connections:
         self._open = {}
 
     def get(self, text: str, read_only: bool = False) -> BlockingConnection:
-        """A usable connection to *text*; raises as ``BlockingConnection`` does."""
+        """Return a usable connection to *text*; raises as ``BlockingConnection`` does."""
         key = (text, read_only)
         found = self._open.get(key)
         if found is not None and found.usable and not self._closed:
             return found
-        # Without the lock: whoever closes them holds it until what is under way has ended.
+        # Without the lock, which close() holds until pending requests have ended.
         self._check_open(text)
         with self._lock:
             self._check_open(text)
@@ -139,7 +139,7 @@ class Connections:
     def side_channel(
         self, text: str, provider_id: int, read_only: bool
     ) -> DirectAccessChannel | None:
-        """What reaches the regions of a provider directly; None where that cannot be."""
+        """Return direct access to the regions of a provider; None if that is not possible."""
         endpoint = address.parse(text)
         if not (self._share and endpoint.local):
             return None
@@ -158,7 +158,7 @@ class Connections:
             return self._side[key]
 
     def alone(self, text: str) -> BlockingConnection:
-        """As :meth:`get`, a new connection that the caller shares with nobody, and closes."""
+        """Return a new connection that the caller shares with no other, and closes."""
         return BlockingConnection(address.parse(text), self.patience, self._security)
 
     def close(self) -> None:
@@ -173,22 +173,22 @@ class Connections:
 
 
 class _State:
-    """What an engine holds.  It never refers to the ``Engine``, so that one can be collected."""
+    """The state of an engine.  It never refers to the ``Engine``, so that that can be collected."""
 
     def __init__(self, connections: Connections) -> None:
         self.connections = connections
         self.runtime: Runtime | None = None
-        self.parent = 0  # the process that serves, when this one was forked from it
+        self.parent = 0  # the serving process, if this one was forked from it
         self.lock = threading.Lock()
         self.finalized = threading.Event()
         self.wanted = threading.Event()  # wait_for_finalize() should return
-        self.wakers: list[Callable[[], None]] = []  # to be called when it is set
+        self.wakers: list[Callable[[], None]] = []  # called when it is set
         self.before: list[Callable[[], object]] = []
         self.after: list[Callable[[], object]] = []
         forks.register(self)
 
     def _forked(self) -> None:
-        """From now on a client's engine of this process; the callbacks are the parent's."""
+        """In a forked child: becomes a client's engine; the callbacks belong to the parent."""
         self.lock = threading.Lock()
         self.finalized, finalized = threading.Event(), self.finalized
         self.wanted = threading.Event()
@@ -201,7 +201,7 @@ class _State:
             self.runtime = None
 
     def wake(self) -> None:
-        """Let ``wait_for_finalize`` return."""
+        """Make ``wait_for_finalize`` return."""
         self.wanted.set()
         for waker in list(self.wakers):
             waker()
@@ -226,13 +226,13 @@ class _State:
             callback()
 
     def finalize_soon(self) -> None:
-        """From the engine's own loop, which cannot wait for itself."""
+        """Finalize from the engine's own loop, which cannot wait for itself."""
         self.wake()
         threading.Thread(target=self.finalize, name="warabi-finalize").start()
 
 
 _unfinalized: set[_State] = set()
-"""Engines that the end of the interpreter has to finalize."""
+"""Engines to finalize at interpreter exit."""
 
 
 @atexit.register
@@ -245,8 +245,8 @@ def _finalize_all() -> None:
 
 
 def _finalize_collected(state: _State) -> None:
-    """The engine object is gone.  In a thread of its own: the collector that calls this runs
-    anywhere, in the engine's loop or in a call that holds a target's lock."""
+    """Finalize a garbage-collected engine, in a separate thread: the collector runs anywhere, in
+    the engine's loop or in a call that holds a target's lock."""
 
     def finalize() -> None:
         try:
@@ -254,34 +254,34 @@ def _finalize_collected(state: _State) -> None:
         except Exception:
             Engine.logger.exception("finalizing a garbage-collected engine failed")
 
-    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and sees to it
+    with contextlib.suppress(RuntimeError):  # the interpreter is exiting, which finalizes it
         _thread.start_new_thread(finalize, ())
 
 
 class Engine:
-    """This process's end of the network.
+    """This process's endpoint of the network.
 
     Args:
-        addr: the transport, with where to listen if that matters: ``na+sm``, ``tcp``,
+        addr: the transport, and optionally where to listen: ``na+sm``, ``tcp``,
             ``ofi+tcp://127.0.0.1:5555``.
         mode: ``server`` or ``client``.
         use_progress_thread: accepted for compatibility; progress is always made.
         num_rpc_threads: accepted for compatibility.
         config: dict or JSON text; ``timeout``, seconds without a sign of life from a provider
-            after which a call gives up (default 60); ``deadline``, seconds after which it gives
-            up whatever signs of life come (by default 5 times ``timeout`` for calls that only
-            read, 60 times for those that may wait for stable storage or for a migration);
-            ``tls``, ``token``, ``token_file``, ``read_only_token``, ``read_only_token_file`` and
-            ``insecure``, who may connect and do what, see docs/security.md; ``limits``, how much
-            peers may take; ``share`` (default true), whether processes of the same host may reach
-            regions directly, in memory or files that they share with the provider, in either mode.
+            after which a call fails (default 60); ``deadline``, seconds after which it fails
+            even with signs of life (by default 5 times ``timeout`` for calls that only read, 60
+            times for those that may wait for stable storage or for a migration); ``tls``,
+            ``token``, ``token_file``, ``read_only_token``, ``read_only_token_file`` and
+            ``insecure``, authentication and permissions, see docs/security.md; ``limits``, limits
+            on peers; ``share`` (default true), whether processes of the same host may have direct
+            access to regions, in memory or files that they share with the provider, in either mode.
             Margo's own keys (``warabi._core.config_keys.MARGO``) have no effect, which is logged.
 
     Raises:
-        ConfigError: a malformed address or configuration, an unknown key in it among others, or
-            nothing can listen there.
+        ConfigError: a malformed address or configuration, for example an unknown key, or it
+            cannot listen there.
         PermissionDenied: it would listen beyond loopback, unprotected; or a file with a secret
-            is open to every user.
+            is accessible to every user.
     """
 
     logger = logging.getLogger("warabi")
@@ -318,7 +318,7 @@ class Engine:
             endpoint = state.runtime.endpoint
         elif endpoint.local:
             endpoint = Endpoint(endpoint.scheme, name=f"{os.getpid()}-0")
-        self._address = Address(str(endpoint))  # not with self: that would be a cycle
+        self._address = Address(str(endpoint))  # without self, which would be a cycle
         _unfinalized.add(state)
         weakref.finalize(self, _finalize_collected, state).atexit = False
         processes.remember(self)
@@ -330,21 +330,21 @@ class Engine:
         )
 
     def addr(self) -> Address:
-        """The address that another process can connect to."""
+        """Return the address that other processes can connect to."""
         return Address(str(self._address), self)
 
     @property
     def address(self) -> Address:
-        """As :meth:`addr`."""
+        """The same as :meth:`addr`."""
         return self.addr()
 
     @property
     def listening(self) -> bool:
-        """Whether others can connect."""
+        """Whether other processes can connect."""
         return self._state.runtime is not None and not self._state.finalized.is_set()
 
     def lookup(self, address: str) -> Address:
-        """The address that *address* spells.
+        """Parse *address*.
 
         Raises:
             ConfigError: it is malformed.
@@ -354,15 +354,15 @@ class Engine:
         return Address(str(parse(address)), self)
 
     def on_prefinalize(self, callback: Callable[[], object]) -> None:
-        """Have *callback* called before the engine stops."""
+        """Call *callback* before the engine stops."""
         self._state.before.append(callback)
 
     def on_finalize(self, callback: Callable[[], object]) -> None:
-        """Have *callback* called when the engine has stopped."""
+        """Call *callback* when the engine has stopped."""
         self._state.after.append(callback)
 
     def enable_remote_shutdown(self) -> None:
-        """Let others end this engine with ``Address.shutdown()``."""
+        """Allow peers to stop this engine with ``Address.shutdown()``."""
         if self._state.runtime is not None:
             self._state.runtime.remote_shutdown = True
 
@@ -386,7 +386,7 @@ class Engine:
             self._state.finalize()
             self._state.finalized.wait()
             return
-        # To the end: another signal would find the default handler, before all is persisted.
+        # Handlers stay until everything is persisted: the default handler would kill the process.
         with ShutdownSignals() as ending:
             self._state.wakers.append(ending.come)
             try:

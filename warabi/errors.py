@@ -1,7 +1,7 @@
-"""Everything the library raises, and how it travels.
+"""The exceptions of the library, and their encoding in replies.
 
-One table maps a class to its code on the wire, in both directions.  A class that is not in
-the table cannot cross the wire: the provider sends it as ``ProviderFailed`` and logs it.
+One table maps a class to its code in messages, in both directions.  A class that is not in the
+table cannot be sent: the provider sends it as ``ProviderFailed`` and logs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 
 
 class Exception(builtins.Exception):
-    """Base of everything that the library raises.
+    """Base class of the library's exceptions.
 
     The message names the operation, the region or path, and the numbers involved.
     """
@@ -23,7 +23,7 @@ class InvalidRegion(Exception, ValueError):
 
 
 class OutOfBounds(Exception, ValueError):
-    """An extent leaves its region, or a number is negative or no integer."""
+    """An extent exceeds its region, or a number is negative or not an integer."""
 
 
 class InvalidBuffer(Exception, TypeError, BufferError):
@@ -35,7 +35,7 @@ class ConfigError(Exception, ValueError):
 
 
 class ProviderNotFound(Exception):
-    """Nothing serves that provider ID at that address."""
+    """There is no provider with that ID at that address."""
 
 
 class TargetNotFound(Exception):
@@ -43,23 +43,23 @@ class TargetNotFound(Exception):
 
 
 class ConnectionFailed(Exception):
-    """No connection could be made."""
+    """A connection could not be opened."""
 
 
 class ConnectionLost(Exception):
-    """The connection ended before the answer came; the operation may have taken effect."""
+    """The connection ended before the reply arrived; the operation may have taken effect."""
 
 
 class ProtocolError(Exception):
-    """The peer does not speak this protocol, or broke one of its rules."""
+    """The peer does not speak this protocol, or violated it."""
 
 
 class TimedOut(Exception):
-    """No answer in time; the operation may still take effect.
+    """No reply in time; the operation may still take effect.
 
     Attributes:
-        alone: whether other requests are answered, on the connection on which this one is not.
-        unsent: whether it was not sent, since its caller was gone.
+        alone: whether other requests on the same connection are completed.
+        unsent: whether it was not sent, since its caller was cancelled.
     """
 
     alone = False
@@ -67,11 +67,11 @@ class TimedOut(Exception):
 
 
 class StorageFull(Exception):
-    """The medium or the target's quota has no room."""
+    """The storage, or the target's quota, is exhausted."""
 
 
 class StorageError(Exception):
-    """The medium failed."""
+    """An I/O error of the storage."""
 
 
 class CorruptTarget(Exception):
@@ -79,7 +79,7 @@ class CorruptTarget(Exception):
 
 
 class BadArchive(Exception, ValueError):
-    """An archive of a target is damaged, cut off, or none."""
+    """An archive of a target is damaged, truncated, or not an archive."""
 
 
 class PermissionDenied(Exception):
@@ -95,7 +95,7 @@ class ProviderFailed(Exception):
 
 
 class PathError(Exception, OSError):
-    """A name in the target's tree cannot be used so; ``errno`` says why, as for a file."""
+    """An operation on a name in the target's tree failed; ``errno`` tells why, as for a file."""
 
     def __init__(self, number: int, message: str) -> None:
         OSError.__init__(self, number, message)
@@ -109,8 +109,8 @@ class WouldBlock(builtins.Exception):
 
 
 class Lengthy(builtins.Exception):
-    """Internal: a call would take more steps than it was allowed, and has done nothing.  Never
-    leaves the library."""
+    """Internal: a call would exceed its limit on steps, and has had no effect.  Never leaves the
+    library."""
 
 
 _BY_CODE: dict[str, type[Exception]] = {
@@ -136,35 +136,35 @@ _BY_CODE: dict[str, type[Exception]] = {
 _CODES: dict[type[Exception], str] = {cls: code for code, cls in _BY_CODE.items()}
 
 _LONGEST = 8192
-"""Characters of a message on the wire: one may repeat what it is about, of any length."""
+"""Most characters of a message in a reply: it may quote arguments of any length."""
 Failure = tuple[str, str, int]
-"""A failure on the wire: code, message, errno (0 but for ``path``)."""
+"""An error in a reply: code, message, errno (0 except for ``path``)."""
 
 
 def to_wire(error: Exception) -> Failure:
-    """*error* as the three values that a failure reply carries."""
+    """Encode *error* for a reply."""
     number = error.errno or 0 if isinstance(error, PathError) else 0
     return _CODES.get(type(error), "failed"), str(error)[:_LONGEST], number
 
 
 def from_wire(code: str, message: str, number: int) -> Exception:
-    """The exception that a failure reply stands for; an unknown code is a ``ProviderFailed``."""
+    """Decode an error in a reply; an unknown code becomes ``ProviderFailed``."""
     if code == "path":
         return path_error(number, message)
     return _BY_CODE.get(code, ProviderFailed)(message)
 
 
 def path_error(number: int, message: str = "") -> PathError:
-    """A ``PathError`` with the system's words for errno *number* when *message* is empty."""
+    """Return a ``PathError``; without *message* it has the system's message for errno *number*."""
     return PathError(number, message or os.strerror(number))
 
 
 def from_os(error: OSError, what: str) -> Exception:
-    """The library's exception for a failed system call; *what* names the operation."""
+    """Convert the error of a system call; *what* names the operation."""
     text = f"{what}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
         return StorageFull(text)
-    if error.errno in (errno.EMFILE, errno.ENFILE):  # the medium has room
+    if error.errno in (errno.EMFILE, errno.ENFILE):  # not a lack of storage
         return StorageError(f"{text}; raise the limit on open files (ulimit -n)")
     if error.errno == errno.EFBIG:
         return OutOfBounds(f"{text}: beyond the largest file of the file system")

@@ -1,12 +1,12 @@
-"""Handles and clients in other processes than the one that made them: what pickles carry.
+"""Pickling of handles and clients for other processes.
 
-A pickle of a ``TargetHandle`` has the address, the provider's ID, whether it is read-only, and what
-the configuration of its engine says of connecting: ``timeout``, ``share``, and the paths of
-certificates and of a ``token_file``.  **Secrets are not put in pickles**, which travel through
-queues, caches and files: a handle whose engine has a ``token`` as text cannot be pickled.
+A pickle of a ``TargetHandle`` has the address, the provider's ID, whether it is read-only, and the
+settings of its engine for connecting: ``timeout``, ``share``, and the paths of certificates and of
+a ``token_file``.  **Secrets are not put in pickles**, which may be stored in queues, caches and
+files: a handle whose engine has a ``token`` as text cannot be pickled.
 
 A process that unpickles uses the engine of that address, if it is its own, or one client's engine
-for each configuration, which is made when first needed and ends with the process.
+for each configuration, which is created when first needed and ends with the process.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PATHS = ("certificate", "key", "ca")
 
 
 def portable(addr: str, config: Any) -> dict[str, Any] | str:
-    """What of an engine's configuration, which was checked, another process needs to connect as
-    this one does; or why that cannot be told."""
+    """Return the part of an engine's validated configuration that another process needs to connect
+    in the same way; or a message why that is not possible."""
     if isinstance(config, str):
         config = json.loads(config or "{}")
     found: dict[str, Any] = {key: config[key] for key in _CONNECTING if key in config}
@@ -47,7 +47,7 @@ def portable(addr: str, config: Any) -> dict[str, Any] | str:
 
 
 def settings_of(engine: Engine, what: str) -> dict[str, Any]:
-    """What is pickled of *engine* with a *what*.
+    """Return the settings of *engine* to pickle with a *what*.
 
     Raises:
         TypeError: there is a secret in its configuration.
@@ -64,7 +64,7 @@ class _Engines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._all: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._made: dict[str, Engine] = {}  # by the settings that they were made with
+        self._made: dict[str, Engine] = {}  # by their settings
         forks.register(self)
 
     def _forked(self) -> None:
@@ -96,10 +96,10 @@ remember = _engines.remember
 
 
 def engine_for(settings: dict[str, Any], address: str = "") -> Engine:
-    """The engine of this process to use for what was pickled with *settings*: the one that serves
-    at *address*, or a client's.
+    """Return this process's engine for a pickle with *settings*: the one that serves at *address*,
+    or a client's.
 
     Raises:
-        ConfigError, PermissionDenied: a file that the configuration names is not usable here.
+        ConfigError, PermissionDenied: a file in the configuration is not usable here.
     """
     return _engines.serving(address) or _engines.made(settings)

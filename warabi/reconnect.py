@@ -1,23 +1,21 @@
-"""A Trio client's target that outlives its connections.
+"""A target of a Trio client that reconnects after losing the connection.
 
 Rules of this module:
 
-* One task, :meth:`ReconnectingLink.run`, makes connections, one after the other.  A call takes
-  the link of the one that is there, or waits for it until the outage has lasted for ``patience``.
-* A call whose answer was lost is repeated on the next connection if its operation says that this
-  does no harm (``Operation.repeatable``).  The others may or may not have taken effect, so they
-  raise.
-* A call that is not answered while others are fails and is not repeated.  If it may have pinned
-  something, the connection is given up, which gives it back.  Only ``watch`` is asked again after
-  that time, since it may rightly wait.  Nor is a call repeated that was lost
-  first longer than ``patience`` ago: it may be what ends the connections.
-* A call whose caller is gone (``warabi/_core/caller.py``) is neither sent nor repeated.
-* What a connection holds at the provider ends with it: pins are taken again before the next
-  link is used.  An inode that went meanwhile stays gone, its region is invalid.
-* What was written and not synced may be lost when a provider ends otherwise than in order.  A
-  target's *epoch* tells: when another one comes back, the next sync of each file that had such
-  data fails, once, as it does on a disk that failed.
-* Between looking at a table and changing it there is no checkpoint.
+* One task, :meth:`ReconnectingLink.run`, opens connections, one after the other.  A call uses the
+  current link, or waits for the next one until the outage has lasted for ``patience``.
+* A call whose reply was lost is repeated on the next connection if its operation allows that
+  (``Operation.repeatable``).  Others may or may not have taken effect, so they raise.
+* A call that does not complete while others do fails and is not repeated.  If it may have pinned
+  something, the connection is closed, which releases it.  Only ``watch`` is sent again after that
+  time, since it may legitimately wait.  A call that was first lost more than ``patience`` ago is
+  not repeated either: it may be what ends the connections.
+* A call whose caller was cancelled (``warabi/_core/caller.py``) is neither sent nor repeated.
+* State of a connection at the provider ends with it: pins are acquired again before the next link
+  is used.  An inode that was removed in between stays removed, its region is invalid.
+* Unsynced writes may be lost when a provider is not shut down cleanly.  This changes the target's
+  *epoch*: then the next sync of each file with such data fails, once, as after an I/O error.
+* Between reading a table and changing it there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -46,21 +44,21 @@ from warabi.remote.connection import TIMEOUT
 log = logging.getLogger(__name__)
 
 PATIENCE = 30.0
-"""Default seconds for which calls wait for a provider that went away."""
-_DELAYS = (0.05, 2.0)  # seconds between attempts to connect: the first ones, and the most
-_UNSYNCED = 65536  # files remembered, the latest ones, as having data that nobody synced
+"""Default seconds for which calls wait for a reconnect."""
+_DELAYS = (0.05, 2.0)  # initial and maximal seconds between attempts to connect
+_UNSYNCED = 65536  # most files that are remembered as having unsynced data
 _LOST = (errors.ConnectionLost, errors.TimedOut)
 _NOBODY_THERE = (*_LOST, errors.ConnectionFailed)
 _T = TypeVar("_T")
 
 
 class ReconnectingLink:
-    """The way to a target behind an engine, by one connection after the other.
+    """A link to a target of an engine over successive connections.
 
     Args:
         open_target: connects; its argument is set when the connection has ended.
         name: of the engine, for messages.
-        patience: seconds of an outage for which calls wait for its end.
+        patience: seconds of an outage for which calls wait.
     """
 
     def __init__(
@@ -72,19 +70,21 @@ class ReconnectingLink:
         self._open_target = open_target
         self._name = name
         self._patience = patience
-        self._link: AsyncLink | None = None  # of the connection that is there
-        self._ended = trio.Event()  # that connection has, or shall
-        self._back = trio.Event()  # the next one is there
+        self._link: AsyncLink | None = None  # of the current connection
+        self._ended = trio.Event()  # set when that connection has ended, or should
+        self._back = trio.Event()  # set when the next one is open
         self._since = 0.0  # when the outage began, by Trio's clock
         self._reason: errors.Exception = errors.ConnectionLost(f"{name}: not connected yet")
         self._identity: tuple[str, str] | None = None  # uuid and epoch of the target
         self._pins: Counter[int] = Counter()
-        self._generations: dict[int, int] = {}  # of pinned inodes: numbers may be used again
+        self._generations: dict[int, int] = {}  # of pinned inodes, whose numbers may be reused
         self._gone: set[int] = set()  # pinned ones that could not be pinned again
         self._clock = itertools.count(1)  # numbers changes
-        self._unsynced: dict[RegionID, int] = {}  # the last change of each file, oldest first
-        self._names_changed = 0  # the last change of a name that was not synced
-        self._torn: set[RegionID] = set()  # files that may have lost what was written
+        self._unsynced: dict[
+            RegionID, int
+        ] = {}  # number of the last change of each file, oldest first
+        self._names_changed = 0  # number of the last unsynced change of a name
+        self._torn: set[RegionID] = set()  # files that may have lost writes
         self._names_torn = False
 
     # Connections
@@ -115,12 +115,12 @@ class ReconnectingLink:
             delay = min(2 * delay, most)
 
     async def _restore(self, link: AsyncLink) -> None:
-        """See who is there, and take again what the last connection held."""
+        """Check the target's identity, and acquire again what the last connection held."""
         found = (await link.call("uuid", ()), await link.call("epoch", ()))
         if self._identity is not None and found[0] != self._identity[0]:
             raise errors.ConnectionFailed(f"{self._name}: a different target is served there now")
         held: Counter[int] = Counter()
-        while missing := self._pins - held:  # calls that ended late may add to it meanwhile
+        while missing := self._pins - held:  # calls that end late may add more
             for ino in missing.elements():
                 held[ino] += 1
                 if ino not in self._gone and not await self._pin_again(link, ino):
@@ -176,7 +176,7 @@ class ReconnectingLink:
     async def _do(
         self, name: str, work: Callable[[AsyncLink], Awaitable[_T]]
     ) -> tuple[_T, AsyncLink]:
-        """The result of *work*, which is the operation *name*, and the link that it came by."""
+        """Run *work*, which is the operation *name*; returns its result and link."""
         repeated_until = 0.0
         while True:
             link = await self._usable()
@@ -211,11 +211,12 @@ class ReconnectingLink:
             result, link = await self._do(name, lambda link: link.call(name, arguments))
         except _NOBODY_THERE:
             if name == "unpin":
-                # The pins ended with the connection; the next one must not take them again.
+                # The pins ended with the connection, and must not be acquired again by the next
+                # one.
                 await self._count_pins(name, arguments, None, None)
             raise
         if syncs:
-            self._check_torn(name, arguments)  # torn while it was repeated
+            self._check_torn(name, arguments)  # the data were lost while it was repeated
             self._synced(name, arguments, before)
         elif changes is Changing.NAMES:
             self._names_changed = next(self._clock)
@@ -243,7 +244,10 @@ class ReconnectingLink:
         found = result.attributes if isinstance(result, OpenedInode) else result
         if isinstance(found, Attributes):
             self._generations[ino] = found.generation
-        if count > 0 and self._link not in (link, None):  # it was pinned on one that ended since
+        if count > 0 and self._link not in (
+            link,
+            None,
+        ):  # it was pinned on a connection that has ended
             with suppress(errors.InvalidRegion, errors.PathError):
                 await self._do("pin", lambda link: link.call("pin", (ino,)))
 
@@ -259,10 +263,10 @@ class ReconnectingLink:
             del self._unsynced[next(iter(self._unsynced))]
 
     def _check_torn(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """Say, once, that a sync comes too late.
+        """Report, once, that a sync is too late.
 
         Raises:
-            StorageError: what was written before may be lost.
+            StorageError: earlier writes may be lost.
         """
         syncs = OPERATIONS[name].syncs
         if syncs is Syncs.NAMES:
@@ -298,7 +302,8 @@ class ReconnectingLink:
             except errors.TimedOut as error:
                 if not error.alone:
                     raise
-                # Nothing has changed, or the reply was lost, which the provider finds by *number*.
+                # Nothing has changed, or the reply was lost, which the provider detects by
+                # *number*.
             else:
                 return changes
 
@@ -311,7 +316,7 @@ class ReconnectingLink:
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
-        # Before and after: the answer may come when another provider is there already.
+        # Before and after: the reply may arrive when another provider is connected.
         self._changed(region, persist)
         await self._do("write", lambda link: link.write(region, offset, data, persist, extend))
         self._changed(region, persist)
@@ -358,18 +363,18 @@ async def connect(
     patience: float = PATIENCE,
     **settings: Any,
 ) -> AsyncIterator[aio.Target]:
-    """As :func:`warabi.aio.connect`, of which the arguments and errors are; the target outlives
-    the end of its provider, if that comes back at the same address.
+    """The same as :func:`warabi.aio.connect`, with its arguments and errors, for a target that
+    survives the end of its provider, if that restarts at the same address.
 
     Args:
         address: of the engine.
         provider_id: of the provider.
         timeout: seconds without a sign of life after which a connection counts as lost, and after
-            which a call that is not answered while others are raises ``TimedOut``: ten times as
-            many, if it may wait for a medium.
-        patience: seconds of an outage for which calls wait for its end; then they raise
-            ``ConnectionLost``, ``ConnectionFailed`` or ``TimedOut``.
-        settings: what else ``warabi.aio.connect`` takes, for every connection.
+            which a call that does not complete while others do raises ``TimedOut``: ten times that
+            if it may wait for stable storage.
+        patience: seconds of an outage for which calls wait; then they raise ``ConnectionLost``,
+            ``ConnectionFailed`` or ``TimedOut``.
+        settings: further arguments of ``warabi.aio.connect``, for every connection.
     """
     aio.check_loop("warabi.reconnect.connect()")
     link = ReconnectingLink(
@@ -384,7 +389,7 @@ async def connect(
         try:
             await nursery.start(link.run)
             yield aio.Target(link)
-        except Exception as error:  # kept out of the nursery, which would wrap it in a group
+        except Exception as error:  # a nursery would wrap it in a group
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:

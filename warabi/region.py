@@ -1,7 +1,7 @@
-"""Region identity.
+"""Region IDs.
 
-A region ID is a slot number and a random generation.  A slot may be used again after an
-erase, a generation is not, so an erased or foreign ID never resolves: no tombstones needed.
+A region ID is a slot number and a random generation.  A slot may be reused after an erase, a
+generation is not, so an erased or foreign ID never resolves, without tombstones.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ _PARTS = struct.Struct(">QQ")
 
 
 class RegionID(bytes):
-    """Sixteen opaque bytes that name a region: slot and generation, both big-endian u64.
+    """Sixteen opaque bytes that identify a region: slot and generation, both big-endian u64.
 
-    Immutable, hashable, orderable and picklable.  ``RegionID()`` is all zero and names nothing.
+    Immutable, hashable, orderable and picklable.  ``RegionID()`` is all zero and identifies
+    nothing.
 
     Raises:
         InvalidRegion: *data* is not a bytes-like object of exactly 16 bytes.
@@ -48,7 +49,7 @@ class RegionID(bytes):
         return int.from_bytes(self[8:], "big")
 
     def to_bytes(self) -> bytes:
-        """The 16 bytes, as ``RegionID(data)`` takes them back."""
+        """Return the 16 bytes, from which ``RegionID(data)`` creates the ID again."""
         return bytes(self)
 
     def __repr__(self) -> str:

@@ -23,24 +23,24 @@ from warabi.target.target import Target
 __all__ = ["Exception", "Provider"]
 
 _by_path: weakref.WeakValueDictionary[str, ProviderCore] = weakref.WeakValueDictionary()
-"""Providers of this process that have, or had, a target open on a path."""
+"""Providers of this process that have, or had, a target open at a path."""
 
 
 class Provider:
     """Serves a target under an ID of its engine.
 
-    It serves until it is closed or its engine is finalized, also when the program keeps no
-    reference to this object; a provider that nobody refers to any more makes room for a new
-    one of the same ID, or on the same path.
+    It serves until it is closed or its engine is finalized, even if the program keeps no reference
+    to this object; an unreferenced provider is closed when a new one needs the same ID or path.
 
     Args:
         engine: a serving engine.
-        provider_id: 0 to 65535, not taken in that engine.
-        config: dict or JSON text, see the README's table of backends.
+        provider_id: 0 to 65535, unused in that engine.
+        config: dict or JSON text, see docs/backends.md.
 
     Raises:
-        ConfigError: what is wrong, with its JSON path; or the target's path cannot be used.
-        TargetBusy: the target is open elsewhere; the message names the process.
+        ConfigError: an invalid configuration, with its JSON path; or the target's path cannot be
+            used.
+        TargetBusy: the target is already open; the message names the process.
         CorruptTarget, StorageError, StorageFull, PermissionDenied: opening the target failed.
     """
 
@@ -57,7 +57,7 @@ class Provider:
         if runtime is None or not engine.listening:
             raise ConfigError("Provider: needs an engine in server mode that is not finalized")
         _checked_id(provider_id)
-        self._engine = engine  # lives as long as its providers
+        self._engine = engine  # kept alive by its providers
         self._runtime = runtime
         self._core = interrupts.creating(lambda: self._open(provider_id, settings), self._close)
         weakref.finalize(self, setattr, self._core, "abandoned", True).atexit = False
@@ -136,7 +136,7 @@ class Provider:
         """
         where = (str(parse(str(address))), _checked_id(provider_id))
         sending = Sending(self._core, where, migration_options(options), progress)
-        interrupts.uninterrupted(sending.run)  # which says where it may be
+        interrupts.uninterrupted(sending.run)  # which it interrupts at safe points
 
     def close(self) -> None:
         """Stop serving and close the target, which keeps its regions.  Idempotent."""
@@ -169,7 +169,7 @@ def _checked_id(provider_id: int) -> int:
 
 
 def _remember(core: ProviderCore) -> None:
-    """Note which path a provider has open."""
+    """Record which path a provider has open."""
     target = core.config.target
     if target is not None and target.path is not None:
         _by_path[os.path.realpath(target.path)] = core
@@ -189,7 +189,7 @@ def _open(settings: ProviderConfig) -> Target | None:
     try:
         return opening.open_target(target)
     except TargetBusy:
-        # Perhaps by ourselves, for a provider that nobody can reach through its object any more.
+        # Possibly by an unreferenced provider of this process.
         holder = _by_path.get(os.path.realpath(target.path or ""))
         if holder is None or not holder.abandoned:
             raise

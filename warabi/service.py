@@ -1,4 +1,4 @@
-"""What a process that serves owes to the one that started it: signals, readiness, its address."""
+"""Helpers for serving processes: signals, readiness notification, address file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class ShutdownSignals:
-    """Waits for the end of the process: SIGTERM, SIGINT or :meth:`come`; for the main thread.
+    """Waits for SIGTERM, SIGINT or :meth:`come`; for the main thread.
 
-    Signals count from ``with`` on.  They arrive through a socket, because a signal that another
-    thread happens to take interrupts no wait in the main thread.  What comes through the socket
-    only wakes: it may stem from another signal that the program handles.
+    Signals are handled from ``with`` on.  They arrive through a socket, because a signal that
+    another thread receives does not interrupt a wait in the main thread.  Data in the socket only
+    wake the waiter: they may stem from another signal that the program handles.
 
     A child that another thread forks has the program's own handlers, and does not wake its parent.
     """
@@ -48,14 +48,14 @@ class ShutdownSignals:
         self._came = True
 
     def wait(self) -> None:
-        """Return when the end has come."""
+        """Return when a shutdown was requested."""
         while not self._came:
             self._reader.recv(1)
 
     def come(self) -> None:
-        """Let the end come; from any thread."""
+        """Request a shutdown; from any thread."""
         self._came = True
-        with contextlib.suppress(OSError):  # it is here already
+        with contextlib.suppress(OSError):  # already requested
             self._writer.send(b"\0")
 
     def __exit__(self, *exc: object) -> None:
@@ -77,7 +77,7 @@ class ShutdownSignals:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, if there is one, as sd_notify(3) does: ``READY=1``."""
+    """Notify the service manager, if there is one, like sd_notify(3): ``READY=1``."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
@@ -93,16 +93,16 @@ def notify(state: str) -> None:
 
 @contextlib.contextmanager
 def address_file(path: Path | None, address: str) -> Iterator[None]:
-    """A file with *address* while the block runs; readers see all of it or no file.
+    """Keep a file with *address* for the duration of the block; it is created atomically.
 
-    What is no regular file is written to, and left as it is at the end.
+    Anything other than a regular file is written to, and kept at the end.
     """
     if path is None:
         yield
         return
     text = f"{address}\n".encode()
     if path.is_fifo():
-        # In a thread: to open one waits for a reader, for which signals cannot wait.
+        # In a thread: opening a FIFO waits for a reader, which must not delay signals.
         threading.Thread(target=_tell, args=(path, text), daemon=True).start()
         yield
         return
@@ -112,7 +112,7 @@ def address_file(path: Path | None, address: str) -> Iterator[None]:
     finally:
         if written is not None:
             with contextlib.suppress(OSError):
-                # Another service may have taken the place.
+                # Another service may have replaced the file.
                 if not written.is_fifo() and written.read_bytes() == text:
                     written.unlink()
 

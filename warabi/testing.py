@@ -1,8 +1,8 @@
-"""Tests of what a storage promises, for backends inside and outside of this package.
+"""Conformance tests of storages, for backends inside and outside of this package.
 
 A backend inherits :class:`StorageTests`, or :class:`LastingStorageTests` if its regions outlive
-their process, in a class whose name begins with ``Test``, and says how a storage is made and how
-its bytes are reached behind its back; ``tests/storage/test_conformance.py`` and
+their process, in a class whose name begins with ``Test``, and defines how to create a storage and
+to access its data without the storage; ``tests/storage/test_conformance.py`` and
 ``tests/mount/test_dict_backend.py`` show it.  Needs pytest, which nothing else here imports.
 """
 
@@ -23,48 +23,48 @@ from warabi.errors import WouldBlock
 from warabi.region import RegionID
 
 SIZES: Final = (1, 1000, 4096, 70_001, 1 << 20)
-"""Bytes of regions: such as share a place with others, are aligned or not, and have their own."""
+"""Sizes of regions: with shared and separate locations, aligned or not."""
 
 _slots = itertools.count(1)
 
 
 def pattern(size: int, seed: int = 0) -> bytes:
-    """*size* bytes that look like no others, and hold no zero."""
+    """Return *size* bytes of a unique pattern without zeros."""
     return random.Random(seed).randbytes(size).replace(b"\0", b"\1")
 
 
 class StorageTests:
-    """What every storage does.  A class that overrides a test is refused."""
+    """Tests for every storage.  A class must not override tests."""
 
     # What a subclass supplies
 
     @pytest.fixture
     def storage(self) -> Iterator[Storage]:
-        """An empty storage, which is closed after the test."""
+        """Return an empty storage, which is closed after the test."""
         raise NotImplementedError
 
     def raw_get(self, storage: Storage, rid: RegionID, size: int) -> bytes:
-        """The region's first *size* bytes, read behind the storage's back."""
+        """Read the region's first *size* bytes without the storage."""
         raise NotImplementedError
 
     def raw_set(self, storage: Storage, rid: RegionID, data: bytes) -> None:
-        """Replace the region's first bytes behind the storage's back."""
+        """Replace the region's first bytes without the storage."""
         raise NotImplementedError
 
     # What a subclass supplies whose storage reads a catalogue
 
     def new_id(self, storage: Storage, size: int) -> RegionID:
-        """The ID of a region of *size* bytes that is about to be created."""
+        """Return the ID for a region of *size* bytes that is about to be created."""
         return RegionID.from_parts(next(_slots), random.getrandbits(63))
 
     def resized(self, storage: Storage, rid: RegionID, size: int) -> None:
-        """The region has this size from now on."""
+        """Called when the region's size has changed."""
 
     def retire(self, storage: Storage, rid: RegionID) -> None:
-        """The region is about to be erased."""
+        """Called when the region is about to be erased."""
 
     def is_stored(self, storage: Storage, rid: RegionID, size: int) -> bool:
-        """Whether a scan finds the region, of that size."""
+        """Whether a scan yields the region with that size."""
         return (rid, size) in list(storage.scan())
 
     # Of the tests
@@ -76,7 +76,7 @@ class StorageTests:
                 raise TypeError(f"{cls.__qualname__}: overrides {name}")
 
     def make(self, storage: Storage, data: bytes) -> RegionID:
-        """A new region of these bytes."""
+        """Create a region with these data."""
         rid = self.new_id(storage, len(data))
         storage.create(rid, len(data))
         if data:
@@ -84,14 +84,14 @@ class StorageTests:
         return rid
 
     def read(self, storage: Storage, rid: RegionID, offset: int, size: int) -> bytes:
-        """Bytes of a region, read into a buffer that had others."""
+        """Read bytes of a region into a buffer with other contents."""
         out = bytearray(b"\xa5" * (size + 2))
         storage.read_into(rid, offset, memoryview(out)[1:-1])
         assert (out[0], out[-1]) == (0xA5, 0xA5)
         return bytes(out[1:-1])
 
     def resize(self, storage: Storage, rid: RegionID, old: int, new: int) -> None:
-        """Change a region's size as a target does."""
+        """Resize a region as a target does."""
         storage.check(rid, old)
         storage.resize(rid, new)
         self.resized(storage, rid, new)
@@ -414,10 +414,10 @@ class StorageTests:
 
 
 class LastingStorageTests(StorageTests):
-    """What a storage does whose regions outlive their process."""
+    """Tests for storages whose regions outlive their process."""
 
     def reopen(self, storage: Storage) -> Storage:
-        """Close the storage in order, and open it anew; what is given is closed after the test."""
+        """Close the storage cleanly, and reopen it; the new one is closed after the test."""
         raise NotImplementedError
 
     def test_what_is_stored_is_there_after_it_was_opened_anew(self, storage: Storage) -> None:

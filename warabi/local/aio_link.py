@@ -22,7 +22,7 @@ GetBuffer = Callable[[], memoryview]
 
 
 class AsyncLink(Protocol):
-    """One way to a target."""
+    """The interface of links to a target."""
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any: ...
     async def changes(self, number: int, new_names: bool) -> Changes: ...

@@ -185,7 +185,7 @@ class DirectLink:
     def undo(self, requests: Sequence[PendingRequest]) -> None:
         for request in requests:
             if not request.done:
-                request.event.wait()  # a thread is at it, which cannot be stopped, but soon ends
+                request.event.wait()  # a thread executes it, which cannot be stopped, but ends soon
             if isinstance(request.result, RegionID):
                 self._erase(request.result)
 
@@ -270,7 +270,9 @@ class DirectLink:
 
     def withdraw(self, requests: Sequence[PendingRequest]) -> None:
         for request in requests:
-            if request.what == "read":  # a thread is at it, which cannot be stopped, but soon ends
+            if (
+                request.what == "read"
+            ):  # a thread executes it, which cannot be stopped, but ends soon
                 with contextlib.suppress(errors.Exception):
                     interrupts.uninterrupted(self.wait, request)
 

@@ -122,9 +122,7 @@ class TrioConnection(Replies):
                     for parts in self._transport.sealed([say]):
                         # A refused client may get an error here: the received message explains it.
                         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                            await self._socket.send(
-                                b"".join(parts)
-                            )  # small enough for the socket's buffer
+                            await self._socket.send(b"".join(parts))  # small: fits into the buffer
                     say = dialogue.send(await self._next_event())
         except StopIteration as end:
             self.limits = end.value

@@ -121,7 +121,7 @@ class AsyncDirectAccessChannel:
                     return
             self._guest.add(region, *await self._call("grant", [region]))
         except (errors.InvalidRegion, errors.TargetBusy):
-            pass  # what the caller does next says so too
+            pass  # the caller's next step reports it
         except (errors.Exception, OSError):
             self._end()
         finally:
@@ -130,7 +130,7 @@ class AsyncDirectAccessChannel:
 
     async def _join(self) -> Guest | None:
         self._connection = await self._connect()
-        if self._over:  # closed meanwhile
+        if self._over:  # closed concurrently
             self._connection.close()
             return None
         joined, descriptors = await self._call("join", [self._writable])
@@ -157,9 +157,9 @@ class AsyncDirectAccessChannel:
             self._connection.close()
 
     async def aclose(self) -> None:
-        """Touch nothing any more, and say so.
+        """Access nothing any more, and send ``leave``.
 
-        Also where who joined was cancelled before the answer: the provider counts a guest then.
+        Also if the caller of join was cancelled before the reply: the provider counts a guest then.
         """
         over, self._over = self._over, True
         if self._guest is not None:

@@ -53,7 +53,7 @@ class _Read(PendingRequest):
 
 
 class AsyncWireLink:
-    """A target behind a connection; what exceeds the provider's limits is split."""
+    """A link to a target over a connection; splits transfers that exceed the provider's limits."""
 
     def __init__(
         self,

@@ -87,9 +87,7 @@ class BlockingConnection(Replies):
         self._reading = False
         self._reader = 0  # ID of the reading thread
         self._lost: errors.Exception | None = None
-        self._filling: PendingRequest | None = (
-            None  # the request into whose buffer a payload is being received
-        )
+        self._filling: PendingRequest | None = None  # its buffer receives a payload
         self._receiving = False  # the reader is receiving; the protocol state is not updated yet
         self._undoing = 0  # threads that erase what interrupted requests create
         self._making: set[int] = set()  # requests that create something: see above
@@ -204,7 +202,7 @@ class BlockingConnection(Replies):
             for piece in self._transport.sealed(parts):
                 self._send_piece(piece)
         except OSError as error:
-            self.poll()  # a message that the provider sent before it closed explains more than EPIPE
+            self.poll()  # a last message of the provider explains more than EPIPE
             raise self._fail(f"{request.what}: {error.strerror}") from error
         except BaseException:
             self._fail(f"{request.what}: interrupted while it was being sent")
@@ -564,7 +562,7 @@ class BlockingConnection(Replies):
                 time.sleep(0.001)
                 continue
             if self._unfinished() and self.usable:
-                with contextlib.suppress(ValueError):  # closed meanwhile
+                with contextlib.suppress(ValueError):  # closed concurrently
                     poller = select.poll()
                     poller.register(self._socket, select.POLLIN)
                     poller.poll(10)

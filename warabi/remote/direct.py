@@ -125,7 +125,7 @@ class DirectAccessChannel(DirectAccess):
             guest.add(region, *self._call(what, "grant", [region]))
             return guest
         except (errors.InvalidRegion, errors.TargetBusy):
-            return None  # what the caller does next says so too
+            return None  # the caller's next step reports it
         except errors.TimedOut:
             self._end()
             raise
@@ -246,7 +246,7 @@ class DirectAccessChannel(DirectAccess):
         self._begin()
 
     def close(self) -> None:
-        """Touch nothing any more, and say so."""
+        """Access nothing any more, and send ``leave``."""
         held = False
         try:
             (held,) = map(self._lock.acquire, (True,), (_ASKING_PATIENCE,))

@@ -26,12 +26,12 @@ def _withdraw(requests: Sequence[PendingRequest]) -> None:
 
 
 class WireLink:
-    """A target behind a connection; what exceeds the provider's limits is split.
+    """A link to a target over a connection; splits transfers that exceed the provider's limits.
 
     Args:
-        connect: gives the connection to use for the next request.
-        provider_id: which provider of that engine.
-        side: reaches regions past the provider, where that can be.
+        connect: returns the connection for the next request.
+        provider_id: of the target's provider.
+        side: direct access, where that is possible.
     """
 
     def __init__(
