@@ -200,31 +200,31 @@ class TargetHandle:
         self._link.write(_id(region), offset, view, bool(persist), False)
 
     def append(self, region: RegionID, data: Any, persist: bool = False) -> int:
-        """Store *data* at the end of the region, which grows by it; returns the offset, in bytes,
-        at which *data* begins.
+        """Write *data* at the end of the region, which grows; returns the offset of *data* in
+        bytes.
 
-        Atomic: appends of several clients neither overlap nor mix.  When the connection is lost
-        before the answer came (``ConnectionLost``, ``TimedOut``), *data* was appended or not.
+        Atomic: appends of several clients neither overlap nor mix.  If the connection is lost
+        before the reply (``ConnectionLost``, ``TimedOut``), *data* was appended or not.
 
         Raises:
             InvalidRegion: unknown or erased.
-            InvalidBuffer: *data* has no contiguous buffer, or is larger than what the provider
-                takes in one request (4 MiB).
-            StorageFull: the medium has no room; nothing was appended.
+            InvalidBuffer: *data* has no contiguous buffer, or exceeds the provider's limit on one
+                request (4 MiB).
+            StorageFull: there is not enough space; nothing was appended.
         """
         return self._link.append(_id(region), readable(data, "append: data"), bool(persist))
 
     def write_async(
         self, region: RegionID, offset: int, data: Any, persist: bool = False
     ) -> AsyncRequest:
-        """As :meth:`write`, not waiting; *data* must not change until it is done."""
+        """The same as :meth:`write`, without waiting; *data* must not change until it is done."""
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
         requests = self._link.start_write(_id(region), offset, view, bool(persist))
         return AsyncRequest(self._link, requests)
 
     def read(self, region: RegionID, offset: int, size: int) -> bytes:
-        """Exactly *size* bytes from *offset*.
+        """Return exactly *size* bytes from *offset*.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -232,7 +232,7 @@ class TargetHandle:
         offset = checked_size(offset, "read: offset")
         size = checked_size(size, "read: size")
         region = _id(region)
-        if size > 1 << 20:  # a size that only a mistake explains must not be allocated
+        if size > 1 << 20:  # check before allocating an absurd size
             have = self.size(region)
             if offset + size > have:
                 raise OutOfBounds(
@@ -255,13 +255,14 @@ class TargetHandle:
         self._link.read_into(_id(region), offset, view)
 
     def read_async(self, region: RegionID, offset: int, buffer: Any) -> AsyncRequest:
-        """As :meth:`read_into`, not waiting; *buffer* is filled when the request is done."""
+        """The same as :meth:`read_into`, without waiting; *buffer* is filled when the request is
+        done."""
         view = writable(buffer, "read_async: buffer")
         offset = checked_size(offset, "read_async: offset")
         return AsyncRequest(self._link, self._link.start_read(_id(region), offset, view))
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
-        """Return when the extent is on the medium, and will be found there after a crash.
+        """Return when the extent is on stable storage, and will be found there after a crash.
 
         Raises:
             InvalidRegion: unknown or erased.
@@ -269,7 +270,7 @@ class TargetHandle:
         self._link.persist(*self._extent(region, offset, size))
 
     def persist_async(self, region: RegionID, offset: int, size: int) -> AsyncRequest:
-        """As :meth:`persist`, not waiting."""
+        """The same as :meth:`persist`, without waiting."""
         extent = self._extent(region, offset, size)
         return AsyncRequest(self._link, self._link.start("persist", *extent))
 
@@ -288,14 +289,14 @@ class TargetHandle:
         data: Any,
         persist: bool = False,
     ) -> None:
-        """Store *data* in several ``(offset, size)`` extents, one after the other, in one request.
+        """Write *data* to several ``(offset, size)`` extents, one after the other, in one request.
 
-        What extents that overlap hold in common is undefined afterwards.
+        The contents of overlapping parts of extents are undefined.
 
         Raises:
             InvalidRegion: unknown or erased.
-            InvalidBuffer: *data* has no contiguous buffer, or not as many bytes as the extents.
-            StorageFull: the medium has no room.
+            InvalidBuffer: *data* has no contiguous buffer, or not the total size of the extents.
+            StorageFull: there is not enough space.
         """
         view = readable(data, "write_vector: data")
         checked = checked_extents(extents, "write_vector")

@@ -36,7 +36,7 @@ def pattern(size: int, seed: int = 0) -> bytes:
 class StorageTests:
     """Tests for every storage.  A class must not override tests."""
 
-    # What a subclass supplies
+    # To be defined by a subclass
 
     @pytest.fixture
     def storage(self) -> Iterator[Storage]:
@@ -51,7 +51,7 @@ class StorageTests:
         """Replace the region's first bytes without the storage."""
         raise NotImplementedError
 
-    # What a subclass supplies whose storage reads a catalogue
+    # To be defined by a subclass whose storage reads a catalogue
 
     def new_id(self, storage: Storage, size: int) -> RegionID:
         """Return the ID for a region of *size* bytes that is about to be created."""

@@ -107,12 +107,12 @@ class FrontEnd(ABC):
     async def serve(self) -> None:
         """Serve until the file system is unmounted or :meth:`stop` is called.
 
-        What is being served then is carried to its end.
+        Pending requests are completed.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Take no more requests; :meth:`serve` returns when those under way are answered."""
+        """Read no more requests; :meth:`serve` returns when pending ones are completed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -136,15 +136,15 @@ class FrontEnd(ABC):
 
     @abstractmethod
     def forget_name(self, directory: int, name: bytes) -> None:
-        """As :meth:`forget_inode`, for what a name means."""
+        """The same as :meth:`forget_inode`, for a dentry."""
 
     @abstractmethod
     def drop_name(self, directory: int, name: bytes) -> None:
-        """Make the kernel let go of a name, in a thread, soon."""
+        """Make the kernel drop a dentry, asynchronously in a thread."""
 
     @abstractmethod
     def drop_attributes(self, ino: int) -> None:
-        """Make the kernel forget an inode's attributes, in a thread, soon."""
+        """Make the kernel drop an inode's attributes, asynchronously in a thread."""
 
     @abstractmethod
     def drop_bytes(self, ino: int, offset: int, size: int) -> None:

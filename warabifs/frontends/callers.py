@@ -14,7 +14,8 @@ def groups_of(uid: int, gid: int, pid: int) -> Callable[[], set[int]] | None:
 
 
 def _supplementary(pid: int) -> list[int]:
-    """The supplementary groups of a process; none when it is gone, or of another namespace."""
+    """Return the supplementary groups of a process; none if it has exited, or is in another
+    namespace."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

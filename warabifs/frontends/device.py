@@ -1,4 +1,5 @@
-"""Mounting: with mount(2) where that is allowed, else by ``fusermount3``, which lets every user."""
+"""Mounting: by mount(2) where that is permitted, otherwise by ``fusermount3``, which any user may
+run."""
 
 from __future__ import annotations
 
@@ -14,30 +15,30 @@ from warabi.errors import ConfigError
 from warabifs.frontends.mountinfo import mounted_on
 
 READ_AHEAD = 512
-"""KiB; the kernel's own value is 128, four requests in the place of one.  More would leave the
-processor's caches before it is copied out."""
+"""KiB; the kernel's default is 128, which causes four times as many requests.  More would be
+evicted from the processor's caches before it is copied out."""
 READ_AHEAD_REMOTE = 4096
-"""What comes over a network has to be under way while what came before is taken."""
-_DEFAULT = frozenset(("nosuid", "nodev"))  # as fusermount3 has it
+"""Over a network more requests must be pending while earlier data are consumed."""
+_DEFAULT = frozenset(("nosuid", "nodev"))  # the defaults of fusermount3
 _FOR_KERNEL = ("default_permissions", "allow_other")
 _KIND = "fuse.warabifs"
-_PATIENCE = 30.0  # seconds for fusermount3
+_PATIENCE = 30.0  # seconds to wait for fusermount3
 
 
 class Device:
-    """``/dev/fuse``, opened and mounted.
+    """An open ``/dev/fuse``, mounted.
 
     Args:
         mountpoint: an existing directory, absolute.
         name: the source that mount(8) and df show.
-        options: the kernel's, and those of fuse(4) that have no value of ours; labels with their
-            value as it is.
+        options: the kernel's options, and those of fuse(4) without a value; labels include their
+            value.
 
     Attributes:
         fd: the descriptor by which the mount is served.
 
     Raises:
-        ConfigError: it cannot be mounted; the message says what the kernel or fusermount3 said.
+        ConfigError: it cannot be mounted; the message quotes the kernel or fusermount3.
     """
 
     def __init__(self, mountpoint: str, name: str, options: set[str]) -> None:
@@ -52,9 +53,9 @@ class Device:
             raise _failed(mountpoint, error.strerror or str(error)) from error
 
     def read_ahead(self, size: int) -> None:
-        """Have the kernel read ahead by *size* KiB at least, where this user may set that.
+        """Make the kernel read ahead by at least *size* KiB, if this user may set that.
 
-        To be called once the session has begun, which sets it too.
+        Must be called after the session has begun, which also sets it.
         """
         mount = mounted_on(self._mountpoint)
         path = f"/sys/class/bdi/{mount.device if mount else None}/read_ahead_kb"
@@ -64,16 +65,15 @@ class Device:
 
     @property
     def ended(self) -> bool:
-        """Whether the kernel has ended the session: it is mounted nowhere, or was aborted.  What is
-        mounted there now is another's."""
+        """Whether the kernel has ended the session: unmounted everywhere, or aborted."""
         poll = select.poll()
         poll.register(self.fd, 0)
         return bool(poll.poll(0))
 
     def close(self, *, unmount: bool) -> None:
-        """Let go of the kernel; with *unmount* the mount ends too, if it is still there."""
+        """Close the descriptor; with *unmount* also unmount, if still mounted."""
         still_ours = unmount and not self.ended
-        # First of all the descriptor: unmounting would wait for somebody to read from it.
+        # The descriptor first: unmounting would wait for a reader of it.
         os.close(self.fd)
         if not still_ours:
             return
@@ -93,13 +93,13 @@ def _failed(mountpoint: str, why: str) -> ConfigError:
 
 
 def _mount(mountpoint: str, name: str, options: set[str]) -> int:
-    """Mount with mount(2); the descriptor."""
+    """Mount with mount(2); returns the descriptor."""
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     wanted = (_DEFAULT | options) - {"no" + option for option in options}
     flags = sum(flag for option, flag in syscalls.MOUNT_FLAGS.items() if option in wanted)
     data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
     data += "".join("," + option for option in _FOR_KERNEL if option in options)
-    for option in options:  # labels, which may have commas
+    for option in options:  # labels, which may contain commas
         key, has_value, value = option.partition("=")
         if has_value:
             data += f',{key}="{value}"'
@@ -112,10 +112,10 @@ def _mount(mountpoint: str, name: str, options: set[str]) -> int:
 
 
 def _fusermount(mountpoint: str, name: str, options: set[str]) -> int:
-    """Have ``fusermount3`` mount; it hands over the descriptor.
+    """Mount with ``fusermount3``, which passes the descriptor.
 
     Raises:
-        ConfigError: it does not, or is not there.
+        ConfigError: it failed, or is not installed.
     """
     shown = name.encode("ascii", "replace").decode()
     items = [f"fsname={shown}", "subtype=warabifs", *sorted(options)]

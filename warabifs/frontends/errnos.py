@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _ERRNO: dict[type[errors.Exception], int] = {
     errors.InvalidRegion: errno.ESTALE,
-    errors.OutOfBounds: errno.EFBIG,  # offsets come from the kernel, never negative
+    errors.OutOfBounds: errno.EFBIG,  # offsets of the kernel are never negative
     errors.InvalidBuffer: errno.EINVAL,
     errors.ConfigError: errno.EINVAL,
     errors.ProviderNotFound: errno.ENXIO,
@@ -33,21 +33,21 @@ _ERRNO: dict[type[errors.Exception], int] = {
     errors.ProviderFailed: errno.EIO,
 }
 UNKNOWN_EFFECT = (errors.ConnectionLost, errors.TimedOut)
-"""What is raised when a reply was lost, and nothing tells whether the request took effect."""
+"""Raised when a reply was lost, and it is unknown whether the request took effect."""
 _QUIET = (errors.InvalidRegion, errors.OutOfBounds, errors.StorageFull)
 _ERRNOS = 512
-"""Errnos from here on are the kernel's internal ones."""
+"""Errnos from here on are internal to the kernel."""
 
 
 def is_errno(number: object) -> TypeGuard[int]:
-    """Whether *number* may be in an answer.  The kernel refuses an answer with any other number,
-    and the program would wait for ever."""
+    """Whether *number* may be in a reply.  The kernel rejects a reply with any other number, and
+    the program would wait forever."""
     return isinstance(number, int) and 0 < number < _ERRNOS
 
 
 def errno_of(error: Exception, what: str) -> int:
-    """The errno that a program gets for *error*; what the program cannot know is logged."""
-    if isinstance(error, OSError) and is_errno(error.errno):  # PathError too, as a provider sent it
+    """Return the errno for *error*; logs errors that the errno does not explain."""
+    if isinstance(error, OSError) and is_errno(error.errno):  # includes PathError of a provider
         return error.errno
     number = _ERRNO.get(type(error))  # type: ignore[arg-type]  # a miss for classes of others
     if number is None:

@@ -1,4 +1,4 @@
-"""The list of mounts in ``/proc/self/mountinfo``, and which file systems the kernel has."""
+"""The mount table ``/proc/self/mountinfo``, and identities of file systems."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from warabi._core.procfs import unescaped
 
 @dataclass(frozen=True)
 class Mounted:
-    """A line of the list of mounts."""
+    """An entry of the mount table."""
 
     path: str
     device: str  # major:minor
     kind: str
     source: str
-    options: dict[str, str]  # of the file system: user_id and the like
+    options: dict[str, str]  # of the file system, such as user_id
 
     @property
     def owner(self) -> int:
@@ -26,7 +26,7 @@ class Mounted:
 
 
 def mounts() -> list[Mounted]:
-    """What is mounted, without asking any of it; of several on one place the last is seen."""
+    """Return all mounts, without accessing them; of several at one path the last one is visible."""
     found = []
     for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         left, _, right = line.partition(" - ")
@@ -42,12 +42,12 @@ def _text(field: str) -> str:
 
 
 def mounted_on(path: str) -> Mounted | None:
-    """What is seen at the mount point *path*, an absolute one."""
+    """Return the visible mount at the absolute path *path*."""
     return next((mount for mount in reversed(mounts()) if mount.path == path), None)
 
 
 def device_number(path: str) -> str:
-    """``major:minor`` of what is mounted on *path*; empty when it is gone already."""
+    """Return ``major:minor`` of the mount at *path*; empty if it was unmounted."""
     mount = mounted_on(path)
     return mount.device if mount else ""
 
@@ -56,8 +56,8 @@ _FILE_SYSTEMS = Path("/sys/class/bdi")
 
 
 def identity(device: str) -> int:
-    """A number that the file system of this device number has, and none that has the device number
-    later; 0 when it is gone, or sysfs is not mounted."""
+    """Return a number that identifies the file system, and is not reused along with its device
+    number; 0 if it is gone, or sysfs is not mounted."""
     try:
         return os.stat(_FILE_SYSTEMS / device).st_ino
     except OSError:
@@ -65,6 +65,6 @@ def identity(device: str) -> int:
 
 
 def is_gone(device: str, number: int) -> bool:
-    """Whether the kernel has no longer, in any mount namespace, the file system of a device number
-    whose :func:`identity` was *number*; False when that cannot be told."""
+    """Whether the file system of a device number with the :func:`identity` *number* is unmounted in
+    all mount namespaces; False if that is unknown."""
     return bool(number) and identity(device) != number and _FILE_SYSTEMS.is_dir()

@@ -33,13 +33,13 @@ _ENTRIES = (
     Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK, Opcode.CREATE,
     Opcode.READDIRPLUS,
 )  # fmt: skip
-"""Requests by whose answers the kernel comes to know inodes."""
+"""Requests whose replies make inodes known to the kernel."""
 _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
-"""Requests that are not answered."""
+"""Requests without a reply."""
 _SECOND = 1_000_000_000
 _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
-"""Bytes from which on storing them takes longer than to have the program go on meanwhile."""
+"""From this size in bytes on, storing the data takes longer than replying first."""
 _APPEND, _ACCESS, _WRITE_ONLY = os.O_APPEND, os.O_ACCMODE, os.O_WRONLY
 _DIRECT = os.O_DIRECT
 _SYNC = os.O_SYNC  # of which O_DSYNC is a part
@@ -59,7 +59,7 @@ def _handles(*opcodes: Opcode) -> Callable[[Handler], Handler]:
 
 
 def name_of(opcode: int) -> str:
-    """What the log calls a request; an opcode that is not known here is named by its number."""
+    """Return the name of a request for the log; its number if the opcode is unknown."""
     try:
         return Opcode(opcode).name.lower()
     except ValueError:
@@ -67,12 +67,12 @@ def name_of(opcode: int) -> str:
 
 
 def _seconds(timeout: float) -> tuple[int, int]:
-    """Whole seconds, and the rest in ns."""
+    """Return whole seconds, and the rest in ns."""
     return divmod(int(timeout * _SECOND), _SECOND)
 
 
 def _last(body: memoryview, start: int = 0) -> bytes:
-    """The name that a request ends with, after its first *start* bytes."""
+    """Return the name at the end of a request, after its first *start* bytes."""
     return bytes(body[start:-1])
 
 
@@ -86,7 +86,7 @@ def _packed(attributes: Attributes) -> bytes:
     )  # fmt: skip
 
 
-# Looked up here, not in their class at each request.
+# Looked up once, not in their class for each request.
 _SIZE, _MODE, _UID, _GID, _ATIME, _MTIME = (
     Valid.SIZE, Valid.MODE, Valid.UID, Valid.GID, Valid.ATIME, Valid.MTIME
 )  # fmt: skip
@@ -95,25 +95,25 @@ _ATIME_NOW, _MTIME_NOW, _KILL_SUIDGID = Valid.ATIME_NOW, Valid.MTIME_NOW, Valid.
 _NOW = _ATIME_NOW | _MTIME_NOW
 
 _ENTRY = protocol.ENTRY_SIZE + protocol.direntry_size(b"name")
-"""Bytes that a directory entry with a short name takes: what is fetched and does not fit is fetched
-once more."""
+"""Bytes of a directory entry with a short name: entries that are fetched and do not fit are fetched
+again."""
 _NO_ATTRIBUTES = bytes(protocol.ATTRIBUTES_SIZE)
 _NO_ENTRY = bytes(protocol.ENTRY_SIZE)
 
 
 class Operations:
-    """Requests of the kernel, handed to a :class:`FileSystem`.
+    """Executes requests of the kernel on a :class:`FileSystem`.
 
     Args:
         files: the file system.
-        entry_timeout: seconds for which the kernel may believe a name.
-        directory_timeout: likewise, if it is a directory's.
-        attr_timeout: seconds for which it may believe attributes.
-        negative_timeout: seconds for which it may believe that a name does not exist.
+        entry_timeout: seconds for which the kernel may cache a name.
+        directory_timeout: the same for names of directories.
+        attr_timeout: seconds for which it may cache attributes.
+        negative_timeout: seconds for which it may cache that a name does not exist.
         direct_io: whether reads and writes bypass the page cache.
-        writeback: whether the kernel may hold back writes, until a file is closed or synced.
-        passing: the files that the kernel reads and writes by itself; None for none.
-        interrupt: is told which request was interrupted; None where waiting cannot be cut short.
+        writeback: whether the kernel may defer writes until a file is closed or synced.
+        passing: the files that the kernel accesses directly; None for none.
+        interrupt: called with interrupted requests; None if waiting cannot be interrupted.
     """
 
     def __init__(
@@ -130,19 +130,19 @@ class Operations:
         self._negative_valid = _seconds(negative_timeout)
         self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
         self._writeback = writeback
-        self._firm: set[int] = set()  # requests that are not cut short
-        self._openless = files.openless and not direct_io  # which is said of each open file
+        self._firm: set[int] = set()  # requests that must not be interrupted
+        self._openless = files.openless and not direct_io  # sent with each open reply
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
             | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO | Feature.PARALLEL_DIROPS
             | Feature.MAX_PAGES | Feature.INIT_EXT
-            # The kernel obeys the lists, the target keeps them true to the modes.
+            # The kernel checks access control lists, the target keeps them consistent with modes.
             | Feature.POSIX_ACL
             # Whose writes take set-ID bits away is told with them, instead of asking before each
             # whether there is a capability to take away.
             | Feature.HANDLE_KILLPRIV_V2
         )  # fmt: skip
-        """What the kernel is asked for; once it was, what it agreed to."""
+        """The requested features; after the negotiation, the features agreed on."""
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
         if not files.openless and not (files.pages.told and attr_timeout):
@@ -160,22 +160,22 @@ class Operations:
     def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
         """Handle a request.
 
-        A view that is returned is valid until the caller's task waits for anything.
+        A view that is returned is valid until the caller's task next awaits.
         """
         return _HANDLERS.get(header.opcode, _unknown)(self, header, body)
 
     def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
-        """The answer to a request whose handler raised *error*."""
+        """Return the reply to a request whose handler raised *error*."""
         if isinstance(error, UNKNOWN_EFFECT):
             self._doubt(header, body)
         number = errno_of(error, name_of(header.opcode))
         return None if header.opcode in _SILENT else number
 
     async def undo(self, header: Header, body: memoryview, answer: Answer) -> None:
-        """Give back what *answer* to a request refers to, which the kernel will not get, and have
-        the kernel ask for what it may have changed.
+        """Release what the reply *answer*, which the kernel will not get, refers to, and make the
+        kernel look up again what the request may have changed.
 
-        Never of a target in this process, for which nothing is interrupted.
+        Never for a target in this process, for which requests are not interrupted.
         """
         self._doubt(header, body)
         opcode = header.opcode
@@ -203,9 +203,9 @@ class Operations:
 
     @contextlib.contextmanager
     def _uncut(self, header: Header, truncates: int) -> Iterator[None]:
-        """Do not cut a request short that *truncates* a file whose size the kernel keeps.
+        """Do not interrupt a request that *truncates* a file whose size the kernel caches.
 
-        With writeback the kernel believes its own size, and would never ask for the new one.
+        With writeback the kernel relies on its own size, and would never query the new one.
         """
         if not (truncates and self._writeback):
             yield
@@ -220,7 +220,7 @@ class Operations:
         directory = stat.S_ISDIR(attributes.mode)
         valid, rest = self._directory_valid if directory else self._entry_valid
         attr_valid, attr_rest = self._attr_valid
-        # The kernel keeps 32 bits of the generation, and knows the root without asking, with 0.
+        # The kernel keeps 32 bits of the generation, and knows the root, with 0, without a lookup.
         generation = 0 if attributes.ino == ROOT else attributes.generation
         start = protocol.pack_entry(attributes.ino, generation, valid, attr_valid, rest, attr_rest)
         return start + _packed(attributes)
@@ -241,10 +241,11 @@ class Operations:
         return protocol.opened(handle, open_flags)
 
     def _appends_past_cache(self, flags: int) -> bool:
-        """Whether a file that is opened to append has its writes go past the page cache.
+        """Whether a file opened with ``O_APPEND`` bypasses the page cache for writes.
 
-        The cache would have them where the kernel believes the end to be until it is told where
-        they went.  What is open for reading, too, could not be mapped without the feature.
+        Otherwise the cache would have the data where the kernel assumes the end to be, until it
+        gets the actual offset.  Files open for reading, too, could not be mapped without the
+        feature.
         """
         if not self._files.appends:
             return False
@@ -280,12 +281,12 @@ class Operations:
 
     @_handles(Opcode.NOTIFY_REPLY)
     async def notify_reply(self, header: Header, body: memoryview) -> Answer:
-        return None  # nothing was asked
+        return None  # not a request
 
     @_handles(Opcode.INTERRUPT)
     async def interrupted(self, header: Header, body: memoryview) -> Answer:
         if self._interrupt is None:
-            return errno.ENOSYS  # the kernel asks no more then
+            return errno.ENOSYS  # the kernel sends no further ones then
         (unique,) = protocol.INTERRUPTED.unpack_from(body)
         if unique not in self._firm:
             self._interrupt(unique)
@@ -311,7 +312,7 @@ class Operations:
         ):
             return self._attributes(await self._files.getattr(header.node))
         now = time.time_ns() if valid & _NOW else 0
-        # The kernel's seconds alone have 64 bits; no message has room for so many nanoseconds.
+        # The kernel's seconds have 64 bits, which do not fit into nanoseconds of 64 bits.
         new_atime = now if valid & _ATIME_NOW else clamped(atime * _SECOND + atime_ns)
         new_mtime = now if valid & _MTIME_NOW else clamped(mtime * _SECOND + mtime_ns)
         with self._uncut(header, valid & _SIZE):
@@ -398,7 +399,7 @@ class Operations:
     @_handles(Opcode.CREATE)
     async def create(self, header: Header, body: memoryview) -> Answer:
         if self._openless:
-            # The kernel has it made with MKNOD and opens it by itself, here too: no RELEASE.
+            # The kernel creates it with MKNOD and opens it itself: there is no RELEASE.
             return errno.ENOSYS
         flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
         name = _last(body, protocol.CREATE.size)
@@ -410,7 +411,7 @@ class Operations:
     @_handles(Opcode.OPEN)
     async def open(self, header: Header, body: memoryview) -> Answer:
         if self._openless:
-            return errno.ENOSYS  # the kernel opens this and all other files by itself
+            return errno.ENOSYS  # the kernel opens this and all other files itself
         flags, more = protocol.OPEN.unpack_from(body)
         if self.features & Feature.HANDLE_KILLPRIV_V2:
             keep_setid = not more & protocol.OPEN_KILL_SUIDGID
@@ -435,9 +436,10 @@ class Operations:
         direct = flags & _WRITE_DIRECT
         if not direct:
             self._files.fill_pages(header.node, offset, size)
-        # After others the kernel sends FSYNC by itself; after synchronous ones with O_DIRECT, too.
+        # After other writes the kernel sends FSYNC itself, also after synchronous ones with
+        # O_DIRECT.
         synced = opened & _SYNC if direct else 0
-        # The program need not wait for it: after others the kernel itself drops what it believes.
+        # The program need not wait for it: after other writes the kernel itself drops its caches.
         unwaited = direct and opened & _DIRECT
         files, node = self._files, header.node
         if unwaited:
@@ -466,11 +468,11 @@ class Operations:
         self, node: int, handle: int, offset: int, size: int,
         direct: int, unwaited: int, synced: int,
     ) -> Answer:  # fmt: skip
-        """The answer to a write, once what it asks for besides has been done.
+        """Return the reply to a write, after the invalidations that it requires.
 
-        The kernel drops pages, and what it believes of the times, before it sends a write that goes
-        past them, and after it only if the program waits for it.  What is read or written meanwhile
-        by way of the page cache, or asked for, would stay there, older than the file.
+        The kernel drops pages, and cached times, before it sends a write with ``O_DIRECT``, and
+        after it only if the program waits for it.  Pages read or written, and times queried, in
+        between would stay cached although they are outdated.
         """
         if synced:
             await self._files.fsync(node, handle, synced != _SYNC)
@@ -485,14 +487,14 @@ class Operations:
     async def fallocate(self, header: Header, body: memoryview) -> Answer:
         handle, offset, size, mode = protocol.FALLOCATE.unpack_from(body)
         files, node = self._files, header.node
-        # The request does not say whether the program may keep set-ID bits; root may.
+        # The request does not tell whether the program may keep set-ID bits; root may.
         await files.fallocate(node, handle, mode, offset, size, header.pid, header.uid != 0)
         return b""
 
     @_handles(Opcode.LSEEK)
     async def lseek(self, header: Header, body: memoryview) -> Answer:
         if self._writeback:
-            return errno.ENOSYS  # data that the kernel has not written back yet would be missed
+            return errno.ENOSYS  # it would miss data that the kernel has not written back yet
         handle, offset, whence = protocol.LSEEK.unpack_from(body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             return errno.EINVAL
@@ -511,9 +513,9 @@ class Operations:
 
     @_handles(Opcode.FLUSH)
     async def flush(self, header: Header, body: memoryview) -> Answer:
-        """Nothing is held back: every write has reached the target when it returned.
+        """Nothing is deferred: every write reaches the target before its reply.
 
-        Told so in this way, the kernel asks only once, and not at each close.
+        This errno makes the kernel send the request only once, and not on each close.
         """
         return errno.ENOSYS
 
@@ -538,7 +540,7 @@ class Operations:
 
     @_handles(Opcode.READDIRPLUS)
     async def readdir(self, header: Header, body: memoryview) -> Answer:
-        """Entries with their attributes, as many as there is room for."""
+        """Return as many entries with attributes as fit."""
         handle, cookie, room, _ = protocol.READ.unpack_from(body)
         files = self._files
         found: list[bytes] = []
@@ -549,7 +551,8 @@ class Operations:
                     return b"".join(found)
                 name, attributes, cookie = entry
                 if entry.dot:
-                    # The kernel keeps no count of these, and may not be told of them so.
+                    # The kernel does not count lookups of the dots, and must not get their
+                    # attributes here.
                     found.append(_NO_ENTRY)
                 else:
                     found.append(self._entry(attributes))
@@ -610,18 +613,19 @@ class Operations:
         names = await self._files.listxattr(header.node)
         if (
             header.uid != 0
-        ):  # the kernel lets nobody else read these, and hides them nowhere but here
+        ):  # only readable for privileged users, but the kernel does not hide their names
             names = [name for name in names if not name.startswith(b"trusted.")]
         return _fitting(b"".join(name + _NAME for name in names), size)
 
 
 def _fitting(value: bytes, room: int) -> Answer:
-    """A value, or only its size for who has no room for it yet."""
+    """Return a value, or only its size if the caller's buffer has size 0."""
     if not room:
         return protocol.written(len(value))
     return value if len(value) <= room else errno.ERANGE
 
 
 async def _unknown(operations: Operations, header: Header, body: memoryview) -> Answer:
-    """The kernel asks no more then, and falls back to what it can do itself."""
+    """Reject an unknown request; the kernel sends no further ones, and falls back where
+    possible."""
     return errno.ENOSYS

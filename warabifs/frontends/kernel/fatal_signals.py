@@ -1,9 +1,9 @@
-"""Whether a thread that waits for the mount is being killed.
+"""Detecting that a thread that waits for the mount is being killed.
 
-The kernel tells a FUSE file system of every signal that comes to a thread which waits for an
-answer, also of those for which the program has a handler.  Programs do not expect that ``read`` or
-``write`` of a regular file ends with ``EINTR`` for these, and with local file systems it does not.
-So what tells is whether one of the pending signals ends the thread, whatever the answer will be.
+The kernel notifies a FUSE file system of every signal for a thread that waits for a reply, also of
+those for which the program has a handler.  Programs do not expect that ``read`` or ``write`` of a
+regular file fails with ``EINTR`` for these, and with local file systems it does not.  So the test
+is whether one of the pending signals kills the thread, whatever the reply will be.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SETS = re.compile(rb"^(SigPnd|ShdPnd|SigBlk|SigIgn|SigCgt):\s*([0-9a-f]+)$", re
 
 @functools.cache
 def _sees_threads() -> bool:
-    """Whether ``/proc`` has the numbers that the kernel tells this process."""
+    """Whether ``/proc`` has the thread IDs that the kernel sends to this process."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -33,9 +33,9 @@ def _sees_threads() -> bool:
 
 
 def is_killed(thread: int) -> bool:
-    """Whether the thread of that number has a signal pending that ends it.
+    """Whether the thread of that ID has a pending signal that kills it.
 
-    False for 0, a thread of a PID namespace that is not seen from here, and for one whose signals
+    False for 0, a thread in a PID namespace that is not visible here, and for one whose signals
     this process may not see.
     """
     if not thread or not _sees_threads():
@@ -47,7 +47,8 @@ def is_killed(thread: int) -> bool:
     sets = {name: int(value, 16) for name, value in _SETS.findall(status)}
     try:
         pending = sets[b"SigPnd"] | sets[b"ShdPnd"]
-        # The kernel adds SIGKILL to what every thread has pending when any signal ends the process.
+        # The kernel adds SIGKILL to the pending signals of every thread when a signal kills the
+        # process.
         deadly = _ENDS & ~(sets[b"SigBlk"] | sets[b"SigIgn"] | sets[b"SigCgt"]) | _KILL
     except KeyError:
         return False

@@ -1,8 +1,8 @@
-"""Files whose bytes the kernel reads and writes by itself, past this process: ``-o passthrough``.
+"""Passthrough: files that the kernel reads and writes without this process (``-o passthrough``).
 
-Behind an open file then stands the region's own descriptor (Linux 6.14, for root).  The kernel
-wants all openings of an inode to be alike: as long as one may be open the usual way, the next is
-opened so, too.  What has just been closed may still count as open here, which is the safe side.
+The region's own descriptor backs the open file (Linux 6.14, for root).  The kernel requires all
+opens of an inode to be alike: while one may be open normally, further opens are normal, too.  A
+file that was just closed may still count as open here, which is safe.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _IN_VAIN = {
     errno.EINVAL: "the kernel does not take descriptors of the target's file system",
     errno.EOPNOTSUPP: "the kernel does not take descriptors of the target's file system",
 }
-"""Why the kernel refuses this descriptor, and will refuse every other one."""
+"""Reasons why the kernel rejects this descriptor, and will reject all others."""
 
 
 @dataclass(slots=True)
 class _Passed:
-    """An inode that is open, and the kernel's number for what stands behind it."""
+    """An open inode, and the kernel's ID of its backing file."""
 
     region: RegionID
     backing: int
@@ -39,7 +39,7 @@ class _Passed:
 
 
 class Passing:
-    """Which open files of a mount are passed through.
+    """Decides which open files of a mount use passthrough.
 
     Args:
         target: in this process.
@@ -50,16 +50,16 @@ class Passing:
         self._target = target
         self._session = session
         self._passed: dict[int, _Passed] = {}  # by inode
-        self._usual: Counter[int] = Counter()  # openings of other inodes
+        self._usual: Counter[int] = Counter()  # opens of other inodes
         self._in_vain = False
-        self._told: set[int] = set()  # what has been logged, by errno
+        self._told: set[int] = set()  # errnos that were logged
 
     def open(self, region: RegionID, flags: int) -> int:
-        """The kernel's number for what stands behind a file that is being opened with the *flags*
-        of open(2), and stays pinned; 0 when it is opened the usual way.
+        """Return the kernel's backing ID for a pinned file that is being opened with *flags* of
+        open(2); 0 for a normal open.
 
-        So is one whose writes are to be synced: the kernel would sync bytes, and not what is needed
-        to find them.
+        Opens with synchronous writes are normal: the kernel would sync data, but not the metadata
+        needed to find them.
         """
         ino = region.slot
         passed = self._passed.get(ino)
@@ -90,12 +90,12 @@ class Passing:
             return 0
 
     def is_cache_true(self, ino: int) -> bool:
-        """Whether the kernel's page cache is true of a file that is being opened the usual way:
-        not where it may have been passed through before."""
+        """Whether the kernel's page cache is valid for a file that is being opened normally: not if
+        the file may have used passthrough before."""
         return self._usual[ino] > 1
 
     def release(self, ino: int) -> None:
-        """A file was closed; it is pinned still."""
+        """Record that a file was closed; it is still pinned."""
         passed = self._passed.get(ino)
         if passed is None:
             self._usual[ino] -= 1

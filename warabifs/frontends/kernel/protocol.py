@@ -1,7 +1,7 @@
-"""The kernel's side of FUSE as bytes, without I/O: what requests say and how answers look.
+"""The FUSE protocol of the kernel, without I/O: decoding of requests, encoding of replies.
 
-The layouts are those of Linux's ``include/uapi/linux/fuse.h``, version 7.31 and what later
-versions added behind flags.  All numbers are in the machine's own byte order.
+The layouts are those of Linux's ``include/uapi/linux/fuse.h``, version 7.31 and additions of later
+versions that are enabled by flags.  All numbers are in native byte order.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from warabifs.fs.limits import MAX_WRITE
 
 MAJOR = 7
 OLDEST_MINOR = 31
-"""Of Linux 5.4; from there on names and sizes of what is used here are as below."""
+"""Of Linux 5.4; since then the structures that are used here have not changed."""
 MINOR = 38
 _TELLING_MINOR = 42
 """Of Linux 6.14; since 6.13 the times of files tell each write from what was seen before it."""
 BUFFER = MAX_WRITE + 4096
-"""Bytes that a buffer for any request must have."""
+"""Size in bytes of a buffer for any request."""
 _PAGES = MAX_WRITE // 4096
 MAX_BACKGROUND = 128
-"""Requests that programs do not wait for, such as readahead and asynchronous writes with
-``O_DIRECT``, which the kernel has under way at a time; the next ones wait for their answers."""
+"""Most pending requests that programs do not wait for, such as readahead and asynchronous writes
+with ``O_DIRECT``; further ones wait."""
 
 
 class Opcode(IntEnum):
-    """What a request asks for."""
+    """The operation of a request."""
 
     LOOKUP = 1
     FORGET = 2  # is not answered
@@ -71,10 +71,10 @@ class Opcode(IntEnum):
 
 
 class Feature:
-    """What kernel and file system agree on when a mount begins."""
+    """Features that are negotiated when a mount begins."""
 
     ASYNC_READ = 1 << 0
-    ATOMIC_O_TRUNC = 1 << 3  # opening truncates
+    ATOMIC_O_TRUNC = 1 << 3  # open truncates
     EXPORT_SUPPORT = 1 << 4  # "." and ".." can be looked up
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6  # the file system applies the umask
@@ -87,12 +87,12 @@ class Feature:
     MAX_PAGES = 1 << 22
     HANDLE_KILLPRIV_V2 = 1 << 28
     DIRECT_IO_ALLOW_MMAP = 1 << 36  # shared mappings of files that are opened with DIRECT_IO
-    INIT_EXT = 1 << 30  # there are more than 32 flags
-    PASSTHROUGH = 1 << 37  # a descriptor may stand behind an open file
+    INIT_EXT = 1 << 30  # more than 32 flags
+    PASSTHROUGH = 1 << 37  # a descriptor may back an open file
 
 
 class Open:
-    """How the kernel is to treat an open file."""
+    """Flags of an open file for the kernel."""
 
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
@@ -117,29 +117,29 @@ class Valid:
 
 
 WRITE_CACHE = 1 << 0
-"""In the flags of a WRITE: the kernel writes back pages, which it holds, on nobody's behalf."""
+"""Flag of a WRITE: writeback of locked pages by the kernel, on behalf of no thread."""
 WRITE_LOCKOWNER = 1 << 1
-"""In the flags of a WRITE: a lock owner is given, as only what goes past the page cache does."""
+"""Flag of a WRITE: has a lock owner, as only writes that bypass the page cache do."""
 READ_LOCKOWNER = 1 << 1
-"""The like of a READ: the bytes become no pages."""
+"""The same flag of a READ: the data are not cached."""
 WRITE_KILL_SUIDGID = 1 << 2
-"""In the flags of a WRITE: the writer has no right to keep set-ID bits."""
+"""Flag of a WRITE: the writer may not keep set-ID bits."""
 OPEN_KILL_SUIDGID = 1 << 0
-"""The like of an OPEN that truncates."""
+"""The same flag of an OPEN that truncates."""
 FSYNC_DATA = 1 << 0
-"""In the flags of a FSYNC: fdatasync(2) was called."""
+"""Flag of a FSYNC: fdatasync(2) was called."""
 
 
 class Header(NamedTuple):
-    """What every request begins with."""
+    """The header of every request."""
 
     length: int
     opcode: int
-    unique: int  # by which the answer is known
+    unique: int  # identifies the reply
     node: int  # the inode
     uid: int
     gid: int
-    pid: int  # of the thread that asks; 0: of another namespace
+    pid: int  # of the calling thread; 0: in another PID namespace
     extensions: int
 
 
@@ -151,9 +151,9 @@ _INIT_ANSWER = struct.Struct("=IIIIHHIIHHII24x")
 _OLD_INIT = struct.Struct("=II")
 
 INTERRUPTED = struct.Struct("=Q")  # the request's unique number
-FORGET = struct.Struct("=Q")  # how often it was looked up
+FORGET = struct.Struct("=Q")  # lookup count
 FORGET_COUNT = struct.Struct("=II")
-FORGET_ONE = struct.Struct("=QQ")  # inode, how often
+FORGET_ONE = struct.Struct("=QQ")  # inode, lookup count
 SETATTR = struct.Struct("=I4xQQQqqqIIIIIIII")
 """Valid, handle, size, lock owner, times in s, times in ns, mode, (none), uid, gid, (none)."""
 MKNOD = struct.Struct("=IIII")  # mode, device, umask
@@ -191,10 +191,10 @@ BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502
 _NOTIFY_INVAL_INODE, _NOTIFY_INVAL_ENTRY = 2, 3
 
 pack_entry = _ENTRY.pack
-"""Inode and generation; how long name and attributes may be believed, in s and the rest in ns.
-Attributes follow."""
+"""Inode and generation; cache timeouts of name and attributes, in s and the rest in ns.  Attributes
+follow."""
 pack_validity = _VALIDITY.pack
-"""How long attributes, which follow, may be believed, in s and the rest in ns."""
+"""Cache timeout of the attributes that follow, in s and the rest in ns."""
 pack_attributes = _ATTRIBUTES.pack
 """Inode, size, blocks of 512 bytes; atime, mtime, ctime in s, and the rest in ns; mode, links,
 owner, group, device, block size, flags."""
@@ -207,25 +207,25 @@ _DIRENT_SIZE = _DIRENT.size
 
 
 def answer(unique: int, size: int) -> bytes:
-    """What comes before *size* bytes of an answer."""
+    """Return the header of a reply with *size* bytes."""
     return _ANSWER.pack(_ANSWER.size + size, 0, unique)
 
 
 def refusal(unique: int, number: int) -> bytes:
-    """The answer that is an errno."""
+    """Return an error reply."""
     return _ANSWER.pack(_ANSWER.size, -number, unique)
 
 
 def init_answer(body: memoryview, wanted: int) -> tuple[int, bytes]:
-    """What is agreed on, and the bytes that say so.
+    """Return the agreed features, and the reply.
 
     Raises:
-        ValueError: the kernel is too old; the message says how old.
+        ValueError: the kernel is too old; the message has its version.
     """
     major, minor = _OLD_INIT.unpack_from(body)
     if (major, minor) < (MAJOR, OLDEST_MINOR):
         raise ValueError(f"FUSE {major}.{minor}; at least {MAJOR}.{OLDEST_MINOR} (Linux 5.4)")
-    if major > MAJOR:  # it asks again, in this version
+    if major > MAJOR:  # it sends the request again, in this version
         return 0, _OLD_INIT.pack(MAJOR, MINOR) + bytes(_INIT_ANSWER.size - _OLD_INIT.size)
     _, _, readahead, lower, upper = _INIT.unpack_from(bytes(body).ljust(_INIT.size, b"\0"))
     offered = lower | (upper << 32 if lower & Feature.INIT_EXT else 0)
@@ -235,37 +235,38 @@ def init_answer(body: memoryview, wanted: int) -> tuple[int, bytes]:
     return agreed, _INIT_ANSWER.pack(
         MAJOR, MINOR, readahead, agreed & 0xFFFFFFFF, MAX_BACKGROUND, MAX_BACKGROUND,
         MAX_WRITE, 1, _PAGES, 0, agreed >> 32,
-        1 if agreed & Feature.PASSTHROUGH else 0,  # file systems like this one that may be below
+        1 if agreed & Feature.PASSTHROUGH else 0,  # stacking depth
     )  # fmt: skip
 
 
 def opened(handle: int, flags: int, backing: int = 0) -> bytes:
-    """The answer to an OPEN, and what ends that to a CREATE; *backing* with ``PASSTHROUGH``."""
+    """Return the reply to an OPEN, also the end of that to a CREATE; *backing* with
+    ``PASSTHROUGH``."""
     return _OPENED.pack(handle, flags, backing)
 
 
 def backing(fd: int) -> bytearray:
-    """What ``BACKING_OPEN`` takes, which returns a number for the descriptor."""
-    return bytearray(_BACKING.pack(fd, 0, 0))  # of bytes, fcntl.ioctl would return a copy
+    """Return the argument of ``BACKING_OPEN``, which returns an ID for the descriptor."""
+    return bytearray(_BACKING.pack(fd, 0, 0))  # for bytes, fcntl.ioctl would return a copy
 
 
 def backing_id(number: int) -> bytearray:
-    """What ``BACKING_CLOSE`` takes."""
+    """Return the argument of ``BACKING_CLOSE``."""
     return bytearray(_BACKING_ID.pack(number))
 
 
 def written(size: int) -> bytes:
-    """The answer to a WRITE; also that of a size to who asks for one."""
+    """Return the reply to a WRITE; also the reply to a query of a size."""
     return SIZE.pack(size, 0)
 
 
 def direntry_size(name: bytes) -> int:
-    """Bytes that an entry of a directory takes."""
+    """Return the size of a directory entry in bytes."""
     return (_DIRENT_SIZE + len(name) + 7) & ~7
 
 
 def inodes_of(opcode: int, answer: bytes | memoryview) -> Iterator[int]:
-    """The inodes that the kernel comes to know by an answer, one that has entries."""
+    """Yield the inodes that become known to the kernel by a reply with entries."""
     position = 0
     while position + _ENTRY.size <= len(answer):
         (ino,) = FORGET.unpack_from(answer, position)
@@ -279,10 +280,10 @@ def inodes_of(opcode: int, answer: bytes | memoryview) -> Iterator[int]:
 
 
 class Changed(NamedTuple):
-    """What a request changes, as far as the kernel keeps it."""
+    """Cached objects of the kernel that a request changes."""
 
-    names: list[tuple[int, bytes]]  # in which directory
-    inodes: list[int]  # whose attributes
+    names: list[tuple[int, bytes]]  # with their directories
+    inodes: list[int]  # with changed attributes
 
 
 _NAMES_AT: dict[int, int] = {
@@ -290,11 +291,11 @@ _NAMES_AT: dict[int, int] = {
     Opcode.MKDIR: MKDIR.size, Opcode.LINK: LINK.size, Opcode.CREATE: CREATE.size,
     Opcode.RENAME: RENAME.size, Opcode.RENAME2: RENAME2.size,
 }  # fmt: skip
-"""Where names are in the bodies of requests that change what names mean."""
+"""Offsets of names in the bodies of requests that change names."""
 
 
 def changed_by(header: Header, body: memoryview) -> Changed:
-    """What a request changes, if it does; of bytes, and what follows from them, nothing."""
+    """Return what a request changes if it takes effect, without data and derived attributes."""
     opcode = header.opcode
     start = _NAMES_AT.get(opcode)
     if start is None:
@@ -311,19 +312,19 @@ def changed_by(header: Header, body: memoryview) -> Changed:
 
 
 def pack_direntry(ino: int, cookie: int, mode: int, name: bytes) -> bytes:
-    """An entry of a directory; *cookie* continues behind it."""
+    """Encode a directory entry; *cookie* continues after it."""
     padding = -(_DIRENT_SIZE + len(name)) & 7
     return _DIRENT.pack(ino, cookie, len(name), mode >> 12) + name + bytes(padding)
 
 
 def forget_inode(ino: int, offset: int, size: int = 0) -> bytes:
-    """Tells the kernel to forget attributes and, unless *offset* is negative, what is behind it:
-    all, or *size* bytes."""
+    """Encode a notification to drop attributes and, unless *offset* is negative, the pages after
+    it: all, or *size* bytes."""
     body = _INVAL_INODE.pack(ino, offset, size)
     return _ANSWER.pack(_ANSWER.size + len(body), _NOTIFY_INVAL_INODE, 0) + body
 
 
 def forget_name(directory: int, name: bytes) -> bytes:
-    """Tells the kernel to forget what a name means."""
+    """Encode a notification to drop the dentry of a name."""
     body = _INVAL_ENTRY.pack(directory, len(name), 0) + name + b"\0"
     return _ANSWER.pack(_ANSWER.size + len(body), _NOTIFY_INVAL_ENTRY, 0) + body

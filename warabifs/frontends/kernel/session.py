@@ -1,18 +1,18 @@
-"""The loop that takes requests from ``/dev/fuse`` and answers them.
+"""The loop that reads requests from ``/dev/fuse`` and replies to them.
 
-Workers are Trio tasks.  One of them leads: it takes a request and handles it, then the next one.
-Most handlers come to their end without waiting, so that a request costs no turn of Trio's loop:
-a look whether it is there, one read, and one write.  Only when a handler waits, for the medium or
-for a provider, another worker becomes the leader.
+Workers are Trio tasks.  One of them, the *leader*, reads a request and handles it, then the next
+one.  Most handlers complete without blocking, so that a request needs no turn of Trio's loop: only
+a poll, a read, and a write.  Only if a handler blocks, on stable storage or a provider, another
+worker becomes the leader.
 
-A program that is killed while its request waits for a provider gets an answer at once, so that it
-can end.  Its handler goes on, for the provider may be at it: what has been sent is waited for, and
-what the kernel would have got by the answer is given back.
+A program that is killed while its request waits for a provider gets a reply at once, so that it can
+exit.  The handler continues, since the provider may be executing the request: it is waited for, and
+whatever the kernel would have got by the reply is released.
 
-While no other request is being served, the leader looks for the next one for a moment, if the one
-before came so soon (``warabi/eventloop/busy_poll.py``), and then waits for it in the kernel:
-whoever sends one request after the other is answered without Trio.  Other tasks wait no
-longer for that than ``_STREAK`` requests and moments.
+While no other request is pending, the leader polls for the next one for a moment, if the previous
+one arrived quickly (``warabi/eventloop/busy_poll.py``), and then waits for it in the kernel: so
+sequential requests are served without Trio.  Other tasks are delayed by at most ``_STREAK``
+requests and moments.
 """
 
 from __future__ import annotations
@@ -42,67 +42,66 @@ from warabifs.frontends.kernel.protocol import HEADER, Header, Opcode
 log = logging.getLogger(__name__)
 
 _MOMENT = 5
-"""Milliseconds for which the loop may stand still when nothing is under way.
+"""Milliseconds for which the loop may block when no request is pending.
 
-Shorter than the kernel's clock ticks, it would have to set a timer each time, which costs more
-than all else that it does for a request.
+A value below a tick of the kernel's clock would arm a timer each time, which costs more than the
+rest of a request.
 """
 _STREAK = 16
-"""Requests that may be taken between two turns of Trio's loop."""
+"""Most requests between two turns of Trio's loop."""
 _ROOM = 1 << 30
-"""Bytes of memory that requests which wait may take; beyond that none is taken, nor is it noticed
-that a thread which waits is killed.  So this is more than the threads of a machine take, unless
-thousands of them write."""
+"""Most bytes of memory for blocked requests; beyond that no request is read, and killed threads are
+not detected.  So it exceeds what the threads of a machine need, unless thousands of them write."""
 _TASK = 16 * 1024
-"""Bytes that such a request takes besides what was asked for: its task, and its buffer's page."""
+"""Bytes of overhead of a blocked request: its task, and a page of its buffer."""
 _LOOK = 0.2
-"""Seconds between two looks whether a thread that was interrupted is being killed."""
+"""Seconds between two checks whether an interrupted thread is being killed."""
 _IN_KERNEL = 0.5
-"""Seconds after which a thread that tells the kernel something must have got there."""
+"""Seconds after which a thread that sends a notification must be in the kernel."""
 _UNTOLD = protocol.MAX_BACKGROUND
-"""Notices and answers, an equal number, after which an answer does not wait for a notice.
+"""Number of notifications, and of replies, beyond which a reply does not wait for a notification.
 
-A notice waits for pages that are being read.  Who reads may wait for one of the requests under way
-to be answered, of which ``MAX_BACKGROUND`` are allowed, so not all of them may wait for notices.
+A notification waits for pages that are being read.  The reader may wait for one of the pending
+requests, of which ``MAX_BACKGROUND`` are allowed, so not all of them may wait for notifications.
 """
 _IDLE = 8
-"""Workers that are kept for later."""
+"""Idle workers that are kept."""
 _SMALL = 16 * 1024
-"""Bytes up to which an answer is copied together rather than gathered."""
+"""Up to this size in bytes a reply is copied into one buffer, rather than gathered."""
 _OVER = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EBADF)
 _HEADER_SIZE = HEADER.size
 _unpack_header = HEADER.unpack_from
-_HELLO = 30_000  # milliseconds for the kernel to say that a mount begins
+_HELLO = 30_000  # milliseconds to wait for the kernel's first request
 
 
 class Early(NamedTuple):
-    """An answer to what is not done yet, but cannot fail: done by *rest*, which does not wait and
-    raises nothing, while the program goes on.  Until then nothing else is handled."""
+    """A reply sent before the operation, which cannot fail, is executed by *rest*, which does not
+    block and raises nothing, while the program continues.  No other request is handled until
+    then."""
 
     answer: bytes
     rest: Callable[[], None]
 
 
 class Told(NamedTuple):
-    """An answer that the kernel gets once it has been told all that it was to be told before; if
-    that is too much to wait for, at once."""
+    """A reply that is sent after all pending notifications; if these are too many, at once."""
 
     answer: bytes
 
 
 Answer = bytes | memoryview | int | Early | Told | None
-"""Of a handler: what the kernel gets, or an errno; None for what is not answered.
+"""The result of a handler: the reply, or an errno; None for no reply.
 
-A view has to be valid until the handler's task waits for anything.
+A view must stay valid until the handler's task next awaits.
 """
 
 
 class _Waiting:
-    """A request whose handler waits.
+    """A request whose handler is blocked.
 
     Attributes:
-        thread: that made it.
-        watched: it was interrupted, and a task looks whether that kills it.
+        thread: the calling thread.
+        watched: it was interrupted, and a task checks whether that kills it.
     """
 
     __slots__ = ("caller", "thread", "watched")
@@ -114,17 +113,16 @@ class _Waiting:
 
 
 class Requests(Protocol):
-    """What handles the kernel's requests."""
+    """The interface of the handler of the kernel's requests."""
 
     def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
-        """Handle a request, given its header and what follows, which is valid until the answer."""
+        """Handle a request, given its header and body, which is valid until the reply."""
 
     def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
-        """The answer to a request whose handler raised *error*."""
+        """Return the reply to a request whose handler raised *error*."""
 
     async def undo(self, header: Header, body: memoryview, answer: Answer) -> None:
-        """Give back what *answer* would have given to the kernel, which got another one: that the
-        request was interrupted."""
+        """Release what *answer* would have given to the kernel, which got ``EINTR`` instead."""
 
 
 class FuseSession:
@@ -141,11 +139,11 @@ class FuseSession:
         self._poll.register(fd, select.POLLIN)
         self._streak = 0
         self._lookout = Lookout()
-        self._began = 0  # when the wait for the next request did
+        self._began = 0  # when the wait for the next request began
         self._over = False
-        self._led = False  # a worker leads, or is about to
-        self._busy = 0  # requests whose handlers wait
-        self._held = 0  # bytes of memory that they take, about
+        self._led = False  # whether a worker leads, or is about to
+        self._busy = 0  # number of requests with blocked handlers
+        self._held = 0  # approximate bytes of memory for them
         self._waiting: dict[int, _Waiting] = {}
         self._idle: list[trio.Event] = []
         self._nursery: trio.Nursery | None = None
@@ -156,12 +154,12 @@ class FuseSession:
         self._silent = False
 
     def begin(self, wanted: int) -> int:
-        """Agree with the kernel on features; returns those of *wanted* that it has.
+        """Negotiate features with the kernel; returns those of *wanted* that it has.
 
         Raises:
-            OSError: the mount was over before it began.
+            OSError: unmounted before it began.
             ValueError: the kernel is too old.
-            TimeoutError: it says nothing.
+            TimeoutError: no request arrived.
         """
         buffer = memoryview(bytearray(protocol.BUFFER))
         while True:
@@ -180,14 +178,14 @@ class FuseSession:
     async def serve(self, requests: Requests) -> None:
         """Serve until the file system is unmounted or :meth:`stop` is called.
 
-        What is being served then is carried to its end.
+        Pending requests are completed.
         """
         self._requests = requests
         async with trio.open_nursery() as self._nursery:
             self._lead_on()
 
     def stop(self) -> None:
-        """Take no more requests; :meth:`serve` returns when those under way are answered."""
+        """Read no more requests; :meth:`serve` returns when pending ones are completed."""
         self._over = True
         trio.lowlevel.notify_closing(self._fd)
         for idle in self._idle:
@@ -197,9 +195,9 @@ class FuseSession:
     # Workers
 
     def _lead_on(self) -> None:
-        """Have another worker lead, if there is room for another request."""
+        """Make another worker the leader, if there is memory for another request."""
         if self._held >= _ROOM:
-            self._led = False  # the first that is done will
+            self._led = False  # the first that completes will
         elif self._idle:
             self._led = True
             self._idle.pop().set()
@@ -209,7 +207,7 @@ class FuseSession:
             self._nursery.start_soon(self._work)
 
     async def _work(self) -> None:
-        # Memory that takes no room until it is used.
+        # Memory that is not allocated until it is used.
         place = mmap.mmap(-1, protocol.BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = memoryview(place)
         requests = self._requests
@@ -224,7 +222,7 @@ class FuseSession:
             header = Header._make(_unpack_header(buffer))
             body = buffer[_HEADER_SIZE:count]
             handler = requests.handle(header, body)
-            # Begun right here: few have to wait for anything.
+            # Started directly: few block.
             try:
                 step = handler.send(None)
             except StopIteration as done:
@@ -267,8 +265,8 @@ class FuseSession:
         self._lookout.came(self._began)
 
     def _take(self, buffer: memoryview) -> int:
-        """Take a request that is there or comes within a moment; its size, or 0: others have to
-        get a turn."""
+        """Read a request that is pending or arrives within a moment; returns its size, or 0: other
+        tasks must get a turn."""
         if self._streak >= _STREAK:
             return 0
         self._streak += 1
@@ -286,22 +284,22 @@ class FuseSession:
         except OSError as error:
             if error.errno in _OVER:
                 self.stop()
-            elif error.errno != errno.ENOENT:  # taken back before it was read
+            elif error.errno != errno.ENOENT:  # withdrawn before it was read
                 raise
         return 0
 
     def _receive(self, buffer: memoryview, size: int, flags: int) -> int:
-        """As ``socket.recv_into``; never waits."""
+        """The same as ``socket.recv_into``; never blocks."""
         return os.readv(self._fd, (buffer,))
 
     # Interruptions
 
     def interrupt(self, unique: int) -> None:
-        """The thread that made this request has a signal pending; if that kills it, it is answered
-        with ``EINTR`` and does not wait any more.
+        """The calling thread has a pending signal; if that kills it, it gets ``EINTR`` and does not
+        wait any more.
 
-        The kernel says so once for each request: a signal that does not kill may be followed by
-        one that does.
+        The kernel notifies once per request: a signal that does not kill may be followed by one
+        that does.
         """
         waiting = self._waiting.get(unique)
         if waiting is not None and not waiting.watched:
@@ -318,7 +316,7 @@ class FuseSession:
             await trio.sleep(_LOOK)
 
     async def _undo(self, header: Header, body: memoryview, answer: Answer) -> None:
-        """What was asked for was done, after the thread that asked had been killed."""
+        """Undo a request that completed after the calling thread was killed."""
         assert self._requests is not None
         try:
             if isinstance(answer, Early):
@@ -328,8 +326,8 @@ class FuseSession:
             self._refusal(header, body, error)  # logs it
 
     def _refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
-        """The answer to a request whose handler raised *error*, whatever that is: one exception
-        does not end the mount, and no request is left without an answer."""
+        """Return the reply to a request whose handler raised any *error*: an exception never ends
+        the mount, and no request is left without a reply."""
         assert self._requests is not None
         try:
             return self._requests.refusal(header, body, error)
@@ -338,17 +336,17 @@ class FuseSession:
             return errno.EIO
 
     def _send(self, unique: int, answer: Answer) -> None:
-        """Answer a request; what the kernel does not take becomes ``EIO``, since the program would
-        wait for ever."""
+        """Send a reply; one that the kernel rejects becomes ``EIO``, since the program would wait
+        forever."""
         if answer is None:
             return
         try:
             self._write(unique, answer)
         except Exception as error:
             number = error.errno if isinstance(error, OSError) else None
-            if number in (*_OVER, errno.ENOENT):  # nobody waits for it any more
+            if number in (*_OVER, errno.ENOENT):  # no thread waits for it any more
                 return
-            if number != errno.EFAULT:  # the file behind a view became shorter
+            if number != errno.EFAULT:  # the file behind a view was truncated
                 log.error("the kernel rejected a reply", exc_info=error)
             with contextlib.suppress(OSError):
                 os.write(self._fd, protocol.refusal(unique, errno.EIO))
@@ -369,36 +367,36 @@ class FuseSession:
         else:
             os.writev(self._fd, (protocol.answer(unique, len(answer)), answer))
 
-    # Descriptors that stand behind open files
+    # Backing files
 
     def back(self, fd: int) -> int:
-        """Have the kernel keep *fd*; returns the number by which an answer to OPEN refers to it.
+        """Register *fd* with the kernel; returns the ID by which a reply to OPEN refers to it.
 
         Raises:
-            OSError: the kernel refuses, or the mount is over.
+            OSError: the kernel rejects it, or the mount has ended.
         """
         number: int = fcntl.ioctl(self._fd, protocol.BACKING_OPEN, protocol.backing(fd))
         return number
 
     def let_go(self, number: int) -> None:
-        """No other answer will refer to that."""
+        """Unregister a backing ID."""
         with contextlib.suppress(OSError):  # the mount is over
             fcntl.ioctl(self._fd, protocol.BACKING_CLOSE, protocol.backing_id(number))
 
-    # What the kernel is told unasked
+    # Notifications
 
     def forget_inode(self, ino: int, attributes_only: bool) -> None:
-        """Make the kernel forget an inode's attributes and bytes.
+        """Make the kernel drop an inode's attributes and pages.
 
-        Waits for requests that concern it, so it must not be called where they are served.
+        Waits for requests that concern it, so it must not be called by the task that serves them.
 
         Raises:
-            FileNotFoundError: it does not know it.
+            FileNotFoundError: the kernel does not know the inode.
         """
         self._notify(protocol.forget_inode(ino, -1 if attributes_only else 0))
 
     def forget_name(self, directory: int, name: bytes) -> None:
-        """As :meth:`forget_inode`, for what a name means."""
+        """The same as :meth:`forget_inode`, for a dentry."""
         self._notify(protocol.forget_name(directory, name))
 
     def _notify(self, notice: bytes) -> None:
@@ -408,20 +406,20 @@ class FuseSession:
             os.write(self._fd, notice)
 
     def silence(self) -> None:
-        """Tell the kernel nothing any more, since the descriptor is about to be closed.
+        """Send no more notifications, since the descriptor is about to be closed.
 
-        A thread that is in the kernel by now keeps the file, and does no harm.
+        A thread that is still in the kernel keeps the file, and does no harm.
         """
         self._silent = True
         if self._notifying.acquire(timeout=_IN_KERNEL):
             self._notifying.release()
 
     def drop_name(self, directory: int, name: bytes) -> None:
-        """Make the kernel let go of a name, in a thread, soon."""
+        """Make the kernel drop a dentry, asynchronously in a thread."""
         self._tell(protocol.forget_name(directory, name))
 
     def drop_attributes(self, ino: int) -> None:
-        """Make the kernel forget an inode's attributes, in a thread, soon."""
+        """Make the kernel drop an inode's attributes, asynchronously in a thread."""
         self._tell(protocol.forget_inode(ino, -1))
 
     def drop_bytes(self, ino: int, offset: int, size: int) -> None:
@@ -437,5 +435,5 @@ class FuseSession:
     def _tell_all(self) -> None:
         while True:
             notice = self._notices.get()
-            with contextlib.suppress(OSError):  # it does not know it, or the mount is over
+            with contextlib.suppress(OSError):  # not cached, or the mount has ended
                 self._notify(notice)

@@ -89,13 +89,18 @@ class _Opened:
 
 
 class Adapter(pyfuse3.Operations):
-    """Requests of the kernel, handed to a :class:`FileSystem`.
+    """Executes requests of the kernel on a :class:`FileSystem`.
 
     Args:
         files: the file system.
-        settings: the mount's.
-        began: is called when the kernel begins the mount.
-        notified: returns when the kernel has been told all that it was to be told before.
+        entry_timeout: seconds for which the kernel may cache a name.
+        directory_timeout: the same for names of directories.
+        attr_timeout: seconds for which it may cache attributes.
+        negative_timeout: seconds for which it may cache that a name does not exist.
+        direct_io: whether reads and writes bypass the page cache.
+        writeback: whether the kernel may defer writes until a file is closed or synced.
+        passing: the files that the kernel accesses directly; None for none.
+        interrupt: called with interrupted requests; None if waiting cannot be interrupted.
     """
 
     supports_dot_lookup = True  # by which file handles are resolved
@@ -352,7 +357,7 @@ class Adapter(pyfuse3.Operations):
 
     @_handles()
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Entries with their attributes, as many as there is room for."""
+        """Return as many entries with attributes as fit."""
         files, cookie, taken, most = self._files, start_id, 0, self._taken + 1
         while entries := await files.readdir(fh, cookie, most):
             for entry in entries:

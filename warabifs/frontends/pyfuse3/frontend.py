@@ -73,7 +73,7 @@ class Pyfuse3FrontEnd(FrontEnd):
             os.close(self._fd)
         self._fd = -1
 
-    # What the kernel is told unasked
+    # Notifications
 
     def forget_inode(self, ino: int, attributes_only: bool) -> None:
         self._notify(lambda: pyfuse3.invalidate_inode(ino, attributes_only))
@@ -105,7 +105,7 @@ class Pyfuse3FrontEnd(FrontEnd):
     def _tell_all(self) -> None:
         while True:
             call = self._notices.get()
-            with contextlib.suppress(OSError):  # it does not know it, or the mount is over
+            with contextlib.suppress(OSError):  # not cached, or the mount has ended
                 call()
 
     async def _notified(self) -> None:
