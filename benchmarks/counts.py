@@ -28,7 +28,7 @@ _SENDS = ("sendmsg", "sendto", "send")
 _WAITS = ("epoll_wait", "epoll_ctl", "futex", EVENTFD)
 """Calls of who sleeps until something comes, and of who wakes him.
 
-Where requests follow one another it is a matter of moments whether anybody sleeps.  So they count
+Where requests follow one another it depends on timing whether a process sleeps.  So they count
 only where each request comes to a sleeper.
 """
 

@@ -41,7 +41,7 @@ MADE = "open + ftruncate + close"
 FILLED = "open + pwrite + close"
 REMOVED = "unlink"
 KERNEL = {"create": MADE, "create_and_write": FILLED, "persist": SYNCED, "erase": REMOVED}
-"""By operation: the system calls that a region's file takes, whoever makes them."""
+"""By operation: the system calls that a region's file takes, in any process."""
 
 Maker = Callable[[int], Work]
 """Makes the work of moving so many bytes."""

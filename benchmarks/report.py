@@ -150,7 +150,7 @@ def _peers(found: Table) -> Iterator[str]:
 def _cost(found: Table) -> Iterator[str]:
     yield "### Processor seconds for a GiB"
     yield ""
-    yield "Of the client and whoever serves it, in the kernel too."
+    yield "Of the client and the provider, including time in the kernel."
     yield ""
     rows = []
     for subject in dict.fromkeys(subject for _, subject in found):

@@ -2,7 +2,7 @@
 
 Without an address, the target is in this process.  Says that it is ready, waits for a line on its
 standard input, and does each operation :func:`times` times, marking where it begins.  Some are done
-again, :data:`RESTED`, with so much time before each that whoever serves it sleeps by then.
+again, :data:`RESTED`, with so much time before each that the provider sleeps by then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OUTSTANDING = "64 outstanding writes"
 RESTED = " after a rest"
 """The end of the name of what is done to a sleeper."""
 _REST = 0.002
-"""Seconds; nobody looks for the next message for so long."""
+"""Seconds; busy polling for the next message ends earlier."""
 Call = Callable[[], object]
 
 

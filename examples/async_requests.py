@@ -23,7 +23,7 @@ with (
     ]
     print("written:", sum(1 for request in writes if request.wait() is None))
 
-    # completed() turns true without anybody waiting.
+    # completed() turns true without a task that waits for it.
     buffers = [bytearray(4096) for _ in regions]
     reads = [
         target.read_async(region, 0, buffer)

@@ -12,7 +12,7 @@ with mochi.margo.Engine("na+sm", mochi.margo.server) as engine:
     provider = Provider(engine, 0, {"target": {"type": "memory"}})
     target = Client(engine).make_target_handle(str(engine.addr()), 0)
 
-    # An array is a buffer: its bytes can be stored as they are, by whoever knows what they mean.
+    # An array is a buffer: its bytes are stored; readers must know dtype and shape.
     field = np.linspace(0.0, 1.0, 12).reshape(3, 4)
     region = target.create_and_write(field)
     copy = np.empty((3, 4))

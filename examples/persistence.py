@@ -15,7 +15,7 @@ with tempfile.TemporaryDirectory() as directory:
         provider = Provider(engine, 0, config)
         target = Client(engine).make_target_handle(str(engine.addr()), 0)
 
-        # At once: the write returns when its bytes are on the medium.
+        # At once: the write returns when its bytes are on stable storage.
         at_once = target.create(100)
         target.write(at_once, 0, b"durable at once", persist=True)
 

@@ -94,7 +94,7 @@ class _Margo(Model):
     limits: dict[str, Any] | None = None
     token_file: StrictStr | None = None
     read_only_token_file: StrictStr | None = None
-    # Nobody who asks what the configuration is has to know these.
+    # Not included in the configuration that is reported.
     token: StrictStr | None = Field(default=None, exclude=True)
     read_only_token: StrictStr | None = Field(default=None, exclude=True)
 

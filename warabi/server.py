@@ -132,7 +132,7 @@ class Provider:
             PermissionDenied: the destination does not let this process bring a target.
             ProviderNotFound, ConnectionFailed, ConnectionLost, TimedOut, ProtocolError: the
                 destination cannot be reached, or no more.
-            StorageFull, StorageError, CorruptTarget: the medium, here or there.
+            StorageFull, StorageError, CorruptTarget: the storage failed, here or there.
         """
         where = (str(parse(str(address))), _checked_id(provider_id))
         sending = Sending(self._core, where, migration_options(options), progress)

@@ -1,4 +1,4 @@
-"""Links and source files in documents exist, and so do documents that the code names."""
+"""Links, and files that documents and code name, exist; neither uses words that were replaced."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ CODE = re.compile(r"`[^`\n]*`")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 NAMED = re.compile(r"\b(?:docs|benchmarks|examples)/[\w/]+\.md\b")
 SOURCE = re.compile(r"\b(?:warabi|warabifs|mochi|tests|benchmarks)/[\w/]+\.(?:py|c)\b")
+
+REPLACED = {
+    r"a defect in": "unhandled exception in",
+    r"medium": "stable storage, storage device",
+    r"life signs?": "sign of life, liveness",
+    r"dawdl\w*": "slow",
+    r"[Nn]obody|[Ss]omebody|[Aa]nybody|[Ww]hoever": "the process, client or user",
+}
+"""What must not come back in prose, as patterns of whole words; and what to write instead."""
 
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
@@ -89,3 +98,38 @@ def test_documents_that_are_named_exist() -> None:
     named = {(str(path), name) for path in files for name in NAMED.findall(path.read_text())}
     assert len(named) > 20
     assert {one for one in named if not (ROOT / one[1]).exists()} == set()
+
+
+def replaced_words(text: str) -> list[str]:
+    """Names in capitals, or with underscores, may contain the words."""
+    return [
+        f"{found[0]}: {instead}"
+        for words, instead in REPLACED.items()
+        for found in re.finditer(rf"\b(?:{words})\b", text)
+    ]
+
+
+def test_replaced_words_do_not_come_back() -> None:
+    files = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(
+            path
+            for folder in ("warabi", "warabifs", "mochi", "examples", "benchmarks")
+            for path in (ROOT / folder).rglob("*.*")
+            if path.suffix in {".py", ".c", ".md"}
+        ),
+    ]
+    assert len(files) > 200
+    found = {(str(path), word) for path in files for word in replaced_words(path.read_text())}
+    assert found == set()
+
+
+def test_replaced_words_are_found() -> None:
+    assert replaced_words(
+        "Nobody; a defect in (NOBODY, by_medium) the MEDIUM of a dawdling peer"
+    ) == [
+        "a defect in: unhandled exception in",
+        "dawdling: slow",
+        "Nobody: the process, client or user",
+    ]

@@ -215,9 +215,11 @@ class Storage(ABC):
     def copy_range(
         self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
     ) -> None:
-        """Copy *size* bytes at *start* of the region *source*, which nobody writes, to *offset* of
-        *rid*: another region, or the same one if the extents do not overlap.  Holes are
-        preserved."""
+        """Copy *size* bytes at *start* of the region *source* to *offset* of *rid*.
+
+        *source* is not written meanwhile.  *rid* is another region, or the same one if the extents
+        do not overlap.  Holes are preserved.
+        """
         buffer = memoryview(bytearray(min(size, _PIECE)))
         at, end, shift = start, start + size, offset - start
         while at < end:
@@ -284,7 +286,7 @@ class Storage(ABC):
 
     @abstractmethod
     def sync_found(self) -> None:
-        """After a crash: return when everything found is on stable storage, whoever wrote it."""
+        """After a crash: return when everything found is on stable storage."""
 
     def found(self, inode: Inode) -> bool:
         """After a crash: whether data of a region that :meth:`scan` did not yield exist."""

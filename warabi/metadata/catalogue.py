@@ -513,7 +513,7 @@ class Catalogue:
         self._dentries.staging = True
 
     def stage(self, parent: int, name: bytes, inode: Inode) -> None:
-        """As :meth:`link`, of a name that nobody can find yet."""
+        """As :meth:`link`, for a name that cannot be looked up yet."""
         self._dentries.set(parent, name, inode.ino)
         self.touch(inode, durable=True, tell=False)
 

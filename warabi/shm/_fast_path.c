@@ -1,20 +1,20 @@
-/* A guest's accesses, compiled: the same two classes as in fast_path.py, which says what they are
-for
- * and what they promise.  This file says only what is different in C.
+/* A guest's accesses in C: the same two classes as in fast_path.py, which documents them.  This
+ * file documents only the differences.
  *
- * The interpreter's lock guards everything here but the bytes that are moved and the memory that
- * is shared with other processes.  It is let go of for system calls that may wait for a medium and
- * for large copies.  Meanwhile a reference is held to whatever is used: the grant (and with it the
- * descriptor or mapping), the caller's buffer, and, by the caller, the Reach itself.  Code in
- * Python may run where a region is hashed or compared, where a buffer is lent or given back, and in
- * handlers of signals: it may change anything of a Reach, so nothing is kept from before it.
+ * The GIL guards everything here except the bytes that are copied and the memory that is shared
+ * with other processes.  It is released for system calls that may wait for stable storage and for
+ * large copies.  Meanwhile a reference is held to everything in use: the grant (and with it the
+ * descriptor or mapping), the caller's buffer, and, by the caller, the Reach itself.  Python code
+ * may run where a region is hashed or compared, where a buffer is acquired or released, and in
+ * signal handlers.  It may change anything in a Reach, so nothing that was read before it is used
+ * after it.
  *
- * The order of what others see.  The table is written by another process, which changes a stamp
- * and then passes membarrier(2): a full barrier in this thread at some point between two of its
- * instructions.  A store here that precedes a load is thus ordered well enough by the compiler's
- * not exchanging the two (`ordered`): either the load comes after that point, and gets the new
- * stamp, or the store came before it, and is seen by whoever passed the barrier.  All other pairs
- * are ordered in the ordinary way, by acquire and release.
+ * Memory ordering.  The table is written by another process, which changes a version and then
+ * calls membarrier(2): a full barrier in this thread at some point between two of its
+ * instructions.  For a store that precedes a load here it therefore suffices that the compiler
+ * does not reorder the two (`ordered`): either the load comes after the barrier, and returns the
+ * new version, or the store came before it, and is visible to the caller of membarrier.  All
+ * other pairs are ordered by acquire and release.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -39,7 +39,7 @@ _Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
 #define RECENT 4096         /* a power of two */
 #define RESOLUTION 10000000 /* ns: that of the coarsest clock */
 
-/* Loads and stores that the compiler before and after must not exchange. */
+/* A compiler barrier: loads and stores are not moved across it. */
 #define ordered() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 
 /* Grant */
@@ -170,7 +170,7 @@ typedef struct {
     size_t entries;
     uint32_t alive;
     int lanes;
-    uint64_t free; /* a bit for each lane */
+    uint64_t free; /* a bit for each hazard slot */
     char usable;
     char writable;
     uint64_t writes;         /* that were marked */
@@ -238,8 +238,8 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     return self->grants == NULL ? -1 : 0;
 }
 
-/* The mappings, which refer to nobody, are not shown to the collector: it would unmap the memory of
- * a cycle that it found while somebody in the cycle may still call a method here. */
+/* The mappings, which hold no references, are not visited: the collector would unmap memory in a
+ * cycle while an object of that cycle may still call a method here. */
 static int reach_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Reach *self = (Reach *)object;
@@ -318,7 +318,7 @@ static int given(PyObject *const *args, Py_ssize_t count, Py_ssize_t which, int 
 }
 
 /* Are these unchecked arguments what they should be, beyond doubt?  Then the buffer is held.  If
- * not, who checks them says what is wrong: there is no exception, but for one like
+ * not, the Python code that checks them raises: no exception is set here, except one like
  * KeyboardInterrupt. */
 static bool plain(PyObject *const *args, Py_buffer *buffer, int flags)
 {
@@ -348,8 +348,8 @@ static int64_t size_of(const Reach *self, const Grant *grant)
     return size > INT64_MAX ? INT64_MAX : (int64_t)size;
 }
 
-/* A lane, in which it now says that the grant's region is about to be touched; -1: all are in use,
- * by as many threads. */
+/* Claim a hazard slot and store the grant's region in it; -1 if all slots are in use by other
+ * threads. */
 static int enter(Reach *self, const Grant *grant)
 {
     if (self->free == 0)
@@ -361,7 +361,7 @@ static int enter(Reach *self, const Grant *grant)
     return lane;
 }
 
-/* The second look, after the bytes were moved: is the grant still good? */
+/* The second check, after the bytes were copied: is the grant still valid? */
 static bool still(const Reach *self, const Grant *grant)
 {
     ordered();                               /* what was stored: see the top of the file */
@@ -369,7 +369,7 @@ static bool still(const Reach *self, const Grant *grant)
     return stamp_of(self, grant) == grant->stamp;
 }
 
-/* Whoever finds the lane empty finds all that was done in it. */
+/* Release: a process that sees the hazard slot empty sees everything done while it was set. */
 static void leave(Reach *self, int lane)
 {
     __atomic_store_n(&self->board[lane], 0, __ATOMIC_RELEASE);
@@ -394,7 +394,7 @@ enum way { WRITE, READ, READ_AT_ONCE }; /* the last one fails where it would hav
 static ssize_t system_call(enum way way, int fd, char *bytes, size_t size, off_t offset)
 {
     struct iovec piece = {bytes, size};
-    bool hold = way == READ_AT_ONCE && size < LARGE; /* what does not wait keeps nobody waiting */
+    bool hold = way == READ_AT_ONCE && size < LARGE; /* it does not block */
     PyThreadState *saved = hold ? NULL : PyEval_SaveThread();
     ssize_t count = way == WRITE  ? pwrite(fd, bytes, size, offset)
                     : way == READ ? pread(fd, bytes, size, offset)
@@ -430,8 +430,8 @@ static enum result transfer(enum way way, int fd, char *bytes, int64_t size, int
     return DONE;
 }
 
-/* Without the lock a reader waits until another thread that computes gives it back, which is some
- * milliseconds: far longer than to copy what is in memory, as it nearly always is. */
+/* A reader that released the GIL waits some milliseconds until a busy thread gives it back: far
+ * longer than a copy from memory, which is nearly always the case. */
 static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t offset, bool wait)
 {
     int64_t moved = 0;
@@ -444,10 +444,11 @@ static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t of
     return transfer(READ, grant->fd, bytes, size, offset, &moved);
 }
 
-/* Note that the region was written just now.  The provider looks at mark 0 first, and at the others
- * only if that has changed: so the region's comes first, and whoever acquires the new mark 0 finds
- * it.  Both are later than mark 0 was, even if the clock tells the same time again, or the provider
- * could take this write for one that it has seen.  A mark 0 that is far ahead is not believed. */
+/* Set the region's last-write time.  The provider reads mark 0 first, and the other marks only if
+ * it has changed: so the region's mark is stored first, and a reader that acquires the new mark 0
+ * sees it.  Both are later than mark 0 was, even if the clock returns the same time again;
+ * otherwise the provider could mistake this write for one that it has seen.  A mark 0 far ahead
+ * is ignored. */
 static void mark(Reach *self, const Grant *grant)
 {
     struct timespec now;
@@ -461,13 +462,13 @@ static void mark(Reach *self, const Grant *grant)
     self->recent[self->writes++ % RECENT] = time;
 }
 
-/* Have code in Python forget a grant that is not good any more. */
+/* Have Python code drop a grant that is no longer valid. */
 static void drop(Reach *self, PyObject *region, Grant *grant)
 {
     Py_XDECREF(PyObject_CallMethod((PyObject *)self, "_drop", "OO", region, grant));
 }
 
-/* Raise what code in Python makes of an error of the medium. */
+/* Raise the exception that Python code returns for a storage error. */
 static void raise_failure(Reach *self, PyObject *region, int number)
 {
     PyObject *cause = PyObject_CallFunction(PyExc_OSError, "is", number, strerror(number));
@@ -543,7 +544,7 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
         if (fewer && size > have)
             size = have = have > 0 ? have : 0;
         if (size > have || size > grant->room - offset) {
-            result = FAILED; /* the provider says what is wrong, or grants more room */
+            result = FAILED; /* the provider reports the error, or extends the grant */
         } else if (grant->fd < 0) {
             copy(place->buf, (const char *)grant->view.buf + grant->start + offset, (size_t)size);
             result = DONE;

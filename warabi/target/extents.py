@@ -66,7 +66,7 @@ def punch_hole(target: Target, region: RegionID, offset: int, size: int) -> None
 
     Raises:
         InvalidRegion, OutOfBounds: the arguments.
-        StorageError: the medium.
+        StorageError: the storage failed.
     """
     end = _end(offset, size, "punch_hole")
     with _closed(target, region, "punch_hole", size) as change:
@@ -79,7 +79,7 @@ def seek(target: Target, region: RegionID, offset: int, hole: bool) -> int | Non
 
     Raises:
         InvalidRegion, OutOfBounds: the arguments.
-        StorageError, CorruptTarget: the medium.
+        StorageError, CorruptTarget: the storage failed or is damaged.
     """
     offset = checked_size(offset, "seek: offset")
     with _entered(target, region, "seek") as inode:

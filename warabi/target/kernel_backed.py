@@ -25,17 +25,17 @@ _PART = 4
 
 
 class Exposed:
-    """What is known of an exposed region: its descriptor, and what it was like the last time.
+    """An exposed region: its descriptor, and its size and time at the last look.
 
-    Others read and write by it, also behind the region's end, which grows then; nobody but the
-    target makes it shorter.
+    A kernel reads and writes through the descriptor; writes beyond the region's end extend it.
+    Only the target truncates it.
 
     Args:
         inode: the region's.
         fd: a descriptor of its own file, whose end is the region's.
         catalogue: where the region is noted.
-        grew: told the size of one that has grown.
-        wrote: told of a region that may have been written.
+        grew: called with the ID and the new size of a region that has grown.
+        wrote: called with the ID of a region that may have been written.
     """
 
     __slots__ = ("_catalogue", "_grew", "_inode", "_mtime", "_wrote", "fd")

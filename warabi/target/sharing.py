@@ -79,7 +79,7 @@ class Sharing:
         state = self._state
         with state.guard.lock, state.guard.checked:
             if self._exposed:
-                return None  # a guest could not be told how large an exposed region is
+                return None  # guests are not notified of an exposed region's size
             self._check_paused()
             if self._grants is None:
                 try:

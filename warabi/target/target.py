@@ -509,10 +509,10 @@ class Target:
     def resize(self, region: RegionID, size: int, *, wait: bool = True) -> None:
         """Grow or shrink to *size* bytes; the ID stays, new bytes read as zero.
 
-        Space is not reserved: a region may grow beyond what the medium can fill.
+        Space is not reserved: a region may grow beyond what the storage can hold.
 
         Raises:
-            InvalidRegion, OutOfBounds: the arguments; no medium can address *size*.
+            InvalidRegion, OutOfBounds: the arguments; *size* exceeds what any storage can address.
             StorageFull: it exceeds the quota.
         """
         size = checked_size(size, "resize: size")
@@ -560,7 +560,7 @@ class Target:
 
         Raises:
             InvalidRegion: unknown or erased.
-            StorageError: the medium.
+            StorageError: the storage failed.
             OSError: there are too many descriptors.
         """
         inode = self._enter(region, "expose", True)
@@ -598,7 +598,7 @@ class Target:
             return [a.region for a in self._catalogue.regions(slot, limit, anonymous=False)]
 
     def room(self) -> tuple[int, int, int]:
-        """Total and available bytes under quota and medium, and the number of regions."""
+        """Total and available bytes (limited by quota and storage), and the number of regions."""
         total, available = self._storage.room()
         with self.state.lock:
             if self.sizes.capacity is not None:

@@ -34,7 +34,7 @@ def verify(target: Target, region: RegionID, first: int, count: int) -> Verified
     Raises:
         ConfigError: the target has no checksums.
         InvalidRegion, OutOfBounds: the arguments.
-        StorageError: the medium.
+        StorageError: the storage failed.
     """
     storage = _summed(target, "verify")
     first = checked_size(first, "verify: first")

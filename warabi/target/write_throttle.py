@@ -1,9 +1,10 @@
-"""Writes that mostly do not wait, made where nobody may wait for as long as they are quick.
+"""Decide whether an event loop makes short writes itself or has threads make them.
 
-A write of a file goes to the page cache.  But the kernel holds up who writes faster than the medium
-takes it, and first reads a page of which only a part changes.  It tells only afterwards, by the
-time that it took.  An event loop that met that has threads make its writes for a while, and ever
-longer if the next one that it tries itself is slow, too.
+A write of a file goes to the page cache and usually does not block.  But the kernel throttles a
+process that writes faster than the storage device, and first reads a page that is written only in
+part.  This shows only afterwards, in how long the write took.  After a slow write the event loop
+has threads make its writes for a while, and for ever longer if the next write that it tries itself
+is slow, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from warabi._core.backoff import Pause
 
 _SLOW = 5_000_000
-"""Nanoseconds that no write takes which only copies a page or two, but on a very busy machine."""
+"""Nanoseconds; a write that only copies a page or two takes less, except on a very busy machine."""
 _COPYING = 5
 """Nanoseconds for each byte that is copied, at most."""
 _PAUSE = (50_000_000, 3_200_000_000)
@@ -19,7 +20,7 @@ _PAUSE = (50_000_000, 3_200_000_000)
 
 
 class Pace:
-    """What an event loop knows of how long writes take.  Times are nanoseconds of one clock."""
+    """How long recent writes of an event loop took.  Times are nanoseconds of one clock."""
 
     __slots__ = ("_pause",)
 
@@ -27,7 +28,7 @@ class Pace:
         self._pause = Pause(*_PAUSE)
 
     def slow(self, now: int) -> bool:
-        """Whether a write had better be made elsewhere."""
+        """Whether writes should be made by threads at *now*."""
         return now < self._pause.end
 
     def wrote(self, size: int, began: int, now: int) -> None:

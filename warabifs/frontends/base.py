@@ -62,8 +62,8 @@ class Settings:
         direct_io: whether reads and writes bypass the page cache.
         writeback: whether the kernel may hold writes back, until a file is closed or synced.
         passthrough: the target whose regions the kernel is to read and write by itself, if any.
-        interruptible: whether a program that waits can be killed: not where it waits for a medium
-            in this process.
+        interruptible: whether a program that waits for a request can be killed; false if it
+            waits for storage in this process.
         read_ahead: KiB that the kernel reads ahead, at least.
     """
 
@@ -81,7 +81,7 @@ class Settings:
 class FrontEnd(ABC):
     """The connection of one mount to the kernel.
 
-    First the methods by which the kernel is told to forget something may be handed out, then
+    Methods that invalidate the kernel's caches may be passed on before :meth:`begin`; then
     :meth:`begin` is called once, :meth:`serve` once, and :meth:`close` in any case.
 
     Args:
@@ -100,7 +100,7 @@ class FrontEnd(ABC):
         Raises:
             OSError: the mount was over before it began.
             ValueError: the kernel is too old; the message says how old.
-            TimeoutError: it says nothing.
+            TimeoutError: the kernel sends nothing.
         """
 
     @abstractmethod
@@ -116,16 +116,16 @@ class FrontEnd(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Tell the kernel nothing any more, and let go of what :meth:`begin` made.
+        """Send no more notifications to the kernel, and release what :meth:`begin` acquired.
 
-        A thread that waits in the kernel by now is waited for only for a moment, and does no harm.
+        A thread that is blocked in the kernel is waited for only briefly; it does no harm.
         """
 
-    # For the file system: what the kernel is told unasked
+    # For the file system: notifications to the kernel
 
     @abstractmethod
     def forget_inode(self, ino: int, attributes_only: bool) -> None:
-        """Make the kernel forget an inode's attributes and, unless told, its bytes.
+        """Drop an inode's cached attributes and, unless *attributes_only*, its cached pages.
 
         Waits for requests that concern it, so it must not be called in the loop that serves them.
 

@@ -138,17 +138,17 @@ class Operations:
             | Feature.MAX_PAGES | Feature.INIT_EXT
             # The kernel checks access control lists, the target keeps them consistent with modes.
             | Feature.POSIX_ACL
-            # Whose writes take set-ID bits away is told with them, instead of asking before each
-            # whether there is a capability to take away.
+            # Write requests say whether set-ID bits are to be cleared, so that the kernel does not
+            # ask before each write whether there is a capability to clear.
             | Feature.HANDLE_KILLPRIV_V2
         )  # fmt: skip
         """The requested features; after the negotiation, the features agreed on."""
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
         if not files.openless and not (files.pages.told and attr_timeout):
-            # With it each read after a write asks for the attributes, finds that the file changed,
-            # and drops all its pages: in vain where nobody but this kernel can have changed it, or
-            # where it is told who has; unless somebody wants to be asked each time.
+            # With it, each read after a write requests the attributes, finds that the file changed,
+            # and drops all its pages.  That is useless if only this kernel can have changed the
+            # file, or if it is notified of changes by others, unless attr_timeout is 0.
             self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE

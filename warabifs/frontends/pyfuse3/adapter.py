@@ -73,13 +73,13 @@ def _in_directory(directory: int, name: bytes, *_: object) -> Changed:
 
 @dataclass(slots=True)
 class _Opened:
-    """An open file: what pyfuse3 does not tell with each read and write.
+    """An open file: what pyfuse3 does not pass with each read and write.
 
     Attributes:
         flags: as for open(2).
-        past_cache: the kernel sends each read and write as it comes.
-        kill_setid: writes take the set-ID bits away: of what goes past its cache the kernel leaves
-            that to us, for whoever is not root, as the opener tells.
+        past_cache: reads and writes bypass the kernel's page cache.
+        kill_setid: writes clear the set-ID bits.  For writes that bypass its cache the kernel
+            leaves that to us; it applies unless the opener is root.
     """
 
     ino: int
@@ -337,7 +337,7 @@ class Adapter(pyfuse3.Operations):
             await self._notified()
 
     async def flush(self, fh: int) -> None:
-        """Nothing is held back; told so in this way, the kernel asks only once."""
+        """Nothing is buffered; after ENOSYS the kernel sends no more flush requests."""
         raise FUSEError(errno.ENOSYS)
 
     @_handles()
