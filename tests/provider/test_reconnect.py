@@ -173,7 +173,7 @@ async def test_another_target_at_the_address_is_not_taken_for_the_first(port: in
             first.kill()
             with (
                 provider_process(f"tcp://127.0.0.1:{port}", MEMORY),
-                pytest.raises(errors.ConnectionFailed, match="another target"),
+                pytest.raises(errors.ConnectionFailed, match="a different target"),
             ):
                 await target.size(region)
 
@@ -373,7 +373,7 @@ async def test_waiting_for_others_that_get_no_reply_is_a_part_of_a_requests_time
 
             async def resize(caller: Caller) -> None:
                 CALLER.set(caller)
-                with pytest.raises(errors.TimedOut, match="caller is gone"):
+                with pytest.raises(errors.TimedOut, match="its caller was cancelled"):
                     await target.resize(region, 2)
                 assert await target.size(region) == 1
 
