@@ -228,6 +228,7 @@ class StorageTests:
             storage.allocate(rid, size // 3, beyond - size // 3)
         assert self.read(storage, rid, 0, size) == data
         assert self.is_stored(storage, rid, size)
+        assert storage.space(rid, size) >= size
         self.resize(storage, rid, size, beyond)
         assert self.read(storage, rid, 0, beyond) == data + bytes(5000)
 

@@ -145,6 +145,44 @@ def test_data_and_holes_are_found(where: Path) -> None:
         assert os.lseek(fd, second, os.SEEK_HOLE) == second + size
 
 
+def blocks(path: Path) -> int:
+    """Bytes that a file uses, in MiB, about."""
+    return round(path.stat().st_blocks * 512 / (1 << 20))
+
+
+def test_the_space_that_files_use(where: Path) -> None:
+    path, copy = where / "file", where / "copy"
+    mib = 1 << 20
+    with opened(path) as fd:
+        os.ftruncate(fd, 64 * mib)
+        assert blocks(path) == 0
+        os.pwrite(fd, b"x" * 4 * mib, 20 * mib)
+        assert blocks(path) == 4
+        fallocate(fd, PUNCH_HOLE | KEEP_SIZE, 21 * mib, 2 * mib)
+        assert blocks(path) == 2
+        fallocate(fd, ZERO_RANGE, 20 * mib, 6 * mib)
+        assert blocks(path) == 6
+        fallocate(fd, 0, 0, 8 * mib)
+        assert blocks(path) == 14
+        run("cp", "--sparse=always", path, copy)
+        assert blocks(copy) == 0
+        os.pwrite(fd, b"x" * mib, 40 * mib)
+        fallocate(fd, KEEP_SIZE, 64 * mib, 4 * mib)
+        assert path.stat().st_size == 64 * mib
+        assert blocks(path) == 19
+    run("cp", "--sparse=auto", path, copy)
+    run("cmp", path, copy)
+    assert blocks(copy) <= 15
+    assert run("du", "--block-size=1M", path).stdout.split()[0] in ("19", "20")
+    os.truncate(path, 24 * mib)
+    assert blocks(path) == 12
+    with opened(where / "dense") as fd:
+        os.write(fd, b"x" * 3 * mib)
+        assert blocks(where / "dense") == 3
+        os.write(fd, b"x" * mib)
+    assert blocks(where / "dense") == 4
+
+
 def test_a_file_that_is_used_at_random(where: Path) -> None:
     chance, model, path = random.Random(7), bytearray(), where / "file"
     with opened(path) as fd:

@@ -25,6 +25,14 @@ class Attributes(NamedTuple):
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+    space: int = -1  # bytes of storage that a region uses; -1: as many as its size
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of 512 bytes that a regular file uses; 0 of other inodes."""
+        if not stat.S_ISREG(self.mode):
+            return 0
+        return -(-(self.size if self.space < 0 else self.space) // 512)
 
     @property
     def region(self) -> RegionID:

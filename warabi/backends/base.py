@@ -184,6 +184,10 @@ class Storage(ABC):
         for start in range(offset, offset + size, _PIECE):
             self.write(rid, start, _ZEROS[: offset + size - start])
 
+    def space(self, rid: RegionID, size: int) -> int:
+        """Bytes of storage that a region of *size* bytes uses.  Quick: an event loop calls it."""
+        return size
+
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         """The first offset from *offset* on, before *end*, at which there is data, or with *hole* a
         hole; *end* if there is none.  Data may be reported where there is a hole, but not the

@@ -448,6 +448,10 @@ class MemoryStorage(Storage):
             if item.holder != THIS_PROCESS:
                 self._lent.add(item)
 
+    def space(self, rid: RegionID, size: int) -> int:
+        item = self._regions.get(rid)
+        return os.fstat(item.fd).st_blocks * 512 if isinstance(item, Own) else size
+
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         item = self._regions[rid]
         if isinstance(item, _Slot):

@@ -257,6 +257,9 @@ class PackedStorage(WrapperStorage):
         except errors.Exception as error:
             raise _of(rid, file, error) from error.__cause__
 
+    def space(self, rid: RegionID, size: int) -> int:
+        return self._files.space(rid, size) if self._at(rid)[0] is rid else size
+
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         file, start = self._at(rid)
         try:

@@ -123,6 +123,9 @@ class WrapperStorage(Storage):
     def moves(self, rid: RegionID, size: int) -> bool:
         return self._inner.moves(rid, size)
 
+    def space(self, rid: RegionID, size: int) -> int:
+        return self._inner.space(rid, size)
+
     def check(self, rid: RegionID, size: int) -> None:
         self._inner.check(rid, size)
 

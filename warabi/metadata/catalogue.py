@@ -43,7 +43,7 @@ from warabi.errors import (
 from warabi.metadata import domain
 from warabi.metadata.clock import Clock
 from warabi.metadata.dentries import Dentries, settle_graft
-from warabi.metadata.inode import OWN, Inode
+from warabi.metadata.inode import OWN, PACKED, Inode
 from warabi.metadata.journal import Journal, Row, sync_directory, translate
 from warabi.metadata.notifications import Feed
 from warabi.metadata.schema import COLUMNS, OUTSIDE, UPSERT, make, migrate, populate
@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 100  # most repaired rows that are logged one by one
 _CACHED = 65536
+_MOST_DENSE = 262_144  # regions that are known to have no holes while they are not in memory
+_BLOCK = 4096  # bytes by which a file's space exceeds its size at most, unless it was allocated
 _ROW = 1024  # most bytes of memory for an inode or a name, without its variable-length data
 _FLUSH_AT = 4096  # dirty entries that may be left for a commit, which also holds the lock
 _TOTALS = 4096  # most inodes whose attributes' sizes are kept
@@ -76,6 +78,9 @@ class Catalogue:
         self.path = path
         self._random = random.Random()
         self._cache: dict[int, Inode] = {}
+        self.space_of: Callable[[RegionID, int], int] | None = None
+        """Tells how many bytes of storage a region of a given size uses; the target sets it."""
+        self._dense: set[bytes] = set()
         self._trim_at = _CACHED  # size of the cache above which it is trimmed
         self._removed = 0  # inodes removed since the tables were copied
         self.by_rid: dict[bytes, Inode] = {}
@@ -296,6 +301,8 @@ class Catalogue:
         if stat.S_ISREG(mode):
             self.count += 1
             self.used += size
+            if size:
+                self.may_have_holes(inode)
         self.touch(inode, durable=True, tell=False)
         return inode
 
@@ -342,10 +349,37 @@ class Catalogue:
         if inode is None and -(1 << 63) <= ino < 1 << 63:
             row = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()
             if row is not None:
-                inode = Inode(*row)
+                inode = self._loaded(row)
                 inode.stored = True
                 self._remember(inode)
         return inode
+
+    # Space
+
+    def _loaded(self, row: tuple[Any, ...]) -> Inode:
+        inode = Inode(*row)
+        if stat.S_ISREG(inode.mode) and inode.rid not in self._dense:
+            inode.measure = self._space
+        return inode
+
+    def may_have_holes(self, inode: Inode) -> None:
+        """Have the storage asked how much space the region uses, until it is as much as its size;
+        what is only written and appended to needs no asking."""
+        inode.measure = self._space
+        self._dense.discard(inode.rid)
+
+    def _space(self, inode: Inode) -> int:
+        if inode.packed == PACKED or self.space_of is None:
+            space = inode.size
+        else:
+            space = self.space_of(inode.rid, inode.size)
+        if inode.size <= space < inode.size + _BLOCK:
+            inode.measure = None
+            if len(self._dense) >= _MOST_DENSE:
+                self._dense.clear()
+            self._dense.add(inode.rid)
+            return -1
+        return space
 
     def get_cached(self, ino: int) -> Inode | None:
         """Return the inode *ino* if it is in memory, as every pinned or changed one is."""
@@ -494,7 +528,7 @@ class Catalogue:
 
     def _attributes(self, row: tuple[int, ...]) -> Attributes:
         cached = self._cache.get(row[0])
-        return (cached or Inode(*row)).attributes()  # type: ignore[arg-type]  # the row has the columns' types
+        return (cached or self._loaded(row)).attributes()
 
     # Names that are staged for a graft: see ``dentries.py``
 

@@ -8,6 +8,8 @@ from warabi._core.attributes import Attributes
 from warabi.region import RegionID
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from warabi._core.changes import Origin
     from warabi.target.kernel_backed import Exposed
     from warabi.target.leases import Share
@@ -23,8 +25,8 @@ class Inode:
 
     __slots__ = (
         "anonymous", "atime", "before", "changed", "ctime", "dead", "exclusive", "exposed",
-        "generation", "gid", "ino", "kept", "mode", "mtime", "nlink", "packed", "pins", "rdev",
-        "rid", "seen", "share", "size", "stored", "target", "uid", "users", "writer",
+        "generation", "gid", "ino", "kept", "measure", "mode", "mtime", "nlink", "packed", "pins",
+        "rdev", "rid", "seen", "share", "size", "stored", "target", "uid", "users", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +49,7 @@ class Inode:
         self.target = target
         self.packed = packed
         self.rid = RegionID.from_parts(ino, generation)
+        self.measure: Callable[[Inode], int] | None = None  # None: it has no holes
         self.stored = False  # whether there is a row, perhaps an outdated one
         self.changed = 0  # number of the change that a persist must make durable
         self.kept = -1  # the change time that is durable, or will be with the next sync of the data
@@ -94,6 +97,7 @@ class Inode:
             attributes = _tuple(Attributes, (
                 self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink,
                 self.uid, self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
+                -1 if self.measure is None else self.measure(self),
             ))  # fmt: skip
             if self.ctime == seen:  # not every caller holds the lock
                 return attributes

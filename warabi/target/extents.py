@@ -264,4 +264,6 @@ def _closed(target: Target, region: RegionID, what: str, size: int) -> Iterator[
             not_in_a_loop()
         yield change
     finally:
+        if change.began:
+            target.state.catalogue.may_have_holes(inode)
         target.locks.leave_exclusive(inode, wrote=change.began)

@@ -63,6 +63,7 @@ class Exposed:
         if info.st_size > inode.size:
             self._grew(inode.rid, info.st_size)
             self._catalogue.resize(inode, info.st_size)
+            self._catalogue.may_have_holes(inode)
         if info.st_mtime_ns != self._mtime:
             self._mtime = info.st_mtime_ns
             inode.written_by(None)

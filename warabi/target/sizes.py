@@ -46,6 +46,8 @@ class Sizes:
     def resize(self, inode: Inode, size: int) -> None:
         """Have the storage resize the region's bytes."""
         storage, rid, quiet = self._state.storage, inode.rid, True
+        if size > inode.size:
+            self._state.catalogue.may_have_holes(inode)
         if size < inode.size or storage.moves(rid, size):
             with self._state.lock:
                 quiet = self._sharing.revoke(inode)
@@ -67,6 +69,8 @@ class Sizes:
         with self._state.lock:
             self.reserve(end - inode.size, what)
         storage.check(region, inode.size)
+        if offset > inode.size:
+            self._state.catalogue.may_have_holes(inode)
         try:
             if storage.moves(region, end) and inode.share is not None:
                 self.resize(inode, end)

@@ -82,6 +82,7 @@ class Target:
     ) -> None:
         if not catalogue.clean:
             recover(catalogue, storage)
+        catalogue.space_of = storage.space
         state = self.state = TargetState(catalogue, storage)
         self.sharing = Sharing(state)
         self.kernel_backed = KernelBacked(state, self.sharing)
@@ -197,6 +198,7 @@ class Target:
         with self.filling(len(view), fresh) as inode:
             if view and fresh is None:
                 self._storage.write(inode.rid, 0, view)
+            inode.measure = None
             if persist:
                 self.committer.persist(inode, 0, len(view))
         return inode.rid

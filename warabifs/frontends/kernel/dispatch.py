@@ -77,9 +77,9 @@ def _last(body: memoryview, start: int = 0) -> bytes:
 
 
 def _packed(attributes: Attributes) -> bytes:
-    ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime = attributes
+    ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, space = attributes
     return protocol.pack_attributes(
-        ino, size, -(-size // 512) if stat.S_ISREG(mode) else 0,
+        ino, size, -(-(size if space < 0 else space) // 512) if stat.S_ISREG(mode) else 0,
         atime // _SECOND, mtime // _SECOND, ctime // _SECOND,
         atime % _SECOND, mtime % _SECOND, ctime % _SECOND,
         mode, nlink, uid, gid, rdev & 0xFFFFFFFF, BLOCK, 0,

@@ -133,7 +133,7 @@ class Adapter(pyfuse3.Operations):
             self._files.drop_attributes(ino)
 
     def _entry(self, found: Attributes) -> EntryAttributes:
-        ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime = found
+        ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, _ = found
         directory = stat.S_ISDIR(mode)
         settings = self._settings
         entry = EntryAttributes()
@@ -149,7 +149,7 @@ class Adapter(pyfuse3.Operations):
         entry.st_rdev = rdev
         entry.st_size = size
         entry.st_blksize = BLOCK
-        entry.st_blocks = -(-size // 512) if stat.S_ISREG(mode) else 0
+        entry.st_blocks = found.blocks
         entry.st_atime_ns = atime
         entry.st_mtime_ns = mtime
         entry.st_ctime_ns = ctime
