@@ -405,6 +405,19 @@ def test_a_provider_in_a_control_group(small_group: Path, share: str) -> None:
 # Room that is reserved
 
 
+@pytest.mark.parametrize("keep_size", [False, True])
+def test_what_is_allocated_far_beyond_the_end_takes_no_memory_before_it(keep_size: bool) -> None:
+    """Nor the machine's, whatever the offset."""
+    with memory(8 * MiB) as target:
+        region = target.create(10)
+        call(target, "allocate", region, 64 * MiB, 10, keep_size)
+        assert target.create_and_write(bytes(4 * MiB))
+        target.resize(region, 10)
+        with pytest.raises(errors.StorageFull):
+            call(target, "allocate", region, 1 << 40, 16 * MiB, True)
+        target.write(region, 0, b"0123456789")
+
+
 def test_what_is_reserved_can_be_written_when_nothing_else_fits() -> None:
     with memory(16 * MiB) as target:
         region = target.create(8 * MiB)

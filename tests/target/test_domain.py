@@ -24,6 +24,7 @@ from tests.storage.test_checksums import open_target
 from tests.support.helpers import MEMORY, file_config
 from warabi import errors
 from warabi._core.attributes import Attributes
+from warabi.backends.memory_budget import MemoryBudget
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
 from warabi.errors import PathError
@@ -122,6 +123,17 @@ STEPS = st.lists(
     st.sampled_from(sorted(TABLE)).flatmap(lambda name: st.tuples(st.just(name), arguments(name))),
     min_size=1, max_size=12,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have targets in memory refuse what would fill the machine's, as sizes to allocate would."""
+    original = MemoryBudget.__init__
+
+    def limited(self: MemoryBudget, limit: int | None, *rest: Any) -> None:
+        original(self, 1 << 28 if limit is None else limit, *rest)
+
+    monkeypatch.setattr(MemoryBudget, "__init__", limited)
 
 
 @contextlib.contextmanager

@@ -154,9 +154,11 @@ class Own:
         overwriting what other processes write meanwhile.
         """
         if end > self.size:
-            first = self.size & -PAGE
-            allocate(self.fd, first, end - first)
-            self.reserved = (first, (max(end, self.reserved[1]) + PAGE - 1) & -PAGE)
+            first, last = max(offset, self.size) & -PAGE, (end + PAGE - 1) & -PAGE
+            allocate(self.fd, first, last - first)
+            low, high = self.reserved
+            apart = high < first or last < low  # then only the new one is remembered
+            self.reserved = (first, last) if apart else (min(low, first), max(high, last))
             end = self.size
         if offset < end:
             allocate(self.fd, offset, end - offset)
