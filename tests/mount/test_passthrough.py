@@ -10,8 +10,10 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from tests.mount.conftest import limit_of
 from tests.mount.support import (
@@ -27,6 +29,10 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
+from tests.support.helpers import PATIENCE
+from warabi.target import opening
+from warabi.target.config import FileConfig
+from warabifs.frontends.kernel.passthrough import Passing
 
 EVERYWHERE = pytest.mark.parametrize("mounted", PASSED, indirect=True)
 ON_DISK = pytest.mark.parametrize("mounted", PASSED[1:], indirect=True)
@@ -288,3 +294,39 @@ def test_read_only(kind: str, place: Path, request: pytest.FixtureRequest) -> No
                     assert os.pread(fd, 2 * MIB, 0) == b"z" * MIB
             with fails_with(errno.EROFS):
                 (mount.path / "file").write_bytes(b"")
+
+
+class _Kernel:
+    """Takes every descriptor."""
+
+    def __init__(self) -> None:
+        self.backing = 0
+
+    def back(self, fd: int) -> int:
+        self.backing += 1
+        return self.backing
+
+    def let_go(self, number: int) -> None:
+        self.backing -= 1
+
+
+async def test_a_file_is_closed_while_the_target_s_lock_is_held(tmp_path: Path) -> None:
+    """The mount's loop does not wait for the lock."""
+    kernel: Any = _Kernel()
+    config = FileConfig(path=str(tmp_path / "target"), create_if_missing=True)
+    with opening.open_file(config) as target:
+        region = target.create_and_write(bytes(100_000))
+        passing = Passing(target, kernel)
+        for _ in range(2):
+            assert passing.open(region, os.O_RDWR) == 1
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                with target.state.long, target.state.lock:
+                    for _ in range(2):
+                        nursery.start_soon(passing.release, region.slot)
+                    for _ in range(5):
+                        await trio.sleep(0.01)
+                    assert kernel.backing == 1
+        assert kernel.backing == 0
+        assert passing.open(region, os.O_RDWR) == 1
+        await passing.release(region.slot)

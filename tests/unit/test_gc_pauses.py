@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.support.helpers import run_python
+
 SCRIPT = """
 import gc, sys, weakref
 from warabi.eventloop import gc_pauses
@@ -53,3 +55,22 @@ def test_what_survives_a_short_collection_is() -> None:
     _, frozen, visited, _ = result(1000)
     assert frozen == 0
     assert visited > 1_000_000
+
+
+IDLE = """
+import gc
+from warabi.eventloop import gc_pauses
+
+collections = []
+gc.disable()
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"]))
+gc_pauses.collect_while_idle()
+print(len(collections))
+gc_pauses.limit_pauses()
+gc_pauses.collect_while_idle()
+print(*collections)
+"""
+
+
+def test_a_full_collection_while_idle_is_only_for_processes_that_serve() -> None:
+    assert run_python(IDLE).stdout.split() == ["0", "2", "2"]  # its start and its end

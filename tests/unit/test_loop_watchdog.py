@@ -16,7 +16,7 @@ from warabi._core import log_limit
 from warabi._core.log_limit import BURST, RateLimit
 from warabi.client import Client
 from warabi.engine import Engine, client
-from warabi.eventloop import loop_watchdog
+from warabi.eventloop import gc_pauses, loop_watchdog
 from warabi.eventloop.loop_watchdog import LoopWatchdog
 from warabi.server import Provider
 from warabi.target.handlers import CALLS
@@ -85,6 +85,8 @@ def test_it_sleeps_while_the_loop_is_idle_and_wakes_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop_watchdog, "_DOZE", 0.05)
+    collected: list[int] = []
+    monkeypatch.setattr(gc_pauses, "collect_while_idle", lambda: collected.append(1))
     reported = threading.Event()
     watchdog = LoopWatchdog(0.05, lambda seconds, stack: reported.set())
 
@@ -94,6 +96,7 @@ def test_it_sleeps_while_the_loop_is_idle_and_wakes_with_it(
     async def main() -> None:
         for _ in range(2):
             await trio.to_thread.run_sync(eventually, dozing)  # the answer wakes it
+            assert collected.pop()
             reported.clear()
             _hold(reported)
             assert reported.is_set()

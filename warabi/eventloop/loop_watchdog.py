@@ -8,7 +8,8 @@ and no system call.  A thread checks these notes; when tasks have been running f
 threshold, it takes the stack of the loop's thread and logs one line with it.
 
 The thread checks only while the loop is busy.  When the loop has been idle for ``_DOZE`` seconds
-the thread sleeps until the loop runs tasks again, which then costs one system call.
+the thread has unused memory collected, where that is short (``gc_pauses.py``), and sleeps until the
+loop runs tasks again, which then costs one system call.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from types import FrameType
 import trio
 
 from warabi._core.log_limit import RateLimit
+from warabi.eventloop import gc_pauses
 
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit())
@@ -96,6 +98,7 @@ class LoopWatchdog(trio.abc.Instrument):
                 reported = began
                 self._report(now - began, stack)
             elif now - busy > _DOZE:
+                gc_pauses.collect_while_idle()
                 self._doze()
                 busy = monotonic()
 

@@ -528,7 +528,7 @@ class Operations:
     @_handles(Opcode.RELEASE)
     async def release(self, header: Header, body: memoryview) -> Answer:
         if self._passing is not None:
-            self._passing.release(header.node)
+            await self._passing.release(header.node)
         await self._files.release(protocol.HANDLE.unpack_from(body)[0])
         return b""
 

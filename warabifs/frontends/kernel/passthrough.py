@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from warabi import errors
+from warabi.local.occupancy import wait_free
 from warabi.region import RegionID
 from warabi.target.target import Target
 from warabifs.frontends.kernel.session import FuseSession
@@ -94,7 +95,7 @@ class Passing:
         the file may have used passthrough before."""
         return self._usual[ino] > 1
 
-    def release(self, ino: int) -> None:
+    async def release(self, ino: int) -> None:
         """Record that a file was closed; it is still pinned."""
         passed = self._passed.get(ino)
         if passed is None:
@@ -102,6 +103,7 @@ class Passing:
             if not self._usual[ino]:
                 del self._usual[ino]
             return
+        await wait_free(self._target)  # until then the file counts as open
         passed.openings -= 1
         if not passed.openings:
             del self._passed[ino]
