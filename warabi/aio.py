@@ -468,7 +468,12 @@ async def _run_until_closed(connection: TrioConnection) -> None:
 
 
 def attach(target: LocalTarget) -> Target:
-    """Return the Trio API for a target of this process; calls that may block use threads."""
+    """Return the Trio API of a target of this process.
+
+    Calls that may wait for stable storage run in threads.  A few calls take longer the more names a
+    region or the deeper a directory has, such as erasing a region with thousands of names; these
+    run in the caller's event loop, which is not watched as those of providers and mounts are.
+    """
     if _asyncio_runs():
         check_loop("warabi.aio.attach()")
     return Target(AsyncDirectLink(target))

@@ -175,3 +175,18 @@ def test_repeated_messages_are_limited(
     monkeypatch.setattr(log_limit, "INTERVAL", 1e-9)
     log.warning("the number %d", 99)
     assert caplog.messages[-1] == "the number 99 (5 similar messages omitted)"
+
+
+def test_a_repeated_exception_hides_no_other_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_limit, "INTERVAL", 3600)
+    log = logging.getLogger("warabi.another_test")
+    log.addFilter(RateLimit())
+    for divisor in (*[0] * (BURST + 5), "text"):
+        try:
+            1 / divisor  # type: ignore[operator]
+        except (ZeroDivisionError, TypeError):
+            log.exception("unhandled")
+    assert len(caplog.records) == BURST + 1
+    assert "TypeError" in caplog.text
