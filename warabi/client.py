@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from warabi import arrays, processes
 from warabi._core import forks, interrupts
@@ -15,7 +15,7 @@ from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
 from warabi.engine import Engine
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
-from warabi.local.link import DirectLink, Link, wait_all
+from warabi.local.link import DirectLink, Link
 from warabi.protocol import address as _address
 from warabi.protocol.operations import PAGE
 from warabi.protocol.pending import PendingRequest
@@ -55,16 +55,7 @@ class AsyncRequest:
         A ``KeyboardInterrupt`` abandons a read, and the buffer belongs to the caller again; other
         operations continue, and may be waited for again.
         """
-        self._wait()
-
-    def _wait(self) -> Any:
-        try:
-            return wait_all(self._link, self._requests)
-        except Exception:
-            raise
-        except BaseException:
-            interrupts.uninterrupted(self._link.withdraw, self._requests)
-            raise
+        self._link.finish(self._requests)
 
     def completed(self) -> bool:
         """Whether :meth:`wait` would return at once; becomes true without a call of it."""
@@ -91,8 +82,11 @@ class AsyncCreateRequest(AsyncRequest):
 
     def wait(self) -> RegionID:
         """Wait for the operation; returns the new region's ID."""
-        region: RegionID = self._wait()
+        region: RegionID = self._link.finish(self._requests)
         return region
+
+
+_Request = TypeVar("_Request", bound=AsyncRequest)
 
 
 class _Nowhere:
@@ -174,13 +168,13 @@ class TargetHandle:
     def create_async(self, size: int) -> AsyncCreateRequest:
         """The same as :meth:`create`, without waiting."""
         size = checked_size(size, "create: size")
-        return self._creating(lambda: self._link.start("create", size))
+        return self._started(AsyncCreateRequest, lambda: self._link.start("create", size))
 
-    def _creating(self, start: Callable[[], list[PendingRequest]]) -> AsyncCreateRequest:
-        return interrupts.creating(
-            lambda: AsyncCreateRequest(self._link, start()),
-            lambda made: self._link.undo(made._requests),
-        )
+    def _started(self, kind: type[_Request], start: Callable[[], list[PendingRequest]]) -> _Request:
+        requests: list[PendingRequest] = []
+        request = kind(self._link, requests)
+        requests += start()  # no handler runs from its return on: see interrupts.py
+        return request
 
     def write(self, region: RegionID, offset: int, data: Any, persist: bool = False) -> None:
         """Write *data* at *offset*; with *persist*, durably.
@@ -220,8 +214,10 @@ class TargetHandle:
         """The same as :meth:`write`, without waiting; *data* must not change until it is done."""
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
-        requests = self._link.start_write(_id(region), offset, view, bool(persist))
-        return AsyncRequest(self._link, requests)
+        region = _id(region)
+        return self._started(
+            AsyncRequest, lambda: self._link.start_write(region, offset, view, bool(persist))
+        )
 
     def read(self, region: RegionID, offset: int, size: int) -> bytes:
         """Return exactly *size* bytes from *offset*.
@@ -259,7 +255,8 @@ class TargetHandle:
         done."""
         view = writable(buffer, "read_async: buffer")
         offset = checked_size(offset, "read_async: offset")
-        return AsyncRequest(self._link, self._link.start_read(_id(region), offset, view))
+        region = _id(region)
+        return self._started(AsyncRequest, lambda: self._link.start_read(region, offset, view))
 
     def persist(self, region: RegionID, offset: int, size: int) -> None:
         """Return when the extent is on stable storage, and will be found there after a crash.
@@ -272,7 +269,7 @@ class TargetHandle:
     def persist_async(self, region: RegionID, offset: int, size: int) -> AsyncRequest:
         """The same as :meth:`persist`, without waiting."""
         extent = self._extent(region, offset, size)
-        return AsyncRequest(self._link, self._link.start("persist", *extent))
+        return self._started(AsyncRequest, lambda: self._link.start("persist", *extent))
 
     @staticmethod
     def _extent(region: RegionID, offset: int, size: int) -> tuple[RegionID, int, int]:
@@ -338,8 +335,8 @@ class TargetHandle:
         self._link.call("erase", _id(region))
 
     def erase_async(self, region: RegionID) -> AsyncRequest:
-        """The same as :meth:`erase`, without waiting."""
-        return AsyncRequest(self._link, self._link.start("erase", _id(region)))
+        """As :meth:`erase`, not waiting."""
+        return self._started(AsyncRequest, lambda: self._link.start("erase", _id(region)))
 
     def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
         """Create a region with the contents *data*; with *persist*, durable.
@@ -356,7 +353,9 @@ class TargetHandle:
         """The same as :meth:`create_and_write`, without waiting; *data* must not change until it is
         done."""
         view = readable(data, "create_and_write: data")
-        return self._creating(lambda: self._link.start_create_and_write(view, bool(persist)))
+        return self._started(
+            AsyncCreateRequest, lambda: self._link.start_create_and_write(view, bool(persist))
+        )
 
     def size(self, region: RegionID) -> int:
         """Return the region's size in bytes.

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -32,6 +33,7 @@ from warabi.engine import Engine, client
 from warabi.errors import ConfigError, ConnectionLost, TimedOut
 from warabi.metadata.catalogue import Catalogue
 from warabi.protocol.pending import Patience
+from warabi.remote.connection import BlockingConnection
 from warabi.server import Provider
 
 REGION = RegionID(bytes(15) + b"1")
@@ -45,7 +47,8 @@ REGION = RegionID(bytes(15) + b"1")
     ],
 )  # fmt: skip
 def test_calls_interrupted_anywhere(tmp_path: Path, way: str, kind: str, count: int) -> None:
-    """The next call works, buffers stay as they are, no region is left, and nothing hangs."""
+    """SIGINT comes twice, shortly one after the other.  The next call works, buffers stay as they
+    are, no region is left, and nothing hangs."""
     path = [str(tmp_path / "target")] if kind == "file" else []
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.interrupted", way, str(count), *path],
@@ -130,6 +133,49 @@ def test_an_interrupted_read_while_another_thread_receives() -> None:
         with pytest.raises(ConnectionLost, match="interrupted"):
             request.wait()
         assert buffer == bytes(300_000)
+
+
+def test_a_reader_interrupted_again_as_it_resigns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wakes no successor, and puts nothing right; the other thread notices by itself."""
+    answer = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        accepted, _ = listener.accept()
+        with accepted, contextlib.suppress(EOFError, ConnectionError):
+            peer = RawPeer(accepted)
+            while True:
+                number, _, name, *_ = peer.reply()
+                if name == "size":
+                    answer.wait(PATIENCE)
+                if name != "read":
+                    peer.send([number, 7 if name == "size" else None])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with stub(serve) as address, Engine("tcp", client) as engine:
+        handle = Client(engine).make_target_handle(address, 1)
+        sizes: list[int] = []
+        thread = threading.Thread(target=lambda: sizes.append(handle.size(REGION)))
+        follow = BlockingConnection._follow
+        main = threading.main_thread().ident
+        assert main is not None
+
+        def following(*arguments: Any) -> None:
+            signal.pthread_kill(main, signal.SIGINT)
+            follow(*arguments)
+
+        monkeypatch.setattr(BlockingConnection, "_follow", following)
+        starter = threading.Timer(0.1, thread.start)
+        starter.start()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(BlockingConnection, "_resigned", interrupted)
+            patch.setattr(BlockingConnection, "_recover", interrupted)
+            handle.read(REGION, 0, 10)
+        answer.set()
+        starter.join(PATIENCE)
+        thread.join(PATIENCE / 2)
+        assert sizes == [7]
 
 
 def test_a_handler_that_raises_something_else() -> None:

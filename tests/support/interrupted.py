@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.helpers import MEMORY, file_config, provider_process
-from warabi.client import AsyncCreateRequest, Client, RegionID, TargetHandle
+from warabi.client import AsyncRequest, Client, RegionID, TargetHandle
 from warabi.engine import Engine, client
+from warabi.errors import ConnectionLost
 from warabi.server import Provider
 
 WAYS = ("embedded", "shared", "messages")
@@ -52,25 +53,30 @@ class Signals:
         """Have a signal come, after *delay* seconds, in one of several of *call*; whether it was
         interrupted.  Returns when the signal has come, and another one *again* ns later."""
         interrupted = False
+        sent: list[bytes] = []
+        # At most two of these blocks are interrupted.
         try:
-            os.write(self._orders, b"%d %b\n" % (int(delay * 1e9), again))
-            until = time.perf_counter() + delay + 0.01
-            while time.perf_counter() < until:
-                call()
-        except KeyboardInterrupt:
-            interrupted = True
-        came = b""
-        while not came:
-            # Contexts written in Python, as contextlib's, could be interrupted themselves.
             try:
-                (came,) = map(os.read, (self._sent,), (1,))
+                try:
+                    os.write(self._orders, b"%d %b\n" % (int(delay * 1e9), again))
+                    until = time.perf_counter() + delay + 0.01
+                    while time.perf_counter() < until:
+                        call()
+                except KeyboardInterrupt:
+                    interrupted = True
+                self._wait_sent(sent)
             except KeyboardInterrupt:
                 interrupted = True
-        try:  # noqa: SIM105
-            time.sleep(0.0002)
+            self._wait_sent(sent)
         except KeyboardInterrupt:
-            pass
+            interrupted = True
+        self._wait_sent(sent)
         return interrupted
+
+    def _wait_sent(self, sent: list[bytes]) -> None:
+        if not sent:
+            sent.extend(map(os.read, (self._sent,), (1,)))  # in one step
+        time.sleep(0.0002)
 
     def close(self) -> None:
         with self._process:
@@ -112,27 +118,29 @@ def main(way: str, count: int, path: str = "") -> None:
 
             return call
 
-        def start(create: Callable[[Any], AsyncCreateRequest], what: object) -> Callable[[], None]:
+        def begin(start: Callable[..., AsyncRequest], *what: Any) -> Callable[[], None]:
             def call() -> None:
-                for request in map(create, (what,)):
-                    while True:
-                        try:
-                            for made in map(AsyncCreateRequest.wait, (request,)):
-                                known.add(made)
-                            return
-                        except KeyboardInterrupt:  # once more: the operation goes on
-                            interrupted.append(True)
+                for request in map(start, *((argument,) for argument in what)):
+                    pending.append(request)
+                    end(request)
+                    pending.clear()
 
             return call
 
+        def end(request: AsyncRequest) -> None:
+            for made in map(type(request).wait, (request,)):
+                if made is not None:
+                    known.add(made)
+
         interrupted: list[bool] = []
+        pending: list[AsyncRequest] = []  # whose wait() was interrupted, maybe before it began
         calls: list[Callable[[], object]] = [
             make(handle.create, 1000),
             make(handle.create_and_write, b"x" * 3000),
             make(handle.create_and_write, b"x" * 400_000),
             make(lambda data: handle.create_and_write(data, True), b"x" * 100),
-            start(handle.create_async, 1000),
-            start(handle.create_and_write_async, b"x" * 3000),
+            begin(handle.create_async, 1000),
+            begin(handle.create_and_write_async, b"x" * 3000),
             lambda: handle.write(region, 0, b"0" * SIZE),
             lambda: handle.write(large, 0, b"0" * LARGE),
             lambda: handle.write_vector(large, [(0, 10), (20, 10)], b"0" * 20),
@@ -140,9 +148,9 @@ def main(way: str, count: int, path: str = "") -> None:
             lambda: handle.read_into(region, 0, buffer),
             lambda: handle.read_into(large, 0, place),
             lambda: handle.read_vector(large, [(0, 10), (20, 10)], memoryview(buffer)[:20]),
-            lambda: handle.read_async(region, 0, buffer).wait(),
-            lambda: handle.read_async(large, 0, place).wait(),
-            lambda: handle.write_async(region, 0, b"0" * SIZE).wait(),
+            begin(handle.read_async, region, 0, buffer),
+            begin(handle.read_async, large, 0, place),
+            begin(handle.write_async, region, 0, b"0" * SIZE),
             lambda: handle.persist(region, 0, SIZE),
             lambda: handle.stat(region),
             lambda: handle.size(region),
@@ -166,10 +174,11 @@ def main(way: str, count: int, path: str = "") -> None:
                     thread.start()
                 which = random.randrange(len(calls))
                 delay = random.random() * 1.3 * times[which]
-                twice = way == "embedded" and number % 2
-                again = b"%d" % random.randrange(60_000) if twice else b""
-                was = signals.interrupt(calls[which], delay, again)
+                was = signals.interrupt(calls[which], delay, b"%d" % random.randrange(60_000))
                 interrupted.append(was)
+                while pending:
+                    with contextlib.suppress(ConnectionLost):  # it was given up
+                        end(pending.pop())
                 buffer[:] = place[:SIZE] = b"z" * SIZE
                 assert handle.read(region, 0, 100) == b"0" * 100
                 assert handle.read(large, LARGE - 1, 1) == b"0"
@@ -196,8 +205,6 @@ def main(way: str, count: int, path: str = "") -> None:
 
 
 def _others(handle: TargetHandle, region: RegionID, stop: threading.Event) -> None:
-    from warabi.errors import ConnectionLost
-
     while not stop.is_set():
         with contextlib.suppress(ConnectionLost):
             assert handle.read(region, 0, SIZE)[:100] == b"0" * 100

@@ -2,7 +2,7 @@
 
 Python runs a signal's handler in the main thread, between any two instructions.  That of SIGINT
 raises ``KeyboardInterrupt`` there: between taking a lock and the block that releases it, or between
-two changes that belong together.  So three kinds of code follow rules:
+two changes that belong together.  So four kinds of code follow rules:
 
 * Locks are taken by ``with lock``, where *lock* is a ``threading.Lock`` itself: no handler runs
   between its acquisition, in C, and the block.  A non-blocking acquisition is part of an
@@ -12,6 +12,8 @@ two changes that belong together.  So three kinds of code follow rules:
   :func:`uninterrupted`: during that time SIGINT has a handler that only records it, and the
   original handler is called at the end.  If such code waits, it calls :func:`check` periodically,
   at a point where it may be abandoned.
+* A function whose result must not be lost is written in Python and called without ``*arguments``,
+  by each of its callers in turn: no handler runs between its return and the caller's next step.
 * Code that only waits is not protected, and cleans up when an exception passes.
 
 Handlers of other signals should not raise.  Threads other than the main thread are never

@@ -60,29 +60,27 @@ class Link(Protocol):
     ) -> list[PendingRequest]: ...
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]: ...
 
-    def wait(self, request: PendingRequest) -> Any:
-        """Wait for a request; returns its result or raises its error."""
-
     def poll(self, request: PendingRequest) -> None:
         """Update the state of a request without waiting."""
 
-    def withdraw(self, requests: Sequence[PendingRequest]) -> None:
-        """Ensure that the buffers of reads are not accessed any more."""
+    def finish(self, requests: Sequence[PendingRequest]) -> Any:
+        """As :func:`wait_all`; if that is interrupted, nothing accesses the buffers of reads any
+        more."""
 
     def undo(self, requests: Sequence[PendingRequest]) -> None:
         """Abandon requests whose caller was interrupted, and erase regions that they create."""
 
 
-def wait_all(link: Link, requests: Sequence[PendingRequest]) -> Any:
-    """Wait for all requests; returns the last result, or raises the first error after all have
-    ended, so that none accesses a buffer later."""
+def wait_all(wait: Callable[[PendingRequest], Any], requests: Sequence[PendingRequest]) -> Any:
+    """The last result that *wait* returns, or the first error that it raises, after all
+    requests have ended, so that none accesses a buffer later."""
     failure: errors.Exception | None = None
     result = None
     for request in requests:
         if request.late is None:  # else wait a moment for the reply, to erase what it created
             interrupts.check()
         try:
-            result = link.wait(request)
+            result = wait(request)
         except errors.Exception as error:
             failure = failure or error
     if failure is not None:
@@ -259,7 +257,7 @@ class DirectLink:
             request.finish(error=errors.ProviderFailed(f"{request.what}: {error!r}"))
             raise
 
-    def wait(self, request: PendingRequest) -> Any:
+    def _wait(self, request: PendingRequest) -> Any:
         if not request.done:
             request.event.wait()
             request.event.set()  # for another thread that waits for the same request
@@ -268,13 +266,22 @@ class DirectLink:
     def poll(self, request: PendingRequest) -> None:
         """No effect: the threads that execute requests finish them."""
 
-    def withdraw(self, requests: Sequence[PendingRequest]) -> None:
+    def finish(self, requests: Sequence[PendingRequest]) -> Any:
+        try:
+            return wait_all(self._wait, requests)
+        except errors.Exception:
+            raise
+        except BaseException:
+            interrupts.uninterrupted(self._let_reads_end, requests)
+            raise
+
+    def _let_reads_end(self, requests: Sequence[PendingRequest]) -> None:
         for request in requests:
             if (
                 request.what == "read"
             ):  # a thread executes it, which cannot be stopped, but ends soon
                 with contextlib.suppress(errors.Exception):
-                    interrupts.uninterrupted(self.wait, request)
+                    self._wait(request)
 
 
 def finished(

@@ -38,6 +38,8 @@ class PendingRequest:
         done: whether *result* or *error* is set.
         since: when it was sent, by a Trio client's clock.
         event: set when the request is finished, or its waiter should check again.
+        waiters: the number of threads that wait for *event*.
+        undone: a thread waits for the result, to undo what the request makes.
         late: called with the result if that arrives after the request was abandoned.
         expires: the time, by the client's clock, by which a reply must arrive.
     """
@@ -49,6 +51,8 @@ class PendingRequest:
     result: Any = None
     error: errors.Exception | None = None
     event: Any = None  # interrupts.Wakeup or trio.Event
+    waiters = 0
+    undone = False
     late: Callable[[Any], None] | None = None
     expires = math.inf
 

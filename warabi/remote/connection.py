@@ -2,18 +2,28 @@
 
 There is no background thread.  Any number of threads share a connection; requests are
 pipelined.  A thread that waits for a reply while no other reads becomes the reader and finishes
-other threads' requests, too, until its own is done; then it wakes another waiter to take over.
+other threads' requests too, until its own is done; then it wakes another waiter to take over.
 
-A call that is left by an exception, of a timeout or a signal handler, withdraws its request:
-afterwards nothing accesses its buffer.  A reader that is interrupted while it waits in the kernel
-has lost nothing; one that is interrupted elsewhere closes the connection, because its state is
-unknown, and the next call opens another one.  While a region is being created, whose ID must not be
-lost, all calls run under ``interrupts.uninterrupted``, and so are interrupted only where they wait,
-after a moment.
+Locks: ``_send_lock`` is held while one frame is written.  ``_mutex`` guards the table of requests,
+and is held when a thread becomes the reader; it is innermost and never held over a system call.  A
+sender that finds the socket full reads replies while it waits, for the provider may be stuck until
+they are taken.
 
-Locks: ``_send_lock`` is held while one frame is written.  ``_mutex`` protects the reader's identity
-and the table of requests; it is innermost and never held during a system call.  A sender that finds
-the socket full reads replies while it waits, since the provider may be blocked until then.
+Interrupts.  SIGINT raises ``KeyboardInterrupt`` in the main thread, between any two steps, and
+again a moment later in the code that cleans up after the first.  Its effect on other threads is
+limited in three ways:
+
+* Once several threads use a connection, or while a region is being created, whose ID must not be
+  lost, the main thread's calls run under ``interrupts.uninterrupted``, and so are interrupted only
+  where they wait, after a moment (:meth:`BlockingConnection.guarded`).
+* Reading and sending are protected as by robust mutexes (``PTHREAD_MUTEX_ROBUST``): they are
+  released in any case, and a thread records the step that it begins, so that the next one detects
+  an inconsistent state.  A reader that is interrupted while it waits in the kernel has lost
+  nothing; one that is interrupted elsewhere, or a sender, closes the connection.  A thread
+  that waits checks each second by itself whether it has to become the reader.
+* A call that an exception leaves withdraws its requests: afterwards nothing accesses its
+  buffers.  Before that, the connection is marked as ``torn``, so that it is not used any more if
+  the withdrawal is interrupted.
 """
 
 from __future__ import annotations
@@ -27,8 +37,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from warabi import errors
 from warabi._core import forks, interrupts
@@ -43,11 +53,17 @@ from warabi.protocol.wire import NEED_DATA, Limits, Message
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 TIMEOUT = 60.0
 """Default seconds without a sign of life from the provider after which a call fails."""
 _CONNECT_TIMEOUT = 10.0
 _LOOK_AROUND = 1.0  # seconds after which a blocked receive checks its deadline
 _AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # computed once, which saves time
+
+_CONSISTENT, _RECEIVING, _PARSING = range(3)
+"""Steps of the reader.  An interrupt of the first leaves a consistent state, that of the second one
+that :attr:`Lookout.received` describes, that of the third an unknown one."""
 
 
 class BlockingConnection(Replies):
@@ -84,17 +100,21 @@ class BlockingConnection(Replies):
         self._ids = itertools.count(1)
         self._send_lock = threading.Lock()
         self._mutex = threading.Lock()
-        self._reading = False
-        self._reader = 0  # ID of the reading thread
+        self._reading = False  # a thread is the reader
+        self._reader = 0  # it, or the one before
+        self._stage = _CONSISTENT  # of the reader
+        self._sending = False  # a frame is being sent, or was not sent to its end
         self._lost: errors.Exception | None = None
-        self._filling: PendingRequest | None = None  # its buffer receives a payload
-        self._receiving = False  # the reader is receiving; the protocol state is not updated yet
+        self._filling: PendingRequest | None = None  # whose buffer a payload is being received into
         self._undoing = 0  # threads that erase what interrupted requests create
-        self._making: set[int] = set()  # requests that create something: see above
-        self.interruptible = True
-        self._lookout = Lookout()  # polling state of the reader
-        self._heard = 0.0  # when data last arrived, by the monotonic clock
-        self._asked = False  # a sign of life was requested since then
+        self._owner = threading.get_ident()
+        self.shared = False  # by several threads
+        self.making: set[int] = set()  # requests that create something
+        self.torn = False  # a call was interrupted, and its cleanup is not done
+        self.interruptible = True  # also under interrupts.uninterrupted()
+        self._lookout = Lookout()  # the reader's
+        self._heard = 0.0  # when something last came, by the monotonic clock
+        self._asked = False  # a sign of life was asked for since then
         forks.register(self)
         security = security or Security()
         deadline = time.monotonic() + min(timeout, _CONNECT_TIMEOUT)
@@ -154,6 +174,8 @@ class BlockingConnection(Replies):
 
     @property
     def usable(self) -> bool:
+        if self.torn:
+            self._fail("a call was interrupted, and so was the cleanup after it")
         return self._lost is None
 
     # Sending
@@ -167,14 +189,6 @@ class BlockingConnection(Replies):
             ConnectionLost, TimedOut: it cannot be sent.
             ProtocolError: it exceeds the provider's limits; nothing was sent.
         """
-        if self._making:
-            interrupts.uninterrupted(self._submit, request, header, payload)
-        else:
-            self._submit(request, header, payload)
-
-    def _submit(
-        self, request: PendingRequest, header: list[Any], payload: memoryview | None
-    ) -> None:
         request.connection = self
         request.number = number = next(self._ids)
         request.expires = time.monotonic() + self.patience.of(request.operation)
@@ -187,20 +201,24 @@ class BlockingConnection(Replies):
                 raise self._lost
             self._requests[number] = request
             if request.late is not None:
-                self._making.add(number)
+                self.making.add(number)
         try:
             with self._send_lock:
                 self._send(parts, request)
         except BaseException:
             with self._mutex:
                 self._requests.pop(number, None)
-                self._making.discard(number)
+                self.making.discard(number)
             raise
 
     def _send(self, parts: list[Part], request: PendingRequest) -> None:
+        if self._sending:
+            raise self._fail("interrupted while a request was being sent")
+        self._sending = True
         try:
             for piece in self._transport.sealed(parts):
                 self._send_piece(piece)
+            self._sending = False
         except OSError as error:
             self.poll()  # a last message of the provider explains more than EPIPE
             raise self._fail(f"{request.what}: {error.strerror}") from error
@@ -233,6 +251,8 @@ class BlockingConnection(Replies):
             if event & select.POLLIN and not self.poll():
                 time.sleep(0.0005)  # another thread is reading
             return
+        if self.interruptible:
+            interrupts.check()
         if time.monotonic() > deadline:
             raise TimedOut(str(self._fail("the provider does not read more requests", TimedOut)))
 
@@ -246,28 +266,30 @@ class BlockingConnection(Replies):
                 may still take effect.
             ConnectionLost: the provider disconnected.
         """
-        if self._making:
-            return interrupts.uninterrupted(self._wait, request)
-        return self._wait(request)
-
-    def _wait(self, request: PendingRequest) -> Any:
         since = time.monotonic()
-        try:
-            while not request.done:
-                if self._read(since, request):
-                    continue
-                if request.done:
-                    break  # finished before it had an event to set
-                if not request.event.wait(_LOOK_AROUND) or request.expires < time.monotonic():
-                    self._check_silence(request, since)
-        except errors.Exception:
-            raise
-        except BaseException:
-            self._wake_another()  # the wake-up may have been for this one
-            raise
-        if request.event is not None:
-            request.event.set()  # for another thread that waits for the same request
+        while not request.done:
+            if not self._read(since, request):
+                interrupts.uninterrupted(self._follow, since, request)
         return request.outcome()
+
+    def _follow(self, since: float, request: PendingRequest) -> None:
+        """Wait until *request* is done, or until this thread has become the reader and done it."""
+        with self._mutex:
+            self.shared = True
+            request.event = request.event or interrupts.Wakeup()
+            request.waiters += 1
+        try:
+            while not self._read(since, request) and not request.done:
+                pause = interrupts.LOOK_AROUND if interrupts.waits_held() else _LOOK_AROUND
+                if not request.event.wait(pause) or request.expires < time.monotonic():
+                    self._check_silence(request, since)
+        finally:
+            with self._mutex:
+                request.waiters -= 1
+            if request.done:
+                request.event.set()  # for another thread that waits for the same request
+            else:
+                self._wake_another()  # the wake-up may have been for this one
 
     def withdraw(self, request: PendingRequest) -> None:
         """Abandon *request*, whose caller does not wait any more; nothing accesses its buffer
@@ -277,8 +299,9 @@ class BlockingConnection(Replies):
         """
         if request.late is not None and not request.done:
             with self._mutex:
-                if request.number not in self._requests:
-                    return  # it was not sent: there will be no reply
+                if request.number not in self._requests or request.undone:
+                    return  # it was not sent: no answer will come
+                request.undone = True
                 self._undoing += 1
             undoing = threading.Thread(
                 target=self._undo, args=(request, request.late), name="warabi-undo", daemon=True
@@ -299,35 +322,93 @@ class BlockingConnection(Replies):
     def _give_up(self, request: PendingRequest, error: errors.Exception) -> None:
         with self._mutex:
             request.finish(error=error)
-            if self._filling is not request:
-                return
-            if not self._reading:  # the next reader discards the rest
-                self._wire.drop_payload()
-                self._filling = None
-                return
-        # Another thread is receiving into the buffer: it ends soon, or is made to.
+        # Another thread that receives into the buffer just now will soon be done, or is made to.
         deadline = time.monotonic() + _LOOK_AROUND
         while self._filled_by_another(request):
-            if self.usable and time.monotonic() > deadline:
+            if time.monotonic() > deadline and self.usable:
                 self._fail(f"{request.what}: abandoned in the middle of its reply")
             time.sleep(0.0005)
 
     def _filled_by_another(self, request: PendingRequest) -> bool:
-        """Whether another thread is receiving into the buffer of *request*."""
-        return self._filling is request and self._reading and self._reader != threading.get_ident()
+        """Whether another thread is receiving into the buffer of *request*, which was abandoned."""
+        with self._mutex:
+            if self._filling is not request:
+                return False
+            if self._reading and self._reader != threading.get_ident():
+                return True
+            self._wire.drop_payload()  # the rest is for the next reader to throw away
+            self._filling = None
+            return False
+
+    def guarded(
+        self,
+        requests: Sequence[PendingRequest],
+        call: Callable[..., _T],
+        arguments: tuple[Any, ...] = (),
+    ) -> _T:
+        """``call(*arguments)``, which sends or waits here; if it fails or is interrupted, those of
+        *requests* that are not done are withdrawn, including those that it added."""
+        guarded = self.shared or self.making
+        try:
+            if guarded:
+                result: _T = interrupts.uninterrupted(self._guarded, requests, call, arguments)
+                return result
+            try:
+                return call(*arguments)
+            except errors.Exception:
+                self.withdraw_all(requests)  # what was sent before that
+                raise
+        except errors.Exception:
+            raise
+        except BaseException:
+            # Nothing can interrupt this step, for it calls nothing: see interrupts.py.
+            self.torn = not (guarded and (not requests or requests[-1].done))
+            interrupts.uninterrupted(self._recover, requests)
+            raise
+
+    def _guarded(
+        self,
+        requests: Sequence[PendingRequest],
+        call: Callable[..., _T],
+        arguments: tuple[Any, ...],
+    ) -> _T:
+        try:
+            return call(*arguments)
+        except BaseException:
+            self.withdraw_all(requests)
+            raise
+
+    def _recover(self, requests: Sequence[PendingRequest]) -> None:
+        """Restore a consistent state after a call of this thread was interrupted."""
+        if self._lost is None:
+            self._read(0.0, None)
+        held = False
+        try:
+            (held,) = map(self._send_lock.acquire, (False,))
+            if held and self._sending:
+                self._fail("interrupted while a request was being sent")
+        finally:
+            if held:
+                self._send_lock.release()
+        self.withdraw_all(requests)
+        self.torn = False
+
+    def withdraw_all(self, requests: Sequence[PendingRequest]) -> None:
+        """As :meth:`withdraw`, for those that were sent and not answered."""
+        for request in requests:
+            if request.connection is not None and not request.done:
+                self.withdraw(request)
 
     def _wake_another(self) -> None:
         """Wake another waiting thread, which may have to become the reader."""
         with self._mutex:
-            for waiting in self._requests.values():
-                if waiting.event is not None and not waiting.done:
-                    waiting.event.set()
+            for request in self._requests.values():
+                if request.waiters and not request.done:
+                    request.event.set()
                     return
 
     def poll(self) -> bool:
         """Process replies that have arrived, without waiting; False if another thread reads."""
-        if self._making:
-            return self.usable and interrupts.uninterrupted(self._read, 0.0, None)
         return self.usable and self._read(0.0, None)
 
     def _check_silence(self, request: PendingRequest, since: float) -> None:
@@ -370,113 +451,107 @@ class BlockingConnection(Replies):
     def _read(self, since: float, request: PendingRequest | None) -> bool:
         """Read until *request* is done, or with None until no more data are available.
 
-        Returns False if another thread reads; *request* then has an event to wait for.
+        Returns False if another thread reads.
         """
         reading = False
-        number = 0
         try:
             with self._mutex:
                 if self._reading:
-                    if request is not None and request.event is None:
-                        request.event = interrupts.Wakeup()
                     return False
                 self._reading = reading = True
-                self._reader = threading.get_ident()
-            if request is not None and self._take_whole(since, request):
-                number = request.number
-            while request is None or not request.done:
-                event = self._wire.next_event()
-                if event is not NEED_DATA:
-                    self._take(event)
-                    continue
-                try:
-                    place = self._wire.buffer()
-                    if request is None:
-                        count = self._recv_into(place, 0, socket.MSG_DONTWAIT)
-                    else:
-                        self._lookout.received = UNKNOWN
-                        self._receiving = True
-                        count = self._lookout.receive(self._recv_into, place)
-                        self._receiving = False
-                except BlockingIOError:
-                    self._receiving = False
-                    if request is None:
-                        break
-                    self._check_silence(request, since)
-                    continue
-                if count == 0:
-                    self._fail("the provider closed the connection")
-                    break
-                self._wire.received(count)
-                self._heard = time.monotonic()
-                self._asked = False
-                if request is not None and self._heard > request.expires:
-                    self._check_silence(request, since)
+                self._reader = reader = threading.get_ident()
+            if reader != self._owner:
+                self.shared = True
+            if self._stage:
+                self._repair()
+            self._read_replies(since, request)
         except TimedOut:
             raise
         except errors.Exception as error:
             self._fail(str(error), type(error))
         except OSError as error:
             self._fail(error.strerror or str(error))
-        except BaseException:
-            if reading and not self._lost_nothing():
-                self._fail("interrupted while a reply was being received")
-            raise
         finally:
-            successor = None
             if reading:
-                with self._mutex:
-                    self._reading = False
-                    if number:
-                        self._requests.pop(number, None)
-                        self._making.discard(number)
-                    for waiting in self._requests.values():
-                        if waiting.event is not None and not waiting.done:
-                            successor = waiting.event
-                            break
-                    if self._lost is not None:
-                        self._socket.close()
-            if successor is not None:
-                successor.set()
+                self._reading = False  # nothing can interrupt this step: see interrupts.py
+                self._resigned(request)
         return True
 
-    def _lost_nothing(self) -> bool:
-        """Whether another reader can continue after this one was interrupted."""
-        receiving, self._receiving = self._receiving, False
-        if interrupts.waits_held():
-            return True  # it was interrupted at a safe point
+    def _resigned(self, request: PendingRequest | None) -> None:
+        """Clean up after this thread has read, and let another one become the reader."""
+        with self._mutex:
+            if request is not None and request.done:
+                self._requests.pop(request.number, None)
+                self.making.discard(request.number)
+            if self._lost is not None:
+                if request is not None:  # also if an interrupt prevented that
+                    request.finish(error=self._lost_error(request))
+                if not self._reading:
+                    self._socket.close()
+        if self._requests:
+            self._wake_another()
+
+    def _repair(self) -> None:
+        """Continue after a reader that was interrupted.
+
+        Raises:
+            ConnectionLost: its state is unknown.
+        """
+        stage, self._stage = self._stage, _PARSING
         count = self._lookout.received
-        if not receiving or not self._at_once or count in (UNKNOWN, 0):
-            return False
+        if stage == _PARSING or not self._at_once or count in (UNKNOWN, 0):
+            raise ConnectionLost("interrupted while a reply was being received")
         if count != NOTHING:
             self._wire.received(count)
-        return True
 
-    def _take_whole(self, since: float, request: PendingRequest) -> bool:
-        """Receive *request*'s reply on a fast path, if it is next and arrives at once; otherwise
-        returns False, and the received data are left to the normal path."""
-        place = self._wire.vacant()
-        if place is None:
-            return False
+    def _read_replies(self, since: float, request: PendingRequest | None) -> None:
+        if request is not None and (place := self._wire.vacant()) is not None:
+            count = self._receive(place, since, request)
+            if count > 0:
+                # The fast path: exactly the reply to this request.
+                message = self._wire.whole(count)
+                if message is not None and request.take_whole(*message):
+                    self._stage = _CONSISTENT
+                    return
+                self._wire.received(count)
+        while request is None or not request.done:
+            self._stage = _PARSING
+            event = self._wire.next_event()
+            if event is not NEED_DATA:
+                self._take(event)
+                continue
+            count = self._receive(self._wire.buffer(), since, request)
+            if count == 0:
+                raise ConnectionLost("the provider closed the connection")
+            if count > 0:
+                self._wire.received(count)
+                if request is not None and self._heard > request.expires:
+                    self._stage = _CONSISTENT
+                    self._check_silence(request, since)
+            elif request is None:
+                return
+        self._stage = _CONSISTENT
+
+    def _receive(self, place: memoryview, since: float, request: PendingRequest | None) -> int:
+        """Receive into *place*; returns -1 if nothing has arrived for a while or, without a
+        *request* to wait for, if nothing is available."""
+        self._lookout.received = UNKNOWN
+        self._stage = _RECEIVING
         try:
-            self._lookout.received = UNKNOWN
-            self._receiving = True
-            count = self._lookout.receive(self._recv_into, place)
-            self._receiving = False
+            if request is None:
+                count = self._recv_into(place, 0, socket.MSG_DONTWAIT)
+            else:
+                count = self._lookout.receive(self._recv_into, place)
         except BlockingIOError:
-            self._receiving = False
-            self._check_silence(request, since)
-            return False
-        if not count:
-            return False  # end of stream, which will be reported again
-        self._heard = time.monotonic()
-        self._asked = False
-        if (message := self._wire.whole(count)) is not None:
-            header, payload = message
-            if request.take_whole(header, payload):
-                return True
-        self._wire.received(count)
-        return False
+            self._stage = _CONSISTENT
+            if request is not None:
+                self._check_silence(request, since)
+            return -1
+        self._stage = _PARSING
+        if count:
+            self._heard = time.monotonic()
+            self._asked = False
+        return count
 
     def _take(self, event: wire.Event) -> None:
         if isinstance(event, Message) and event.payload:
@@ -492,7 +567,7 @@ class BlockingConnection(Replies):
     def _finish(self, message: Message) -> None:
         with self._mutex:  # see _take
             request = self._requests.pop(message.header[0], None)
-            self._making.discard(message.header[0])
+            self.making.discard(message.header[0])
             if request is None:
                 return
             if request.done:
@@ -519,10 +594,11 @@ class BlockingConnection(Replies):
 
     def _fail(self, reason: str, kind: type[errors.Exception] = ConnectionLost) -> errors.Exception:
         """Mark the connection as failed; every pending request fails."""
+        return interrupts.uninterrupted(self._lose, kind(f"{self.endpoint}: {reason}"))
+
+    def _lose(self, error: errors.Exception) -> errors.Exception:
         with self._mutex:
-            if self._lost is None:
-                self._lost = kind(f"{self.endpoint}: {reason}")
-            lost = self._lost
+            self._lost = self._lost or error
             failed, self._requests = list(self._requests.values()), {}
             if not self._reading:
                 self._socket.close()
@@ -530,8 +606,12 @@ class BlockingConnection(Replies):
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
         for request in failed:
-            request.finish(error=kind(f"{request.what}: {lost}"))
-        return lost
+            request.finish(error=self._lost_error(request))
+        return self._lost
+
+    def _lost_error(self, request: PendingRequest) -> errors.Exception:
+        assert self._lost is not None
+        return type(self._lost)(f"{request.what}: {self._lost}")
 
     def _forked(self) -> None:
         """In a forked child: close the socket without sending anything, since the parent uses

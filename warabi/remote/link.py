@@ -18,13 +18,6 @@ from warabi.remote.direct import DirectAccessChannel
 from warabi.shm.client import NO_ACCESS, DirectAccess
 
 
-def _withdraw(requests: Sequence[PendingRequest]) -> None:
-    """Ensure that buffers of requests with an interrupted caller are not accessed any more."""
-    for request in requests:
-        if request.connection is not None and not request.done:
-            request.connection.withdraw(request)
-
-
 class WireLink:
     """A link to a target over a connection; splits transfers that exceed the provider's limits.
 
@@ -70,28 +63,38 @@ class WireLink:
         left behind: each is in the list before it is sent.
         """
         requests: list[PendingRequest] = []
-        try:
-            begin(requests, *arguments)
-            return wait_all(self, requests)
-        except BaseException:
-            interrupts.uninterrupted(_withdraw, requests)
-            raise
+        connection = self._connect()
+        return connection.guarded(
+            requests, self._complete, (requests, connection, begin, arguments)
+        )
+
+    def _complete(
+        self,
+        requests: list[PendingRequest],
+        connection: BlockingConnection,
+        begin: Callable[..., None],
+        arguments: tuple[Any, ...],
+    ) -> Any:
+        begin(requests, connection, *arguments)
+        return wait_all(connection.wait, requests)
 
     def _begun(self, begin: Callable[..., None], *arguments: Any) -> list[PendingRequest]:
         """The same as :meth:`_run`, without waiting."""
         requests: list[PendingRequest] = []
-        try:
-            begin(requests, *arguments)
-            return requests
-        except BaseException:
-            interrupts.uninterrupted(_withdraw, requests)
-            raise
+        connection = self._connect()
+        connection.guarded(requests, begin, (requests, connection, *arguments))
+        return requests
 
     def _erase(self, region: RegionID) -> None:
         self._run(self._request, "erase", region)
 
-    def _request(self, requests: list[PendingRequest], name: str, *arguments: Any) -> None:
-        connection = self._connect()
+    def _request(
+        self,
+        requests: list[PendingRequest],
+        connection: BlockingConnection,
+        name: str,
+        *arguments: Any,
+    ) -> None:
         request = self._new(requests, name)
         self._submit(connection, request, arguments)
 
@@ -146,13 +149,13 @@ class WireLink:
     def _write(
         self,
         requests: list[PendingRequest],
+        connection: BlockingConnection,
         region: RegionID,
         offset: int,
         data: memoryview,
         persist: bool,
         extend: bool,
     ) -> None:
-        connection = self._connect()
         limit = connection.limits.payload
         if len(data) > limit and not extend:
             self._check_end(region, checked_size(offset, "write: offset"), len(data), "write")
@@ -188,9 +191,13 @@ class WireLink:
         return self._begun(self._read, region, offset, place)
 
     def _read(
-        self, requests: list[PendingRequest], region: RegionID, offset: int, place: memoryview
+        self,
+        requests: list[PendingRequest],
+        connection: BlockingConnection,
+        region: RegionID,
+        offset: int,
+        place: memoryview,
     ) -> None:
-        connection = self._connect()
         limit = connection.limits.payload
         if len(place) > limit:
             self._check_end(region, checked_size(offset, "read: offset"), len(place), "read")
@@ -210,12 +217,12 @@ class WireLink:
     def _write_vector(
         self,
         requests: list[PendingRequest],
+        connection: BlockingConnection,
         region: RegionID,
         extents: list[Extent],
         data: memoryview,
         persist: bool,
     ) -> None:
-        connection = self._connect()
         start = 0
         for group in self._groups(connection, region, extents, "write_vector"):
             end = start + total(group)
@@ -228,9 +235,13 @@ class WireLink:
         return self._run(self._append, region, data, persist)  # type: ignore[no-any-return]
 
     def _append(
-        self, requests: list[PendingRequest], region: RegionID, data: memoryview, persist: bool
+        self,
+        requests: list[PendingRequest],
+        connection: BlockingConnection,
+        region: RegionID,
+        data: memoryview,
+        persist: bool,
     ) -> None:
-        connection = self._connect()
         check_append(len(data), connection.limits.payload)
         request = self._new(requests, "append", buffers=data)
         self._submit(connection, request, (region, persist), data)
@@ -241,11 +252,11 @@ class WireLink:
     def _read_vector(
         self,
         requests: list[PendingRequest],
+        connection: BlockingConnection,
         region: RegionID,
         extents: list[Extent],
         place: memoryview,
     ) -> None:
-        connection = self._connect()
         start = 0
         for group in self._groups(connection, region, extents, "read_vector"):
             end = start + total(group)
@@ -277,9 +288,12 @@ class WireLink:
         return self._create_large(data, persist)
 
     def _begin_create(
-        self, requests: list[PendingRequest], data: memoryview, persist: bool
+        self,
+        requests: list[PendingRequest],
+        connection: BlockingConnection,
+        data: memoryview,
+        persist: bool,
     ) -> None:
-        connection = self._connect()
         request = self._new(requests, "create_and_write", buffers=data)
         self._submit(connection, request, (persist,), data)
 
@@ -314,17 +328,20 @@ class WireLink:
         region = interrupts.creating(lambda: self._create_large(data, persist), self._erase)
         return [finished("create_and_write", region)]
 
-    def wait(self, request: PendingRequest) -> Any:
-        return request.connection.wait(request) if not request.done else request.outcome()
-
     def poll(self, request: PendingRequest) -> None:
-        request.connection.poll()
+        request.connection.guarded((), request.connection.poll)
 
-    def withdraw(self, requests: Sequence[PendingRequest]) -> None:
-        _withdraw([request for request in requests if request.into is not None])
+    def finish(self, requests: Sequence[PendingRequest]) -> Any:
+        for request in requests:
+            if not request.done:
+                connection = request.connection
+                reads = [request for request in requests if request.into is not None]
+                return connection.guarded(reads, wait_all, (connection.wait, requests))
+        return wait_all(PendingRequest.outcome, requests)
 
     def undo(self, requests: Sequence[PendingRequest]) -> None:
-        _withdraw(requests)
         for request in requests:
+            if request.connection is not None:
+                request.connection.withdraw_all([request])
             if isinstance(request.result, RegionID):
                 self._erase(request.result)

@@ -100,11 +100,8 @@ class ReadOnlyLink:
         refuse_change("create_and_write")
         raise AssertionError
 
-    def wait(self, request: PendingRequest) -> Any:
-        return self._link.wait(request)
-
-    def withdraw(self, requests: Sequence[PendingRequest]) -> None:
-        self._link.withdraw(requests)
+    def finish(self, requests: Sequence[PendingRequest]) -> Any:
+        return self._link.finish(requests)
 
     def undo(self, requests: Sequence[PendingRequest]) -> None:
         self._link.undo(requests)

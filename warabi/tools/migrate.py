@@ -46,4 +46,4 @@ def ask(
         if not request.done:
             time.sleep(_INTERVAL)
         link.poll(request)
-    link.wait(request)
+    link.finish([request])
