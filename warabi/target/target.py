@@ -195,29 +195,38 @@ class Target:
         """Create a region with *data*; on failure no region remains."""
         view = readable(data, "create_and_write: data")
         fresh = self._storage.written(view)
-        with self.filling(len(view), fresh) as inode:
+        inode = self._new(len(view), fresh, entered=True)
+        try:
             if view and fresh is None:
                 self._storage.write(inode.rid, 0, view)
             inode.measure = None
             if persist:
                 self.committer.persist(inode, 0, len(view))
+        except BaseException:
+            self._discard_new(inode)
+            raise
+        finally:
+            self._leave(inode, wrote=bool(view))
         return inode.rid
 
     @contextmanager
-    def filling(self, size: int, fresh: Fresh | None = None) -> Iterator[Inode]:
+    def filling(self, size: int) -> Iterator[Inode]:
         """A new region of *size* bytes, which the block writes; when that fails, none remains."""
-        inode = self._new(size, fresh, entered=True)
+        inode = self._new(size, None, entered=True)
         try:
             yield inode
         except BaseException:
-            # Not by `erase`, which fails while the target closes.
-            with self.state.guard.lock, self.state.guard.checked:
-                if not inode.dead:
-                    self.namespace.forget_names(inode)
-                    self.erasure.discard(inode)
+            self._discard_new(inode)
             raise
         finally:
             self._leave(inode, wrote=bool(size))
+
+    def _discard_new(self, inode: Inode) -> None:
+        """Erase a region that is being filled; :meth:`erase` fails while the target closes."""
+        with self.state.guard.lock, self.state.guard.checked:
+            if not inode.dead:
+                self.namespace.forget_names(inode)
+                self.erasure.discard(inode)
 
     def write(
         self, region: RegionID, offset: int, data: Any, persist: bool = False,
