@@ -52,12 +52,12 @@ class Rig:
 
     Args:
         name: the module that has them.
-        lanes: how many.
+        slots: how many.
     """
 
-    def __init__(self, name: str, lanes: int = 64, *, writable: bool = True) -> None:
+    def __init__(self, name: str, slots: int = 64, *, writable: bool = True) -> None:
         self.module = importlib.import_module(name)
-        self.memories = [SharedMemory("rig", size) for size in (4096, 12288, 4096, 8 * lanes)]
+        self.memories = [SharedMemory("rig", size) for size in (4096, 12288, 4096, 8 * slots)]
         life, table, self.marks, self.board = (m.view.cast("Q") for m in self.memories)
         self.life, self.table = life, table
         life[1] = ALIVE
@@ -611,18 +611,18 @@ FULL = """
 import contextlib, ctypes, os, sys, threading, time
 from tests.direct_access.test_fast_path import REGION, Rig
 
-with contextlib.closing(Rig(sys.argv[1], lanes=2)) as rig:
+with contextlib.closing(Rig(sys.argv[1], slots=2)) as rig:
     fd = os.memfd_create("file")
     os.truncate(fd, 1000)
     rig.grant_file(fd, 1000)
     data = bytearray(b"late" * 20)
     threads = []
     halted = ctypes.c_int.in_dll(ctypes.CDLL(None), "halted")
-    for lane in range(2):
+    for slot in range(2):
         ctypes.CDLL(None).halt_at(80, b"late", 0)
-        threads.append(threading.Thread(target=rig.reach.put, args=(REGION, 100 * lane, data)))
+        threads.append(threading.Thread(target=rig.reach.put, args=(REGION, 100 * slot, data)))
         threads[-1].start()
-        while halted.value == lane:
+        while halted.value == slot:
             time.sleep(0.001)
     print(rig.reach.busy, sorted(rig.board))
     print(rig.reach.put(REGION, 0, b"no"), rig.reach.read_some(REGION, 0, memoryview(bytearray(2))))
@@ -643,7 +643,7 @@ with contextlib.closing(Rig(sys.argv[1], lanes=2)) as rig:
 
 
 @pytest.mark.parametrize("name", [COMPILED, PURE])
-def test_all_lanes_in_use(halt: Path, name: str) -> None:
+def test_all_slots_in_use(halt: Path, name: str) -> None:
     with python_process("-c", FULL, name, preloaded=halt) as process:
 
         def line() -> str:

@@ -35,7 +35,7 @@ from warabi.engine import Engine, client
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.shm.client import Guest
-from warabi.shm.layout import ENTRIES, LANES
+from warabi.shm.layout import ENTRIES, HAZARD_SLOTS
 from warabi.shm.memory import SharedMapping
 from warabi.target.config import MemoryConfig
 from warabi.target.opening import open_memory
@@ -270,9 +270,9 @@ def test_rubbish_in_the_slots(
     regions = [asking.create_and_write(pattern(9 << 20, seed)) for seed in range(3)]
     for region in regions:
         assert handle.read(region, 0, 9 << 20)
-    mapping = SharedMapping(kept.named("board"), 8 * LANES, writable=True)
+    mapping = SharedMapping(kept.named("board"), 8 * HAZARD_SLOTS, writable=True)
     with mapping.view.cast("Q") as slots:
-        for slot in range(8, LANES):  # those below are used by the accesses of this process
+        for slot in range(8, HAZARD_SLOTS):  # those below are used by the accesses of this process
             slots[slot] = (0, 1, 2, 3, 1 << 20, 1 << 63, (1 << 64) - 1)[slot % 7]
         asking.resize(regions[0], 1 << 20)
         assert asking.read(regions[0], 0, 1 << 20) == pattern(9 << 20)[: 1 << 20]

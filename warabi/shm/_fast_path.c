@@ -31,7 +31,7 @@
 #include <unistd.h>
 
 #ifdef Py_GIL_DISABLED
-#error "the free lanes are guarded by the interpreter's lock; fast_path.py does without"
+#error "the free hazard slots are guarded by the GIL; use fast_path.py"
 #endif
 _Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
 
@@ -169,7 +169,7 @@ typedef struct {
     uint64_t *board;
     size_t entries;
     uint32_t alive;
-    int lanes;
+    int slots;
     uint64_t free; /* a bit for each hazard slot */
     char usable;
     char writable;
@@ -219,8 +219,8 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
         }
     }
     self->entries = (size_t)self->views[MARKS].len / 8;
-    Py_ssize_t lanes = self->views[BOARD].len / 8;
-    if (word < 0 || word >= self->views[LIFE].len / 4 || lanes < 1 || lanes > 64 ||
+    Py_ssize_t slots = self->views[BOARD].len / 8;
+    if (word < 0 || word >= self->views[LIFE].len / 4 || slots < 1 || slots > 64 ||
         self->entries < 1 || (size_t)self->views[TABLE].len / 16 < self->entries) {
         PyErr_SetString(PyExc_ValueError, "Reach: memory of a size that cannot be");
         return -1;
@@ -230,8 +230,8 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     self->marks = self->views[MARKS].buf;
     self->board = self->views[BOARD].buf;
     self->alive = alive;
-    self->lanes = (int)lanes;
-    self->free = ~(uint64_t)0 >> (64 - lanes);
+    self->slots = (int)slots;
+    self->free = ~(uint64_t)0 >> (64 - slots);
     self->writable = (char)writable;
     self->usable = 1;
     self->grants = PyDict_New();
@@ -354,11 +354,11 @@ static int enter(Reach *self, const Grant *grant)
 {
     if (self->free == 0)
         return -1;
-    int lane = __builtin_ctzll(self->free);
+    int slot = __builtin_ctzll(self->free);
     self->free &= self->free - 1;
-    __atomic_store_n(&self->board[lane], (uint64_t)grant->index, __ATOMIC_RELAXED);
+    __atomic_store_n(&self->board[slot], (uint64_t)grant->index, __ATOMIC_RELAXED);
     ordered();
-    return lane;
+    return slot;
 }
 
 /* The second check, after the bytes were copied: is the grant still valid? */
@@ -370,10 +370,10 @@ static bool still(const Reach *self, const Grant *grant)
 }
 
 /* Release: a process that sees the hazard slot empty sees everything done while it was set. */
-static void leave(Reach *self, int lane)
+static void leave(Reach *self, int slot)
 {
-    __atomic_store_n(&self->board[lane], 0, __ATOMIC_RELEASE);
-    self->free |= (uint64_t)1 << lane;
+    __atomic_store_n(&self->board[slot], 0, __ATOMIC_RELEASE);
+    self->free |= (uint64_t)1 << slot;
 }
 
 static void copy(void *to, const void *from, size_t size)
@@ -490,12 +490,12 @@ static void raise_failure(Reach *self, PyObject *region, int number)
 static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data, bool wait)
 {
     enum result result = FAILED;
-    int lane, number = 0;
+    int slot, number = 0;
     int64_t moved = 0;
     Grant *grant = find(self, region);
     if (grant == NULL || offset < 0 || !self->writable || grant->view.readonly ||
         (grant->waits && !wait) || data->len > grant->room - offset ||
-        (lane = enter(self, grant)) < 0) {
+        (slot = enter(self, grant)) < 0) {
         Py_XDECREF(grant);
         PyBuffer_Release(data);
         return PyErr_Occurred() ? -1 : false;
@@ -515,7 +515,7 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
             mark(self, grant);
     }
     bool good = still(self, grant);
-    leave(self, lane);
+    leave(self, slot);
     if (number != 0)
         raise_failure(self, region, number);
     else if (result != RAISED && !good)
@@ -531,9 +531,9 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
                     bool fewer)
 {
     enum result result = FAILED;
-    int lane;
+    int slot;
     Grant *grant = find(self, region);
-    if (grant == NULL || offset < 0 || (lane = enter(self, grant)) < 0) {
+    if (grant == NULL || offset < 0 || (slot = enter(self, grant)) < 0) {
         Py_XDECREF(grant);
         PyBuffer_Release(place);
         return PyErr_Occurred() ? -2 : -1;
@@ -553,7 +553,7 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
         }
     }
     bool good = still(self, grant);
-    leave(self, lane);
+    leave(self, slot);
     if (result != RAISED && !good)
         drop(self, region, grant);
     Py_DECREF(grant);
@@ -637,7 +637,7 @@ static PyObject *reach_living(PyObject *object, void *Py_UNUSED(closure))
 static PyObject *reach_busy(PyObject *object, void *Py_UNUSED(closure))
 {
     Reach *self = (Reach *)object;
-    return PyLong_FromLong(self->lanes - __builtin_popcountll(self->free));
+    return PyLong_FromLong(self->slots - __builtin_popcountll(self->free));
 }
 
 static PyObject *reach_recent(PyObject *object, void *Py_UNUSED(closure))

@@ -25,7 +25,7 @@ from warabi._core import forks
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.descriptors import limit
 from warabi.region import RegionID
-from warabi.shm.layout import ENTRIES, FIRM, LANES, TABLE
+from warabi.shm.layout import ENTRIES, FIRM, HAZARD_SLOTS, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMapping, register
 
 if TYPE_CHECKING or os.environ.get("WARABI_PURE", "0") not in ("", "0"):
@@ -94,7 +94,7 @@ class Guest(Reach):
                 _mapping(life, resource.getpagesize(), writable=False),
                 _mapping(table, TABLE, writable=False),
                 _mapping(marks, 8 * ENTRIES, writable=bool(writable)),
-                _mapping(board, 8 * LANES, writable=True),
+                _mapping(board, 8 * HAZARD_SLOTS, writable=True),
                 offset // 4,
                 alive,
                 bool(writable),

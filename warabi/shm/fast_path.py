@@ -108,11 +108,11 @@ class Reach:
         self.table, self._marks, self._board = (m.view.cast("Q") for m in (table, marks, board))
         self._word = word
         self._alive = alive
-        self._lanes = list(range(len(self._board)))
+        self._free = list(range(len(self._board)))
         # Takes a free hazard slot.  An iterator, so that a signal handler that raises (Ctrl-C)
         # cannot run between removing the slot from the list and the `try` that returns it: handlers
         # run after calls, and there is none.
-        self._free_lane = iter(self._lanes.pop, None)
+        self._next_free = iter(self._free.pop, None)
         self._recent: deque[int] = deque(maxlen=_RECENT)
         self.grants: dict[bytes, Grant] = {}
         self.writable = writable
@@ -126,7 +126,7 @@ class Reach:
     @property
     def busy(self) -> int:
         """Number of pending accesses."""
-        return len(self._board) - len(self._lanes)
+        return len(self._board) - len(self._free)
 
     @property
     def recent(self) -> tuple[int, ...]:
@@ -166,12 +166,12 @@ class Reach:
             return False
         table, entry, stamp = self.table, grant.entry, grant.stamp
         try:
-            for lane in self._free_lane:  # noqa: B007
+            for slot in self._next_free:  # noqa: B007
                 break
         except IndexError:
             return False  # as many threads as hazard slots
         try:
-            self._board[lane] = grant.index
+            self._board[slot] = grant.index
             if not self.usable or table[entry] != stamp or end > table[entry + 1]:
                 done = False
             else:
@@ -203,8 +203,8 @@ class Reach:
                         self._recent.append(now)
                 done = table[entry] == stamp
         finally:
-            self._board[lane] = 0
-            self._lanes.append(lane)
+            self._board[slot] = 0
+            self._free.append(slot)
         if not done and table[entry] != stamp:
             self._drop(region, grant)
         return done
@@ -237,12 +237,12 @@ class Reach:
         table, entry, stamp = self.table, grant.entry, grant.stamp
         size = len(place)
         try:
-            for lane in self._free_lane:  # noqa: B007
+            for slot in self._next_free:  # noqa: B007
                 break
         except IndexError:
             return -1
         try:
-            self._board[lane] = grant.index
+            self._board[slot] = grant.index
             have = table[entry + 1] - offset
             if size > have:
                 if not short:
@@ -267,8 +267,8 @@ class Reach:
         except OSError:  # of a file; the provider reports it
             size = -1
         finally:
-            self._board[lane] = 0
-            self._lanes.append(lane)
+            self._board[slot] = 0
+            self._free.append(slot)
         if size < 0 and table[entry] != stamp:
             self._drop(region, grant)
         return size

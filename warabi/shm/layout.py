@@ -1,6 +1,6 @@
 """Layout of the memory that a provider and its guests share; see ``target/leases.py``."""
 
-LANES = 64
+HAZARD_SLOTS = 64
 """Hazard slots of one guest: its most concurrent accesses."""
 ENTRIES = 1 << 19
 """Most granted regions of a target; memory for them is allocated when used."""

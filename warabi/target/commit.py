@@ -5,7 +5,7 @@ mentions the region.  Bytes of an erased region are freed only after the commit 
 durable.
 
 A commit also mentions regions that were never persisted.  It says from which slot on their files
-may be missing after a power failure, so that those regions can be told from damage.
+may be missing after a power failure, so that those regions can be distinguished from damage.
 
 Calls ``RegionLocks``, ``Erasure``, ``KernelBacked`` and ``Sharing``.  Called by ``Target``, by a
 thread of its own from time to time, and by storages that must have the catalogue durable before

@@ -10,7 +10,7 @@ with its data, and an index into memory that is shared with all guests:
   descriptor persists the region.
 * the *last-write times* (``marks``), which guests write: when the region of an index was last
   written.  Time 0 is set after every other one.
-* an array of *hazard slots* (``lanes`` of a ``board``) for each guest, in which it announces the
+* an array of *hazard slots* (``board``) for each guest, in which it announces the
   index that it is about to access.
 
 A guest that reads or writes stores the index in a free hazard slot, checks the version, moves the
@@ -34,7 +34,7 @@ from warabi._core.changes import CONTENT
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
-from warabi.shm.layout import ENTRIES, FIRM, LANES, TABLE
+from warabi.shm.layout import ENTRIES, FIRM, HAZARD_SLOTS, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMemory, barrier
 
 _PAGE = 4096  # bytes of last-write times that are compared at once
@@ -54,21 +54,21 @@ class GrantHolder:
 
     def __init__(self) -> None:
         self.number = next(self._numbers)
-        self.board = SharedMemory("warabi-board", 8 * LANES)
+        self.board = SharedMemory("warabi-board", 8 * HAZARD_SLOTS)
         self.writes = False
         self.segments: set[int] = set()
-        self._lanes = self.board.view.cast("Q")
+        self._slots = self.board.view.cast("Q")
 
     def touches(self, index: int) -> bool:
         """Whether a hazard slot has that index, truthfully or not."""
-        return index in self._lanes.tolist()
+        return index in self._slots.tolist()
 
     def touched(self) -> set[int]:
         """Return the contents of the hazard slots: any numbers."""
-        return set(self._lanes.tolist())
+        return set(self._slots.tolist())
 
     def close(self) -> None:
-        self._lanes.release()
+        self._slots.release()
         self.board.close()
 
 
@@ -239,7 +239,7 @@ class Grants:
     def settle_all(self, *, thorough: bool = False) -> None:
         """Take over all writes by guests.
 
-        Time 0 tells whether there is anything; two guests that set it at the very same time can
+        Time 0 shows whether there is anything; two guests that set it at the very same time can
         hide one's write, which only matters if *thorough*.
         """
         if self._marks[0] == self._seen and not thorough:

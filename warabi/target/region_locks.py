@@ -4,7 +4,7 @@ A region is *entered* by reads and writes concurrently (``Inode.users``), and *c
 resizes it (``Inode.exclusive``), which waits for those inside.  ``erase`` does not wait: it marks
 the region dead, and the last call that leaves has its bytes freed.
 
-Processes that were granted a region are not inside: ``leases.py`` tells how they are kept from
+Processes that were granted a region do not enter it: ``leases.py`` describes how they are kept from
 bytes that are no longer the region's.
 
 Calls ``Erasure`` and the catalogue.  Called by ``Target`` and by ``Committer``.

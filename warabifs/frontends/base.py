@@ -1,5 +1,5 @@
 """What a front end is: it takes the kernel's requests, has a :class:`FileSystem` carry them out,
-and tells the kernel what to forget.
+and sends it cache invalidations.
 
 A front end translates, and decides nothing.  What a request means is in ``warabifs/fs/``; mounting
 and unmounting are in ``warabifs/mount/``.  Neither depends on which front end it is.

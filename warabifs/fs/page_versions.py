@@ -5,7 +5,7 @@ changes them.  This mount's own writes go through its page cache and do not chan
 the provider's host write by direct access, which the provider cannot attribute: there a mount
 writes past the page cache, and drops the pages that it has written.)
 
-When the version differs the kernel is told to drop its pages, and does so when it processes the
+When the version differs the kernel is notified to drop its pages, and does so when it processes the
 reply.  Until then any other open must get the same answer; so the version is recorded at the first
 use of the open file.
 """

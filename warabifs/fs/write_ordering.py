@@ -7,7 +7,7 @@ before the write is sent or completed.  The result of such a read stays in the p
   if it could be served sooner, from shared memory or while a thread writes.
 * A read that arrived shortly before the write returned the old data.  That is correct only if the
   writing thread itself issued the read, since it got its data before it wrote.  After a read by
-  another thread the kernel is told, when the write ends, to drop the pages that were written.
+  another thread the kernel is notified, when the write ends, to drop the pages that were written.
 
 ``who`` is the number of the thread that reads or writes; 0 is an unknown one, and ``KERNEL`` is
 writeback, during which the kernel locks the pages.

@@ -23,7 +23,7 @@ from warabifs.fs.filesystem import FileSystem
 _TASKS = 1000
 """Requests that may be under way; pyfuse3 has a task for each."""
 _IN_KERNEL = 0.5
-"""Seconds for a thread that tells the kernel something to return."""
+"""Seconds to wait for a thread that sends the kernel a notification."""
 
 
 class Pyfuse3FrontEnd(FrontEnd):
