@@ -45,6 +45,11 @@ CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "erase": lambda h, r: h.erase(r),
     "erase_async": lambda h, r: h.erase_async(r).wait(),
     "resize": lambda h, r: h.resize(r, 5),
+    "allocate": lambda h, r: h.allocate(r, 0, 9),
+    "zero_range": lambda h, r: h.zero_range(r, 0, 2),
+    "punch_hole": lambda h, r: h.punch_hole(r, 0, 2),
+    "copy": lambda h, r: h.copy(r),
+    "copy_range": lambda h, r: h.copy_range(r, 0, r, 4, 2),
     "link_name": lambda h, r: h.link_name(r, "/other"),
     "unlink_name": lambda h, r: h.unlink_name("/name"),
 }
@@ -55,6 +60,9 @@ NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "read_vector": lambda h, r: h.read_vector(r, [(0, 2)], bytearray(2)),
     "size": lambda h, r: h.size(r),
     "stat": lambda h, r: h.stat(r),
+    "seek_data": lambda h, r: h.seek_data(r, 0),
+    "seek_hole": lambda h, r: h.seek_hole(r, 0),
+    "data_extents": lambda h, r: list(h.data_extents(r)),
     "list": lambda h, r: list(h.list()),
     "list_stats": lambda h, r: list(h.list_stats()),
     "open_name": lambda h, r: h.open_name("/name"),
@@ -93,7 +101,8 @@ def _unchanged(handle: TargetHandle, region: RegionID) -> None:
 
 def _only_reads(handle: TargetHandle, region: RegionID) -> None:
     for name, change in CHANGES.items():
-        operation = name.split()[0].removesuffix("_async")
+        method = name.split()[0].removesuffix("_async")
+        operation = {"copy": "clone"}.get(method, method)
         with pytest.raises(errors.PermissionDenied, match=rf"^{operation}: access is read-only"):
             change(handle, region)
     for look in NO_CHANGES.values():
