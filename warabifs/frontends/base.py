@@ -135,6 +135,10 @@ class FrontEnd(ABC):
         """
 
     @abstractmethod
+    def forget_bytes(self, ino: int, offset: int, size: int) -> None:
+        """Write back and drop cached pages of an inode; the same as :meth:`forget_inode`."""
+
+    @abstractmethod
     def forget_name(self, directory: int, name: bytes) -> None:
         """The same as :meth:`forget_inode`, for a dentry."""
 

@@ -100,6 +100,8 @@ class FileSystem:
         self.pages = PageVersions(target, alone=exclusive)
         self._buffers = Buffers()
         self.writes = Writes()
+        self.forget_bytes: Callable[[int, int, int], None] = lambda ino, offset, size: None
+        """Makes the kernel write back and drop pages; waits, and so is called in a thread."""
 
     # What the kernel has cached
 
@@ -590,7 +592,21 @@ class FileSystem:
         region = self._region_of(ino, handle)
         if self.writes.under_way:
             await self.writes.read(region, 0, offset, MAX_SIZE)
-        return await (self._target.seek_hole if hole else self._target.seek_data)(region, offset)
+        if hole:
+            return await self._target.seek_hole(region, offset)
+        found = await self._target.seek_data(region, offset)
+        end = await self._target.size(region) if found is None else found
+        known = self._known.get(ino)
+        if known is not None and offset < end and known.may_have_pages(offset, end - offset):
+            # A program may have written to a mapping, which the kernel writes back much later.
+            pages = known.drop_pages(offset, end - offset)
+            await trio.to_thread.run_sync(self._forget, ino, *pages, abandon_on_cancel=True)
+            found = await self._target.seek_data(region, offset)
+        return found
+
+    def _forget(self, ino: int, offset: int, size: int) -> None:
+        with suppress(OSError):  # not cached, or the mount has ended
+            self.forget_bytes(ino, offset, size)
 
     async def fsync(self, ino: int, handle: int, datasync: bool) -> None:
         await self._target.fsync(self._region_of(ino, handle), times=not datasync)

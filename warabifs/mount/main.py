@@ -377,6 +377,7 @@ async def _mount_and_serve(
                 ),
             )
             files.writes.drop = front.drop_bytes
+            files.forget_bytes = front.forget_bytes
             if source.remote:
                 await files.pages.learn()
             follower = Follower(

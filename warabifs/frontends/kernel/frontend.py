@@ -60,6 +60,9 @@ class KernelFrontEnd(FrontEnd):
     def forget_inode(self, ino: int, attributes_only: bool) -> None:
         self._session.forget_inode(ino, attributes_only)
 
+    def forget_bytes(self, ino: int, offset: int, size: int) -> None:
+        self._session.forget_bytes(ino, offset, size)
+
     def forget_name(self, directory: int, name: bytes) -> None:
         self._session.forget_name(directory, name)
 

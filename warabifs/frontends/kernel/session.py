@@ -395,6 +395,10 @@ class FuseSession:
         """
         self._notify(protocol.forget_inode(ino, -1 if attributes_only else 0))
 
+    def forget_bytes(self, ino: int, offset: int, size: int) -> None:
+        """Make the kernel write back and drop some pages; the same as :meth:`forget_inode`."""
+        self._notify(protocol.forget_inode(ino, offset, size))
+
     def forget_name(self, directory: int, name: bytes) -> None:
         """The same as :meth:`forget_inode`, for a dentry."""
         self._notify(protocol.forget_name(directory, name))

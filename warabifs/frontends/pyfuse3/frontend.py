@@ -78,6 +78,9 @@ class Pyfuse3FrontEnd(FrontEnd):
     def forget_inode(self, ino: int, attributes_only: bool) -> None:
         self._notify(lambda: pyfuse3.invalidate_inode(ino, attributes_only))
 
+    def forget_bytes(self, ino: int, offset: int, size: int) -> None:
+        self.forget_inode(ino, False)
+
     def forget_name(self, directory: int, name: bytes) -> None:
         self._notify(lambda: pyfuse3.invalidate_entry(directory, name))
 
