@@ -506,6 +506,8 @@ class TargetHandle:
         source_offset = checked_size(source_offset, "copy_range: source_offset")
         offset = checked_size(offset, "copy_range: offset")
         left, done = checked_size(size, "copy_range: size"), 0
+        if source == region:  # which may grow by the copy
+            left = min(left, max(0, self.size(source) - source_offset))
         while left > done:
             count: int = self._link.call(
                 "copy_range", _id(region), offset + done,

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.mount.support import Mount
+from warabi._core.syscalls import FALLOC_FL_KEEP_SIZE as KEEP
+from warabi._core.syscalls import FALLOC_FL_PUNCH_HOLE, fallocate
+from warabi._core.syscalls import FALLOC_FL_ZERO_RANGE as ZERO
 
 LARGEST = 256 * 1024
 PAGE = mmap.PAGESIZE
@@ -40,6 +43,7 @@ class Exerciser:
         self.calls: list[Callable[[], str]] = [
             *[self.write] * 20, *[self.append] * 4, *[self.read] * 20, *[self.read_direct] * 6,
             *[self.truncate] * 8, *[self.map_write] * 12, *[self.map_read] * 12, self.sync,
+            *[self.fallocate] * 8, *[self.copy] * 4, *[self.seek] * 4,
             *[self.reopen] * 3, self.rename, self.drop_cache, self.check_size, self.replace,
         ]  # fmt: skip
 
@@ -145,6 +149,39 @@ class Exerciser:
         ):
             self._compare(bytes(mapping[offset - start :]), offset, "mapped read")
         return f"{size} at {offset}"
+
+    def fallocate(self) -> str:
+        offset, size = self._extent(LARGEST)
+        size = min(size, LARGEST - offset) or 1
+        mode = self.chance.choice((0, KEEP, KEEP | FALLOC_FL_PUNCH_HOLE, ZERO, KEEP | ZERO))
+        fallocate(self.fd, mode, offset, size)
+        if not mode & KEEP:
+            self.model.extend(bytes(max(0, offset + size - len(self.model))))
+        if mode & ~KEEP:
+            end = min(offset + size, len(self.model))
+            self.model[offset:end] = bytes(max(0, end - offset))
+        return f"mode {mode}, {size} at {offset}"
+
+    def copy(self) -> str:
+        """From one place of the file to another."""
+        start, size = self._extent(LARGEST)
+        offset = self.chance.randrange(LARGEST)
+        size = min(size, abs(start - offset), LARGEST - offset)
+        data = bytes(self.model[start : start + size])
+        assert os.copy_file_range(self.fd, self.fd, size, start, offset) == len(data)
+        if data:
+            self._write(offset, data)
+        return f"{size} at {start} to {offset}"
+
+    def seek(self) -> str:
+        offset = self.chance.randrange(LARGEST)
+        try:
+            data = os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError:
+            data = len(self.model)
+        assert offset <= data or offset > len(self.model)
+        assert not any(self.model[offset:data]), f"data between {offset} and {data}"
+        return f"{offset}: {data}"
 
     def sync(self) -> str:
         self.chance.choice((os.fsync, os.fdatasync))(self.fd)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import mmap
 import os
 import random
 from pathlib import Path
@@ -143,21 +142,6 @@ def test_data_and_holes_are_found(where: Path) -> None:
                 os.lseek(fd, offset, whence)
         os.ftruncate(fd, second + size)
         assert os.lseek(fd, second, os.SEEK_HOLE) == second + size
-
-
-def test_what_is_written_to_a_mapping_is_data_at_once(where: Path) -> None:
-    path, copy, size = where / "file", where / "copy", 4 << 20
-    model = bytearray(size)
-    with opened(path) as fd:
-        os.ftruncate(fd, size)
-        with mmap.mmap(fd, size) as mapping:
-            for offset in (3 << 20, 1 << 20, 5000):
-                model[offset : offset + 4] = mapping[offset : offset + 4] = b"data"
-                start = os.lseek(fd, 0, os.SEEK_DATA)
-                assert start <= offset < os.lseek(fd, start, os.SEEK_HOLE)
-                assert path.read_bytes() == model
-                run("cp", "--sparse=auto", path, copy)
-                assert copy.read_bytes() == model
 
 
 def blocks(path: Path) -> int:

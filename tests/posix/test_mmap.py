@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.mount.support import fails_with, python
+from tests.mount.support import fails_with, python, run
 from tests.posix.support import (
     file,
     opened,
@@ -154,3 +154,18 @@ def test_an_anonymous_copy_of_many_pages(where: Path) -> None:
             mapping[offset] ^= 255
         assert mapping[1:4096] == data[1:4096]
     assert path.read_bytes() == data
+
+
+def test_what_is_written_to_a_mapping_is_data_at_once(where: Path) -> None:
+    path, copy, size = where / "file", where / "copy", 4 << 20
+    model = bytearray(size)
+    with opened(path) as fd:
+        os.ftruncate(fd, size)
+        with mmap.mmap(fd, size) as mapping:
+            for offset in (3 << 20, 1 << 20, 5000):
+                model[offset : offset + 4] = mapping[offset : offset + 4] = b"data"
+                start = os.lseek(fd, 0, os.SEEK_DATA)
+                assert start <= offset < os.lseek(fd, start, os.SEEK_HOLE)
+                assert path.read_bytes() == model
+                run("cp", "--sparse=auto", path, copy)
+                assert copy.read_bytes() == model

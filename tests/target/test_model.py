@@ -32,6 +32,7 @@ SIZES = st.one_of(
     st.sampled_from([2047, 2048, 2049, 65_535, 65_536, 65_537, 200_000]),
 )
 OFFSETS = st.one_of(st.integers(0, 300), st.integers(0, 200_000))
+CHANGES = st.sampled_from(["allocate", "zero_range", "punch_hole"])
 NAMES = st.sampled_from(["/a", "/b", "/c"])
 
 
@@ -118,6 +119,54 @@ class Model(RuleBasedStateMachine):
         if region in self.content:
             self.handle.resize(region, size)
             self.content[region] = self.content[region][:size].ljust(size, b"\0")
+
+    @rule(region=regions, offset=OFFSETS, size=SIZES, name=CHANGES, keep=st.booleans())
+    def change(self, region: RegionID, offset: int, size: int, name: str, keep: bool) -> None:
+        if region not in self.content:
+            return
+        content, end = self.content[region], offset + size
+        keep = keep or name == "punch_hole"
+        getattr(self.handle, name)(region, offset, size, *([keep] * (name != "punch_hole")))
+        if not keep and size:
+            content.extend(bytes(max(0, end - len(content))))
+        end = min(end, len(content))
+        if name != "allocate" and offset < end:
+            content[offset:end] = bytes(end - offset)
+        assert self.handle.size(region) == len(content)
+
+    @rule(source=regions, region=regions, start=OFFSETS, offset=OFFSETS, size=SIZES)
+    def copy_range(
+        self, source: RegionID, region: RegionID, start: int, offset: int, size: int
+    ) -> None:
+        if source not in self.content or region not in self.content:
+            return
+        data, content = self.content[source][start : start + size], self.content[region]
+        try:
+            assert self.handle.copy_range(source, start, region, offset, size) == len(data)
+        except errors.OutOfBounds:
+            assert source == region
+            assert abs(start - offset) < len(data)
+            return
+        if data:
+            content.extend(bytes(max(0, offset - len(content))))
+            content[offset : offset + len(data)] = data
+
+    @rule(target=regions, region=regions, persist=st.booleans())
+    def copy(self, region: RegionID, persist: bool) -> RegionID:
+        if region not in self.content:
+            return region
+        copy = self.handle.copy(region, persist)
+        self.content[copy] = self.content[region][:]
+        return copy
+
+    @rule(region=regions)
+    def look_at_holes(self, region: RegionID) -> None:
+        if region not in self.content:
+            return
+        left = self.content[region][:]
+        for offset, size in self.handle.data_extents(region):
+            left[offset : offset + size] = bytes(size)
+        assert left == bytes(len(self.content[region]))
 
     @rule(region=regions)
     def persist(self, region: RegionID) -> None:
