@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount import support
 from tests.mount.support import (
     BACKENDS,
     Mount,
@@ -24,9 +25,37 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
+from warabifs.frontends.registry import DEFAULT, FRONT_ENDS
 from warabifs.mount import install, utab
 
 CLONE_NEWNS = 0x20000
+
+
+OVER_BOTH = (
+    "test_append",  # O_APPEND of several mounts: what goes past the page cache
+    "test_async_direct_io",  # the kernel drops pages in time
+    "test_consistency",  # notifications, holding writes back
+    "test_file_handles",  # generations, lookups of dots, lookup counts
+    "test_lifecycle",  # mounting, signals, unmounting, kill -9
+    "test_outage",  # errors, and requests whose effect is unknown
+    "test_sync_writes",  # O_SYNC past the page cache
+    "test_unprivileged",  # fusermount3, fstab, namespaces
+)
+"""Modules that run over both front ends: about what a front end translates."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in OVER_BOTH:
+        metafunc.parametrize("front_end", FRONT_ENDS, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def front_end(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The front end of every mount of a test."""
+    name: str = getattr(request, "param", DEFAULT)
+    support.FRONT_END[:] = [f"frontend={name}"] if name != DEFAULT else []
+    yield name
+    support.FRONT_END.clear()
 
 
 def limit_of(request: pytest.FixtureRequest) -> float:

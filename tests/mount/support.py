@@ -29,6 +29,8 @@ PASSED = ("memory-passed", "file-passed")
 PYFUSE3 = ("file-pyfuse3", "engine-pyfuse3")
 """Targets that are mounted by the other front end."""
 SOURCES = (*BACKENDS, "engine", "tcp")
+FRONT_END: list[str] = []
+"""The option that every mount gets; the fixture ``front_end`` sets it."""
 PROVIDER_ID = 7
 PATIENCE = 60.0  # seconds after which anything at all counts as hung
 MIB = 1024 * 1024
@@ -152,7 +154,7 @@ class Mount:
         self._read = 0
 
     def command(self, *more: str) -> list[str]:
-        options = ",".join((f"log={self.log}", *self.options))
+        options = ",".join((f"log={self.log}", *FRONT_END, *self.options))
         module = [sys.executable, "-m", "warabifs.mount.main", self.source, str(self.path)]
         return [*module, "-o", options, *more]
 

@@ -27,6 +27,7 @@ from tests.mount.support import (
     wait_until,
 )
 from tests.mount.together import OPTIONS, Together, emptied, region_of, together
+from warabifs.frontends.base import Ability
 
 WAYS = pytest.mark.parametrize("four_module", ["na+sm", "tcp", "direct_io"], indirect=True)
 
@@ -62,7 +63,14 @@ def set_later(path: Path) -> int:
     return fd
 
 
-OPENINGS = pytest.mark.parametrize("opening", [opened_to_write, opened_to_read_too, set_later])
+OPENINGS = pytest.mark.parametrize(
+    "opening",
+    [
+        opened_to_write,
+        opened_to_read_too,
+        pytest.param(set_later, marks=pytest.mark.needs(Ability.REQUEST_FLAGS, run=False)),
+    ],
+)
 
 
 @contextlib.contextmanager
@@ -208,6 +216,7 @@ def test_appends_of_more_than_a_request_holds_lose_nothing(four: Together) -> No
     assert paths[1].read_bytes() == found
 
 
+@pytest.mark.needs(Ability.APPEND_MMAP)
 @pytest.mark.parametrize("four_module", ["na+sm"], indirect=True)
 def test_a_file_that_is_open_to_append_can_be_mapped(four: Together) -> None:
     """Shared, too, though its writes go past the page cache."""
@@ -223,6 +232,7 @@ def test_a_file_that_is_open_to_append_can_be_mapped(four: Together) -> None:
     assert other.read_bytes() == b"LINE\n" + b"line\n" * 1999 + b"more\n"
 
 
+@pytest.mark.needs(Ability.KEEP_PAGES)
 @pytest.mark.parametrize("four_module", ["tcp"], indirect=True)
 def test_the_kernel_keeps_the_pages_of_a_file_that_is_appended_to(four: Together) -> None:
     """Opening it once more to append, as a shell's ``>>`` does, drops none."""

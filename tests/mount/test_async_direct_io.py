@@ -29,18 +29,22 @@ from tests.mount.support import (
     watchdog,
 )
 from tests.mount.together import BELIEVING
+from warabifs.frontends.base import Ability
+from warabifs.frontends.registry import FRONT_ENDS
 
 PAGES = 160
-MODES = (*SOURCES, "memory-passed", "engine exclusive", "memory direct_io")
+PASSED = "memory-passed"
+MODES = (*SOURCES, PASSED, "engine exclusive", "memory direct_io")
 SOME = pytest.mark.parametrize("mount", ["memory", "file", "engine"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def mounts() -> Iterator[dict[str, Mount]]:
+def mounts(front_end: str) -> Iterator[dict[str, Mount]]:
     """A mount of each mode, made once."""
+    passes = Ability.PASSTHROUGH in FRONT_ENDS[front_end].abilities
     with disposable("/tmp") as path, contextlib.ExitStack() as stack:
         made = {}
-        for number, mode in enumerate(MODES):
+        for number, mode in enumerate(mode for mode in MODES if passes or mode != PASSED):
             kind, _, option = mode.partition(" ")
             place = path / str(number)
             place.mkdir()
@@ -107,7 +111,8 @@ def written(fd: int, depth: int, count: int, check: Callable[[int, bytes], None]
 @pytest.mark.parametrize(
     ("mount", "reading"),
     [
-        *((mode, "read") for mode in MODES),
+        *((mode, "read") for mode in MODES if mode != PASSED),
+        pytest.param(PASSED, "read", marks=pytest.mark.needs(Ability.PASSTHROUGH)),
         *((mode, "mapping") for mode in ("memory", "engine")),
         *((mode, "buffered writes") for mode in ("memory", "file", "engine")),
     ],

@@ -15,6 +15,7 @@ from warabi.metadata.inode import MOVED, PACKED
 from warabi.target import opening
 from warabi.target.config import FileConfig
 from warabi.target.target import Target
+from warabifs.frontends.base import Ability
 
 EVERYWHERE = pytest.mark.parametrize("mounted", SOURCES, indirect=True)
 PROVIDED = ("user.warabi.region", "user.warabi.target")
@@ -119,7 +120,11 @@ def test_regions_that_a_program_made_in_a_file_target_are_named_by_a_mount(place
         assert target.read(regions[0], 0, 3) == b"ONE"
 
 
-@pytest.mark.parametrize("options", [[], ["passthrough"]], ids=["usual", "passthrough"])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["passthrough"], marks=pytest.mark.needs(Ability.PASSTHROUGH))],
+    ids=["usual", "passthrough"],
+)
 def test_regions_that_share_a_file_are_files_like_others(place: Path, options: list[str]) -> None:
     """They are used, grow, get names and are gone as any; what was synced survives ``kill -9``."""
     with opened(place) as target:

@@ -165,11 +165,12 @@ def opened(scratch: Path) -> str:
 
 @pytest.mark.usefixtures("helpers")
 def test_a_line_of_fstab_with_user_is_for_everybody(
-    user: User, place: Path, mountpoint: Path, tmp_path: Path
+    user: User, place: Path, mountpoint: Path, tmp_path: Path, front_end: str
 ) -> None:
     """mount(8) is set-uid root and gives that up before it calls the helper."""
     fstab = place / "fstab"
-    fstab.write_text(f"file:{place}/target {mountpoint} warabifs noauto,user 0 0\n")
+    options = f"noauto,user,frontend={front_end}"
+    fstab.write_text(f"file:{place}/target {mountpoint} warabifs {options} 0 0\n")
     as_user = f"setpriv --reuid={USER} --regid={USER} --clear-groups"
     script = f"""
 {opened(tmp_path)}
@@ -181,12 +182,15 @@ findmnt -n -o OPTIONS {mountpoint}
 {as_user} mount -T {fstab} {mountpoint}
 {as_user} cat {mountpoint}/file
 {as_user} umount {mountpoint}
+mount -t warabifs file:{place}/target {mountpoint} -o frontend={front_end}
+cat {mountpoint}/file
+umount {mountpoint}
 """
     done = run("unshare", "-m", "sh", "-c", script)
     assert done.stderr == ""
-    options, data = done.stdout.splitlines()
-    assert {f"user_id={USER}", "noexec", "nosuid", "nodev"} <= set(options.split(","))
-    assert data == "data"
+    shown, *data = done.stdout.splitlines()
+    assert {f"user_id={USER}", "noexec", "nosuid", "nodev"} <= set(shown.split(","))
+    assert data == ["data", "data"]
 
 
 def test_a_mount_in_a_user_namespace_needs_nobodys_help(place: Path) -> None:

@@ -37,11 +37,14 @@ class Ability(enum.StrEnum):
     """The kernel says whose writes take set-ID bits away, and asks nothing before each write."""
     FORGET_RANGE = "forget_range"
     """Some pages of a file can be dropped; without it all of them are."""
-    APPEND_CACHE = "append_cache"
-    """What a program appends to a file that it also reads goes past the page cache."""
+    APPEND_MMAP = "append_mmap"
+    """A file of an engine that is open to append can be mapped shared."""
+    KEEP_PAGES = "keep_pages"
+    """The kernel keeps pages of a file that it writes to itself, where the provider tells which
+    client changed the file."""
     REQUEST_FLAGS = "request_flags"
-    """Reads and writes say which thread they are of, and whether they go past the page cache, also
-    after ``O_DIRECT`` was set with fcntl(2)."""
+    """Reads and writes say which thread they are of, and the flags that the open file has then,
+    such as ``O_APPEND`` that was set with fcntl(2)."""
     FALLOCATE = "fallocate"
     """fallocate(2) reserves space, and punches and zeroes holes."""
     SEEK_DATA = "seek_data"

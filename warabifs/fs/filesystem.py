@@ -429,6 +429,11 @@ class FileSystem:
         if known is not None and known.size < end:
             known.size = end
 
+    def is_within(self, ino: int, end: int) -> bool:
+        """Whether *end* is not beyond the size that the kernel takes a file to have."""
+        known = self._known.get(ino)
+        return known is not None and end <= known.size
+
     def is_rollback(self, ino: int, handle: int, size: int) -> bool:
         """Whether the kernel truncates a file to *size* because a write that extends it failed with
         ``O_DIRECT``, and not because a program requested it.

@@ -15,7 +15,7 @@ _FEATURES = {
     Ability.PASSTHROUGH: Feature.PASSTHROUGH,
     Ability.UMASK: Feature.DONT_MASK,
     Ability.KILL_SETID: Feature.HANDLE_KILLPRIV_V2,
-    Ability.APPEND_CACHE: Feature.DIRECT_IO_ALLOW_MMAP,
+    Ability.APPEND_MMAP: Feature.DIRECT_IO_ALLOW_MMAP,
 }
 """Abilities that the kernel has to have, too."""
 

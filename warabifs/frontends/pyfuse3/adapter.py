@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from warabi import errors
@@ -31,6 +34,8 @@ T = TypeVar("T")
 Changed = tuple[list[tuple[int, bytes]], list[int]]
 """Names in directories, and inodes, of which the kernel may believe what is not true."""
 
+_PATIENCE = 0.1
+"""Seconds for which a write past the page cache waits until the kernel has dropped pages."""
 _FEW = 32
 """Directory entries that are fetched first; pyfuse3 does not tell how many there is room for."""
 
@@ -120,6 +125,8 @@ class Adapter(pyfuse3.Operations):
         self._began = began
         self._notified = notified
         self._open: dict[int, _Opened] = {}
+        # Openings by which an inode's bytes may get into the page cache and be written back.
+        self._mappable: Counter[int] = Counter()
         self._taken = _FEW  # directory entries for which there was room
 
     def init(self) -> None:
@@ -162,9 +169,11 @@ class Adapter(pyfuse3.Operations):
     def _opened(
         self, handle: int, ino: int, flags: int, keep_cache: bool, ctx: RequestContext
     ) -> FileInfo:
-        # What is open for reading, too, could not be mapped any more past the page cache.
-        appends = flags & os.O_APPEND and flags & os.O_ACCMODE == os.O_WRONLY
-        past_cache = self._settings.direct_io or bool(appends and self._files.appends)
+        # Otherwise what a mapping changed could not be told from what is appended.
+        appends = bool(flags & os.O_APPEND and self._files.appends)
+        past_cache = self._settings.direct_io or appends
+        if not past_cache:
+            self._mappable[ino] += 1
         self._open[handle] = _Opened(ino, flags, past_cache, past_cache and ctx.uid != 0)
         return FileInfo(fh=handle, direct_io=past_cache, keep_cache=keep_cache)
 
@@ -304,11 +313,12 @@ class Adapter(pyfuse3.Operations):
     @_handles()
     async def write(self, fh: int, off: int, data: bytes) -> int:
         files, opened, size = self._files, self._open[fh], len(data)
+        past_cache = opened.past_cache and not self._is_page(opened.ino, off, size)
         direct = opened.flags & os.O_DIRECT
-        if not (direct or opened.past_cache):
+        if not (direct or past_cache):
             files.fill_pages(opened.ino, off, size)
         try:
-            if opened.flags & os.O_APPEND and files.appends:
+            if past_cache and opened.flags & os.O_APPEND and files.appends:
                 await files.append(opened.ino, fh, off, data, 0, opened.kill_setid)
             else:
                 await files.write(opened.ino, fh, off, data, 0, opened.kill_setid)
@@ -318,23 +328,37 @@ class Adapter(pyfuse3.Operations):
             raise
         if files.appends:
             files.note_written(opened.ino, off + size)
-        await self._written(opened, fh, off, size)
+        if direct or past_cache:
+            await self._written(opened, fh, off, size)
         return size
+
+    def _is_page(self, ino: int, off: int, size: int) -> bool:
+        """Whether the kernel may be writing a page back, by an opening that goes past its cache: it
+        takes whichever opening of the inode it finds first.
+
+        What is appended, on the other hand, is never within the size that the kernel knows.
+        """
+        return (
+            self._mappable[ino] > 0
+            and off % mmap.PAGESIZE == 0
+            and self._files.is_within(ino, off + size)
+        )
 
     async def _written(self, opened: _Opened, fh: int, off: int, size: int) -> None:
         """Do what a write that went past the page cache asks for besides.
 
         The kernel syncs by itself only what went by way of its cache, and drops what it had cached
         only before a write that does not: what was read meanwhile would stay, older than the file.
+        It may also be a page that is written back by a file that is open with ``O_DIRECT``.  Then
+        the kernel drops nothing until that has ended, so waiting for it has a limit.
         """
         direct = opened.flags & os.O_DIRECT
-        if not (direct or opened.past_cache):
-            return
         if opened.flags & os.O_DSYNC:
             await self._files.fsync(opened.ino, fh, opened.flags & os.O_SYNC != os.O_SYNC)
         drop = self._files.drop_believed if direct else self._files.drop_pages
         if drop(opened.ino, off, size):
-            await self._notified()
+            with trio.move_on_after(_PATIENCE):
+                await self._notified()
 
     async def flush(self, fh: int) -> None:
         """Nothing is buffered; after ENOSYS the kernel sends no more flush requests."""
@@ -346,7 +370,11 @@ class Adapter(pyfuse3.Operations):
 
     @_handles()
     async def release(self, fh: int) -> None:
-        self._open.pop(fh, None)
+        opened = self._open.pop(fh)
+        if not opened.past_cache:
+            self._mappable[opened.ino] -= 1
+            if not self._mappable[opened.ino]:
+                del self._mappable[opened.ino]
         await self._files.release(fh)
 
     # Directories
