@@ -21,7 +21,7 @@ MB_S, PER_S, MICROSECONDS = "MB/s", "1/s", "µs"
 STREAMS = ("first write", "rewrite", "cold read", "warm read")
 _IN_MEMORY = (
     places.TMPFS, places.BINDFS, places.RCLONE, places.OURS, places.OURS_EXCLUSIVE,
-    places.OURS_PASSED,
+    places.OURS_PASSED, places.OURS_PYFUSE3,
 )  # fmt: skip
 _EVERYWHERE = (
     *_IN_MEMORY, places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE,

@@ -23,6 +23,7 @@ OURS_FILE = "warabifs file:"
 OURS_FILE_EXCLUSIVE = "warabifs file:, exclusive"
 OURS_PASSED = "warabifs memory:, passthrough"
 OURS_FILE_PASSED = "warabifs file:, passthrough"
+OURS_PYFUSE3 = "warabifs memory:, pyfuse3"
 OURS_TCP = "warabifs over TCP"
 SHM = Path("/dev/shm")
 """A tmpfs, everywhere."""
@@ -112,7 +113,9 @@ def place(name: str, memory: Path, disk: Path) -> Iterator[Place]:
         inside = stack.enter_context(scratch(memory))
         mountpoint = inside / "mnt"
         options = [word for word in ("exclusive", "passthrough") if word in name]
-        if unknown := [word for word in options if word not in OPTIONS]:
+        if "pyfuse3" in name:
+            options.append("frontend=pyfuse3")
+        if unknown := [word for word in options if word.partition("=")[0] not in OPTIONS]:
             raise Failed(f"this version has no -o {unknown[0]}")
         if name == TMPFS:
             yield Place(name, inside)

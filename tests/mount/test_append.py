@@ -232,7 +232,7 @@ def test_a_file_that_is_open_to_append_can_be_mapped(four: Together) -> None:
     assert other.read_bytes() == b"LINE\n" + b"line\n" * 1999 + b"more\n"
 
 
-@pytest.mark.needs(Ability.KEEP_PAGES)
+@pytest.mark.needs(Ability.KEEP_PAGES, run=False)
 @pytest.mark.parametrize("four_module", ["tcp"], indirect=True)
 def test_the_kernel_keeps_the_pages_of_a_file_that_is_appended_to(four: Together) -> None:
     """Opening it once more to append, as a shell's ``>>`` does, drops none."""
