@@ -95,7 +95,8 @@ class FileStorage(Storage):
         # Regions that guests may sync themselves, a fraction of the limit: the kernel reports a
         # write error once to each open descriptor, so ours must stay open to receive it, too.
         self._kept: set[bytes] = set()
-        self._dirty: set[bytes] = set()  # written since the last persist
+        self._dirty: set[bytes] = set()  # written since the last flush began
+        self._flushes: dict[object, set[bytes]] = {}  # regions of each flush under way
         # Regions whose directory entries may not be durable, oldest first; directories with new or
         # removed entries since their last sync; directories whose sync failed.
         self._fresh: dict[RegionID, None] = {}
@@ -376,9 +377,35 @@ class FileStorage(Storage):
         self._check_failed(rid)
         # Even if nothing is dirty: another persist of the region may still be waiting for the
         # flush, and this one must not return before it.
-        self._dirty.discard(rid)
-        with self.translated(rid, "persist"), self.borrow(rid) as fd, self._remembered(rid):
+        with (
+            self._under_way({rid}),
+            self.translated(rid, "persist"),
+            self.borrow(rid) as fd,
+            self._remembered(rid),
+        ):
             yield Flush(fd, data=not times)
+
+    @contextlib.contextmanager
+    def _under_way(self, regions: set[bytes]) -> Iterator[None]:
+        """Flush *regions* in the block: they are dirty no longer, or again if it fails.
+
+        Until the flush has ended, ``persist_all`` flushes them, too: it must not return before the
+        flush has, and has no part in its result.
+        """
+        flush = object()
+        with self._lock:
+            self._flushes[flush] = regions
+            self._dirty -= regions  # before the flush: data written during it are dirty again
+        try:
+            yield
+        except CorruptTarget:
+            raise  # the files are gone
+        except BaseException:
+            self._dirty |= regions
+            raise
+        finally:
+            with self._lock:
+                del self._flushes[flush]
 
     def flushing(self, rid: RegionID, *, times: bool) -> contextlib.AbstractContextManager[Flush]:
         if rid in self._fresh:
@@ -454,7 +481,7 @@ class FileStorage(Storage):
 
     def persist_all(self) -> None:
         with self._lock:
-            pending = self._dirty | self._fresh.keys()
+            pending = self._dirty.union(self._fresh, *self._flushes.values())
             swept = set(self._swept_shards)
         if len(pending) + len(swept) > _SYNC_ONE_BY_ONE:
             self._sync_everything(pending)
@@ -522,9 +549,9 @@ class FileStorage(Storage):
     def _sync_everything(self, pending: set[bytes]) -> None:
         with self._lock:
             fresh, made, swept = list(self._fresh), set(self._fresh_shards), set(self._swept_shards)
-        self._dirty -= pending  # before the sync: data written during it are dirty again
         try:
-            syscalls.syncfs(self._root_fd)
+            with self._under_way(pending):
+                syscalls.syncfs(self._root_fd)
         except OSError as error:
             text = f"a sync of the file system failed ({error.strerror}); {_ADVICE}"
             for rid in pending:

@@ -122,9 +122,7 @@ class PmemStorage(FileStorage):
                 raise CorruptTarget(
                     f"persist region {rid.hex()}: the size of its file was changed from outside"
                 )
-            if size == length:
-                self._dirty.discard(rid)
-            with self._remembered(rid):
+            with self._under_way({rid} if size == length else set()), self._remembered(rid):
                 cached = isinstance(mapping, PageCacheMapping)
                 if times:
                     os.fsync(fd)
