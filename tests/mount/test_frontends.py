@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from tests.mount.support import (
     MIB,
     PROVIDER_ID,
+    ROOT,
     Mount,
     another_python,
     is_mounted,
@@ -317,6 +319,13 @@ def test_a_front_end_has_the_abilities_of_the_table(
     name: str, ability: Ability, place: Path
 ) -> None:
     assert CHECKS[ability](name, place) == (ability in FRONT_ENDS[name].abilities)
+
+
+def test_the_documents_name_what_is_not_supported() -> None:
+    text = (ROOT / "docs/mount.md").read_text()
+    table = text.partition("What pyfuse3 does not support:")[2].partition("How fast")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert set(named) == set(Ability) - FRONT_ENDS["pyfuse3"].abilities
 
 
 @pytest.mark.parametrize("name", FRONT_ENDS)
