@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -543,6 +543,46 @@ def test_a_reply_with_long_paths_is_short(address: str, client_engine: Engine) -
     assert 0 < len(page) < 20
     assert [region for region, _ in target.list_stats()] == regions
     assert all(found.names[0].count("/") == 202 for _, found in page)
+
+
+@pytest.mark.parametrize("ends", ["data", "holes"])
+def test_holes_are_kept(tmp_path: Path, ends: str) -> None:
+    size, data = 40 << 20, pattern(1 << 20)
+    source, back = tmp_path / "source", tmp_path / "back"
+    with source.open("wb") as file:
+        for offset in (0, 20 << 20, size - len(data)) if ends == "data" else (9 << 20, 20 << 20):
+            file.seek(offset)
+            file.write(data)
+        file.truncate(size)
+    used = source.stat().st_blocks
+    with serving("-t", f"file:{tmp_path}/target") as service, Engine("na+sm", client) as engine:
+        address = service.address
+        region = ok("put", address, source, "-n", "/sparse").decode().strip()
+        copy = ok("clone", address, region, "-n", "/copy").decode().strip()
+        for found in (region, "/copy"):
+            ok("get", address, found, back)
+            assert back.read_bytes() == source.read_bytes()
+            assert back.stat().st_blocks <= used + 64
+            back.unlink()
+        assert ok("get", address, copy) == source.read_bytes()
+        target = handle(engine, address)
+        for each in (region, copy):
+            extents = target.data_extents(RegionID(bytes.fromhex(each)))
+            assert sum(size for _, size in extents) <= (used + 64) * 512
+        assert run("clone", address, "/copy", "-n", "/sparse").returncode == 1
+        assert sorted(target.list_names()) == ["copy", "sparse"]
+        with source.open("rb") as file:
+            file.seek(10 << 20)
+            rest = ok_from(file, "put", address).decode().strip()
+        assert ok("get", address, rest) == source.read_bytes()[10 << 20 :]
+
+
+def ok_from(file: IO[bytes], *arguments: str) -> bytes:
+    """As :func:`ok`, with a file as the standard input."""
+    return subprocess.run(
+        [*COMMAND, *arguments], stdin=file, capture_output=True, env=environment(),
+        timeout=PATIENCE, check=True,
+    ).stdout  # fmt: skip
 
 
 def test_put_takes_little_memory(address: str, tmp_path: Path) -> None:

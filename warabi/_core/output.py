@@ -66,6 +66,16 @@ class Output:
         self.flush()
         self._write(memoryview(data))
 
+    def skip(self, size: int) -> None:
+        """Write *size* zeros, which are a hole in a regular file; raises as :meth:`write`."""
+        if self.path is None:
+            for start in range(0, size, _BUFFER):
+                self.write(bytes(min(_BUFFER, size - start)))
+        elif size:
+            self.flush()
+            with _translated(self._name):
+                os.ftruncate(self._fd, os.lseek(self._fd, size, os.SEEK_CUR))
+
     def flush(self) -> None:
         """Write the buffered data; raises as :meth:`write`."""
         kept, self._buffer = self._buffer, bytearray()

@@ -13,12 +13,14 @@ import logging
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 import warabi
+from warabi._core.fileio import data_from, hole_from
 from warabi._core.output import output
 from warabi.client import TargetHandle
 from warabi.errors import ConfigError, Exception
@@ -204,16 +206,49 @@ def _size(file: IO[bytes]) -> int:
 def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes]) -> None:
     """Write *piece* and the rest of *file* to a new region, durably, whatever its size."""
     size, end = target.size(region), 0
-    while piece:
-        if end + len(piece) > size:
-            size = end + len(piece)
+    for offset, data in _pieces(file, piece):
+        end = offset + len(data)
+        if end > size:
+            size = end
             target.resize(region, size)
-        target.write(region, end, piece)
-        end += len(piece)
-        piece = file.read(_STEP)
+        target.write(region, offset, data)
     if end < size:  # the file was truncated, or not read from its start
         target.resize(region, end)
     target.persist(region, 0, end)
+
+
+def _pieces(file: IO[bytes], piece: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the data of *file* with their offsets, beginning with *piece*, which was read.
+
+    Holes of a regular file are left out.  The last item has no data, and its offset is the end.
+    """
+    size, offset, start = _size(file), 0, 0
+    if size:
+        start = file.seek(-len(piece), os.SEEK_CUR)
+        piece = b""
+    while True:
+        step = _STEP
+        if start + offset < size:
+            data, end = _next_data(file, start + offset, size)
+            offset = file.seek(data) - start
+            step = min(step, end - data or step)
+        piece = piece or file.read(step)
+        yield offset, piece
+        if not piece:
+            return
+        offset += len(piece)
+        piece = b""
+
+
+def _next_data(file: IO[bytes], offset: int, size: int) -> tuple[int, int]:
+    """Return start and end of the next data of a file of *size* bytes; its position is kept."""
+    fd = file.fileno()
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        data = data_from(fd, offset, size)
+        return data, hole_from(fd, data, size)
+    finally:
+        os.lseek(fd, position, os.SEEK_SET)
 
 
 @main.command()
@@ -227,13 +262,41 @@ def get(address: str, provider_id: int, region: str, file: str, **security: str)
     """
     with handle(address, provider_id, security, read_only=True) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
-        size = target.size(found)
+        size, done = target.size(found), 0
         buffer = memoryview(bytearray(min(size, _STEP)))
         with output(file) as out:
-            for offset in range(0, size, _STEP):
-                piece = buffer[: size - offset]
-                target.read_into(found, offset, piece)
-                out.write(piece)
+            for start, length in target.data_extents(found):
+                out.skip(min(start, size) - done)
+                done = min(start + length, size)
+                for offset in range(start, done, _STEP):
+                    piece = buffer[: done - offset]
+                    target.read_into(found, offset, piece)
+                    out.write(piece)
+            out.skip(size - done)
+
+
+@main.command()
+@_target
+@click.argument("region")
+@click.option("-n", "--name", help="Give the copy this path in the tree of names.")
+def clone(address: str, provider_id: int, region: str, name: str | None, **security: str) -> None:
+    """Copy a region, by its ID or its path, to a new one, durably; prints its ID.
+
+    The provider copies.  The copy shares blocks with the region if the file system of the target
+    can, and keeps its holes.
+    """
+    with handle(address, provider_id, security) as target:
+        found = target.open_name(region) if region.startswith("/") else _region(region)
+        copy = target.copy(found, persist=True)
+        try:
+            if name is not None:
+                target.link_name(copy, name)
+                target.persist(copy, 0, 0)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                target.erase(copy)
+            raise
+        echo(copy.hex())
 
 
 @main.command()
