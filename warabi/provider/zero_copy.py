@@ -2,7 +2,7 @@
 in memory or, for sending, in the page cache, and where a complete write arrived with its header.
 
 The kernel copies the data once, as if they were in this process's own buffers.  The target lends
-the data for moments without waiting (``RegionGate.lend``), so that a peer that stops half way does
+the data for moments without waiting (``Target.lend``), so that a peer that stops half way does
 not block a resize of the region; for the same reason a large write that is interrupted half way has
 written half, like one by direct access.
 

@@ -219,7 +219,7 @@ class Sharing:
         self._exposed = exposed
 
     def pause(self) -> None:
-        """Revoke all grants, and refuse new ones: until :meth:`resume_sharing` all changes are
+        """Revoke all grants, and refuse new ones: until :meth:`resume` all changes are
         requests.
         Data that guests reported as written before are present."""
         with self._state.lock:

@@ -99,7 +99,7 @@ class TargetState:
 
     def announce(self) -> None:
         """Wait until event loops that found the target free have acquired its lock; the caller
-        holds ``_long``, and is about to hold the lock for long."""
+        holds ``long``, and is about to hold the lock for long."""
         time.sleep(_GRACE)
 
     def patiently(self, work: Callable[[float], _T]) -> _T:
