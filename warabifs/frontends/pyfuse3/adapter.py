@@ -98,14 +98,9 @@ class Adapter(pyfuse3.Operations):
 
     Args:
         files: the file system.
-        entry_timeout: seconds for which the kernel may cache a name.
-        directory_timeout: the same for names of directories.
-        attr_timeout: seconds for which it may cache attributes.
-        negative_timeout: seconds for which it may cache that a name does not exist.
-        direct_io: whether reads and writes bypass the page cache.
-        writeback: whether the kernel may defer writes until a file is closed or synced.
-        passing: the files that the kernel accesses directly; None for none.
-        interrupt: called with interrupted requests; None if waiting cannot be interrupted.
+        settings: how it is to be served.
+        began: called when libfuse is about to answer the kernel's first request.
+        notified: waits until the kernel has got the notifications that are pending.
     """
 
     supports_dot_lookup = True  # by which file handles are resolved
