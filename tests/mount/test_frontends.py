@@ -372,6 +372,41 @@ def test_what_a_mapping_changed_is_not_appended(name: str, place: Path, flags: i
         assert path.read_bytes() == wanted
 
 
+FAILS_ONCE = """
+import errno, sys
+from warabifs.fs.filesystem import FileSystem
+from warabifs.mount import main
+
+readdir = FileSystem.readdir
+failed = []
+
+async def fail_once(self, handle, cookie, most):
+    if cookie and not failed:
+        failed.append(cookie)
+        raise OSError(errno.EIO, "the target fails once")
+    return await readdir(self, handle, cookie, min(most, 5))
+
+FileSystem.readdir = fail_once
+main.main(["--foreground", *sys.argv[1:]])
+assert failed
+"""
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_entries_found_before_an_error_are_listed(name: str, place: Path) -> None:
+    """Their lookups are counted, and the kernel forgets only what it was told of."""
+    (path := place / "mnt").mkdir()
+    options = f"frontend={name},log={place}/log"
+    with another_python(FAILS_ONCE, "memory:", path, "-o", options) as process:
+        try:
+            wait_until(lambda: is_mounted(path), "it is mounted")
+            wanted = [file(path / str(number)).name for number in range(20)]
+            assert sorted(os.listdir(path)) == sorted(wanted)
+        finally:
+            run("fusermount3", "-u", "-z", path)
+        assert process.wait(LIMIT) == 0
+
+
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_mounts_are_listed_alike(name: str, place: Path) -> None:
     with mounted_by(name, "memory:", place, "noatime", "fsname=some name") as mount:

@@ -544,7 +544,15 @@ class Operations:
         handle, cookie, room, _ = protocol.READ.unpack_from(body)
         files = self._files
         found: list[bytes] = []
-        while entries := await files.readdir(handle, cookie, max(1, room // _ENTRY)):
+        while True:
+            try:
+                entries = await files.readdir(handle, cookie, max(1, room // _ENTRY))
+            except Exception:
+                if found:  # whose lookups are counted: the kernel gets them, and then the error
+                    break
+                raise
+            if not entries:
+                break
             for entry in entries:
                 room -= protocol.ENTRY_SIZE + protocol.direntry_size(entry.name)
                 if room < 0:

@@ -382,7 +382,15 @@ class Adapter(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Return as many entries with attributes as fit."""
         files, cookie, taken, most = self._files, start_id, 0, self._taken + 1
-        while entries := await files.readdir(fh, cookie, most):
+        while True:
+            try:
+                entries = await files.readdir(fh, cookie, most)
+            except Exception:
+                if taken:  # whose lookups are counted: the kernel gets them, and then the error
+                    return
+                raise
+            if not entries:
+                return
             for entry in entries:
                 name, attributes, cookie = entry
                 if not pyfuse3.readdir_reply(token, name, self._entry(attributes), cookie):
