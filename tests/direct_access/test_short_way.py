@@ -145,7 +145,7 @@ def test_another_reply_leaves_the_buffer_alone(
 async def test_a_trio_client_hears_of_a_reply_that_is_none() -> None:
     with (
         providing(lambda header: [reply([header[0], None])]) as provider,
-        pytest.raises(errors.ProtocolError, match="without bytes"),
+        pytest.raises(errors.ProtocolError, match="without payload"),
     ):
         async with warabi.aio.connect(provider.address, 1) as target:
             await target.read_into(REGION, 0, bytearray(4096))

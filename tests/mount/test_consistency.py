@@ -35,6 +35,8 @@ from tests.support.relay import Relay
 from warabi import engine as warabi_engine
 from warabi.client import Client
 from warabi.region import RegionID
+from warabifs.frontends.base import Ability
+from warabifs.frontends.registry import FRONT_ENDS
 
 TICK = 20_000_000
 """Nanoseconds that the kernel's own times may be behind the clock, and more."""
@@ -467,13 +469,16 @@ def test_a_full_target_refuses_what_an_exclusive_mount_held_back(place: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["file", "engine"])
-def test_a_file_used_at_random_on_an_exclusive_mount(kind: str, place: Path) -> None:
+def test_a_file_used_at_random_on_an_exclusive_mount(
+    kind: str, place: Path, front_end: str
+) -> None:
+    allocates = Ability.FALLOCATE in FRONT_ENDS[front_end].abilities
     with (
         source_of(kind, place) as (source, options),
         mounting(source, place, *options, "exclusive") as mount,
         watchdog(mount, 100),
     ):
-        exerciser = Exerciser(mount.path, 20)
+        exerciser = Exerciser(mount.path, 20, allocates=allocates)
         try:
             exerciser.run(OPERATIONS // 10)
         finally:

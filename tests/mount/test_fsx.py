@@ -29,9 +29,10 @@ class Exerciser:
     Args:
         directory: where the file is.
         seed: of every choice.
+        allocates: whether fallocate(2) is supported there.
     """
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, *, allocates: bool = True) -> None:
         self.directory = directory
         self.path = directory / "file"
         self.chance = random.Random(seed)
@@ -43,7 +44,7 @@ class Exerciser:
         self.calls: list[Callable[[], str]] = [
             *[self.write] * 20, *[self.append] * 4, *[self.read] * 20, *[self.read_direct] * 6,
             *[self.truncate] * 8, *[self.map_write] * 12, *[self.map_read] * 12, self.sync,
-            *[self.fallocate] * 8, *[self.copy] * 4, *[self.seek] * 4,
+            *[self.fallocate] * (8 * allocates), *[self.copy] * 4, *[self.seek] * 4,
             *[self.reopen] * 3, self.rename, self.drop_cache, self.check_size, self.replace,
         ]  # fmt: skip
 

@@ -467,6 +467,8 @@ def test_entries_of_mounts_that_were_killed_are_removed_later(place: Path) -> No
 def test_an_entry_stays_while_the_mount_point_has_another_one(place: Path) -> None:
     """Entries are removed by their mount points, the newest one first."""
     with mounting("memory:", place) as mount:
+        # Else another process could take the next entry for a stale one that is alone.
+        wait_until(lambda: entries_of(mount.path) == 1, "the mount's own entry")
         utab._update(b"memory:", os.fsencode(mount.path), b"warabifs=0:1/1")  # of none that is left
         utab._update(b"memory:", os.fsencode(mount.path), b"")  # as mount(8) makes one
         utab.remove_stale()

@@ -176,7 +176,7 @@ def test_wrong_use_is_refused() -> None:
     connection.next_event()
     with pytest.raises(RuntimeError):
         connection.next_event()
-    with pytest.raises(ValueError, match="a place of 11"):
+    with pytest.raises(ValueError, match="a buffer of 11"):
         connection.accept_payload(memoryview(bytearray(11)))
 
 

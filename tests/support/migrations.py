@@ -78,10 +78,15 @@ def _tree(target: TargetHandle, ino: int, path: bytes) -> Iterator[tuple[bytes, 
             content = None
             if stat.S_ISLNK(found.mode):
                 content = call("readlink", found.ino)
-            yield path + name, (found, content, _xattrs(target, found.ino))
+            yield path + name, (_portable(found), content, _xattrs(target, found.ino))
             if stat.S_ISDIR(found.mode):
                 yield from _tree(target, found.ino, path + name + b"/")
         last = page[-1][0]
+
+
+def _portable(found: Attributes) -> Attributes:
+    """Without the bytes of storage that are used, which depend on the backend."""
+    return found._replace(space=-1)
 
 
 def contents(target: TargetHandle) -> dict[Any, Any]:
@@ -92,7 +97,7 @@ def contents(target: TargetHandle) -> dict[Any, Any]:
     }
     found |= _tree(target, ROOT, b"/")
     root: Attributes = target._link.call("getattr", ROOT)
-    found |= {"root": (root, _xattrs(target, ROOT)), "uuid": target._link.call("uuid")}
+    found |= {"root": (_portable(root), _xattrs(target, ROOT)), "uuid": target._link.call("uuid")}
     return found
 
 

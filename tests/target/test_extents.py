@@ -161,3 +161,16 @@ def test_a_region_may_be_erased_while_it_is_changed(target: Target) -> None:
     assert ended.wait(PATIENCE)
     thread.join(PATIENCE)
     assert target.list() == [source]
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("name", ["allocate", "zero_range", "punch_hole"])
+def test_an_unknown_region_is_refused_whatever_the_size_is(name: str, size: int) -> None:
+    keep_size = () if name == "punch_hole" else (False,)
+    with opening.open_memory(MemoryConfig()) as target:
+        region = target.create(100)
+        call(target, name, region, 10, size, *keep_size)
+        assert target.size(region) == 100
+        target.erase(region)
+        with pytest.raises(errors.InvalidRegion):
+            call(target, name, region, 10, size, *keep_size)

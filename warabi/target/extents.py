@@ -37,9 +37,9 @@ def allocate(
         PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance.
     """
     end = _end(offset, size, "allocate")
-    if not size:
-        return
     with _closed(target, region, "allocate", size) as change:
+        if not size:
+            return
         if end > change.size:
             change.allocate_beyond(offset, end, keep_size)
         if offset < change.size:
@@ -52,9 +52,9 @@ def zero_range(
 ) -> None:
     """Zero *size* bytes at *offset*, and allocate their space as :func:`allocate` does."""
     end = _end(offset, size, "zero_range")
-    if not size:
-        return
     with _closed(target, region, "zero_range", size) as change:
+        if not size:
+            return
         if end > change.size:
             change.allocate_beyond(offset, end, keep_size)
         change.zero(offset, min(end, change.size), free=False)
@@ -121,7 +121,7 @@ def clone(target: Target, region: RegionID, persist: bool = False) -> RegionID:
     """A new region without a name that has the bytes that *region* has at one instant.
 
     Writers of *region* wait until it is copied, which takes no time if the file system can share
-    blocks.  Holes are preserved.
+    blocks, and with *persist* until the copy is durable.  Holes are preserved.
 
     Raises:
         InvalidRegion: unknown or erased.

@@ -587,7 +587,7 @@ class FileSystem:
             count: int = await self._target.call(
                 "copy_range", region, offset, original, start, size
             )
-        if self.appends:
+        if self.appends and count:  # else the kernel does not believe that the file has grown
             self.note_written(place[0], offset + count)
         return count
 
