@@ -185,7 +185,7 @@ class TargetHandle:
             StorageFull: there is not enough space.
         """
         guest = self._link.writing.guest
-        if guest is not None and guest.put(region, offset, data):
+        if guest is not None and guest.try_write(region, offset, data):
             if persist:
                 self._link.persist(_id(region), offset, memoryview(data).nbytes)
             return
@@ -244,7 +244,7 @@ class TargetHandle:
             InvalidBuffer: *buffer* is read-only or not contiguous.
         """
         guest = self._link.reading.guest
-        if guest is not None and guest.take(region, offset, buffer):
+        if guest is not None and guest.try_read(region, offset, buffer):
             return
         view = writable(buffer, "read_into: buffer")
         offset = checked_size(offset, "read_into: offset")

@@ -325,7 +325,7 @@ class StorageTests:
         storage.persist_names()
         assert storage.oldest_fresh() is None
         storage.persist_all()
-        storage.settle()
+        storage.run_deferred()
         for size, rid in zip(SIZES, regions, strict=True):
             assert self.raw_get(storage, rid, size) == pattern(size)
             try:

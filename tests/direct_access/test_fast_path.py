@@ -58,7 +58,7 @@ class Rig:
     def __init__(self, name: str, slots: int = 64, *, writable: bool = True) -> None:
         self.module = importlib.import_module(name)
         self.memories = [SharedMemory("rig", size) for size in (4096, 12288, 4096, 8 * slots)]
-        life, table, self.marks, self.board = (m.view.cast("Q") for m in self.memories)
+        life, table, self.write_times, self.hazards = (m.view.cast("Q") for m in self.memories)
         self.life, self.table = life, table
         life[1] = ALIVE
         dropped: list[Any] = []
@@ -137,14 +137,14 @@ def test_a_part_of_a_file_that_others_have_parts_of(rig: Rig, file: int) -> None
     out = place(40)
     assert rig.reach.read_some(REGION, 0, out, True, False) == 40
     assert out == pattern(100)[50:90]
-    assert rig.reach.take(REGION, 39, bytearray(1))
-    assert not rig.reach.take(REGION, 39, bytearray(2))
+    assert rig.reach.try_read(REGION, 39, bytearray(1))
+    assert not rig.reach.try_read(REGION, 39, bytearray(2))
     assert rig.reach.write(REGION, 35, memoryview(b"12345"))
     assert not rig.reach.write(REGION, 36, memoryview(b"12345"))
-    assert not rig.reach.put(REGION, TOP, b"1")
+    assert not rig.reach.try_write(REGION, TOP, b"1")
     rig.enter(3, 60)  # the region has more than can be reached here
     assert rig.reach.read_some(REGION, 0, place(50), True, True) == -1
-    assert not rig.reach.put(REGION, 38, b"123")
+    assert not rig.reach.try_write(REGION, 38, b"123")
     assert os.pread(file, 200, 0) == pattern(100)[:85] + b"12345" + pattern(100)[90:]
     del grant
     rig.reach.grants.clear()
@@ -168,7 +168,7 @@ def test_a_part_of_memory(rig: Rig) -> None:
     out = place(50)
     assert rig.reach.read_some(REGION, 0, out, True, False) == 50
     assert out == pattern(100)[50:]
-    assert rig.reach.put(REGION, 0, b"put")
+    assert rig.reach.try_write(REGION, 0, b"put")
     assert memory == pattern(100)[:50] + b"put" + pattern(100)[53:]
     rig.reach.grants.clear()
 
@@ -218,21 +218,21 @@ def test_memory(rig: Rig) -> None:
     before = time.time_ns()
     assert rig.reach.write(REGION, 10, b"abc")
     assert bytes(held[9:14]) == b"\0abc\0"
-    assert rig.reach.put(REGION, 97, bytearray(b"end"))
-    assert not rig.reach.put(REGION, 98, b"end")
+    assert rig.reach.try_write(REGION, 97, bytearray(b"end"))
+    assert not rig.reach.try_write(REGION, 98, b"end")
     assert not rig.reach.write(REGION, 98, memoryview(b"end"))
     into = place(3)
     assert rig.reach.read_some(REGION, 10, into) == 3
     assert bytes(into) == b"abc"
     taken = bytearray(3)
-    assert rig.reach.take(REGION, 97, taken)
+    assert rig.reach.try_read(REGION, 97, taken)
     assert taken == b"end"
     assert rig.reach.size(REGION) == 100
     recent = rig.reach.recent
     assert len(recent) == 2
     assert before <= recent[0] <= recent[1] <= time.time_ns()
-    assert rig.marks[3] == rig.marks[0] == recent[1]
-    assert not any(rig.board)
+    assert rig.write_times[3] == rig.write_times[0] == recent[1]
+    assert not any(rig.hazards)
     assert rig.reach.busy == 0
 
 
@@ -246,16 +246,16 @@ def test_files(rig: Rig, size: int) -> None:
         into = place(size)
         assert rig.reach.read_some(REGION, 0, into, wait) in (size, -1 if not wait else size)
         assert not wait or into == pattern(size)
-    assert rig.reach.take(REGION, 7, bytearray(size - 7))
-    assert not rig.reach.take(REGION, 8, bytearray(size - 7))
+    assert rig.reach.try_read(REGION, 7, bytearray(size - 7))
+    assert not rig.reach.try_read(REGION, 8, bytearray(size - 7))
 
 
 def test_a_large_copy_in_memory(rig: Rig) -> None:
     held = rig.grant(9 << 20)
-    assert rig.reach.put(REGION, 5, pattern(8 << 20))
+    assert rig.reach.try_write(REGION, 5, pattern(8 << 20))
     assert held[5 : 5 + (8 << 20)] == pattern(8 << 20)
     taken = bytearray(8 << 20)
-    assert rig.reach.take(REGION, 5, taken)
+    assert rig.reach.try_read(REGION, 5, taken)
     assert taken == pattern(8 << 20)
 
 
@@ -268,27 +268,27 @@ def test_recent_marks_are_the_latest(rig: Rig) -> None:
     assert len(recent) == 4096
     assert list(recent) == sorted(recent)
     assert recent[0] > first
-    assert recent[-1] == rig.marks[3]
+    assert recent[-1] == rig.write_times[3]
 
 
 @pytest.mark.parametrize("ahead", [0, 5_000_000])
 def test_marks_go_on_where_the_clock_does_not(rig: Rig, ahead: int) -> None:
     """A mark that was there before would hide a write from the provider that has seen it."""
     rig.grant(1)
-    last = rig.marks[0] = time.time_ns() + ahead + 5_000_000
+    last = rig.write_times[0] = time.time_ns() + ahead + 5_000_000
     for _ in range(10):
         rig.reach.write(REGION, 0, b"x")
-        assert rig.marks[0] == rig.marks[3] == last + 1
+        assert rig.write_times[0] == rig.write_times[3] == last + 1
         last += 1
 
 
 @pytest.mark.parametrize("lie", [1 << 62, (1 << 64) - 1, 10**9])
 def test_a_mark_far_ahead_is_not_believed(rig: Rig, lie: int) -> None:
     rig.grant(1)
-    rig.marks[0] = lie if lie > 10**9 else time.time_ns() + lie
+    rig.write_times[0] = lie if lie > 10**9 else time.time_ns() + lie
     first = time.time_ns()
     rig.reach.write(REGION, 0, b"x")
-    assert first < rig.marks[0] == rig.marks[3] <= time.time_ns()
+    assert first < rig.write_times[0] == rig.write_times[3] <= time.time_ns()
 
 
 def test_short_reads(rig: Rig, file: int) -> None:
@@ -310,11 +310,11 @@ def test_what_lies_nowhere(rig: Rig, file: int) -> None:
         for offset in (-1, TOP, TOP + 1, 1 << 64, 1 << 200, -(1 << 200)):
             for data in (b"", b"x", bytes(101)):
                 assert not rig.reach.write(REGION, offset, data)
-                assert not rig.reach.put(REGION, offset, data)
+                assert not rig.reach.try_write(REGION, offset, data)
                 size = len(data)
                 assert rig.reach.read_some(REGION, offset, place(size), True, False) == -1
-                assert not rig.reach.take(REGION, offset, bytearray(size))
-    assert not any(rig.board)
+                assert not rig.reach.try_read(REGION, offset, bytearray(size))
+    assert not any(rig.hazards)
 
 
 @pytest.mark.parametrize("told", [TOP, TOP + 1, (1 << 64) - 1])
@@ -342,10 +342,10 @@ def test_what_is_not_granted(rig: Rig) -> None:
         return (
             rig.reach.size(REGION) == -1
             and not rig.reach.write(REGION, 0, b"x")
-            and not rig.reach.put(REGION, 0, b"x")
+            and not rig.reach.try_write(REGION, 0, b"x")
             and rig.reach.read_some(REGION, 0, place(1)) == -1
-            and not rig.reach.take(REGION, 0, bytearray(1))
-            and not any(rig.board)
+            and not rig.reach.try_read(REGION, 0, bytearray(1))
+            and not any(rig.hazards)
         )
 
     assert nothing()
@@ -383,10 +383,10 @@ def test_one_that_may_only_read(rig: Rig) -> None:
         held = reading.grant(5)
         held[:] = b"there"
         assert not reading.reach.write(REGION, 0, b"x")
-        assert not reading.reach.put(REGION, 0, b"x")
+        assert not reading.reach.try_write(REGION, 0, b"x")
         assert not reading.reach.writable
         taken = bytearray(5)
-        assert reading.reach.take(REGION, 0, taken)
+        assert reading.reach.try_read(REGION, 0, taken)
         assert taken == b"there"
 
 
@@ -411,16 +411,16 @@ def test_arguments_of_other_types(rig: Rig, file: int) -> None:
             with pytest.raises(TypeError):
                 rig.reach.write(*arguments)
             if len(arguments) == 3:
-                assert not rig.reach.put(*arguments)
+                assert not rig.reach.try_write(*arguments)
             with pytest.raises(TypeError):
                 rig.reach.read_some(*(bytearray(1) if a == b"x" else a for a in arguments))
         for read_only in (b"x", memoryview(b"x")):
             with pytest.raises((TypeError, BufferError)):
                 rig.reach.read_some(REGION, 0, read_only)
-            assert not rig.reach.take(REGION, 0, read_only)
+            assert not rig.reach.try_read(REGION, 0, read_only)
     with pytest.raises(TypeError):
         rig.reach.size([])
-    assert not any(rig.board)
+    assert not any(rig.hazards)
     assert rig.reach.busy == 0
 
 
@@ -465,8 +465,8 @@ def test_memory_that_must_not_be_written(compiled: Rig) -> None:
         3, STAMP, 100, keeper=kept, view=memoryview(kept)
     )
     assert not compiled.reach.write(REGION, 0, b"x")
-    assert not compiled.reach.put(REGION, 0, b"x")
-    assert compiled.reach.take(REGION, 0, bytearray(100))
+    assert not compiled.reach.try_write(REGION, 0, b"x")
+    assert compiled.reach.try_read(REGION, 0, bytearray(100))
     assert kept == bytes(100)
 
 
@@ -491,29 +491,29 @@ def test_what_is_not_plainly_right_is_left_to_who_checks_it(rig: Rig) -> None:
     rig.grant(100)
     regions: tuple[Any, ...] = (bytearray(REGION), None, b"short", [])
     for region in regions:
-        assert not rig.reach.put(region, 0, b"x")
-        assert not rig.reach.take(region, 0, bytearray(1))
+        assert not rig.reach.try_write(region, 0, b"x")
+        assert not rig.reach.try_read(region, 0, bytearray(1))
     for offset in (True, 0.0, None):
-        assert not rig.reach.put(REGION, offset, b"x")
+        assert not rig.reach.try_write(REGION, offset, b"x")
     released = memoryview(bytearray(5))
     released.release()
     for buffer in (memoryview(bytearray(10))[::2], released, "text", None):
-        assert not rig.reach.put(REGION, 0, buffer)
-        assert not rig.reach.take(REGION, 0, buffer)
+        assert not rig.reach.try_write(REGION, 0, buffer)
+        assert not rig.reach.try_read(REGION, 0, buffer)
     assert rig.reach.recent == ()
 
 
 def test_arrays_that_are_put(compiled: Rig) -> None:
     held = compiled.grant(100)
-    assert compiled.reach.put(REGION, 1, np.arange(3, dtype="<i4"))
+    assert compiled.reach.try_write(REGION, 1, np.arange(3, dtype="<i4"))
     assert bytes(held[1:13]) == b"\0\0\0\0\1\0\0\0\2\0\0\0"
     into = np.zeros((2, 3), "<i2")
-    assert compiled.reach.take(REGION, 1, into)
+    assert compiled.reach.try_read(REGION, 1, into)
     assert into.tolist() == [[0, 0, 1], [0, 2, 0]]
-    assert not compiled.reach.put(REGION, 0, np.array([object()]))
-    assert not compiled.reach.take(REGION, 0, np.array([object()]))
-    assert not compiled.reach.put(REGION, 0, np.zeros((2, 3)).T)
-    assert not compiled.reach.put(REGION, 0, np.zeros(2, "M8[s]"))
+    assert not compiled.reach.try_write(REGION, 0, np.array([object()]))
+    assert not compiled.reach.try_read(REGION, 0, np.array([object()]))
+    assert not compiled.reach.try_write(REGION, 0, np.zeros((2, 3)).T)
+    assert not compiled.reach.try_write(REGION, 0, np.zeros(2, "M8[s]"))
     assert bytes(held[:1]) == b"\0"
 
 
@@ -534,9 +534,9 @@ def test_a_region_whose_comparison_takes_everything_away(rig: Rig) -> None:
         rig.grant(100)
         rig.reach.size(Sly(REGION))
         rig.grant(100)
-        rig.reach.put(Sly(REGION), 0, b"x")
+        rig.reach.try_write(Sly(REGION), 0, b"x")
     assert rig.reach.write(REGION, 0, b"x")
-    assert not any(rig.board)
+    assert not any(rig.hazards)
 
 
 if sys.version_info >= (3, 12):  # before, only C lends buffers
@@ -551,13 +551,13 @@ if sys.version_info >= (3, 12):  # before, only C lends buffers
                 rig.reach.grants.clear()
 
         rig.grant(100)
-        assert not rig.reach.put(REGION, 0, Lender())
+        assert not rig.reach.try_write(REGION, 0, Lender())
         if rig.module.__name__ == COMPILED:
             rig.grant(100)
             assert not rig.reach.write(REGION, 0, Lender())
             rig.grant(100)
             assert rig.reach.read_some(REGION, 0, Lender()) == -1
-        assert not any(rig.board)
+        assert not any(rig.hazards)
 
 
 # The medium
@@ -569,7 +569,7 @@ def test_a_file_that_was_cut_off(rig: Rig, file: int) -> None:
     assert rig.reach.read_some(REGION, 0, place(50)) == 50
     assert rig.reach.read_some(REGION, 10, place(50)) == -1
     assert rig.reach.read_some(REGION, 0, place(300)) == -1  # it has 100, says the table
-    assert not rig.reach.take(REGION, 60, bytearray(1))
+    assert not rig.reach.try_read(REGION, 60, bytearray(1))
     assert rig.dropped == []
 
 
@@ -577,20 +577,20 @@ def test_reading_that_fails(rig: Rig) -> None:
     rig.grant_file(os.open("/", os.O_RDONLY), 100)
     assert rig.reach.read_some(REGION, 0, place(50)) == -1
     assert rig.reach.read_some(REGION, 0, place(50), False) == -1
-    assert not any(rig.board)
+    assert not any(rig.hazards)
 
 
 def test_a_full_medium(rig: Rig) -> None:
     rig.grant_file(os.open("/dev/full", os.O_RDWR), 100)
-    for write in (rig.reach.write, rig.reach.put):
+    for write in (rig.reach.write, rig.reach.try_write):
         with pytest.raises(errors.StorageFull, match=r"write RegionID.*No space left") as caught:
             write(REGION, 0, b"x")
         assert isinstance(caught.value.__cause__, OSError)
         assert caught.value.__cause__.errno == errno.ENOSPC
-    assert not any(rig.board)
+    assert not any(rig.hazards)
     assert rig.reach.busy == 0
     assert rig.reach.recent == ()
-    assert rig.marks[3] == 0
+    assert rig.write_times[3] == 0
 
 
 def test_a_write_of_which_the_medium_takes_half(rig: Rig, file: int) -> None:
@@ -620,12 +620,14 @@ with contextlib.closing(Rig(sys.argv[1], slots=2)) as rig:
     halted = ctypes.c_int.in_dll(ctypes.CDLL(None), "halted")
     for slot in range(2):
         ctypes.CDLL(None).halt_at(80, b"late", 0)
-        threads.append(threading.Thread(target=rig.reach.put, args=(REGION, 100 * slot, data)))
+        arguments = (REGION, 100 * slot, data)
+        threads.append(threading.Thread(target=rig.reach.try_write, args=arguments))
         threads[-1].start()
         while halted.value == slot:
             time.sleep(0.001)
-    print(rig.reach.busy, sorted(rig.board))
-    print(rig.reach.put(REGION, 0, b"no"), rig.reach.read_some(REGION, 0, memoryview(bytearray(2))))
+    print(rig.reach.busy, sorted(rig.hazards))
+    written = rig.reach.try_write(REGION, 0, b"no")
+    print(written, rig.reach.read_some(REGION, 0, memoryview(bytearray(2))))
     try:
         data.append(1)
     except BufferError:
@@ -634,7 +636,7 @@ with contextlib.closing(Rig(sys.argv[1], slots=2)) as rig:
     print(os.fstat(fd).st_size, flush=True)
     for thread in threads:
         thread.join()
-    print(rig.reach.busy, sorted(rig.board))
+    print(rig.reach.busy, sorted(rig.hazards))
     try:
         os.fstat(fd)
     except OSError:
@@ -698,7 +700,7 @@ def test_an_interrupt_anywhere_loses_no_lane(rig: Rig, file: int) -> None:
                 except Interrupted:
                     interrupted += 1
                 assert rig.reach.busy == 0
-                assert not any(rig.board)
+                assert not any(rig.hazards)
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -731,16 +733,16 @@ def test_a_million_calls_leave_nothing(compiled: Rig, file: int) -> None:
 
     def calls(count: int) -> None:
         for _ in range(count):
-            reach.put(REGION, 0, data)
-            reach.take(REGION, 0, into)
+            reach.try_write(REGION, 0, data)
+            reach.try_read(REGION, 0, into)
             reach.write(REGION, 20, data)
             reach.read_some(REGION, 36, view)
             reach.read_some(REGION, 0, view, False, False)
             reach.size(REGION)
-            reach.put(REGION, number, data)
-            reach.take(REGION, number, view)
-            reach.put(REGION, 0, None)
-            reach.take(REGION, 0, data)
+            reach.try_write(REGION, number, data)
+            reach.try_read(REGION, number, view)
+            reach.try_write(REGION, 0, None)
+            reach.try_read(REGION, 0, data)
 
     def refused(count: int) -> None:
         for _ in range(count):
@@ -789,7 +791,7 @@ def test_it_can_be_used_while_it_is_being_collected(compiled: Rig) -> None:
         reach: Any
 
         def __del__(self) -> None:
-            done.append(self.reach.put(REGION, 0, b"x"))
+            done.append(self.reach.try_write(REGION, 0, b"x"))
 
     held = compiled.grant(100)
     late = Late()
@@ -805,12 +807,12 @@ def test_what_is_no_grant_is_not_reached(compiled: Rig) -> None:
     compiled.grant(100)
     for other in (None, 5, importlib.import_module(PURE).Grant(3, STAMP, 0)):
         reach.grants[REGION] = other
-        assert not reach.put(REGION, 0, b"")
+        assert not reach.try_write(REGION, 0, b"")
         assert reach.read_some(REGION, 0, place(1)) == -1
     for index in (-1, ENTRIES, 1 << 61, sys.maxsize, -sys.maxsize):
         fd = os.memfd_create("file")
         reach.grants[REGION] = compiled.module.Grant(index, STAMP, TOP, fd)
-        assert not reach.put(REGION, 0, b"")
+        assert not reach.try_write(REGION, 0, b"")
         assert reach.read_some(REGION, 0, place(1)) == -1
         assert reach.size(REGION) == -1
 
@@ -818,7 +820,7 @@ def test_what_is_no_grant_is_not_reached(compiled: Rig) -> None:
 def test_objects_that_are_not_made_as_they_should_be(compiled: Rig) -> None:
     module = compiled.module
     bare = module.Reach.__new__(module.Reach)
-    assert not bare.put(REGION, 0, b"x")
+    assert not bare.try_write(REGION, 0, b"x")
     assert bare.read_some(REGION, 0, place(1)) == -1
     assert (bare.size(REGION), bare.busy, bare.living, bare.recent) == (-1, 0, False, ())
     with pytest.raises(AttributeError):
@@ -826,7 +828,7 @@ def test_objects_that_are_not_made_as_they_should_be(compiled: Rig) -> None:
     del bare
     unmade = module.Grant.__new__(module.Grant)
     compiled.reach.grants[REGION] = unmade
-    assert not compiled.reach.put(REGION, 0, b"x")
+    assert not compiled.reach.try_write(REGION, 0, b"x")
     del unmade
     good = module.Grant(3, STAMP, 0, keeper=None, view=memoryview(b""))
     with pytest.raises(TypeError, match="does not change"):
@@ -834,15 +836,19 @@ def test_objects_that_are_not_made_as_they_should_be(compiled: Rig) -> None:
     mappings = [SharedMapping(m.fd, len(m.view), writable=True) for m in compiled.memories[:4]]
     with pytest.raises(TypeError, match="made once"):
         compiled.reach.__init__(*mappings, 2, ALIVE, True)
-    life, table, marks, board = mappings
-    for wrong in ((life, table, marks, board, 1024), (life, table, marks, board, -1),
-                  (life, marks, table, board, 2), (life, table, marks, table, 2)):  # fmt: skip
+    life, table, write_times, hazards = mappings
+    for wrong in (
+        (life, table, write_times, hazards, 1024),
+        (life, table, write_times, hazards, -1),
+        (life, write_times, table, hazards, 2),
+        (life, table, write_times, table, 2),
+    ):
         with pytest.raises(ValueError, match="cannot be"):
             module.Reach(*wrong, ALIVE, True)
     with pytest.raises(AttributeError):
-        module.Reach(None, table, marks, board, 2, ALIVE, True)
+        module.Reach(None, table, write_times, hazards, 2, ALIVE, True)
     with pytest.raises(TypeError):
-        module.Reach(life, table, marks, board, 2, "alive", True)
+        module.Reach(life, table, write_times, hazards, 2, "alive", True)
 
 
 # With a provider

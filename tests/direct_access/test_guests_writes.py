@@ -26,7 +26,7 @@ from warabi.target.target import Target
 
 BOTH = pytest.mark.parametrize("pure", ["0", "1"], ids=["compiled", "pure"])
 PAGE_OF_MARKS = 512
-"""Regions whose marks are in one page."""
+"""Regions whose write_times are in one page."""
 
 
 @contextmanager
@@ -90,7 +90,7 @@ HALF_MARKED = """
 for region in regions:
     touch(region)
 with open("/proc/self/maps") as maps:
-    (start,) = (int(line.split("-")[0], 16) for line in maps if "warabi-marks" in line)
+    (start,) = (int(line.split("-")[0], 16) for line in maps if "warabi-write_times" in line)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 page = resource.getpagesize()
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 1) == 0
@@ -109,11 +109,11 @@ def test_a_region_is_marked_before_the_target(target: Target, engine: Engine, pu
         guest(HALF_MARKED, str(engine.addr()), hexed(regions), WARABI_PURE=pure) as process,
     ):
         assert process.wait(PATIENCE) == -signal.SIGSEGV
-        marks: Any = grants._marks
+        write_times: Any = grants._write_times
         (index,) = (i for i, inode in grants._shared.items() if inode.rid == regions[-1])
         assert index >= PAGE_OF_MARKS
-        assert marks[index] != 0
-        assert marks[0] == 0
+        assert write_times[index] != 0
+        assert write_times[0] == 0
         assert target.read(regions[-1], 0, 6) == b"xefore"
 
 
@@ -140,7 +140,7 @@ def test_no_write_is_missed_by_who_looks_all_the_time(
         assert line(process) == "ready"
         grants = target.sharing._grants
         assert grants is not None
-        marks: Any = grants._marks
+        write_times: Any = grants._write_times
         go_on(process)
         assert process.stdout is not None
         while not select.select([process.stdout], [], [], 0)[0]:
@@ -149,31 +149,31 @@ def test_no_write_is_missed_by_who_looks_all_the_time(
         target.sharing.look()
         for index, inode in grants._shared.items():
             assert inode.share is not None
-            assert inode.share.seen == marks[index] != 0
-            assert inode.mtime == marks[index]
+            assert inode.share.seen == write_times[index] != 0
+            assert inode.mtime == write_times[index]
 
 
 def test_marks_are_found_wherever_they_are() -> None:
-    """Also where the marks of erased regions were."""
+    """Also where the write_times of erased regions were."""
     chance = random.Random(7)
     told: list[bytes] = []
     with open_memory(MemoryConfig()) as memory, memory.state.guard.lock, memory.state.guard.checked:
         catalogue = memory._catalogue
         grants = Grants(catalogue, told.append)
-        marks: Any = grants._marks
+        write_times: Any = grants._write_times
         inodes = [catalogue.add(stat.S_IFREG, 0, 0) for _ in range(3 * PAGE_OF_MARKS)]
         shared = {grants.grant(inode)[0]: inode for inode in inodes}  # type: ignore[index]
         for now in range(1, 50):
             chosen = chance.sample([*shared], chance.choice([0, 1, 2, 100]))
             for index in chosen:
-                marks[index] = now
+                write_times[index] = now
             alone = chosen[: len(chosen) // 2]
             for index in alone:  # looked at by itself
                 share = shared[index].share
                 assert share is not None
-                assert share.settle(shared[index])
-            marks[0] = now
-            grants.settle_all(thorough=chance.random() < 0.5)
+                assert share.merge_writes(shared[index])
+            write_times[0] = now
+            grants.merge_all_writes(thorough=chance.random() < 0.5)
             assert sorted(told) == sorted(shared[index].rid for index in chosen)
             told.clear()
             for index in chance.sample([*shared], 3):
@@ -181,7 +181,7 @@ def test_marks_are_found_wherever_they_are() -> None:
                 assert share is not None
                 grants.withdraw(share)
                 grants.recycle(index)
-                marks[index] = chance.choice([marks[index], 1000 + now])
+                write_times[index] = chance.choice([write_times[index], 1000 + now])
                 fresh = catalogue.add(stat.S_IFREG, 0, 0)
                 inodes.append(fresh)
                 found = grants.grant(fresh)

@@ -150,7 +150,7 @@ def test_what_all_guests_trust_cannot_be_written(
     reader = Client(client_engine).make_target_handle(served.address, 1, read_only=read_only)
     for _ in range(3):
         assert reader.read(region, 0, 100) == pattern(100_000)[:100]
-    for name in ("life", "board") if read_only else ("life", "table", "marks", "board"):
+    for name in ("life", "hazards") if read_only else ("life", "table", "write_times", "hazards"):
         fd = kept.named(name)
         again = os.open(_path(fd), os.O_RDWR | os.O_CLOEXEC)
         kept.joined.append(again)
@@ -161,7 +161,7 @@ def test_what_all_guests_trust_cannot_be_written(
             if name in ("life", "table"):
                 try_to_write(each)
     if read_only:
-        assert not any("warabi-marks" in os.readlink(_path(fd)) for fd in kept.joined)
+        assert not any("warabi-write_times" in os.readlink(_path(fd)) for fd in kept.joined)
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["writing", "reading"])
@@ -244,11 +244,11 @@ def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
         assert granted is not None
         os.close(granted.place.fd)
         changed = target.stat(region).ctime_ns
-        mapping = SharedMapping(grants.marks.fd, 8 * ENTRIES, writable=True)
-        with mapping.view.cast("Q") as marks:
+        mapping = SharedMapping(grants.write_times.fd, 8 * ENTRIES, writable=True)
+        with mapping.view.cast("Q") as write_times:
             for mark in (1, 2, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0):
-                marks[granted.index] = mark
-                marks[0] = mark
+                write_times[granted.index] = mark
+                write_times[0] = mark
                 target.sharing.look()
                 found = target.stat(region)
                 assert 0 <= found.mtime_ns <= time.time_ns()
@@ -270,7 +270,7 @@ def test_rubbish_in_the_slots(
     regions = [asking.create_and_write(pattern(9 << 20, seed)) for seed in range(3)]
     for region in regions:
         assert handle.read(region, 0, 9 << 20)
-    mapping = SharedMapping(kept.named("board"), 8 * HAZARD_SLOTS, writable=True)
+    mapping = SharedMapping(kept.named("hazards"), 8 * HAZARD_SLOTS, writable=True)
     with mapping.view.cast("Q") as slots:
         for slot in range(8, HAZARD_SLOTS):  # those below are used by the accesses of this process
             slots[slot] = (0, 1, 2, 3, 1 << 20, 1 << 63, (1 << 64) - 1)[slot % 7]
@@ -420,7 +420,7 @@ def test_the_last_guest_leaves_while_the_target_waits_for_it(engine: Engine, end
         granted = target.grant(region, guest.number, writable=True)
         assert granted is not None
         os.close(granted.place.fd)
-        guest.board.view[0] = granted.index
+        guest.hazards.view[0] = granted.index
         timer = threading.Timer(0.1, target.sharing.leave, (guest,))
         timer.start()
         began = time.monotonic()

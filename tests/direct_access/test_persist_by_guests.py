@@ -65,7 +65,7 @@ def stopped(served: Served) -> Iterator[None]:
         served.signal(signal.SIGCONT)
 
 
-def firm(handle: TargetHandle, size: int = SIZE) -> RegionID:
+def durable_region(handle: TargetHandle, size: int = SIZE) -> RegionID:
     """A region that the client was granted, and that is persisted."""
     region = handle.create_and_write(bytes(size), persist=True)
     for _ in range(3):
@@ -75,7 +75,7 @@ def firm(handle: TargetHandle, size: int = SIZE) -> RegionID:
 
 
 def test_the_provider_is_not_asked(served: Served, handle: TargetHandle) -> None:
-    region = firm(handle)
+    region = durable_region(handle)
     with stopped(served):
         handle.write(region, 0, pattern(SIZE), persist=True)
         handle.write(region, 0, b"more")
@@ -85,7 +85,7 @@ def test_the_provider_is_not_asked(served: Served, handle: TargetHandle) -> None
 
 
 def test_who_may_only_read_too(served: Served, handle: TargetHandle) -> None:
-    region = firm(handle)
+    region = durable_region(handle)
     with Engine("na+sm", client) as engine:
         reader = Client(engine).make_target_handle(served.address, 1, read_only=True)
         for _ in range(3):
@@ -95,7 +95,7 @@ def test_who_may_only_read_too(served: Served, handle: TargetHandle) -> None:
 
 
 def test_only_what_is_in_the_region(served: Served, handle: TargetHandle) -> None:
-    region = firm(handle)
+    region = durable_region(handle)
     with pytest.raises(errors.OutOfBounds):
         handle.persist(region, 1, SIZE)
     handle.erase(region)
@@ -118,7 +118,7 @@ def test_what_changes_a_region_has_the_provider_persist_it(
     files: Served, handle: TargetHandle, what: str
 ) -> None:
     """Whoever changes it; and the next time it is not asked again."""
-    region = firm(handle)
+    region = durable_region(handle)
     handle.link_name(region, "/first")
     handle.link_name(region, "/second")
     handle.persist(region, 0, 1)
@@ -142,7 +142,7 @@ def test_it_is_found_after_a_crash(tmp_path: Path) -> None:
     config = file_config(tmp_path / "target")
     with provider_process("na+sm", config) as served, Engine("na+sm", client) as engine:
         handle = Client(engine).make_target_handle(served.address, 1)
-        region = firm(handle)
+        region = durable_region(handle)
         handle.link_name(region, "/name")
         handle.resize(region, SIZE + 5)
         handle.write(region, 5, pattern(SIZE), persist=True)
@@ -154,7 +154,7 @@ def test_it_is_found_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_a_dead_provider_persists_nothing(served: Served, handle: TargetHandle) -> None:
-    region = firm(handle)
+    region = durable_region(handle)
     served.signal(signal.SIGKILL)
     served.process.wait(PATIENCE)
     with pytest.raises((errors.ConnectionLost, errors.ConnectionFailed)):
@@ -165,7 +165,7 @@ def test_a_failure_is_the_providers_to_tell(
     files: Served, handle: TargetHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which syncs as well, and remembers what goes wrong."""
-    region = firm(handle)
+    region = durable_region(handle)
 
     def fail(fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -194,7 +194,7 @@ def test_more_regions_than_descriptors(tmp_path: Path) -> None:
     ):
         assert process.stdout is not None
         handle = Client(engine).make_target_handle(process.stdout.readline().strip(), 1)
-        regions = [firm(handle, 10) for _ in range(200)]
+        regions = [durable_region(handle, 10) for _ in range(200)]
         for turn in range(2):
             for region in regions:
                 handle.write(region, 0, pattern(10, turn), persist=True)

@@ -302,11 +302,11 @@ class _Kernel:
     def __init__(self) -> None:
         self.backing = 0
 
-    def back(self, fd: int) -> int:
+    def register_backing(self, fd: int) -> int:
         self.backing += 1
         return self.backing
 
-    def let_go(self, number: int) -> None:
+    def unregister_backing(self, number: int) -> None:
         self.backing -= 1
 
 

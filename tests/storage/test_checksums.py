@@ -218,7 +218,7 @@ def test_writers_and_a_scrub_side_by_side(kind: str, path: Path) -> None:
                     data = pattern(3000, dice.randrange(10))
                     target.write(region, offset, data, persist=dice.random() < 0.5)
                     if dice.random() < 0.1:
-                        target._storage.settle()
+                        target._storage.run_deferred()
             except BaseException as error:
                 failures.append(error)
 

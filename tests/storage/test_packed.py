@@ -44,7 +44,7 @@ from warabi.engine import Engine, client
 from warabi.metadata import journal
 from warabi.metadata.inode import MOVED, OWN, PACKED
 from warabi.region import RegionID
-from warabi.shm.layout import FIRM
+from warabi.shm.layout import METADATA_DURABLE
 from warabi.target import opening
 from warabi.target.config import FileConfig
 from warabi.target.target import Target
@@ -598,11 +598,11 @@ def test_who_shares_a_pack_that_could_not_be_synced_is_not_persisted_by_clients(
             os.close(granted.place.fd)
             indices.append(granted.index)
             target.persist(region, 0, 4)
-        assert all(grants._entries[FIRM + index] for index in indices)
+        assert all(grants._entries[METADATA_DURABLE + index] for index in indices)
         faults.arm(site, 1, fails(errno.EIO))
         with pytest.raises(errors.StorageError):
             target.persist(regions[0], 0, 4)
-        assert not any(grants._entries[FIRM + index] for index in indices)
+        assert not any(grants._entries[METADATA_DURABLE + index] for index in indices)
         for region in regions:
             target.erase(region)
         target.sharing.leave(guest)
@@ -667,7 +667,7 @@ def test_a_pack_goes_when_its_last_regions_are_erased_side_by_side(path: Path) -
             target.commit()
             go.set()
             first.join(10)
-        storage.settle()
+        storage.run_deferred()
         assert len(files(path)[0]) == 1
         assert not storage._retired
         assert not storage._retired_of

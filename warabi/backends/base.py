@@ -242,7 +242,7 @@ class Storage(ABC):
         """Whether it is known that more than *size* bytes of a region were on stable storage."""
         return False
 
-    def settle(self) -> None:  # noqa: B027  # most have no deferred work
+    def run_deferred(self) -> None:  # noqa: B027  # most have no deferred work
         """Do deferred work; called periodically, before a commit."""
 
     def keep_times(self, rid: RegionID, times: Times) -> bool:
@@ -323,7 +323,7 @@ class Storage(ABC):
     def left(self, holder: int) -> None:  # noqa: B027  # most do not track guests
         """Record that a guest creates no more regions, though it may still access some."""
 
-    def firm(self, rid: RegionID) -> bool:
+    def metadata_durable(self, rid: RegionID) -> bool:
         """Whether syncing the descriptor that :meth:`share` returned persists the region, and this
         storage notices by itself if that fails."""
         return False

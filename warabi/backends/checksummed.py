@@ -204,7 +204,7 @@ class SummedStorage(WrapperStorage):
         finally:
             for rid, claim in claims.items():
                 self._give_back(rid, claim)
-        self.settle()
+        self.run_deferred()
 
     def _claim(self, rid: bytes, blocks: range | None) -> set[int]:
         """Claim dirty blocks, of those given, that are not being written; they are no longer dirty.
@@ -256,8 +256,8 @@ class SummedStorage(WrapperStorage):
                 self._inner.read_into(rid, block * BLOCK, place)
                 yield block, self._digest(place)
 
-    def settle(self) -> None:
-        self._inner.settle()
+    def run_deferred(self) -> None:
+        self._inner.run_deferred()
         with self._lock:
             idle = any(state.idle for state in self._states.values())
         if not idle:
@@ -271,7 +271,7 @@ class SummedStorage(WrapperStorage):
                     if state.marked_at is not None and slot not in self._doubtful:
                         settled.append(slot)
             if settled:
-                self._rows.settle(settled)
+                self._rows.clear_unsettled(settled)
 
     # Verifying
 
@@ -329,7 +329,7 @@ class SummedStorage(WrapperStorage):
                 with self._lock:
                     state = self._states.get(inode.rid)
                 if state is None or state.marked_at is None:
-                    self._rows.settle([inode.ino])
+                    self._rows.clear_unsettled([inode.ino])
 
     def update(self, rid: RegionID, first: int, count: int) -> None:
         with self._guard.lock, self._guard.checked:
@@ -349,7 +349,7 @@ class SummedStorage(WrapperStorage):
     cleared = Storage.cleared
     keep_times = Storage.keep_times
     flushing = Storage.flushing
-    firm = Storage.firm
+    metadata_durable = Storage.metadata_durable
 
     # Not affected by checksums
 

@@ -22,7 +22,7 @@ from warabi.backends.base import STRANGERS, Location, Storage
 from warabi.backends.fd_cache import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.errors import CorruptTarget, WouldBlock
-from warabi.metadata.journal import let_go
+from warabi.metadata.journal import close_quietly
 from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class DirectFileStorage(FileStorage):
     def _close(self, rid: bytes, held: OpenFile) -> None:
         direct = self._direct.pop(held.fd, None)
         if direct is not None:
-            let_go(direct)
+            close_quietly(direct)
         super()._close(rid, held)
 
     def _direct_descriptor(self, rid: bytes, fd: int) -> int:

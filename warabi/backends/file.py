@@ -30,7 +30,7 @@ from warabi.backends.record import Backend, Plan, usual_plan
 from warabi.backends.settings import Bytes, Model, PathModel, Positive, unknown_key
 from warabi.backends.xattr_times import Times
 from warabi.errors import CorruptTarget, StorageError, WouldBlock
-from warabi.metadata.journal import let_go, sync_directory
+from warabi.metadata.journal import close_quietly, sync_directory
 from warabi.region import RegionID
 
 NEW = ".new"
@@ -144,7 +144,7 @@ class FileStorage(Storage):
     def _close(self, rid: bytes, held: OpenFile) -> None:
         """Close an unused descriptor; ``_lock`` is held."""
         self._mapped.drop(held.fd)
-        let_go(held.fd)
+        close_quietly(held.fd)
 
     def set_size(self, fd: int, size: int) -> None:
         """Set the size of an open region file, or leave it unchanged on failure."""
@@ -206,7 +206,7 @@ class FileStorage(Storage):
                 try:
                     self.set_size(fd, size)
                 except BaseException:
-                    let_go(fd)
+                    close_quietly(fd)
                     os.unlink(path)
                     raise
             with self._lock:
@@ -517,7 +517,7 @@ class FileStorage(Storage):
             fill(new)
             os.rename(fresh, path)
         except BaseException:
-            let_go(new)
+            close_quietly(new)
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
             raise
@@ -582,7 +582,7 @@ class FileStorage(Storage):
                 self._kept.add(rid)
             return Location(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
 
-    def firm(self, rid: RegionID) -> bool:
+    def metadata_durable(self, rid: RegionID) -> bool:
         return rid in self._kept and rid not in self._fresh and rid not in self.failed
 
     def room(self) -> tuple[int, int]:
@@ -610,7 +610,7 @@ class FileStorage(Storage):
                 self._close(rid, held)
             self._descriptors.clear()
             if self._root_fd >= 0:
-                let_go(self._root_fd)
+                close_quietly(self._root_fd)
                 self._root_fd = -1
 
     def destroy(self) -> None:

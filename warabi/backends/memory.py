@@ -641,7 +641,7 @@ class MemoryStorage(Storage):
     def vacate(self, rid: RegionID) -> None:
         """No effect: erasing frees the memory even if other processes hold a descriptor."""
 
-    def firm(self, rid: RegionID) -> bool:
+    def metadata_durable(self, rid: RegionID) -> bool:
         """Always true: memory is never durable."""
         return True
 

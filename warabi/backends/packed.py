@@ -52,7 +52,7 @@ from warabi.errors import WouldBlock
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.guard import Guard
 from warabi.metadata.inode import MOVED, OWN, PACKED, Inode
-from warabi.metadata.journal import let_go
+from warabi.metadata.journal import close_quietly
 from warabi.region import RegionID
 
 _ZEROS = memoryview(bytes(SLOT))
@@ -143,7 +143,7 @@ class PackedStorage(WrapperStorage):
 
     def _prepare(self, inode: Inode) -> tuple[int, RegionID, int] | None:
         """Return the pack for a new region, creating it if necessary; None if it cannot be used."""
-        self._let_go()
+        self._close_newest()
         pack = pack_of(inode.ino)
         known = is_pack(pack)  # else an imported slot is too large for a pack
         if known and pack not in self._files.failed and self._is_whole(pack, inode):
@@ -152,9 +152,9 @@ class PackedStorage(WrapperStorage):
             self._newest = (inode.ino // SLOTS, pack, fd)
         return self._newest
 
-    def _let_go(self) -> None:
+    def _close_newest(self) -> None:
         if self._newest is not None:
-            let_go(self._newest[2])
+            close_quietly(self._newest[2])
             self._newest = None
 
     def _is_whole(self, pack: RegionID, inode: Inode) -> bool:
@@ -348,7 +348,7 @@ class PackedStorage(WrapperStorage):
                 needed = True
             if not needed:
                 if self._newest is not None and self._newest[0] == number:
-                    self._let_go()
+                    self._close_newest()
                 files.erase(pack)
         if needed and os.path.exists(files.path(pack)):  # otherwise already erased
             with files.translated(pack, "erase in"), files.borrow(pack) as fd:
@@ -361,9 +361,9 @@ class PackedStorage(WrapperStorage):
             if not self._retired_of[number]:
                 del self._retired_of[number]
 
-    def settle(self) -> None:
+    def run_deferred(self) -> None:
         """Remove packs that other regions seemed to need when their last region was erased."""
-        self._files.settle()
+        self._files.run_deferred()
         with self._guard.lock, self._guard.checked:
             unneeded = list(self._unneeded)
         for number in unneeded:
@@ -487,11 +487,11 @@ class PackedStorage(WrapperStorage):
             return place
         return place._replace(offset=start, room=SLOT, segment=-next(self._shares), mapped=True)
 
-    def firm(self, rid: RegionID) -> bool:
-        return self._files.firm(self._at(rid)[0])
+    def metadata_durable(self, rid: RegionID) -> bool:
+        return self._files.metadata_durable(self._at(rid)[0])
 
     # Closing
 
     def close(self) -> None:
-        self._let_go()
+        self._close_newest()
         self._files.close()

@@ -140,7 +140,7 @@ class PmemStorage(FileStorage):
 
     flushing = Storage.flushing  # not supported: ranges are flushed by mappings
 
-    def firm(self, rid: RegionID) -> bool:
+    def metadata_durable(self, rid: RegionID) -> bool:
         return False  # flushing a range is cheaper than syncing the file
 
     def _mapping(self, rid: bytes, fd: int, length: int) -> FlushMapping:

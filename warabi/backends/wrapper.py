@@ -110,7 +110,7 @@ class WrapperStorage(Storage):
     ) -> Location | None: ...
 
     @abstractmethod
-    def firm(self, rid: RegionID) -> bool: ...
+    def metadata_durable(self, rid: RegionID) -> bool: ...
 
     # Forwarded
 
@@ -132,8 +132,8 @@ class WrapperStorage(Storage):
     def attests(self, inode: Inode, size: int) -> bool:
         return self._inner.attests(inode, size)
 
-    def settle(self) -> None:
-        self._inner.settle()
+    def run_deferred(self) -> None:
+        self._inner.run_deferred()
 
     def kept_times(self, rid: RegionID) -> Times | None:
         return self._inner.kept_times(rid)

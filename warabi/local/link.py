@@ -238,7 +238,7 @@ class DirectLink:
             request = PendingRequest(what, buffers=arguments)
             request.event = interrupts.Wakeup()
             forks.register(request)
-            self._core.run_beside(lambda: self._finish(request, call, arguments))
+            self._core.run_concurrently(lambda: self._finish(request, call, arguments))
             return [request]
         try:
             return [finished(what, call(*arguments))]

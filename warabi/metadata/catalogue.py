@@ -42,7 +42,7 @@ from warabi.errors import (
 )
 from warabi.metadata import domain
 from warabi.metadata.clock import Clock
-from warabi.metadata.dentries import Dentries, settle_graft
+from warabi.metadata.dentries import Dentries, finish_graft
 from warabi.metadata.inode import OWN, PACKED, Inode
 from warabi.metadata.journal import Journal, Row, sync_directory, translate
 from warabi.metadata.notifications import Feed
@@ -136,7 +136,7 @@ class Catalogue:
             if path is not None:
                 migrate(self._db, path)
                 if not self.clean:
-                    self._settle_graft()
+                    self._finish_graft()
                 bad = self._check_rows(path)
                 self._open_wal(path)
                 self._mend_rows(bad)
@@ -173,9 +173,9 @@ class Catalogue:
         self._db.execute("PRAGMA cache_size = -65536")
         self._db.execute("PRAGMA cache_spill = OFF")
 
-    def _settle_graft(self) -> None:
+    def _finish_graft(self) -> None:
         self._db.execute("BEGIN IMMEDIATE")
-        settle_graft(self._db)  # when this fails, the connection is closed
+        finish_graft(self._db)  # when this fails, the connection is closed
         self._db.execute("COMMIT")
 
     def _check_rows(self, path: Path) -> list[domain.Row]:
@@ -410,7 +410,7 @@ class Catalogue:
             self.change += 1
             inode.changed = self.change
             if inode.share is not None:
-                inode.share.loosen()
+                inode.share.clear_metadata_durable()
 
     def resize(self, inode: Inode, size: int) -> None:
         """Record a region's size; the storage decides what of it is durable."""
@@ -418,7 +418,7 @@ class Catalogue:
         inode.size = size
         self.touch(inode, durable=False)
         if inode.share is not None:
-            inode.share.loosen()
+            inode.share.clear_metadata_durable()
 
     def remove(self, inode: Inode) -> None:
         """Remove *inode* and its xattrs; its names were removed, except those of an erased

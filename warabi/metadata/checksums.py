@@ -106,7 +106,7 @@ class SumRows:
         self._catalogue.write("INSERT OR REPLACE INTO unsettled VALUES(?)", (inode.ino,))
         self._changed(inode)
 
-    def settle(self, inos: Iterable[int]) -> None:
+    def clear_unsettled(self, inos: Iterable[int]) -> None:
         self._catalogue.write("DELETE FROM unsettled WHERE ino = ?", *((ino,) for ino in inos))
         self._catalogue.change += 1
 

@@ -30,7 +30,7 @@ def staged(directory: int) -> int:
     return -directory
 
 
-def settle_graft(db: sqlite3.Connection) -> None:
+def finish_graft(db: sqlite3.Connection) -> None:
     """Complete a graft that was joined, or make what it staged orphans, in the open transaction.
 
     For a database whose process did not do so.

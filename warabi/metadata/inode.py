@@ -89,9 +89,9 @@ class Inode:
 
     def attributes(self) -> Attributes:
         if self.share is not None:
-            self.share.settle(self)
+            self.share.merge_writes(self)
         if self.exposed is not None:
-            self.exposed.settle()
+            self.exposed.merge_writes()
         while True:
             seen = self.seen = self.ctime
             attributes = _tuple(Attributes, (

@@ -292,11 +292,11 @@ class Journal:
     def close(self) -> None:
         """Close the WAL."""
         if self._wal >= 0:
-            let_go(self._wal)
+            close_quietly(self._wal)
             self._wal = -1
 
 
-def let_go(fd: int) -> None:
+def close_quietly(fd: int) -> None:
     """Close a descriptor, ignoring errors: whatever must be durable was synced before."""
     with contextlib.suppress(OSError):
         os.close(fd)

@@ -86,7 +86,7 @@ class Tree:
         if inode is None or inode.dead:
             raise path_error(errno.ESTALE, f"inode {ino}: no longer exists")
         if inode.exposed is not None:
-            inode.exposed.settle()
+            inode.exposed.merge_writes()
         return inode
 
     def _directory(self, ino: int) -> Inode:

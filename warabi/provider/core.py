@@ -70,7 +70,7 @@ class ProviderCore:
         self._gone = f"the target belongs to process {self._pid}, from which this one was forked"
         self.sending = self.receiving = self._pool = None
 
-    def run_beside(self, work: Callable[[], None]) -> None:
+    def run_concurrently(self, work: Callable[[], None]) -> None:
         """Run *work*, which waits for stable storage, in a thread that ends before :meth:`close`
         does."""
         if self._pool is None:

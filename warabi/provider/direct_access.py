@@ -83,8 +83,8 @@ class Host:
         self._guest, grants = joined
         self._target = target
         self._writable = self._guest.writes = writable and target.shares_writes
-        marks = grants.marks if self._writable else grants.table
-        shown = (life.memory, grants.table, marks, self._guest.board)
+        write_times = grants.write_times if self._writable else grants.table
+        shown = (life.memory, grants.table, write_times, self._guest.hazards)
         answer = [life.offset, life.value, self._writable]
         return answer, [os.dup(memory.fd) for memory in shown]
 

@@ -73,13 +73,14 @@ class Crowd:
     Attributes:
         attention: tracks from which connection messages arrive.
         lookout: polling state.
-        beside: number of requests running concurrently, which need turns of the loop to complete.
+        concurrent: number of requests running concurrently, which need turns of the loop to
+            complete.
     """
 
     def __init__(self) -> None:
         self.attention = Attention()
         self.lookout = Lookout()
-        self.beside = 0
+        self.concurrent = 0
         self._epoll = select.epoll()
         self._poll = self._epoll.poll
         self._members: dict[int, _Member] = {}
@@ -186,7 +187,7 @@ class Crowd:
                 try:
                     step = work.send(None)
                 except StopIteration as done:
-                    self._settle(member, done.value)
+                    self._end_turn(member, done.value)
                 except Exception as error:
                     self._leave(member, outcome.Error(error))
                 else:
@@ -195,14 +196,14 @@ class Crowd:
                 if member.over:
                     return True
                 now = perf_counter_ns()
-                if now - turn > (TURN if self.beside else _LONG_TURN):
+                if now - turn > (TURN if self.concurrent else _LONG_TURN):
                     await trio.lowlevel.checkpoint()
                     now = turn = perf_counter_ns()
 
     def _look(self, began: int) -> list[tuple[int, int]]:
         """Poll for a moment if input is expected."""
         events: list[tuple[int, int]] = []
-        if not self.beside:
+        if not self.concurrent:
             until = self.lookout.until(began)
             while not events and began < until:
                 began = self.lookout.offer(began)
@@ -211,7 +212,7 @@ class Crowd:
 
     async def _carry_on(self, member: _Member, work: Coroutine[Any, Any, Next], step: Any) -> None:
         self._remove(member)
-        self.beside += 1
+        self.concurrent += 1
         self._lead_on()
         end: outcome.Outcome[None] = outcome.Value(None)
         try:
@@ -219,10 +220,10 @@ class Crowd:
         except Exception as error:
             end = outcome.Error(error)
         finally:
-            self.beside -= 1
+            self.concurrent -= 1
             self._leave(member, end)
 
-    def _settle(self, member: _Member, what: Next) -> None:
+    def _end_turn(self, member: _Member, what: Next) -> None:
         member.scope = None
         if member.over or what is LEAVES:
             self._leave(member, outcome.Value(None))

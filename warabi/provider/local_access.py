@@ -32,13 +32,13 @@ class LocalAccess(DirectAccess):
         self._core = core
         self._lock = threading.Lock()  # held while requesting a grant
         self._target: Target | None = None  # the target that it has joined
-        self._board: leases.GrantHolder | None = None
+        self._holder: leases.GrantHolder | None = None
         self._accesses = 0
         forks.register(self)
 
     def _forked(self) -> None:
         self._lock = threading.Lock()
-        self.guest = self._board = None
+        self.guest = self._holder = None
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:
         return None if self._lock.locked() else interrupts.uninterrupted(self._ask, region, size)
@@ -54,13 +54,13 @@ class LocalAccess(DirectAccess):
             if target is not self._target:
                 self._accesses += 1
                 guest = self.guest = self._join(target) if self._accesses > 1 else None
-            if guest is None or self._board is None or not guest.wants(region, size):
+            if guest is None or self._holder is None or not guest.wants(region, size):
                 return None
             granted = target.grant(region, THIS_PROCESS, writable=target.shares_writes, wait=False)
             if granted is None:
                 guest.add(region, None, [])
             else:
-                guest.add(region, *granted.answer(self._board))
+                guest.add(region, *granted.answer(self._holder))
             return guest
         except (errors.Exception, errors.WouldBlock, OSError):
             return None  # the caller's next step reports the error
@@ -73,10 +73,10 @@ class LocalAccess(DirectAccess):
         joined = target.sharing.join()
         if joined is None:
             return None
-        self._board, shared = joined
-        marks = shared.marks if target.shares_writes else shared.table
+        self._holder, shared = joined
+        write_times = shared.write_times if target.shares_writes else shared.table
         # The table's first word serves as the liveness word.
-        shown = (shared.table, shared.table, marks, self._board.board)
+        shown = (shared.table, shared.table, write_times, self._holder.hazards)
         guest = Guest([0, 1, target.shares_writes], [os.dup(memory.fd) for memory in shown])
-        shared.on_withdraw, shared.on_forget = guest.let_go, guest.forget
+        shared.on_withdraw, shared.on_forget = guest.drop_grant, guest.forget
         return guest

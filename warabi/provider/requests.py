@@ -31,7 +31,7 @@ class TargetRequest:
     eager: bytes | None
     payload: int  # bytes of the payload that follows
     entered: bool = False  # it is a change, and has entered the provider's gate
-    beside: bool = False  # it may wait for stable storage, since it runs concurrently
+    concurrent: bool = False  # it may wait for stable storage, since it runs concurrently
 
 
 @dataclass(slots=True)

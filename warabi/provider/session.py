@@ -313,32 +313,32 @@ class ClientSession:
     async def _start(
         self,
         request: TargetRequest,
-        beside: bool,
+        concurrent: bool,
         nursery: trio.Nursery,
         work: Callable[[TargetRequest], Awaitable[None]],
     ) -> None:
         """Serve a request, concurrently with later ones if it has to wait."""
         if request.name not in READING and not request.entered:
             request.entered = request.core.changes.enter_nowait()
-            beside = beside or not request.entered
-        if not beside:
+            concurrent = concurrent or not request.entered
+        if not concurrent:
             try:
                 return await self._answer(request, work)
             except WouldBlock:
                 pass
-        request.beside = True
+        request.concurrent = True
         size = memory(request, self._channel.limits.payload)
         await self._running.acquire(size)
-        self._crowd.beside += 1
-        nursery.start_soon(self._answer_beside, request, work, size)
+        self._crowd.concurrent += 1
+        nursery.start_soon(self._answer_concurrently, request, work, size)
 
-    async def _answer_beside(
+    async def _answer_concurrently(
         self, request: TargetRequest, work: Callable[[TargetRequest], Awaitable[None]], size: int
     ) -> None:
         try:
             await self._answer(request, work)
         finally:
-            self._crowd.beside -= 1
+            self._crowd.concurrent -= 1
             self._running.release(size)
 
     async def _answer(
@@ -381,7 +381,7 @@ class ClientSession:
         if request.name == "unpin":
             self._pins.check(request.core.provider_id, *request.arguments)
         result = await async_ops.execute(
-            request.target, request.name, request.arguments, wait=request.beside
+            request.target, request.name, request.arguments, wait=request.concurrent
         )
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
@@ -397,8 +397,8 @@ class ClientSession:
             await self._start(request, True, nursery, lambda r: self._store(r, own))
         elif not request.payload:
             data = request.eager or b""
-            beside = async_ops.waits(request.target, request.name, request.arguments)
-            await self._start(request, beside, nursery, lambda r: self._store(r, data))
+            concurrent = async_ops.waits(request.target, request.name, request.arguments)
+            await self._start(request, concurrent, nursery, lambda r: self._store(r, data))
         elif request.payload <= transfers.chunk:
             size = request.payload
             if await zero_copy.receive(self._channel, request):
@@ -417,8 +417,10 @@ class ClientSession:
                 transfers.release(view)
                 await self._start(request, True, nursery, lambda r: self._store(r, own))
                 return
-            beside = async_ops.waits(request.target, request.name, request.arguments)
-            await self._start(request, beside, nursery, lambda r: self._store_and_release(r, view))
+            concurrent = async_ops.waits(request.target, request.name, request.arguments)
+            await self._start(
+                request, concurrent, nursery, lambda r: self._store_and_release(r, view)
+            )
         elif request.name != "append" and request.core.changes.enter_nowait():
             request.entered = True
             await self._answer(request, self._store_in_chunks)
@@ -443,7 +445,7 @@ class ClientSession:
         if request.name == "write":
             region, offset, persist, extend = request.arguments
             await async_ops.write(
-                target, region, offset, data, persist, extend, wait=request.beside
+                target, region, offset, data, persist, extend, wait=request.concurrent
             )
             await self._reply(request.number, None)
         elif request.name == "create_and_write":
@@ -451,7 +453,7 @@ class ClientSession:
             await self._reply(request.number, region)
         elif request.name == "append":
             region, persist = request.arguments
-            wait = request.beside
+            wait = request.concurrent
             offset = await async_ops.append(target, region, data, persist, wait=wait)
             await self._reply(request.number, offset)
         else:
@@ -482,7 +484,7 @@ class ClientSession:
                         await stream.send(wire.frame([request.number, None], size), view)
             finally:
                 transfers.release(view)
-        elif request.target.blocking and not request.beside:
+        elif request.target.blocking and not request.concurrent:
             raise WouldBlock
         else:
             await chunked.download(self._channel, request, plan, size)
@@ -490,7 +492,7 @@ class ClientSession:
     @staticmethod
     def _load(request: TargetRequest, plan: TransferPlan, place: memoryview) -> Awaitable[None]:
         return load(
-            request.target, plan.region, plan.extents, place, plan.short, wait=request.beside
+            request.target, plan.region, plan.extents, place, plan.short, wait=request.concurrent
         )
 
     # Replies

@@ -54,9 +54,9 @@ class AsyncDirectAccessChannel:
         """See :meth:`Guest.size`."""
         return -1 if self._guest is None else self._guest.size(region)
 
-    def wrote(self, marks: set[int]) -> set[int]:
-        """Return the last-write times among *marks* that are of recent writes by this client."""
-        return marks & set(() if self._guest is None else self._guest.recent)
+    def wrote(self, write_times: set[int]) -> set[int]:
+        """Return those of *write_times* that are of recent writes by this client."""
+        return write_times & set(() if self._guest is None else self._guest.recent)
 
     async def write(self, region: RegionID, offset: int, data: memoryview) -> int:
         """Write *data* within the region.

@@ -84,8 +84,8 @@ class AsyncWireLink:
 
     async def changes(self, number: int, new_names: bool) -> Changes:
         changes: Changes = await self._request(PendingRequest("watch"), (number, new_names))
-        marks = {what for what in changes.inodes.values() if what > CONTENT}
-        own = self._side.wrote(marks) if marks and self._side is not None else ()
+        write_times = {what for what in changes.inodes.values() if what > CONTENT}
+        own = self._side.wrote(write_times) if write_times and self._side is not None else ()
         for ino in [ino for ino, what in changes.inodes.items() if what in own]:
             del changes.inodes[ino]
         return changes

@@ -91,12 +91,12 @@ class DirectAccessChannel(DirectAccess):
         if not self._beside:
             self._beside = True
             thread = threading.Thread(
-                target=self._ask_beside, args=(what,), name="warabi-grant", daemon=True
+                target=self._ask_concurrently, args=(what,), name="warabi-grant", daemon=True
             )
             thread.start()
         return None
 
-    def _ask_beside(self, what: str) -> None:
+    def _ask_concurrently(self, what: str) -> None:
         """Request grants for callers that do not wait, until there are none left."""
         try:
             while self._wanted and not self._over:

@@ -47,7 +47,7 @@ _Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
 typedef struct {
     PyObject_HEAD
     Py_ssize_t index;
-    uint64_t stamp;
+    uint64_t version;
     int64_t room;
     int fd;
     char waits;
@@ -60,23 +60,23 @@ typedef struct {
 
 static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"index",  "stamp", "room",  "fd", "waits",
-                            "keeper", "view",  "start", NULL};
+    static char *names[] = {"index",  "version", "room",  "fd", "waits",
+                            "keeper", "view",    "start", NULL};
     Grant *self = (Grant *)object;
-    PyObject *stamp, *keeper = Py_None, *view = NULL;
+    PyObject *version, *keeper = Py_None, *view = NULL;
     Py_ssize_t index;
     long long room, start = 0;
     int fd = -1, waits = 0;
 
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "nO!L|ipOOL:Grant", names, &index,
-                                     &PyLong_Type, &stamp, &room, &fd, &waits, &keeper, &view,
+                                     &PyLong_Type, &version, &room, &fd, &waits, &keeper, &view,
                                      &start))
         return -1;
     if (self->keeper != NULL) {
         PyErr_SetString(PyExc_TypeError, "a Grant does not change");
         return -1;
     }
-    uint64_t word = PyLong_AsUnsignedLongLongMask(stamp);
+    uint64_t word = PyLong_AsUnsignedLongLongMask(version);
     if (word == (uint64_t)-1 && PyErr_Occurred())
         return -1;
     if (view != NULL && PyObject_GetBuffer(view, &self->view, PyBUF_SIMPLE) < 0)
@@ -89,7 +89,7 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
         return -1;
     }
     self->index = index;
-    self->stamp = word;
+    self->version = word;
     self->room = room;
     self->fd = fd;
     self->waits = (char)waits;
@@ -126,7 +126,7 @@ static void grant_dealloc(PyObject *object)
 
 static PyMemberDef grant_members[] = {
     {"index", T_PYSSIZET, offsetof(Grant, index), READONLY, NULL},
-    {"stamp", T_ULONGLONG, offsetof(Grant, stamp), READONLY, NULL},
+    {"version", T_ULONGLONG, offsetof(Grant, version), READONLY, NULL},
     {"room", T_LONGLONG, offsetof(Grant, room), READONLY, NULL},
     {"fd", T_INT, offsetof(Grant, fd), READONLY, NULL},
     {"waits", T_BOOL, offsetof(Grant, waits), READONLY, NULL},
@@ -153,7 +153,7 @@ static PyType_Spec grant_spec = {
 
 /* Reach */
 
-enum { LIFE, TABLE, MARKS, BOARD, MAPPINGS };
+enum { LIFE, TABLE, WRITE_TIMES, HAZARDS, MAPPINGS };
 
 typedef struct {
     PyObject_HEAD
@@ -165,8 +165,8 @@ typedef struct {
     Py_buffer views[MAPPINGS];
     const uint32_t *life;
     const uint64_t *table;
-    uint64_t *marks;
-    uint64_t *board;
+    uint64_t *write_times;
+    uint64_t *hazards;
     size_t entries;
     uint32_t alive;
     int slots;
@@ -174,14 +174,15 @@ typedef struct {
     char usable;
     char writable;
     uint64_t writes;         /* that were marked */
-    uint64_t recent[RECENT]; /* a ring of their marks */
+    uint64_t recent[RECENT]; /* a ring of their write_times */
 } Reach;
 
 static struct PyModuleDef module_def;
 
 static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"life", "table", "marks", "board", "word", "alive", "writable", NULL};
+    static char *names[] = {"life", "table", "write_times", "hazards",
+                            "word", "alive", "writable",    NULL};
     Reach *self = (Reach *)object;
     PyObject *mappings[MAPPINGS];
     Py_ssize_t word;
@@ -189,8 +190,8 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     int writable;
 
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOnIp:Reach", names, &mappings[LIFE],
-                                     &mappings[TABLE], &mappings[MARKS], &mappings[BOARD], &word,
-                                     &alive, &writable))
+                                     &mappings[TABLE], &mappings[WRITE_TIMES], &mappings[HAZARDS],
+                                     &word, &alive, &writable))
         return -1;
     if (self->mappings[0] != NULL) {
         PyErr_SetString(PyExc_TypeError, "a Reach is made once");
@@ -206,7 +207,7 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
         PyObject *view = PyObject_GetAttrString(mappings[i], "view");
         if (view == NULL)
             return -1;
-        int flags = i == BOARD || (i == MARKS && writable) ? PyBUF_WRITABLE : PyBUF_SIMPLE;
+        int flags = i == HAZARDS || (i == WRITE_TIMES && writable) ? PyBUF_WRITABLE : PyBUF_SIMPLE;
         int got = PyObject_GetBuffer(view, &self->views[i], flags);
         if (got == 0 && i == TABLE)
             self->words = PyObject_CallMethod(view, "cast", "s", "Q");
@@ -218,8 +219,8 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
             return -1;
         }
     }
-    self->entries = (size_t)self->views[MARKS].len / 8;
-    Py_ssize_t slots = self->views[BOARD].len / 8;
+    self->entries = (size_t)self->views[WRITE_TIMES].len / 8;
+    Py_ssize_t slots = self->views[HAZARDS].len / 8;
     if (word < 0 || word >= self->views[LIFE].len / 4 || slots < 1 || slots > 64 ||
         self->entries < 1 || (size_t)self->views[TABLE].len / 16 < self->entries) {
         PyErr_SetString(PyExc_ValueError, "Reach: memory of a size that cannot be");
@@ -227,8 +228,8 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     }
     self->life = (const uint32_t *)self->views[LIFE].buf + word;
     self->table = self->views[TABLE].buf;
-    self->marks = self->views[MARKS].buf;
-    self->board = self->views[BOARD].buf;
+    self->write_times = self->views[WRITE_TIMES].buf;
+    self->hazards = self->views[HAZARDS].buf;
     self->alive = alive;
     self->slots = (int)slots;
     self->free = ~(uint64_t)0 >> (64 - slots);
@@ -337,7 +338,7 @@ static bool plain(PyObject *const *args, Py_buffer *buffer, int flags)
 }
 
 /* The two words of a grant's entry.  Acquire: what is looked at afterwards is no older. */
-static uint64_t stamp_of(const Reach *self, const Grant *grant)
+static uint64_t version_of(const Reach *self, const Grant *grant)
 {
     return __atomic_load_n(&self->table[2 * grant->index], __ATOMIC_ACQUIRE);
 }
@@ -356,7 +357,7 @@ static int enter(Reach *self, const Grant *grant)
         return -1;
     int slot = __builtin_ctzll(self->free);
     self->free &= self->free - 1;
-    __atomic_store_n(&self->board[slot], (uint64_t)grant->index, __ATOMIC_RELAXED);
+    __atomic_store_n(&self->hazards[slot], (uint64_t)grant->index, __ATOMIC_RELAXED);
     ordered();
     return slot;
 }
@@ -366,13 +367,13 @@ static bool still(const Reach *self, const Grant *grant)
 {
     ordered();                               /* what was stored: see the top of the file */
     __atomic_thread_fence(__ATOMIC_ACQUIRE); /* what was loaded */
-    return stamp_of(self, grant) == grant->stamp;
+    return version_of(self, grant) == grant->version;
 }
 
 /* Release: a process that sees the hazard slot empty sees everything done while it was set. */
 static void leave(Reach *self, int slot)
 {
-    __atomic_store_n(&self->board[slot], 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&self->hazards[slot], 0, __ATOMIC_RELEASE);
     self->free |= (uint64_t)1 << slot;
 }
 
@@ -444,9 +445,9 @@ static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t of
     return transfer(READ, grant->fd, bytes, size, offset, &moved);
 }
 
-/* Set the region's last-write time.  The provider reads mark 0 first, and the other marks only if
- * it has changed: so the region's mark is stored first, and a reader that acquires the new mark 0
- * sees it.  Both are later than mark 0 was, even if the clock returns the same time again;
+/* Set the region's last-write time.  The provider reads mark 0 first, and the other write_times
+ * only if it has changed: so the region's mark is stored first, and a reader that acquires the new
+ * mark 0 sees it.  Both are later than mark 0 was, even if the clock returns the same time again;
  * otherwise the provider could mistake this write for one that it has seen.  A mark 0 far ahead
  * is ignored. */
 static void mark(Reach *self, const Grant *grant)
@@ -454,11 +455,11 @@ static void mark(Reach *self, const Grant *grant)
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     uint64_t time = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-    uint64_t last = __atomic_load_n(&self->marks[0], __ATOMIC_RELAXED);
+    uint64_t last = __atomic_load_n(&self->write_times[0], __ATOMIC_RELAXED);
     if (last - time < RESOLUTION)
         time = last + 1;
-    __atomic_store_n(&self->marks[grant->index], time, __ATOMIC_RELAXED);
-    __atomic_store_n(&self->marks[0], time, __ATOMIC_RELEASE);
+    __atomic_store_n(&self->write_times[grant->index], time, __ATOMIC_RELAXED);
+    __atomic_store_n(&self->write_times[0], time, __ATOMIC_RELEASE);
     self->recent[self->writes++ % RECENT] = time;
 }
 
@@ -500,7 +501,7 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
         PyBuffer_Release(data);
         return PyErr_Occurred() ? -1 : false;
     }
-    if (self->usable && stamp_of(self, grant) == grant->stamp &&
+    if (self->usable && version_of(self, grant) == grant->version &&
         data->len <= size_of(self, grant) - offset) {
         if (grant->fd < 0) {
             copy((char *)grant->view.buf + grant->start + offset, data->buf, (size_t)data->len);
@@ -539,7 +540,7 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
         return PyErr_Occurred() ? -2 : -1;
     }
     int64_t size = place->len;
-    if (self->usable && stamp_of(self, grant) == grant->stamp) {
+    if (self->usable && version_of(self, grant) == grant->version) {
         int64_t have = size_of(self, grant) - offset;
         if (fewer && size > have)
             size = have = have > 0 ? have : 0;
@@ -568,7 +569,7 @@ static PyObject *reach_size(PyObject *object, PyObject *region)
     if (grant == NULL)
         return PyErr_Occurred() ? NULL : PyLong_FromLong(-1);
     int64_t size = size_of(self, grant);
-    bool good = self->usable && stamp_of(self, grant) == grant->stamp;
+    bool good = self->usable && version_of(self, grant) == grant->version;
     Py_DECREF(grant);
     return PyLong_FromLongLong(good ? size : -1);
 }
@@ -589,10 +590,10 @@ static PyObject *reach_write(PyObject *object, PyObject *const *args, Py_ssize_t
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
-static PyObject *reach_put(PyObject *object, PyObject *const *args, Py_ssize_t count)
+static PyObject *reach_try_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer data;
-    if (!counted("put", count, 3, 3))
+    if (!counted("try_write", count, 3, 3))
         return NULL;
     if (!plain(args, &data, PyBUF_SIMPLE))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
@@ -618,10 +619,10 @@ static PyObject *reach_read_some(PyObject *object, PyObject *const *args, Py_ssi
     return size < -1 ? NULL : PyLong_FromLongLong(size);
 }
 
-static PyObject *reach_take(PyObject *object, PyObject *const *args, Py_ssize_t count)
+static PyObject *reach_try_read(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer place;
-    if (!counted("take", count, 3, 3))
+    if (!counted("try_read", count, 3, 3))
         return NULL;
     if (!plain(args, &place, PyBUF_WRITABLE))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
@@ -659,11 +660,11 @@ static PyMethodDef reach_methods[] = {
     {"size", reach_size, METH_O, "size($self, region, /)\n--\n\n"},
     {"write", (PyCFunction)(void (*)(void))reach_write, METH_FASTCALL,
      "write($self, region, offset, data, wait=True, /)\n--\n\n"},
-    {"put", (PyCFunction)(void (*)(void))reach_put, METH_FASTCALL,
+    {"try_write", (PyCFunction)(void (*)(void))reach_try_write, METH_FASTCALL,
      "put($self, region, offset, data, /)\n--\n\n"},
     {"read_some", (PyCFunction)(void (*)(void))reach_read_some, METH_FASTCALL,
      "read_some($self, region, offset, place, wait=True, short=True, /)\n--\n\n"},
-    {"take", (PyCFunction)(void (*)(void))reach_take, METH_FASTCALL,
+    {"try_read", (PyCFunction)(void (*)(void))reach_try_read, METH_FASTCALL,
      "take($self, region, offset, place, /)\n--\n\n"},
     {NULL, NULL, 0, NULL},
 };
@@ -679,7 +680,7 @@ static PyMemberDef reach_members[] = {
 static PyGetSetDef reach_getset[] = {
     {"living", reach_living, NULL, "Whether the provider lives.", NULL},
     {"busy", reach_busy, NULL, "How many accesses are under way.", NULL},
-    {"recent", reach_recent, NULL, "The latest marks of its own.", NULL},
+    {"recent", reach_recent, NULL, "The latest write_times of its own.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

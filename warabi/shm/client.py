@@ -25,7 +25,7 @@ from warabi._core import forks
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.descriptors import limit
 from warabi.region import RegionID
-from warabi.shm.layout import ENTRIES, FIRM, HAZARD_SLOTS, TABLE
+from warabi.shm.layout import ENTRIES, HAZARD_SLOTS, METADATA_DURABLE, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMapping, register
 
 if TYPE_CHECKING or os.environ.get("WARABI_PURE", "0") not in ("", "0"):
@@ -89,12 +89,12 @@ class Guest(Reach):
             offset, alive, writable = joined
             if not _ORDERS or not register():
                 raise OSError(errno.ENOSYS, "membarrier is not available")
-            life, table, marks, board = descriptors
+            life, table, write_times, hazards = descriptors
             super().__init__(
                 _mapping(life, resource.getpagesize(), writable=False),
                 _mapping(table, TABLE, writable=False),
-                _mapping(marks, 8 * ENTRIES, writable=bool(writable)),
-                _mapping(board, 8 * HAZARD_SLOTS, writable=True),
+                _mapping(write_times, 8 * ENTRIES, writable=bool(writable)),
+                _mapping(hazards, 8 * HAZARD_SLOTS, writable=True),
                 offset // 4,
                 alive,
                 bool(writable),
@@ -155,17 +155,17 @@ class Guest(Reach):
                 os.close(fd)
 
     def _granted(self, granted: Sequence[Any], descriptors: list[int]) -> Grant:
-        index, stamp, offset, room, segment, mapped, waits, _ = granted
+        index, version, offset, room, segment, mapped, waits, _ = granted
         if not 0 < index < ENTRIES:
             raise ValueError(f"index {index}")
         if not mapped:
-            grant = Grant(index, stamp, MAX_SIZE, descriptors[-1], bool(waits))
+            grant = Grant(index, version, MAX_SIZE, descriptors[-1], bool(waits))
             descriptors.pop()
             self._files += 1
             return grant
         if segment < 0:
             file = self._shared_file(descriptors)
-            return Grant(index, stamp, room, file.fd, bool(waits), keeper=file, start=offset)
+            return Grant(index, version, room, file.fd, bool(waits), keeper=file, start=offset)
         size = self.table[2 * index + 1]
         if segment:
             if descriptors:
@@ -173,11 +173,11 @@ class Guest(Reach):
                 self._segments[segment] = _mapping(descriptors[0], extent, writable=self.writable)
             mapping = self._segments[segment]
             view = mapping.view[offset : offset + room]
-            return Grant(index, stamp, room, keeper=mapping, view=view)
+            return Grant(index, version, room, keeper=mapping, view=view)
         # Larger than the region, so that it can grow without a new request.
         room = -(-2 * size // _SPARE_ROOM) * _SPARE_ROOM or _SPARE_ROOM
         mapping = SharedMapping(descriptors[0], room, writable=self.writable)
-        return Grant(index, stamp, room, keeper=mapping, view=mapping.view)
+        return Grant(index, version, room, keeper=mapping, view=mapping.view)
 
     def _shared_file(self, descriptors: list[int]) -> _SharedFile:
         """Return the file that holds several regions, reusing an open descriptor."""
@@ -208,7 +208,7 @@ class Guest(Reach):
         try:
             return self.write(region, 0, data)
         finally:
-            self.let_go(region)
+            self.drop_grant(region)
 
     def read_into(
         self, region: RegionID, offset: int, place: memoryview, *, wait: bool = True
@@ -226,10 +226,10 @@ class Guest(Reach):
         grant = self.grants.get(region)
         if grant is None or grant.room < 0 or not self.living:
             return False
-        table, entry, stamp = self.table, 2 * grant.index, grant.stamp
+        table, entry, version = self.table, 2 * grant.index, grant.version
         if (
             not self.usable
-            or table[FIRM + grant.index] != stamp
+            or table[METADATA_DURABLE + grant.index] != version
             or offset + size > table[entry + 1]
         ):
             return False
@@ -238,9 +238,9 @@ class Guest(Reach):
                 os.fdatasync(grant.fd)
             except OSError:
                 return False
-        return table[entry] == stamp
+        return table[entry] == version
 
-    def let_go(self, region: RegionID) -> None:
+    def drop_grant(self, region: RegionID) -> None:
         """Drop the grant and descriptor of a region that was erased."""
         grant = self.grants.get(region)
         if grant is not None:

@@ -30,7 +30,7 @@ class Grant:
 
     Args:
         index: where in the table its version and its size are.
-        stamp: the version for as long as this grant is valid.
+        version: the version for as long as this grant is valid.
         room: bytes that can be accessed, whatever the size; negative if the grant was refused.
         fd: the file; closed when this object is deallocated.
         waits: whether writing waits for stable storage.
@@ -43,13 +43,22 @@ class Grant:
     """
 
     __slots__ = (
-        "entry", "fd", "index", "keeper", "owns", "room", "stamp", "start", "view", "waits",
+        "entry",
+        "fd",
+        "index",
+        "keeper",
+        "owns",
+        "room",
+        "start",
+        "version",
+        "view",
+        "waits",
     )  # fmt: skip
 
     def __init__(
         self,
         index: int,
-        stamp: int,
+        version: int,
         room: int,
         fd: int = -1,
         waits: bool = False,
@@ -62,7 +71,7 @@ class Grant:
             raise ValueError("Grant: the capacity exceeds the mapping")
         self.index = index
         self.entry = 2 * index
-        self.stamp = stamp
+        self.version = version
         self.room = room
         self.fd = fd
         self.waits = waits
@@ -81,7 +90,7 @@ class Reach:
 
     Args:
         life: has the liveness word of the provider.
-        table, marks, board: as in ``target/leases.py``.
+        table, write_times, hazards: as in ``target/leases.py``.
         word: index of the liveness word in *life*, in words of 4 bytes.
         alive: its value while the provider lives.
         writable: whether regions may be written.
@@ -97,18 +106,20 @@ class Reach:
         self,
         life: SharedMapping,
         table: SharedMapping,
-        marks: SharedMapping,
-        board: SharedMapping,
+        write_times: SharedMapping,
+        hazards: SharedMapping,
         word: int,
         alive: int,
         writable: bool,
     ) -> None:
-        self._mappings = (life, table, marks, board)  # keeps the memory of the views mapped
+        self._mappings = (life, table, write_times, hazards)  # keeps the memory of the views mapped
         self._life = life.view.cast("I")
-        self.table, self._marks, self._board = (m.view.cast("Q") for m in (table, marks, board))
+        self.table, self._write_times, self._hazards = (
+            m.view.cast("Q") for m in (table, write_times, hazards)
+        )
         self._word = word
         self._alive = alive
-        self._free = list(range(len(self._board)))
+        self._free = list(range(len(self._hazards)))
         # Takes a free hazard slot.  An iterator, so that a signal handler that raises (Ctrl-C)
         # cannot run between removing the slot from the list and the `try` that returns it: handlers
         # run after calls, and there is none.
@@ -126,7 +137,7 @@ class Reach:
     @property
     def busy(self) -> int:
         """Number of pending accesses."""
-        return len(self._board) - len(self._free)
+        return len(self._hazards) - len(self._free)
 
     @property
     def recent(self) -> tuple[int, ...]:
@@ -147,7 +158,7 @@ class Reach:
         if grant is None or self._life[self._word] != self._alive:
             return -1
         size = self.table[grant.entry + 1]
-        return size if self.usable and self.table[grant.entry] == grant.stamp else -1
+        return size if self.usable and self.table[grant.entry] == grant.version else -1
 
     def write(self, region: bytes, offset: int, data: memoryview, wait: bool = True, /) -> bool:
         """Write *data*, all of it within the region; False if the provider must do it.
@@ -164,15 +175,15 @@ class Reach:
         end = offset + size
         if end > grant.room or offset < 0 or self._life[self._word] != self._alive:
             return False
-        table, entry, stamp = self.table, grant.entry, grant.stamp
+        table, entry, version = self.table, grant.entry, grant.version
         try:
             for slot in self._next_free:  # noqa: B007
                 break
         except IndexError:
             return False  # as many threads as hazard slots
         try:
-            self._board[slot] = grant.index
-            if not self.usable or table[entry] != stamp or end > table[entry + 1]:
+            self._hazards[slot] = grant.index
+            if not self.usable or table[entry] != version or end > table[entry + 1]:
                 done = False
             else:
                 touched = True  # bytes may have been stored, even if the write then fails
@@ -194,22 +205,22 @@ class Reach:
                         # has changed: so the region's is stored first.  Both are later than time 0
                         # was, even if the clock did not advance; otherwise the provider could miss
                         # this write.  A value far in the future is ignored.
-                        marks = self._marks
+                        write_times = self._write_times
                         now = time_ns()
-                        if 0 <= (last := marks[0]) - now < _RESOLUTION:
+                        if 0 <= (last := write_times[0]) - now < _RESOLUTION:
                             now = last + 1
-                        marks[grant.index] = now
-                        marks[0] = now
+                        write_times[grant.index] = now
+                        write_times[0] = now
                         self._recent.append(now)
-                done = table[entry] == stamp
+                done = table[entry] == version
         finally:
-            self._board[slot] = 0
+            self._hazards[slot] = 0
             self._free.append(slot)
-        if not done and table[entry] != stamp:
+        if not done and table[entry] != version:
             self._drop(region, grant)
         return done
 
-    def put(self, region: Any, offset: Any, data: Any, /) -> bool:
+    def try_write(self, region: Any, offset: Any, data: Any, /) -> bool:
         """The same as :meth:`write` for unchecked arguments; False also for valid ones that need
         further checks."""
         if type(region) is RegionID and type(offset) is int and type(data) in _FLAT:
@@ -234,7 +245,7 @@ class Reach:
         grant = self.grants.get(region)
         if grant is None or grant.room < 0 or self._life[self._word] != self._alive or offset < 0:
             return -1
-        table, entry, stamp = self.table, grant.entry, grant.stamp
+        table, entry, version = self.table, grant.entry, grant.version
         size = len(place)
         try:
             for slot in self._next_free:  # noqa: B007
@@ -242,14 +253,14 @@ class Reach:
         except IndexError:
             return -1
         try:
-            self._board[slot] = grant.index
+            self._hazards[slot] = grant.index
             have = table[entry + 1] - offset
             if size > have:
                 if not short:
                     return -1
                 size = max(0, have)
                 place = place[:size]
-            if not self.usable or table[entry] != stamp or offset + size > grant.room:
+            if not self.usable or table[entry] != version or offset + size > grant.room:
                 size = -1
             elif grant.fd < 0:
                 copy(place, grant.view[offset : offset + size])
@@ -262,19 +273,19 @@ class Reach:
                 if done != size:
                     done += pread_full(grant.fd, place[done:], offset + done, flags)
                     size = size if done == size else -1
-            if table[entry] != stamp:
+            if table[entry] != version:
                 size = -1
         except OSError:  # of a file; the provider reports it
             size = -1
         finally:
-            self._board[slot] = 0
+            self._hazards[slot] = 0
             self._free.append(slot)
-        if size < 0 and table[entry] != stamp:
+        if size < 0 and table[entry] != version:
             self._drop(region, grant)
         return size
 
-    def take(self, region: Any, offset: Any, place: Any, /) -> bool:
-        """Fill *place*, for unchecked arguments as :meth:`put`; False if the provider must do
+    def try_read(self, region: Any, offset: Any, place: Any, /) -> bool:
+        """Fill *place*, for unchecked arguments as :meth:`try_write`; False if the provider must do
         it."""
         if type(region) is RegionID and type(offset) is int and type(place) is bytearray:
             return self.read_some(region, offset, memoryview(place), True, False) >= 0

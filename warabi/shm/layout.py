@@ -5,7 +5,7 @@ HAZARD_SLOTS = 64
 ENTRIES = 1 << 19
 """Most granted regions of a target; memory for them is allocated when used."""
 
-FIRM = 2 * ENTRIES
+METADATA_DURABLE = 2 * ENTRIES
 """Where in the table, in words of 8 bytes, the versions of metadata-durable regions begin."""
-TABLE = 8 * (FIRM + ENTRIES)
+TABLE = 8 * (METADATA_DURABLE + ENTRIES)
 """Size of the table in bytes."""

@@ -138,14 +138,14 @@ class Committer:
     def write_commit(self) -> int:
         """Commit every change, without waiting for stable storage; the lock is held.  Returns the
         change to wait for."""
-        self._settle_all()
+        self._merge_all_writes()
         return self._catalogue.commit(self._storage.oldest_fresh())
 
-    def _settle_all(self, *, thorough: bool = False) -> None:
+    def _merge_all_writes(self, *, thorough: bool = False) -> None:
         """Take over changes that other processes made to regions directly, with *thorough* also
         those that may have gone unnoticed; the lock is held."""
-        self._sharing.settle_all(thorough=thorough)
-        self._kernel_backed.settle_all(thorough=thorough)
+        self._sharing.merge_all_writes(thorough=thorough)
+        self._kernel_backed.merge_all_writes(thorough=thorough)
 
     def _checkpoint(self) -> None:
         """Checkpoint the catalogue's long WAL.
@@ -172,7 +172,7 @@ class Committer:
                 return
             self._state.changed.clear()
             try:
-                self._storage.settle()
+                self._storage.run_deferred()
                 self.commit()
             except TargetNotFound:
                 return
@@ -190,7 +190,7 @@ class Committer:
 
     def persist(self, inode: Inode, offset: int, size: int, *, times: bool = False) -> None:
         """Persist an extent of a region that the caller has entered, and with *times* its times."""
-        with self._sharing.fastening(inode):
+        with self._sharing.marking_durable(inode):
             kept = times and self._keep_times(inode)
             self._storage.persist(inode.rid, offset, size, times=kept)
             if times and not kept:
@@ -217,7 +217,7 @@ class Committer:
         waited for within the block; raises ``WouldBlock`` when it is more."""
         if not self._catalogue.is_durable(inode):
             raise WouldBlock
-        with self._sharing.fastening(inode):
+        with self._sharing.marking_durable(inode):
             if times and not self._keep_times(inode, wait=False):
                 raise WouldBlock
             with self._locks.flushing(), self._storage.flushing(inode.rid, times=times) as flush:
@@ -234,7 +234,7 @@ class Committer:
                 return False
             with self._state.lock:
                 if inode.share is not None:
-                    inode.share.settle(inode)
+                    inode.share.merge_writes(inode)
                 if not self._catalogue.is_durable(inode):
                     return False  # a commit is needed, and includes the times
                 times = Times(inode.mtime, inode.ctime)
@@ -253,7 +253,7 @@ class Committer:
         """Make everything written so far durable: data first, then the catalogue."""
         with self._locks.kept_open("sync"):
             with self._state.guard.lock, self._state.guard.checked:
-                self._settle_all(thorough=True)
+                self._merge_all_writes(thorough=True)
             try:
                 self._storage.persist_all()
             except BaseException:
@@ -271,7 +271,7 @@ class Committer:
         clean = False
         try:
             self.commit_catalogue()  # erased regions are freed even if this fails
-            self._storage.settle()
+            self._storage.run_deferred()
             self._storage.persist_all()
             with self._state.lock:
                 self._state.guard.closed = True  # no further changes

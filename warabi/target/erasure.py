@@ -104,7 +104,7 @@ class Erasure:
         if not (in_loop and self._freed and self._left_to_others()):
             while self._erase_some():
                 pass
-        self._sharing.free_quiet()
+        self._sharing.free_drained()
 
     def _left_to_others(self) -> bool:
         """Leave erasing to another thread, if an event loop should not do it; whether it was

@@ -129,7 +129,7 @@ def clone(target: Target, region: RegionID, persist: bool = False) -> RegionID:
     """
     source = target.locks.enter_exclusive(region, "clone", True)
     try:
-        target.sharing.quieten(source)
+        target.sharing.drain(source)
         with target.filling(source.size) as copy:
             target.state.storage.copy_range(region, 0, copy.rid, 0, source.size)
             if persist:

@@ -315,7 +315,7 @@ class _Graft:
         for inode, directories in growing:
             inode.nlink += directories
             self._catalogue.touch(inode, durable=True)
-        self._target.sharing.loosen_all()
+        self._target.sharing.clear_all_metadata_durable()
 
     def _end_or_warn(self) -> None:
         """Move joined names, or remove staged ones.  A failure does not change the outcome of the

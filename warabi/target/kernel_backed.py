@@ -55,7 +55,7 @@ class Exposed:
         self._wrote = wrote
         self._mtime = os.fstat(fd).st_mtime_ns
 
-    def settle(self, *, thorough: bool = False) -> None:
+    def merge_writes(self, *, thorough: bool = False) -> None:
         """Take over what became of the region, with *thorough* also if no time tells of it; the
         target's lock is held."""
         inode = self._inode
@@ -79,10 +79,10 @@ class Exposed:
         self._mtime = os.fstat(self.fd).st_mtime_ns
 
     def end(self) -> None:
-        """As :meth:`settle`, thoroughly, for the last time; the descriptor is closed."""
+        """As :meth:`merge_writes`, thoroughly, for the last time; the descriptor is closed."""
         self._inode.exposed = None
         try:
-            self.settle(thorough=True)
+            self.merge_writes(thorough=True)
         finally:
             os.close(self.fd)
 
@@ -130,10 +130,10 @@ class KernelBacked:
             if exposed is not None:
                 exposed.end()
 
-    def settle_all(self, *, thorough: bool = False) -> None:
+    def merge_all_writes(self, *, thorough: bool = False) -> None:
         """Take over what became of all exposed regions; the lock is held."""
         for exposed in self._exposed.values():
-            exposed.settle(thorough=thorough)
+            exposed.merge_writes(thorough=thorough)
 
     def sync(self) -> None:
         """Persist what was written to exposed regions, also by mappings of their files."""

@@ -4,13 +4,13 @@ A *guest* is such a process, or one connection of it.  It is *granted* a region:
 with its data, and an index into memory that is shared with all guests:
 
 * the *table*, which only the provider writes: for each index, from 1 on, the *version* of the grant
-  (``stamp``) and the region's size.  A grant is valid while its version is unchanged; versions are
+  and the region's size.  A grant is valid while its version is unchanged; versions are
   never reused.  After those, for each index, the version again while the region is
-  *metadata-durable* (``firm``): all except its data is on stable storage, so a guest that syncs its
+  *metadata-durable*: all except its data is on stable storage, so a guest that syncs its
   descriptor persists the region.
-* the *last-write times* (``marks``), which guests write: when the region of an index was last
+* the *last-write times*, which guests write: when the region of an index was last
   written.  Time 0 is set after every other one.
-* an array of *hazard slots* (``board``) for each guest, in which it announces the
+* an array of *hazard slots* for each guest, in which it announces the
   index that it is about to access.
 
 A guest that reads or writes stores the index in a free hazard slot, checks the version, moves the
@@ -34,7 +34,7 @@ from warabi._core.changes import CONTENT
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
-from warabi.shm.layout import ENTRIES, FIRM, HAZARD_SLOTS, TABLE
+from warabi.shm.layout import ENTRIES, HAZARD_SLOTS, METADATA_DURABLE, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMemory, barrier
 
 _PAGE = 4096  # bytes of last-write times that are compared at once
@@ -45,7 +45,7 @@ class GrantHolder:
 
     Attributes:
         number: unique, never reused.
-        board: its hazard slots.
+        hazards: its hazard slots.
         writes: whether it may write to regions.
         segments: numbers of the shared descriptors that it was given.
     """
@@ -54,10 +54,10 @@ class GrantHolder:
 
     def __init__(self) -> None:
         self.number = next(self._numbers)
-        self.board = SharedMemory("warabi-board", 8 * HAZARD_SLOTS)
+        self.hazards = SharedMemory("warabi-hazards", 8 * HAZARD_SLOTS)
         self.writes = False
         self.segments: set[int] = set()
-        self._slots = self.board.view.cast("Q")
+        self._slots = self.hazards.view.cast("Q")
 
     def touches(self, index: int) -> bool:
         """Whether a hazard slot has that index, truthfully or not."""
@@ -69,7 +69,7 @@ class GrantHolder:
 
     def close(self) -> None:
         self._slots.release()
-        self.board.close()
+        self.hazards.close()
 
 
 class Share:
@@ -82,13 +82,13 @@ class Share:
         self.index = index
         self.seen = 0  # the last-write time that was taken over
 
-    def settle(self, inode: Inode) -> bool:
+    def merge_writes(self, inode: Inode) -> bool:
         """Take over the last-write time; returns whether it has changed."""
-        return self.grants.settle(self, inode)
+        return self.grants.merge_writes(self, inode)
 
-    def loosen(self) -> None:
+    def clear_metadata_durable(self) -> None:
         """Clear metadata durability: guests must request persists from the provider."""
-        self.grants.loosen(self)
+        self.grants.clear_metadata_durable(self)
 
 
 class Grants:
@@ -98,16 +98,16 @@ class Grants:
         self._catalogue = catalogue
         self._wrote = wrote
         self.table = SharedMemory("warabi-table", TABLE, mine=True)
-        self.marks = SharedMemory("warabi-marks", 8 * ENTRIES)
+        self.write_times = SharedMemory("warabi-write_times", 8 * ENTRIES)
         self._entries = self.table.view.cast("Q")
-        self._marks = self.marks.view.cast("Q")
+        self._write_times = self.write_times.view.cast("Q")
         self._entries[0] = 1  # liveness word for guests in this process
         self._guests: list[GrantHolder] = []
         self._shared: dict[int, Inode] = {}
         self._free: list[int] = []
         self._next = 1
         # Random, so that it differs from every version of an earlier provider.
-        self._stamp = secrets.randbits(62) + 1
+        self._version = secrets.randbits(62) + 1
         self._seen = 0  # of time 0
         self._known = b""  # all last-write times when they were last compared
         self._later: list[tuple[int, Callable[[], None]]] = []
@@ -144,33 +144,33 @@ class Grants:
             index = self._free.pop() if self._free else self._next
             self._next = max(self._next, index + 1)
             share = inode.share = Share(self, index)
-            share.seen = self._marks[index]
+            share.seen = self._write_times[index]
             self._shared[index] = inode
             self._entries[2 * index + 1] = inode.size
-            self._new_stamp(index)
+            self._new_version(index)
         return share.index, self._entries[2 * share.index]
 
-    def _new_stamp(self, index: int) -> None:
-        self._stamp += 1
-        self._entries[2 * index] = self._stamp
+    def _new_version(self, index: int) -> None:
+        self._version += 1
+        self._entries[2 * index] = self._version
 
     def resized(self, inode: Inode) -> None:
         """Publish the region's size; grants of one that shrank were revoked before."""
         if inode.share is not None:
             self._entries[2 * inode.share.index + 1] = inode.size
 
-    def fasten(self, share: Share) -> None:
+    def set_metadata_durable(self, share: Share) -> None:
         """Mark the region as metadata-durable."""
-        self._entries[FIRM + share.index] = self._entries[2 * share.index]
+        self._entries[METADATA_DURABLE + share.index] = self._entries[2 * share.index]
 
-    def loosen(self, share: Share) -> None:
-        """See :meth:`Share.loosen`."""
-        self._entries[FIRM + share.index] = 0
+    def clear_metadata_durable(self, share: Share) -> None:
+        """See :meth:`Share.clear_metadata_durable`."""
+        self._entries[METADATA_DURABLE + share.index] = 0
 
-    def loosen_all(self) -> None:
+    def clear_all_metadata_durable(self) -> None:
         """Clear metadata durability of every region."""
         for index in self._shared:
-            self._entries[FIRM + index] = 0
+            self._entries[METADATA_DURABLE + index] = 0
 
     def revoke(self, inode: Inode) -> bool:
         """Revoke all grants of the region; returns whether no access is pending.
@@ -180,10 +180,10 @@ class Grants:
         share = inode.share
         if share is None:
             return True
-        self._new_stamp(share.index)
+        self._new_version(share.index)
         barrier()
-        share.settle(inode)
-        return self.quiet(share.index)
+        share.merge_writes(inode)
+        return self.drained(share.index)
 
     def withdraw(self, share: Share) -> None:
         """Permanently revoke the grants of an erased region."""
@@ -196,7 +196,7 @@ class Grants:
         """Reuse the index of an erased region without pending accesses."""
         self._free.append(index)
 
-    def quiet(self, index: int) -> bool:
+    def drained(self, index: int) -> bool:
         """Whether no access that began before the version changed is pending."""
         return not any(guest.touches(index) for guest in self._guests)
 
@@ -207,7 +207,7 @@ class Grants:
     def due(self) -> list[Callable[[], None]]:
         """Return functions whose indexes have no pending access; call them without the target's
         lock."""
-        found = [free for index, free in self._later if self.quiet(index)]
+        found = [free for index, free in self._later if self.drained(index)]
         if found:
             self._later = [item for item in self._later if item[1] not in found]
         return found
@@ -218,9 +218,9 @@ class Grants:
 
     # Writes by guests
 
-    def settle(self, share: Share, inode: Inode) -> bool:
-        """See :meth:`Share.settle`."""
-        mark = self._marks[share.index]
+    def merge_writes(self, share: Share, inode: Inode) -> bool:
+        """See :meth:`Share.merge_writes`."""
+        mark = self._write_times[share.index]
         if mark == share.seen:
             return False
         share.seen = mark
@@ -236,47 +236,47 @@ class Grants:
             self._catalogue.feed.inode(inode.ino, max(mark, CONTENT))
         self._wrote(inode.rid)
 
-    def settle_all(self, *, thorough: bool = False) -> None:
+    def merge_all_writes(self, *, thorough: bool = False) -> None:
         """Take over all writes by guests.
 
         Time 0 shows whether there is anything; two guests that set it at the very same time can
         hide one's write, which only matters if *thorough*.
         """
-        if self._marks[0] == self._seen and not thorough:
+        if self._write_times[0] == self._seen and not thorough:
             return
-        self._seen = self._marks[0]
+        self._seen = self._write_times[0]
         if not STRONGLY_ORDERED:
             barrier()  # otherwise a region's time might be loaded before time 0, which is set later
         # There may be hundreds of thousands, and the target's lock is held: examine single times
         # only in pages that changed.
-        marks = bytes(self.marks.view[: 8 * self._next])
-        known = self._known.ljust(len(marks), b"\0")
-        for start in range(0, len(marks), _PAGE):
+        write_times = bytes(self.write_times.view[: 8 * self._next])
+        known = self._known.ljust(len(write_times), b"\0")
+        for start in range(0, len(write_times), _PAGE):
             end = start + _PAGE
-            if marks[start:end] == known[start:end]:
+            if write_times[start:end] == known[start:end]:
                 continue
-            for index in range(start // 8, min(end, len(marks)) // 8):
+            for index in range(start // 8, min(end, len(write_times)) // 8):
                 inode = self._shared.get(index)
                 if inode is not None and inode.share is not None:
-                    self.settle(inode.share, inode)
-        self._known = marks
+                    self.merge_writes(inode.share, inode)
+        self._known = write_times
 
     # The end
 
     def revoke_all(self) -> None:
         """Revoke all grants; guests must request them again."""
         for index in self._shared:
-            self._new_stamp(index)
+            self._new_version(index)
         barrier()
-        self.settle_all(thorough=True)
+        self.merge_all_writes(thorough=True)
 
     @property
-    def all_quiet(self) -> bool:
-        return all(not any(guest.board.view) for guest in self._guests)
+    def all_drained(self) -> bool:
+        return all(not any(guest.hazards.view) for guest in self._guests)
 
     def forget(self) -> list[Callable[[], None]]:
         """Release everything after the last guest; returns the functions that still waited."""
-        self.settle_all(thorough=True)
+        self.merge_all_writes(thorough=True)
         for guest in self._guests:
             guest.close()
         for inode in self._shared.values():
@@ -286,7 +286,7 @@ class Grants:
         self._entries[0] = 0
         self.on_forget()
         self._entries.release()
-        self._marks.release()
+        self._write_times.release()
         self.table.close()
-        self.marks.close()
+        self.write_times.close()
         return [free for _, free in self._later]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from warabi._core import forks, interrupts
 from warabi.errors import TargetBusy
-from warabi.metadata.journal import let_go
+from warabi.metadata.journal import close_quietly
 
 _CLOSING_PATIENCE = 60.0
 """Seconds to wait for an owner that is closing, if the caller waits at all."""
@@ -45,14 +45,14 @@ class LockFile:
                 break
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    let_go(self._fd)
+                    close_quietly(self._fd)
                     raise
             owner = os.pread(self._fd, 100, 0).decode(errors="replace").strip()
             limit = closing_deadline if owner.endswith("closing") else deadline
             if _is_dead(owner.partition(",")[0]):
                 limit = dead_deadline
             if time.monotonic() >= limit:
-                let_go(self._fd)
+                close_quietly(self._fd)
                 raise TargetBusy(f"target {path}: already open in process {owner or 'unknown'}")
             interrupts.check()
             time.sleep(0.02)
@@ -86,4 +86,4 @@ class LockFile:
         if fd >= 0:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)
-            let_go(fd)
+            close_quietly(fd)

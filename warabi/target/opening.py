@@ -24,7 +24,7 @@ from warabi.backends.packed import PackedStorage
 from warabi.errors import ConfigError, CorruptTarget, PermissionDenied
 from warabi.metadata import schema
 from warabi.metadata.catalogue import Catalogue
-from warabi.metadata.journal import let_go, sync_directory
+from warabi.metadata.journal import close_quietly, sync_directory
 from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION
 from warabi.target.config import FileConfig, MemoryConfig, PmemConfig, TargetConfig
 from warabi.target.lockfile import LockFile
@@ -292,7 +292,7 @@ def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) ->
         catalogue = Catalogue(path, opening.backend.name)
         undo.callback(catalogue.abandon)
         held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        undo.callback(let_go, held)
+        undo.callback(close_quietly, held)
 
         def closed() -> None:
             # If the catalogue was unlinked while open, as is done with temporary files, the regions
@@ -303,7 +303,7 @@ def open_holding(path: Path, opening: Opening, regions: Path, lock: LockFile) ->
                     Path(f"{path}-wal").unlink(missing_ok=True)
                     lock.remove()
                     regions.rmdir()
-            let_go(held)
+            close_quietly(held)
             lock.release()
 
         packed = None

@@ -59,7 +59,7 @@ class RegionLocks:
             if inode is None:
                 raise InvalidRegion(f"{what}: there is no region {region!r} in this target")
         if inode.exposed is not None:
-            inode.exposed.settle()
+            inode.exposed.merge_writes()
         return inode
 
     def enter(self, region: RegionID, what: str, wait: bool) -> Inode:
@@ -193,7 +193,7 @@ class RegionLocks:
 
     def _touch(self, inode: Inode) -> None:
         if inode.share is not None:
-            inode.share.settle(inode)
+            inode.share.merge_writes(inode)
         inode.written_by(ORIGIN.get())
         catalogue = self._catalogue
         catalogue.clock.wrote(inode)

@@ -29,13 +29,13 @@ class Granted:
     """A granted region: its location, and its entry of the table."""
 
     index: int
-    stamp: int
+    version: int
     place: Location
 
     def answer(self, guest: GrantHolder) -> tuple[list[Any], list[int]]:
         """Return the reply, and the descriptors to send with it: a segment's only once."""
         place = self.place
-        reply = [self.index, self.stamp, *place[1:]]
+        reply = [self.index, self.version, *place[1:]]
         if place.segment in guest.segments:
             os.close(place.fd)
             return [*reply, False], []
@@ -121,7 +121,7 @@ class Sharing:
             granted = None
             if self._grants is not None and not inode.dead and not self._paused:
                 granted = self._grants.grant(inode)
-                self._fasten(inode)
+                self._set_metadata_durable(inode)
         if granted is None:
             os.close(place.fd)
             return None
@@ -154,7 +154,7 @@ class Sharing:
         share.grants.later(share.index, free)
         return True
 
-    def free_quiet(self) -> None:
+    def free_drained(self) -> None:
         """Free locations that guests were still accessing when they were revoked."""
         if self._grants is not None and self._grants.waiting:
             with self._state.lock:
@@ -162,19 +162,19 @@ class Sharing:
             for free in due:
                 free()
 
-    def _fasten(self, inode: Inode) -> None:
+    def _set_metadata_durable(self, inode: Inode) -> None:
         """Let guests persist the region themselves, if possible; the lock is held."""
         share = inode.share
         if (
             share is not None
             and share.grants is self._grants
             and self._state.catalogue.is_durable(inode)
-            and self._state.storage.firm(inode.rid)
+            and self._state.storage.metadata_durable(inode.rid)
         ):
-            share.grants.fasten(share)
+            share.grants.set_metadata_durable(share)
 
     @contextmanager
-    def fastening(self, inode: Inode) -> Iterator[None]:
+    def marking_durable(self, inode: Inode) -> Iterator[None]:
         """The block persists a region, which guests may do afterwards unless it fails."""
         try:
             yield
@@ -185,32 +185,32 @@ class Sharing:
             raise
         if inode.share is not None:
             with self._state.lock:
-                self._fasten(inode)
+                self._set_metadata_durable(inode)
 
-    def loosen_all(self) -> None:
+    def clear_all_metadata_durable(self) -> None:
         """Guests persist no region by themselves any more; the lock is held."""
         if self._grants is not None:
-            self._grants.loosen_all()
+            self._grants.clear_all_metadata_durable()
 
     def sync_failed(self) -> None:
         """Guests persist no region by themselves any more: what failed may have been a sync of any
         region's bytes, or of the catalogue; takes the lock."""
         with self._state.lock:
-            self.loosen_all()
+            self.clear_all_metadata_durable()
 
     # Writes by guests
 
-    def settle_all(self, *, thorough: bool = False) -> None:
+    def merge_all_writes(self, *, thorough: bool = False) -> None:
         """Take over what guests did to regions, with *thorough* also what may have gone unnoticed;
         the lock is held."""
         if self._grants is not None:
-            self._grants.settle_all(thorough=thorough)
+            self._grants.merge_all_writes(thorough=thorough)
 
     def look(self) -> None:
         """Take over what guests wrote, and so notify subscribers of the target."""
         if self._grants is not None:
             with self._state.lock:
-                self.settle_all()
+                self.merge_all_writes()
 
     # The end of grants
 
@@ -233,7 +233,7 @@ class Sharing:
     def resume(self) -> None:
         self._paused = False
 
-    def quieten(self, inode: Inode) -> None:
+    def drain(self, inode: Inode) -> None:
         """Revoke the grants of a region that this call has closed, and wait a moment for pending
         accesses."""
         with self._state.lock:
@@ -241,7 +241,7 @@ class Sharing:
             if self._grants is None or share is None:
                 return
             self._grants.revoke(inode)
-        self._wait_for_guests(lambda grants: grants.quiet(share.index))
+        self._wait_for_guests(lambda grants: grants.drained(share.index))
 
     def close(self) -> None:
         """End all direct access; writes of guests until now are taken over."""
@@ -258,14 +258,14 @@ class Sharing:
             if self._grants is None:
                 return
             self._grants.revoke_all()
-        self._wait_for_guests(lambda grants: grants.all_quiet)
+        self._wait_for_guests(lambda grants: grants.all_drained)
 
-    def _wait_for_guests(self, quiet: Callable[[Grants], bool]) -> None:
-        """Wait until *quiet*, or no guest is left, for a limited time: a guest may be stopped, or
+    def _wait_for_guests(self, drained: Callable[[Grants], bool]) -> None:
+        """Wait until *drained*, or no guest is left, for a limited time: a guest may be stopped, or
         misbehave.  Guests may leave meanwhile, and the last one removes the grants."""
         deadline = time.monotonic() + GUESTS_PATIENCE
         while time.monotonic() < deadline:
             with self._state.lock:
-                if self._grants is None or quiet(self._grants):
+                if self._grants is None or drained(self._grants):
                     return
             time.sleep(0.001)

@@ -45,13 +45,13 @@ class Sizes:
 
     def resize(self, inode: Inode, size: int) -> None:
         """Have the storage resize the region's bytes."""
-        storage, rid, quiet = self._state.storage, inode.rid, True
+        storage, rid, drained = self._state.storage, inode.rid, True
         if size > inode.size:
             self._state.catalogue.may_have_holes(inode)
         if size < inode.size or storage.moves(rid, size):
             with self._state.lock:
-                quiet = self._sharing.revoke(inode)
-        if quiet:
+                drained = self._sharing.revoke(inode)
+        if drained:
             storage.resize(rid, size)
         else:  # a guest may still write where the bytes are now
             self.free_later(inode, storage.replace(rid, size))

@@ -16,7 +16,7 @@ from contextlib import closing
 
 from warabi._core.attributes import ROOT, Attributes
 from warabi.errors import InvalidRegion
-from warabi.metadata.dentries import settle_graft
+from warabi.metadata.dentries import finish_graft
 from warabi.metadata.domain import Row
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
@@ -50,7 +50,7 @@ def survey(target: Target) -> Attributes:
     try:
         with closing(snapshot), tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
             try:
-                settle_graft(snapshot)
+                finish_graft(snapshot)
                 for entry in _entries(snapshot):
                     spool.write(entry.pack())
             except sqlite3.Error as error:
@@ -124,7 +124,7 @@ def copy(target: Target, region: RegionID) -> Attributes:
             raise
         return _copied(target, region, size, None)
     try:
-        target.sharing.quieten(source)
+        target.sharing.drain(source)
         return _copied(target, region, source.size, source)
     finally:
         target.locks.leave_exclusive(source)

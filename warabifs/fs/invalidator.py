@@ -90,22 +90,22 @@ class Follower:
 
         When the notifications are interrupted, everything may have changed.
         """
-        told = True
+        notified = True
         while True:
             try:
                 async with contextlib.aclosing(
                     self._target.changes(new_names=self._new_names)
                 ) as found:
                     async for changes in found:
-                        told = True
+                        notified = True
                         yield changes
             except errors.ProtocolError:
                 raise
             except errors.Exception as error:
-                if told:
+                if notified:
                     log.info("change notifications are not available: %s", error)
-            if told:
-                told = False
+            if notified:
+                notified = False
                 yield _EVERYTHING
             await trio.sleep(_PAUSE)
 

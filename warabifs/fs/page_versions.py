@@ -30,24 +30,24 @@ class PageVersions:
         self._target = target
         self._alone = alone
         self._versions: dict[int, int] = {}
-        self.told = False
+        self.notified = False
         """Whether the provider reports versions, which tell other clients' changes from our own."""
 
     async def learn(self) -> None:
         """Find out whether the provider reports versions."""
         if not self._alone:
-            self.told = True
+            self.notified = True
             await self.pin(ROOT)
             await self._target.call("unpin", ROOT, 1)
 
     async def pin(self, ino: int) -> tuple[Attributes, int]:
         """Pin an inode for an open file; returns its attributes, and the version of its bytes."""
-        if self.told:
+        if self.notified:
             try:
                 attributes, version = await self._target.call("open", ino)
                 return attributes, version
             except errors.ProtocolError:
-                self.told = False  # an older provider
+                self.notified = False  # an older provider
         attributes = await self._target.call("pin", ino)
         return attributes, attributes.ctime_ns  # the ctime also changes with our own writes
 
@@ -66,7 +66,7 @@ class PageVersions:
 
     def made(self, ino: int) -> None:
         """Record that this mount created a file, which no other client has changed."""
-        if self.told:
+        if self.notified:
             self._versions[ino] = 0
 
     def forget(self, ino: int) -> None:

@@ -102,7 +102,7 @@ class Exchange:
         core.begin_receiving(receiving)
         self._receiving = receiving
         try:
-            settle(plan, core, self._local)
+            decide_location(plan, core, self._local)
             receiving.staging = await self._step(receiving, Staging, plan)
         except BaseException:
             self._receiving = None
@@ -207,7 +207,7 @@ class Exchange:
             log.warning("cleanup of an aborted migration failed: %s", error)
 
 
-def settle(plan: MigrationPlan, core: ProviderCore, local: bool) -> None:
+def decide_location(plan: MigrationPlan, core: ProviderCore, local: bool) -> None:
     """Determine where the target's files will be, and store it in *plan*.
 
     Raises:

@@ -137,7 +137,7 @@ class StagedFileTarget(StagedTarget):
             self.db.execute("PRAGMA journal_mode = OFF")
             self.db.execute("PRAGMA synchronous = OFF")
         except BaseException:
-            self._let_go()
+            self._remove_leftovers()
             raise
 
     def _check_free(self) -> None:
@@ -171,9 +171,9 @@ class StagedFileTarget(StagedTarget):
         if not self._sealed:
             self.db.close()
             self.storage.close()
-        self._let_go()
+        self._remove_leftovers()
 
-    def _let_go(self) -> None:
+    def _remove_leftovers(self) -> None:
         with contextlib.suppress(OSError):  # the next target here removes leftovers
             opening.clear(self._path, self._regions, self._opening.backend)
             if self._regions in self._made:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from warabi.backends import registry
 from warabi.backends.pack_format import SLOTS
 from warabi.errors import ConfigError, StorageError
-from warabi.metadata.dentries import settle_graft
+from warabi.metadata.dentries import finish_graft
 from warabi.metadata.domain import SEQUENCE
 from warabi.metadata.journal import read_error, sync_directory, translate
 from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION, migrate, show_as_new
@@ -84,7 +84,7 @@ def _check(
         clean = salvaged or (row is not None and row[0] == 1)
         if not clean:
             report.note("the target was not closed cleanly")
-            settle_graft(db)  # as opening it does
+            finish_graft(db)  # as opening it does
         tree = TreeCheck(db, report, clean=clean, sums=sums)
         tree.run()
         FileCheck(db, regions, report, lost, tree, clean=clean, sums=sums).run()

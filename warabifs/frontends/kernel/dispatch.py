@@ -145,7 +145,7 @@ class Operations:
         """The requested features; after the negotiation, the features agreed on."""
         if not self._openless:
             self.features |= Feature.ATOMIC_O_TRUNC
-        if not files.openless and not (files.pages.told and attr_timeout):
+        if not files.openless and not (files.pages.notified and attr_timeout):
             # With it, each read after a write requests the attributes, finds that the file changed,
             # and drops all its pages.  That is useless if only this kernel can have changed the
             # file, or if it is notified of changes by others, unless attr_timeout is 0.

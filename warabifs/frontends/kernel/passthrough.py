@@ -78,7 +78,7 @@ class Passing:
     def _back(self, region: RegionID) -> int:
         try:
             fd = self._target.expose(region)
-            return 0 if fd is None else self._session.back(fd)
+            return 0 if fd is None else self._session.register_backing(fd)
         except errors.WouldBlock:
             return 0
         except (errors.Exception, OSError) as error:
@@ -107,5 +107,5 @@ class Passing:
         passed.openings -= 1
         if not passed.openings:
             del self._passed[ino]
-            self._session.let_go(passed.backing)
+            self._session.unregister_backing(passed.backing)
             self._target.kernel_backed.conceal(passed.region)

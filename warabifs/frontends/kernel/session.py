@@ -369,7 +369,7 @@ class FuseSession:
 
     # Backing files
 
-    def back(self, fd: int) -> int:
+    def register_backing(self, fd: int) -> int:
         """Register *fd* with the kernel; returns the ID by which a reply to OPEN refers to it.
 
         Raises:
@@ -378,7 +378,7 @@ class FuseSession:
         number: int = fcntl.ioctl(self._fd, protocol.BACKING_OPEN, protocol.backing(fd))
         return number
 
-    def let_go(self, number: int) -> None:
+    def unregister_backing(self, number: int) -> None:
         """Unregister a backing ID."""
         with contextlib.suppress(OSError):  # the mount is over
             fcntl.ioctl(self._fd, protocol.BACKING_CLOSE, protocol.backing_id(number))
