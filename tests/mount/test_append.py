@@ -33,7 +33,7 @@ WAYS = pytest.mark.parametrize("four_module", ["na+sm", "tcp", "direct_io"], ind
 
 
 @pytest.fixture(scope="module")
-def four_module(request: pytest.FixtureRequest) -> Iterator[Together]:
+def four_module(request: pytest.FixtureRequest, front_end: str) -> Iterator[Together]:
     """On the provider's host, over TCP, and past the page cache."""
     direct = request.param == "direct_io"
     with disposable("/tmp") as path:

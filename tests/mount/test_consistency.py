@@ -43,7 +43,7 @@ TICK = 20_000_000
 
 
 @pytest.fixture(scope="module", params=["na+sm", "tcp"])
-def believing_module(request: pytest.FixtureRequest) -> Iterator[Together]:
+def believing_module(request: pytest.FixtureRequest, front_end: str) -> Iterator[Together]:
     with disposable("/tmp") as path, together(request.param, path, *BELIEVING) as four:
         yield four
 
