@@ -13,6 +13,7 @@ from tests.crash.targets import opened
 from tests.crash.workload import on_target
 from tests.support.helpers import ROOT, eventually, pattern
 from warabi import errors
+from warabi.region import RegionID
 from warabi.target import commit
 
 
@@ -50,7 +51,7 @@ def test_no_region_is_made_while_a_target_closes(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for seed in range(5):
         target = opened("file", path)
-        made: list[bytes] = []
+        made: list[RegionID] = []
 
         def make() -> None:
             with pytest.raises(errors.TargetNotFound):
