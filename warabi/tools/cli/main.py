@@ -184,17 +184,25 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
             region = target.create_and_write(piece, persist=True)
         else:
             region = target.create(max(_size(file), len(piece)))
-        try:
+        with _finishing(target, region, name):
             if len(piece) == _STEP:
                 _fill(target, region, piece, file)
-            if name is not None:
-                target.link_name(region, name)
-                target.persist(region, 0, 0)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                target.erase(region)
-            raise
-        echo(region.hex())
+
+
+@contextlib.contextmanager
+def _finishing(target: TargetHandle, region: RegionID, name: str | None) -> Iterator[None]:
+    """After the block, link *name* durably, if given, to a new region, and print its ID; if that or
+    the block fails, erase the region."""
+    try:
+        yield
+        if name is not None:
+            target.link_name(region, name)
+            target.persist(region, 0, 0)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            target.erase(region)
+        raise
+    echo(region.hex())
 
 
 def _size(file: IO[bytes]) -> int:
@@ -287,16 +295,8 @@ def clone(address: str, provider_id: int, region: str, name: str | None, **secur
     """
     with handle(address, provider_id, security) as target:
         found = target.open_name(region) if region.startswith("/") else _region(region)
-        copy = target.copy(found, persist=True)
-        try:
-            if name is not None:
-                target.link_name(copy, name)
-                target.persist(copy, 0, 0)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                target.erase(copy)
-            raise
-        echo(copy.hex())
+        with _finishing(target, target.copy(found, persist=True), name):
+            pass
 
 
 @main.command()
