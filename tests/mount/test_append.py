@@ -19,6 +19,8 @@ from tests.mount.conftest import disposable, limit_of
 from tests.mount.support import (
     MIB,
     PROVIDER_ID,
+    Mount,
+    Provider,
     another_python,
     line_of,
     mounting,
@@ -295,16 +297,24 @@ def test_a_full_target_refuses_all_of_an_append(place: Path) -> None:
         assert (mount.path / "log").read_bytes() == b"x" * 99_000 + b"z" * 1000
 
 
-@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_APPEND], ids=["plain", "append"])
-def test_a_direct_write_that_fails_cuts_off_no_appends(place: Path, flags: int) -> None:
-    """The kernel truncates then to the size that it knew, without those of another mount."""
-    full = {"type": "memory", "config": {"capacity": 300_000}}
+@contextlib.contextmanager
+def nearly_full(place: Path) -> Iterator[tuple[Provider, Mount, Mount]]:
+    """A provider with a quota of 300,000 bytes, and two mounts of it."""
     for name in ("first", "second"):
         (place / name).mkdir()
     with (
-        serving("na+sm", full) as provider,
+        serving("na+sm", {"type": "memory", "config": {"capacity": 300_000}}) as provider,
         mounting(provider.address, place / "first", *OPTIONS) as first,
         mounting(provider.address, place / "second", *OPTIONS) as second,
+    ):
+        yield provider, first, second
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_APPEND], ids=["plain", "append"])
+def test_a_direct_write_that_fails_cuts_off_no_appends(place: Path, flags: int) -> None:
+    """The kernel truncates then to the size that it knew, without those of another mount."""
+    with (
+        nearly_full(place) as (_, first, second),
         contextlib.ExitStack() as stack,
         mmap.mmap(-1, MIB) as large,
     ):
@@ -344,13 +354,8 @@ with mmap.mmap(-1, 1 << 20) as large:
 
 def test_a_direct_write_of_a_killed_program_cuts_off_no_appends(place: Path) -> None:
     """The kernel has such a program wait for the reply, which fails here."""
-    full = {"type": "memory", "config": {"capacity": 300_000}}
-    for name in ("first", "second"):
-        (place / name).mkdir()
     with (
-        serving("na+sm", full) as provider,
-        mounting(provider.address, place / "first", *OPTIONS) as first,
-        mounting(provider.address, place / "second", *OPTIONS) as second,
+        nearly_full(place) as (provider, first, second),
     ):
         path, other = first.path / "file", second.path / "file"
         start, lines = b"x" * mmap.PAGESIZE, b"line\n" * 100
