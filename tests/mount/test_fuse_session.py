@@ -390,7 +390,7 @@ def test_what_truncates_is_not_cut_short_where_the_kernel_keeps_sizes(writeback:
         assert interrupted == ([4, 8] if writeback else [2, 4, 6, 8])
         for handler in waiting:
             handler.close()
-        assert not found._firm
+        assert not found._uninterruptible
 
     try:
         trio.run(main)

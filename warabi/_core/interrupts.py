@@ -53,10 +53,8 @@ class _Held:
         self.came = True
 
     def forked(self) -> None:
-        held, self.thread = (
-            self.thread,
-            threading.get_ident(),
-        )  # now the main thread
+        held = self.thread
+        self.thread = threading.get_ident()  # now the main thread
         if self.thread != held and _signal.getsignal(SIGINT) is self.note:
             # The thread that would restore the handler does not exist here.
             _signal.signal(SIGINT, self.handler)

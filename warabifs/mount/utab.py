@@ -45,7 +45,7 @@ def _libmount() -> ctypes.CDLL | None:
 
 
 class UtabEntry:
-    """The entry of a mount by root, whose umount(8) needs it and who may write it.
+    """The entry of a mount by root.  Only umount(8) by root needs it, and only root may write it.
 
     Args:
         source: as in the mount table.

@@ -130,7 +130,7 @@ class Operations:
         self._negative_valid = _seconds(negative_timeout)
         self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
         self._writeback = writeback
-        self._firm: set[int] = set()  # requests that must not be interrupted
+        self._uninterruptible: set[int] = set()  # requests under way
         self._openless = files.openless and not direct_io  # sent with each open reply
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
@@ -210,11 +210,11 @@ class Operations:
         if not (truncates and self._writeback):
             yield
             return
-        self._firm.add(header.unique)
+        self._uninterruptible.add(header.unique)
         try:
             yield
         finally:
-            self._firm.remove(header.unique)
+            self._uninterruptible.remove(header.unique)
 
     def _entry(self, attributes: Attributes) -> bytes:
         directory = stat.S_ISDIR(attributes.mode)
@@ -288,7 +288,7 @@ class Operations:
         if self._interrupt is None:
             return errno.ENOSYS  # the kernel sends no further ones then
         (unique,) = protocol.INTERRUPTED.unpack_from(body)
-        if unique not in self._firm:
+        if unique not in self._uninterruptible:
             self._interrupt(unique)
         return None
 
