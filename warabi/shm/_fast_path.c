@@ -18,6 +18,8 @@
  */
 
 #define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000 /* the stable ABI of Python 3.11: one build for every later one  \
+                                   */
 #include <Python.h>
 #include <structmember.h>
 
@@ -102,7 +104,7 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
 static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args),
                            PyObject *Py_UNUSED(keywords))
 {
-    Grant *self = (Grant *)type->tp_alloc(type, 0);
+    Grant *self = (Grant *)PyType_GenericAlloc(type, 0);
     if (self != NULL)
         self->fd = -1; /* until it is known; all else is 0 */
     return (PyObject *)self;
@@ -111,7 +113,7 @@ static PyObject *grant_new(PyTypeObject *type, PyObject *Py_UNUSED(args),
 static void grant_dealloc(PyObject *object)
 {
     Grant *self = (Grant *)object;
-    PyTypeObject *type = Py_TYPE(self);
+    PyTypeObject *type = Py_TYPE(object);
 
     PyBuffer_Release(&self->view);
     Py_CLEAR(self->keeper);
@@ -120,7 +122,7 @@ static void grant_dealloc(PyObject *object)
         close(self->fd);
         Py_END_ALLOW_THREADS
     }
-    type->tp_free(object);
+    PyObject_Free(object);
     Py_DECREF(type);
 }
 
@@ -179,6 +181,21 @@ typedef struct {
 
 static struct PyModuleDef module_def;
 
+/* The type of this module's grants, a borrowed reference, by the type of a Reach, which may be a
+ * class derived from it.  PyType_GetModuleByDef() is in the stable ABI only since Python 3.13. */
+static PyTypeObject *grant_type_of(PyTypeObject *type)
+{
+    for (; type != NULL; type = PyType_GetSlot(type, Py_tp_base)) {
+        PyObject *module = PyType_GetModule(type);
+        if (module == NULL)
+            PyErr_Clear(); /* a class that is written in Python */
+        else if (PyModule_GetDef(module) == &module_def)
+            return *(PyTypeObject **)PyModule_GetState(module);
+    }
+    PyErr_SetString(PyExc_TypeError, "this is no type of a Reach");
+    return NULL;
+}
+
 static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"life", "table", "write_times", "hazards",
@@ -197,10 +214,10 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
         PyErr_SetString(PyExc_TypeError, "a Reach is made once");
         return -1;
     }
-    PyObject *module = PyType_GetModuleByDef(Py_TYPE(self), &module_def);
-    if (module == NULL)
+    PyTypeObject *grant_type = grant_type_of(Py_TYPE(object));
+    if (grant_type == NULL)
         return -1;
-    self->grant_type = (PyTypeObject *)Py_NewRef(*(PyObject **)PyModule_GetState(module));
+    self->grant_type = (PyTypeObject *)Py_NewRef((PyObject *)grant_type);
     for (int i = 0; i < MAPPINGS; i++)
         self->mappings[i] = Py_NewRef(mappings[i]);
     for (int i = 0; i < MAPPINGS; i++) {
@@ -244,7 +261,7 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
 static int reach_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Reach *self = (Reach *)object;
-    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->grant_type);
     Py_VISIT(self->grants);
     return 0;
@@ -259,7 +276,7 @@ static int reach_clear(PyObject *object)
 static void reach_dealloc(PyObject *object)
 {
     Reach *self = (Reach *)object;
-    PyTypeObject *type = Py_TYPE(self);
+    PyTypeObject *type = Py_TYPE(object);
 
     PyObject_GC_UnTrack(self);
     reach_clear(object);
@@ -269,7 +286,7 @@ static void reach_dealloc(PyObject *object)
         Py_CLEAR(self->mappings[i]);
     }
     Py_CLEAR(self->grant_type);
-    type->tp_free(object);
+    PyObject_GC_Del(object);
     Py_DECREF(type);
 }
 
@@ -323,7 +340,7 @@ static int given(PyObject *const *args, Py_ssize_t count, Py_ssize_t which, int 
  * KeyboardInterrupt. */
 static bool plain(PyObject *const *args, Py_buffer *buffer, int flags)
 {
-    if (!PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != 16 || !PyLong_CheckExact(args[1]))
+    if (!PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != 16 || !PyLong_CheckExact(args[1]))
         return false;
     if (PyObject_GetBuffer(args[2], buffer, flags | PyBUF_ND | PyBUF_FORMAT) < 0) {
         if (PyErr_ExceptionMatches(PyExc_Exception))
@@ -497,7 +514,7 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data,
     if (grant == NULL || offset < 0 || !self->writable || grant->view.readonly ||
         (grant->waits && !wait) || data->len > grant->room - offset ||
         (slot = enter(self, grant)) < 0) {
-        Py_XDECREF(grant);
+        Py_XDECREF((PyObject *)grant);
         PyBuffer_Release(data);
         return PyErr_Occurred() ? -1 : false;
     }
@@ -535,7 +552,7 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
     int slot;
     Grant *grant = find(self, region);
     if (grant == NULL || offset < 0 || (slot = enter(self, grant)) < 0) {
-        Py_XDECREF(grant);
+        Py_XDECREF((PyObject *)grant);
         PyBuffer_Release(place);
         return PyErr_Occurred() ? -2 : -1;
     }
@@ -648,10 +665,8 @@ static PyObject *reach_recent(PyObject *object, void *Py_UNUSED(closure))
     PyObject *found = PyTuple_New((Py_ssize_t)count);
     for (uint64_t i = 0; found != NULL && i < count; i++) {
         PyObject *time = PyLong_FromUnsignedLongLong(self->recent[(end - count + i) % RECENT]);
-        if (time == NULL)
+        if (time == NULL || PyTuple_SetItem(found, (Py_ssize_t)i, time) < 0)
             Py_CLEAR(found);
-        else
-            PyTuple_SET_ITEM(found, (Py_ssize_t)i, time);
     }
     return found;
 }
@@ -734,9 +749,6 @@ static int module_clear(PyObject *module)
 
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, module_exec},
-#if PY_VERSION_HEX >= 0x030C0000
-    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
-#endif
     {0, NULL},
 };
 
