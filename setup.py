@@ -5,7 +5,10 @@ import sysconfig
 
 from setuptools import Extension, setup
 
-flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
+flags = [
+    *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"),
+    f"-ffile-prefix-map={os.getcwd()}=.",  # the same bytes wherever it is built
+]
 strict = bool(os.environ.get("WARABI_STRICT_BUILD"))  # by tools/setup test: no warning, no failure
 # Python without the GIL has no stable ABI; there warabi/shm/fast_path.py is used.
 stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from warabi import errors, processes
-from warabi._core import config_keys, forks, interrupts
+from warabi._core import config_keys, extras, forks, interrupts
 from warabi.protocol import address, auth, limits
 from warabi.protocol.address import Endpoint
 from warabi.protocol.auth import Security
@@ -306,9 +306,8 @@ class Engine:
         connections = Connections(settings.patience, settings.security, settings.share)
         self._state = state = _State(connections)
         if self._mode is server:
-            from warabi.provider.loop import Runtime
-
-            state.runtime = Runtime(
+            loop = extras.load("warabi.provider.loop", "server")
+            state.runtime = loop.Runtime(
                 endpoint,
                 settings.security,
                 settings.limits,
