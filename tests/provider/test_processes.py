@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
+import logging
 import os
 import pickle
 import signal
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from _thread import LockType
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,75 @@ def test_a_fork_while_other_threads_are_in_calls(config: dict[str, Any]) -> None
                 thread.join(PATIENCE)
         assert not failures
         assert list(handle.list()) == []
+
+
+def locks_of_the_library() -> list[LockType]:
+    """Every free lock that an object of the library has."""
+    found: dict[int, LockType] = {}
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if not str(kind.__module__).startswith("warabi"):
+            continue
+        names = {name for base in kind.__mro__ for name in getattr(base, "__slots__", ())}
+        names.update(getattr(thing, "__dict__", ()))
+        for name in names:
+            value = getattr(thing, name, None)
+            if isinstance(value, LockType) and not value.locked():
+                found[id(value)] = value
+    return list(found.values())
+
+
+def test_a_child_waits_for_no_lock_that_was_held_when_it_was_forked(
+    config: dict[str, Any], tmp_path: Path, local_process: Served
+) -> None:
+    with (
+        serving(config) as (engine, provider, handle),
+        Engine("na+sm", client) as other,
+        contextlib.ExitStack() as pipe,
+    ):
+        theirs = Client(other).make_target_handle(local_process.address, 1)
+        kept = [handle.create_and_write(b"-" * size) for size in (10, 100_000)]
+        far = theirs.create_and_write(b"far")
+        handle.persist(kept[0], 0, 10)
+        for _ in range(3):  # so that regions are reached directly
+            assert handle.read(kept[1], 0, 1) == b"-"
+            assert theirs.read(far, 0, 3) == b"far"
+        releases, released = (
+            pipe.enter_context(open(end, mode, buffering=0))
+            for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
+        )
+
+        def work() -> None:
+            releases.read(1)  # what the child asks its parent for is answered again
+            loggers = [logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict)]
+            for logger in loggers:
+                if logger.name.startswith("warabi"):
+                    logger.error("each logger of the library works")
+            for each, region in ((handle, kept[0]), (handle, kept[1]), (theirs, far)):
+                each.write(region, 0, b"c")
+                assert each.read(region, 0, 1) == b"c"
+                each.persist(region, 0, 1)
+                each.erase(each.create(100))
+            mine = file_config(tmp_path / "mine")
+            with Engine("na+sm") as own, Provider(own, 1, mine):
+                again = Client(own).make_target_handle(str(own.addr()), 1)
+                assert again.read(again.create_and_write(b"own"), 0, 3) == b"own"
+            provider.close()
+            engine.finalize()
+            other.finalize()
+            gc.collect()
+
+        locks = locks_of_the_library()
+        assert len(locks) > 10
+        held = [lock for lock in locks if lock.acquire(blocking=False)]
+        try:
+            child = Child(work)
+        finally:
+            for lock in held:
+                lock.release()
+        released.write(b"x")
+        child.join()
+        assert handle.read(kept[0], 0, 2) == b"c-"
 
 
 def test_requests_of_the_parents_fail_in_the_child(config: dict[str, Any]) -> None:

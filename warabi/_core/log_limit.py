@@ -11,6 +11,8 @@ import logging
 import threading
 import time
 
+from warabi._core import forks
+
 BURST = 20
 """Messages of one format that are logged without delay."""
 INTERVAL = 5.0
@@ -34,6 +36,10 @@ class RateLimit(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._buckets: dict[tuple[object, ...], _Bucket] = {}  # few: the code bounds the keys
+        self._lock = threading.Lock()
+        forks.register(self)
+
+    def _forked(self) -> None:
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
