@@ -27,12 +27,14 @@ from warabi._core import extents
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
 from warabi.local.link import Link
+from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.domain import Row
 from warabi.protocol.operations import OPERATIONS, Payload, Served
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target.entries import ArchiveEntry
 from warabi.target.handlers import CALLS
+from warabi.target.state import LOOPS
 from warabi.target.target import Target
 
 MIB = 1 << 20
@@ -103,6 +105,27 @@ def test_holes_of_any_size(place: Place) -> None:
     place.calls("resize", region, 0)
     with pytest.raises(errors.BadArchive):
         place.calls("graft", copy.region)
+
+
+def test_no_loop_commits_many_changes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a memory target, too, whose few changes are committed in the loop."""
+    original = Catalogue.flush_some
+    steps: list[bool] = []
+
+    def flush_some(catalogue: Catalogue, left: int = 0) -> None:
+        if left == 0:  # a step of a commit, between two of which it pauses
+            steps.append(threading.get_ident() in LOOPS)
+        original(catalogue, left)
+
+    monkeypatch.setattr(Catalogue, "flush_some", flush_some)
+    regions = [place.handle.create(10) for _ in range(5000)]
+    for name in ("sync", "commit"):
+        for region in regions:
+            place.handle.write(region, 0, b"x")
+        steps.clear()
+        place.calls(name)
+        assert steps
+        assert not any(steps)
 
 
 def test_a_copy_of_what_is_unknown_during_a_survey(place: Place) -> None:

@@ -31,7 +31,7 @@ from warabi.target.erasure import Erasure
 from warabi.target.kernel_backed import KernelBacked
 from warabi.target.region_locks import RegionLocks
 from warabi.target.sharing import Sharing
-from warabi.target.state import PAUSE, TargetState
+from warabi.target.state import PAUSE, TargetState, not_in_a_loop
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,15 @@ class Committer:
             self._erasure.reap()
 
     def _flush_backlog(self) -> None:
-        """Write most of what is dirty in steps, so that the commit holds the lock only briefly."""
-        for _ in range(self._catalogue.backlog):
+        """Write most of what is dirty in steps, so that the commit holds the lock only briefly.
+
+        Raises:
+            WouldBlock: in an event loop, when steps are needed.
+        """
+        steps = self._catalogue.backlog
+        if steps:
+            not_in_a_loop()
+        for _ in range(steps):
             with self._state.lock, self._errors_translated():
                 self._catalogue.flush_some()
             time.sleep(PAUSE)
