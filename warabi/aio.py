@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from warabi import arrays, errors
-from warabi._core.buffers import Lender, abandon, checked_path, checked_size, readable, writable
+from warabi._core.buffers import (
+    Lender,
+    abandon,
+    checked_path,
+    checked_size,
+    readable,
+    writable,
+    xattr_call,
+)
 from warabi._core.changes import Changes
 from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
@@ -311,6 +319,25 @@ class Target:
 
     async def unlink_name(self, path: str) -> None:
         await self.call("unlink_name", checked_path(path, "unlink_name"))
+
+    async def getxattr(self, path: str, name: str | bytes) -> bytes:
+        ino = await self._ino(path, "getxattr")
+        value: bytes = await self.call("getxattr", ino, os.fsencode(name))
+        return value
+
+    async def setxattr(self, path: str, name: str | bytes, value: Any, flags: int = 0) -> None:
+        await self.call(*xattr_call(await self._ino(path, "setxattr"), name, value, flags))
+
+    async def removexattr(self, path: str, name: str | bytes) -> None:
+        await self.call("removexattr", await self._ino(path, "removexattr"), os.fsencode(name))
+
+    async def listxattr(self, path: str) -> Sequence[str]:
+        names = await self.call("listxattr", await self._ino(path, "listxattr"))
+        return [os.fsdecode(name) for name in names]
+
+    async def _ino(self, path: str, what: str) -> int:
+        ino: int = (await self.call("resolve", checked_path(path, what))).ino
+        return ino
 
 
 def _id(region: Any) -> RegionID:

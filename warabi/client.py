@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from warabi import arrays, processes
 from warabi._core import forks, interrupts
-from warabi._core.buffers import checked_path, checked_size, filled_bytes, readable, writable
+from warabi._core.buffers import (
+    checked_path,
+    checked_size,
+    filled_bytes,
+    readable,
+    writable,
+    xattr_call,
+)
 from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
 from warabi.engine import Engine
@@ -605,6 +612,48 @@ class TargetHandle:
         while page := self._link.call("readdir", directory, last, PAGE):
             yield from (os.fsdecode(name) for name, _ in page)
             last = page[-1][0]
+
+    # Extended attributes: names and values as of the os functions of the same names; symbolic links
+    # are not followed.
+
+    def getxattr(self, path: str, name: str | bytes) -> bytes:
+        """Return an extended attribute of the inode at *path*.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR, or ENODATA if there is no such attribute.
+        """
+        value: bytes = self._link.call("getxattr", self._ino(path, "getxattr"), os.fsencode(name))
+        return value
+
+    def setxattr(self, path: str, name: str | bytes, value: Any, flags: int = 0) -> None:
+        """Set an extended attribute of the inode at *path*.
+
+        With ``os.XATTR_CREATE`` in *flags* it must not exist, with ``os.XATTR_REPLACE`` it must:
+        of several clients that create an attribute one succeeds.
+
+        Raises:
+            PathError: with ``errno`` EEXIST or ENODATA because of *flags*; ENOENT, ENOTDIR;
+                EOPNOTSUPP, ERANGE, E2BIG, ENOSPC for what cannot be stored.
+        """
+        ino = self._ino(path, "setxattr")
+        self._link.call(*xattr_call(ino, name, value, flags))
+
+    def removexattr(self, path: str, name: str | bytes) -> None:
+        """Remove an extended attribute of the inode at *path*; raises as :meth:`getxattr`."""
+        self._link.call("removexattr", self._ino(path, "removexattr"), os.fsencode(name))
+
+    def listxattr(self, path: str) -> Sequence[str]:
+        """Return the names of the extended attributes of the inode at *path*.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR.
+        """
+        names = self._link.call("listxattr", self._ino(path, "listxattr"))
+        return [os.fsdecode(name) for name in names]
+
+    def _ino(self, path: str, what: str) -> int:
+        ino: int = self._link.call("resolve", checked_path(path, what)).ino
+        return ino
 
     # Tuning
 

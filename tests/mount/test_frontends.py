@@ -178,7 +178,7 @@ import sys
 from warabifs.fs.filesystem import FileSystem
 from warabifs.mount import main
 
-read, is_incapable = FileSystem.read, FileSystem.is_incapable
+read, is_incapable, getxattr = FileSystem.read, FileSystem.is_incapable, FileSystem.getxattr
 
 def looked(self, ino):
     print("asked for capabilities", flush=True)
@@ -188,7 +188,11 @@ async def bring(self, ino, handle, offset, size, who=0):
     print("read by", who, flush=True)
     return await read(self, ino, handle, offset, size, who)
 
-FileSystem.read, FileSystem.is_incapable = bring, looked
+async def look(self, ino, name):
+    print("asked for", name.decode(), flush=True)
+    return await getxattr(self, ino, name)
+
+FileSystem.read, FileSystem.is_incapable, FileSystem.getxattr = bring, looked, look
 main.main(["--foreground", *sys.argv[1:]])
 """
 
@@ -196,6 +200,13 @@ main.main(["--foreground", *sys.argv[1:]])
 OPENED = "import os, sys\nfd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
 WRITES = OPENED + "for _ in range(3): os.pwrite(fd, b'text', 0)\n"
 READS = WRITES + "assert os.pread(fd, 9, 0) == b'text'\n"
+SETS = (
+    OPENED
+    + """
+os.setxattr(fd, "user.x", b"1", os.XATTR_CREATE)
+os.setxattr(fd, "user.x", b"2", os.XATTR_REPLACE)
+"""
+)
 COPIES = WRITES + "assert os.copy_file_range(fd, fd, 4, 0, 4) == 4\n"
 
 
@@ -228,6 +239,10 @@ def says_who_reads(name: str, place: Path) -> bool:
 def has_ranges_copied(name: str, place: Path) -> bool:
     requests = requests_of(name, place, COPIES, "direct_io")
     return not any(line.startswith("read by") for line in requests)
+
+
+def creates_attributes_at_once(name: str, place: Path) -> bool:
+    return "asked for user.x" not in requests_of(name, place, SETS)
 
 
 def drops_some_pages(name: str, place: Path) -> bool:
@@ -310,6 +325,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.FALLOCATE: reserves_room,
     Ability.SEEK_DATA: finds_holes,
     Ability.COPY_RANGE: has_ranges_copied,
+    Ability.XATTR_FLAGS: creates_attributes_at_once,
 }
 
 

@@ -51,6 +51,8 @@ CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "copy": lambda h, r: h.copy(r),
     "copy_range": lambda h, r: h.copy_range(r, 0, r, 4, 2),
     "link_name": lambda h, r: h.link_name(r, "/other"),
+    "setxattr": lambda h, r: h.setxattr("/name", "user.x", b"x"),
+    "removexattr": lambda h, r: h.removexattr("/name", "user.x"),
     "unlink_name": lambda h, r: h.unlink_name("/name"),
 }
 NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
@@ -67,6 +69,8 @@ NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "list_stats": lambda h, r: list(h.list_stats()),
     "open_name": lambda h, r: h.open_name("/name"),
     "list_names": lambda h, r: list(h.list_names()),
+    "getxattr": lambda h, r: h.getxattr("/name", "user.warabi.region"),
+    "listxattr": lambda h, r: h.listxattr("/name"),
     "persist": lambda h, r: h.persist(r, 0, 4),
     "persist_async": lambda h, r: h.persist_async(r, 0, 4).wait(),
     "persist_vector": lambda h, r: h.persist_vector(r, [(0, 4)]),

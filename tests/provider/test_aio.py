@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
 import socket
 import threading
@@ -221,6 +222,19 @@ async def test_wrong_arguments(target: aio.Target) -> None:
     with pytest.raises(errors.PathError):
         await target.open_name("/no such name")
     assert await target.read(region, 0, 4) == b"1234"
+
+
+async def test_extended_attributes(target: aio.Target) -> None:
+    path = f"/{(await target.create(0)).hex()}"
+    await target.setxattr(path, "user.x", b"1", os.XATTR_CREATE)
+    with pytest.raises(errors.PathError, match=r"user\.x: the attribute exists"):
+        await target.setxattr(path, "user.x", b"2", os.XATTR_CREATE)
+    with pytest.raises(errors.PathError, match=r"user\.y: no such attribute"):
+        await target.setxattr(path, "user.y", b"2", os.XATTR_REPLACE)
+    await target.setxattr(path, b"user.y", b"2")
+    assert await target.getxattr(path, "user.x") == b"1"
+    await target.removexattr(path, "user.x")
+    assert await target.listxattr(path) == ["user.y"]
 
 
 async def test_many_tasks(target: aio.Target) -> None:

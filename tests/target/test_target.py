@@ -7,14 +7,17 @@ import contextlib
 import errno
 import gc
 import mmap
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.mount.support import fails_with
 from tests.support.helpers import (
     MEMORY,
     PIPELINED,
@@ -701,6 +704,51 @@ def test_list(target: TargetHandle) -> None:
     for region in made[::2]:
         target.erase(region)
     assert set(target.list()) - before == set(made[1::2])
+
+
+def test_extended_attributes(target: TargetHandle) -> None:
+    path = f"/{target.create(0).hex()}"
+    names = target.listxattr(path)
+    with fails_with(errno.ENODATA):
+        target.setxattr(path, "user.x", b"1", os.XATTR_REPLACE)
+    target.setxattr(path, "user.x", b"1", os.XATTR_CREATE)
+    with fails_with(errno.EEXIST):
+        target.setxattr(path, b"user.x", b"2", os.XATTR_CREATE)
+    assert target.getxattr(path, "user.x") == b"1"
+    target.setxattr(path, "user.x", bytearray(b"3"), os.XATTR_REPLACE)
+    target.setxattr(path, "user.y", b"")
+    target.setxattr(path, "user.y", memoryview(b"4"))
+    assert (target.getxattr(path, "user.x"), target.getxattr(path, b"user.y")) == (b"3", b"4")
+    assert sorted(target.listxattr(path)) == sorted([*names, "user.x", "user.y"])
+    target.removexattr(path, "user.x")
+    with fails_with(errno.ENODATA):
+        target.getxattr(path, "user.x")
+    for flags, number in (
+        (4, errno.EINVAL),
+        (-1, errno.EINVAL),
+        (os.XATTR_CREATE | os.XATTR_REPLACE, errno.EEXIST),
+    ):
+        with fails_with(number):
+            target.setxattr(path, "user.y", b"", flags)
+    with fails_with(errno.EPERM):
+        target.setxattr(path, "user.warabi.region", b"", os.XATTR_CREATE)
+    with fails_with(errno.ENOENT):
+        target.listxattr("/nothing")
+    with pytest.raises(errors.Exception):
+        target.setxattr(path, "user.y", "text")
+
+
+def test_of_several_clients_that_create_an_attribute_one_succeeds(target: TargetHandle) -> None:
+    path = f"/{target.create(0).hex()}"
+
+    def created(number: int) -> int:
+        with contextlib.suppress(errors.PathError):
+            target.setxattr(path, f"user.{number // 4}", b"", os.XATTR_CREATE)
+            return 1
+        return 0
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(created, range(80), timeout=60)) == 20
 
 
 def test_names(target: TargetHandle) -> None:

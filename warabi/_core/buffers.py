@@ -100,6 +100,17 @@ def checked_path(value: Any, what: str) -> str:
     return path
 
 
+def xattr_call(ino: int, name: str | bytes, value: Any, flags: int) -> tuple[Any, ...]:
+    """Return the operation that sets an extended attribute with the *flags* of setxattr(2), and its
+    arguments.
+
+    Raises:
+        InvalidBuffer: as :func:`readable`, for *value*.
+    """
+    arguments = ino, os.fsencode(name), bytes(readable(value, "setxattr")), True
+    return ("setxattr_if", *arguments, flags) if flags else ("setxattr", *arguments)
+
+
 class Copied(bytearray):
     """A replacement of ``BytesIO`` for :func:`filled_bytes`, which copies at the end."""
 

@@ -211,6 +211,17 @@ def xattr(key: bytes, value: bytes) -> None:
         acl.unpack(value)
 
 
+def xattr_flags(value: Any) -> int:
+    """Check the flags of setxattr(2); PathError EINVAL."""
+    flags = _integer(value, "setxattr: flags")
+    if flags & ~(os.XATTR_CREATE | os.XATTR_REPLACE):
+        raise path_error(
+            errno.EINVAL,
+            f"setxattr: flags {flags:#x}: must be XATTR_CREATE, XATTR_REPLACE or 0",
+        )
+    return flags
+
+
 # Whole rows
 
 

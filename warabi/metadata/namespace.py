@@ -43,19 +43,27 @@ class Namespace(Tree):
                 raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             return value
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True) -> None:
+    def setxattr(
+        self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True, flags: int = 0
+    ) -> None:
         """Set an extended attribute; EPERM for the two virtual ones, EOPNOTSUPP for a name outside
         ``user.``, ``trusted.`` and ``security.`` that is not an access control list, ERANGE, E2BIG
         and ENOSPC if it is too long or too large.
+
+        With ``XATTR_CREATE`` in *flags* it must not exist (EEXIST), with ``XATTR_REPLACE`` it must
+        (ENODATA); as on Linux that does not concern access control lists.
 
         An access control list also changes the mode, and is not stored if the mode can express it.
         Without *keep_setgid*, for a caller outside the file's group, it clears the set-group-ID
         bit.
         """
+        flags = domain.xattr_flags(flags)
         if name in (acl.ACCESS, acl.DEFAULT):
             self._set_list(ino, name, acl.unpack(value), keep_setgid)
         else:
-            self._change_xattr(ino, name, value)
+            self._change_xattr(ino, name, value, flags)
+
+    setxattr_if = setxattr
 
     def removexattr(self, ino: int, name: bytes) -> None:
         """Remove an extended attribute; ENODATA if it does not exist, except for a list."""
@@ -87,12 +95,18 @@ class Namespace(Tree):
             self._catalogue.set_attributes(inode, mode)
             inode.changed_at(self._catalogue.clock.exact())
 
-    def _change_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
+    def _change_xattr(self, ino: int, name: bytes, value: bytes | None, flags: int = 0) -> None:
         with self._guard.lock, self._guard.checked:
             inode = self.get(ino)
             if name in (_REGION_XATTR, _TARGET_XATTR):
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
             domain.xattr_name(name)
+            if flags:
+                exists = self._catalogue.xattr(ino, name) is not None
+                if exists and flags & os.XATTR_CREATE:
+                    raise path_error(errno.EEXIST, f"{os.fsdecode(name)}: the attribute exists")
+                if not exists and flags & os.XATTR_REPLACE:
+                    raise path_error(errno.ENODATA, f"{os.fsdecode(name)}: no such attribute")
             if value is not None:
                 self._check_xattr_room(ino, name, value)
                 self._catalogue.charge(len(value))

@@ -333,6 +333,11 @@ OPERATIONS: dict[str, Operation] = {
         {"ino": INTEGER, "name": BYTES, "value": BYTES, "keep_setgid": FLAG},
         NOTHING, _CHANGE, _INODE, repeatable=True,
     ),
+    # Not repeatable: XATTR_CREATE would find what it has made itself.
+    "setxattr_if": Operation(
+        {"ino": INTEGER, "name": BYTES, "value": BYTES, "keep_setgid": FLAG, "flags": INTEGER},
+        NOTHING, _CHANGE, _INODE,
+    ),
     "removexattr": Operation({"ino": INTEGER, "name": BYTES}, NOTHING, _CHANGE, _INODE),
     "listxattr": Operation({"ino": INTEGER}, list_of(BYTES), _READ, _NOTHING, repeatable=True),
     "resolve": Operation({"path": TEXT}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),

@@ -701,23 +701,28 @@ class FileSystem:
         return value
 
     async def setxattr(
-        self, ino: int, name: bytes, value: bytes, groups: Callable[[], Container[int]] | None
+        self, ino: int, name: bytes, value: bytes, keep_setgid: bool, flags: int = 0
     ) -> None:
-        """Set an extended attribute.
+        """Set an extended attribute; *flags* are those of setxattr(2).
 
-        *groups* returns the caller's groups.  It is None for root, for whom changing the access
-        control list of a file never clears the file's set-group-ID bit.
+        Without *keep_setgid* an access control list clears the set-group-ID bit.
         """
-        lost = await self._loses_setgid(ino, name, groups)
-        await self._target.call("setxattr", ino, name, value, lost is None)
+        if flags:
+            await self._target.call("setxattr_if", ino, name, value, keep_setgid, flags)
+        else:
+            await self._target.call("setxattr", ino, name, value, keep_setgid)
         self._xattr_changes += 1  # invalidates lookups of CAPABILITY that are still running
         if ino in self._known:
             self._known[ino].incapable = 0.0
 
-    async def _loses_setgid(
+    async def loses_setgid(
         self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
     ) -> Attributes | None:
-        """Return the attributes before the change if the change clears the set-group-ID bit."""
+        """Return the attributes of a file if changing its attribute *name*, an access control list,
+        clears its set-group-ID bit.
+
+        *groups* returns the caller's groups.  It is None for root, for whom it never does.
+        """
         if name != acl.ACCESS or groups is None:
             return None
         file = await self.getattr(ino)
@@ -726,8 +731,8 @@ class FileSystem:
     async def removexattr(
         self, ino: int, name: bytes, groups: Callable[[], Container[int]] | None
     ) -> None:
-        """Remove an extended attribute; *groups* as for :meth:`setxattr`."""
-        lost = await self._loses_setgid(ino, name, groups)
+        """Remove an extended attribute; *groups* as for :meth:`loses_setgid`."""
+        lost = await self.loses_setgid(ino, name, groups)
         await self._target.call("removexattr", ino, name)
         if lost is not None:
             mode = lost.mode & ~stat.S_ISGID

@@ -141,6 +141,8 @@ class Operations:
             # Write requests say whether set-ID bits are to be cleared, so that the kernel does not
             # ask before each write whether there is a capability to clear.
             | Feature.HANDLE_KILLPRIV_V2
+            # It also says whether an access control list clears the set-group-ID bit.
+            | Feature.SETXATTR_EXT
         )  # fmt: skip
         """The requested features; after the negotiation, the features agreed on."""
         if not self._openless:
@@ -590,23 +592,17 @@ class Operations:
 
     @_handles(Opcode.SETXATTR)
     async def setxattr(self, header: Header, body: memoryview) -> Answer:
-        size, flags = protocol.SETXATTR.unpack_from(body)
-        name, _, rest = bytes(body[protocol.SETXATTR.size :]).partition(_NAME)
-        if flags and await self._has_xattr(header.node, name) == bool(flags & os.XATTR_CREATE):
-            return errno.EEXIST if flags & os.XATTR_CREATE else errno.ENODATA
-        await self._files.setxattr(
-            header.node, name, rest[:size], groups_of(header.uid, header.gid, header.pid)
-        )
+        extended = self.features & Feature.SETXATTR_EXT
+        form = protocol.SETXATTR_EXT if extended else protocol.SETXATTR
+        size, flags, *more = form.unpack_from(body)
+        name, _, rest = bytes(body[form.size :]).partition(_NAME)
+        if extended:
+            keep_setgid = not more[0] & protocol.SETXATTR_ACL_KILL_SGID
+        else:
+            groups = groups_of(header.uid, header.gid, header.pid)
+            keep_setgid = await self._files.loses_setgid(header.node, name, groups) is None
+        await self._files.setxattr(header.node, name, rest[:size], keep_setgid, flags)
         return b""
-
-    async def _has_xattr(self, ino: int, name: bytes) -> bool:
-        try:
-            await self._files.getxattr(ino, name)
-        except errors.PathError as error:
-            if error.errno != errno.ENODATA:
-                raise
-            return False
-        return True
 
     @_handles(Opcode.REMOVEXATTR)
     async def removexattr(self, header: Header, body: memoryview) -> Answer:

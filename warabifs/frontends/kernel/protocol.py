@@ -86,8 +86,9 @@ class Feature:
     POSIX_ACL = 1 << 20
     MAX_PAGES = 1 << 22
     HANDLE_KILLPRIV_V2 = 1 << 28
-    DIRECT_IO_ALLOW_MMAP = 1 << 36  # shared mappings of files that are opened with DIRECT_IO
+    SETXATTR_EXT = 1 << 29  # a longer SETXATTR
     INIT_EXT = 1 << 30  # more than 32 flags
+    DIRECT_IO_ALLOW_MMAP = 1 << 36  # shared mappings of files that are opened with DIRECT_IO
     PASSTHROUGH = 1 << 37  # a descriptor may back an open file
 
 
@@ -126,6 +127,8 @@ WRITE_KILL_SUIDGID = 1 << 2
 """Flag of a WRITE: the writer may not keep set-ID bits."""
 OPEN_KILL_SUIDGID = 1 << 0
 """The same flag of an OPEN that truncates."""
+SETXATTR_ACL_KILL_SGID = 1 << 0
+"""Flag of a SETXATTR_EXT: the caller may not keep the set-group-ID bit."""
 FSYNC_DATA = 1 << 0
 """Flag of a FSYNC: fdatasync(2) was called."""
 
@@ -173,7 +176,8 @@ COPY_FILE_RANGE = struct.Struct("=QQQQQQ")
 """Handle and offset to copy from; inode, handle and offset to copy to; size; flags follow."""
 NUMBER = struct.Struct("=Q")
 """The answer to a LSEEK, an offset, and to a COPY_FILE_RANGE_64, a size."""
-SETXATTR = struct.Struct("=II")  # size, flags
+SETXATTR = struct.Struct("=II")  # size, flags of setxattr(2)
+SETXATTR_EXT = struct.Struct("=III4x")  # the same, SETXATTR_...
 SIZE = struct.Struct("=II")
 
 _ENTRY = struct.Struct("=QQQQII")

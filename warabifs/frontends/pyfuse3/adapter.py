@@ -420,7 +420,9 @@ class Adapter(pyfuse3.Operations):
     @_handles()
     async def setxattr(self, ino: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """pyfuse3 asks for the attribute before, where it must be there or not."""
-        await self._files.setxattr(ino, name, value, groups_of(ctx.uid, ctx.gid, ctx.pid))
+        groups = groups_of(ctx.uid, ctx.gid, ctx.pid)
+        keep_setgid = await self._files.loses_setgid(ino, name, groups) is None
+        await self._files.setxattr(ino, name, value, keep_setgid)
 
     @_handles()
     async def removexattr(self, ino: int, name: bytes, ctx: RequestContext) -> None:

@@ -1,0 +1,58 @@
+"""What the kernel may lack: mounts do without each feature what programs see with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.support import another_python, is_mounted, run, wait_until
+from tests.posix.support import file, mode_of, user
+from warabifs.frontends.kernel.protocol import Feature
+
+LIMIT = 60.0
+MASKED = """
+import sys
+from warabifs.frontends.kernel import protocol
+from warabifs.mount import main
+
+agree = protocol.init_answer
+protocol.init_answer = lambda body, wanted: agree(body, wanted & ~int(sys.argv[1]))
+main.main(["--foreground", *sys.argv[2:]])
+"""
+
+
+@contextlib.contextmanager
+def mounted_without(features: int, place: Path, source: str, *options: str) -> Iterator[Path]:
+    """A mount whose kernel has none of *features*."""
+    (path := place / "mnt").mkdir()
+    words = ",".join((f"log={place}/log", *options))
+    with another_python(MASKED, str(features), source, path, "-o", words) as process:
+        try:
+            wait_until(lambda: is_mounted(path), "it is mounted")
+            yield path
+        finally:
+            run("fusermount3", "-u", "-z", path)
+        assert process.wait(LIMIT) == 0
+
+
+@pytest.mark.parametrize("features", [0, Feature.SETXATTR_EXT])
+@pytest.mark.parametrize(("gid", "kept"), [(5, True), (1, False)])
+def test_a_list_of_one_outside_the_group_takes_its_bit_away(
+    features: int, gid: int, kept: bool, place: Path
+) -> None:
+    entries = (1, 7, 0), (2, 6, 5), (4, 5, 0), (16, 7, 0), (32, 5, 0)
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    with mounted_without(features, place, "memory:") as mount:
+        path = file(mount / "file")
+        os.chown(path, 1000, 5)
+        path.chmod(0o2755)
+        with user(1000, gid):
+            os.setxattr(path, "system.posix_acl_access", value)
+        assert mode_of(path) == (0o2775 if kept else 0o775)
+        os.setxattr(path, "user.x", b"1", os.XATTR_CREATE)
+        assert os.getxattr(path, "user.x") == b"1"
