@@ -13,18 +13,27 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.crash.powerloss import Promises, check
 from tests.crash.targets import opened
-from tests.support.helpers import PATIENCE, environment, file_config, provider_process
+from tests.support.helpers import (
+    PATIENCE,
+    environment,
+    file_config,
+    pmem_config,
+    provider_process,
+)
 from warabi import errors
-from warabi.client import Client
+from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
+from warabi.target.target import Target
 from warabi.tools import fsck
 
 _FICLONE = 0x40049409
@@ -119,42 +128,138 @@ def snapshots(backend: str, disk: Path, outer: Path) -> list[tuple[list[str], li
     return told
 
 
-def test_what_a_client_could_not_sync_is_remembered(scratch: Path) -> None:
-    """By the provider, although each process syncs by itself what it has written."""
-    size = 8 << 20
+@contextlib.contextmanager
+def disk_that_cannot_grow(scratch: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A mounted disk, and what makes the kernel fail to write what has no place on it yet.
+
+    Within the block it is mounted; afterwards it has room again.
+    """
     run("mount", "-t", "tmpfs", "-o", "size=40m", "none", scratch)
     try:
         image = scratch / "image"
         image.write_bytes(b"")
         os.truncate(image, 200 << 20)
         run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", image)
-        with (
-            mounted(image, scratch / "disk") as disk,
-            provider_process("na+sm", file_config(disk / "target")) as served,
-            contextlib.ExitStack() as stack,
-        ):
-            handles = []
-            for _ in range(2):
-                engine = stack.enter_context(Engine("na+sm", client))
-                handles.append(Client(engine).make_target_handle(served.address, 1))
-            region = handles[0].create(size)
-            handles[0].persist(region, 0, size)
-            for handle in handles:
-                handle.read(region, 0, size)
+
+        def fill() -> None:
             with contextlib.suppress(OSError), (scratch / "filler").open("wb", 0) as filler:
                 while True:  # what the disk is in has no room left for what it is to hold
                     filler.write(bytes(1 << 16))
-            handles[0].write(region, 0, b"x" * size)
-            for _ in range(3):
-                for handle in handles:
-                    with pytest.raises(FAILED, match="a sync failed"):
-                        handle.persist(region, 0, size)
-            (scratch / "filler").unlink()
-            for handle in handles:
-                with pytest.raises(FAILED, match="Write it to a new region"):
-                    handle.persist(region, 0, size)
+
+        with mounted(image, scratch / "disk") as disk:
+            yield disk, fill
     finally:
         run("umount", "-l", scratch)
+
+
+def test_what_a_client_could_not_sync_is_remembered(scratch: Path) -> None:
+    """By the provider, although each process syncs by itself what it has written."""
+    size = 8 << 20
+    with (
+        disk_that_cannot_grow(scratch) as (disk, fill),
+        provider_process("na+sm", file_config(disk / "target")) as served,
+        contextlib.ExitStack() as stack,
+    ):
+        handles = []
+        for _ in range(2):
+            engine = stack.enter_context(Engine("na+sm", client))
+            handles.append(Client(engine).make_target_handle(served.address, 1))
+        region = handles[0].create(size)
+        handles[0].persist(region, 0, size)
+        for handle in handles:
+            handle.read(region, 0, size)
+        fill()
+        handles[0].write(region, 0, b"x" * size)
+        for _ in range(3):
+            for handle in handles:
+                with pytest.raises(FAILED, match="a sync failed"):
+                    handle.persist(region, 0, size)
+        (scratch / "filler").unlink()
+        for handle in handles:
+            with pytest.raises(FAILED, match="Write it to a new region"):
+                handle.persist(region, 0, size)
+
+
+def persisted(calls: list[Callable[[], object]]) -> list[bool]:
+    """Which of the calls, that threads make at the same time, do not fail."""
+    together = threading.Barrier(len(calls))
+    succeeded = [False] * len(calls)
+
+    def work(number: int) -> None:
+        together.wait(PATIENCE)
+        with contextlib.suppress(*FAILED):
+            calls[number]()
+            succeeded[number] = True
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return succeeded
+
+
+CALLERS = 8
+
+
+@pytest.mark.parametrize("way", ["threads", "guests", "requests"])
+@pytest.mark.parametrize("kind", ["loose", "file", "pmem", "sync"])
+def test_each_persist_under_way_learns_that_data_are_lost(
+    kind: str, way: str, scratch: Path
+) -> None:
+    """The kernel reports it to the first sync by a descriptor, and the others succeed.
+
+    The persists, or writes that sync, are of parts of one region, or of small regions that share a
+    file.
+    """
+    size = 1 << 15 if kind == "file" else 1 << 20
+    data = [bytes([65 + number]) * size for number in range(CALLERS)]
+    with disk_that_cannot_grow(scratch) as (disk, fill), contextlib.ExitStack() as stack:
+        path = disk / "target"
+        target: Target | TargetHandle
+        if way == "threads":
+            target = opened(kind, path)
+        else:
+            transport = "na+sm" if way == "guests" else "tcp"
+            settings = {"packed": kind == "file", "sync": kind == "sync"}
+            config = pmem_config(path) if kind == "pmem" else file_config(path, **settings)
+            served = stack.enter_context(provider_process(transport, config))
+            engine = stack.enter_context(Engine(transport, client))
+            target = Client(engine).make_target_handle(served.address, 1)
+        if kind == "file":
+            regions = [(target.create(size), 0) for _ in data]
+        else:
+            whole = target.create(size * CALLERS)
+            regions = [(whole, number * size) for number in range(CALLERS)]
+        for region, _ in regions:
+            target.persist(region, 0, 1)
+            for _ in range(3):  # so that guests are granted it
+                assert target.read(region, 0, 1) == b"\0"
+        fill()
+        extents = list(zip(regions, data, strict=True))
+        if kind != "sync":
+            for (region, offset), part in extents:
+                target.write(region, offset, part)
+        calls: list[Callable[[], object]] = []
+        for (region, offset), part in extents:
+            if kind == "sync":
+                calls.append(partial(target.write, region, offset, part))
+            elif isinstance(target, Target) or way == "guests":
+                calls.append(partial(target.persist, region, offset, size))
+            else:
+                calls.append(target.persist_async(region, offset, size).wait)
+        succeeded = persisted(calls)
+        (scratch / "filler").unlink()
+        if isinstance(target, Target):
+            with contextlib.suppress(*FAILED):
+                target.close()
+        stack.close()
+        run("umount", disk)
+        run("mount", "-o", "loop", scratch / "image", disk)
+        with opened(kind, path, create=False) as again:
+            for ((region, offset), part), safe in zip(extents, succeeded, strict=True):
+                assert not safe or again.read(region, offset, size) == part
+    assert not all(succeeded)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])

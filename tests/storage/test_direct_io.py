@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -95,7 +96,15 @@ with open_file(FileConfig(path=path, create_if_missing=True, **{settings!r})) as
     assert t.read(region, 100, 65536) == b"x" * 65536
 """
     trace = tmp_path / "trace"
-    command = ["strace", "-f", "-o", str(trace), "-e", "trace=openat,pwrite64", sys.executable]
+    command = [
+        "strace",
+        "-f",
+        "-o",
+        str(trace),
+        "-e",
+        "trace=openat,pwrite64,fdatasync",
+        sys.executable,
+    ]
     subprocess.run([*command, "-c", program], check=True, timeout=60)
     return trace.read_text()
 
@@ -109,7 +118,11 @@ def test_direct_io_bypasses_the_page_cache_where_it_can(tmp_path: Path) -> None:
 
 
 def test_sync_waits_at_each_write(tmp_path: Path) -> None:
-    assert re.search(r"regions/../[0-9a-f]{32}.*O_DSYNC", system_calls(tmp_path, {"sync": True}))
+    written = r"pwrite64\((\d+), .*, 65536, 100\) = 65536\n.*fdatasync\(\1\) += 0\n"
+    assert re.search(written, system_calls(tmp_path, {"sync": True}))
+    shutil.rmtree(tmp_path / "t.regions")
+    (tmp_path / "t").unlink()
+    assert not re.search(written, system_calls(tmp_path, {}))
 
 
 @pytest.fixture

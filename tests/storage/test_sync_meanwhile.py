@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.storage.test_checksums import open_target
+from tests.support.helpers import eventually
 from warabi import errors
 from warabi._core import syscalls
 from warabi.backends.range_flush import FlushMapping, PageCacheMapping
@@ -84,10 +85,12 @@ def test_a_flush_under_way(
         try:
             assert begun.wait(PATIENCE)
             assert many or first == "sync" or len(flushed) == 1
-            target._storage.persist_all()
-            assert threading.get_ident() in flushed
+            second = pool.submit(target._storage.persist_all)
+            eventually(lambda: len(set(flushed)) == 2 or second.done(), PATIENCE)
+            assert len(set(flushed)) == 2, "it took the flush that was under way for its own"
         finally:
             go_on.set()
+        second.result(PATIENCE)
         slow.result(PATIENCE)
     flushed.clear()
     with each_flush(monkeypatch, lambda: flushed.append(0)):

@@ -188,7 +188,7 @@ async def test_a_failure_is_remembered(tmp_path: Path, monkeypatch: pytest.Monke
     target.close()
 
 
-async def test_nobody_waits_for_it_but_who_asked(
+async def test_calls_for_other_files_do_not_wait_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = opened(tmp_path / "a")
@@ -213,7 +213,8 @@ async def test_nobody_waits_for_it_but_who_asked(
         nursery.start_soon(persist)
         await slow.wait()
         await trio_target.fsync(other)
-        await trio_target.write(region, 0, b"x" * 100, persist=True)
+        await trio_target.write(other, 0, b"x" * 100, persist=True)
+        await trio_target.write(region, 0, b"x" * 100)
         assert await trio_target.read(region, 0, 100) == b"x" * 100
         for wait in (target.close, lambda: target.resize(region, 5)):  # would be for ever
             with pytest.raises(errors.TargetBusy, match="let it finish first"):

@@ -118,17 +118,15 @@ class DirectFileStorage(FileStorage):
                     )
                 piece[:] = bounce[: len(piece)]
 
-    def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        with self.translated(rid, "write"), self.borrow(rid) as fd:
-            self._check_end(rid, fd, "write", offset + len(data))
-        self.write_beyond(rid, offset, data)
-
-    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+    def _write(self, rid: bytes, offset: int, data: memoryview, *, within: bool) -> None:
+        if within:
+            with self.translated(rid, "write"), self.borrow(rid) as fd:
+                self._check_end(rid, fd, "write", offset + len(data))
         start, end = self._middle(offset, len(data))
-        super().write_beyond(rid, offset, data[:start])
+        super()._write(rid, offset, data[:start], within=False)
         if start < end:
             self._write_direct(rid, offset + start, data[start:end])
-            super().write_beyond(rid, offset + end, data[end:])
+            super()._write(rid, offset + end, data[end:], within=False)
 
     def _write_direct(self, rid: bytes, offset: int, data: memoryview) -> None:
         with self.translated(rid, "write"), self.borrow(rid) as fd, self._buffer() as bounce:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -38,6 +39,8 @@ NEW = ".new"
 _SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced one by one; beyond, by a sync of the file system."""
+_BETWEEN_LOOKS = 0.0005
+"""Seconds between two looks whether a sync has ended that began earlier."""
 _MOST_DESCRIPTORS = 16384
 """Most open region files, even if the process may have more: each uses kernel memory."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
@@ -85,8 +88,11 @@ class FileStorage(Storage):
     def __init__(self, root: Path, *, sync: bool = False) -> None:
         self.root = root
         self._prefix = f"{root}/"
-        self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DSYNC if sync else 0)
+        self._flags = os.O_RDWR | os.O_CLOEXEC
+        # Not O_DSYNC: of several writes by one descriptor only one would fail when data are lost.
+        self._sync = sync
         self.write_waits = self.write_waits or sync
+        self.shares_writes = not sync
         self._lock = threading.Lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         # The other half is for connections, direct access, and everything else.
@@ -97,6 +103,7 @@ class FileStorage(Storage):
         self._kept: set[bytes] = set()
         self._dirty: set[bytes] = set()  # written since the last flush began
         self._flushes: dict[object, set[bytes]] = {}  # regions of each flush under way
+        self._syncs: dict[bytes, set[object]] = {}  # syncs of a file under way
         # Regions whose directory entries may not be durable, oldest first; directories with new or
         # removed entries since their last sync; directories whose sync failed.
         self._fresh: dict[RegionID, None] = {}
@@ -282,20 +289,25 @@ class FileStorage(Storage):
             self._check_end(rid, fd, "resize", size)
 
     def write(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        self._write(rid, offset, data, within=True)
+        if self._sync:
+            self._flush_file(rid)
+
+    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
+        # The write extends the file, which is cheaper than ftruncate(2) first.
+        self._write(rid, offset, data, within=False)
+        if self._sync:
+            self._flush_file(rid)
+
+    def _write(self, rid: bytes, offset: int, data: memoryview, *, within: bool) -> None:
+        """Write to the file, with *within* only if it does not end before."""
         with self.translated(rid, "write"), self.borrow(rid) as fd:
-            self._check_end(rid, fd, "write", offset + len(data))
+            if within:
+                self._check_end(rid, fd, "write", offset + len(data))
             try:
                 pwrite_full(fd, data, offset)
             finally:
                 self._dirty.add(rid)  # not before: a concurrent sync may not include all of it
-
-    def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
-        # The write extends the file, which is cheaper than ftruncate(2) first.
-        with self.translated(rid, "write"), self.borrow(rid) as fd:
-            try:
-                pwrite_full(fd, data, offset)
-            finally:
-                self._dirty.add(rid)
 
     def allocate(self, rid: RegionID, offset: int, size: int) -> None:
         with self.translated(rid, "allocate"), self.borrow(rid) as fd:
@@ -347,6 +359,8 @@ class FileStorage(Storage):
                 copy_file(from_fd, fd, size, start, offset)
             finally:
                 self._dirty.add(rid)
+        if self._sync:
+            self._flush_file(rid)
 
     def keep_times(self, rid: RegionID, times: Times) -> bool:
         if not self._keeps_times:
@@ -368,22 +382,68 @@ class FileStorage(Storage):
 
     def _persist_file(self, rid: bytes, *, times: bool = False) -> None:
         """Flush the whole file and its name; with *times* also its attributes."""
-        with self._flushing(rid, times) as flush:
-            flush.wait()
+        self._flush_file(rid, times=times)
         self.persist_name(rid)
 
+    def _flush_file(self, rid: bytes, *, times: bool = False) -> None:
+        with self._flushing(rid, times) as flush:
+            flush.wait()
+
     @contextlib.contextmanager
-    def _flushing(self, rid: bytes, times: bool) -> Iterator[Flush]:
-        self._check_failed(rid)
+    def _flushing(self, rid: bytes, times: bool, *, wait: bool = True) -> Iterator[Flush]:
         # Even if nothing is dirty: another persist of the region may still be waiting for the
         # flush, and this one must not return before it.
         with (
+            self._syncing(rid, wait=wait) as others,
             self._under_way({rid}),
             self.translated(rid, "persist"),
-            self.borrow(rid) as fd,
+            self._own(rid) if others else self.borrow(rid) as fd,
             self._remembered(rid),
         ):
             yield Flush(fd, data=not times)
+
+    @contextlib.contextmanager
+    def _syncing(self, rid: bytes, *, wait: bool = True) -> Iterator[bool]:
+        """Sync the region's file in the block, and fail if a sync that began before it fails.
+
+        The kernel reports that it could not write once to each open file description, so two
+        syncs at a time must not use the same one, or only one of them would fail.  One that was
+        opened after the report to an earlier sync gets none, hence the wait for those.
+
+        Yields:
+            whether other syncs of it are under way, so that one's own descriptor has to be used.
+
+        Raises:
+            StorageError: a sync of it failed.
+            WouldBlock: without *wait*, instead of waiting for a sync that began earlier.
+        """
+        sync = object()
+        with self._lock:
+            self._check_failed(rid)
+            under_way = self._syncs.setdefault(rid, set())
+            earlier = set(under_way)
+            under_way.add(sync)
+        try:
+            yield bool(earlier)
+        finally:
+            with self._lock:
+                under_way.discard(sync)
+                if not under_way:
+                    del self._syncs[rid]
+        while not earlier.isdisjoint(under_way):
+            if not wait:
+                raise WouldBlock
+            time.sleep(_BETWEEN_LOOKS)
+        self._check_failed(rid)
+
+    @contextlib.contextmanager
+    def _own(self, rid: bytes) -> Iterator[int]:
+        """A descriptor of the region's file that nothing else uses."""
+        fd = self.open(self.path(rid), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            close_quietly(fd)
 
     @contextlib.contextmanager
     def _under_way(self, regions: set[bytes]) -> Iterator[None]:
@@ -410,7 +470,7 @@ class FileStorage(Storage):
     def flushing(self, rid: RegionID, *, times: bool) -> contextlib.AbstractContextManager[Flush]:
         if rid in self._fresh:
             raise WouldBlock
-        return self._flushing(rid, times)
+        return self._flushing(rid, times, wait=False)
 
     def _check_failed(self, rid: bytes) -> None:
         if failed := self.failed.get(rid):
@@ -580,7 +640,7 @@ class FileStorage(Storage):
             fd = self.open(self.path(rid), flags)
             if len(self._kept) < self._limit // 4:
                 self._kept.add(rid)
-            return Location(fd, 0, None, segment=0, mapped=False, waits=self.write_waits)
+            return Location(fd, 0, None, segment=0, mapped=False, waits=False)
 
     def metadata_durable(self, rid: RegionID) -> bool:
         return rid in self._kept and rid not in self._fresh and rid not in self.failed

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, StrictBool
 
-from warabi.backends.base import STRANGERS, THIS_PROCESS, Location, Storage
+from warabi.backends.base import STRANGERS, THIS_PROCESS, Flush, Location, Storage
 from warabi.backends.fd_cache import OpenFile
 from warabi.backends.file import FileStorage
 from warabi.backends.range_flush import FlushMapping, PageCacheMapping, map_persistent
@@ -113,8 +113,11 @@ class PmemStorage(FileStorage):
     view = Storage.view  # not supported: persistent memory has no page cache
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
-        self._check_failed(rid)
-        with self.translated(rid, "persist"), self.borrow(rid) as fd:
+        with (
+            self._syncing(rid) as others,
+            self.translated(rid, "persist"),
+            self.borrow(rid) as fd,
+        ):
             length = self._check_end(rid, fd, "persist", offset + size)
             unsettled = rid in self._unsettled
             mapping = self._mapping(rid, fd, length) if size else None
@@ -124,11 +127,14 @@ class PmemStorage(FileStorage):
                 )
             with self._under_way({rid} if size == length else set()), self._remembered(rid):
                 cached = isinstance(mapping, PageCacheMapping)
-                if times:
+                if others and cached:
+                    with self._own(rid) as own:
+                        Flush(own, data=not times).wait()
+                elif times:
                     os.fsync(fd)
                 elif unsettled and not cached:
                     os.fdatasync(fd)  # the metadata that msync would flush
-                if mapping is not None and not (times and cached):
+                if mapping is not None and not ((times or others) and cached):
                     mapping.flush(offset, size, shared=rid in self._shared)
             self._unsettled.discard(rid)
         self.persist_name(rid)

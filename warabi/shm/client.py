@@ -108,6 +108,7 @@ class Guest(Reach):
         self._segments: dict[int, SharedMapping] = {}
         self._shared: WeakValueDictionary[tuple[int, int], _SharedFile] = WeakValueDictionary()
         self._files = 0
+        self._syncs: dict[int, object] = {}  # by descriptor: a sync is under way, or failed
         self._most_files = min(_MOST_FILES, max(16, limit() // 4))
         forks.register(self)
 
@@ -234,10 +235,16 @@ class Guest(Reach):
         ):
             return False
         if grant.fd >= 0:
+            # One at a time: the kernel reports an error to one of the syncs by a descriptor only.
+            # After an error none: what is not synced any more must be known to the provider first.
+            sync = object()
+            if self._syncs.setdefault(grant.fd, sync) is not sync:
+                return False
             try:
                 os.fdatasync(grant.fd)
             except OSError:
                 return False
+            del self._syncs[grant.fd]
         return table[entry] == version
 
     def drop_grant(self, region: RegionID) -> None:
