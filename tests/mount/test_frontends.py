@@ -245,6 +245,16 @@ def creates_attributes_at_once(name: str, place: Path) -> bool:
     return "asked for user.x" not in requests_of(name, place, SETS)
 
 
+def makes_files_without_names(name: str, place: Path) -> bool:
+    with mounted_by(name, "memory:", place) as mount:
+        fd: int = libc.open(os.fsencode(mount.path), os.O_TMPFILE | os.O_RDWR, 0o600)
+        if fd >= 0:
+            os.close(fd)
+            return True
+        assert ctypes.get_errno() == errno.EOPNOTSUPP
+        return False
+
+
 def drops_some_pages(name: str, place: Path) -> bool:
     """Whether a write past the page cache leaves pages that it did not make false."""
     with (
@@ -325,6 +335,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.FALLOCATE: reserves_room,
     Ability.SEEK_DATA: finds_holes,
     Ability.COPY_RANGE: has_ranges_copied,
+    Ability.TMPFILE: makes_files_without_names,
     Ability.XATTR_FLAGS: creates_attributes_at_once,
 }
 

@@ -60,15 +60,6 @@ def test_holes_of_small_files_in_memory_are_data(where: Path) -> None:
 
 
 @on_mounts
-def test_unnamed_files_are_refused_and_programs_fall_back(where: Path) -> None:
-    with fails_with(errno.EOPNOTSUPP):
-        os.open(where, os.O_TMPFILE | os.O_RDWR)
-    script = "import sys, tempfile; tempfile.TemporaryFile(dir=sys.argv[1]).write(b'data')"
-    python(script, where)
-    assert os.listdir(where) == []
-
-
-@on_mounts
 def test_inode_flags_and_extents_are_not_known(where: Path) -> None:
     with opened(where / "file") as fd, opened(where / "other") as other:
         os.write(fd, b"data")

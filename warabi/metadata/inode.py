@@ -25,8 +25,9 @@ class Inode:
 
     __slots__ = (
         "anonymous", "atime", "before", "changed", "ctime", "dead", "exclusive", "exposed",
-        "generation", "gid", "ino", "kept", "measure", "mode", "mtime", "nlink", "packed", "pins",
-        "rdev", "rid", "seen", "share", "size", "stored", "target", "uid", "users", "writer",
+        "generation", "gid", "ino", "kept", "linkable", "measure", "mode", "mtime", "nlink",
+        "packed", "pins", "rdev", "rid", "seen", "share", "size", "stored", "target", "uid",
+        "users", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +61,7 @@ class Inode:
         self.users = 0
         self.exclusive = False
         self.pins = 0
+        self.linkable = False  # it has no name yet, and may get one
         self.dead = False
         self.share: Share | None = None  # while other processes have direct access
         self.exposed: Exposed | None = None  # while the kernel uses its file directly

@@ -143,6 +143,7 @@ class Tree:
             raise path_error(errno.EMLINK, f"{os.fsdecode(name)}: too many links")
         self._catalogue.link(parent.ino, name, inode, new=True)
         inode.anonymous = 0
+        inode.linkable = False
         if stat.S_ISDIR(inode.mode):
             parent.nlink += 1
         else:
@@ -324,6 +325,26 @@ class Tree:
             inode.pins += pin
             return inode.attributes()
 
+    def tmpfile(
+        self, parent: int, exclusive: bool, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Attributes:
+        """Create an empty region without a name, as ``O_TMPFILE`` does, and pin it once.
+
+        It inherits from the directory *parent* as a new entry would, is erased with its last pin,
+        and, unless *exclusive*, may be given a name by :meth:`link` before.
+        """
+        with self._guard.lock, self._guard.checked:
+            directory = self._directory(parent)
+            if directory.nlink == 0:
+                raise path_error(errno.ENOENT, f"inode {parent}: the directory was removed")
+            mode, lists = self._inherited(directory, mode, umask)
+            gid = directory.gid if directory.mode & stat.S_ISGID else gid
+            inode = self._regions.new_region(mode, uid, gid)
+            inode.pins = 1
+            inode.linkable = not exclusive
+            self._set_xattrs(inode, lists)
+            return inode.attributes()
+
     def mkdir(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
     ) -> Attributes:
@@ -365,7 +386,7 @@ class Tree:
             directory = self._absent(parent, name)
             if stat.S_ISDIR(inode.mode):
                 raise path_error(errno.EPERM, f"link: inode {ino} is a directory")
-            if inode.nlink == 0 and not inode.anonymous:
+            if inode.nlink == 0 and not (inode.anonymous or inode.linkable):
                 raise path_error(errno.ENOENT, f"link: inode {ino} was removed")
             self._catalogue.charge(len(name))
             self._named(directory, name, inode)

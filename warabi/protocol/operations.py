@@ -140,7 +140,8 @@ class Operation:
     def owner(self) -> int | None:
         """Index of the owner of the created inode among the arguments, followed by the group; None
         if the operation creates nothing, or has no owner argument."""
-        return self.position.get("uid") if self.changes is ChangeScope.NAMES else None
+        creates = self.changes in (ChangeScope.NAMES, ChangeScope.UNNAMED)
+        return self.position.get("uid") if creates else None
 
 
 def _pinned_if(position: int) -> Pins:
@@ -305,6 +306,10 @@ OPERATIONS: dict[str, Operation] = {
     "mknod": Operation(
         {**_ENTRY_AT, "mode": INTEGER, **_OWNER, "rdev": INTEGER, "pin": FLAG, "umask": INTEGER},
         ATTRIBUTES, _CHANGE, _NAMES, pins=_pinned_if(6),
+    ),
+    "tmpfile": Operation(
+        {"parent": INTEGER, "exclusive": FLAG, "mode": INTEGER, **_OWNER, "umask": INTEGER},
+        ATTRIBUTES, _CHANGE, _UNNAMED, pins=_pinned,
     ),
     "mkdir": Operation(
         {**_ENTRY_AT, "mode": INTEGER, **_OWNER, "umask": INTEGER}, ATTRIBUTES, _CHANGE, _NAMES

@@ -51,6 +51,8 @@ class Ability(enum.StrEnum):
     """lseek(2) finds data and holes (``SEEK_DATA``, ``SEEK_HOLE``)."""
     COPY_RANGE = "copy_range"
     """copy_file_range(2) has the target copy; without it the kernel reads and writes."""
+    TMPFILE = "tmpfile"
+    """open(2) with ``O_TMPFILE`` makes files without names."""
     XATTR_FLAGS = "xattr_flags"
     """setxattr(2) with ``XATTR_CREATE`` or ``XATTR_REPLACE`` is atomic."""
 

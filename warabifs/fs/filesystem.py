@@ -121,7 +121,9 @@ class FileSystem:
             known.aliased = True
         return attributes
 
-    def _new(self, attributes: Attributes, parent: int, name: bytes) -> Attributes:
+    def _new(
+        self, attributes: Attributes, parent: int | None = None, name: bytes = b""
+    ) -> Attributes:
         """As :meth:`_count`, for an inode that was just created."""
         self._count(attributes, parent, name)
         self.pages.made(attributes.ino)
@@ -328,6 +330,23 @@ class FileSystem:
             return opened
         self._new(made, parent, name)
         return self._add_handle(File(made.ino, made.region)), True, made
+
+    async def tmpfile(
+        self, parent: int, mode: int, uid: int, gid: int, flags: int, umask: int
+    ) -> tuple[int, Attributes]:
+        """Create a file without a name; returns its handle, 0 if files are not opened, and its
+        attributes.
+
+        Like a removed file it stays until the kernel forgets it, which may follow the last close
+        if that is of an ``O_PATH`` descriptor.
+        """
+        exclusive = bool(flags & os.O_EXCL)
+        made = await self._target.call("tmpfile", parent, exclusive, mode, uid, gid, umask)
+        self._new(made)
+        self._known[made.ino].held += 1
+        if self.openless:
+            return 0, made
+        return self._add_handle(File(made.ino, made.region, pinned=False)), made
 
     def _is_harmless(self, ino: int) -> bool:
         """Whether the file is known to have no set-ID bits."""
@@ -620,7 +639,8 @@ class FileSystem:
         file = self._handles.pop(handle)
         if isinstance(file, File) and file.ino in self._known:
             self.pages.used(file)
-        await self._target.call("unpin", file.ino, 1)
+        if not isinstance(file, File) or file.pinned:
+            await self._target.call("unpin", file.ino, 1)
 
     # Directories
 

@@ -76,12 +76,14 @@ class File:
             processed the reply to the open, which the first use of the file proves; then None.
         failed_end: the largest end offset of failed ``O_DIRECT`` writes for which the kernel has
             not yet truncated the file; 0 if there were none.
+        pinned: whether the open file pins the inode; otherwise that the kernel knows it does.
     """
 
     ino: int
     region: RegionID
     version: int | None = None
     failed_end: int = 0
+    pinned: bool = True
 
 
 class Listing:

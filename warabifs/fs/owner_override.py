@@ -21,8 +21,13 @@ from warabi.protocol.operations import OPERATIONS
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _SPECIAL = _SET_ID | stat.S_ISVTX
-_OWNER_AT = {name: one.owner for name, one in OPERATIONS.items() if one.owner is not None}
-"""Operations that create something, and the index of the owner among their arguments."""
+_CREATES = {
+    name: (one.owner, one.position.get("mode"))
+    for name, one in OPERATIONS.items()
+    if one.owner is not None
+}
+"""Operations that create something, and the indexes of the owner and of the mode, if any, among
+their arguments."""
 
 
 @dataclass
@@ -47,15 +52,15 @@ class Shown:
             gid=stored.gid if self.gid is None else self.gid,
         )
 
-    def made(self, arguments: Sequence[Any], place: int) -> list[Any]:
+    def made(self, arguments: Sequence[Any], place: int, mode: int | None) -> list[Any]:
         """Return the arguments of a creating operation; its owner is at index *place*."""
         changed = list(arguments)
         if self.uid is not None:
             changed[place] = self.uid
         if self.gid is not None:
             changed[place + 1] = self.gid
-        if changed != list(arguments) and isinstance(changed[2], int):
-            changed[2] &= ~_SET_ID  # the caller is not the owner that the file gets
+        if changed != list(arguments) and mode is not None:
+            changed[mode] &= ~_SET_ID  # the caller is not the owner that the file gets
         return changed
 
     def change(
@@ -101,8 +106,8 @@ class ShownLink:
         self.read_vector = link.read_vector
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        if name in _OWNER_AT:
-            arguments = self._shown.made(arguments, _OWNER_AT[name])
+        if name in _CREATES:
+            arguments = self._shown.made(arguments, *_CREATES[name])
         elif name == "setattr" and any(value is not None for value in arguments[1:4]):
             ino, mode, uid, gid, *rest = arguments
             stored = await self._link.call("getattr", (ino,))

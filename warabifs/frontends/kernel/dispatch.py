@@ -31,7 +31,7 @@ from warabifs.fs.write_ordering import KERNEL
 
 _ENTRIES = (
     Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK, Opcode.CREATE,
-    Opcode.READDIRPLUS,
+    Opcode.TMPFILE, Opcode.READDIRPLUS,
 )  # fmt: skip
 """Requests whose replies make inodes known to the kernel."""
 _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
@@ -185,8 +185,8 @@ class Operations:
             return
         if opcode in _ENTRIES:
             await self._files.forget([(ino, 1) for ino in protocol.inodes_of(opcode, answer)])
-        if opcode in (Opcode.OPEN, Opcode.CREATE):
-            start = protocol.ENTRY_SIZE if opcode == Opcode.CREATE else 0
+        if opcode in (Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE):
+            start = 0 if opcode == Opcode.OPEN else protocol.ENTRY_SIZE
             await self._files.release(protocol.HANDLE.unpack_from(answer, start)[0])
         elif opcode == Opcode.OPENDIR:
             self._files.releasedir(protocol.HANDLE.unpack_from(answer)[0])
@@ -410,6 +410,14 @@ class Operations:
         )
         return self._entry(made) + self._opened(handle, made.region, flags, fresh)
 
+    @_handles(Opcode.TMPFILE)
+    async def tmpfile(self, header: Header, body: memoryview) -> Answer:
+        flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
+        handle, made = await self._files.tmpfile(
+            header.node, mode, header.uid, header.gid, flags, umask
+        )
+        return self._entry(made) + self._opened(handle, made.region, flags, keep_cache=True)
+
     @_handles(Opcode.OPEN)
     async def open(self, header: Header, body: memoryview) -> Answer:
         if self._openless:
@@ -529,9 +537,11 @@ class Operations:
 
     @_handles(Opcode.RELEASE)
     async def release(self, header: Header, body: memoryview) -> Answer:
+        handle, _ = protocol.HANDLE.unpack_from(body)
         if self._passing is not None:
             await self._passing.release(header.node)
-        await self._files.release(protocol.HANDLE.unpack_from(body)[0])
+        if handle:  # 0: a TMPFILE, before the kernel knew that it needs no OPEN
+            await self._files.release(handle)
         return b""
 
     # Directories
