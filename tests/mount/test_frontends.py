@@ -444,6 +444,37 @@ def test_mounts_are_listed_alike(name: str, place: Path) -> None:
         )
 
 
+TWO_IN_A_PROCESS = """
+import sys
+from warabifs.frontends.pyfuse3.frontend import Pyfuse3FrontEnd as FrontEnd
+from warabifs.mount import main
+begin = FrontEnd.begin
+def begin_two(self, files, settings):
+    abilities = begin(self, files, settings)
+    try:
+        begin(FrontEnd(self._device), files, settings)
+    except ValueError as error:
+        print(error, flush=True)
+    return abilities
+FrontEnd.begin = begin_two
+main.main(["--foreground", *sys.argv[1:]])
+"""
+
+
+def test_a_second_mount_of_a_process_by_pyfuse3_is_refused(place: Path) -> None:
+    """The first one goes on."""
+    (path := place / "mnt").mkdir()
+    options = ("memory:", path, "-o", "frontend=pyfuse3")
+    with another_python(TWO_IN_A_PROCESS, *options) as process:
+        try:
+            assert "one mount of a process at a time" in line_of(process)
+            wait_until(lambda: is_mounted(path), "it is mounted")
+            assert os.listdir(path) == []
+        finally:
+            run("fusermount3", "-u", "-z", path)
+        assert process.wait(LIMIT) == 0
+
+
 def test_a_front_end_that_is_unknown_is_refused(place: Path) -> None:
     with mounting("memory:", place, "frontend=libfuse", start=False) as mount:
         done = run(*mount.command(), check=False)

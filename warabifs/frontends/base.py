@@ -106,7 +106,8 @@ class FrontEnd(ABC):
 
         Raises:
             OSError: the mount was over before it began.
-            ValueError: the kernel is too old; the message says how old.
+            ValueError: it cannot serve this mount; the message says why, such as how old the
+                kernel is.
             TimeoutError: the kernel sends nothing.
         """
 

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import ClassVar
 
 import pyfuse3
 import trio
@@ -29,6 +30,8 @@ _IN_KERNEL = 0.5
 class Pyfuse3FrontEnd(FrontEnd):
     """pyfuse3 takes the requests, and :class:`Adapter` hands them on."""
 
+    _serves: ClassVar[bool] = False  # pyfuse3 has a session
+
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self._fd = -1
@@ -38,6 +41,8 @@ class Pyfuse3FrontEnd(FrontEnd):
         self._silent = False
 
     def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
+        if Pyfuse3FrontEnd._serves:
+            raise ValueError("pyfuse3 serves one mount of a process at a time, and has one")
         token = trio.lowlevel.current_trio_token()
 
         def began() -> None:
@@ -53,6 +58,7 @@ class Pyfuse3FrontEnd(FrontEnd):
             os.close(fd)
             raise ValueError(f"libfuse refuses it: {error}") from error
         self._fd = fd
+        Pyfuse3FrontEnd._serves = True
         wanted = {Ability.DIRECT_IO: settings.direct_io, Ability.WRITEBACK: settings.writeback}
         return frozenset(ability for ability, used in wanted.items() if used)
 
@@ -69,6 +75,7 @@ class Pyfuse3FrontEnd(FrontEnd):
         if self._notifying.acquire(timeout=_IN_KERNEL):
             self._notifying.release()
             pyfuse3.close(unmount=False)
+            Pyfuse3FrontEnd._serves = False
         else:  # the session is in use there, and ends with the process
             os.close(self._fd)
         self._fd = -1
