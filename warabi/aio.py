@@ -45,8 +45,8 @@ from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
 from warabi.remote.aio_direct import AsyncDirectAccessChannel
 from warabi.remote.aio_link import AsyncWireLink
-from warabi.remote.aio_readonly import AsyncReadOnlyLink
 from warabi.remote.connection import TIMEOUT
+from warabi.remote.readonly import restricted
 from warabi.target.target import Target as LocalTarget
 
 if TYPE_CHECKING:
@@ -347,7 +347,13 @@ def _id(region: Any) -> RegionID:
 
 def _asyncio_runs() -> bool:
     asyncio = sys.modules.get("asyncio")
-    return asyncio is not None and asyncio._get_running_loop() is not None
+    if asyncio is None:
+        return False
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_loop(what: str) -> None:
@@ -408,9 +414,8 @@ async def connect(
 
     async def opened(*, descriptors: bool = False) -> TrioConnection:
         plain, over = await _in_thread(endpoint, limit, shown)
-        plain.setblocking(False)
         connection = TrioConnection(
-            trio.socket.from_stdlib_socket(plain),
+            plain,
             over,
             str(endpoint),
             Patience(timeout, deadline),
@@ -441,7 +446,7 @@ async def connect(
                     writable=not read_only,
                 )
             link: AsyncLink = AsyncWireLink(connection, provider_id, side)
-            target = Target(AsyncReadOnlyLink(link) if read_only else link)
+            target = Target(restricted(link) if read_only else link)
             await target.call("ping")
             try:
                 yield target

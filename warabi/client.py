@@ -20,7 +20,7 @@ from warabi._core.buffers import (
 )
 from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
-from warabi.engine import Engine
+from warabi.engine import Engine, state_of
 from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
 from warabi.local.link import DirectLink, Link
 from warabi.protocol import address as _address
@@ -28,7 +28,7 @@ from warabi.protocol.operations import PAGE
 from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
 from warabi.remote.link import WireLink
-from warabi.remote.readonly import ReadOnlyLink
+from warabi.remote.readonly import ReadOnlyLink, restricted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
@@ -671,7 +671,7 @@ Place = tuple[str, int, bool]
 
 
 def _inner(link: Link) -> Link:
-    return link._link if isinstance(link, ReadOnlyLink) else link
+    return link.link if isinstance(link, ReadOnlyLink) else link
 
 
 def _link_to(engine: Engine, place: Place) -> Link:
@@ -681,19 +681,19 @@ def _link_to(engine: Engine, place: Place) -> Link:
         ProviderNotFound: the address is *engine*'s own, and it has no such provider.
     """
     text, provider_id, read_only = place
-    runtime = engine._state.runtime
+    runtime = state_of(engine).runtime
     if runtime is not None and str(engine.addr()) == text:
         link: Link = DirectLink(runtime.find(provider_id))
-        return ReadOnlyLink(link) if read_only else link
+        return restricted(link) if read_only else link
     return _remote_link(engine, place)
 
 
 def _remote_link(engine: Engine, place: Place) -> Link:
     text, provider_id, read_only = place
-    connections = engine._state.connections
+    connections = state_of(engine).connections
     side = connections.side_channel(text, provider_id, read_only)
     link = WireLink(lambda: connections.get(text, read_only), provider_id, side)
-    return ReadOnlyLink(link) if read_only else link
+    return restricted(link) if read_only else link
 
 
 def _unpickled_handle(
@@ -751,7 +751,7 @@ class Client:
 
     def get_config(self) -> str:
         """The client's settings, as JSON text."""
-        patience = self._engine._state.connections.patience
+        patience = state_of(self._engine).connections.patience
         settings = {"timeout": patience.silence}
         if patience.deadline is not None:
             settings["deadline"] = patience.deadline

@@ -85,7 +85,7 @@ class Address:
             raise errors.ConnectionFailed(
                 f"shutdown {self._text}: no engine is running at this address"
             )
-        connections = self._engine._state.connections
+        connections = state_of(self._engine).connections
         WireLink(lambda: connections.get(self._text), 0).call("shutdown")
 
 
@@ -172,11 +172,12 @@ class Connections:
             self._open.clear()
 
 
-class _State:
+class EngineState:
     """The state of an engine.  It never refers to the ``Engine``, so that that can be collected."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, portable: dict[str, Any] | str) -> None:
         self.connections = connections
+        self.portable = portable  # see processes.portable()
         self.runtime: Runtime | None = None
         self.parent = 0  # the serving process, if this one was forked from it
         self.lock = threading.Lock()
@@ -231,7 +232,12 @@ class _State:
         threading.Thread(target=self.finalize, name="warabi-finalize").start()
 
 
-_unfinalized: set[_State] = set()
+def state_of(engine: Engine) -> EngineState:
+    """Return the state of *engine*, for the modules of the API."""
+    return engine._state  # noqa: SLF001 - programs see only the documented names of an Engine
+
+
+_unfinalized: set[EngineState] = set()
 """Engines to finalize at interpreter exit."""
 
 
@@ -244,7 +250,7 @@ def _finalize_all() -> None:
             Engine.logger.exception("finalizing an engine at interpreter exit failed")
 
 
-def _finalize_collected(state: _State) -> None:
+def _finalize_collected(state: EngineState) -> None:
     """Finalize a garbage-collected engine, in a separate thread: the collector runs anywhere, in
     the engine's loop or in a call that holds a target's lock."""
 
@@ -296,15 +302,17 @@ class Engine:
     ) -> None:
         settings = _settings(config)
         endpoint = address.parse(addr, complete=False)
-        self._portable = processes.portable(addr, config)
+        portable = processes.portable(addr, config)
         if not isinstance(mode, Mode):
             raise errors.ConfigError(f"engine mode: expected client or server, got {mode!r}")
         self._mode = mode
-        interrupts.uninterrupted(self._begin, endpoint, settings)
+        interrupts.uninterrupted(self._begin, endpoint, settings, portable)
 
-    def _begin(self, endpoint: Endpoint, settings: _Settings) -> None:
+    def _begin(
+        self, endpoint: Endpoint, settings: _Settings, portable: dict[str, Any] | str
+    ) -> None:
         connections = Connections(settings.patience, settings.security, settings.share)
-        self._state = state = _State(connections)
+        self._state = state = EngineState(connections, portable)
         if self._mode is server:
             loop = extras.load("warabi.provider.loop", "server")
             state.runtime = loop.Runtime(

@@ -52,7 +52,9 @@ def settings_of(engine: Engine, what: str) -> dict[str, Any]:
     Raises:
         TypeError: there is a secret in its configuration.
     """
-    settings = engine._portable
+    from warabi.engine import state_of
+
+    settings = state_of(engine).portable
     if isinstance(settings, str):
         raise TypeError(f"this {what} cannot be pickled, {settings}")
     return settings
@@ -80,12 +82,12 @@ class _Engines:
         return None
 
     def made(self, settings: dict[str, Any]) -> Engine:
-        from warabi.engine import Engine, client
+        from warabi.engine import Engine, client, state_of
 
         key = json.dumps(settings, sort_keys=True)
         with self._lock:
             engine = self._made.get(key)
-            if engine is None or engine._state.finalized.is_set():
+            if engine is None or state_of(engine).finalized.is_set():
                 engine = Engine(settings["transport"], client, config=settings["config"])
                 self._made[key] = engine
             return engine

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from warabi._core import interrupts
-from warabi.engine import Engine
+from warabi.engine import Engine, state_of
 from warabi.errors import ConfigError, Exception, TargetBusy
 from warabi.protocol.address import parse
 from warabi.provider.buffer_pool import DefaultTransfers, PipelineTransfers, Transfers
@@ -48,12 +48,13 @@ class Provider:
         self, engine: Engine, provider_id: int, config: dict[str, Any] | str = "{}"
     ) -> None:
         settings = _config.parse(config)
-        runtime = engine._state.runtime if isinstance(engine, Engine) else None
-        if isinstance(engine, Engine) and engine._state.parent:
+        state = state_of(engine) if isinstance(engine, Engine) else None
+        if state is not None and state.parent:
             raise ConfigError(
-                f"Provider: the engine {engine.addr()} belongs to process {engine._state.parent},"
+                f"Provider: the engine {engine.addr()} belongs to process {state.parent},"
                 " from which this one was forked; make an engine here"
             )
+        runtime = state.runtime if state is not None else None
         if runtime is None or not engine.listening:
             raise ConfigError("Provider: needs an engine in server mode that is not finalized")
         _checked_id(provider_id)
@@ -71,7 +72,7 @@ class Provider:
             previous.close()
         core = ProviderCore(provider_id, _open(settings), _transfers(settings))
         core.config = settings
-        core.connect = self._engine._state.connections.alone
+        core.connect = state_of(self._engine).connections.alone
         core.on_adopt = _remember
         _remember(core)
         providers[provider_id] = core

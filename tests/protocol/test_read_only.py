@@ -132,7 +132,7 @@ def test_read_only_handles(way: str, tls: dict[str, Any], tmp_path: Path) -> Non
 
 def _unchecked(handle: TargetHandle) -> TargetHandle:
     """The same connection as a read-only handle's, whose client checks nothing any more."""
-    link: Link = handle._link._link  # type: ignore[attr-defined]
+    link: Link = handle._link.link  # type: ignore[attr-defined]
     assert isinstance(link, WireLink)
     return TargetHandle(link, handle._engine)
 
@@ -206,7 +206,7 @@ async def test_read_only_trio_targets(
         warabi.aio.connect(served.address, 2, tls=shown, read_only=True) as reader,
     ):
         region = await target.create_and_write(b"data")
-        unchecked = warabi.aio.Target(reader._link._link)  # type: ignore[attr-defined]
+        unchecked = warabi.aio.Target(reader._link.link)  # type: ignore[attr-defined]
         for one in (reader, unchecked):
             for change in AIO_CHANGES:
                 with pytest.raises(errors.PermissionDenied, match="access is read-only"):

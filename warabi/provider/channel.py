@@ -11,7 +11,7 @@ import contextlib
 import errno
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from time import perf_counter_ns
 
 import trio
@@ -34,6 +34,8 @@ _ONE = memoryview(bytearray(1))  # for MSG_PEEK
 _UNREAD = 64  # reads of unused input when closing
 _UNREAD_PIECE = 256 * 1024
 
+SendParts = Callable[..., Awaitable[None]]
+
 
 class Channel:
     """A connected socket and the protocol on it.
@@ -45,7 +47,7 @@ class Channel:
     more than most requests.  The loop gets a turn when there is nothing to do, and after ``TURN``.
 
     Args:
-        sock: the connected socket.
+        sock: the connected, non-blocking socket.
         limits: what this side accepts after authentication.
         crowd: the idle connections of the loop.
 
@@ -55,12 +57,12 @@ class Channel:
 
     def __init__(
         self,
-        sock: trio.socket.SocketType,
+        sock: socket.socket,
         limits: Limits,
         crowd: Crowd,
     ) -> None:
         self._socket = sock
-        self._transport: Transport = Plain(sock._sock)  # type: ignore[attr-defined]
+        self._transport: Transport = Plain(sock)
         self._encrypted = False
         self._crowd = crowd
         self._attention = self._crowd.attention
@@ -112,8 +114,7 @@ class Channel:
 
     async def _start_tls(self, security: Security) -> None:
         assert security.tls is not None
-        plain = self._socket._sock  # type: ignore[attr-defined]
-        tls = Tls(plain, security.tls.server, None)
+        tls = Tls(self._socket, security.tls.server, None)
         done = False
         while not done:
             try:
@@ -325,20 +326,24 @@ class Channel:
                 self._deaf = True
             if self._deaf or not parts:
                 return
-        if self._sending.locked():
-            await self._sending.acquire()
-        else:  # acquire() could interleave another frame
-            self._sending.acquire_nowait()
+        await self._acquire()
         try:
             await self._send(parts, descriptors)
         finally:
             self._sending.release()
 
+    async def _acquire(self) -> None:
+        """Acquire the lock for sending, without a checkpoint if it is free."""
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+
     def _send_some(
         self, parts: Sequence[Part], rights: Sequence[tuple[int, int, array.array[int]]] = ()
     ) -> Sequence[Part]:
         """Send what the socket accepts at once, and return the rest."""
-        sent: int = self._socket._sock.sendmsg(parts, rights)  # type: ignore[attr-defined]
+        sent = self._socket.sendmsg(parts, rights)
         self._lookout.moved(sent)
         rest: list[Part] = []
         for part in parts:
@@ -372,9 +377,8 @@ class Channel:
 
         Parts that cannot be read are not sent.
         """
-        plain: socket.socket = self._socket._sock  # type: ignore[attr-defined]
         try:
-            sent = 0 if self._deaf else plain.sendmsg(parts)
+            sent = 0 if self._deaf else self._socket.sendmsg(parts)
             self._lookout.moved(sent)
             return sent
         except (BlockingIOError, InterruptedError):
@@ -383,15 +387,27 @@ class Channel:
             self._deaf = error.errno != errno.EFAULT
             return 0
 
-    def stream(self, patience: float) -> Stream:
-        """Return a context for sending a frame in parts: ``async with channel.stream(...) as
-        stream``.
+    @contextlib.asynccontextmanager
+    async def stream(self, patience: float) -> AsyncIterator[SendParts]:
+        """Return a context for sending one frame in several parts; the context's value sends some.
 
-        Sending a part raises ``trio.TooSlowError`` if the peer reads less than ``STALL_SIZE`` bytes
-        in
-        *patience* seconds.
+        An incomplete frame closes the connection.  Sending raises ``trio.TooSlowError`` if the
+        peer reads less than ``STALL_SIZE`` bytes in *patience* seconds.
         """
-        return Stream(self, patience)
+
+        async def send(*parts: Part) -> None:
+            with trio.fail_after(_scaled(patience, sum(map(len, parts)))):
+                await self._send(parts)
+
+        await self._acquire()
+        try:
+            yield send
+        except BaseException:
+            self._deaf = True
+            self.close()
+            raise
+        finally:
+            self._sending.release()
 
     def close(self) -> None:
         """Close the connection so that replies that were sent still arrive.
@@ -401,38 +417,14 @@ class Channel:
         """
         with contextlib.suppress(OSError):  # nothing left to read
             for _ in range(_UNREAD):
-                if not self._socket._sock.recv(_UNREAD_PIECE):  # type: ignore[attr-defined]
+                if not self._socket.recv(_UNREAD_PIECE):
                     break
-        self._crowd.closing(self._socket.fileno())
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            self._crowd.closing(self._socket.fileno())
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
 
 
 def _scaled(patience: float, size: int) -> float:
     """Return the timeout for *size* bytes, given that for ``STALL_SIZE``, which is the minimum."""
     return patience * max(1.0, size / STALL_SIZE)
-
-
-class Stream:
-    """The exclusive right to send several parts; an incomplete frame closes the connection."""
-
-    def __init__(self, channel: Channel, patience: float) -> None:
-        self._channel = channel
-        self._patience = patience
-
-    async def __aenter__(self) -> Stream:
-        try:
-            self._channel._sending.acquire_nowait()
-        except trio.WouldBlock:
-            await self._channel._sending.acquire()
-        return self
-
-    async def send(self, *parts: Part) -> None:
-        """Send all of *parts*, within the timeout."""
-        with trio.fail_after(_scaled(self._patience, sum(map(len, parts)))):
-            await self._channel._send(parts)
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._channel._deaf = True
-            self._channel.close()
-        self._channel._sending.release()

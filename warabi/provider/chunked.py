@@ -75,8 +75,8 @@ async def download(channel: Channel, request: TargetRequest, plan: TransferPlan,
     view = await transfers.acquire(transfers.chunk)
     try:
         await _load_chunk(request, plan, pieces[0], view)
-        async with channel.stream(transfers.patience) as stream:
-            await stream.send(wire.frame([request.number, None], size))
+        async with channel.stream(transfers.patience) as send:
+            await send(wire.frame([request.number, None], size))
             for index, (start, end) in enumerate(pieces):
                 following = pieces[index + 1] if index + 1 < len(pieces) else None
                 # Never wait for a second buffer while holding one, which could deadlock.
@@ -86,7 +86,7 @@ async def download(channel: Channel, request: TargetRequest, plan: TransferPlan,
                     if following and ahead is not None:
                         nursery.start_soon(_load_ahead, request, plan, following, ahead, failures)
                     try:
-                        await stream.send(view[: end - start])
+                        await send(view[: end - start])
                     except Exception as error:
                         failures.append(error)
                 if ahead is not None:

@@ -109,17 +109,19 @@ class Runtime:
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        listener = trio.socket.from_stdlib_socket(self._listener)
         with self._scope:
             async with self._crowd.served(), trio.open_nursery() as nursery:
-                with listener, self._accepting:
+                with self._listener, self._accepting:
                     self._started.set()
-                    await self._accept(listener, nursery)
+                    await self._accept(nursery)
 
-    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+    async def _accept(self, nursery: trio.Nursery) -> None:
         while True:
             try:
-                connection, where = await listener.accept()
+                await trio.lowlevel.wait_readable(self._listener)
+                connection, where = self._listener.accept()
+            except BlockingIOError:  # the peer has given up
+                continue
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.debug("accept: %s", error)
@@ -127,22 +129,23 @@ class Runtime:
                 log.error("accept: %s; pausing before accepting more connections", error.strerror)
                 await trio.sleep(0.1)
                 continue
+            connection.setblocking(False)
             pid = 0
             if self.endpoint.local:
-                pid, uid = address.peer(connection)  # type: ignore[arg-type]  # has getsockopt
+                pid, uid = address.peer(connection)
                 if uid not in (os.getuid(), 0):
                     log.error("connection refused: the peer's user ID is %d", uid)
                     connection.close()
                     continue
             else:
-                address.prepare(connection)  # type: ignore[arg-type]  # has what it needs
+                address.prepare(connection)
                 for option, value in _KEPT_ALIVE:
                     connection.setsockopt(*option, value)
             where_from = "" if self.endpoint.local else str(where[0])
             self._receive(connection, where_from, pid, nursery)
 
     def _receive(
-        self, connection: trio.socket.SocketType, host: str, pid: int, nursery: trio.Nursery
+        self, connection: socket.socket, host: str, pid: int, nursery: trio.Nursery
     ) -> None:
         session = ClientSession(
             connection,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ class ClientSession:
 
     def __init__(
         self,
-        sock: trio.socket.SocketType,
+        sock: socket.socket,
         find: Callable[[int], ProviderCore],
         shutdown: Callable[[], None],
         *,
@@ -480,8 +481,8 @@ class ClientSession:
             try:
                 if not await zero_copy.send(self._channel, request, plan, view):
                     await self._load(request, plan, view)
-                    async with self._channel.stream(transfers.patience) as stream:
-                        await stream.send(wire.frame([request.number, None], size), view)
+                    async with self._channel.stream(transfers.patience) as send:
+                        await send(wire.frame([request.number, None], size), view)
             finally:
                 transfers.release(view)
         elif request.target.blocking and not request.concurrent:

@@ -130,7 +130,7 @@ async def send(
         return False
     offset, size = plan.extents[0]
     frame = wire.frame([request.number, None], size)
-    async with channel.stream(request.core.transfers.patience) as stream:
+    async with channel.stream(request.core.transfers.patience) as send:
         with request.target.lend(plan.region, offset, size) as loan:
             if loan.place is None:
                 return False
@@ -139,5 +139,5 @@ async def send(
             if done < size:
                 loan.load(offset + done, buffer[done:])
         if done < size:
-            await stream.send(frame[sent:], buffer[done:])
+            await send(frame[sent:], buffer[done:])
     return True

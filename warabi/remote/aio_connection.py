@@ -59,7 +59,7 @@ class TrioConnection(Replies):
 
     def __init__(
         self,
-        sock: trio.socket.SocketType,
+        sock: socket.socket,
         transport: Transport,
         name: str,
         patience: Patience,
@@ -69,13 +69,13 @@ class TrioConnection(Replies):
     ) -> None:
         super().__init__()
         self._deadlines = deadlines
-        self._socket = sock
+        self._plain = sock
+        self._socket = trio.socket.from_stdlib_socket(sock)
         self._transport = transport
         self._recv_into = transport.recv_into
         if descriptors:  # only from local engines, without TLS
-            plain: socket.socket = sock._sock  # type: ignore[attr-defined]
             self._recv_into = functools.partial(
-                _address.receive_with_descriptors, plain, self._descriptors
+                _address.receive_with_descriptors, sock, self._descriptors
             )
         self._name = name
         self._patience = patience
@@ -429,7 +429,7 @@ class TrioConnection(Replies):
         views = [memoryview(part) for piece in pieces for part in piece]
         if not self._unsent:
             try:
-                sent = self._socket._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)  # type: ignore[attr-defined]
+                sent = self._plain.sendmsg(views, (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 sent = 0
             except OSError as error:

@@ -114,7 +114,7 @@ def _open(opening: Opening, patience: float) -> Target:
             f"configuration: $.target.config.override_if_exists requires {plan.creation}"
         )
     try:
-        state = _inspect(path)
+        state = inspect(path)
         path = Path(os.path.realpath(path))  # regions are next to the catalogue, not the link
         if state == "missing" and not plan.create:
             raise ConfigError(f"target {path}: no such file, and {plan.creation} is not set")
@@ -135,7 +135,7 @@ def _make_directories(path: Path) -> None:
         sync_directory(directory.parent)
 
 
-def _inspect(path: Path) -> str:
+def inspect(path: Path) -> str:
     """Return ``missing``, ``empty`` or ``target``; raises for anything else."""
     try:
         info = path.stat()
@@ -228,7 +228,7 @@ def _open_locked(path: Path, opening: Opening, patience: float) -> Target:
     plan, backend = opening.plan, opening.backend
     regions, lock, made = lock_regions(path, patience)
     try:
-        state = _inspect(path)  # again, now that no other process can change it
+        state = inspect(path)  # again, now that no other process can change it
         if state != "target" or plan.override:
             if not (plan.override or staged(path).exists()) and _any_regions(backend, regions):
                 raise CorruptTarget(
@@ -341,7 +341,7 @@ def owned(path: Path) -> Iterator[tuple[Path, Path]]:
     """
     path = Path(os.path.realpath(path))
     regions = Path(f"{path}.regions")
-    if not (regions / "LOCK").is_file() and _inspect(path) != "target":
+    if not (regions / "LOCK").is_file() and inspect(path) != "target":
         raise ConfigError(f"target {path}: no such target")
     if regions.exists() and not _is_ours(regions):
         raise ConfigError(f"target {path}: {regions} is not a directory of regions")

@@ -141,7 +141,7 @@ class StagedFileTarget(StagedTarget):
             raise
 
     def _check_free(self) -> None:
-        if opening._inspect(self._path) == "target":
+        if opening.inspect(self._path) == "target":
             raise ConfigError(f"target {self._path}: exists; a migration never replaces a target")
 
     def checkpoint(self) -> None:
