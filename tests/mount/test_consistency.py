@@ -1,4 +1,4 @@
-"""What a mount shows of what others change, in each mode; docs/mount.md has it as a table."""
+"""What a mount shows of other clients' changes, in each mode: the table of docs/consistency.md."""
 
 from __future__ import annotations
 

@@ -349,7 +349,7 @@ def test_a_front_end_has_the_abilities_of_the_table(
 
 
 def test_the_documents_name_what_is_not_supported() -> None:
-    text = (ROOT / "docs/mount.md").read_text()
+    text = (ROOT / "docs/mount-options.md").read_text()
     table = text.partition("What pyfuse3 does not support:")[2].partition("How fast")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert set(named) == set(Ability) - FRONT_ENDS["pyfuse3"].abilities

@@ -91,7 +91,7 @@ def target() -> Target:
 
 
 def test_each_content_that_was_seen_has_a_time_of_its_own(target: Target) -> None:
-    """As who keeps copies relies on: see docs/mount.md."""
+    """Clients that cache bytes rely on it: see docs/consistency.md."""
     with target:
         region = target.create(1)
         seen: dict[int, bytes] = {}

@@ -15,6 +15,7 @@ from tests.mount.support import processes_of, wait_until
 from tests.support.helpers import ROOT
 from warabi.backends import Backend, registry
 from warabi.bedrock import Server
+from warabifs.mount import manual, options
 
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,3 +127,24 @@ def test_the_table_of_backends_is_complete() -> None:
     assert {name.strip(" `") for row in rows for name in row.split(",")} == {
         name for backend in registry.loaded() for name in backend.names
     }
+
+
+def test_the_options_of_mounts_are_documented() -> None:
+    """In docs/mount-options.md, the manual page and --help, each with the same explanation."""
+    page = (ROOT / "docs" / "mount-options.md").read_text()
+    table = page.split("## Table of options\n\n")[1].split("\nThree options")[0]
+    assert table == options.markdown(), "run: python -m warabifs.mount.options"
+    roff = manual.page().replace("\\-", "-").replace("\\&", "")
+    for _, explanation in [*options.rows(), *options.KERNEL.items()]:
+        assert explanation in roff
+        assert explanation in options.help_text()
+
+
+@pytest.mark.parametrize("shown", options.KERNEL)
+def test_the_options_that_help_shows_are_accepted(
+    shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels too, which need SELinux otherwise."""
+    monkeypatch.setattr(options, "_label", lambda name, value: f"{name}={value}")
+    for name in shown.replace("x-*", "x-systemd.automount").split(", "):
+        options.parse_options([name + "label" * name.endswith("=")], root=True)

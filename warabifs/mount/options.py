@@ -1,4 +1,4 @@
-"""Sources and options of ``mount.warabifs``: one table for parsing, help and manual page."""
+"""Sources and options of ``mount.warabifs``: one table for parser, help, manual page and docs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pwd
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 
 from warabi.backends import Backend, registry
@@ -223,33 +224,67 @@ OPTIONS: dict[str, _Option] = {
     "log": _Option(_path("log_file"), "log to this file instead of the system log", "FILE"),
 }  # fmt: skip
 
-KERNEL = {
-    "noatime, atime, relatime, strictatime, nodiratime":
-        "accepted; reads never change access times",
-    "nosuid, suid": "whether set-id bits count when a program is run (default: nosuid; suid for"
-        " root's mounts by mount(8) and fstab without uid=, gid=, umask=)",
-    "nodev, dev": "whether device files can be opened (default: as for suid)",
-    "noexec, exec": "whether programs can be run",
-    "sync, async, dirsync": "whether the kernel syncs after every write",
-    "context=, fscontext=, defcontext=, rootcontext=":
-        "SELinux labels; refused where SELinux is not enabled",
-    "default_permissions": "always on: the kernel checks permissions",
-    "_netdev, auto, noauto, nofail, user, users, owner, group, defaults, x-*":
-        "for mount(8) and systemd, without effect here",
-}  # fmt: skip
-"""Further options that ``-o`` accepts, for help and manual page."""
 
-_FLAGS = frozenset(
-    "suid nosuid dev nodev exec noexec async sync dirsync atime noatime diratime nodiratime"
-    " relatime norelatime strictatime nostrictatime".split()
-)
+class _Kind(Enum):
+    """What is done with an option that every file system has."""
+
+    FLAG = auto()  # remembered for a remount; those of _TO_FUSE are passed to the kernel
+    LABEL = auto()  # passed to the kernel with its value, where SELinux is enabled
+    IGNORED = auto()
+
+
+@dataclass(frozen=True)
+class _Common:
+    """Options of every file system: those that help shows, its text, and further spellings."""
+
+    kind: _Kind
+    shown: str  # separated by commas
+    help: str
+    more: str = ""  # accepted, and not shown
+
+
+_COMMON = (
+    _Common(
+        _Kind.FLAG, "noatime, atime, relatime, strictatime, nodiratime",
+        "accepted; reads never change access times", "norelatime, nostrictatime, diratime",
+    ),
+    _Common(
+        _Kind.FLAG, "nosuid, suid", "whether set-id bits count when a program is run (default:"
+        " nosuid; suid for root's mounts by mount(8) and fstab without uid=, gid=, umask=)",
+    ),
+    _Common(
+        _Kind.FLAG, "nodev, dev", "whether device files can be opened (default: as for suid)"
+    ),
+    _Common(_Kind.FLAG, "noexec, exec", "whether programs can be run"),
+    _Common(
+        _Kind.FLAG, "sync, async, dirsync", "whether the kernel syncs after every write"
+    ),
+    _Common(
+        _Kind.LABEL, "context=, fscontext=, defcontext=, rootcontext=",
+        "SELinux labels; refused where SELinux is not enabled",
+    ),
+    _Common(
+        _Kind.IGNORED, "default_permissions", "always on: the kernel checks permissions"
+    ),
+    _Common(
+        _Kind.IGNORED, "_netdev, auto, noauto, nofail, user, users, owner, group, defaults, x-*",
+        "for mount(8) and systemd, without effect here", "nouser, nousers, noowner, nogroup,"
+        " lazytime, nolazytime, silent, loud, iversion, noiversion",
+    ),
+)  # fmt: skip
+
+KERNEL = {common.shown: common.help for common in _COMMON}
+"""Further options that ``-o`` accepts, for help, manual page and docs/mount-options.md."""
+
+
+def _names(kind: _Kind) -> frozenset[str]:
+    texts = (f"{common.shown}, {common.more}" for common in _COMMON if common.kind is kind)
+    return frozenset(name.rstrip("=") for text in texts for name in text.split(", ") if name)
+
+
+_FLAGS, _LABELS, _IGNORED = map(_names, (_Kind.FLAG, _Kind.LABEL, _Kind.IGNORED))
 _TO_FUSE = frozenset("suid nosuid dev nodev exec noexec async sync dirsync noatime".split())
 _OPPOSITE = {"sync": "async", "async": "sync"}  # the opposite of the others has the prefix "no"
-_IGNORED = frozenset(
-    "defaults auto noauto user nouser users nousers owner noowner group nogroup nofail _netdev"
-    " default_permissions nolazytime lazytime silent loud noiversion iversion".split()
-)
-_LABELS = frozenset("context fscontext defcontext rootcontext".split())
 _CONFLICTS = {
     ("exclusive", "direct_io"): "at most one of them",
     ("passthrough", "exclusive"): "at most one of them",
@@ -395,6 +430,17 @@ def rows() -> list[tuple[str, str]]:
     return [(f"{n}={o.value}" if o.value else n, o.help) for n, o in OPTIONS.items()]
 
 
+def markdown() -> str:
+    """Return the tables of docs/mount-options.md, which ``python -m`` this module prints."""
+    own = (f"| `{left.replace('|', chr(92) + '|')}` | {right} |" for left, right in rows())
+    common = (
+        f"| {', '.join(f'`{name}`' for name in left.split(', '))} | {right} |"
+        for left, right in KERNEL.items()
+    )
+    head = "| option | meaning |\n|---|---|"
+    return "\n".join((head, *own, "", "Options of every file system:", "", head, *common, ""))
+
+
 def help_text() -> str:
     """Return the list of options for ``--help``."""
     width = max(len(left) for left, _ in rows())
@@ -402,3 +448,7 @@ def help_text() -> str:
     lines += ["", "options of every file system:"]
     lines += [f"  {left}: {right}" for left, right in KERNEL.items()]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
