@@ -1,1 +1,1 @@
-"""Measures this project beside its peers; ``tools/bench`` runs it."""
+"""Benchmarks of the API and of mounts, next to other systems; ``tools/bench`` runs them."""

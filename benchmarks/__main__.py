@@ -1,4 +1,4 @@
-"""The command ``tools/bench``."""
+"""The command ``tools/bench``: measures, and writes the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _started = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Tell on standard error what is going on."""
+    """Report progress on standard error."""
     print(f"{time.monotonic() - _started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Measures the rows of the API's table, the peers among them, round by round in turn."""
+"""Measures API calls, and the systems they are compared with, in interleaved rounds."""
 
 from __future__ import annotations
 

@@ -19,17 +19,17 @@ from benchmarks.subjects import BACKENDS, MEMORY, file_config
 from benchmarks.traced import RESTED, times
 
 Counts = dict[str, float]
-"""By what was counted, such as "API, memory, TCP: erase: messages", for one operation."""
+"""Counts for one operation, by names such as "API, memory, TCP: erase: messages"."""
 
 GROSS = 2.0
 SLACK = 0.5
 """A count that is more than GROSS times its baseline, and by more than SLACK, is a regression."""
 _SENDS = ("sendmsg", "sendto", "send")
 _WAITS = ("epoll_wait", "epoll_ctl", "futex", EVENTFD)
-"""Calls of who sleeps until something comes, and of who wakes him.
+"""System calls that block until a message arrives, and that wake a blocked thread.
 
-Where requests follow one another it depends on timing whether a process sleeps.  So they count
-only where each request comes to a sleeper.
+Between requests in close succession it depends on timing whether a process blocks.  So these calls
+count only where the process that gets a request is blocked.
 """
 
 

@@ -1,4 +1,4 @@
-"""One client of many: ``python -m benchmarks.crowd ADDRESS SECONDS``.
+"""A client that reads 4 KiB in a loop, one of many: ``python -m benchmarks.crowd ADDRESS SECONDS``.
 
 Says that it is ready, waits for a line on its standard input, then reads 4 KiB again and again.
 Prints how many times.

@@ -1,4 +1,4 @@
-"""The least that two processes can do: ``python -m benchmarks.echo SOCKET``.
+"""An echo server, the lower bound for two processes: ``python -m benchmarks.echo SOCKET``.
 
 Listens on a Unix socket and on TCP.  A request is two numbers: how many bytes follow, and how many
 to answer with.  Prints the TCP port, and the address of memory that another process may read.

@@ -1,4 +1,4 @@
-"""What was set as a goal, and whether a run met it."""
+"""Performance goals, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Table = dict[tuple[str, str], Series]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One goal: what it is about, in words; what was measured; what was wanted."""
+    """One goal: its description, the measured value, and the wanted one."""
 
     what: str
     value: float
@@ -110,7 +110,7 @@ def starting(series: Iterable[Series], idle: dict[str, float]) -> Iterator[Verdi
 
 
 def numbers(costs: Iterable[dict[str, Any]]) -> Iterator[Verdict]:
-    """What an operation costs does not depend on how many things there are."""
+    """The cost of an operation does not depend on the number of regions, names and open files."""
     by_operation: dict[str, dict[int, float]] = {}
     for each in costs:
         by_operation.setdefault(each["operation"], {})[each["count"]] = each["cost"]

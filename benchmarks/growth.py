@@ -1,4 +1,4 @@
-"""How cost grows: with size, requests under way, clients, and the number of things there are."""
+"""Scaling: cost by size, pending requests, clients, and number of regions, names and open files."""
 
 from __future__ import annotations
 

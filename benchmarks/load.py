@@ -1,6 +1,6 @@
-"""What a program does with files: ``python -m benchmarks.load WORKLOAD DIRECTORY NUMBER [PID...]``.
+"""Runs a workload on files: ``python -m benchmarks.load WORKLOAD DIRECTORY NUMBER [PID...]``.
 
-A process of its own, the same for every file system, which prints JSON: workload to ``[rate or
+Runs as a separate process, the same for every file system.  Prints JSON: workload to ``[rate or
 microseconds, p99 in microseconds, processor seconds for a GiB]``.  The processor time is this
 process's, in the kernel too, and that of the processes PID, which serve the directory.
 """

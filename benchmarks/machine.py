@@ -1,4 +1,4 @@
-"""What a run was made on, of, and when."""
+"""Describes the machine, the versions and the date of a run."""
 
 from __future__ import annotations
 

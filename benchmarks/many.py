@@ -1,7 +1,7 @@
-"""What an operation costs among many things: ``python -m benchmarks.many KIND COUNT...``.
+"""Cost of operations by number of existing objects: ``python -m benchmarks.many KIND COUNT...``.
 
-A process of its own.  Prints JSON: a list of ``[operation, count, microseconds]``.  The time is the
-median, but that of listings is the whole divided by the entries.
+Runs as a separate process.  Prints JSON: a list of ``[operation, count, microseconds]``.  The time
+is the median, but that of listings is the whole divided by the entries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from warabi.target import opening
 Costs = dict[str, float]
 """Microseconds by operation."""
 Grow = Callable[[range], Costs]
-"""Makes things with these numbers, beside those that there are, and measures."""
+"""Makes objects with these numbers, in addition to the existing ones, and measures."""
 _BUDGET = 0.2  # seconds for each operation
 _FILE = stat.S_IFREG | 0o644
 _KEPT = 1000  # descriptors that are needed for other things

@@ -1,4 +1,4 @@
-"""Measures mounts, ours and others', with the same programs, round by round in turn."""
+"""Measures mounts of this and other projects with the same workloads, in interleaved rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the API is measured against: the machine's limits, and others that hold bytes for programs.
+"""Systems that the API is compared with: limits of the machine, and other stores.
 
 Every peer moves *size* bytes from or to a place that was touched before, by a call that returns
 when they are there.

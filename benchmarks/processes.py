@@ -1,4 +1,4 @@
-"""Other processes: providers, peers and commands; each ends with its block."""
+"""Context managers that run providers, compared systems and commands as subprocesses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_module(module: str, *arguments: str | Path, timeout: float = PATIENCE) -
 def running(
     command: Sequence[str | Path], executable: str | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process with pipes to its standard input and output, told to end with the block."""
+    """Run a process with pipes to its standard input and output; SIGTERM when the block ends."""
     process = subprocess.Popen(
         [str(word) for word in command], executable=executable, text=True, env=environment(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

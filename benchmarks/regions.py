@@ -1,7 +1,7 @@
-"""Many regions in one target: ``python -m benchmarks.regions BACKEND COUNT SIZE [DIRECTORY]``.
+"""Cost of many regions: ``python -m benchmarks.regions BACKEND COUNT SIZE [DIRECTORY]``.
 
-A process of its own, so that its memory is just theirs.  Prints JSON: microseconds to create one
-and to read one at random, bytes of memory for each, and seconds to open the target again.
+Runs as a separate process, so that its memory is that of the regions.  Prints JSON: microseconds to
+create one and to read one at random, bytes of memory for each, and seconds to reopen the target.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report, as Markdown, from the results."""
+"""Formats the results as a Markdown report."""
 
 from __future__ import annotations
 

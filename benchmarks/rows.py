@@ -1,4 +1,4 @@
-"""The rows of the API's table: what is done, what the C++ original took, and what ours must."""
+"""The measured API operations: the call, the time of the C++ original, and the goal."""
 
 from __future__ import annotations
 

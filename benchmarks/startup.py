@@ -1,4 +1,4 @@
-"""What starting costs, and what being idle does."""
+"""Measures start-up time, and processor use while idle."""
 
 from __future__ import annotations
 

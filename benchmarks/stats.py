@@ -1,4 +1,4 @@
-"""Samples, what is kept of them, and the loop that takes them.  Times are in microseconds."""
+"""The measuring loop, its samples, and their statistics.  Times are in microseconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Work:
     """Something to measure.
 
     Attributes:
-        call: what is timed.
+        call: the timed function.
         begin: done when a round begins.
         before: done ahead of each call, not timed.
         after: done when a round is over.

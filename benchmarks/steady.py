@@ -1,8 +1,7 @@
-"""What happens at a time of its own, kept from happening while system calls are counted.
+"""Turns off periodic commits and write throttling while system calls are counted.
 
-A target commits by itself seconds after a change, and an event loop that met a write which the disk
-held up has threads make its writes for a while.  Both belong to the moment, and not to the calls
-that are counted when they happen.
+A target commits by itself seconds after a change, and an event loop has threads make its writes for
+a while after a slow one.  Both depend on timing, and not on the calls that are counted.
 """
 
 from __future__ import annotations

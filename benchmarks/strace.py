@@ -1,7 +1,7 @@
-"""Counts of system calls and of FUSE requests, from strace's account of processes at work.
+"""Counts system calls and FUSE requests of running processes with strace.
 
-Counts are to depend on what the code decides, and not on how fast or how busy the machine is.  So
-looks that find nothing are not counted: how many there are is a matter of moments.
+Counts must depend on the code alone, not on the speed or load of the machine.  So polls that find
+nothing are not counted: their number depends on timing.
 """
 
 from __future__ import annotations

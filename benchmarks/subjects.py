@@ -1,4 +1,4 @@
-"""Ways to a target: the same process, another one on this host, and TCP; memory and files."""
+"""The measured configurations: same process, another process, TCP; memory and files."""
 
 from __future__ import annotations
 

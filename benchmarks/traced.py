@@ -1,4 +1,4 @@
-"""What strace counts of the API: ``python -m benchmarks.traced BACKEND DIRECTORY [ADDRESS ID]``.
+"""Calls the API under strace: ``python -m benchmarks.traced BACKEND DIRECTORY [ADDRESS ID]``.
 
 Without an address, the target is in this process.  Says that it is ready, waits for a line on its
 standard input, and does each operation :func:`times` times, marking where it begins.  Some are done
@@ -24,7 +24,7 @@ from warabi.server import Provider
 
 _OUTSTANDING = "64 outstanding writes"
 RESTED = " after a rest"
-"""The end of the name of what is done to a sleeper."""
+"""The end of the names of operations that are requested from a blocked process."""
 _REST = 0.002
 """Seconds; busy polling for the next message ends earlier."""
 Call = Callable[[], object]

@@ -1,4 +1,4 @@
-"""What processes used: processor time and memory, as ``/proc`` tells."""
+"""Processor time and memory of processes, from ``/proc``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines: endpoints of the network, serving or not.
+"""Engines: a process's network endpoint, which serves providers or only connects to others.
 
 A serving engine runs a Trio loop in a background thread (``provider/loop.py``); a client's engine
 has no thread, its calls do their own I/O.  Neither keeps the interpreter from exiting: an engine is

@@ -1,4 +1,4 @@
-"""Region IDs.
+"""Region IDs: 16 bytes, of a slot number and a generation.
 
 A region ID is a slot number and a random generation.  A slot may be reused after an erase, a
 generation is not, so an erased or foreign ID never resolves, without tombstones.

@@ -1,4 +1,4 @@
-"""The documented ``Provider``."""
+"""``Provider``: serves a target under an ID of an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions in memory.
+"""The ``memory`` backend: regions in memfd files and shared segments.
 
 A region of ``OWN_DESCRIPTOR`` bytes or more is a memfd of its own; smaller ones share memfd
 *segments*, divided into slots of one size class each, so that a million of them need few

@@ -1,4 +1,4 @@
-"""What of a target is durable, and when: persists, commits, and the end.
+"""Durability of a target: persists of regions, commits of the catalogue, and closing.
 
 Order of a persist: the data, the directory entry of their file, then the catalogue commit that
 mentions the region.  Bytes of an erased region are freed only after the commit that forgets it is

@@ -1,4 +1,4 @@
-"""Implementation of the operations in ``protocol/operations.py`` by a target."""
+"""Maps each operation of ``protocol/operations.py`` to the method of a target that executes it."""
 
 from __future__ import annotations
 

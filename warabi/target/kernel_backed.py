@@ -1,4 +1,4 @@
-"""Regions whose files a kernel reads and writes by itself, without telling the target.
+"""Regions whose files the kernel reads and writes without requests to the target (passthrough).
 
 Their sizes and times are looked up in the file when they are asked for and before each commit.
 Calls the storage, and ``Sharing``, since guests and exposed regions exclude each other.  Called by

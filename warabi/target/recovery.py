@@ -1,4 +1,4 @@
-"""What is done with a target that was not closed, before anything else is.
+"""Crash recovery of a target: compares the catalogue with the storage when it is opened.
 
 Called by ``Target`` when it is opened; uses the catalogue and the storage alone.
 """

@@ -1,4 +1,4 @@
-"""Which calls are inside which region.
+"""Locks of regions: shared for reads and writes, exclusive for resizing and erasing.
 
 A region is *entered* by reads and writes concurrently (``Inode.users``), and *closed* by what
 resizes it (``Inode.exclusive``), which waits for those inside.  ``erase`` does not wait: it marks

@@ -1,4 +1,4 @@
-"""How regions get larger and smaller: the quota, and their bytes while others may reach them.
+"""Growing and shrinking regions: the quota, with other processes' direct access revoked.
 
 Calls ``Sharing``, the catalogue and the storage.  Called by ``Creation`` and ``Target``, by callers
 that have closed the region to others.

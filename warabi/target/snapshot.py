@@ -30,7 +30,7 @@ _IN_MEMORY = 16 * 1024 * 1024  # bytes of a list of entries that are kept in mem
 def survey(target: Target) -> Attributes:
     """Create a region without a name that lists every entry of the target, as a snapshot.
 
-    It is pinned for the caller, who releases it and the kept data of erased regions with ``unpin``.
+    It is pinned for the caller.  ``unpin`` releases it, and the kept data of erased regions.
     Other calls wait while the catalogue is copied, and continue while the copy is read.
     """
     state = target.state

@@ -1,4 +1,4 @@
-"""Front ends: what a mount speaks FUSE with.
+"""Front ends: implementations of the FUSE protocol for mounts.
 
 ``base`` says what a front end is, ``registry`` which there are.
 """

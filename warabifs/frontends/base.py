@@ -1,5 +1,6 @@
-"""What a front end is: it takes the kernel's requests, has a :class:`FileSystem` carry them out,
-and sends it cache invalidations.
+"""The interface of front ends, which connect the kernel's FUSE requests to a :class:`FileSystem`.
+
+A front end receives requests, calls the file system, replies, and sends cache invalidations.
 
 A front end translates, and decides nothing.  What a request means is in ``warabifs/fs/``; mounting
 and unmounting are in ``warabifs/mount/``.  Neither depends on which front end it is.

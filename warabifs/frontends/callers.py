@@ -1,4 +1,4 @@
-"""The groups of the process that makes a request, which the kernel does not send."""
+"""Supplementary groups of the process that makes a request, which FUSE does not send."""
 
 from __future__ import annotations
 

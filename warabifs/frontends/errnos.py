@@ -1,6 +1,6 @@
 """The errno that a program gets for an exception: the only table of it, for every front end.
 
-What the library raises becomes its errno; what is not expected becomes ``EIO``, with a traceback in
+Exceptions of the library have an errno each; any other becomes ``EIO``, with a traceback in
 the log.
 """
 

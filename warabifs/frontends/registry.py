@@ -1,4 +1,4 @@
-"""The front ends that there are, and what each of them can do.
+"""The table of front ends, with the abilities of each.
 
 Known without importing them: the library of one may be missing.
 """

@@ -1,4 +1,4 @@
-"""File semantics over a target: what each request of the kernel does.
+"""The file system: POSIX file operations, carried out on a target.
 
 This module does not know the FUSE protocol; it raises the library's exceptions and ``OSError``.
 

@@ -1,4 +1,4 @@
-"""Limits of the kernel's requests."""
+"""The largest read or write request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Permissions of migrations.
+"""Permissions of peers to request, send and receive migrations.
 
 The program that owns a provider may send its target anywhere.  Over a connection, a process of
 the same user on the same host (``na+sm``) has the permissions of that user: to request that a

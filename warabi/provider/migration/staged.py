@@ -1,4 +1,4 @@
-"""Building of a received target, and its installation.
+"""The target that a migration builds at its destination, and its installation by a rename.
 
 A staged target has a database for the catalogue and a storage for the data, and is then installed
 or discarded.  It cannot be opened before it is installed.

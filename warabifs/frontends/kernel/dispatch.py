@@ -1,4 +1,4 @@
-"""The kernel's requests, taken apart, and what their answers are made of.
+"""Dispatches FUSE requests by opcode: decodes arguments, calls the file system, encodes replies.
 
 An exception becomes an errno here, as ``warabifs/frontends/errnos.py`` says; ``trio.Cancelled``,
 which is no ``Exception``, passes.

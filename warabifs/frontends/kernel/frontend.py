@@ -1,4 +1,4 @@
-"""The front end that speaks the kernel's protocol itself: the default."""
+"""The default front end: the FUSE protocol on ``/dev/fuse``, without a library."""
 
 from __future__ import annotations
 

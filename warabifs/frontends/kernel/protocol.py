@@ -167,7 +167,7 @@ RENAME2 = struct.Struct("=QII")  # the new directory, flags
 LINK = struct.Struct("=Q")  # the inode
 OPEN = struct.Struct("=II")  # flags of open(2), OPEN_...
 CREATE = struct.Struct("=IIII")  # flags of open(2), mode, umask, OPEN_...
-READ = struct.Struct("=QQII")  # handle, offset, size, READ_..., and what is of no use here
+READ = struct.Struct("=QQII")  # handle, offset, size, READ_..., and unused fields
 WRITE = struct.Struct("=QQIIQII")
 """Handle, offset, size, WRITE_..., lock owner, flags of the open file as open(2) takes them."""
 HANDLE = struct.Struct("=QI")  # handle, flags

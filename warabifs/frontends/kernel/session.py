@@ -245,7 +245,7 @@ class FuseSession:
                 self._held -= _TASK + count
                 del self._waiting[header.unique]
             if caller.gone:
-                caller.gone = False  # what is given back, is not for the one that is gone
+                caller.gone = False  # so that resources are released as for a living caller
                 await self._undo(header, body, answer)
             else:
                 self._send(header.unique, answer)

@@ -1,1 +1,1 @@
-"""The front end that has pyfuse3, and so libfuse, speak the kernel's protocol."""
+"""The front end on pyfuse3 and libfuse."""

@@ -1,7 +1,7 @@
-"""pyfuse3's requests, handed to a :class:`FileSystem`.
+"""Adapts pyfuse3's operations to a :class:`FileSystem`.
 
 What pyfuse3 does not tell of a request is known from when the file was opened, or assumed to be
-what does no harm: a read leaves pages in the kernel's cache, and any thread may have sent it.
+the safe assumption: a read leaves pages in the kernel's cache, and any thread may have sent it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from warabifs.fs.filesystem import BLOCK, CAPABILITY, FileSystem
 P = ParamSpec("P")
 T = TypeVar("T")
 Changed = tuple[list[tuple[int, bytes]], list[int]]
-"""Names in directories, and inodes, of which the kernel may believe what is not true."""
+"""Names in directories, and inodes, for which the kernel may have outdated entries."""
 
 _PATIENCE = 0.1
 """Seconds for which a write past the page cache waits until the kernel has dropped pages."""
@@ -164,7 +164,7 @@ class Adapter(pyfuse3.Operations):
     def _opened(
         self, handle: int, ino: int, flags: int, keep_cache: bool, ctx: RequestContext
     ) -> FileInfo:
-        # Otherwise what a mapping changed could not be told from what is appended.
+        # Otherwise changes by a mapping could not be distinguished from appends.
         appends = bool(flags & os.O_APPEND and self._files.appends)
         past_cache = self._settings.direct_io or appends
         if not past_cache:

@@ -1,4 +1,4 @@
-"""The front end that has pyfuse3, and so libfuse, speak the kernel's protocol.
+"""The front end on pyfuse3 and libfuse: the session and its main loop.
 
 pyfuse3 keeps its session in a global variable, so a process has one such mount at a time.
 """
