@@ -1,9 +1,10 @@
 """Export of a target to a tar archive, streamed.
 
 Every name is a member, in pax format, that any tar can extract; the record ``WARABI.entry`` of its
-header has the complete entry (:class:`warabi.target.entries.ArchiveEntry`).  The last member has
-the number of members and the SHA-256 of their entries and data, so that truncation and damage are
-detected.
+header has the complete entry (:class:`warabi.target.entries.ArchiveEntry`).  Regions with holes are
+members in GNU tar's sparse format 1.0, whose data begin with a list of extents.  The last member
+has the number of members and the SHA-256 of their entries and data, so that truncation and damage
+are detected.
 """
 
 from __future__ import annotations
@@ -18,14 +19,22 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Protocol
 
+from warabi import errors
+from warabi._core import extents
+from warabi._core.extents import Extent
 from warabi.local.link import Link
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_all
 
-FORMAT = 1
+FORMAT = 2
+"""Of archives that are written; 1, without holes, can be read."""
 ENTRY, HEAD, TAIL = "WARABI.entry", "WARABI.archive", "WARABI.end"
 _BLOCK = 512
 _RECORD = 10_240  # tar pads archives to a multiple of this
+_HOLES = 64 * 1024
+"""Bytes of holes from which on a region is stored without them."""
+_MOST_EXTENTS = 4096
+"""Extents of data of a region that are looked for; the rest is taken for data."""
 _KINDS = {
     stat.S_IFDIR: tarfile.DIRTYPE,
     stat.S_IFLNK: tarfile.SYMTYPE,
@@ -71,19 +80,48 @@ def export(
     listing = link.call("survey")
     try:
         with tempfile.TemporaryFile() as spool:
-            _fetch(link, listing.region, listing.size, spool.write)
+            _fetch(link, listing.region, (0, listing.size), spool.write)
             spool.seek(0)
             return _Writer(link, out, copying, advance).run(spool)
     finally:
         link.call("unpin", listing.ino, 1)
 
 
-def _fetch(link: Link, region: RegionID, size: int, write: Callable[[memoryview], object]) -> None:
+def _fetch(
+    link: Link, region: RegionID, extent: Extent, write: Callable[[memoryview], object]
+) -> None:
+    start, size = extent
     buffer = memoryview(bytearray(min(size, CHUNK)))
     for offset in range(0, size, CHUNK):
         piece = buffer[: size - offset]
-        link.read_into(region, offset, piece)
+        link.read_into(region, start + offset, piece)
         write(piece)
+
+
+def extents_text(listed: list[Extent]) -> bytes:
+    """Return the list of extents with which the data of a sparse member begin."""
+    numbers = [len(listed), *(number for extent in listed for number in extent)]
+    text = b"".join(b"%d\n" % number for number in numbers)
+    return text + bytes(-len(text) % _BLOCK)
+
+
+def _data_extents(link: Link, region: RegionID, size: int) -> list[Extent] | None:
+    """Return the extents of data of a region; None if its holes are not worth leaving out."""
+    found: list[Extent] = []
+    end = 0
+    while size >= _HOLES and end < size and len(found) < _MOST_EXTENTS:
+        try:
+            start = link.call("seek", region, end, False)
+            if start is None:
+                break
+            end = link.call("seek", region, start, True) or size
+        except errors.ProtocolError:  # an older provider
+            return None
+        found.append((start, end - start))
+    else:
+        if end < size:
+            found.append((end, size - end))
+    return found if size - extents.total(found) >= _HOLES else None
 
 
 class _Writer:
@@ -145,15 +183,27 @@ class _Writer:
             self._link.call("unpin", copy.ino, 1)
 
     def _region(self, entry: ArchiveEntry, place: RegionID) -> None:
-        self._begin(entry)
-        _fetch(self._link, place, entry.row.size, self._region_data)
+        size = entry.row.size
+        found = _data_extents(self._link, place, size)
+        if found is None:
+            self._begin(entry)
+            _fetch(self._link, place, (0, size), self._region_data)
+        else:
+            if not found or sum(found[-1]) < size:
+                found.append((size, 0))  # as GNU tar has it where a hole is at the end
+            text = extents_text(found)
+            self._begin(entry, len(text) + extents.total(found))
+            self._data(memoryview(text))
+            for extent in found:
+                _fetch(self._link, place, extent, self._region_data)
         self._pad(_BLOCK)
 
     def _region_data(self, piece: memoryview) -> None:
         self._data(piece)
         self._advance(len(piece))
 
-    def _begin(self, entry: ArchiveEntry) -> None:
+    def _begin(self, entry: ArchiveEntry, stored: int | None = None) -> None:
+        """Write the header of a member; *stored*: the bytes of a region without its holes."""
         packed = entry.pack()
         size = entry.row.size if entry.is_region else 0
         self._digest.entry(packed, size)
@@ -178,6 +228,14 @@ class _Writer:
             **_schily(entry),
             ENTRY: base64.b64encode(packed).decode(),
         }
+        if stored is not None:
+            info.name, info.size = f"GNUSparseFile.0/{entry.row.ino}", stored
+            info.pax_headers |= {
+                "GNU.sparse.major": "1",
+                "GNU.sparse.minor": "0",
+                "GNU.sparse.name": name,
+                "GNU.sparse.realsize": str(size),
+            }
         self._header(info)
 
 

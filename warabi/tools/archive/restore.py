@@ -8,18 +8,21 @@ import logging
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO
+from typing import IO, cast
 
+from warabi._core.extents import Extent
 from warabi.errors import BadArchive
 from warabi.local.link import Link
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack
-from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest
+from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest, extents_text
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 20  # most repaired entries that are logged one by one
 _TAIL_SIZE = 4096  # most bytes of the last member
+_FORMATS = (1, FORMAT)
+_ENDS = 100  # reads at the end of an archive after which it is taken for truncated
 
 
 def restore(
@@ -41,7 +44,9 @@ def restore(
         importer = _Importer(link, listing, new_ids, advance)
         try:
             importer.read(source)
-        except (tarfile.TarError, EOFError, UnicodeError) as error:
+        except BadArchive:
+            raise
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise BadArchive(f"the archive is damaged or truncated: {error}") from error
         place = link.call("adopt", RegionID(), 0)
         listing.seek(0)
@@ -72,7 +77,7 @@ class _Importer:
     def read(self, source: IO[bytes]) -> None:
         try:
             opened = tarfile.open(  # noqa: SIM115 - closed below
-                fileobj=source, mode="r|", bufsize=1 << 20,
+                fileobj=cast(IO[bytes], _Ending(source)), mode="r|", bufsize=1 << 20,
                 encoding="utf-8", errors="surrogateescape",
             )  # fmt: skip
         except tarfile.ReadError as error:
@@ -108,9 +113,9 @@ class _Importer:
             version = json.loads(headers[HEAD])["format"]
         except (KeyError, ValueError, TypeError):
             raise BadArchive("not an archive of warabi export") from None
-        if version != FORMAT:
+        if version not in _FORMATS:
             raise BadArchive(
-                f"the archive has format {version}, this version reads format {FORMAT}"
+                f"the archive has format {version}, this version reads formats up to {FORMAT}"
             )
 
     def _check_tail(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -140,17 +145,36 @@ class _Importer:
                 raise BadArchive(f"{entry.shown}: {size} bytes instead of {entry.row.size}")
             wanted = RegionID() if self._new_ids else entry.region
             region = self._link.call("adopt", wanted, size).region
-            self._fill(region, _content(tar, member), entry)
+            content = cast(IO[bytes], tar.fileobj)
+            content.seek(member.offset_data)
+            for extent in self._data_extents(member, entry):
+                self._fill(region, extent, entry, content)
             if entry.row.nlink > 1:
                 self._regions[entry.row.ino] = region
         return entry.changed(ino=region.slot, generation=region.generation)
 
-    def _fill(self, region: RegionID, content: IO[bytes], entry: ArchiveEntry) -> None:
-        offset = 0
-        while offset < entry.row.size:
-            piece = self._buffer[: min(CHUNK, entry.row.size - offset)]
+    def _data_extents(self, member: tarfile.TarInfo, entry: ArchiveEntry) -> list[Extent]:
+        """Return the extents whose data the archive has, one after another."""
+        size = entry.row.size
+        listed: list[Extent] | None = getattr(member, "sparse", None)  # not in typeshed as it is
+        if listed is None:
+            return [(0, size)]
+        end = 0
+        for offset, count in listed:
+            if offset < end or count < 0 or offset + count > size:
+                raise BadArchive(f"{entry.shown}: its list of extents is damaged")
+            end = offset + count
+        self._digest.data(memoryview(extents_text(listed)))
+        return listed
+
+    def _fill(
+        self, region: RegionID, extent: Extent, entry: ArchiveEntry, source: IO[bytes]
+    ) -> None:
+        offset, left = extent
+        while left:
+            piece = self._buffer[: min(CHUNK, left)]
             have = 0
-            while have < len(piece) and (read := content.read(len(piece) - have)):
+            while have < len(piece) and (read := source.read(len(piece) - have)):
                 piece[have : have + len(read)] = read
                 have += len(read)
             if have < len(piece):
@@ -159,6 +183,23 @@ class _Importer:
             self._link.write(region, offset, piece, False, False)
             self._advance(len(piece))
             offset += len(piece)
+            left -= len(piece)
+
+
+class _Ending:
+    """An archive that cannot be read for ever at its end, as tarfile does within a list of extents
+    that is cut off."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self._ends = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._source.read(size)
+        self._ends += not data
+        if self._ends > _ENDS:
+            raise EOFError("its end is missing")
+        return data
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
