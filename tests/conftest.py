@@ -79,7 +79,7 @@ def runtime_directory() -> Iterator[Path]:
 def every_message() -> Iterator[None]:
     """What one test has logged leaves out nothing that another one looks for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_limit, "INTERVAL", 1e-9)
+        patch.setattr(log_limit, "LOG_INTERVAL", 1e-9)
         yield
 
 

@@ -34,6 +34,7 @@ from warabi._core.buffers import (
 from warabi._core.changes import Changes
 from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
+from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
 from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
 from warabi.protocol import address as _address
 from warabi.protocol import auth, transport
@@ -45,14 +46,11 @@ from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
 from warabi.remote.aio_direct import AsyncDirectAccessChannel
 from warabi.remote.aio_link import AsyncWireLink
-from warabi.remote.connection import TIMEOUT
 from warabi.remote.readonly import restricted
 from warabi.target.target import Target as LocalTarget
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
-
-_CONNECT_TIMEOUT = 10.0
 
 
 class Target:
@@ -292,7 +290,7 @@ class Target:
             if persist:
                 await self.persist(region, 0, size)
         except BaseException:
-            with trio.move_on_after(_CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
+            with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
                 await self.erase(region)
             raise
         return region
@@ -373,7 +371,7 @@ async def connect(
     address: str,
     provider_id: int,
     *,
-    timeout: float = TIMEOUT,
+    timeout: float = SILENCE_TIMEOUT,
     deadline: float | None = None,
     share: bool = True,
     read_only: bool = False,
@@ -410,7 +408,7 @@ async def connect(
     endpoint = _address.parse(str(address))
     given = {"tls": tls, "token": token, "token_file": token_file}
     shown = auth.from_config({key: value for key, value in given.items() if value is not None})
-    limit = min(timeout, _CONNECT_TIMEOUT)
+    limit = min(timeout, CONNECT_TIMEOUT)
 
     async def opened(*, descriptors: bool = False) -> TrioConnection:
         plain, over = await _in_thread(endpoint, limit, shown)

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from warabi import errors, processes
 from warabi._core import config_keys, extras, forks, interrupts
+from warabi._core.tuning import SILENCE_TIMEOUT
 from warabi.protocol import address, auth, limits
 from warabi.protocol.address import Endpoint
 from warabi.protocol.auth import Security
 from warabi.protocol.limits import EngineLimits
 from warabi.protocol.pending import Patience
-from warabi.remote.connection import TIMEOUT, BlockingConnection
+from warabi.remote.connection import BlockingConnection
 from warabi.remote.direct import DirectAccessChannel
 from warabi.service import ShutdownSignals
 
@@ -443,7 +444,7 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
             raise errors.ConfigError(f"engine configuration: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")
-    timeout = _seconds(config, "timeout", TIMEOUT)
+    timeout = _seconds(config, "timeout", SILENCE_TIMEOUT)
     deadline = _seconds(config, "deadline", None)
     share = config.get("share", True)
     if not isinstance(share, bool):
@@ -466,7 +467,7 @@ def _settings(config: str | dict[str, Any]) -> _Settings:
             "engine configuration: accepted but without effect: %s", ", ".join(ignored)
         )
     return _Settings(
-        Patience(timeout or TIMEOUT, deadline),
+        Patience(timeout or SILENCE_TIMEOUT, deadline),
         auth.from_config(config),
         limits.from_config(config.get("limits")),
         share,

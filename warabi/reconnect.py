@@ -35,17 +35,16 @@ from warabi._core.caller import is_gone
 from warabi._core.changes import Changes
 from warabi._core.extents import Extent
 from warabi._core.results import OpenedInode
+from warabi._core.tuning import RECONNECT_DELAYS, RECONNECT_PATIENCE, SILENCE_TIMEOUT
 from warabi.local.aio_link import AsyncLink, GetBuffer
 from warabi.protocol.operations import OPERATIONS, Syncs, operation_named
 from warabi.protocol.operations import ChangeScope as Changing
 from warabi.region import RegionID
-from warabi.remote.connection import TIMEOUT
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 30.0
+PATIENCE = RECONNECT_PATIENCE
 """Default seconds for which calls wait for a reconnect."""
-_DELAYS = (0.05, 2.0)  # initial and maximal seconds between attempts to connect
 _UNSYNCED = 65536  # most files that are remembered as having unsynced data
 _LOST = (errors.ConnectionLost, errors.TimedOut)
 _NOBODY_THERE = (*_LOST, errors.ConnectionFailed)
@@ -91,7 +90,7 @@ class ReconnectingLink:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep a connection until cancelled; raises only when the first one cannot be made."""
-        delay, most = _DELAYS
+        delay, most = RECONNECT_DELAYS
         while True:
             ended = trio.Event()
             try:
@@ -100,9 +99,9 @@ class ReconnectingLink:
                     await self._restore(link)
                     self._link, self._ended = link, ended
                     self._back.set()
-                    if delay != _DELAYS[0]:
+                    if delay != RECONNECT_DELAYS[0]:
                         log.info("%s: reconnected", self._name)
-                    delay = _DELAYS[0]
+                    delay = RECONNECT_DELAYS[0]
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                     await ended.wait()
@@ -359,7 +358,7 @@ async def connect(
     address: str,
     provider_id: int,
     *,
-    timeout: float = TIMEOUT,
+    timeout: float = SILENCE_TIMEOUT,
     patience: float = PATIENCE,
     **settings: Any,
 ) -> AsyncIterator[aio.Target]:

@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 def main() -> None:
     backend, path, seed, operations = sys.argv[1:]
-    commit.COMMIT_INTERVAL = 0.01  # so that regular commits come between everything else
+    vars(commit)["COMMIT_INTERVAL"] = 0.01  # so that regular commits come between everything else
     rng = random.Random(int(seed))
     oracle = Oracle()
     say("opening")

@@ -13,6 +13,7 @@ from tests.crash.targets import opened
 from tests.crash.workload import on_target
 from tests.support.helpers import ROOT, eventually, pattern
 from warabi import errors
+from warabi._core.tuning import COMMIT_INTERVAL
 from warabi.region import RegionID
 from warabi.target import commit
 
@@ -31,7 +32,7 @@ def test_changes_are_committed_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without being asked, and what is not committed then is as if it had not been."""
-    assert commit.COMMIT_INTERVAL == 5.0
+    assert COMMIT_INTERVAL == 5.0
     monkeypatch.setattr(commit, "COMMIT_INTERVAL", 0.01)
     path = tmp_path / "first" / "a"
     with opened("file", path) as target:

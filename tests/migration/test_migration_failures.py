@@ -421,7 +421,7 @@ def test_a_source_that_says_nothing_is_dropped(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose host has gone, which no end of the connection tells."""
-    monkeypatch.setattr(exchange, "PATIENCE", 0.2)
+    monkeypatch.setattr(exchange, "MIGRATION_PATIENCE", 0.2)
     provider = Provider(engine, 1, {})
     with raw_connection(str(engine.addr())) as connection:
         peer = RawPeer(connection)

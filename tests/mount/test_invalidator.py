@@ -89,7 +89,7 @@ async def test_a_provider_that_does_not_know_of_it_is_asked_once(
 
 
 async def test_an_outage_makes_everything_suspect_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invalidator, "_PAUSE", 0.01)
+    monkeypatch.setattr(invalidator, "FOLLOW_PAUSE", 0.01)
     lost = errors.ConnectionLost("the provider is gone")
     target = Script(([], lost), ([], lost), ([], lost), ([changed(ROOT)], lost))
     told: Told = []

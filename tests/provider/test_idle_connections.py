@@ -239,7 +239,7 @@ async def test_who_has_always_more_to_say_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither another connection nor another task."""
-    monkeypatch.setattr(idle_connections, "_LONG_TURN", 100_000)
+    monkeypatch.setattr(idle_connections, "QUIET_TURN", 100_000)
     async with _served() as served, trio.open_nursery() as nursery:
         with Ends(served) as endless, Ends(served) as other:
             count = 0

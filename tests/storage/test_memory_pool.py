@@ -394,7 +394,7 @@ def test_new_sizes_take_the_place_of_old_ones(target: Target) -> None:
 def test_it_is_given_back_when_memory_is_short(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warabi.backends.memory_pool, "_PATIENCE", 0.0)
+    monkeypatch.setattr(warabi.backends.memory_pool, "MEMORY_CHECK", 0.0)
     regions = [target.create_and_write(pattern(SIZE)) for _ in range(5)]
     for region in regions[:3]:
         target.erase(region)

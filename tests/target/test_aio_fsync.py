@@ -87,8 +87,8 @@ async def test_many_at_once(data: bool, tmp_path: Path) -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment without an end, so that nothing here depends on times."""
-    monkeypatch.setattr(inline_wait, "MOMENT", int(PATIENCE * 1000))
-    monkeypatch.setattr(inline_wait, "LONGEST", int(PATIENCE * 1000))
+    monkeypatch.setattr(inline_wait, "INLINE_MOMENT", int(PATIENCE * 1000))
+    monkeypatch.setattr(inline_wait, "INLINE_LONGEST", int(PATIENCE * 1000))
 
 
 class Turns(trio.abc.Instrument):

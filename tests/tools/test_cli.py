@@ -33,9 +33,9 @@ from tests.support.helpers import (
     run_python,
 )
 from warabi import errors
+from warabi._core.tuning import STALL_PATIENCE
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client
-from warabi.provider.channel import STALL_PATIENCE
 
 COMMAND = [sys.executable, "-c", "from warabi.tools.cli.main import main; main()"]
 

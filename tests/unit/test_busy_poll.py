@@ -167,7 +167,7 @@ def test_a_payload_that_never_stops_coming_keeps_nobody_waiting(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it goes to its place or through a buffer, and however long pieces are looked for."""
-    for name in ("_MOMENT", "_LATE"):
+    for name in ("POLL_MOMENT", "POLL_LATE"):
         monkeypatch.setattr(f"warabi.eventloop.busy_poll.{name}", 1 << 60)
     monkeypatch.setattr(Lookout, "came", lambda self, began: None)  # for messages it sleeps
     monkeypatch.setattr(Attention, "alone", lambda self, connection, now: True)

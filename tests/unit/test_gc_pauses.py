@@ -20,7 +20,7 @@ def cycle():
     return weakref.ref(one)
 
 gc.collect()
-gc_pauses._LONG = float(sys.argv[1])
+gc_pauses.GC_HOLD = float(sys.argv[1])
 gc_pauses.limit_pauses()
 gc_pauses.limit_pauses()
 kept = [Object() for _ in range(1_000_000)]

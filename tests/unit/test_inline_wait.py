@@ -23,9 +23,9 @@ LARGE = 3 << 20
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments and turns without an end, so that nothing here depends on times."""
-    monkeypatch.setattr(inline_wait, "TURN", int(PATIENCE * 1000))
-    monkeypatch.setattr(inline_wait, "MOMENT", int(PATIENCE * 1000))
-    monkeypatch.setattr(inline_wait, "LONGEST", int(PATIENCE * 1000))
+    monkeypatch.setattr(inline_wait, "INLINE_TURN", int(PATIENCE * 1000))
+    monkeypatch.setattr(inline_wait, "INLINE_MOMENT", int(PATIENCE * 1000))
+    monkeypatch.setattr(inline_wait, "INLINE_LONGEST", int(PATIENCE * 1000))
 
 
 @pytest.fixture(params=["na+sm", "tcp"])
@@ -85,7 +85,7 @@ async def test_a_request_takes_no_turn_of_the_loop(served: Served, patient: None
 async def test_others_get_turns_between_requests(
     served: Served, patient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inline_wait, "TURN", 1)
+    monkeypatch.setattr(inline_wait, "INLINE_TURN", 1)
     async with (
         aio.connect(served.address, 1, share=False) as target,
         _serving(),

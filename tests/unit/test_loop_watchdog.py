@@ -14,6 +14,7 @@ from tests.support.helpers import MEMORY, eventually
 from tests.support.loops import watched_loops
 from warabi._core import log_limit
 from warabi._core.log_limit import BURST, RateLimit
+from warabi._core.tuning import LOOP_HOLD
 from warabi.client import Client
 from warabi.engine import Engine, client
 from warabi.eventloop import gc_pauses, loop_watchdog
@@ -84,7 +85,7 @@ def test_the_end_of_a_loop_that_waits_for_the_watchdog_is_not_reported() -> None
 def test_it_sleeps_while_the_loop_is_idle_and_wakes_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop_watchdog, "_DOZE", 0.05)
+    monkeypatch.setattr(loop_watchdog, "WATCHDOG_IDLE", 0.05)
     collected: list[int] = []
     monkeypatch.setattr(gc_pauses, "collect_while_idle", lambda: collected.append(1))
     reported = threading.Event()
@@ -115,7 +116,7 @@ def test_setting(text: str, expected: float | None, monkeypatch: pytest.MonkeyPa
 def test_setting_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
     assert f"`{loop_watchdog.SETTING}`" in text
-    assert f"{loop_watchdog.THRESHOLD:g} s" in text
+    assert f"{LOOP_HOLD:g} s" in text
 
 
 def test_a_provider_logs_what_holds_its_loop(
@@ -164,7 +165,7 @@ def test_tests_notice_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_repeated_messages_are_limited(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_limit, "INTERVAL", 3600)
+    monkeypatch.setattr(log_limit, "LOG_INTERVAL", 3600)
     log = logging.getLogger("warabi.a_test")
     log.addFilter(RateLimit())
     for number in range(BURST + 5):
@@ -172,7 +173,7 @@ def test_repeated_messages_are_limited(
     log.warning("something else")
     expected = [*(f"the number {number}" for number in range(BURST)), "something else"]
     assert caplog.messages == expected
-    monkeypatch.setattr(log_limit, "INTERVAL", 1e-9)
+    monkeypatch.setattr(log_limit, "LOG_INTERVAL", 1e-9)
     log.warning("the number %d", 99)
     assert caplog.messages[-1] == "the number 99 (5 similar messages omitted)"
 
@@ -180,7 +181,7 @@ def test_repeated_messages_are_limited(
 def test_a_repeated_exception_hides_no_other_one(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_limit, "INTERVAL", 3600)
+    monkeypatch.setattr(log_limit, "LOG_INTERVAL", 3600)
     log = logging.getLogger("warabi.another_test")
     log.addFilter(RateLimit())
     for divisor in (*[0] * (BURST + 5), "text"):

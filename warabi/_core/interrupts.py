@@ -36,9 +36,6 @@ from warabi import errors
 
 _T = TypeVar("_T")
 
-LOOK_AROUND = 0.1
-"""Seconds after which code that waits under :func:`uninterrupted` should call :func:`check`."""
-
 
 class _Held:
     """The state of the deferral: whether SIGINT arrived, and its original handler."""

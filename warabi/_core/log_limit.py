@@ -12,11 +12,10 @@ import threading
 import time
 
 from warabi._core import forks
+from warabi._core.tuning import LOG_INTERVAL
 
 BURST = 20
 """Messages of one format that are logged without delay."""
-INTERVAL = 5.0
-"""Seconds after which one more message is logged."""
 
 
 class _Bucket:
@@ -49,7 +48,7 @@ class RateLimit(logging.Filter):
             bucket = self._buckets.get(key)
             if bucket is None:
                 bucket = self._buckets[key] = _Bucket(now)
-            bucket.left = min(BURST, bucket.left + (now - bucket.since) / INTERVAL)
+            bucket.left = min(BURST, bucket.left + (now - bucket.since) / LOG_INTERVAL)
             bucket.since = now
             if bucket.left < 1:
                 bucket.omitted += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from warabi._core.procfs import unescaped
+from warabi._core.tuning import GROUPS_CHECK
 from warabi.errors import StorageFull
 
 PAGE = 4096
@@ -26,7 +27,6 @@ _PART = 4  # an allowance is at most this fraction of what is left
 _LARGEST_RESERVE = 256 * 1024 * 1024
 _RESERVE_PART = 8
 _UNLIMITED = 1 << 60  # control groups version 1 report more than this if there is no limit
-_PATIENCE = 60.0  # seconds
 _MOST_READ = 16 * 1024
 _NAMES = (b"MemTotal", b"MemAvailable", b"SwapTotal", b"SwapFree")
 
@@ -85,7 +85,7 @@ class Machine:
         """Return the limit, and the bytes left below it, of each control group with a limit."""
         if (now := time.monotonic()) >= self._until:
             self._groups = _groups(self._root)
-            self._until = now + _PATIENCE
+            self._until = now + GROUPS_CHECK
         return [limit for group in self._groups if (limit := _limit(group)) is not None]
 
 

@@ -29,6 +29,7 @@ from warabi._core.fileio import (
     punch,
     pwrite_full,
 )
+from warabi._core.tuning import MEMORY_CHECK
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS
 from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, machine_memory
@@ -42,7 +43,6 @@ _MOST_COUNT = 128  # each uses a descriptor
 _LONG = 32 * 1024 * 1024
 """Bytes that take the kernel long to free: some milliseconds."""
 _POPULATED = 4 * 1024 * 1024  # bytes whose pages the kernel makes at once, with the GIL held
-_PATIENCE = 1.0  # seconds between two checks of the available memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _END = (1 << 63) - mmap.PAGESIZE  # beyond the end of every file: a guest may have extended it
 
@@ -323,9 +323,9 @@ class Spare:
         self._drop(next(iter(self._held)))
 
     def relieve(self) -> None:
-        """Free all if the machine is short of memory; checks at most once per ``_PATIENCE``."""
+        """Free all if the machine is short of memory; checks at most once per ``MEMORY_CHECK``."""
         if (now := time.monotonic()) >= self._look:
-            self._look = now + _PATIENCE
+            self._look = now + MEMORY_CHECK
             total, available = machine_memory()
             self._short = available < total // _SHORT
             if self._short:

@@ -22,19 +22,7 @@ from collections.abc import Callable
 from time import perf_counter_ns
 
 from warabi._core.backoff import Pause
-
-_MOMENT = 100_000
-"""Most nanoseconds of polling."""
-_LONGEST = 1_000_000
-"""Most additional nanoseconds: one per byte that was moved since the last message, which is the
-time between two messages of a stream of 1 GB/s."""
-_SOON = 150_000
-"""A message that arrived within so many nanoseconds of blocking would have been found by
-polling."""
-_LATE = 500_000
-"""If a yielded core stays away for so many nanoseconds, it went to more than a short reply."""
-_PAUSE = (5_000_000, 160_000_000)
-"""Nanoseconds without polling after that: at first, and at most if it happens again."""
+from warabi._core.tuning import POLL_LATE, POLL_LONGEST, POLL_MOMENT, POLL_PAUSE, POLL_SOON
 
 UNKNOWN, NOTHING = -2, -1
 """What an interrupted :meth:`Lookout.receive` has received, if not a number of bytes."""
@@ -53,7 +41,7 @@ class Lookout:
         self._soon = False
         self._flows = True  # the next chunk of a message is expected soon
         self._moved = 0  # bytes since the last message
-        self._pause = Pause(*_PAUSE)
+        self._pause = Pause(*POLL_PAUSE)
 
     def receive(self, receive: Receive, place: memoryview) -> int:
         """Call *receive*, which may block, after polling for a moment."""
@@ -71,9 +59,9 @@ class Lookout:
     def look(self, receive: Receive, place: memoryview, began: int, *, wait: bool = True) -> int:
         """Receive pending data or, with *wait*, poll for a moment if data are expected; -1 if
         nothing arrived.  *began* is the current time."""
-        more = min(self._moved, _LONGEST)
+        more = min(self._moved, POLL_LONGEST)
         until = self.until(began) if wait else began
-        count = self._look(receive, place, began, until, _LATE + more)
+        count = self._look(receive, place, began, until, POLL_LATE + more)
         if count >= 0:
             self._moved = count
         return count
@@ -83,8 +71,8 @@ class Lookout:
         it was slow before."""
         until = began
         if wait and self._flows and began >= self._pause.end:
-            until += _MOMENT
-        return self._look(receive, place, began, until, _LATE)
+            until += POLL_MOMENT
+        return self._look(receive, place, began, until, POLL_LATE)
 
     def _look(self, receive: Receive, place: memoryview, before: int, until: int, late: int) -> int:
         while True:
@@ -98,12 +86,12 @@ class Lookout:
     def until(self, began: int) -> int:
         """Return until when to poll; *began*, the current time, if nothing is expected."""
         if self._soon and began >= self._pause.end:
-            return began + _MOMENT + min(self._moved, _LONGEST)
+            return began + POLL_MOMENT + min(self._moved, POLL_LONGEST)
         return began
 
     def offer(self, before: int) -> int:
         """Yield the core after a poll at the time *before*; return the current time."""
-        return self._offer(before, _LATE + min(self._moved, _LONGEST))
+        return self._offer(before, POLL_LATE + min(self._moved, POLL_LONGEST))
 
     def _offer(self, before: int, late: int) -> int:
         os.sched_yield()
@@ -114,7 +102,7 @@ class Lookout:
 
     def came(self, began: int) -> None:
         """Record that data arrived after blocking since *began*."""
-        self._soon = perf_counter_ns() - began < _SOON + min(self._moved, _LONGEST)
+        self._soon = perf_counter_ns() - began < POLL_SOON + min(self._moved, POLL_LONGEST)
         self._moved = 0
 
     def message(self, count: int) -> None:
@@ -123,7 +111,7 @@ class Lookout:
 
     def piece_came(self, began: int) -> None:
         """Record that the next chunk of a message arrived after blocking since *began*."""
-        self._flows = perf_counter_ns() - began < _SOON
+        self._flows = perf_counter_ns() - began < POLL_SOON
 
     def moved(self, count: int) -> None:
         """Record *count* bytes that were received or sent other than by :meth:`look`."""

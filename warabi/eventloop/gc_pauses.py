@@ -17,13 +17,14 @@ from __future__ import annotations
 import gc
 from time import perf_counter
 
+from warabi._core.tuning import GC_HOLD
+
 _THRESHOLDS = (10_000, 5, 5)
 """New objects per collection of the youngest generation, and collections per older generation.
 
 Requests create no cycles, so collecting after every 700 objects is useless.  With these values a
 full collection visits some 300,000 unfrozen objects.
 """
-_LONG = 0.02  # seconds
 
 
 class PauseLimit:
@@ -35,12 +36,12 @@ class PauseLimit:
     def __call__(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":
             self._began = perf_counter()
-        elif info["generation"] == 2 and perf_counter() - self._began > _LONG:
+        elif info["generation"] == 2 and perf_counter() - self._began > GC_HOLD:
             gc.freeze()
 
 
 def limit_pauses() -> None:
-    """Freeze objects that survive a full collection of more than ``_LONG`` seconds.
+    """Freeze objects that survive a full collection of more than ``GC_HOLD`` seconds.
 
     For processes that only serve: it changes the collector of the whole process.
     """

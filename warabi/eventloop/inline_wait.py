@@ -16,14 +16,7 @@ from contextlib import contextmanager
 
 import trio
 
-MOMENT = 5
-"""Most milliseconds in one poll(2): more than a tick of the kernel's clock, since a shorter timeout
-arms a timer each time, which costs more than the rest of the call."""
-TURN = 5
-"""Milliseconds of consecutive requests after which other tasks get a turn."""
-LONGEST = 10
-"""Milliseconds after which it stops waiting for the next chunk of a reply, even if chunks keep
-arriving; this bounds how long other tasks of the loop wait."""
+from warabi._core.tuning import INLINE_LONGEST, INLINE_MOMENT, INLINE_TURN
 
 _served: trio.lowlevel.RunVar[tuple[int, ...]] = trio.lowlevel.RunVar("warabi-served", ())
 
@@ -61,11 +54,11 @@ class Lull:
     def turn(self) -> int:
         """Nanoseconds for which a task may do nothing but requests; 0 if the loop serves
         nothing."""
-        return TURN * 1_000_000 if _served.get() else 0
+        return INLINE_TURN * 1_000_000 if _served.get() else 0
 
     def begin(self) -> None:
         """Start the time limit: a request was sent."""
-        self._end = time.monotonic() + LONGEST / 1000
+        self._end = time.monotonic() + INLINE_LONGEST / 1000
 
     def wait(self) -> bool:
         """Whether *fd* becomes readable within a moment, and before any other input.
@@ -80,4 +73,4 @@ class Lull:
             self._served = served
         if not served or time.monotonic() > self._end:
             return False
-        return [fd for fd, _ in self._poll.poll(MOMENT)] == [self._fd]
+        return [fd for fd, _ in self._poll.poll(INLINE_MOMENT)] == [self._fd]

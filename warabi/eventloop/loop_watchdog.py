@@ -7,9 +7,9 @@ waits for input again, which costs two calls of a few hundred nanoseconds in eac
 and no system call.  A thread checks these notes; when tasks have been running for longer than the
 threshold, it takes the stack of the loop's thread and logs one line with it.
 
-The thread checks only while the loop is busy.  When the loop has been idle for ``_DOZE`` seconds
-the thread has unused memory collected, where that is short (``gc_pauses.py``), and sleeps until the
-loop runs tasks again, which then costs one system call.
+The thread checks only while the loop is busy.  When the loop has been idle for ``WATCHDOG_IDLE``
+seconds the thread has unused memory collected, where that is short (``gc_pauses.py``), and sleeps
+until the loop runs tasks again, which then costs one system call.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from types import FrameType
 import trio
 
 from warabi._core.log_limit import RateLimit
+from warabi._core.tuning import LOOP_HOLD, WATCHDOG_IDLE
 from warabi.eventloop import gc_pauses
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,6 @@ log.addFilter(RateLimit())
 
 SETTING = "WARABI_LOOP_HOLD"
 """Environment variable: seconds after which a held loop is reported; 0 for never."""
-THRESHOLD = 0.25
-"""Its default."""
-_DOZE = 5.0
 _MOST_FRAMES = 12
 
 Report = Callable[[float, str], None]
@@ -97,7 +95,7 @@ class LoopWatchdog(trio.abc.Instrument):
                     continue  # the task yielded meanwhile, so the stack may be another task's
                 reported = began
                 self._report(now - began, stack)
-            elif now - busy > _DOZE:
+            elif now - busy > WATCHDOG_IDLE:
                 gc_pauses.collect_while_idle()
                 self._doze()
                 busy = monotonic()
@@ -134,8 +132,8 @@ def instruments() -> list[trio.abc.Instrument]:
     environment variable disables it."""
     text = os.environ.get(SETTING, "")
     try:
-        threshold = float(text) if text else THRESHOLD
+        threshold = float(text) if text else LOOP_HOLD
     except ValueError:
-        threshold = THRESHOLD
-        log.warning("%s: %r is not a number of seconds; using %g s", SETTING, text, THRESHOLD)
+        threshold = LOOP_HOLD
+        log.warning("%s: %r is not a number of seconds; using %g s", SETTING, text, LOOP_HOLD)
     return [LoopWatchdog(threshold)] if threshold > 0 else []

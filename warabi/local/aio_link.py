@@ -16,7 +16,6 @@ from warabi.region import RegionID
 from warabi.target.handlers import bound
 from warabi.target.target import Target as LocalTarget
 
-ERASE_PATIENCE = 10.0  # seconds to erase a region that could not be filled
 GetBuffer = Callable[[], memoryview]
 """Returns the buffer for data when they arrive: the same one on every call."""
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import trio
 
+from warabi._core.tuning import OCCUPIED_POLL
 from warabi.target.target import Target
-
-_SHORTEST, _LONGEST = 0.001, 0.02  # seconds between two polls
 
 
 async def wait_free(target: Target) -> None:
@@ -19,7 +18,7 @@ async def wait_free(target: Target) -> None:
 
     Polls, since the state is a lock, which is released whatever happens to its holder.
     """
-    pause = _SHORTEST
+    pause, longest = OCCUPIED_POLL
     while target.occupied:
         await trio.sleep(pause)
-        pause = min(2 * pause, _LONGEST)
+        pause = min(2 * pause, longest)

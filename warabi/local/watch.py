@@ -9,14 +9,10 @@ from functools import partial
 import trio
 
 from warabi._core.changes import Changes
+from warabi._core.tuning import WATCH_CHECK, WATCH_POLL
 from warabi.metadata.notifications import Subscription
 from warabi.target.target import Target
 
-_LOOK = 0.05
-"""Seconds between polls of guests' writes, which send no notifications; or ``_SHARE`` times the
-processor time of a poll, if that is more.  Time spent waiting for locks is not counted."""
-_CHECK = 1.0
-"""Seconds between checks that it is still the same target, while there are no guests."""
 _SHARE = 20
 
 
@@ -63,7 +59,9 @@ class Watching:
             target = self._target
             assert target is not None
             self._woken = trio.Event()
-            with trio.move_on_after(max(_LOOK, pause) if target.sharing.active else _CHECK):
+            with trio.move_on_after(
+                max(WATCH_POLL, pause) if target.sharing.active else WATCH_CHECK
+            ):
                 await self._woken.wait()
             began = time.thread_time()
             target.sharing.look()

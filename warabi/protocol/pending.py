@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warabi import errors
+from warabi._core.tuning import CHANGE_DEADLINE, READ_DEADLINE
 from warabi.protocol import handshake, wire
 from warabi.protocol.forms import Malformed, shown
 from warabi.protocol.operations import OPERATIONS, RESULTS, ChangeScope, Served
@@ -17,9 +18,6 @@ from warabi.protocol.wire import PAYLOAD_DONE, Limits, Message
 EAGER_THRESHOLD = 2048
 """Default for the most bytes of data that are sent inside the header message."""
 
-_QUICK, _SLOW = 5, 60
-"""Default deadlines of operations that only read, and of those that may wait for stable storage or
-a migration, in multiples of the time without a sign of life."""
 _MOST_ERRNO = 4095  # as in Linux
 
 
@@ -192,10 +190,10 @@ class Patience:
         if self.deadline is not None:
             return self.deadline
         if operation is None or operation.waits or operation.long:
-            return self.silence * _SLOW
+            return self.silence * CHANGE_DEADLINE
         if operation.changes is not ChangeScope.NOTHING:  # it may wait for a migration
-            return self.silence * _SLOW
-        return self.silence * _QUICK
+            return self.silence * CHANGE_DEADLINE
+        return self.silence * READ_DEADLINE
 
 
 def _failure(what: str, failure: Any) -> errors.Exception:

@@ -16,20 +16,15 @@ from time import perf_counter_ns
 
 import trio
 
+from warabi._core.tuning import IDLE_TURN, OPENING_PATIENCE, PAYLOAD_TURN
 from warabi.errors import PermissionDenied, ProtocolError
 from warabi.protocol import handshake, wire
 from warabi.protocol.auth import Peer, Security
 from warabi.protocol.transport import NO_TLS, Part, Plain, Tls, Transport
 from warabi.protocol.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
-from warabi.provider.idle_connections import TURN, Crowd, Serve
+from warabi.provider.idle_connections import Crowd, Serve
 
-OPENING_PATIENCE = 10.0
-"""Seconds in which a peer must complete its handshake."""
-STALL_PATIENCE = 60.0
-"""Seconds that a peer may take for each ``STALL_SIZE`` bytes that use shared buffers."""
 STALL_SIZE = 4 * 1024 * 1024
-_PIECES = 2_000_000
-"""Nanoseconds of polling for chunks of a payload after which other tasks get a turn."""
 _ONE = memoryview(bytearray(1))  # for MSG_PEEK
 _UNREAD = 64  # reads of unused input when closing
 _UNREAD_PIECE = 256 * 1024
@@ -44,7 +39,8 @@ class Channel:
     a frame, or a :meth:`stream` of several parts, is never interleaved with another's.
 
     Data that can be received or sent at once are, without a turn of Trio's loop, which would cost
-    more than most requests.  The loop gets a turn when there is nothing to do, and after ``TURN``.
+    more than most requests.  The loop gets a turn when there is nothing to do, and after
+    ``IDLE_TURN``.
 
     Args:
         sock: the connected, non-blocking socket.
@@ -171,7 +167,7 @@ class Channel:
     async def _turn_within(self) -> int:
         """Let other tasks run after many chunks of a message; returns the current time."""
         now = perf_counter_ns()
-        if now - self._turn > _PIECES:
+        if now - self._turn > PAYLOAD_TURN:
             await trio.lowlevel.checkpoint()
             self._turn = now = perf_counter_ns()
         return now
@@ -191,7 +187,7 @@ class Channel:
             ProtocolError: the peer violated the protocol, or closed within a message.
             OSError: the connection broke.
         """
-        if perf_counter_ns() - self._turn > TURN:
+        if perf_counter_ns() - self._turn > IDLE_TURN:
             await trio.lowlevel.checkpoint()
             self._turn = perf_counter_ns()
         while (event := self._connection.next_event()) is NEED_DATA:

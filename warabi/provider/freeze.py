@@ -16,6 +16,7 @@ from collections.abc import Callable
 import trio
 
 from warabi._core import interrupts
+from warabi._core.tuning import FREEZE_CHECK, INTERRUPT_CHECK
 from warabi.errors import ConnectionLost, TimedOut
 
 
@@ -45,7 +46,7 @@ class ChangeGate:
         while not self.enter_nowait():
             with self._lock:
                 while self._frozen:
-                    self._changed.wait(interrupts.LOOK_AROUND if interrupts.waits_held() else None)
+                    self._changed.wait(INTERRUPT_CHECK if interrupts.waits_held() else None)
                     interrupts.check()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -111,7 +112,7 @@ class ChangeGate:
                         f"migrate: {len(self._inside)} changes in progress did did not end in"
                         f" {patience:g} s"
                     )
-                self._changed.wait(0.2)
+                self._changed.wait(FREEZE_CHECK)
 
     def thaw(self) -> None:
         """Open the gate."""

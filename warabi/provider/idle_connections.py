@@ -28,13 +28,10 @@ from typing import Any
 import outcome
 import trio
 
+from warabi._core.tuning import IDLE_TURN, QUIET_TURN
 from warabi.eventloop.busy_poll import Attention, Lookout
 from warabi.eventloop.eager_start import continued
 
-TURN = 250_000
-"""Nanoseconds of serving requests after which other tasks get a turn."""
-_LONG_TURN = 1_000_000
-"""The same if only connecting and disconnecting tasks wait."""
 _IDLE = 8
 """Idle worker tasks that are kept."""
 
@@ -196,7 +193,7 @@ class Crowd:
                 if member.over:
                     return True
                 now = perf_counter_ns()
-                if now - turn > (TURN if self.concurrent else _LONG_TURN):
+                if now - turn > (IDLE_TURN if self.concurrent else QUIET_TURN):
                     await trio.lowlevel.checkpoint()
                     now = turn = perf_counter_ns()
 

@@ -15,6 +15,7 @@ import trio
 from warabi import errors
 from warabi._core import forks
 from warabi._core.log_limit import RateLimit
+from warabi._core.tuning import ACCEPT_PAUSE, DRAIN_PATIENCE
 from warabi.eventloop import loop_watchdog
 from warabi.protocol import address
 from warabi.protocol.address import Endpoint
@@ -31,8 +32,6 @@ from warabi.target.state import LOOPS
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit())  # most messages are caused by peers
 
-_DRAIN_PATIENCE = 2.0
-"""Seconds for peers to send the rest of a request and read replies when the engine stops."""
 
 _KEPT_ALIVE = (
     # Close connections to dead hosts within minutes, and release what they hold.
@@ -127,7 +126,7 @@ class Runtime:
                     log.debug("accept: %s", error)
                     continue
                 log.error("accept: %s; pausing before accepting more connections", error.strerror)
-                await trio.sleep(0.1)
+                await trio.sleep(ACCEPT_PAUSE)
                 continue
             connection.setblocking(False)
             pid = 0
@@ -177,7 +176,7 @@ class Runtime:
     def _drain(self) -> None:
         """Accept no new requests, and end when pending ones are completed."""
         self._accepting.cancel()
-        self._scope.deadline = trio.current_time() + _DRAIN_PATIENCE
+        self._scope.deadline = trio.current_time() + DRAIN_PATIENCE
         for session in list(self._sessions):
             session.drain()
 

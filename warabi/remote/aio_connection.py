@@ -23,6 +23,7 @@ import trio
 from warabi import errors
 from warabi._core import forks
 from warabi._core.caller import is_gone
+from warabi._core.tuning import CLIENT_TURN, CONNECT_TIMEOUT, SLOW_FACTOR
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.eventloop.busy_poll import Lookout
 from warabi.eventloop.inline_wait import Lull
@@ -34,12 +35,7 @@ from warabi.protocol.pending import Patience, PendingRequest, Replies
 from warabi.protocol.transport import Plain, Transport
 from warabi.protocol.wire import NEED_DATA, Limits
 
-_CONNECT_TIMEOUT = 10.0
-_TURN = 250_000
-"""Nanoseconds of consecutive requests after which other tasks get a turn."""
 _IN_FLIGHT = 64  # most pending requests of one connection
-_SLOW = 10
-"""Factor on the timeout of requests that may wait for stable storage, while others complete."""
 _TURN_SIZE = 1024 * 1024
 """Bytes received after which other tasks get a turn; a call counts as a sixteenth of it."""
 
@@ -117,7 +113,7 @@ class TrioConnection(Replies):
         dialogue = handshake.client(limits, security, local=local, read_only=read_only)
         say = next(dialogue)
         try:
-            with trio.fail_after(min(self._timeout, _CONNECT_TIMEOUT)):
+            with trio.fail_after(min(self._timeout, CONNECT_TIMEOUT)):
                 while True:
                     for parts in self._transport.sealed([say]):
                         # A refused client may get an error here: the received message explains it.
@@ -272,7 +268,7 @@ class TrioConnection(Replies):
         if self._lost is not None:
             raise self._lost_error(request.what)
         await trio.lowlevel.checkpoint_if_cancelled()
-        turn = (self._lull and self._lull.turn) or _TURN
+        turn = (self._lull and self._lull.turn) or CLIENT_TURN
         if perf_counter_ns() - self._turn > turn:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._turn = perf_counter_ns()
@@ -375,7 +371,7 @@ class TrioConnection(Replies):
             return limit
         operation = OPERATIONS.get(request.operation)
         slow = operation is None or operation.waits or operation.long
-        return min(limit, self._timeout * (_SLOW if slow else 1))
+        return min(limit, self._timeout * (SLOW_FACTOR if slow else 1))
 
     async def _watch_silence(self) -> None:
         """Fail requests if the provider has been silent for too long, or does not complete one of

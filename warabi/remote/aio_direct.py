@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from warabi import errors
+from warabi._core.tuning import LEAVE_PATIENCE
 from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
@@ -16,7 +17,6 @@ from warabi.shm.client import Guest
 
 _PIECE = 4 * 1024 * 1024
 """Bytes copied after which other tasks get a turn."""
-_LEAVING_PATIENCE = 2.0
 
 
 class AsyncDirectAccessChannel:
@@ -167,7 +167,7 @@ class AsyncDirectAccessChannel:
         try:
             if self._connection is not None and not over:
                 # Descriptors that arrive now belong to a request for a grant.
-                with trio.move_on_after(_LEAVING_PATIENCE, shield=True), suppress(errors.Exception):
+                with trio.move_on_after(LEAVE_PATIENCE, shield=True), suppress(errors.Exception):
                     await self._request(self._connection, "leave", [])
         finally:
             self._end()

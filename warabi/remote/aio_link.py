@@ -11,7 +11,8 @@ import trio
 from warabi import errors
 from warabi._core.changes import CONTENT, Changes
 from warabi._core.extents import EXTENTS, Extent, groups, pack, total
-from warabi.local.aio_link import ERASE_PATIENCE, GetBuffer
+from warabi._core.tuning import ERASE_PATIENCE
+from warabi.local.aio_link import GetBuffer
 from warabi.local.link import CREATE
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID

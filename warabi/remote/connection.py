@@ -42,6 +42,13 @@ from typing import Any, TypeVar
 
 from warabi import errors
 from warabi._core import forks, interrupts
+from warabi._core.tuning import (
+    CLOSE_PATIENCE,
+    CONNECT_TIMEOUT,
+    DEADLINE_CHECK,
+    HANDOVER_POLL,
+    INTERRUPT_CHECK,
+)
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.eventloop.busy_poll import NOTHING, UNKNOWN, Lookout
 from warabi.protocol import address, handshake, transport, wire
@@ -55,10 +62,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-TIMEOUT = 60.0
-"""Default seconds without a sign of life from the provider after which a call fails."""
-_CONNECT_TIMEOUT = 10.0
-_LOOK_AROUND = 1.0  # seconds after which a blocked receive checks its deadline
 _AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # computed once, which saves time
 
 _CONSISTENT, _RECEIVING, _PARSING = range(3)
@@ -117,13 +120,13 @@ class BlockingConnection(Replies):
         self._asked = False  # a sign of life was asked for since then
         forks.register(self)
         security = security or Security()
-        deadline = time.monotonic() + min(timeout, _CONNECT_TIMEOUT)
+        deadline = time.monotonic() + min(timeout, CONNECT_TIMEOUT)
         self._socket, self._transport = transport.connect(
-            endpoint, min(timeout, _CONNECT_TIMEOUT), security
+            endpoint, min(timeout, CONNECT_TIMEOUT), security
         )
         # Blocking with a receive timeout: one system call per reply, and no endless wait.
         self._socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(_LOOK_AROUND), 0)
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(DEADLINE_CHECK), 0)
         )
         self._recv_into: Callable[[memoryview, int, int], int] = self._transport.recv_into
         self._at_once = isinstance(self._transport, transport.Plain) and not descriptors  # in C
@@ -247,9 +250,9 @@ class BlockingConnection(Replies):
             poller.register(self._socket, select.POLLOUT | select.POLLIN)
         except ValueError:  # closed concurrently; the next send reports it
             return
-        for _, event in poller.poll(_LOOK_AROUND * 1000):
+        for _, event in poller.poll(DEADLINE_CHECK * 1000):
             if event & select.POLLIN and not self.poll():
-                time.sleep(0.0005)  # another thread is reading
+                time.sleep(HANDOVER_POLL)  # another thread is reading
             return
         if self.interruptible:
             interrupts.check()
@@ -280,7 +283,7 @@ class BlockingConnection(Replies):
             request.waiters += 1
         try:
             while not self._read(since, request) and not request.done:
-                pause = interrupts.LOOK_AROUND if interrupts.waits_held() else _LOOK_AROUND
+                pause = INTERRUPT_CHECK if interrupts.waits_held() else DEADLINE_CHECK
                 if not request.event.wait(pause) or request.expires < time.monotonic():
                     self._check_silence(request, since)
         finally:
@@ -323,11 +326,11 @@ class BlockingConnection(Replies):
         with self._mutex:
             request.finish(error=error)
         # Another thread that receives into the buffer just now will soon be done, or is made to.
-        deadline = time.monotonic() + _LOOK_AROUND
+        deadline = time.monotonic() + DEADLINE_CHECK
         while self._filled_by_another(request):
             if time.monotonic() > deadline and self.usable:
                 self._fail(f"{request.what}: abandoned in the middle of its reply")
-            time.sleep(0.0005)
+            time.sleep(HANDOVER_POLL)
 
     def _filled_by_another(self, request: PendingRequest) -> bool:
         """Whether another thread is receiving into the buffer of *request*, which was abandoned."""
@@ -588,7 +591,7 @@ class BlockingConnection(Replies):
         if filling:
             self._fail(f"{request.what}: its reply stalled")
             while self._filled_by_another(request):
-                time.sleep(0.0005)
+                time.sleep(HANDOVER_POLL)
 
     # The end
 
@@ -634,12 +637,12 @@ class BlockingConnection(Replies):
         with self._mutex:
             return bool(self._undoing) or any(not r.done for r in self._requests.values())
 
-    def close(self, patience: float = 5.0) -> None:
+    def close(self, patience: float = CLOSE_PATIENCE) -> None:
         """Wait for pending requests that must not be lost, and close."""
         deadline = time.monotonic() + patience
         while self._unfinished() and self.usable and time.monotonic() < deadline:
             if not self.poll():
-                time.sleep(0.001)
+                time.sleep(HANDOVER_POLL)
                 continue
             if self._unfinished() and self.usable:
                 with contextlib.suppress(ValueError):  # closed concurrently

@@ -11,6 +11,7 @@ from typing import Any
 
 from warabi import errors
 from warabi._core import forks, interrupts
+from warabi._core.tuning import GRANT_PATIENCE
 from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
 from warabi.remote.connection import BlockingConnection
@@ -22,8 +23,6 @@ _FIRST_SIZE = 64 * 1024
 _MADE_SIZE = 256 * 1024
 """From this size in bytes on the data of a new region are written by direct access."""
 _MOST_WANTED = 1024
-_ASKING_PATIENCE = 0.5
-"""Seconds to wait for a pending grant when the client closes."""
 
 
 def _made(made: list[Any], descriptors: list[int]) -> tuple[RegionID, Sequence[Any] | None]:
@@ -249,7 +248,7 @@ class DirectAccessChannel(DirectAccess):
         """Access nothing any more, and send ``leave``."""
         held = False
         try:
-            (held,) = map(self._lock.acquire, (True,), (_ASKING_PATIENCE,))
+            (held,) = map(self._lock.acquire, (True,), (GRANT_PATIENCE,))
             if not held:
                 # The requesting thread waits for a provider that does not respond.
                 self._over = True

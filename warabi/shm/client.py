@@ -24,6 +24,7 @@ from warabi import errors
 from warabi._core import forks
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.descriptors import limit
+from warabi._core.tuning import CLOSE_PATIENCE, HANDOVER_POLL
 from warabi.region import RegionID
 from warabi.shm.layout import ENTRIES, HAZARD_SLOTS, METADATA_DURABLE, TABLE
 from warabi.shm.memory import STRONGLY_ORDERED, SharedMapping, register
@@ -43,7 +44,6 @@ _MOST_FILES = 16384  # region files that are kept open
 _SPARE_ROOM = 1024 * 1024
 _ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.shm.fast_path"
 """Whether stores become visible in the order that the protocol needs; compiled code has fences."""
-_CLOSING_PATIENCE = 5.0
 
 
 class _SharedFile:
@@ -275,9 +275,9 @@ class Guest(Reach):
     def close(self) -> None:
         """Refuse new accesses, and wait for pending ones."""
         self.usable = False
-        deadline = time.monotonic() + _CLOSING_PATIENCE
+        deadline = time.monotonic() + CLOSE_PATIENCE
         while self.busy and time.monotonic() < deadline:
-            time.sleep(0.0005)
+            time.sleep(HANDOVER_POLL)
         self.grants.clear()
 
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 
 from warabi import errors
+from warabi._core.tuning import COMMIT_INTERVAL, STEP_PAUSE
 from warabi.backends.base import Flush
 from warabi.backends.xattr_times import Times
 from warabi.errors import StorageError, TargetNotFound, WouldBlock
@@ -31,12 +32,9 @@ from warabi.target.erasure import Erasure
 from warabi.target.kernel_backed import KernelBacked
 from warabi.target.region_locks import RegionLocks
 from warabi.target.sharing import Sharing
-from warabi.target.state import PAUSE, TargetState, not_in_a_loop
+from warabi.target.state import TargetState, not_in_a_loop
 
 log = logging.getLogger(__name__)
-
-COMMIT_INTERVAL = 5.0
-"""Seconds after which volatile changes of the catalogue are committed without a request."""
 
 
 class Committer:
@@ -136,7 +134,7 @@ class Committer:
         for _ in range(steps):
             with self._state.lock, self._errors_translated():
                 self._catalogue.flush_some()
-            time.sleep(PAUSE)
+            time.sleep(STEP_PAUSE)
 
     def _commit_to_wal(self) -> int:
         with self._state.lock, self._errors_translated():

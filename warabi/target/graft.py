@@ -21,6 +21,7 @@ from typing import IO
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
 from warabi._core.buffers import checked_size
+from warabi._core.tuning import STEP_PAUSE
 from warabi.errors import BadArchive, TargetBusy, path_error
 from warabi.metadata import domain
 from warabi.metadata.dentries import ANONYMOUS, staged
@@ -28,7 +29,6 @@ from warabi.metadata.inode import Inode
 from warabi.metadata.tree import region_of_name
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_again, unpack_all
-from warabi.target.state import PAUSE
 from warabi.target.target import Target
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class _Graft:
         while going_on:
             with self._guard.lock, self._guard.checked:
                 going_on = step()
-            time.sleep(PAUSE)
+            time.sleep(STEP_PAUSE)
 
     # Staging
 

@@ -10,14 +10,9 @@ import time
 from pathlib import Path
 
 from warabi._core import forks, interrupts
+from warabi._core.tuning import CLOSING_PATIENCE, DEAD_PATIENCE, LOCK_POLL
 from warabi.errors import TargetBusy
 from warabi.metadata.journal import close_quietly
-
-_CLOSING_PATIENCE = 60.0
-"""Seconds to wait for an owner that is closing, if the caller waits at all."""
-_DEAD_PATIENCE = 5.0
-"""Seconds to wait if the owner is dead, but a child that it was just starting still has its
-descriptors: until that calls execve(2)."""
 
 
 def _is_dead(pid: str) -> bool:
@@ -37,8 +32,8 @@ class LockFile:
         self._file = file
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + patience
-        closing_deadline = time.monotonic() + (_CLOSING_PATIENCE if patience else 0.0)
-        dead_deadline = time.monotonic() + max(patience, _DEAD_PATIENCE)
+        closing_deadline = time.monotonic() + (CLOSING_PATIENCE if patience else 0.0)
+        dead_deadline = time.monotonic() + max(patience, DEAD_PATIENCE)
         while True:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +50,7 @@ class LockFile:
                 close_quietly(self._fd)
                 raise TargetBusy(f"target {path}: already open in process {owner or 'unknown'}")
             interrupts.check()
-            time.sleep(0.02)
+            time.sleep(LOCK_POLL)
         forks.register(self)
         try:
             self._write(f"{os.getpid()}\n")

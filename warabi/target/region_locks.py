@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from warabi._core import interrupts
 from warabi._core.changes import CONTENT, ORIGIN
+from warabi._core.tuning import INTERRUPT_CHECK
 from warabi.errors import InvalidRegion, TargetBusy, WouldBlock
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
@@ -173,7 +174,7 @@ class RegionLocks:
         self._waiters += 1
         try:
             # Signal handlers do not interrupt a condition here: see interrupts.py.
-            self._idle.wait(interrupts.LOOK_AROUND if interrupts.waits_held() else None)
+            self._idle.wait(INTERRUPT_CHECK if interrupts.waits_held() else None)
         finally:
             self._waiters -= 1
         if not self._state.closed:

@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from warabi._core.tuning import GUESTS_PATIENCE, GUESTS_POLL
 from warabi.backends.base import Location
 from warabi.errors import TargetBusy, WouldBlock
 from warabi.metadata.inode import Inode
 from warabi.shm.memory import barrier
 from warabi.target.leases import GrantHolder, Grants, Share
 from warabi.target.state import TargetState
-
-GUESTS_PATIENCE = 1.0
-"""Seconds to wait for accesses by other processes when a target closes or is migrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,4 +266,4 @@ class Sharing:
             with self._state.lock:
                 if self._grants is None or drained(self._grants):
                     return
-            time.sleep(0.001)
+            time.sleep(GUESTS_POLL)

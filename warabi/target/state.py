@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from warabi._core.tuning import OCCUPIED_GRACE
 from warabi.backends import Storage
 from warabi.errors import Lengthy, TargetNotFound, WouldBlock
 from warabi.metadata.catalogue import Catalogue
@@ -25,13 +26,8 @@ _T = TypeVar("_T")
 LOOPS: set[int] = set()
 """Threads that run the event loop of an engine or a mount.  A call that would make one of them wait
 for a region, or take long, raises ``WouldBlock`` without effect; a worker thread then makes it."""
-_GRACE = 0.02
-"""Approximate longest time in seconds between finding a target free and acquiring its lock."""
 STEPS = 5000
 """Names or directories, of some microseconds each, to process while other calls wait."""
-PAUSE = 0.0005
-"""Seconds between two steps of a long operation, without which the next step could take the lock
-first every time."""
 LONG = 32 * 1024 * 1024
 """Bytes of memory that take long to free."""
 
@@ -100,7 +96,7 @@ class TargetState:
     def announce(self) -> None:
         """Wait until event loops that found the target free have acquired its lock; the caller
         holds ``long``, and is about to hold the lock for long."""
-        time.sleep(_GRACE)
+        time.sleep(OCCUPIED_GRACE)
 
     def patiently(self, work: Callable[[float], _T]) -> _T:
         """Return the result of *work*, which acquires the lock and is passed a limit on its steps.

@@ -10,13 +10,7 @@ is slow, too.
 from __future__ import annotations
 
 from warabi._core.backoff import Pause
-
-_SLOW = 5_000_000
-"""Nanoseconds; a write that only copies a page or two takes less, except on a very busy machine."""
-_COPYING = 5
-"""Nanoseconds for each byte that is copied, at most."""
-_PAUSE = (50_000_000, 3_200_000_000)
-"""Nanoseconds for which no write is tried after a slow one: at first, and at most."""
+from warabi._core.tuning import SLOW_WRITE, SLOW_WRITE_BYTE, SLOW_WRITE_PAUSE
 
 
 class Pace:
@@ -25,7 +19,7 @@ class Pace:
     __slots__ = ("_pause",)
 
     def __init__(self) -> None:
-        self._pause = Pause(*_PAUSE)
+        self._pause = Pause(*SLOW_WRITE_PAUSE)
 
     def slow(self, now: int) -> bool:
         """Whether writes should be made by threads at *now*."""
@@ -33,5 +27,5 @@ class Pace:
 
     def wrote(self, size: int, began: int, now: int) -> None:
         """A write of *size* bytes, made at once, took from *began* to *now*."""
-        if now - began > _SLOW + _COPYING * size:
+        if now - began > SLOW_WRITE + SLOW_WRITE_BYTE * size:
             self._pause.begin(began, now)

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from warabi._core.tuning import MIGRATION_PROGRESS
 from warabi.client import Client
 from warabi.engine import Engine
 from warabi.protocol.address import parse
-
-_INTERVAL = 0.1  # seconds between two queries of the progress
 
 
 def ask(
@@ -44,6 +43,6 @@ def ask(
         if not request.done and found != seen:
             progress(*(seen := found))
         if not request.done:
-            time.sleep(_INTERVAL)
+            time.sleep(MIGRATION_PROGRESS)
         link.poll(request)
     link.finish([request])

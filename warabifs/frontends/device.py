@@ -11,6 +11,7 @@ import socket
 import subprocess
 
 from warabi._core import syscalls
+from warabi._core.tuning import MOUNT_ANSWER
 from warabi.errors import ConfigError
 from warabifs.frontends.mountinfo import mounted_on
 
@@ -22,7 +23,6 @@ READ_AHEAD_REMOTE = 4096
 _DEFAULT = frozenset(("nosuid", "nodev"))  # the defaults of fusermount3
 _FOR_KERNEL = ("default_permissions", "allow_other")
 _KIND = "fuse.warabifs"
-_PATIENCE = 30.0  # seconds to wait for fusermount3
 
 
 class Device:
@@ -82,7 +82,7 @@ class Device:
                 syscalls.umount2(self._mountpoint, syscalls.MNT_DETACH)
         else:
             command = ["fusermount3", "-u", "-q", "-z", "--", self._mountpoint]
-            subprocess.run(command, capture_output=True, timeout=_PATIENCE)
+            subprocess.run(command, capture_output=True, timeout=MOUNT_ANSWER)
 
 
 def _failed(mountpoint: str, why: str) -> ConfigError:
@@ -127,7 +127,7 @@ def _fusermount(mountpoint: str, name: str, options: set[str]) -> int:
                 ["fusermount3", "-o", settings, "--", mountpoint],
                 pass_fds=[its.fileno()],
                 env={**os.environ, "_FUSE_COMMFD": str(its.fileno())},
-                stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE,
+                stdin=subprocess.DEVNULL, capture_output=True, timeout=MOUNT_ANSWER,
             )  # fmt: skip
         except FileNotFoundError:
             raise _failed(mountpoint, "fusermount3 is not in PATH") from None

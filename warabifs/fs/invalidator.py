@@ -19,6 +19,7 @@ import trio
 
 from warabi import errors
 from warabi._core.changes import Changes
+from warabi._core.tuning import FOLLOW_PATIENCE, FOLLOW_PAUSE
 from warabi.aio import Target
 from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.handles import Outdated
@@ -26,8 +27,6 @@ from warabifs.fs.handles import Outdated
 log = logging.getLogger(__name__)
 
 _EVERYTHING = Changes(0, True, {}, {})
-_PAUSE = 1.0  # seconds before the next attempt after the provider did not reply
-_PATIENCE = 2.0  # seconds to wait for the thread to leave the kernel
 _OVER = (errno.ENOTCONN, errno.ENODEV, errno.EBADF, errno.EINVAL)
 
 
@@ -107,7 +106,7 @@ class Follower:
             if notified:
                 notified = False
                 yield _EVERYTHING
-            await trio.sleep(_PAUSE)
+            await trio.sleep(FOLLOW_PAUSE)
 
     async def _changed(self, names: dict[tuple[int, bytes], int]) -> dict[tuple[int, bytes], int]:
         """Return those of *names* that refer to another inode by now, or are not directories.
@@ -146,7 +145,7 @@ class Follower:
                 forget(*arguments)
 
     async def stop(self) -> None:
-        """Stop calling the kernel; returns when the thread has left it, or after ``_PATIENCE``."""
+        """Stop calling the kernel; returns when the thread has left it, or after a time."""
         self._stopping = True
-        with trio.move_on_after(_PATIENCE, shield=True):
+        with trio.move_on_after(FOLLOW_PATIENCE, shield=True):
             await self._out.wait()

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 import warabi
+from warabi._core.tuning import UNMOUNT_PATIENCE
 from warabi.tools.cli.common import Commands, echo
 from warabifs.mount import doctor as examination
 from warabifs.mount import install, unmount
@@ -52,7 +53,7 @@ def mount(arguments: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("mountpoint")  # not click.Path, which would stat the mount, which may hang
 @click.option("-l", "--lazy", is_flag=True, help="Unmount now; open files stay usable.")
-@click.option("--timeout", default=unmount.PATIENCE, show_default=True, type=float, metavar="S",
+@click.option("--timeout", default=UNMOUNT_PATIENCE, show_default=True, type=float, metavar="S",
               help="Seconds to wait until everything is persisted.")  # fmt: skip
 def umount(mountpoint: str, lazy: bool, timeout: float) -> None:
     """Unmount; return when everything is persisted, or report what is not."""

@@ -22,6 +22,7 @@ from typing import Literal
 
 import click
 
+from warabi._core.tuning import DOCTOR_ANSWER
 from warabi.errors import PermissionDenied
 from warabi.protocol import socket_directories
 from warabifs.frontends.mountinfo import mounts
@@ -29,7 +30,6 @@ from warabifs.mount import install
 from warabifs.mount.unmount import KIND
 
 _DEVICE = Path("/dev/fuse")
-_ANSWER = 5.0  # seconds for a mount to respond
 _FILES = 4096  # open files that suffice for targets of many regions
 _SYS_ADMIN = 21  # the number of CAP_SYS_ADMIN
 
@@ -232,7 +232,7 @@ def _mounts() -> Iterator[Finding]:
             continue
         try:
             done = subprocess.run(
-                ["stat", "-f", "--", mount.path], capture_output=True, timeout=_ANSWER,
+                ["stat", "-f", "--", mount.path], capture_output=True, timeout=DOCTOR_ANSWER,
                 env={**os.environ, "LC_ALL": "C"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:

@@ -27,6 +27,7 @@ import trio
 import warabi
 from warabi import aio, reconnect
 from warabi._core import descriptors
+from warabi._core.tuning import MOUNT_ANSWER, MOUNT_PATIENCE
 from warabi.backends.memory_budget import physical_memory
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog
@@ -50,8 +51,6 @@ from warabifs.mount.watchdog import Watchdog
 
 log = logging.getLogger("warabifs")
 
-_PATIENCE = 2.0  # seconds to wait for an earlier mount to release the target
-_ANSWER = 30.0  # seconds for a new mount to respond
 _DAY = 86400.0
 _DETACH = 'exec 3<"$1" && fusermount3 -u -z "$1" && { sync -f /dev/fd/3; true; }'
 
@@ -163,7 +162,7 @@ def _check_mountpoint(text: str) -> str:
             raise ConfigError(f"mount point {path}: {error.strerror}") from None
         # Left behind by a killed mount.
         done = subprocess.run(
-            ["fusermount3", "-u", "-z", path], capture_output=True, text=True, timeout=_ANSWER
+            ["fusermount3", "-u", "-z", path], capture_output=True, text=True, timeout=MOUNT_ANSWER
         )
         if done.returncode:
             raise ConfigError(
@@ -199,7 +198,7 @@ def _serve_in_background(source: Source, mountpoint: str, options: Options) -> N
         raise ConfigError(status or "the mount process ended without reporting an error")
     try:
         # Another process must do it: this one could wait for itself.
-        done = subprocess.run(["stat", "-f", mountpoint], capture_output=True, timeout=_ANSWER)
+        done = subprocess.run(["stat", "-f", mountpoint], capture_output=True, timeout=MOUNT_ANSWER)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"mount point {mountpoint}: the mount does not answer") from None
     if done.returncode:
@@ -284,7 +283,7 @@ def _serve_and_persist(
         local = opening.open_backend(
             source.backend,
             source.backend.config.model_validate(spelled),
-            patience=_PATIENCE,
+            patience=MOUNT_PATIENCE,
             limit=None if source.backend.in_memory is None else _limit(options),
         )
     gc_pauses.limit_pauses()
@@ -534,7 +533,7 @@ async def _end_on_signal(
 
 async def _run(*command: str) -> int:
     """Run a command without blocking the event loop, which it needs; return its exit status."""
-    with trio.move_on_after(_ANSWER):
+    with trio.move_on_after(MOUNT_ANSWER):
         done = await trio.run_process(command, check=False, capture_stderr=True)
         if done.returncode:
             log.info("%s: %s", " ".join(command), done.stderr.decode(errors="replace").strip())

@@ -12,15 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from warabi._core.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
+from warabi._core.tuning import LAZY_PATIENCE, UNMOUNT_PATIENCE
 from warabi.errors import ConfigError
 from warabifs.frontends.mountinfo import Mounted, identity, is_gone, mounted_on, mounts
 from warabifs.mount.shutdown_socket import Waiting
 from warabifs.mount.utab import remove_stale
 
-PATIENCE = 60.0
-"""Default seconds to wait for the mount process to exit."""
-_LAZY_PATIENCE = 1.0
-"""The same for a lazy unmount, after which programs may keep files open for long."""
 KIND = "fuse.warabifs"
 
 
@@ -47,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"umount.warabifs: {error}", file=sys.stderr)
         return 1
-    return unmount(mount, lazy=parsed.l, patience=PATIENCE, force=parsed.f)
+    return unmount(mount, lazy=parsed.l, patience=UNMOUNT_PATIENCE, force=parsed.f)
 
 
 def find(place: str) -> Mounted:
@@ -93,7 +90,7 @@ def unmount(mount: Mounted, *, lazy: bool, patience: float, force: bool = False)
         if waiting.reason:
             _say(mount, f"it is not known whether everything is persisted: {waiting.reason}")
             return 1
-        report = waiting.wait_report(_LAZY_PATIENCE if lazy else patience)
+        report = waiting.wait_report(LAZY_PATIENCE if lazy else patience)
     finally:
         waiting.close()
         remove_stale()

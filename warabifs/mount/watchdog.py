@@ -21,9 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from warabi._core.tuning import KILLED_PATIENCE, KILLED_POLL
 
-_PATIENCE = 5.0  # seconds for the threads of a killed process to exit
+log = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -64,12 +64,12 @@ def watch(process: int, device: str, number: int) -> None:
     syscalls.signal_when_parent_ends(signal.SIGUSR1)
     if os.getppid() == process and not _main_thread_ended(process):
         signal.sigwait({signal.SIGUSR1})
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + KILLED_PATIENCE
     while _has_threads(process):
         if time.monotonic() > deadline:
             _abort(device, number)
             return
-        time.sleep(0.05)
+        time.sleep(KILLED_POLL)
 
 
 def _main_thread_ended(process: int) -> bool:

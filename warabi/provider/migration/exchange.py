@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from warabi._core.tuning import MIGRATION_PATIENCE
 from warabi.backends.settings import PathModel
 from warabi.errors import Exception, ProtocolError
 from warabi.protocol.operations import OPERATIONS, Payload, checked_arguments
@@ -25,9 +26,6 @@ from warabi.target.config import checked as checked_config
 from warabi.target.target import Target
 
 log = logging.getLogger(__name__)
-
-PATIENCE = 300.0
-"""Seconds without a message from the source after which a migration is aborted."""
 
 
 class Receiving:
@@ -114,11 +112,13 @@ class Exchange:
         """Close the connection if the source sends nothing any more, for example since its host
         died."""
         while not receiving.ended.is_set():
-            with trio.move_on_at(receiving.heard + PATIENCE):
+            with trio.move_on_at(receiving.heard + MIGRATION_PATIENCE):
                 await receiving.ended.wait()
-            silent = trio.current_time() - receiving.heard >= PATIENCE
+            silent = trio.current_time() - receiving.heard >= MIGRATION_PATIENCE
             if silent and not receiving.ended.is_set() and not receiving.busy.locked():
-                log.warning("migration aborted: the source sent nothing for %g s", PATIENCE)
+                log.warning(
+                    "migration aborted: the source sent nothing for %g s", MIGRATION_PATIENCE
+                )
                 self._hang_up()
                 return
             if silent:

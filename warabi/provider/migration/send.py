@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from warabi import errors
 from warabi._core import interrupts
+from warabi._core.tuning import CHANGES_PATIENCE
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.metadata.journal import sync_directory
 from warabi.protocol.pending import PendingRequest
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 _TRANSFER_SIZE = 1024 * 1024
 _AHEAD = 4
 """Pending messages; their bytes are in the socket's buffer."""
-_CHANGES_PATIENCE = 120.0
-"""Seconds for pending changes to end: more than a peer may stall in one."""
 _BLOCK = 4096  # alignment of chunks of a large region, for the destination's page cache
 _SKIPPED = 16  # most region bytes per message byte, if there are holes
 _ROOM = 64
@@ -104,7 +103,7 @@ class Sending:
             # The destination refuses before any change is blocked.
             self._call("receive_begin", self._plan(target).model_dump_json(exclude_none=True))
             try:
-                self._core.changes.freeze(_CHANGES_PATIENCE, lambda: self._stopping)
+                self._core.changes.freeze(CHANGES_PATIENCE, lambda: self._stopping)
                 try:
                     target.sharing.pause()
                     self._send_all(target)

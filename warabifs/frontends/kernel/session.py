@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 import trio
 
 from warabi._core.caller import CALLER, Caller
+from warabi._core.tuning import FUSE_MOMENT, HELLO_PATIENCE, IN_KERNEL, KILL_CHECK
 from warabi.eventloop.busy_poll import Lookout
 from warabi.eventloop.eager_start import continued
 from warabifs.frontends.kernel import protocol
@@ -41,12 +42,6 @@ from warabifs.frontends.kernel.protocol import HEADER, Header, Opcode
 
 log = logging.getLogger(__name__)
 
-_MOMENT = 5
-"""Milliseconds for which the loop may block when no request is pending.
-
-A value below a tick of the kernel's clock would arm a timer each time, which costs more than the
-rest of a request.
-"""
 _STREAK = 16
 """Most requests between two turns of Trio's loop."""
 _ROOM = 1 << 30
@@ -54,10 +49,6 @@ _ROOM = 1 << 30
 not detected.  So it exceeds what the threads of a machine need, unless thousands of them write."""
 _TASK = 16 * 1024
 """Bytes of overhead of a blocked request: its task, and a page of its buffer."""
-_LOOK = 0.2
-"""Seconds between two checks whether an interrupted thread is being killed."""
-_IN_KERNEL = 0.5
-"""Seconds after which a thread that sends a notification must be in the kernel."""
 _UNTOLD = protocol.MAX_BACKGROUND
 """Number of notifications, and of replies, beyond which a reply does not wait for a notification.
 
@@ -71,7 +62,6 @@ _SMALL = 16 * 1024
 _OVER = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EBADF)
 _HEADER_SIZE = HEADER.size
 _unpack_header = HEADER.unpack_from
-_HELLO = 30_000  # milliseconds to wait for the kernel's first request
 
 
 class Early(NamedTuple):
@@ -163,7 +153,7 @@ class FuseSession:
         """
         buffer = memoryview(bytearray(protocol.BUFFER))
         while True:
-            if not self._poll.poll(_HELLO):
+            if not self._poll.poll(HELLO_PATIENCE):
                 raise TimeoutError(errno.ETIMEDOUT, "the kernel did not start the FUSE session")
             count = os.readv(self._fd, [buffer])
             header = Header._make(_unpack_header(buffer))
@@ -275,7 +265,7 @@ class FuseSession:
                 return os.readv(self._fd, (buffer,))
             self._began = began = perf_counter_ns()
             count = self._lookout.look(self._receive, buffer, began)
-            if count < 0 and self._poll.poll(_MOMENT):
+            if count < 0 and self._poll.poll(FUSE_MOMENT):
                 count = os.readv(self._fd, (buffer,))
                 self._lookout.came(began)
             return max(count, 0)
@@ -313,7 +303,7 @@ class FuseSession:
                 waiting.caller.gone = True
                 self._send(unique, errno.EINTR)
                 return
-            await trio.sleep(_LOOK)
+            await trio.sleep(KILL_CHECK)
 
     async def _undo(self, header: Header, body: memoryview, answer: Answer) -> None:
         """Undo a request that completed after the calling thread was killed."""
@@ -415,7 +405,7 @@ class FuseSession:
         A thread that is still in the kernel keeps the file, and does no harm.
         """
         self._silent = True
-        if self._notifying.acquire(timeout=_IN_KERNEL):
+        if self._notifying.acquire(timeout=IN_KERNEL):
             self._notifying.release()
 
     def drop_name(self, directory: int, name: bytes) -> None:

@@ -23,6 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
+from warabi._core.tuning import PURGE_PATIENCE
 from warabi.metadata.domain import NAME_MAX, clamped
 from warabifs.frontends.base import Settings
 from warabifs.frontends.callers import groups_of
@@ -34,8 +35,6 @@ T = TypeVar("T")
 Changed = tuple[list[tuple[int, bytes]], list[int]]
 """Names in directories, and inodes, for which the kernel may have outdated entries."""
 
-_PATIENCE = 0.1
-"""Seconds for which a write past the page cache waits until the kernel has dropped pages."""
 _FEW = 32
 """Directory entries that are fetched first; pyfuse3 does not tell how many there is room for."""
 
@@ -352,7 +351,7 @@ class Adapter(pyfuse3.Operations):
             await self._files.fsync(opened.ino, fh, opened.flags & os.O_SYNC != os.O_SYNC)
         drop = self._files.drop_believed if direct else self._files.drop_pages
         if drop(opened.ino, off, size):
-            with trio.move_on_after(_PATIENCE):
+            with trio.move_on_after(PURGE_PATIENCE):
                 await self._notified()
 
     async def flush(self, fh: int) -> None:

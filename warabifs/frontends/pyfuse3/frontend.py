@@ -16,6 +16,7 @@ from typing import ClassVar
 import pyfuse3
 import trio
 
+from warabi._core.tuning import IN_KERNEL
 from warabifs.frontends.base import Ability, FrontEnd, Settings
 from warabifs.frontends.device import Device
 from warabifs.frontends.pyfuse3.adapter import Adapter
@@ -23,8 +24,6 @@ from warabifs.fs.filesystem import FileSystem
 
 _TASKS = 1000
 """Requests that may be under way; pyfuse3 has a task for each."""
-_IN_KERNEL = 0.5
-"""Seconds to wait for a thread that sends the kernel a notification."""
 
 
 class Pyfuse3FrontEnd(FrontEnd):
@@ -72,7 +71,7 @@ class Pyfuse3FrontEnd(FrontEnd):
         self._silent = True
         if self._fd < 0:
             return
-        if self._notifying.acquire(timeout=_IN_KERNEL):
+        if self._notifying.acquire(timeout=IN_KERNEL):
             self._notifying.release()
             pyfuse3.close(unmount=False)
             Pyfuse3FrontEnd._serves = False
