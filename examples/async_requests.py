@@ -21,7 +21,9 @@ with (
         target.write_async(region, 0, bytes([number]) * 4096)
         for number, region in enumerate(regions)
     ]
-    print("written:", sum(1 for request in writes if request.wait() is None))
+    for request in writes:
+        request.wait()
+    print("written:", sum(request.completed() for request in writes))
 
     # completed() turns true without a task that waits for it.
     buffers = [bytearray(4096) for _ in regions]

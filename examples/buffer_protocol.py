@@ -38,8 +38,12 @@ with mochi.margo.Engine("na+sm", mochi.margo.server) as engine:
             print(mapped[7:20])
 
     # What cannot be a destination is refused before anything is written.
-    for name, wrong in {"read-only": b"12345", "strided": memoryview(buffer)[::2]}.items():
+    wrong: dict[str, bytes | memoryview] = {
+        "read-only": b"12345",
+        "strided": memoryview(buffer)[::2],
+    }
+    for name, destination in wrong.items():
         try:
-            target.read_into(region, 0, wrong)
+            target.read_into(region, 0, destination)
         except Exception as error:
             print(f"{name}: {type(error).__name__}")

@@ -23,6 +23,7 @@ import trio
 
 from warabi import arrays, errors
 from warabi._core.buffers import (
+    Data,
     Lender,
     abandon,
     checked_path,
@@ -86,7 +87,7 @@ class Target:
         self,
         region: RegionID,
         offset: int,
-        data: Any,
+        data: Data,
         persist: bool = False,
         *,
         extend: bool = False,
@@ -112,14 +113,14 @@ class Target:
             raise
         return owner.getvalue()
 
-    async def append(self, region: RegionID, data: Any, persist: bool = False) -> int:
+    async def append(self, region: RegionID, data: Data, persist: bool = False) -> int:
         return await self._link.append(_id(region), readable(data, "append: data"), bool(persist))
 
-    async def read_into(self, region: RegionID, offset: int, buffer: Any) -> None:
+    async def read_into(self, region: RegionID, offset: int, buffer: Data) -> None:
         view = writable(buffer, "read_into: buffer")
         await self._link.read_into(_id(region), checked_size(offset, "read_into: offset"), view)
 
-    async def read_some(self, region: RegionID, offset: int, buffer: Any) -> int:
+    async def read_some(self, region: RegionID, offset: int, buffer: Data) -> int:
         """The same as :meth:`read_into`, but the region may end earlier: returns the number of
         bytes read.
 
@@ -149,7 +150,7 @@ class Target:
         self,
         region: RegionID,
         extents: Iterable[tuple[int, int]],
-        data: Any,
+        data: Data,
         persist: bool = False,
     ) -> None:
         view = readable(data, "write_vector: data")
@@ -158,7 +159,7 @@ class Target:
         await self._link.write_vector(_id(region), checked, view, bool(persist))
 
     async def read_vector(
-        self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Any
+        self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Data
     ) -> None:
         view = writable(buffer, "read_vector: buffer")
         checked = checked_extents(extents, "read_vector")
@@ -173,7 +174,7 @@ class Target:
     async def erase(self, region: RegionID) -> None:
         await self.call("erase", _id(region))
 
-    async def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
+    async def create_and_write(self, data: Data, persist: bool = False) -> RegionID:
         view = readable(data, "create_and_write: data")
         return await self._link.create_and_write(view, bool(persist))
 
@@ -323,7 +324,7 @@ class Target:
         value: bytes = await self.call("getxattr", ino, os.fsencode(name))
         return value
 
-    async def setxattr(self, path: str, name: str | bytes, value: Any, flags: int = 0) -> None:
+    async def setxattr(self, path: str, name: str | bytes, value: Data, flags: int = 0) -> None:
         await self.call(*xattr_call(await self._ino(path, "setxattr"), name, value, flags))
 
     async def removexattr(self, path: str, name: str | bytes) -> None:

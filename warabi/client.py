@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from warabi import arrays, processes
 from warabi._core import forks, interrupts
 from warabi._core.buffers import (
+    Data,
     checked_path,
     checked_size,
     filled_bytes,
@@ -56,7 +58,7 @@ class AsyncRequest:
         self._link = link
         self._requests = requests
 
-    def wait(self) -> Any:
+    def wait(self) -> None:
         """Wait for the operation; returns None, or raises its error.  May be called repeatedly.
 
         A ``KeyboardInterrupt`` abandons a read, and the buffer belongs to the caller again; other
@@ -77,17 +79,36 @@ class AsyncRequest:
             " call wait() and pass on what the operation returned"
         )
 
-    def __await__(self) -> NoReturn:
-        raise TypeError(
-            f"an {type(self).__name__} cannot be awaited: call wait(), which blocks, or use"
-            " warabi.aio in Trio programs"
-        )
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Wait as :meth:`wait` does, in a thread, in a Trio task.
+
+        If the task is cancelled the operation continues, and may be waited for again.  Programs
+        that wait for many operations use ``warabi.aio``, which needs no threads.
+
+        Raises:
+            TypeError: Trio is not running.
+        """
+        trio = sys.modules.get("trio")
+        if trio is None or not trio.lowlevel.in_trio_run():
+            raise TypeError(
+                f"an {type(self).__name__} cannot be awaited here: call wait(), which blocks, or"
+                " await it in a Trio task"
+            )
+        if not self.completed():
+            run = trio.to_thread.run_sync(self.wait, abandon_on_cancel=True)
+            return (yield from run.__await__())  # type: ignore[no-any-return]
+        yield from trio.lowlevel.checkpoint().__await__()
+        return self.wait()
 
 
 class AsyncCreateRequest(AsyncRequest):
     """A pending operation that creates a region."""
 
-    def wait(self) -> RegionID:
+    if TYPE_CHECKING:  # the base's, with the result
+
+        def __await__(self) -> Generator[Any, Any, RegionID]: ...  # type: ignore[override]
+
+    def wait(self) -> RegionID:  # type: ignore[override]
         """Wait for the operation; returns the new region's ID."""
         region: RegionID = self._link.finish(self._requests)
         return region
@@ -130,6 +151,12 @@ class TargetHandle:
 
     def __bool__(self) -> bool:
         return self._link is not _NOWHERE
+
+    def __repr__(self) -> str:
+        if self._place is None:
+            return "TargetHandle()" if not self else "TargetHandle(<a target of this process>)"
+        text, provider_id, read_only = self._place
+        return f"TargetHandle({text!r}, {provider_id}{', read_only=True' if read_only else ''})"
 
     def _forked(self) -> None:
         """In a forked child: the target belongs to the parent, and is accessed like from any
@@ -183,7 +210,7 @@ class TargetHandle:
         requests += start()  # no handler runs from its return on: see interrupts.py
         return request
 
-    def write(self, region: RegionID, offset: int, data: Any, persist: bool = False) -> None:
+    def write(self, region: RegionID, offset: int, data: Data, persist: bool = False) -> None:
         """Write *data* at *offset*; with *persist*, durably.
 
         Raises:
@@ -194,13 +221,13 @@ class TargetHandle:
         guest = self._link.writing.guest
         if guest is not None and guest.try_write(region, offset, data):
             if persist:
-                self._link.persist(_id(region), offset, memoryview(data).nbytes)
+                self._link.persist(_id(region), offset, readable(data, "write: data").nbytes)
             return
         view = readable(data, "write: data")
         offset = checked_size(offset, "write: offset")
         self._link.write(_id(region), offset, view, bool(persist), False)
 
-    def append(self, region: RegionID, data: Any, persist: bool = False) -> int:
+    def append(self, region: RegionID, data: Data, persist: bool = False) -> int:
         """Write *data* at the end of the region, which grows; returns the offset of *data* in
         bytes.
 
@@ -216,7 +243,7 @@ class TargetHandle:
         return self._link.append(_id(region), readable(data, "append: data"), bool(persist))
 
     def write_async(
-        self, region: RegionID, offset: int, data: Any, persist: bool = False
+        self, region: RegionID, offset: int, data: Data, persist: bool = False
     ) -> AsyncRequest:
         """The same as :meth:`write`, without waiting; *data* must not change until it is done."""
         view = readable(data, "write: data")
@@ -243,7 +270,7 @@ class TargetHandle:
                 )
         return filled_bytes(size, lambda view: self._link.read_into(region, offset, view))
 
-    def read_into(self, region: RegionID, offset: int, buffer: Any) -> None:
+    def read_into(self, region: RegionID, offset: int, buffer: Data) -> None:
         """Fill *buffer* from *offset*.
 
         Raises:
@@ -257,7 +284,7 @@ class TargetHandle:
         offset = checked_size(offset, "read_into: offset")
         self._link.read_into(_id(region), offset, view)
 
-    def read_async(self, region: RegionID, offset: int, buffer: Any) -> AsyncRequest:
+    def read_async(self, region: RegionID, offset: int, buffer: Data) -> AsyncRequest:
         """The same as :meth:`read_into`, without waiting; *buffer* is filled when the request is
         done."""
         view = writable(buffer, "read_async: buffer")
@@ -290,7 +317,7 @@ class TargetHandle:
         self,
         region: RegionID,
         extents: Iterable[tuple[int, int]],
-        data: Any,
+        data: Data,
         persist: bool = False,
     ) -> None:
         """Write *data* to several ``(offset, size)`` extents, one after the other, in one request.
@@ -308,7 +335,7 @@ class TargetHandle:
         self._link.write_vector(_id(region), checked, view, bool(persist))
 
     def read_vector(
-        self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Any
+        self, region: RegionID, extents: Iterable[tuple[int, int]], buffer: Data
     ) -> None:
         """Fill *buffer* from several ``(offset, size)`` extents, one after the other, in one
         request.
@@ -345,7 +372,7 @@ class TargetHandle:
         """As :meth:`erase`, not waiting."""
         return self._started(AsyncRequest, lambda: self._link.start("erase", _id(region)))
 
-    def create_and_write(self, data: Any, persist: bool = False) -> RegionID:
+    def create_and_write(self, data: Data, persist: bool = False) -> RegionID:
         """Create a region with the contents *data*; with *persist*, durable.
 
         If the process is killed, a region with part of large *data* may be left.
@@ -356,7 +383,7 @@ class TargetHandle:
         """
         return self._link.create_and_write(readable(data, "create_and_write: data"), bool(persist))
 
-    def create_and_write_async(self, data: Any, persist: bool = False) -> AsyncCreateRequest:
+    def create_and_write_async(self, data: Data, persist: bool = False) -> AsyncCreateRequest:
         """The same as :meth:`create_and_write`, without waiting; *data* must not change until it is
         done."""
         view = readable(data, "create_and_write: data")
@@ -625,7 +652,7 @@ class TargetHandle:
         value: bytes = self._link.call("getxattr", self._ino(path, "getxattr"), os.fsencode(name))
         return value
 
-    def setxattr(self, path: str, name: str | bytes, value: Any, flags: int = 0) -> None:
+    def setxattr(self, path: str, name: str | bytes, value: Data, flags: int = 0) -> None:
         """Set an extended attribute of the inode at *path*.
 
         With ``os.XATTR_CREATE`` in *flags* it must not exist, with ``os.XATTR_REPLACE`` it must:

@@ -51,6 +51,33 @@ client = Mode.CLIENT
 server = Mode.SERVER
 
 
+_TRACE = 5
+logging.addLevelName(_TRACE, "TRACE")
+
+
+class EngineLogger(logging.LoggerAdapter[logging.Logger]):
+    """The logger ``warabi``, with the calls of Margo's loggers, too."""
+
+    def trace(self, message: object, *arguments: object) -> None:
+        """Log at level 5, below ``DEBUG``."""
+        self.log(_TRACE, message, *arguments)
+
+    def set_log_level(self, level: int | str | enum.Enum) -> None:
+        """Log what is at least of this level: one of :mod:`logging`, or its name in any case.
+
+        Raises:
+            ConfigError: it is not a level.
+        """
+        name = level.name if isinstance(level, enum.Enum) else level
+        try:
+            self.setLevel(name.upper() if isinstance(name, str) else name)
+        except (TypeError, ValueError):
+            raise errors.ConfigError(
+                f"set_log_level: {level!r} is not a level, which are trace, debug, info, warning,"
+                " error and critical"
+            ) from None
+
+
 class Address:
     """The address of an engine; ``str()`` returns the text for other processes."""
 
@@ -72,6 +99,10 @@ class Address:
 
     def __reduce__(self) -> tuple[type[Address], tuple[str]]:
         return Address, (self._text,)  # without the engine
+
+    def copy(self) -> Address:
+        """Return an equal address."""
+        return Address(self._text, self._engine)
 
     def shutdown(self) -> None:
         """Request the engine at this address to finalize.
@@ -291,7 +322,7 @@ class Engine:
             is accessible to every user.
     """
 
-    logger = logging.getLogger("warabi")
+    logger = EngineLogger(logging.getLogger("warabi"), {})
 
     def __init__(
         self,
@@ -307,6 +338,11 @@ class Engine:
         if not isinstance(mode, Mode):
             raise errors.ConfigError(f"engine mode: expected client or server, got {mode!r}")
         self._mode = mode
+        self._config = {
+            "timeout": settings.patience.silence,
+            "deadline": settings.patience.deadline,
+            "share": settings.share,
+        }
         interrupts.uninterrupted(self._begin, endpoint, settings, portable)
 
     def _begin(
@@ -345,6 +381,13 @@ class Engine:
     def address(self) -> Address:
         """The same as :meth:`addr`."""
         return self.addr()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration for calls of other engines, defaults filled in: ``timeout`` and
+        ``deadline`` in seconds (None: it depends on the call), and ``share``.  Secrets and paths
+        of secrets are left out."""
+        return dict(self._config)
 
     @property
     def listening(self) -> bool:

@@ -149,6 +149,13 @@ class Provider:
             " TargetHandle, which reaches it from any process"
         )
 
+    def __repr__(self) -> str:
+        place = f"{str(self._engine.addr())!r}, {self.provider_id}"
+        try:
+            return f"Provider({place}, target {self._core.target.uuid})"
+        except Exception:
+            return f"Provider({place}, without a target)"
+
     def __bool__(self) -> bool:
         return self._runtime.providers.get(self.provider_id) is self._core
 

@@ -209,8 +209,8 @@ async def test_wrong_arguments(target: aio.Target) -> None:
         with pytest.raises(errors.OutOfBounds):
             await attempt()
     buffers: list[Callable[[], Awaitable[object]]] = [
-        lambda: target.write(region, 0, "text"),
-        lambda: target.create_and_write(None),
+        lambda: target.write(region, 0, "text"),  # type: ignore[arg-type]
+        lambda: target.create_and_write(None),  # type: ignore[arg-type]
         lambda: target.read_into(region, 0, b"1234"),
         lambda: target.read_into(region, 0, np.zeros((4, 4), "u1")[:, 0]),
     ]

@@ -689,3 +689,24 @@ def test_provider_process_that_loses_its_parent_ends() -> None:
         process.stdin.close()
         process.stdin = None
         assert process.wait(PATIENCE) == 0
+
+
+def test_the_calls_of_margo_that_its_users_know(caplog: pytest.LogCaptureFixture) -> None:
+    with Engine("na+sm", client, config={"timeout": 5, "share": False}) as engine:
+        assert engine.config == {"timeout": 5.0, "deadline": None, "share": False}
+        address = engine.addr()
+        assert address.copy() == address
+        assert address.copy() is not address
+        level = engine.logger.logger.level
+        try:
+            engine.logger.set_log_level("info")
+            engine.logger.trace("hidden")
+            engine.logger.set_log_level("TRACE")
+            engine.logger.trace("step %d", 1)
+            with pytest.raises(errors.ConfigError, match="'loud' is not a level"):
+                engine.logger.set_log_level("loud")
+        finally:
+            engine.logger.set_log_level(level)
+        assert [(one.levelname, one.getMessage()) for one in caplog.records] == [
+            ("TRACE", "step 1")
+        ]

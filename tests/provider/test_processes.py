@@ -34,6 +34,7 @@ from tests.support.helpers import (
     half_reply,
     run_python,
 )
+from warabi import errors
 from warabi.client import AsyncRequest, Client, RegionID, TargetHandle
 from warabi.engine import Address, Engine, client
 from warabi.errors import (
@@ -719,6 +720,40 @@ def test_asyncio_is_told_what_to_use() -> None:
         async def awaits(request: AsyncRequest) -> None:
             await request
 
-        for run in (asyncio.run, lambda work: trio.run(lambda: work)):
-            with pytest.raises(TypeError, match=r"call wait\(\)"):
-                run(awaits(handle.create_async(10)))
+        with pytest.raises(TypeError, match=r"call wait\(\)"):
+            asyncio.run(awaits(handle.create_async(10)))
+
+
+def test_a_trio_task_can_await_requests() -> None:
+    with serving(MEMORY) as (engine, _, _), Engine("na+sm", client) as other:
+        handle = Client(other).make_target_handle(str(engine.addr()), 1)
+
+        async def main() -> None:
+            region = await handle.create_async(1 << 20)
+            assert handle.size(region) == 1 << 20
+            write = handle.write_async(region, 0, b"x" * (1 << 20))
+            await write
+            await write  # as often as one likes
+            with pytest.raises(errors.OutOfBounds):
+                await handle.write_async(region, 1 << 20, b"x")
+            late = handle.persist_async(region, 0, 1 << 20)
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await late
+            assert scope.cancelled_caught
+            late.wait()  # it has gone on
+
+        trio.run(main)
+
+
+def test_handles_and_providers_say_what_they_are() -> None:
+    with serving(MEMORY) as (engine, provider, handle):
+        address = str(engine.addr())
+        assert repr(handle) == f"TargetHandle({address!r}, 1)"
+        reader = Client(engine).make_target_handle(address, 1, read_only=True)
+        assert repr(reader) == f"TargetHandle({address!r}, 1, read_only=True)"
+        assert repr(TargetHandle()) == "TargetHandle()"
+        uuid = handle.getxattr("/", "user.warabi.target").decode()
+        assert repr(provider) == f"Provider({address!r}, 1, target {uuid})"
+        provider.close()
+        assert repr(provider).startswith(f"Provider({address!r}, 1, ")

@@ -98,7 +98,7 @@ def test_bad_arguments_and_a_full_target_change_nothing(way: str) -> None:
         region = target.create_and_write(b"x" * 1000)
         assert target.append(region, b"") == 1000
         with pytest.raises(InvalidBuffer):
-            target.append(region, 3)
+            target.append(region, 3)  # type: ignore[arg-type]
         for size in (9001, 500_000):
             with pytest.raises(StorageFull):
                 target.append(region, bytes(size))

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import msgpack
 import pytest
+
+from tests.tools.test_readme import blocks
+from warabi.aio import Target
+from warabi.client import AsyncCreateRequest, AsyncRequest, TargetHandle
+from warabi.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 100
@@ -99,8 +107,89 @@ def test_one_wheel_is_for_every_python(wheel: Path) -> None:
     assert "warabi/shm/_fast_path.abi3.so" in names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"mochi", "warabi", "warabifs", "warabifs-0.1.0.dist-info"}
-    for typed in ("warabi/py.typed", "warabifs/py.typed"):
-        assert typed in names
+    for typed in ("mochi/margo", "mochi/warabi", "warabi", "warabifs"):
+        assert f"{typed}/py.typed" in names
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """The interpreter of a fresh environment with the wheel, and the packages that programs use
+    beside it."""
+    place = wheel.parent.parent / "environment"
+    venv.create(place, symlinks=True)
+    (packages,) = place.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(packages)
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return place / "bin" / "python"
+
+
+def checked_types(interpreter: Path, *programs: str | Path) -> str:
+    """What ``mypy --strict`` says of programs, as their author runs it."""
+    place = interpreter.parents[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--python-executable", interpreter),
+            *("--config-file", os.devnull, "--cache-dir", place / "mypy"),
+            *("--scripts-are-modules", *programs),
+        ],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    return done.stdout + done.stderr
+
+
+def test_programs_of_users_are_checked_strictly(installed: Path) -> None:
+    """Those of the README and of examples/, against the wheel's types."""
+    place = installed.parents[1]
+    programs = [place / f"example_{path.name}" for path in sorted(ROOT.glob("examples/*.py"))]
+    for program in programs:
+        shutil.copy(ROOT / "examples" / program.name.removeprefix("example_"), program)
+    for number, block in enumerate(blocks(ROOT / "README.md", "python")):
+        programs.append(place / f"readme_{number}.py")
+        programs[-1].write_text(block)
+    said = checked_types(installed, *programs)
+    assert said.startswith("Success: no issues found in "), said
+
+
+REVEALED = """
+import mochi.margo, mochi.warabi.client, warabi.aio
+engine: mochi.margo.Engine
+target: mochi.warabi.client.TargetHandle
+remote: warabi.aio.Target
+request: mochi.warabi.client.AsyncRequest
+creation: mochi.warabi.client.AsyncCreateRequest
+"""
+UNTYPED = {"engine.config", "remote.call"}
+"""A configuration is JSON; results of operations by name depend on the name."""
+
+
+def test_no_result_of_the_api_is_of_any_type(installed: Path) -> None:
+    place = installed.parents[1]
+    names = [
+        f"{name}.{member}"
+        for name, cls in {
+            "engine": Engine,
+            "target": TargetHandle,
+            "remote": Target,
+            "request": AsyncRequest,
+            "creation": AsyncCreateRequest,
+        }.items()
+        for member in dir(cls)
+        if not member.startswith("_")
+    ]
+    program = place / "revealed.py"
+    program.write_text(REVEALED + "".join(f"reveal_type({name})\n" for name in names))
+    found = re.findall(r'Revealed type is "(.*)"', checked_types(installed, program))
+    assert len(found) == len(names)
+    # What Python itself writes for coroutines; and arrays, of whose elements the API knows nothing.
+    known = re.compile(r"Coroutine\[Any, Any, |numpy\.ndarray\[.*?dtype\[Any\]\]")
+    untyped = {
+        name for name, said in zip(names, found, strict=True) if "Any" in known.sub("", said)
+    }
+    assert untyped == UNTYPED
 
 
 def test_a_wheel_is_the_same_wherever_it_is_built(wheel: Path, sdist: Path) -> None:

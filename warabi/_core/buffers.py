@@ -9,9 +9,22 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from warabi.errors import InvalidBuffer, OutOfBounds, path_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # known to type checkers, installed or not
+
+    class _Array(Protocol):
+        """NumPy's arrays, which are known to export a buffer only from Python 3.12 on."""
+
+        @property
+        def __array_interface__(self) -> dict[str, Any]: ...
+
+    Data: TypeAlias = Buffer | _Array
+else:
+    Data = Any  # what type hints of the API evaluate to, on Python 3.11 too
 
 MAX_SIZE = (1 << 63) - 1
 """The largest size and offset in bytes: the maximum of a Linux ``off_t``."""
