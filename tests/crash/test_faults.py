@@ -381,7 +381,7 @@ for i in range(2):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_slow_disk_keeps_those_waiting_who_persist(tmp_path: Path, injector: Injector) -> None:
+def test_a_slow_disk_delays_persists_only(tmp_path: Path, injector: Injector) -> None:
     """And nobody else, whatever it does with whichever region."""
     slow, waiting = threading.Event(), threading.Event()
 

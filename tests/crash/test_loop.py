@@ -263,7 +263,7 @@ def test_each_persist_under_way_learns_that_data_are_lost(
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_medium_that_fails_is_no_damage(kind: str, scratch: Path) -> None:
+def test_an_io_error_is_not_taken_for_damage(kind: str, scratch: Path) -> None:
     """SQLite calls a database malformed when it cannot be read."""
     make(scratch / "image", kind, 400 << 20)
     with mounted(scratch / "image", scratch / "disk") as disk:

@@ -190,7 +190,7 @@ def test_a_descriptor_that_is_another_files_before_its_close_was_seen_to_end(
     ]
 
 
-def test_the_model_of_the_medium(tmp_path: Path) -> None:
+def test_the_model_of_the_disk_drops_unsynced_writes(tmp_path: Path) -> None:
     """What may be lost, and what not any more."""
     disk = Disk("/d")
 

@@ -185,7 +185,7 @@ def _chosen(code: str = "", **variables: str) -> str:
     return done.stdout.strip()
 
 
-def test_these_tests_are_of_what_they_should_be_of() -> None:
+def test_the_tested_modules_are_the_compiled_and_the_python_one() -> None:
     pure = os.environ.get("WARABI_PURE", "0") not in ("", "0")
     assert Guest.__mro__[1].__module__ == (PURE if pure else COMPILED)
 
@@ -259,7 +259,7 @@ def test_a_large_copy_in_memory(rig: Rig) -> None:
     assert taken == pattern(8 << 20)
 
 
-def test_recent_marks_are_the_latest(rig: Rig) -> None:
+def test_the_latest_write_times_are_found(rig: Rig) -> None:
     rig.grant(1)
     first = time.time_ns()
     for _ in range(5000):
@@ -272,7 +272,7 @@ def test_recent_marks_are_the_latest(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 5_000_000])
-def test_marks_go_on_where_the_clock_does_not(rig: Rig, ahead: int) -> None:
+def test_write_times_increase_when_the_clock_does_not(rig: Rig, ahead: int) -> None:
     """A mark that was there before would hide a write from the provider that has seen it."""
     rig.grant(1)
     last = rig.write_times[0] = time.time_ns() + ahead + 5_000_000
@@ -283,7 +283,7 @@ def test_marks_go_on_where_the_clock_does_not(rig: Rig, ahead: int) -> None:
 
 
 @pytest.mark.parametrize("lie", [1 << 62, (1 << 64) - 1, 10**9])
-def test_a_mark_far_ahead_is_not_believed(rig: Rig, lie: int) -> None:
+def test_a_write_time_far_in_the_future_is_ignored(rig: Rig, lie: int) -> None:
     rig.grant(1)
     rig.write_times[0] = lie if lie > 10**9 else time.time_ns() + lie
     first = time.time_ns()
@@ -304,7 +304,7 @@ def test_short_reads(rig: Rig, file: int) -> None:
         assert rig.reach.read_some(REGION, 100, place(0), True, False) == 0
 
 
-def test_what_lies_nowhere(rig: Rig, file: int) -> None:
+def test_extents_out_of_range_are_not_accessed(rig: Rig, file: int) -> None:
     for granted in (lambda: rig.grant(100), lambda: rig.grant_file(file, 100)):
         granted()
         for offset in (-1, TOP, TOP + 1, 1 << 64, 1 << 200, -(1 << 200)):
@@ -326,7 +326,7 @@ def test_a_size_that_cannot_be_is_not_believed(rig: Rig, told: int) -> None:
         assert rig.reach.read_some(REGION, offset, place(101), True, False) == -1
 
 
-def test_no_more_room_than_was_granted(rig: Rig) -> None:
+def test_accesses_stay_within_the_granted_extent(rig: Rig) -> None:
     rig.grant(100, room=50)
     assert rig.reach.write(REGION, 40, bytes(10))
     assert not rig.reach.write(REGION, 41, bytes(10))
@@ -365,7 +365,7 @@ def test_what_is_not_granted(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("access", ["write", "read_some"])
-def test_a_stamp_that_changed(rig: Rig, access: str) -> None:
+def test_a_version_that_changed(rig: Rig, access: str) -> None:
     rig.grant(100)
     rig.table[6] += 1
     assert rig.reach.size(REGION) == -1
@@ -378,7 +378,7 @@ def test_a_stamp_that_changed(rig: Rig, access: str) -> None:
     assert rig.reach.recent == ()
 
 
-def test_one_that_may_only_read(rig: Rig) -> None:
+def test_a_read_only_grant(rig: Rig) -> None:
     with contextlib.closing(Rig(rig.module.__name__, writable=False)) as reading:
         held = reading.grant(5)
         held[:] = b"there"
@@ -487,7 +487,7 @@ def test_a_failure_that_is_no_exception(compiled: Rig, file: int) -> None:
     assert reach.busy == 0
 
 
-def test_what_is_not_plainly_right_is_left_to_who_checks_it(rig: Rig) -> None:
+def test_unusual_arguments_are_left_to_the_checking_path(rig: Rig) -> None:
     rig.grant(100)
     regions: tuple[Any, ...] = (bytearray(REGION), None, b"short", [])
     for region in regions:
@@ -580,7 +580,7 @@ def test_reading_that_fails(rig: Rig) -> None:
     assert not any(rig.hazards)
 
 
-def test_a_full_medium(rig: Rig) -> None:
+def test_a_full_disk_fails_the_call(rig: Rig) -> None:
     rig.grant_file(os.open("/dev/full", os.O_RDWR), 100)
     for write in (rig.reach.write, rig.reach.try_write):
         with pytest.raises(errors.StorageFull, match=r"write RegionID.*No space left") as caught:
@@ -593,7 +593,7 @@ def test_a_full_medium(rig: Rig) -> None:
     assert rig.write_times[3] == 0
 
 
-def test_a_write_of_which_the_medium_takes_half(rig: Rig, file: int) -> None:
+def test_a_short_write_of_the_storage(rig: Rig, file: int) -> None:
     rig.grant_file(file, 200)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
@@ -666,7 +666,7 @@ def test_all_slots_in_use(halt: Path, name: str) -> None:
         process.wait(PATIENCE)
 
 
-def test_an_interrupt_anywhere_loses_no_lane(rig: Rig, file: int) -> None:
+def test_an_interrupt_anywhere_loses_no_hazard_slot(rig: Rig, file: int) -> None:
     """Handlers of signals may raise, as that of Ctrl-C does, after any call."""
 
     class Interrupted(Exception):

@@ -100,7 +100,9 @@ handle.write(regions[-1], 0, b"x")
 
 
 @BOTH
-def test_a_region_is_marked_before_the_target(target: Target, engine: Engine, pure: str) -> None:
+def test_the_write_time_of_a_region_is_stored_before_that_of_the_target(
+    target: Target, engine: Engine, pure: str
+) -> None:
     """The provider looks at a region's mark only after it has seen that of the whole target change:
     set in the other order, a write could stay unnoticed for ever."""
     regions = [target.create_and_write(b"before") for _ in range(PAGE_OF_MARKS + 1)]
@@ -131,9 +133,7 @@ sys.stdin.readline()
 
 
 @BOTH
-def test_no_write_is_missed_by_who_looks_all_the_time(
-    target: Target, engine: Engine, pure: str
-) -> None:
+def test_polling_misses_no_write(target: Target, engine: Engine, pure: str) -> None:
     regions = [target.create_and_write(b"before") for _ in range(50)]
     arguments = (str(engine.addr()), hexed(regions), "1000")
     with guest(WRITING, *arguments, WARABI_PURE=pure) as process:
@@ -153,7 +153,7 @@ def test_no_write_is_missed_by_who_looks_all_the_time(
             assert inode.mtime == write_times[index]
 
 
-def test_marks_are_found_wherever_they_are() -> None:
+def test_write_times_are_found_in_every_slot() -> None:
     """Also where the write_times of erased regions were."""
     chance = random.Random(7)
     told: list[bytes] = []

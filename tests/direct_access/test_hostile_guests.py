@@ -141,7 +141,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["writing", "reading"])
-def test_what_all_guests_trust_cannot_be_written(
+def test_shared_memory_of_the_provider_is_read_only_for_guests(
     served: Served, client_engine: Engine, kept: Kept, read_only: bool
 ) -> None:
     """The sign of life, which has pointers of the provider's C library, and the table."""
@@ -367,7 +367,7 @@ class Honest:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everybody_else_goes_on(kind: str, tmp_path: Path) -> None:
+def test_other_guests_are_not_affected(kind: str, tmp_path: Path) -> None:
     """One hostile guest may only read, another may write to regions of its own."""
     with provider_process("na+sm", KINDS[kind](tmp_path / "target")) as served:
         with connected(served) as handle, connected(served, share=False) as asking:

@@ -149,7 +149,7 @@ def test_a_write_that_fails_leaves_no_region(tmp_path: Path, client_engine: Engi
         assert len(list(handle.list())) == 1
 
 
-def test_what_is_gone_before_it_is_filled(tmp_path: Path, client_engine: Engine) -> None:
+def test_a_region_erased_before_it_is_filled(tmp_path: Path, client_engine: Engine) -> None:
     with provider_process("na+sm", file_config(tmp_path / "target")) as served:
         handle = Client(client_engine).make_target_handle(served.address, 1)
         assert isinstance(handle._link, WireLink)

@@ -84,7 +84,7 @@ def test_the_provider_is_not_asked(served: Served, handle: TargetHandle) -> None
     assert handle.read(region, 4, SIZE - 4) == pattern(SIZE)[4:]
 
 
-def test_who_may_only_read_too(served: Served, handle: TargetHandle) -> None:
+def test_a_read_only_client_persists_too(served: Served, handle: TargetHandle) -> None:
     region = durable_region(handle)
     with Engine("na+sm", client) as engine:
         reader = Client(engine).make_target_handle(served.address, 1, read_only=True)
@@ -161,7 +161,7 @@ def test_a_dead_provider_persists_nothing(served: Served, handle: TargetHandle) 
         handle.persist(region, 0, 1)
 
 
-def test_a_failure_is_the_providers_to_tell(
+def test_a_failed_persist_is_reported_by_the_provider(
     files: Served, handle: TargetHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which syncs as well, and remembers what goes wrong."""

@@ -370,7 +370,7 @@ def test_a_late_write_to_a_region_that_was_resized(
             assert other.read(each, 0, sizes[0]) == bytes(sizes[0])
 
 
-def test_nobody_waits_for_a_client_that_is_stopped_in_the_middle(
+def test_no_call_waits_for_a_client_stopped_during_an_access(
     served: Served, late: Halted, provider_id: int, handle: TargetHandle, other: TargetHandle
 ) -> None:
     region = other.create_and_write(pattern(200_000))
@@ -385,7 +385,7 @@ def test_nobody_waits_for_a_client_that_is_stopped_in_the_middle(
     assert other.read(region, 10, 80) == b"late" * 20
 
 
-def test_what_a_killed_client_was_at_is_free_again(late: Halted) -> None:
+def test_accesses_of_a_killed_client_are_released(late: Halted) -> None:
     with (
         provider_process("na+sm", MEMORY) as served,
         Engine("na+sm", client) as engine,
@@ -427,7 +427,7 @@ def test_threads_share_one_channel(handle: TargetHandle, other: TargetHandle) ->
     assert not failures
 
 
-def test_a_forked_child_asks_for_itself(served: Served, handle: TargetHandle) -> None:
+def test_a_forked_child_gets_grants_of_its_own(served: Served, handle: TargetHandle) -> None:
     region = touched(handle, pattern(100_000))
     child = os.fork()
     if child == 0:

@@ -108,7 +108,7 @@ def in_pieces(cut: int) -> Answer:
         lambda header: [usual(header) + reply([99, None], DATA)[:20], reply([99, None], DATA)[20:]],
     ],
 )
-def test_a_reply_is_taken_however_it_comes(answer: Answer, size: int) -> None:
+def test_a_reply_is_read_however_it_is_split(answer: Answer, size: int) -> None:
     with answering(answer) as (target, provider):
         for _ in range(3):
             place = bytearray(size)
@@ -142,7 +142,7 @@ def test_another_reply_leaves_the_buffer_alone(
         assert place == bytes(4096)
 
 
-async def test_a_trio_client_hears_of_a_reply_that_is_none() -> None:
+async def test_a_trio_client_reports_an_invalid_reply() -> None:
     with (
         providing(lambda header: [reply([header[0], None])]) as provider,
         pytest.raises(errors.ProtocolError, match="without payload"),
@@ -164,7 +164,7 @@ def test_values_are_checked(value: Any, error: type[errors.Exception] | None) ->
                 target.create(5)
 
 
-def test_the_reply_of_a_request_that_was_given_up_is_nobodys() -> None:
+def test_the_reply_to_a_withdrawn_request_is_discarded() -> None:
     """It comes in one piece with nothing else, while the next request waits."""
     kept: list[bytes] = []
 

@@ -322,7 +322,7 @@ def test_without_a_malformed_list_the_group_gets_no_more(sample: Sample) -> None
         assert target.namespace.listxattr(4) == [b"user.x"]
 
 
-def test_who_had_an_owner_that_cannot_be_is_nobody(sample: Sample) -> None:
+def test_an_invalid_owner_becomes_the_overflow_user(sample: Sample) -> None:
     """A program that ran as that owner is not root's."""
     edit(sample.path, f"UPDATE inode SET uid = {1 << 32}, mode = {0o106755} WHERE ino = 4")
     with open_target("file", sample.path) as target:
@@ -330,7 +330,7 @@ def test_who_had_an_owner_that_cannot_be_is_nobody(sample: Sample) -> None:
         assert (found.uid, found.mode) == (domain.NOBODY, 0o100755)
 
 
-def test_a_medium_that_cannot_be_read_is_not_repaired(
+def test_an_unreadable_disk_is_not_repaired(
     sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What could be read of the catalogue there is not all that there is."""
@@ -801,7 +801,7 @@ def test_a_target_that_is_open(tmp_path: Path) -> None:
             assert output.count("\n") == 1
 
 
-def test_a_catalogue_that_somebody_else_reads_is_not_damaged(sample: Sample) -> None:
+def test_a_catalogue_read_by_another_process_is_not_damaged(sample: Sample) -> None:
     before = sample.path.read_bytes()
     with contextlib.closing(sqlite3.connect(sample.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

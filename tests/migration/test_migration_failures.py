@@ -234,7 +234,7 @@ def scripted(outcome: bool | None) -> Iterator[tuple[str, Destination]]:
 
 
 @pytest.mark.parametrize("outcome", [None, False, True])
-def test_the_word_of_the_commit_is_lost(
+def test_the_reply_to_the_commit_is_lost(
     engine: Engine, tmp_path: Path, outcome: bool | None
 ) -> None:
     source = Provider(engine, 1, file_config(tmp_path / "here"))

@@ -138,7 +138,9 @@ def small_medium(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", ["file", "pmem"])
-def test_a_full_medium(engine: Engine, tmp_path: Path, small_medium: Path, kind: str) -> None:
+def test_a_full_disk_fails_the_call(
+    engine: Engine, tmp_path: Path, small_medium: Path, kind: str
+) -> None:
     source, destination = Provider(engine, 1, MEMORY), Provider(engine, 2, {})
     address = str(engine.addr())
     target = handle(engine, address, 1)
@@ -272,7 +274,9 @@ def test_progress_is_shown_on_a_terminal(client_engine: Engine) -> None:
         assert b"migrate" in shown
 
 
-def test_the_asker_may_go(tmp_path: Path, client_engine: Engine) -> None:
+def test_a_migration_continues_when_the_requester_leaves(
+    tmp_path: Path, client_engine: Engine
+) -> None:
     """A command that is killed leaves its migration to go on."""
     with (
         provider_process("na+sm", MEMORY) as source,

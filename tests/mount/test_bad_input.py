@@ -177,7 +177,7 @@ def _database(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "short", "database", "zeros"])
 @pytest.mark.parametrize("options", ["rw", "nocreate", "ro"])
-def test_a_target_that_is_somebody_elses_file(
+def test_a_target_path_with_a_foreign_file_is_refused(
     place: Path, mountpoint: Path, kind: str, options: str
 ) -> None:
     path = place / "file"
@@ -248,7 +248,7 @@ def stranger(answer: bytes | None) -> Iterator[int]:
                 connection.close()
 
 
-def test_an_address_where_nobody_listens(mountpoint: Path) -> None:
+def test_an_address_without_a_listener_is_refused(mountpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert f"127.0.0.1:{port}" in refused(f"ofi+tcp://127.0.0.1:{port}", mountpoint)

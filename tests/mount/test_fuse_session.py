@@ -113,7 +113,7 @@ def test_a_kernel_that_is_too_old_is_refused(kernel: Kernel, version: tuple[int,
         kernel.session.begin(Feature.POSIX_ACL)
 
 
-async def test_who_waits_keeps_nobody_waiting(kernel: Kernel) -> None:
+async def test_a_blocked_request_does_not_block_others(kernel: Kernel) -> None:
     done = trio.Event()
 
     async def handle(header: Header, body: memoryview) -> Answer:
@@ -184,7 +184,7 @@ async def test_what_is_under_way_at_the_end_is_answered(kernel: Kernel) -> None:
             await ended.wait()
 
 
-async def test_what_is_told_goes_out_until_silence(kernel: Kernel) -> None:
+async def test_notifications_are_sent_until_silence(kernel: Kernel) -> None:
     session = kernel.session
     session.drop_name(7, b"name")
     unique, _, body = await kernel.answer()

@@ -61,7 +61,7 @@ def changed(*inodes: int, what: int = CONTENT) -> Changes:
     return Changes(1, False, dict.fromkeys(inodes, what), {})
 
 
-async def test_only_what_the_kernel_knows_is_told_to_it() -> None:
+async def test_only_inodes_that_the_kernel_knows_are_invalidated() -> None:
     told: Told = []
     target = Script(
         (

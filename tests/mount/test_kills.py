@@ -146,7 +146,9 @@ def make_files(path: Path) -> None:
         (path / name).write_bytes(name.encode() * 1000)
 
 
-def test_whoever_waits_for_a_silent_provider_can_be_killed(provider: Provider, place: Path) -> None:
+def test_a_program_that_waits_for_a_silent_provider_can_be_killed(
+    provider: Provider, place: Path
+) -> None:
     with mounted(provider, place, *FOR_EVER) as mount:
         make_files(mount.path)
         with waiters(mount.path, list(WAITERS.values())) as processes:

@@ -116,7 +116,7 @@ def test_a_read_only_mount_refuses_changes_and_shows_files(place: Path) -> None:
             (mount.path / "file").write_bytes(b"other")
 
 
-def test_two_mounts_at_a_time_are_strangers(place: Path) -> None:
+def test_two_memory_mounts_share_nothing(place: Path) -> None:
     for name in ("a", "b"):
         (place / name).mkdir()
     with mounting("memory:", place / "a") as one, mounting("memory:", place / "b") as two:
@@ -408,7 +408,7 @@ def test_kill_9_at_any_moment_damages_no_synced_file_and_mixes_no_two(kept: Moun
         kept.unmount()
 
 
-def test_a_crash_leaves_no_bytes_that_nobody_can_reach(kept: Mount) -> None:
+def test_a_crash_leaves_no_unreachable_bytes(kept: Mount) -> None:
     kept.start()
     fill(kept.path, 100)
     kept.kill()
@@ -494,7 +494,7 @@ def test_umount_and_the_command_warabifs_end_a_mount(kept: Mount) -> None:
 WARABIFS = [sys.executable, "-c", "import sys; from warabifs.mount.cli import main; main()"]
 
 
-def test_the_mount_answers_while_its_medium_is_busy(kept: Mount) -> None:
+def test_the_mount_answers_while_its_disk_is_busy(kept: Mount) -> None:
     """An fsync of one file, which waits for the disk, does not stop work on another."""
     kept.start()
     writer = ["dd", "if=/dev/zero", f"of={kept.path}/big", "bs=1M", "count=300", "conv=fsync"]
@@ -538,7 +538,7 @@ def waits_in_the_kernel(thread: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["mount(2)", "fusermount3"])
-def test_nobody_waits_for_a_mount_that_was_killed_and_cannot_end(place: Path, kind: str) -> None:
+def test_the_watchdog_ends_a_killed_mount_that_cannot_exit(place: Path, kind: str) -> None:
     (path := place / "mnt").mkdir()
     script = KILLED_IN_AN_UNLUCKY_MOMENT
     if kind == "fusermount3":

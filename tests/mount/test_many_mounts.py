@@ -263,7 +263,7 @@ def test_a_dead_mount_keeps_no_region(place: Path) -> None:
         os.close(fd)
 
 
-def test_who_has_a_file_open_keeps_it_when_another_mount_dies(both: Together, place: Path) -> None:
+def test_an_open_file_survives_the_death_of_another_mount(both: Together, place: Path) -> None:
     with mounting(both.provider.address, place, *OPTIONS) as third:
         (third.path / "file").write_bytes(b"kept")
         with open(both.first.path / "file", "r+b", buffering=0) as kept:

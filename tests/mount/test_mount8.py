@@ -297,7 +297,7 @@ def test_umount_tells_of_a_process_that_was_killed_meanwhile(place: Path) -> Non
             assert umount.wait(60) == 1
 
 
-def test_waiting_for_a_slow_medium_has_a_limit(place: Path) -> None:
+def test_umount_waits_for_a_slow_disk_with_a_time_limit(place: Path) -> None:
     with serving("tcp") as provider:
         options = f"provider_id={PROVIDER_ID}"
         with mounting(provider.address, place, options) as mount, watchdog(mount, 60):
@@ -403,7 +403,7 @@ def test_sigterm_ends_a_mount_that_is_mounted_twice(place: Path) -> None:
         assert (mount.path / "file").read_bytes() == b"data"
 
 
-def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
+def test_umount_fails_if_the_mount_cannot_be_asked(place: Path, mountpoint: Path) -> None:
     run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
     path = socket_of(mountpoint)
     path.rename(place / "hidden")
@@ -413,7 +413,7 @@ def test_what_cannot_be_asked_is_no_yes(place: Path, mountpoint: Path) -> None:
     assert not is_mounted(mountpoint)
 
 
-def test_connections_that_were_given_up_take_no_room(place: Path, mountpoint: Path) -> None:
+def test_abandoned_connections_do_not_fill_the_queue(place: Path, mountpoint: Path) -> None:
     """Such as those of a ``umount`` that was refused, and of each mount that starts."""
     run("mount", "-t", "warabifs", f"file:{place}/target", mountpoint)
     path = socket_of(mountpoint)
@@ -512,7 +512,7 @@ def test_a_killed_mount_that_is_mounted_twice_says_so_at_once(place: Path) -> No
             run("umount", "-i", "-l", place / "other")
 
 
-def test_another_mount_with_the_same_device_number_does_not_speak_for_a_killed_one(
+def test_a_mount_with_the_device_number_of_a_killed_one_does_not_answer_for_it(
     place: Path,
 ) -> None:
     """The kernel uses numbers again while the processes of earlier mounts may still be there."""
@@ -579,7 +579,7 @@ input()
 """
 
 
-def test_another_user_cannot_speak_for_a_mount(place: Path, mountpoint: Path) -> None:
+def test_another_user_cannot_answer_for_a_mount(place: Path, mountpoint: Path) -> None:
     """Neither by taking the names of sockets, nor by filling their queues."""
     with serving("tcp") as provider:
         options = f"provider_id={PROVIDER_ID},reconnect=0"

@@ -53,7 +53,7 @@ def test_a_read_after_a_write_waits_for_it_though_it_could_be_answered() -> None
 ANNE, BERT = 1001, 1002
 
 
-def test_pages_are_dropped_that_somebody_else_read_shortly_before_they_were_written() -> None:
+def test_pages_read_by_another_thread_shortly_before_a_write_are_dropped() -> None:
     """The kernel may have kept what was read, and that was old; not from who writes himself."""
     dropped: list[tuple[int, int, int]] = []
 

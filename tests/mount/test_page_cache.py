@@ -120,7 +120,7 @@ def test_what_was_read_is_kept_also_when_it_is_written_to(four: Together) -> Non
     wait_until(all_kept, "pages that stay when the file is written to and renamed")
 
 
-def test_who_wants_attributes_each_time_sees_changes_at_each_read(place: Path) -> None:
+def test_with_attr_timeout_0_each_read_sees_changes(place: Path) -> None:
     """With ``attr_timeout=0`` nothing needs to be told: every ``read`` looks."""
     with (
         serving("tcp") as provider,
@@ -281,7 +281,7 @@ serve.main()
 """
 
 
-def test_a_provider_that_does_not_tell(place: Path) -> None:
+def test_a_provider_without_versions(place: Path) -> None:
     """One of an older version: what was read is kept, what this mount wrote itself is not."""
     providers = json.dumps({PROVIDER_ID: {"target": {"type": "memory"}}})
     with (

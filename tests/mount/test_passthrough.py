@@ -75,7 +75,7 @@ def test_an_open_file_needs_no_process(mounted: Mount) -> None:
 
 
 @EVERYWHERE
-def test_sizes_and_times_are_known_to_who_did_not_open_it(mounted: Mount) -> None:
+def test_stat_of_a_passthrough_file_has_its_size_and_times(mounted: Mount) -> None:
     path = mounted.path / "file"
     path.write_bytes(bytes(MIB))
     os.utime(path, (1, 1))

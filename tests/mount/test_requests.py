@@ -65,7 +65,7 @@ def restless(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_mount_that_never_rests_hears_a_signal(backend: str, place: Path) -> None:
+def test_a_busy_mount_handles_signals(backend: str, place: Path) -> None:
     with (
         source_of(backend, place) as (source, options),
         mounting(source, place, *options, start=False) as mount,
@@ -77,7 +77,7 @@ def test_a_mount_that_never_rests_hears_a_signal(backend: str, place: Path) -> N
         assert not is_mounted(mount.path)
 
 
-def test_who_waits_for_the_medium_is_answered_by_a_mount_that_never_rests(mounted: Mount) -> None:
+def test_requests_that_wait_for_the_disk_are_answered_by_a_busy_mount(mounted: Mount) -> None:
     with restless(mounted.path / "file"), open(mounted.path / "other", "wb") as other:
         for _ in range(50):
             other.write(b"z" * 100)

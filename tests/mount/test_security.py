@@ -71,7 +71,7 @@ def test_mount_over_tls_with_a_token(
         ("tls_", "as TLS does"),
     ],
 )
-def test_what_is_missing_is_said(
+def test_missing_certificates_and_tokens_are_reported(
     secured: tuple[dict[str, Any], list[str]], place: Path, drop: str, message: str
 ) -> None:
     config, options = secured

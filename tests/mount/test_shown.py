@@ -41,7 +41,7 @@ def test_everything_is_shown_with_that_owner_and_those_permissions(kept: Mount) 
     assert set(listed) == {"1234 1"}
 
 
-def test_what_is_stored_stays(kept: Mount) -> None:
+def test_overrides_do_not_change_stored_owners_and_modes(kept: Mount) -> None:
     before = "0 0 4755", "0 0 700"
     kept.options = ("uid=1234", "gid=4321", "umask=000")
     kept.start()

@@ -120,7 +120,9 @@ def test_a_dead_mount_of_the_user_is_removed_by_the_next(
     assert user.python("-c", "import os, sys; print(os.listdir(sys.argv[1]))", mountpoint) == "[]\n"
 
 
-def test_allow_other_needs_the_word_of_root(user: User, place: Path, mountpoint: Path) -> None:
+def test_allow_other_needs_user_allow_other_in_fuse_conf(
+    user: User, place: Path, mountpoint: Path
+) -> None:
     configuration = Path("/etc/fuse.conf")
     before = configuration.read_text()
     assert "\nuser_allow_other" not in before, "a machine where users may allow others"
@@ -137,7 +139,7 @@ def test_allow_other_needs_the_word_of_root(user: User, place: Path, mountpoint:
         configuration.write_text(before)
 
 
-def test_a_device_for_root_only_is_told(place: Path, mountpoint: Path) -> None:
+def test_dev_fuse_for_root_only_is_reported(place: Path, mountpoint: Path) -> None:
     with device_mode(0o600):
         done = User().run(sys.executable, "-m", MOUNT, "memory:", mountpoint, check=False)
         assert done.returncode == 1
@@ -164,7 +166,7 @@ def opened(scratch: Path) -> str:
 
 
 @pytest.mark.usefixtures("helpers")
-def test_a_line_of_fstab_with_user_is_for_everybody(
+def test_an_fstab_line_with_user_lets_any_user_mount(
     user: User, place: Path, mountpoint: Path, tmp_path: Path, front_end: str
 ) -> None:
     """mount(8) is set-uid root and gives that up before it calls the helper."""
@@ -193,7 +195,7 @@ umount {mountpoint}
     assert data == ["data", "data"]
 
 
-def test_a_mount_in_a_user_namespace_needs_nobodys_help(place: Path) -> None:
+def test_a_mount_in_a_user_namespace_needs_no_set_uid_helper(place: Path) -> None:
     """As ``unshare -Urm`` or a rootless container has it: fusermount3 is not there.
 
     Root makes the namespace, whose files this Python may be; in it, it may do no more than others.

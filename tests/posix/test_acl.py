@@ -162,7 +162,7 @@ def test_lists_go_deep_and_the_set_group_id_bit_with_them(where: Path) -> None:
     assert not may(1001, parent / "a" / "b" / "file", os.O_RDONLY, 4000)
 
 
-def test_who_may_change_a_list(where: Path) -> None:
+def test_permissions_to_change_a_list(where: Path) -> None:
     path = make("file", where / "file", 0o666, 1000)
     value = _value((1, 6, 0), (2, 6, 5), (4, 0, 0), (16, 6, 0), (32, 0, 0))
     with user(1001, 1000), fails_with(errno.EPERM):
@@ -180,7 +180,7 @@ def test_who_may_change_a_list(where: Path) -> None:
 @pytest.mark.parametrize(
     ("gid", "groups", "kept"), [(5, (), True), (1, (4, 5), True), (1, (4,), False)]
 )
-def test_who_is_not_in_the_group_loses_its_bit_with_a_new_list(
+def test_a_new_list_clears_set_group_id_for_non_members(
     where: Path, gid: int, groups: tuple[int, ...], kept: bool
 ) -> None:
     path = file(where / "file")

@@ -27,7 +27,7 @@ from tests.posix.support import (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_root_gives_anything_to_anybody(where: Path, kind: str) -> None:
+def test_root_changes_any_owner_and_group(where: Path, kind: str) -> None:
     path = make(kind, where / "it")
 
     def ids() -> tuple[int, int]:
@@ -116,6 +116,6 @@ def test_a_directory_keeps_its_bits_when_its_owner_changes(where: Path) -> None:
     assert mode_of(path) == 0o4777
 
 
-def test_nothing_new_is_a_change_too(where: Path) -> None:
+def test_chown_to_the_same_owner_changes_the_change_time(where: Path) -> None:
     path = file(where / "file")
     assert updated(lambda: os.chown(path, -1, -1), path) == ["c"]

@@ -16,7 +16,7 @@ from tests.posix.support import file, mode_of, opened, updated, user
 pytestmark = pytest.mark.parametrize("shared", ["ext4", *MOUNTED], indirect=True, scope="package")
 
 
-def test_ranges_are_copied_where_they_are_told(where: Path) -> None:
+def test_ranges_are_copied_to_the_given_offset(where: Path) -> None:
     data, model = os.urandom(300_000), bytearray(os.urandom(200_000))
     source, path = file(where / "from", data), file(where / "to", bytes(model))
     with opened(source, os.O_RDONLY) as original, opened(path) as fd:

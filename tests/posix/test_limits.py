@@ -75,7 +75,7 @@ def test_inode_flags_and_extents_are_not_known(where: Path) -> None:
 
 
 @on_mounts
-def test_the_time_of_birth_is_not_told(where: Path) -> None:
+def test_statx_has_no_birth_time(where: Path) -> None:
     path = file(where / "file")
     buffer = ctypes.create_string_buffer(256)
     basic, birth = 0x7FF, 0x800
@@ -102,7 +102,9 @@ def test_a_file_can_be_polled_and_is_always_ready(where: Path) -> None:
 
 @on_mounts
 @pytest.mark.parametrize("offset", [(1 << 63) - 2, 1 << 62, 1 << 55])
-def test_offsets_beyond_what_the_medium_addresses_are_refused(where: Path, offset: int) -> None:
+def test_offsets_beyond_the_limit_of_the_file_system_below_are_refused(
+    where: Path, offset: int
+) -> None:
     with opened(where / "file") as fd:
         try:
             os.pwrite(fd, b"x", offset)
@@ -126,7 +128,7 @@ def test_set_id_programs_and_devices_are_inert_unless_asked_for(where: Path) -> 
     assert done.stdout == "1\n"
 
 
-def test_they_work_where_they_are_asked_for(place: Path) -> None:
+def test_set_id_programs_and_devices_work_with_suid_and_dev(place: Path) -> None:
     with mounting("memory:", place, "suid", "dev") as mount:
         os.mknod(mount.path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         with opened(mount.path / "null", os.O_RDWR) as fd:
@@ -179,7 +181,7 @@ while True:
     assert re.fullmatch("0x100 end", seen[-1])
 
 
-def test_locks_and_watchers_of_two_mounts_do_not_meet(place: Path) -> None:
+def test_locks_and_inotify_do_not_cross_mounts(place: Path) -> None:
     with two_mounts(place) as (one, two):
         file(one.path / "file")
         with opened(one.path / "file") as here, opened(two.path / "file") as there:
@@ -200,7 +202,7 @@ def test_locks_and_watchers_of_two_mounts_do_not_meet(place: Path) -> None:
 RWF_APPEND, RWF_NOAPPEND = 0x10, 0x20
 
 
-def test_the_flag_of_one_append_is_not_told(place: Path) -> None:
+def test_rwf_append_is_not_passed_to_the_mount(place: Path) -> None:
     """Unlike ``O_APPEND`` of an open file: such a write goes where this mount last saw the end."""
     with two_mounts(place) as (one, two):
         file(one.path / "file")
@@ -212,7 +214,7 @@ def test_the_flag_of_one_append_is_not_told(place: Path) -> None:
             assert os.pread(there, 100, 0) == b"there 1\nere 2\n"
 
 
-def test_the_flag_of_one_write_that_does_not_append_is_not_told(place: Path) -> None:
+def test_rwf_noappend_is_not_passed_to_the_mount(place: Path) -> None:
     with two_mounts(place) as (one, _):
         path = file(one.path / "file", b"begin\n")
         with opened(path, os.O_RDWR | os.O_APPEND) as fd:

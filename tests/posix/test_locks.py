@@ -92,7 +92,7 @@ def test_locks_of_handles_are_the_handles(where: Path) -> None:
         fcntl.fcntl(two, F_OFD_SETLK, _lock(fcntl.F_RDLCK, 0, 10))
 
 
-def test_who_waits_for_a_lock_gets_it(where: Path) -> None:
+def test_a_waiting_process_gets_the_lock(where: Path) -> None:
     script = """
 import fcntl, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)

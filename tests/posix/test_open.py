@@ -73,9 +73,7 @@ def test_the_mode_of_a_new_file_obeys_the_umask(where: Path) -> None:
 
 @pytest.mark.parametrize("uid", [0, NOBODY])
 @pytest.mark.parametrize("mode", [0o444, 0o000])
-def test_who_makes_a_file_may_write_to_it_whatever_its_mode(
-    where: Path, mode: int, uid: int
-) -> None:
+def test_the_creating_open_may_write_whatever_the_mode(where: Path, mode: int, uid: int) -> None:
     where.chmod(0o777)
     for flags in (os.O_EXCL, os.O_TRUNC, 0):
         with user(uid, uid):
@@ -150,9 +148,7 @@ def test_a_program_runs_from_here(where: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", range(8))
-def test_the_bits_for_owner_group_and_others_say_who_reads_and_writes(
-    where: Path, bits: int
-) -> None:
+def test_the_mode_determines_which_users_read_and_write(where: Path, bits: int) -> None:
     path = make("file", where / "file", 0, 1000)
     os.chown(path, 1000, 2000)
     everybody: list[tuple[int, tuple[Any, ...]]] = [

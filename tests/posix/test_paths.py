@@ -79,7 +79,7 @@ def inside(where: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_no_path_may_be(inside: Path, name: str) -> None:
+def test_invalid_paths_are_refused(inside: Path, name: str) -> None:
     call = ALL[name]
     file(inside / "file")
     (inside / "loop").symlink_to("pool")

@@ -209,7 +209,7 @@ def test_streams_agree_on_places_while_the_directory_changes(full: Path) -> None
         assert len(set(one.rest())) == 602
 
 
-def test_a_place_that_never_was_is_no_entry(full: Path) -> None:
+def test_seeking_to_invalid_positions_of_a_directory(full: Path) -> None:
     with opened(full, os.O_RDONLY) as fd:
         assert len(os.listdir(fd)) == 600
         with fails_with(errno.EINVAL):
@@ -223,7 +223,7 @@ def test_a_place_that_never_was_is_no_entry(full: Path) -> None:
             os.read(fd, 10)
 
 
-def test_every_kind_is_told_with_its_type(where: Path) -> None:
+def test_readdir_reports_the_type_of_every_kind(where: Path) -> None:
     for kind in KINDS:
         make(kind, where / kind)
     with os.scandir(where) as entries:

@@ -212,7 +212,7 @@ def test_dots_and_roots_are_not_renamed(where: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
-def test_who_may_take_what_from_a_sticky_directory(where: Path, kind: str) -> None:
+def test_permissions_to_rename_from_a_sticky_directory(where: Path, kind: str) -> None:
     """The owner of the directory, the owner of the file, and root."""
     where.chmod(0o777)
     for parent_owner, owner, allowed in [

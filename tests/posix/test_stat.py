@@ -138,7 +138,7 @@ def test_statfs_tells_the_room_of_the_target(place: Path) -> None:
         assert lines[-3:] == [str(capacity), str(20 * MIB), str(44 * MIB)]
 
 
-def test_statfs_of_a_target_in_files_is_that_of_their_medium(place: Path) -> None:
+def test_statfs_of_a_file_target_is_that_of_the_file_system_below(place: Path) -> None:
     with mounting(f"file:{place}/target", place) as mount:
         found, medium = os.statvfs(mount.path), os.statvfs(place)
     assert found.f_blocks * found.f_frsize == medium.f_blocks * medium.f_frsize

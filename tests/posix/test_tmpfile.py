@@ -129,7 +129,7 @@ def test_which_flags_are_refused(where: Path, flags: int, number: int) -> None:
     os.close(os.open(where, MAKE))
 
 
-def test_who_may_make_one(where: Path) -> None:
+def test_permissions_to_make_a_file_without_a_name(where: Path) -> None:
     file(where / "file")
     with fails_with(errno.ENOTDIR):
         os.open(where / "file", MAKE)

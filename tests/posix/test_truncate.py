@@ -42,7 +42,7 @@ def test_both_calls_set_the_size_and_the_times(where: Path, size: int) -> None:
     assert path.stat().st_size == size + 1
 
 
-def test_who_may_truncate(where: Path) -> None:
+def test_permissions_to_truncate(where: Path) -> None:
     path = make("file", where / "file", 0o644)
     with user(), fails_with(errno.EACCES):
         os.truncate(path, 0)

@@ -74,7 +74,7 @@ def test_any_second_of_five_centuries(where: Path, seconds: int) -> None:
     assert path.stat().st_mtime_ns == (seconds + 1) * 10**9 + 987_654_321
 
 
-def test_what_is_no_time(where: Path) -> None:
+def test_invalid_times_are_refused(where: Path) -> None:
     path = file(where / "file")
     for bad in (-1, 10**9, 2 * 10**9):
         with fails_with(errno.EINVAL):
@@ -85,7 +85,7 @@ def test_what_is_no_time(where: Path) -> None:
         utimensat(path, (1, 1), (1, 1), 0x4000)
 
 
-def test_who_may_set_times(where: Path) -> None:
+def test_permissions_to_set_times(where: Path) -> None:
     """To anything: the owner and root; to now: who may write, too."""
     path = make("file", where / "file", 0o664, 1000)
     os.chown(path, 1000, 2000)

@@ -95,7 +95,7 @@ def test_how_large_attributes_may_be(where: Path) -> None:
         os.setxattr(path, "user.", b"x")
 
 
-def test_a_buffer_that_is_too_small_is_told(where: Path) -> None:
+def test_a_too_small_buffer_is_erange(where: Path) -> None:
     path = os.fsencode(file(where / "file"))
     os.setxattr(path, "user.x", b"twelve bytes")
     buffer = ctypes.create_string_buffer(100)
@@ -108,7 +108,7 @@ def test_a_buffer_that_is_too_small_is_told(where: Path) -> None:
     assert check(libc.listxattr(path, None, 0)) >= len(b"user.x\0")
 
 
-def test_who_sees_and_sets_which_attributes(where: Path) -> None:
+def test_permissions_to_read_and_set_attributes_by_namespace(where: Path) -> None:
     path = make("file", where / "file", 0o644, NOBODY)
     os.setxattr(path, "trusted.x", b"root's")
     os.setxattr(path, "security.x", b"anybody's to read")

@@ -169,7 +169,7 @@ def test_wrong_openings(served: Place, opening: bytes, message: bytes) -> None:
         assert message in said
 
 
-def test_half_a_message_and_gone(served: Place) -> None:
+def test_a_peer_that_closes_within_a_message(served: Place) -> None:
     header = [1, 1, "create_and_write", [False], None]
     message = OPENING + wire.frame(header, 1000) + bytes(1000)
     for end in (*range(0, 60, 7), len(OPENING), len(message) - 1000, len(message) - 1):
@@ -357,7 +357,7 @@ def test_peer_that_never_reads() -> None:
             bystander.close()
 
 
-def test_peer_that_never_reads_from_a_medium(tmp_path: Path) -> None:
+def test_a_peer_that_never_reads_a_reply_from_disk(tmp_path: Path) -> None:
     with provider_process("tcp", file_config(tmp_path / "target")) as process:
         bystander = Bystander(process.address, 1)
         try:

@@ -229,7 +229,7 @@ def test_direct_access_is_granted_to_read() -> None:
                 assert joined[2] is not read_only
 
 
-def test_no_migration_by_those_who_only_read() -> None:
+def test_read_only_clients_cannot_migrate() -> None:
     with provider_process("na+sm", MEMORY) as served, raw_connection(served.address) as connection:
         peer = RawPeer(connection, more={"read_only": True})
         names = [name for name, one in OPERATIONS.items() if one.served is ServedBy.MIGRATION]

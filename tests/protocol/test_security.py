@@ -45,7 +45,7 @@ def settings(transport: str, tls: dict[str, Any], **config: Any) -> tuple[str, d
 
 
 @TRANSPORTS
-def test_token_lets_in(transport: str, tls: dict[str, Any]) -> None:
+def test_the_right_token_is_accepted(transport: str, tls: dict[str, Any]) -> None:
     name, config = settings(transport, tls, token=TOKEN)
     with (
         Engine(name, config=config) as engine,
@@ -108,7 +108,7 @@ def test_token_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o644, 0o777])
-def test_file_that_everybody_may_read(tmp_path: Path, mode: int) -> None:
+def test_a_token_file_readable_by_others_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "token"
     path.write_text(TOKEN)
     path.chmod(mode)
@@ -184,7 +184,7 @@ def test_client_with_a_token_wants_one_from_the_engine() -> None:
         Client(own).make_target_handle(str(engine.addr()), 1)
 
 
-def test_local_engine_may_have_none(engine: Engine) -> None:
+def test_a_local_engine_may_have_no_token(engine: Engine) -> None:
     """Both sides know each other's user already."""
     with Provider(engine, 1, MEMORY), Engine("na+sm", client, config={"token": TOKEN}) as own:
         assert Client(own).make_target_handle(str(engine.addr()), 1).create(1)
@@ -239,7 +239,9 @@ def _impostor(answer: Answer) -> Iterator[str]:
         (lambda seen, own: b"", errors.Exception),
     ],
 )
-def test_impostor_is_found_out(answer: Answer, kind: type[errors.Exception]) -> None:
+def test_an_engine_without_the_token_is_detected(
+    answer: Answer, kind: type[errors.Exception]
+) -> None:
     with (
         _impostor(answer) as address,
         Engine("tcp", client, config={"token": TOKEN, "timeout": 5}) as own,
@@ -347,7 +349,7 @@ def test_read_only_token_under_its_own_key(guarded: str) -> None:
 # The table, and the one question
 
 
-def test_who_is_permitted_what() -> None:
+def test_each_operation_requires_its_permission() -> None:
     nobody, local = Peer(), Peer(local=True)
     reader = Peer(local=True, read_only=True)
     for peer in (nobody, local, reader):
@@ -389,7 +391,7 @@ def test_both_sides_of_the_dialogue_without_sockets(token: str) -> None:
 # Pins
 
 
-def test_nobody_gives_back_what_others_hold(local_process: Served) -> None:
+def test_a_client_cannot_release_pins_of_others(local_process: Served) -> None:
     """A pin keeps a file without a name for those who have it open."""
     with (
         raw_connection(local_process.address) as first,

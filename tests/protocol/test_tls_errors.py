@@ -227,7 +227,7 @@ def test_section_of_another_type() -> None:
         Engine("tcp", client, config={"tls": "on"})
 
 
-def test_key_that_everybody_may_read(tmp_path: Path) -> None:
+def test_a_key_file_readable_by_others_is_refused(tmp_path: Path) -> None:
     config = tls_config(tmp_path)
     os.chmod(config["tls"]["key"], 0o644)
     with pytest.raises(errors.PermissionDenied, match=r"mode 0644.*chmod 600"):

@@ -287,7 +287,7 @@ async def test_cancelled_while_it_connects(local_process: Served) -> None:
     gc.collect()  # what nobody closed warns now
 
 
-async def test_who_never_stops_asking_lets_others_run(local_process: Served) -> None:
+async def test_a_task_that_calls_without_pause_lets_others_run(local_process: Served) -> None:
     """And is answered although another request waits on the same connection."""
     turns = 0
 
@@ -411,7 +411,7 @@ async def test_a_place_is_asked_for_when_its_bytes_come() -> None:
 # Connections
 
 
-async def test_connecting_to_nobody() -> None:
+async def test_connecting_where_no_engine_listens_fails() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent_address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         for text, kind in (
@@ -483,7 +483,7 @@ async def test_use_after_the_block(local_process: Served) -> None:
 
 
 @pytest.mark.parametrize("transport", ["na+sm", "tcp"])
-async def test_killed_provider_wakes_all_who_wait(transport: str) -> None:
+async def test_a_killed_provider_wakes_all_waiting_calls(transport: str) -> None:
     with provider_process(transport, MEMORY) as served:
         async with aio.connect(served.address, 1) as target:
             region = await target.create(1000)

@@ -233,7 +233,7 @@ def test_wrong_configurations(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_every_problem_is_told() -> None:
+def test_all_problems_of_a_configuration_are_reported() -> None:
     with pytest.raises(ConfigError, match=r"\[0\]\.pool.*\[1\]\.tags.*\$\.what"):
         Server("na+sm", service({"pool": []}, {"tags": 1}, what=1))
 

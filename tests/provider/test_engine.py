@@ -163,7 +163,7 @@ def test_port_in_use(engine: Engine) -> None:
         Engine(str(first.addr()))
 
 
-def test_beyond_loopback_only_when_told() -> None:
+def test_listening_beyond_loopback_must_be_allowed() -> None:
     with pytest.raises(errors.PermissionDenied, match="insecure"):
         Engine("tcp://0.0.0.0:0")
     with pytest.raises(errors.PermissionDenied):
@@ -457,7 +457,7 @@ def test_killed_provider_fails_every_call(local_process: Served) -> None:
 
 
 @pytest.mark.parametrize("transport", ["na+sm", "tcp"])
-def test_killed_provider_wakes_all_who_wait(transport: str) -> None:
+def test_a_killed_provider_wakes_all_waiting_calls(transport: str) -> None:
     with provider_process(transport, MEMORY) as served, Engine(transport, client) as engine:
         handle = Client(engine).make_target_handle(served.address, 1)
         region = handle.create(1000)
@@ -518,7 +518,7 @@ def test_stopped_peer_times_out_and_is_usable_again() -> None:
             assert buffer == bytes(4), "the late reply touched the buffer"
 
 
-def test_reply_that_stops_half_way_times_out() -> None:
+def test_a_partial_reply_times_out() -> None:
     with half_reply() as (text, provider):
         with Engine("tcp", client, config={"timeout": 1.0}) as engine:
             handle = Client(engine).make_target_handle(text, 1)

@@ -224,7 +224,7 @@ def test_a_region_of_many_names(place: Place) -> None:
 
 
 @pytest.mark.parametrize("held_by", ["graft", "survey"])
-def test_everything_else_waits_beside_the_loop(
+def test_calls_wait_outside_the_loop_while_the_lock_is_held(
     place: Place, held_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one operation has the target's lock: the loop answers what needs no target."""

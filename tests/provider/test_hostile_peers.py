@@ -121,7 +121,7 @@ sys.stdin.readline()
 """
 
 
-def test_two_thousand_who_say_nothing(secured: dict[str, Any]) -> None:
+def test_two_thousand_silent_peers(secured: dict[str, Any]) -> None:
     limit = EngineLimits().unopened
     with (
         provider_process("tcp", MEMORY, engine=secured) as served,
@@ -157,7 +157,7 @@ def _ended(connection: socket.socket) -> bool:
     return True
 
 
-def test_who_has_opened_is_not_dropped_for_those_who_have_not() -> None:
+def test_established_connections_are_not_dropped_for_new_ones() -> None:
     config = {"limits": {"unopened": 2, "connections": 3}}
     with Engine("tcp", config=config) as engine, Provider(engine, 1, MEMORY):
         address = str(engine.addr())
@@ -254,7 +254,7 @@ def test_too_many_connections_from_one_host() -> None:
                     assert Client(one).make_target_handle(str(engine.addr()), 1)
 
 
-def test_book_of_connections() -> None:
+def test_admission_counts_connections_by_host() -> None:
     dropped: list[int] = []
     admission = Admission(EngineLimits(connections=2, connections_per_host=1, unopened=1))
     visitors = [

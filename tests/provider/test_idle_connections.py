@@ -126,7 +126,7 @@ async def test_what_waits_is_carried_on_while_others_are_served() -> None:
             await _gone(nursery)
 
 
-async def test_who_cancels_the_own_task_cancels_what_was_begun() -> None:
+async def test_cancelling_the_connections_task_cancels_its_pending_request() -> None:
     async with _served() as crowd, trio.open_nursery() as nursery:
         with Ends(crowd) as ends, Ends(crowd) as other:
             ended = 0
@@ -162,7 +162,7 @@ async def test_who_cancels_the_own_task_cancels_what_was_begun() -> None:
             await _gone(nursery)
 
 
-async def test_who_is_cancelled_while_nothing_was_begun_just_goes() -> None:
+async def test_cancelling_an_idle_connection_has_no_effect_on_requests() -> None:
     async with _served() as crowd:
         with Ends(crowd) as ends:
             for _ in range(3):
@@ -235,7 +235,7 @@ async def test_closed_while_it_is_being_served() -> None:
                 assert ends.taken == b"a"
 
 
-async def test_who_has_always_more_to_say_keeps_nobody_waiting(
+async def test_a_connection_that_is_always_readable_does_not_starve_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither another connection nor another task."""
@@ -323,7 +323,7 @@ def _ping(peer: RawPeer, number: int) -> None:
 
 @pytest.mark.parametrize("transport", ["na+sm", "tcp"])
 @pytest.mark.parametrize("size", [1000, 60_000, 300_000])
-def test_a_slow_request_beside_busy_clients(transport: str, size: int) -> None:
+def test_a_slow_request_among_busy_clients(transport: str, size: int) -> None:
     """Its header and its payload come in pieces, the next request with their end."""
     with (
         provider_process(transport, MEMORY) as served,
@@ -347,7 +347,7 @@ def test_a_slow_request_beside_busy_clients(transport: str, size: int) -> None:
         assert slow.reply() == [4, size]
 
 
-def test_busy_clients_beside_those_who_wait_for_the_medium(tmp_path: Path) -> None:
+def test_busy_clients_are_served_while_others_wait_for_the_disk(tmp_path: Path) -> None:
     with (
         provider_process("tcp", file_config(tmp_path / "target")) as served,
         Engine("tcp", client) as engine,

@@ -695,7 +695,7 @@ def test_what_cannot_be_pickled_says_why() -> None:
 # Other event loops
 
 
-def test_asyncio_is_told_what_to_use() -> None:
+def test_asyncio_programs_get_an_error_with_advice() -> None:
     with serving(MEMORY) as (engine, _, handle):
         address = str(engine.addr())
 

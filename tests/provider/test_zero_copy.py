@@ -101,7 +101,7 @@ def _mapped() -> int:
     return sum(map(int, found)) * 1024 // MIB  # faults map a little more
 
 
-def test_what_comes_next_is_mapped_before_it_does(plain: Served) -> None:
+def test_the_next_extent_of_a_sequential_read_is_mapped_ahead(plain: Served) -> None:
     region = plain.handle.create_and_write(bytes(5 * MIB))
     for done, mapped in enumerate((1, 3, 4, 5, 5)):  # the second one follows the first
         plain.handle.write(region, done * MIB, pattern(MIB))
@@ -110,7 +110,7 @@ def test_what_comes_next_is_mapped_before_it_does(plain: Served) -> None:
     assert plain.handle.read(region, 0, 5 * MIB) == 5 * pattern(MIB)
 
 
-def test_only_what_comes_next_is_mapped(plain: Served) -> None:
+def test_only_sequential_reads_are_mapped_ahead(plain: Served) -> None:
     region = plain.handle.create_and_write(bytes(6 * MIB))
     for done in (0, 3, 1):
         plain.handle.write(region, done * MIB, pattern(MIB))
@@ -160,7 +160,7 @@ def test_a_write_is_bounded_as_ever(served: Served) -> None:
     assert served.handle.read(region, 0, 200_000) == pattern(200_000)
 
 
-def test_a_write_tells_who_watches_and_changes_times(plain: Served) -> None:
+def test_a_write_notifies_watchers_and_sets_times(plain: Served) -> None:
     region = plain.handle.create_and_write(pattern(200_000))
     before = plain.handle.stat(region).mtime_ns
     plain.handle.write(region, 0, pattern(200_000))
@@ -179,7 +179,7 @@ def _half_a_write(served: Served, peer: RawPeer, region: RegionID, data: bytes) 
     return half
 
 
-def test_half_a_write_holds_up_nobody(plain: Served) -> None:
+def test_half_a_write_does_not_block_other_clients(plain: Served) -> None:
     old, new = pattern(LARGE), random.Random(1).randbytes(LARGE)
     region = plain.handle.create_and_write(old)
     with raw_connection(plain.address) as connection:
@@ -331,7 +331,7 @@ def test_mappings_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("piped", [False, True])
 @pytest.mark.parametrize("size", [64, 4096, 60_000, 100_000])
-def test_who_waits_for_a_region_lets_those_behind_go_first(
+def test_a_request_that_waits_for_a_region_lets_later_ones_pass(
     size: int, piped: bool, tmp_path: Path
 ) -> None:
     """On one connection; a pipeline has two buffers of each size, and gets them back."""
@@ -361,7 +361,7 @@ def test_who_waits_for_a_region_lets_those_behind_go_first(
 
 
 @pytest.mark.parametrize("size", [64, 60_000, MIB])
-def test_what_is_not_in_the_page_cache_is_read_from_the_medium(size: int, tmp_path: Path) -> None:
+def test_data_outside_the_page_cache_are_read_from_disk(size: int, tmp_path: Path) -> None:
     """On a file system that says so, as that of the checkout does."""
     with _serving(file_config(tmp_path / "target", packed=False)) as served:
         data = random.Random(size).randbytes(size)

@@ -178,7 +178,7 @@ def test_a_crash_makes_no_rot(kind: str, path: Path) -> None:
         assert seen(target, hot) == Verified(3, 0, [0])
 
 
-def test_rot_of_a_region_that_nobody_wrote_is_found_after_a_crash(kind: str, path: Path) -> None:
+def test_rot_of_an_unwritten_region_is_found_after_a_crash(kind: str, path: Path) -> None:
     assert run_python(KILLED, kind, str(path), "make").returncode == 0
     assert run_python(KILLED, kind, str(path), "kill").returncode == -signal.SIGKILL
     with open_target(kind, path) as target:

@@ -93,7 +93,7 @@ def test_a_client_gets_the_memory_of_its_own_regions(served: Served, maker: Targ
         assert maker.read(region, 0, size) == pattern(size, seed)
 
 
-def test_nobody_else_gets_it(
+def test_no_other_client_gets_the_memory(
     served: Served, maker: TargetHandle, other: TargetHandle, asking: TargetHandle
 ) -> None:
     region = maker.create_and_write(pattern(SIZE))
@@ -109,7 +109,7 @@ def test_nobody_else_gets_it(
     assert number in memories(served.process.pid)
 
 
-def test_what_two_clients_had_goes_back(
+def test_memory_granted_to_two_clients_is_returned_to_the_system(
     served: Served, maker: TargetHandle, other: TargetHandle
 ) -> None:
     region = maker.create_and_write(pattern(SIZE))
@@ -118,7 +118,7 @@ def test_what_two_clients_had_goes_back(
     assert memories(served.process.pid) == {}
 
 
-def test_what_a_reader_had_goes_back(
+def test_memory_granted_for_reading_is_returned_to_the_system(
     served: Served, asking: TargetHandle, client_engine: Engine
 ) -> None:
     reader = Client(client_engine).make_target_handle(served.address, 1, read_only=True)
@@ -128,7 +128,7 @@ def test_what_a_reader_had_goes_back(
     assert memories(served.process.pid) == {}
 
 
-def test_what_nobody_had_is_for_everybody(
+def test_memory_never_granted_is_reused_for_any_client(
     served: Served, maker: TargetHandle, asking: TargetHandle
 ) -> None:
     region = asking.create_and_write(pattern(SIZE))
@@ -158,7 +158,9 @@ def test_the_provider_s_own_process_shares_with_itself(engine: Engine) -> None:
     assert memories() == {}
 
 
-def test_what_a_client_had_goes_when_it_leaves(served: Served, asking: TargetHandle) -> None:
+def test_memory_kept_for_a_client_is_freed_when_it_disconnects(
+    served: Served, asking: TargetHandle
+) -> None:
     with connected(served) as leaving:
         kept = leaving.create_and_write(pattern(SIZE))
         leaving.erase(leaving.create_and_write(pattern(SIZE, 1)))
@@ -169,9 +171,7 @@ def test_what_a_client_had_goes_when_it_leaves(served: Served, asking: TargetHan
     assert memories(served.process.pid) == {}
 
 
-def test_what_a_lost_connection_had_goes_although_its_process_lives(
-    served: Served, asking: TargetHandle
-) -> None:
+def test_memory_kept_for_a_lost_connection_is_freed(served: Served, asking: TargetHandle) -> None:
     with raw_connection(served.address) as connection:
         peer = RawPeer(connection)
         assert peer.call([1, 1, "join", [True], None])[1] is not None
@@ -182,7 +182,7 @@ def test_what_a_lost_connection_had_goes_although_its_process_lives(
     eventually(lambda: memories(served.process.pid) == {})
 
 
-def test_the_first_write_to_an_empty_region_gets_it(target: Target) -> None:
+def test_the_first_write_to_an_empty_region_reuses_memory(target: Target) -> None:
     kept = target.create_and_write(pattern(1_000_000))
     numbers = memories().keys()
     target.erase(kept)
@@ -344,7 +344,7 @@ def test_a_view_of_what_was_erased_shows_nothing_new(target: Target) -> None:
         os.close(writing)
 
 
-def test_memory_that_was_viewed_is_used_again_when_nobody_looks_any_more(target: Target) -> None:
+def test_memory_is_reused_once_its_views_are_gone(target: Target) -> None:
     region = target.create_and_write(pattern(SIZE))
     numbers = memories().keys()
     view = target.view(region, 0, SIZE)
@@ -359,7 +359,9 @@ def test_memory_that_was_viewed_is_used_again_when_nobody_looks_any_more(target:
 # How much is kept
 
 
-def test_it_is_bounded(served: Served, maker: TargetHandle, asking: TargetHandle) -> None:
+def test_the_memory_pool_is_bounded(
+    served: Served, maker: TargetHandle, asking: TargetHandle
+) -> None:
     for handle in (maker, asking):
         for size in (8 * MIB, 3 * MIB, 100_000):
             for region in [handle.create_and_write(bytes(size)) for _ in range(30)]:
@@ -431,12 +433,12 @@ with Engine("na+sm") as engine, Provider(engine, 1, {"target": {"type": "memory"
 """
 
 
-def test_descriptors_suffice() -> None:
+def test_memory_regions_work_with_few_descriptors() -> None:
     done = run_python(FEW)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_nothing_of_it_remains(engine: Engine) -> None:
+def test_closing_frees_the_memory_pool(engine: Engine) -> None:
     with Provider(engine, 1, MEMORY) as provider:
         target = provider._core.target
         for region in [target.create_and_write(pattern(SIZE)) for _ in range(3)]:

@@ -120,7 +120,7 @@ def test_small_nameless_regions_share_files(path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"packed": False}, {"directio": True}])
-def test_where_none_are_wanted(path: Path, settings: dict[str, Any]) -> None:
+def test_no_packs_where_they_are_disabled(path: Path, settings: dict[str, Any]) -> None:
     with opened(path, **settings) as target:
         target.create_and_write(b"own")
         assert [len(found) for found in files(path)] == [0, 1]
@@ -299,7 +299,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         accounted(path, target, contents(target))
 
 
-def test_bytes_that_nobody_knows_any_more_are_no_new_regions(path: Path) -> None:
+def test_bytes_of_forgotten_regions_are_not_in_new_regions(path: Path) -> None:
     """A process was killed before it committed: its regions' slots are used again, as zeros."""
     script = """
 import os, signal, sys
@@ -581,7 +581,7 @@ with Engine("na+sm", client) as engine:
         assert done.returncode == 0, done.stderr
 
 
-def test_who_shares_a_pack_that_could_not_be_synced_is_not_persisted_by_clients(
+def test_clients_do_not_persist_regions_of_a_pack_whose_sync_failed(
     path: Path, faults: Injector
 ) -> None:
     """Their own descriptors may be newer than the failure, and know nothing of it."""
@@ -624,7 +624,7 @@ def test_a_region_that_grew_out_of_a_pack_is_persisted_as_others_are(path: Path)
             assert place(left, region) == MOVED
 
 
-def test_nobody_waits_for_the_medium_with_the_lock_held(path: Path) -> None:
+def test_the_lock_is_not_held_while_the_disk_is_waited_for(path: Path) -> None:
     """The place where new regions are noted is none of the writes that `sync` is for."""
     with opened(path, sync=True) as target:
         region = target.create(8)
@@ -674,7 +674,7 @@ def test_a_pack_goes_when_its_last_regions_are_erased_side_by_side(path: Path) -
         assert target.read(regions[-1], 0, 5) == b"bytes"
 
 
-def test_creating_beside_the_end_of_a_pack_that_failed(path: Path, faults: Injector) -> None:
+def test_creating_while_a_failed_pack_is_removed(path: Path, faults: Injector) -> None:
     """A new region is not made in a file that is about to have no name."""
     (site,) = (site for site in sites(base) if site.call == "fdatasync")
     with opened(path) as target:
@@ -706,7 +706,7 @@ def test_creating_beside_the_end_of_a_pack_that_failed(path: Path, faults: Injec
 
 
 @pytest.mark.parametrize("checked", [False, True])
-def test_who_was_stopped_in_a_write_when_the_process_was_killed(path: Path, checked: bool) -> None:
+def test_a_write_interrupted_by_a_kill(path: Path, checked: bool) -> None:
     """It goes on to write to a region that nobody knows any more, and to no new one."""
     script = """
 import os, signal, sys

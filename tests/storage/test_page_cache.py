@@ -95,7 +95,7 @@ def test_what_the_page_cache_does_not_have_is_not_shown(served: Served) -> None:
         assert served.target.view(region, 0, SIZE) is not None
 
 
-def test_a_file_that_is_cut_off_is_damage_and_kills_nobody(served: Served) -> None:
+def test_a_truncated_region_file_is_damage_and_raises_no_sigbus(served: Served) -> None:
     data = random.Random(5).randbytes(SIZE)
     region = served.handle.create_and_write(data)
     assert served.handle.read(region, 0, SIZE) == data

@@ -126,7 +126,7 @@ def test_both_names_serve_and_reopen(engine: Engine, path: Path, name: str) -> N
             assert handle.read(region, 0, 100_000) == pattern(100_000)
 
 
-def test_provider_that_nobody_refers_to_makes_room(engine: Engine, path: Path) -> None:
+def test_an_unreferenced_provider_releases_its_target(engine: Engine, path: Path) -> None:
     Provider(engine, 1, pmem_config(path))
     Provider(engine, 2, pmem_config(path))
 
@@ -261,7 +261,7 @@ def available(path: Path) -> int:
     return info.f_bavail * info.f_frsize
 
 
-def test_full_medium(small: Path) -> None:
+def test_a_full_disk_is_storage_full(small: Path) -> None:
     """What does not fit is refused at once and takes no room; what exists can be filled."""
     with open_target(small / "target") as target:
         tail = target.create_and_write(b"tail" * 100, persist=True)
@@ -293,7 +293,7 @@ def test_full_medium(small: Path) -> None:
         assert target.read(tail, 0, 400) == b"tail" * 100
 
 
-def test_medium_that_has_less_room_than_it_says(
+def test_a_disk_with_less_space_than_statfs_says(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reservation that fails half way gives back what it got."""
@@ -504,7 +504,7 @@ target.close()
 """
 
 
-def test_damaged_files_are_corrupt_and_kill_nobody(path: Path, forced: str) -> None:
+def test_damaged_files_are_reported_as_corrupt_without_sigbus(path: Path, forced: str) -> None:
     done = run_python(PREAMBLE + DAMAGED, str(path))
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -548,7 +548,7 @@ assert not failures, failures
 """
 
 
-def test_resize_beside_everything_else(path: Path, forced: str) -> None:
+def test_resize_concurrently_with_all_other_calls(path: Path, forced: str) -> None:
     done = run_python(PREAMBLE + RESTLESS, str(path))
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -48,7 +48,7 @@ def handles(way: str, config: dict[str, Any], count: int = 1) -> Iterator[list[T
 @pytest.mark.parametrize("way", ["direct", "na+sm", "tcp"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("persist", [False, True], ids=["volatile", "persisted"])
-def test_data_are_at_the_end_that_was_told(
+def test_appended_data_are_at_the_returned_offset(
     tmp_path: Path, way: str, backend: str, persist: bool
 ) -> None:
     with handles(way, BACKENDS[backend](tmp_path)) as (target,):

@@ -23,7 +23,7 @@ def made(now: int) -> Inode:
     return Inode(2, 3, stat.S_IFREG, 1, 0, 0, 0, 0, now, now, now, 0, None)
 
 
-def test_writes_that_nobody_saw_share_a_time(clock: Clock) -> None:
+def test_unobserved_writes_share_a_time(clock: Clock) -> None:
     inode = made(clock.exact())
     times = set()
     for _ in range(1000):
@@ -33,7 +33,7 @@ def test_writes_that_nobody_saw_share_a_time(clock: Clock) -> None:
     assert len(times) < 500  # it takes no half millisecond, but for a moment when others run
 
 
-def test_what_was_seen_stands_for_no_later_write(clock: Clock) -> None:
+def test_an_observed_time_is_not_given_to_a_later_write(clock: Clock) -> None:
     inode = made(clock.exact())
     seen = []
     for number in range(1000):
@@ -76,7 +76,7 @@ def test_a_clock_that_is_set_back(clock: Clock, monkeypatch: pytest.MonkeyPatch)
     assert sorted(set(changes)) == changes
 
 
-def test_times_set_by_somebody_go_with_the_next_write(clock: Clock) -> None:
+def test_times_that_were_set_are_replaced_by_the_next_write(clock: Clock) -> None:
     inode = made(clock.exact())
     for when in (0, 1 << 62):
         inode.changed_at(clock.exact())

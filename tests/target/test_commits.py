@@ -125,7 +125,7 @@ VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("column", "value"), VALUES)
-def test_a_value_that_slipped_through_is_mended_and_costs_nothing(
+def test_an_invalid_value_is_corrected_at_the_commit(
     path: Path, column: str, value: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(path) as target:
@@ -219,7 +219,7 @@ def test_a_name_that_cannot_be_stored_keeps_no_other(path: Path, name: bytes) ->
 
 @pytest.mark.parametrize("statement", ["INSERT OR REPLACE INTO inode", "COMMIT", "BEGIN"])
 @pytest.mark.parametrize("error", [RuntimeError("injected"), MemoryError("injected")])
-def test_a_commit_that_fails_is_told_to_all_who_wait_and_tried_again(
+def test_a_failed_commit_fails_all_waiting_calls_and_is_retried(
     path: Path, statement: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(path) as target, faulty(target) as database:
@@ -277,7 +277,7 @@ def test_without_being_asked_it_is_tried_again(
     assert sum(record.exc_info is not None for record in caplog.records) == 2
 
 
-def test_one_who_asks_over_a_connection_is_told(path: Path) -> None:
+def test_a_failed_commit_is_reported_over_a_connection(path: Path) -> None:
     with Engine("na+sm") as engine, Engine("na+sm", client) as other:
         provider = Provider(engine, 1, file_config(path))
         handle = Client(other).make_target_handle(str(engine.addr()), 1)
@@ -294,7 +294,7 @@ def test_one_who_asks_over_a_connection_is_told(path: Path) -> None:
         assert list(target.regions()) == [region]
 
 
-def test_what_never_can_be_stored_is_said_at_the_end(path: Path) -> None:
+def test_closing_reports_rows_that_cannot_be_stored(path: Path) -> None:
     target = opened(path)
     other = target.create_and_write(b"other")
     names = target.namespace
@@ -310,7 +310,7 @@ def test_what_never_can_be_stored_is_said_at_the_end(path: Path) -> None:
     assert fsck(path)[0] == 0
 
 
-def test_what_is_written_in_passing_fails_no_operation(
+def test_a_failed_background_commit_fails_no_operation(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of others, that is, when there are too many in memory."""

@@ -377,7 +377,7 @@ def test_open_in_another_process(path: Path) -> None:
         assert target.read(region, 0, 6) == b"theirs"
 
 
-def test_provider_that_nobody_refers_to_makes_room(engine: Engine, path: Path) -> None:
+def test_an_unreferenced_provider_releases_its_target(engine: Engine, path: Path) -> None:
     """A script may make its provider anew, of the same ID or on the same path."""
     Provider(engine, 1, file_config(path))
     Provider(engine, 1, file_config(path))
@@ -468,7 +468,7 @@ def test_quota(engine: Engine, path: Path) -> None:
         target.create(1)  # what is used survives
 
 
-def test_persist_after_a_full_medium_says_so(path: Path) -> None:
+def test_persist_after_a_full_disk_raises_storage_full(path: Path) -> None:
     """A file system without room: StorageFull, and what was persisted stays."""
     # A limit on file sizes stands in for the full medium.
     script = """

@@ -365,7 +365,7 @@ def test_no_memory_in_the_middle() -> None:
         target.namespace.mkdir(ROOT, b"room", 0o755, 0, 0)
 
 
-def test_a_medium_that_fails_in_the_middle(tmp_path: Path, between: Between) -> None:
+def test_a_disk_that_fails_during_a_graft(tmp_path: Path, between: Between) -> None:
     def refuses(sql: str, row: Any) -> Exception | None:
         failing = "INTO xattr" in sql and row
         return sqlite3.OperationalError("database or disk is full") if failing else None

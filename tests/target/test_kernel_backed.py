@@ -101,7 +101,7 @@ def test_writing_takes_set_id_bits_away(target: Target, mode: int, left: int) ->
     assert namespace.getattr(made.ino).mode & 0o7777 == left
 
 
-def test_guests_and_those_who_write_by_themselves_exclude_each_other(target: Target) -> None:
+def test_grants_and_exposure_of_a_region_exclude_each_other(target: Target) -> None:
     region = target.create_and_write(pattern(LARGE))
     assert target.expose(region) is not None
     assert target.expose(region) is None  # once
@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Target], int]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_region_of_which_somebody_has_to_know_is_not_exposed(case: str, tmp_path: Path) -> None:
+def test_regions_that_cannot_be_exposed_are_refused(case: str, tmp_path: Path) -> None:
     make, size = REFUSED[case]
     with contextlib.closing(make(tmp_path / "target")) as target:
         region = target.create_and_write(pattern(size))

@@ -384,7 +384,7 @@ def test_a_commit_of_many_changes_writes_them_in_steps(
     assert [name for name, _ in target.namespace.readdir(1)] == [b"during %d" % i for i in range(5)]
 
 
-def test_what_an_export_kept_is_erased_beside_the_loop(
+def test_data_kept_by_an_export_are_erased_in_a_thread(
     served: tuple[Target, TargetHandle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regions by the thousand that were erased meanwhile, when it ends."""

@@ -667,7 +667,7 @@ def test_an_erased_region_takes_names_that_were_not_written_back(
     assert mkfile(names, ROOT, b"a").ino != file.ino
 
 
-def test_absent_names_are_told_from_names_that_memory_let_go_of(
+def test_absent_names_are_distinguished_from_evicted_names(
     target: Target, names: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dentries, "_KEPT", 20)

@@ -39,7 +39,7 @@ async def version(target: warabi.aio.Target, region: RegionID) -> int:
     return int(number)
 
 
-async def test_only_what_others_do_makes_another_version(served: Served) -> None:
+async def test_only_changes_by_others_change_the_version(served: Served) -> None:
     async with (
         warabi.aio.connect(served.address, 1) as mine,
         warabi.aio.connect(served.address, 1) as other,
@@ -72,7 +72,7 @@ async def test_only_what_others_do_makes_another_version(served: Served) -> None
         assert await version(mine, region) == before
 
 
-async def test_others_in_the_provider_s_process_are_others(served: Served) -> None:
+async def test_changes_in_the_providers_process_change_the_version(served: Served) -> None:
     async with warabi.aio.connect(served.address, 1) as mine:
         region = await mine.create_and_write(b"12345678")
         seen = [await version(mine, region)]
@@ -95,7 +95,7 @@ async def test_versions_do_not_outlive_a_connection(served: Served) -> None:
     assert len(set(seen)) == 5
 
 
-async def test_many_connections_are_told_apart(served: Served) -> None:
+async def test_versions_distinguish_many_connections(served: Served) -> None:
     async with AsyncExitStack() as stack:
         targets = [
             await stack.enter_async_context(warabi.aio.connect(served.address, 1)) for _ in range(8)

@@ -117,7 +117,7 @@ async def there(watcher: Watcher, target: TargetHandle) -> None:
 
 
 @run
-async def test_who_watches_is_told_what_others_change(served: Served) -> None:
+async def test_watchers_are_notified_of_changes_by_others(served: Served) -> None:
     target = served.target
     region = target.create_and_write(b"data")
     ino = region.slot
@@ -146,7 +146,7 @@ async def test_who_watches_is_told_what_others_change(served: Served) -> None:
 
 
 @run
-async def test_new_names_are_told_to_who_wants_them(served: Served) -> None:
+async def test_new_names_are_reported_to_subscribers_of_names(served: Served) -> None:
     async with watching(served.address, new_names=True) as watcher:
         region = served.target.create(1)
         served.target.link_name(region, "/name")
@@ -173,7 +173,7 @@ async def test_a_rename_tells_both_names(served: Served) -> None:
 
 
 @run
-async def test_nobody_is_told_what_he_does_himself(served: Served) -> None:
+async def test_a_watcher_is_not_notified_of_its_own_changes(served: Served) -> None:
     async with watching(served.address, new_names=True) as watcher:
         own = watcher.target
         for size in (100, 1_000_000):  # the larger one is reached directly on one host
@@ -189,7 +189,7 @@ async def test_nobody_is_told_what_he_does_himself(served: Served) -> None:
 
 
 @run
-async def test_writes_past_the_provider_are_told_to_the_others(served: Served) -> None:
+async def test_direct_writes_are_reported_to_other_watchers(served: Served) -> None:
     region = served.target.create(1_000_000)
     async with (
         watching(served.address) as watcher,
@@ -306,7 +306,7 @@ async def test_the_end_of_the_provider_ends_the_watching(served: Served) -> None
             await anext(changes)
 
 
-def test_a_watcher_that_asks_and_reads_nothing_holds_up_nobody(served: Served) -> None:
+def test_a_watcher_that_reads_no_replies_delays_no_other_client(served: Served) -> None:
     with raw_connection(served.address) as connection:
         peer = RawPeer(connection)
         for number in range(200):  # each takes the place of the one before

@@ -19,7 +19,7 @@ from warabi.target.write_throttle import Pace
 MS = 1_000_000
 
 
-def test_a_quick_write_is_no_news() -> None:
+def test_a_fast_write_does_not_start_throttling() -> None:
     pace = Pace()
     pace.wrote(4096, 0, 4 * MS)
     pace.wrote(16 << 20, 0, 80 * MS)  # so many bytes take a while to copy
@@ -46,7 +46,7 @@ def test_pauses_are_short_again_when_writes_were_quick_for_long() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 3000, 200_000])
-def test_where_the_medium_holds_writers_up_threads_write(
+def test_on_a_slow_disk_threads_write(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of small writes, such as come whole, and such as are received piece by piece."""

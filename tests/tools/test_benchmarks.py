@@ -209,7 +209,7 @@ def test_a_run_writes_a_report(tmp_path: Path) -> None:
     assert (output / "report.md").read_text() == text
 
 
-def test_a_run_that_is_told_to_end_leaves_no_mount_and_no_file(tmp_path: Path) -> None:
+def test_a_terminated_run_leaves_no_mount_and_no_file(tmp_path: Path) -> None:
     words = ["--only", "mount", "--rounds", "1", "--scale", "0.01", "--disk", str(tmp_path)]
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks", *words, "--output", str(tmp_path / "output")],

@@ -237,7 +237,9 @@ def test_a_target_that_is_served_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_readiness_is_told(kind: str, tmp_path: Path, client_engine: Engine) -> None:
+def test_readiness_is_reported_to_the_service_manager(
+    kind: str, tmp_path: Path, client_engine: Engine
+) -> None:
     path = str(tmp_path / "notify") if kind == "path" else f"@warabi-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(path.replace("@", "\0", 1))
@@ -272,7 +274,7 @@ def test_whichever_thread_takes_the_signal(send: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_nobody_is_told_of_what_did_not_start(tmp_path: Path) -> None:
+def test_readiness_is_not_reported_if_serving_did_not_start(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         with serving("-t", "x", NOTIFY_SOCKET=str(tmp_path / "notify")) as service:

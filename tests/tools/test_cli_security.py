@@ -88,7 +88,7 @@ def test_tokens_in_a_configuration(secret: Path, tmp_path: Path) -> None:
         assert service.end().count("has no effect") == 0
 
 
-def test_beyond_loopback_it_has_to_be_told() -> None:
+def test_beyond_loopback_needs_tls_a_token_or_insecure() -> None:
     message = fails("serve", "-t", "memory:", "-a", "tcp://0.0.0.0:0")
     assert "token_file" in message
     with serving("-t", "memory:", "-a", "tcp://0.0.0.0:0", "--insecure") as service:

@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_the_old_file(small: Path) -> None:
         assert content(small) == ["old"]
 
 
-def test_what_the_medium_does_not_take_is_not_there(
+def test_a_file_that_the_disk_refuses_does_not_appear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fsync(fd: int) -> None:

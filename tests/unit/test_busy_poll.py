@@ -60,7 +60,7 @@ def _expecting(receiver: Receiver) -> Lookout:
     return lookout
 
 
-def test_what_is_there_is_taken(receiver: Receiver) -> None:
+def test_available_messages_are_taken_at_once(receiver: Receiver) -> None:
     receiver.peer.send(b"here")
     assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == 4
     receiver.peer.send(b"here")
@@ -68,7 +68,7 @@ def test_what_is_there_is_taken(receiver: Receiver) -> None:
     assert bytes(receiver.place[:4]) == b"here"
 
 
-def test_nothing_is_looked_for_at_first(receiver: Receiver) -> None:
+def test_no_polling_before_the_first_message(receiver: Receiver) -> None:
     assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == -1
     assert receiver.looks == 1
     receiver.peer.send(b"here")
@@ -76,7 +76,7 @@ def test_nothing_is_looked_for_at_first(receiver: Receiver) -> None:
     assert receiver.looks == 2
 
 
-def test_what_came_late_is_slept_for(receiver: Receiver) -> None:
+def test_after_a_late_message_the_loop_blocks(receiver: Receiver) -> None:
     lookout = _expecting(receiver)
     receiver.send_soon(0.02)
     assert lookout.receive(receiver, receiver.place) == 4
@@ -94,7 +94,7 @@ def test_the_end_of_a_connection_is_seen_awake(receiver: Receiver) -> None:
     assert receiver.looks == 1
 
 
-def test_a_core_that_others_want_is_left_to_them(
+def test_polling_yields_a_contended_core(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lookout = _expecting(receiver)
@@ -105,7 +105,7 @@ def test_a_core_that_others_want_is_left_to_them(
     assert receiver.looks == 1
 
 
-def test_after_many_bytes_it_looks_longer(
+def test_polling_lasts_longer_after_large_messages(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
@@ -136,7 +136,7 @@ def test_after_many_bytes_it_looks_longer(
     assert looks() == pytest.approx(10, abs=2)
 
 
-def test_the_pieces_of_a_message_are_looked_for(
+def test_polling_continues_within_a_message(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether messages come soon or not, until a piece was late."""
@@ -163,7 +163,7 @@ def test_the_pieces_of_a_message_are_looked_for(
 
 
 @pytest.mark.parametrize("backend", ["memory", "file"])
-def test_a_payload_that_never_stops_coming_keeps_nobody_waiting(
+def test_an_endless_payload_does_not_starve_other_connections(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it goes to its place or through a buffer, and however long pieces are looked for."""
@@ -205,7 +205,7 @@ def test_a_payload_that_never_stops_coming_keeps_nobody_waiting(
         assert handle.read(region, 0, len(data)) == data
 
 
-def test_nobody_is_alone_among_others() -> None:
+def test_a_connection_is_alone_after_a_while_without_others() -> None:
     attention = Attention()
     now = 10 * Attention.ALONE
     attention.give("a", now)
@@ -217,7 +217,7 @@ def test_nobody_is_alone_among_others() -> None:
     assert not attention.alone("a", now + 2 * Attention.ALONE)
 
 
-def test_who_never_stops_asking_keeps_nobody_waiting() -> None:
+def test_a_client_that_polls_without_pause_does_not_starve_others() -> None:
     """Neither one that waits for each answer nor one that sends without end."""
     with provider_process("na+sm", MEMORY) as served:
         over = threading.Event()
@@ -254,7 +254,7 @@ def test_who_never_stops_asking_keeps_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize("transport", ["na+sm", "tcp"])
-def test_who_has_nothing_to_do_sleeps(transport: str) -> None:
+def test_an_idle_loop_blocks_in_the_kernel(transport: str) -> None:
     """Also right after many calls one after another, and many bytes."""
     with (
         provider_process(transport, MEMORY) as served,

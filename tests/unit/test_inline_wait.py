@@ -98,7 +98,7 @@ async def test_others_get_turns_between_requests(
                 assert await target.size(region) == 1
 
 
-async def test_who_serves_nothing_never_stands_still(served: Served, patient: None) -> None:
+async def test_a_loop_that_serves_nothing_never_waits_inline(served: Served, patient: None) -> None:
     async with aio.connect(served.address, 1, share=False) as target, _counting() as turns:
         before = turns.count
         served.stop()
@@ -142,7 +142,9 @@ async def test_several_at_once_go_side_by_side(served: Served, patient: None) ->
                 nursery.start_soon(read, number)
 
 
-async def test_who_waits_for_changes_does_not_count(served: Served, patient: None) -> None:
+async def test_a_pending_watch_does_not_prevent_inline_waiting(
+    served: Served, patient: None
+) -> None:
     turns = Turns()
     async with (
         aio.connect(served.address, 1, share=False) as target,
@@ -201,7 +203,7 @@ def _chatter(listener: socket.socket, stop: threading.Event) -> None:
         peer.send([number, 5])
 
 
-async def test_a_provider_that_never_stops_talking_keeps_nobody_waiting() -> None:
+async def test_a_provider_that_sends_without_end_does_not_starve_requests() -> None:
     turns, stop = Turns(), threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         talking = threading.Thread(target=_chatter, args=(listener, stop))

@@ -80,7 +80,7 @@ async def test_a_call_that_was_begun_is_waited_for() -> None:
     assert result == "done"
 
 
-async def test_who_is_cancelled_before_begins_nothing() -> None:
+async def test_a_call_cancelled_before_its_start_does_nothing() -> None:
     begun = threading.Event()
     limiter = trio.CapacityLimiter(1)
     with trio.CancelScope() as scope:
