@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: every step of its walks, and every lock of docs/locks.md, exists."""
+"""Functions that documents name exist, and docs/locks.md describes every lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import pytest
 from tests.support.helpers import ROOT
 
 STEP = re.compile(r"`((?:warabi|warabifs|tests)/[\w/]+\.py):([\w.]+)`")
-DOCUMENTS = ("CONTRIBUTING.md", "docs/locks.md")
+WALKS = ("CONTRIBUTING.md", "docs/locks.md")
+DOCUMENTS = [
+    str(page.relative_to(ROOT))
+    for page in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    if STEP.search(page.read_text())
+]
 LOCK = re.compile(
     r"\b(?:threading|trio)\.(?:R?Lock|Condition|Semaphore)\(|\bfcntl\.(?:flock|lockf)\("
 )
@@ -62,7 +67,7 @@ def is_defined(path: str, qualified: str) -> bool:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_step_exists(document: str) -> None:
     found = steps(document)
-    assert len(found) > 20
+    assert len(found) > 20 or document not in WALKS
     assert [step for step in found if not is_defined(*step)] == []
 
 
