@@ -8,6 +8,7 @@ import time
 import pytest
 
 from warabi.metadata.clock import Clock
+from warabi.metadata.domain import Row
 from warabi.metadata.inode import Inode
 from warabi.target import opening
 from warabi.target.config import MemoryConfig
@@ -20,7 +21,7 @@ def clock() -> Clock:
 
 
 def made(now: int) -> Inode:
-    return Inode(2, 3, stat.S_IFREG, 1, 0, 0, 0, 0, now, now, now, 0, None)
+    return Inode(Row(2, 3, stat.S_IFREG, 1, 0, 0, 0, 0, now, now, now, 0, None))
 
 
 def test_unobserved_writes_share_a_time(clock: Clock) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from warabi._core.attributes import Attributes
+from warabi.metadata.domain import Row
 from warabi.region import RegionID
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 OWN, PACKED, MOVED = 0, 1, 2
 """Location of a region's data in a target of files: in its own file, in a pack, or in its own file
 after it was in a pack, where its place stays reserved."""
+_values = attrgetter(*Row._fields)
 _tuple = tuple.__new__  # the constructor of a named tuple takes twice as long
 
 
@@ -24,37 +27,22 @@ class Inode:
     """A row of the catalogue in memory, with state of the target."""
 
     __slots__ = (
-        "anonymous", "atime", "before", "changed", "ctime", "dead", "exclusive", "exposed",
-        "generation", "gid", "ino", "kept", "linkable", "measure", "mode", "mtime", "nlink",
-        "packed", "pins", "rdev", "rid", "seen", "share", "size", "stored", "target", "uid",
-        "users", "writer",
+        *Row._fields, "before", "changed", "dead", "exclusive", "exposed", "kept", "linkable",
+        "measure", "pins", "rid", "seen", "share", "stored", "users", "writer",
     )  # fmt: skip
 
-    def __init__(
-        self, ino: int, generation: int, mode: int, nlink: int, uid: int, gid: int, rdev: int,
-        size: int, atime: int, mtime: int, ctime: int, anonymous: int, target: bytes | None,
-        packed: int = OWN,
-    ) -> None:  # fmt: skip
-        self.ino = ino
-        self.generation = generation
-        self.mode = mode
-        self.nlink = nlink
-        self.uid = uid
-        self.gid = gid
-        self.rdev = rdev
-        self.size = size
-        self.atime = atime
-        self.mtime = mtime
-        self.ctime = ctime
-        self.anonymous = anonymous
-        self.target = target
-        self.packed = packed
-        self.rid = RegionID.from_parts(ino, generation)
+    def __init__(self, row: Row) -> None:
+        (
+            self.ino, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
+            self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
+            self.packed,
+        ) = row  # fmt: skip
+        self.rid = RegionID.from_parts(self.ino, self.generation)
         self.measure: Callable[[Inode], int] | None = None  # None: it has no holes
         self.stored = False  # whether there is a row, perhaps an outdated one
         self.changed = 0  # number of the change that a persist must make durable
         self.kept = -1  # the change time that is durable, or will be with the next sync of the data
-        self.seen = ctime  # the change time that was last reported to a client
+        self.seen = self.ctime  # the change time that was last reported to a client
         self.writer: Origin | None = None  # the connection that changed the data last, if known
         self.before = 0  # change time when its changes began; 0: it created the region
         # State of the target: current users of the region, and whether it is being erased.
@@ -67,11 +55,8 @@ class Inode:
         self.exposed: Exposed | None = None  # while the kernel uses its file directly
 
     def row(self) -> tuple[int | bytes | None, ...]:
-        return (
-            self.ino, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
-            self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
-            self.packed,
-        )  # fmt: skip
+        values: tuple[int | bytes | None, ...] = _values(self)  # half the time of a Row
+        return values
 
     def changed_at(self, now: int) -> None:
         """Set the change time, which never goes back."""

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from warabi._core.attributes import ROOT
 from warabi.metadata import domain
-from warabi.metadata.inode import Inode
 from warabi.metadata.journal import sync_directory, translate
 
 log = logging.getLogger(__name__)
@@ -134,8 +133,8 @@ def populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
     """Fill empty tables: the root directory, the target's UUID, and *meta*."""
     now = time.time_ns()
     mode = stat.S_IFDIR | 0o755
-    root = Inode(ROOT, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
-    db.execute(UPSERT, root.row())
+    root = domain.Row(ROOT, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
+    db.execute(UPSERT, root)
     rows = {"uuid": str(uuid.uuid4()), "clean": 1, **meta}
     db.executemany("INSERT INTO meta VALUES(?, ?)", rows.items())
 

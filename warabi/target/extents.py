@@ -82,7 +82,7 @@ def seek(target: Target, region: RegionID, offset: int, hole: bool) -> int | Non
         StorageError, CorruptTarget: the storage failed or is damaged.
     """
     offset = checked_size(offset, "seek: offset")
-    with _entered(target, region, "seek") as inode:
+    with target.locks.entered(region, "seek") as inode:
         end = inode.size
         if offset >= end:
             return None
@@ -201,25 +201,19 @@ class _Change:
 
     def copy(self, source: Inode, source_offset: int, offset: int, size: int) -> None:
         """Copy *size* bytes of *source*, which the caller has entered, to *offset*."""
-        target, inode, end = self.target, self.inode, offset + size
-        rid, storage = inode.rid, target.state.storage
-        growing = end > inode.size
-        if growing:
-            with target.state.lock:
-                target.sizes.reserve(end - inode.size, self.what)
-            storage.check(rid, inode.size)
-        self.revoke_grants()
-        self.began = True
-        try:
-            if growing:
-                target.sizes.resize(inode, end)
-            storage.copy_range(source.rid, source_offset, rid, offset, size)
-        except BaseException:
-            if growing:
-                storage.resize(rid, inode.size)
-            raise
-        if growing:
-            target.sizes.set(inode, end)
+        inode, sizes, end = self.inode, self.target.sizes, offset + size
+
+        def fill() -> None:
+            self.revoke_grants()
+            self.began = True
+            if end > inode.size:
+                sizes.resize(inode, end)
+            self.target.state.storage.copy_range(source.rid, source_offset, inode.rid, offset, size)
+
+        if end > inode.size:
+            sizes.grow(inode, self.what, end, fill)
+        else:
+            fill()
 
 
 @contextmanager
@@ -233,25 +227,16 @@ def _copying(target: Target, region: RegionID, source: RegionID) -> Iterator[tup
             yield change, change.inode
     elif source < region:
         with (
-            _entered(target, source, "copy_range") as original,
+            target.locks.entered(source, "copy_range") as original,
             _closed(target, region, "copy_range", 0) as change,
         ):
             yield change, original
     else:
         with (
             _closed(target, region, "copy_range", 0) as change,
-            _entered(target, source, "copy_range") as original,
+            target.locks.entered(source, "copy_range") as original,
         ):
             yield change, original
-
-
-@contextmanager
-def _entered(target: Target, region: RegionID, what: str) -> Iterator[Inode]:
-    inode = target.locks.enter(region, what, True)
-    try:
-        yield inode
-    finally:
-        target.locks.leave(inode)
 
 
 @contextmanager

@@ -136,6 +136,15 @@ class RegionLocks:
             self._erasure.reap()
 
     @contextlib.contextmanager
+    def entered(self, region: RegionID, what: str) -> Iterator[Inode]:
+        """Be inside a region with others while the block runs; raises as :meth:`enter`."""
+        inode = self.enter(region, what, True)
+        try:
+            yield inode
+        finally:
+            self.leave(inode)
+
+    @contextlib.contextmanager
     def kept_open(self, what: str) -> Iterator[None]:
         """Keep the target from closing while the block runs, which is inside no region."""
         with self._lock:

@@ -66,19 +66,27 @@ class Sizes:
     def grow_and_fill(self, inode: Inode, what: str, offset: int, view: memoryview) -> None:
         """Store *view*, which ends beyond the region's end."""
         storage, region, end = self._state.storage, inode.rid, offset + len(view)
-        with self._state.lock:
-            self.reserve(end - inode.size, what)
-        storage.check(region, inode.size)
-        if offset > inode.size:
-            self._state.catalogue.may_have_holes(inode)
-        try:
+
+        def fill() -> None:
+            if offset > inode.size:
+                self._state.catalogue.may_have_holes(inode)
             if storage.moves(region, end) and inode.share is not None:
                 self.resize(inode, end)
                 storage.write(region, offset, view)
             else:
                 storage.write_beyond(region, offset, view)
+
+        self.grow(inode, what, end, fill)
+
+    def grow(self, inode: Inode, what: str, end: int, fill: Callable[[], None]) -> None:
+        """Make the region end at *end*, which is beyond its end; *fill* makes the storage do so."""
+        with self._state.lock:
+            self.reserve(end - inode.size, what)
+        self._state.storage.check(inode.rid, inode.size)
+        try:
+            fill()
         except BaseException:
             # It may have grown without being filled: remove everything beyond the old end.
-            storage.resize(region, inode.size)
+            self._state.storage.resize(inode.rid, inode.size)
             raise
         self.set(inode, end)

@@ -39,20 +39,14 @@ def verify(target: Target, region: RegionID, first: int, count: int) -> Verified
     storage = _summed(target, "verify")
     first = checked_size(first, "verify: first")
     count = min(checked_size(count, "verify: count"), STEP)
-    inode = target.locks.enter(region, "verify", True)
-    try:
+    with target.locks.entered(region, "verify"):
         return storage.verify(region, first, count)
-    finally:
-        target.locks.leave(inode)
 
 
 def update(target: Target, region: RegionID) -> None:
     """Persist a region, and sum its blocks that have no sum; raises as :func:`verify`."""
     storage = _summed(target, "update")
-    inode = target.locks.enter(region, "update", True)
-    try:
+    with target.locks.entered(region, "update") as inode:
         for first in range(0, -(-inode.size // BLOCK), STEP):
             storage.update(region, first, STEP)
             target.committer.persist(inode, first * BLOCK, min(STEP * BLOCK, inode.size))
-    finally:
-        target.locks.leave(inode)

@@ -16,7 +16,7 @@ from pathlib import Path
 from warabi.backends import registry
 from warabi.backends.pack_format import is_pack, recorded
 from warabi.metadata import domain
-from warabi.metadata.inode import OWN, PACKED, Inode
+from warabi.metadata.inode import OWN, PACKED
 from warabi.metadata.journal import sync_directory
 from warabi.metadata.schema import COLUMNS, UPSERT, connect_new, make, populate, show_as_new
 from warabi.region import RegionID
@@ -129,12 +129,12 @@ def _regions(db: sqlite3.Connection, regions: Path) -> int:
     """Add rows for regions in files and packs that have none; returns their number."""
     count = 0
     for rid, size, mode, packed, info in _stored(regions):
-        inode = Inode(
+        row = domain.Row(
             rid.slot, rid.generation, stat.S_IFREG | mode, 1, info.st_uid, info.st_gid, 0,
             size, domain.clamped(info.st_atime_ns), domain.clamped(info.st_mtime_ns),
             domain.clamped_change(info.st_ctime_ns), 0, None, packed,
         )  # fmt: skip
-        count += db.execute(_INSERT, inode.row()).rowcount
+        count += db.execute(_INSERT, row).rowcount
     return count
 
 
@@ -162,10 +162,10 @@ def _directories(db: sqlite3.Connection) -> int:
         " AND typeof(parent) = 'integer' AND parent > 1"
     ).fetchall()
     for (ino,) in rows:
-        inode = Inode(
+        row = domain.Row(
             ino, 1, stat.S_IFDIR | 0o700, 2, os.getuid(), os.getgid(), 0, 0, 0, 0, 0, 0, None
         )
-        db.execute(UPSERT, inode.row())
+        db.execute(UPSERT, row)
     return len(rows)
 
 

@@ -18,7 +18,6 @@ from warabi.backends import registry
 from warabi.metadata import domain
 from warabi.metadata.checksums import BLOCK
 from warabi.metadata.domain import SLOT_MAX
-from warabi.metadata.inode import Inode
 from warabi.metadata.schema import COLUMNS, OUTSIDE, UPSERT
 from warabi.region import RegionID
 from warabi.tools.fsck.report import Report
@@ -97,7 +96,7 @@ class TreeCheck:
 
     def _add(self, ino: int, mode: int) -> None:
         now = time.time_ns()
-        row = Inode(ino, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None).row()
+        row = domain.Row(ino, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
         self._db.execute(UPSERT, row)
 
     def _rows(self) -> None:
