@@ -1,4 +1,4 @@
-"""Media that fail: at every place where the code calls them, and what is left afterwards."""
+"""I/O errors, injected at every system call on storage; targets stay consistent."""
 
 from __future__ import annotations
 
@@ -471,7 +471,7 @@ def test_a_full_disk(backend: str, small: Path) -> None:
 @pytest.mark.parametrize("size", [100, 70_000, 200_000])
 @pytest.mark.parametrize("call", ["memfd_create", "ftruncate", "pwrite"])
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOSPC])
-def test_memory_that_cannot_be_had(
+def test_memory_allocation_failures(
     monkeypatch: pytest.MonkeyPatch, size: int, call: str, number: int
 ) -> None:
     """What asks for it fails, the rest is as it was, and the next one succeeds."""

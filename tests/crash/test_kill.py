@@ -1,4 +1,4 @@
-"""When the process that serves a target is killed: ``tools/crashtest``, as a test."""
+"""SIGKILL of the process that serves a target, at random moments: ``tools/crashtest`` as a test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refuses(oracle: Oracle, found: Found, why: str) -> None:
         oracle.check(found)
 
 
-def test_the_oracle_knows_what_may_be_found() -> None:
+def test_the_oracle_lists_the_states_allowed_after_a_kill() -> None:
     create = Op("create_and_write", 0, 0, 8, seed=1)
     old, new = create.data, Op("write", 0, 0, 8, seed=2).data
     oracle = after((create, R1))
@@ -72,7 +72,7 @@ def test_the_oracle_knows_what_may_be_found() -> None:
     refuses(oracle, Found({R1: old}, {}), "unknown|are there")
 
 
-def test_the_oracle_takes_what_is_found_from_there_on() -> None:
+def test_the_oracle_continues_from_the_state_found() -> None:
     create = Op("create_and_write", 0, 0, 8, seed=1)
     oracle = after((create, R1))
     oracle.begin(Op("create", 1, 0, 4))

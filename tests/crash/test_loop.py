@@ -1,4 +1,4 @@
-"""Real file systems, cut off: snapshots of a disk that is in use, mounted and opened.
+"""Power failures on real file systems: snapshots of a disk in use, mounted and opened.
 
 The disk is a file on an XFS, which can clone a file at one instant whatever is written to it;
 the clone is what the disk would have held had the power failed then, its cache excepted.

@@ -1,4 +1,4 @@
-"""When the power fails: what is on a medium that dropped, tore and reordered what was not synced.
+"""Power failures, simulated: unsynced writes are dropped, torn and reordered.
 
 ``powerloss.py`` has the machinery, ``docs/durability.md`` the promises.
 """
@@ -164,7 +164,7 @@ die()
     assert {("brought", 0), ("brought", 5), ("durable", 5)} <= seen
 
 
-def test_a_descriptor_that_is_another_files_before_its_close_was_seen_to_end(
+def test_a_descriptor_reused_before_its_close_is_traced(
     tmp_path: Path,
 ) -> None:
     """The kernel gives a number away while strace(1) has yet to hear that the close returned."""

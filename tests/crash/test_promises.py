@@ -1,4 +1,4 @@
-"""The document of promises, and what is left of it for tests of one promise each."""
+"""Promises of docs/durability.md: each names tests that exist, and some are tested here."""
 
 from __future__ import annotations
 

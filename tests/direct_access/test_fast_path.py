@@ -1,4 +1,4 @@
-"""A guest's accesses, compiled and not, at what no well-behaved provider or caller does to them."""
+"""Direct accesses, compiled and in Python, with damaged shared memory and invalid arguments."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def place(size: int) -> memoryview:
     return memoryview(bytearray(size))
 
 
-def test_a_part_of_a_file_that_others_have_parts_of(rig: Rig, file: int) -> None:
+def test_a_region_in_a_shared_file(rig: Rig, file: int) -> None:
     """Nothing outside of it is touched, and the file stays open as long as its keeper says."""
     grant = rig.module.Grant(3, STAMP, 40, file, False, keeper=rig, start=50)
     assert (grant.owns, grant.start, grant.fd) == (False, 50, file)
@@ -152,12 +152,12 @@ def test_a_part_of_a_file_that_others_have_parts_of(rig: Rig, file: int) -> None
 
 
 @pytest.mark.parametrize(("room", "start"), [(TOP, 1), (1, TOP), (10, -1)])
-def test_a_part_that_cannot_be(rig: Rig, room: int, start: int) -> None:
+def test_an_impossible_extent_of_a_shared_file(rig: Rig, room: int, start: int) -> None:
     with open(os.devnull) as null, pytest.raises(ValueError, match="exceeds the mapping"):
         rig.module.Grant(3, STAMP, room, null.fileno(), False, keeper=rig, start=start)
 
 
-def test_a_part_of_memory(rig: Rig) -> None:
+def test_a_region_in_shared_memory(rig: Rig) -> None:
     memory = bytearray(pattern(100))
     with pytest.raises(ValueError, match="exceeds the mapping"):
         rig.module.Grant(3, STAMP, 51, keeper=memory, view=memoryview(memory), start=50)
@@ -190,7 +190,7 @@ def test_the_tested_modules_are_the_compiled_and_the_python_one() -> None:
     assert Guest.__mro__[1].__module__ == (PURE if pure else COMPILED)
 
 
-def test_either_can_be_chosen() -> None:
+def test_compiled_and_python_access_can_be_chosen() -> None:
     assert _chosen(WARABI_PURE="") == COMPILED
     assert _chosen(WARABI_PURE="0") == COMPILED
     assert _chosen(WARABI_PURE="1") == PURE
@@ -198,7 +198,7 @@ def test_either_can_be_chosen() -> None:
     assert _chosen(missing, WARABI_PURE="") == PURE
 
 
-def test_both_have_the_same_members() -> None:
+def test_compiled_and_python_access_have_the_same_members() -> None:
     for name in ("Grant", "Reach"):
         found = [
             {n for n in vars(getattr(importlib.import_module(m), name)) if not n.startswith("_")}
@@ -318,7 +318,7 @@ def test_extents_out_of_range_are_not_accessed(rig: Rig, file: int) -> None:
 
 
 @pytest.mark.parametrize("told", [TOP, TOP + 1, (1 << 64) - 1])
-def test_a_size_that_cannot_be_is_not_believed(rig: Rig, told: int) -> None:
+def test_an_impossible_size_is_not_used(rig: Rig, told: int) -> None:
     rig.grant(100)
     rig.table[7] = told
     for offset in (0, 90, TOP - 5):
@@ -337,7 +337,7 @@ def test_accesses_stay_within_the_granted_extent(rig: Rig) -> None:
         rig.module.Grant(3, STAMP, 1)
 
 
-def test_what_is_not_granted(rig: Rig) -> None:
+def test_a_region_without_a_grant(rig: Rig) -> None:
     def nothing() -> bool:
         return (
             rig.reach.size(REGION) == -1
@@ -457,7 +457,7 @@ def test_the_first_wrong_argument_is_the_one_that_is_reported(compiled: Rig) -> 
     assert compiled.reach.busy == 0
 
 
-def test_memory_that_must_not_be_written(compiled: Rig) -> None:
+def test_read_only_buffers(compiled: Rig) -> None:
     """Whatever else is said of a grant."""
     kept = bytes(100)
     compiled.enter(3, 100)
@@ -470,7 +470,7 @@ def test_memory_that_must_not_be_written(compiled: Rig) -> None:
     assert kept == bytes(100)
 
 
-def test_a_failure_that_is_no_exception(compiled: Rig, file: int) -> None:
+def test_an_invalid_result_of_a_callback(compiled: Rig, file: int) -> None:
     class Odd(compiled.module.Reach):  # type: ignore[name-defined, misc]
         def _failure(self, region: bytes, error: OSError) -> object:
             return "no exception"
@@ -503,7 +503,7 @@ def test_unusual_arguments_are_left_to_the_checking_path(rig: Rig) -> None:
     assert rig.reach.recent == ()
 
 
-def test_arrays_that_are_put(compiled: Rig) -> None:
+def test_numpy_arrays_as_data(compiled: Rig) -> None:
     held = compiled.grant(100)
     assert compiled.reach.try_write(REGION, 1, np.arange(3, dtype="<i4"))
     assert bytes(held[1:13]) == b"\0\0\0\0\1\0\0\0\2\0\0\0"
@@ -517,7 +517,7 @@ def test_arrays_that_are_put(compiled: Rig) -> None:
     assert bytes(held[:1]) == b"\0"
 
 
-def test_a_region_whose_comparison_takes_everything_away(rig: Rig) -> None:
+def test_a_grant_dropped_while_a_region_id_is_compared(rig: Rig) -> None:
     class Sly(bytes):
         __hash__ = bytes.__hash__
 
@@ -541,7 +541,7 @@ def test_a_region_whose_comparison_takes_everything_away(rig: Rig) -> None:
 
 if sys.version_info >= (3, 12):  # before, only C lends buffers
 
-    def test_a_buffer_that_takes_everything_away_when_it_is_lent(rig: Rig) -> None:
+    def test_a_grant_dropped_while_a_buffer_is_exported(rig: Rig) -> None:
         class Lender:
             def __buffer__(self, flags: int) -> memoryview:
                 rig.reach.grants.clear()
@@ -563,7 +563,7 @@ if sys.version_info >= (3, 12):  # before, only C lends buffers
 # The medium
 
 
-def test_a_file_that_was_cut_off(rig: Rig, file: int) -> None:
+def test_a_truncated_file(rig: Rig, file: int) -> None:
     rig.grant_file(file, 100)
     os.truncate(file, 50)
     assert rig.reach.read_some(REGION, 0, place(50)) == 50
@@ -573,7 +573,7 @@ def test_a_file_that_was_cut_off(rig: Rig, file: int) -> None:
     assert rig.dropped == []
 
 
-def test_reading_that_fails(rig: Rig) -> None:
+def test_failing_reads(rig: Rig) -> None:
     rig.grant_file(os.open("/", os.O_RDONLY), 100)
     assert rig.reach.read_some(REGION, 0, place(50)) == -1
     assert rig.reach.read_some(REGION, 0, place(50), False) == -1
@@ -726,7 +726,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_a_million_calls_leave_nothing(compiled: Rig, file: int) -> None:
+def test_a_million_calls_leak_nothing(compiled: Rig, file: int) -> None:
     reach = compiled.reach
     data, into, number = b"d" * 64, bytearray(64), 1 << 40
     view = memoryview(into)
@@ -775,7 +775,7 @@ def test_a_million_calls_leave_nothing(compiled: Rig, file: int) -> None:
     assert _resident() - before < 1 << 20
 
 
-def test_what_refers_to_itself_is_collected(rig: Rig) -> None:
+def test_reference_cycles_are_collected(rig: Rig) -> None:
     rig.grant(100)
     rig.reach.itself = rig.reach
     found = weakref.ref(rig.reach)
@@ -802,7 +802,7 @@ def test_it_can_be_used_while_it_is_being_collected(compiled: Rig) -> None:
     assert held[0] == ord("x")
 
 
-def test_what_is_no_grant_is_not_reached(compiled: Rig) -> None:
+def test_objects_that_are_no_grants_are_refused(compiled: Rig) -> None:
     reach = compiled.reach
     compiled.grant(100)
     for other in (None, 5, importlib.import_module(PURE).Grant(3, STAMP, 0)):

@@ -1,4 +1,4 @@
-"""What guests write is noticed by those who watch the target, however the write ends."""
+"""Watchers of a target are notified of direct writes by guests, however a write ends."""
 
 from __future__ import annotations
 

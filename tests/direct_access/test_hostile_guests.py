@@ -1,4 +1,4 @@
-"""Guests that break the rules, beside others that keep to them."""
+"""Guests that break the rules do not affect other guests."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_shared_memory_of_the_provider_is_read_only_for_guests(
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["writing", "reading"])
-def test_memory_that_was_granted_cannot_be_cut_off(
+def test_granted_memory_is_sealed_against_shrinking(
     served: Served, asking: TargetHandle, client_engine: Engine, kept: Kept, read_only: bool
 ) -> None:
     """And its provider still can make it smaller and larger, and gives back what it took."""
@@ -231,7 +231,7 @@ def test_memory_that_a_guest_made_longer_can_be_resized() -> None:
         target.sharing.leave(guest)
 
 
-def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
+def test_impossible_write_times(engine: Engine, tmp_path: Path) -> None:
     """Any number becomes a time that is not to come, and is stored."""
     config = file_config(tmp_path / "target")
     with Provider(engine, 1, config) as provider:
@@ -261,7 +261,7 @@ def test_times_of_writes_that_cannot_be(engine: Engine, tmp_path: Path) -> None:
         assert (found.mtime_ns, found.ctime_ns) == (0, changed)
 
 
-def test_rubbish_in_the_slots(
+def test_garbage_in_the_hazard_slots(
     served: Served, asking: TargetHandle, client_engine: Engine, kept: Kept
 ) -> None:
     """A guest that says that it is touching everything keeps the memory of regions from others, as

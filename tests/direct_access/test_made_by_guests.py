@@ -1,4 +1,4 @@
-"""Large new regions whose bytes a client of the same host writes past their provider."""
+"""Large new regions whose data a client of the same host writes directly."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def other(served: Served) -> Iterator[TargetHandle]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_others_see_it_whole(handle: TargetHandle, other: TargetHandle, size: int) -> None:
+def test_other_clients_see_the_complete_region(
+    handle: TargetHandle, other: TargetHandle, size: int
+) -> None:
     for persist in (False, True):
         region = handle.create_and_write(pattern(size), persist=persist)
         assert other.size(region) == size

@@ -1,4 +1,4 @@
-"""Regions that a client of the same host persists without their provider."""
+"""Persists by clients with direct access, without requests to the provider."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_region_that_was_never_persisted_is_the_providers_to_persist(
 
 
 @pytest.mark.parametrize("what", ["resize", "link_name", "unlink_name"])
-def test_what_changes_a_region_has_the_provider_persist_it(
+def test_a_changed_region_is_persisted_by_the_provider(
     files: Served, handle: TargetHandle, what: str
 ) -> None:
     """Whoever changes it; and the next time it is not asked again."""

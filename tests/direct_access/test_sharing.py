@@ -1,4 +1,4 @@
-"""Regions that a client of the same host reaches without their provider."""
+"""Direct access of clients on the same host."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def stopped(served: Served) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bytes_do_not_pass_through_the_provider(
+def test_data_do_not_pass_through_the_provider(
     served: Served, handle: TargetHandle, other: TargetHandle, size: int
 ) -> None:
     region = touched(handle, pattern(size))
@@ -108,7 +108,7 @@ def test_bytes_do_not_pass_through_the_provider(
     assert other.read(region, 0, size) == expected
 
 
-def test_trio_clients_too(served: Served, provider_id: int) -> None:
+def test_trio_clients_have_direct_access(served: Served, provider_id: int) -> None:
     async def main() -> None:
         async with warabi.aio.connect(served.address, provider_id) as target:
             region = await target.create_and_write(pattern(6 << 20))
@@ -271,7 +271,7 @@ def test_sharing_can_be_turned_off(tmp_path: Path, asking: str) -> None:
             handle.read(region, 0, 100_000)
 
 
-def test_a_switch_that_is_none_is_refused() -> None:
+def test_an_invalid_value_of_share_is_refused() -> None:
     with pytest.raises(errors.ConfigError, match=r"\$\.share"):
         Engine("na+sm", client, config={"share": 1})
 

@@ -1,4 +1,4 @@
-"""Replies of every form to a blocking client, which takes the usual ones by a short way."""
+"""Replies of every form to a blocking client, which decodes the usual ones by a fast path."""
 
 from __future__ import annotations
 

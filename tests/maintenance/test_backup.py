@@ -1,4 +1,4 @@
-"""Export and import: a target comes back as it was, all of it or nothing, while clients write."""
+"""Export and import of targets: complete, atomic, and concurrent with clients."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_archives_that_are_cut_off(tmp_path: Path, archive: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["empty", "short", "text", "random", "compressed", "zip"])
-def test_what_is_no_tar_archive(kind: str, archive: Any) -> None:
+def test_a_file_that_is_no_tar_archive(kind: str, archive: Any) -> None:
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as file:
         file.writestr("name", b"data")
@@ -312,7 +312,7 @@ def test_damaged_archives(archive: Any) -> None:
     assert refused > 50
 
 
-def test_what_is_no_archive(tmp_path: Path, archive: Any) -> None:
+def test_a_tar_file_that_is_no_archive_of_a_target(tmp_path: Path, archive: Any) -> None:
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("file"))
@@ -339,7 +339,7 @@ def craft(target: Target, *entries: ArchiveEntry) -> int:
         link.call("unpin", place.ino, 1)
 
 
-def test_entries_that_make_no_sense(tmp_path: Path) -> None:
+def test_invalid_entries(tmp_path: Path) -> None:
     """Whoever can write to a target can send any; the tree stays as it was."""
     good = ArchiveEntry(b"x", Row(5, 5, stat.S_IFIFO | 0o600, 1, 0, 0, 0, 0, 0, 0, 0, 0, None), [])
     root = good._replace(path=b"").changed(mode=stat.S_IFDIR | 0o755)
@@ -380,7 +380,7 @@ def test_entries_that_make_no_sense(tmp_path: Path) -> None:
 # While clients write
 
 
-def test_regions_are_of_one_instant(tmp_path: Path) -> None:
+def test_an_export_has_regions_of_one_instant(tmp_path: Path) -> None:
     """Regions that are overwritten as a whole all the time are never seen half new."""
     size = 1 << 20
     config = file_config(tmp_path / "target")
@@ -418,7 +418,7 @@ def test_regions_are_of_one_instant(tmp_path: Path) -> None:
             writer.join()
 
 
-def test_names_are_of_one_instant(tmp_path: Path) -> None:
+def test_an_export_has_names_of_one_instant(tmp_path: Path) -> None:
     """What moves all the time is in an archive once; what is erased after it began is there."""
     with open_target("file", tmp_path / "target") as target:
         names = target.namespace

@@ -137,7 +137,7 @@ def usual(sample: Sample) -> list[str]:
     )
 
 
-def test_nothing_is_wrong(sample: Sample) -> None:
+def test_an_undamaged_target_passes_fsck(sample: Sample) -> None:
     before = snapshot(sample.path)
     for options in ((), ("--repair",)):
         status, output = fsck_process(sample.path, *options)
@@ -301,7 +301,7 @@ def test_a_root_whose_mode_is_too_large(sample: Sample) -> None:
         "INSERT INTO meta VALUES(CAST(X'ff' AS TEXT), 1)",
     ],
 )
-def test_text_that_is_none(sample: Sample, statement: str) -> None:
+def test_columns_with_invalid_text(sample: Sample, statement: str) -> None:
     """Python's module for SQLite reads no row of it."""
     edit(sample.path, statement)
     status, output = fsck(sample.path)
@@ -368,7 +368,7 @@ def test_a_target_that_is_not_made_yet(tmp_path: Path) -> None:
     assert fsck(path)[0] == 0
 
 
-def test_the_half_of_a_migration(tmp_path: Path) -> None:
+def test_a_half_finished_migration(tmp_path: Path) -> None:
     """Regions came, and the catalogue that tells of them did not."""
     path = tmp_path / "target"
     with open_target("file", path, packed=False) as target:
@@ -428,7 +428,7 @@ def test_what_is_removed_is_written_down(sample: Sample) -> None:
     assert repr(b"\x01\x02") in log
 
 
-def test_something_else_is_called_lost_and_found(sample: Sample) -> None:
+def test_a_foreign_file_at_the_lost_and_found_path(sample: Sample) -> None:
     edit(
         sample.path,
         f"UPDATE dentry SET name = X'{b'lost+found'.hex()}' WHERE name = X'{b'hard'.hex()}'",
@@ -681,7 +681,7 @@ def test_damaged_pages(tmp_path: Path) -> None:
     ],
     ids=["empty", "zeros", "header cut off", "first page only", "text", "header only"],
 )
-def test_nothing_is_left_of_the_catalogue(
+def test_an_unreadable_catalogue(
     tmp_path: Path, kind: str, change: Callable[[bytearray], bytes]
 ) -> None:
     path = tmp_path / "target"
@@ -812,7 +812,7 @@ def test_a_catalogue_read_by_another_process_is_not_damaged(sample: Sample) -> N
     assert not Path(f"{sample.path}.lost+found").exists()
 
 
-def test_what_is_no_target(tmp_path: Path) -> None:
+def test_a_path_without_a_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("somebody's work\n" * 100)
     (tmp_path / "directory").mkdir()
     (tmp_path / "empty").touch()

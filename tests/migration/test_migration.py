@@ -58,7 +58,7 @@ def processes(
 
 
 @pytest.mark.parametrize("pair", range(len(PAIRS)), ids=["-".join(pair) for pair in PAIRS])
-def test_everything_is_the_same(
+def test_a_migrated_target_has_the_same_contents(
     processes: tuple[Served, Served, Path], pair: int, client_engine: Engine
 ) -> None:
     source, destination, path = processes
@@ -96,7 +96,9 @@ def test_everything_is_the_same(
 
 
 @pytest.mark.parametrize("kind", ["file", "pmem"])
-def test_it_is_durable_at_once(kind: str, tmp_path: Path, client_engine: Engine) -> None:
+def test_a_migrated_target_is_durable_at_once(
+    kind: str, tmp_path: Path, client_engine: Engine
+) -> None:
     with (
         provider_process("na+sm", MEMORY) as source,
         provider_process("na+sm", {}) as destination,

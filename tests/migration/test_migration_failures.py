@@ -345,7 +345,7 @@ def play(peer: RawPeer, script: Script) -> Any:
 
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_lies_are_refused(engine: Engine, tmp_path: Path, lie: str, kind: str) -> None:
+def test_false_messages_are_refused(engine: Engine, tmp_path: Path, lie: str, kind: str) -> None:
     provider = Provider(engine, 1, {})
     path = tmp_path / "target" if kind == "file" else None
     with raw_connection(str(engine.addr())) as connection:
@@ -361,7 +361,7 @@ def test_lies_are_refused(engine: Engine, tmp_path: Path, lie: str, kind: str) -
             assert "target" in provider.get_config()
 
 
-def test_messages_without_a_beginning(engine: Engine) -> None:
+def test_messages_without_a_started_migration(engine: Engine) -> None:
     Provider(engine, 1, {})
     with raw_connection(str(engine.addr())) as connection:
         peer = RawPeer(connection)
@@ -379,7 +379,9 @@ def test_messages_without_a_beginning(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_source_that_goes_leaves_nothing(engine: Engine, tmp_path: Path, finished: bool) -> None:
+def test_a_source_that_disconnects_leaves_nothing(
+    engine: Engine, tmp_path: Path, finished: bool
+) -> None:
     provider = Provider(engine, 1, {})
     empty = tmp_path / "target"
     empty.touch()  # as tempfile makes one
@@ -417,7 +419,7 @@ def test_a_commit_whose_source_has_gone_is_whole(engine: Engine, tmp_path: Path)
     assert [target.read(region, 0, 10) for region in target.list()] == [b"0123456789"]
 
 
-def test_a_source_that_says_nothing_is_dropped(
+def test_a_silent_source_is_dropped(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose host has gone, which no end of the connection tells."""

@@ -212,7 +212,7 @@ def test_one_migration_at_a_time(engine: Engine, tmp_path: Path) -> None:
     assert "target" in destination.get_config()
 
 
-def test_a_progress_that_raises_ends_it(engine: Engine) -> None:
+def test_an_exception_in_the_progress_callback_ends_the_migration(engine: Engine) -> None:
     source, destination = Provider(engine, 1, MEMORY), Provider(engine, 2, {})
     target = handle(engine, str(engine.addr()), 1)
     fill(target)
@@ -229,7 +229,7 @@ def test_a_progress_that_raises_ends_it(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("what", ["provider", "engine"])
-def test_closing_the_source_ends_it(tmp_path: Path, what: str) -> None:
+def test_closing_the_source_ends_the_migration(tmp_path: Path, what: str) -> None:
     path = tmp_path / "source"
     with Engine("na+sm") as there, Engine("na+sm") as engine:
         destination = Provider(there, 2, {})

@@ -1,4 +1,4 @@
-"""What cannot be mounted is refused with one line, and leaves nothing behind."""
+"""Invalid arguments of mount.warabifs: one line on standard error, and nothing is left behind."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class TestDict(StorageTests):
         storage._regions[rid][: len(data)] = data
 
 
-def test_it_is_short() -> None:
+def test_a_backend_needs_few_lines() -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 60
 
 
@@ -69,7 +69,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(60)
-def test_it_is_mounted(package: Path, place: Path) -> None:
+def test_a_backend_of_another_package_is_mounted(package: Path, place: Path) -> None:
     with mounting("dict:", place) as mount:
         (mount.path / "file").write_bytes(b"x" * 100_000)
         assert (mount.path / "file").read_bytes() == b"x" * 100_000
@@ -96,7 +96,7 @@ def test_a_process_with_more_rights_than_its_user_knows_no_packages(
         parse_source("dict:", create=True)
 
 
-def test_its_size_cannot_be_limited(package: Path, place: Path) -> None:
+def test_size_is_refused_for_a_backend_of_another_package(package: Path, place: Path) -> None:
     (place / "mnt").mkdir()
     command = [sys.executable, "-m", "warabifs.mount.main", "dict:", str(place / "mnt")]
     done = run(*command, "-o", "size=1m", check=False)

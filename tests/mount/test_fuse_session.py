@@ -1,4 +1,4 @@
-"""The loop that serves the kernel, with a socket in the kernel's place: what mounts rarely show."""
+"""The FUSE session, with a socket in place of the kernel: cases that are rare on real mounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a mount has its kernel forget, where the kernel or the provider does not play along."""
+"""Cache invalidations by a mount, if the kernel or the provider fails or lacks support."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_an_outage_makes_everything_suspect_once(monkeypatch: pytest.Monke
     assert told == [(ROOT, False)] * 3  # gone, told of a change, and gone again
 
 
-async def test_what_the_kernel_does_not_know_any_more_is_passed_over() -> None:
+async def test_inodes_that_the_kernel_has_forgotten_are_skipped() -> None:
     told: Told = []
 
     def forget(ino: int, only: bool) -> None:
@@ -114,7 +114,9 @@ async def test_what_the_kernel_does_not_know_any_more_is_passed_over() -> None:
     assert told == [ROOT, ROOT]
 
 
-async def test_a_kernel_that_is_gone_is_no_defect(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_ended_kernel_connection_is_not_logged_as_an_exception(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def forget(ino: int, only: bool) -> None:
         raise OSError(107, "not connected")
 

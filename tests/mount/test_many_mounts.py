@@ -1,4 +1,4 @@
-"""Several mounts of one tree: operations on names are atomic across them, and who dies leaves
+"""Several mounts of one tree: operations on names are atomic across them, and a killed mount leaves
 nothing behind."""
 
 from __future__ import annotations

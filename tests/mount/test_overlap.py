@@ -1,4 +1,4 @@
-"""Reads of bytes that a write is about to change: what they bring stays in the page cache."""
+"""Reads that overlap pending writes do not leave old pages in the page cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel keeps of the bytes of files that others may change: see
+"""Which cached pages the kernel keeps of files that other clients may change: see
 ``warabifs/fs/page_versions.py``."""
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def test_a_file_that_others_make_under_the_name_of_one_that_was_read(four: Toget
         assert path.read_bytes() == b"new!"
 
 
-def test_two_that_open_a_file_at_the_same_time_both_see_it(four: Together) -> None:
+def test_a_change_is_seen_by_two_concurrent_opens(four: Together) -> None:
     """The second one must not have what the first one's opening is about to drop."""
     path = four.first.path / "file"
     path.write_bytes(b"0000" * PAGE)
@@ -215,7 +215,7 @@ def test_two_that_open_a_file_at_the_same_time_both_see_it(four: Together) -> No
 
 @EVERYWHERE
 @pytest.mark.parametrize("seed", range(4))
-def test_at_each_opening_a_file_is_what_all_made_of_it(four: Together, seed: int) -> None:
+def test_each_open_sees_all_changes(four: Together, seed: int) -> None:
     """Both mounts and a client change a file, in any order; it is compared with a model."""
     chosen = random.Random(seed)
     paths = [four.first.path / "file", four.second.path / "file"]
@@ -247,7 +247,7 @@ def test_at_each_opening_a_file_is_what_all_made_of_it(four: Together, seed: int
             assert path.read_bytes() == model, f"step {step}"
 
 
-def test_a_lost_connection_ends_what_was_known(place: Path) -> None:
+def test_a_lost_connection_invalidates_page_versions(place: Path) -> None:
     """Nobody says what happened meanwhile: an opening right afterwards drops the pages."""
     with serving("tcp") as provider:
         relay = Relay(provider.address)

@@ -1,4 +1,4 @@
-"""How the mount takes and answers requests: what is cut short must not be seen."""
+"""FUSE requests of a mount under load: signals, large reads, holes, set-ID bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mounts of engines that ask who is there: certificates, tokens, and reading only."""
+"""Mounts of engines that require certificates or tokens, and read-only mounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``-o uid=``, ``gid=`` and ``umask=``: what is shown, what is stored, and who may do what."""
+"""``-o uid=``, ``gid=`` and ``umask=``: shown and stored owners and modes, and permissions."""
 
 from __future__ import annotations
 

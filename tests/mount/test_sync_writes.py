@@ -1,4 +1,4 @@
-"""Writes with ``O_SYNC`` and ``O_DSYNC``: durable when they return, whoever syncs them.
+"""Writes with ``O_SYNC`` and ``O_DSYNC`` are durable when they return.
 
 For a file that goes past the page cache the kernel leaves that to the file system.
 """
@@ -39,7 +39,7 @@ def write(path: Path, flags: int) -> bytes:
 
 
 @pytest.mark.parametrize("option", ["direct_io", "atime"])
-def test_they_outlive_the_mount(place: Path, option: str) -> None:
+def test_synchronous_writes_survive_a_kill_of_the_mount(place: Path, option: str) -> None:
     with mounting(f"file:{place}/target", place, option) as mount:
         for name, flags in FLAGS.items():  # one by one: to sync one may make others durable
             data = write(mount.path / name, flags)
@@ -50,7 +50,9 @@ def test_they_outlive_the_mount(place: Path, option: str) -> None:
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("option", ["direct_io", "atime"])
-def test_they_outlive_the_provider(place: Path, flags: int, option: str) -> None:
+def test_synchronous_writes_survive_a_kill_of_the_provider(
+    place: Path, flags: int, option: str
+) -> None:
     config = {"type": "abtio", "config": {"path": str(place / "target"), "create_if_missing": True}}
     with (
         serving("tcp", config) as provider,

@@ -29,7 +29,7 @@ def verified(*units: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_units_are_right(units: Path) -> None:
+def test_the_systemd_units_are_valid(units: Path) -> None:
     verified(units / "warabi.service", units / "srv-warabi.mount")
 
 

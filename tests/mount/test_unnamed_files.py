@@ -1,4 +1,4 @@
-"""Files without names (``O_TMPFILE``): what is left of them, and whose they are."""
+"""Files without names (``O_TMPFILE``) after kills, and their owners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""chown(2): who may give what to whom."""
+"""chown(2): permissions, and effects on set-ID bits."""
 
 from __future__ import annotations
 

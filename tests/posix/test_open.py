@@ -1,4 +1,4 @@
-"""open(2): flags, modes, and who may."""
+"""open(2): flags, modes and permissions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may do what: the bits for owner, group and others."""
+"""Permission bits of owner, group and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything at once."""
+"""Eight processes with all kinds of operations concurrently."""
 
 from __future__ import annotations
 

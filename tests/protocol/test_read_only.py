@@ -1,4 +1,4 @@
-"""Reading only: what it refuses, at the client and at the provider."""
+"""Read-only access: the client and the provider refuse changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens, read-only access and permissions: who gets in, and what they may do there."""
+"""Tokens, read-only access and permissions of peers."""
 
 from __future__ import annotations
 

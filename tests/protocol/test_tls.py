@@ -1,4 +1,4 @@
-"""TLS between engines and clients: what it lets through, and what each wrong side is told."""
+"""TLS between engines and clients: transfers, failures, and addresses that need it."""
 
 from __future__ import annotations
 

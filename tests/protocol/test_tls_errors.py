@@ -1,4 +1,4 @@
-"""TLS with a side that is wrong: what it is told, and when."""
+"""TLS with a wrong certificate, version or peer: the error, and how soon it is raised."""
 
 from __future__ import annotations
 

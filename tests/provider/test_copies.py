@@ -1,4 +1,4 @@
-"""Bytes are not copied on the way, but through small buffers."""
+"""Data are not copied between client and storage, except through small buffers."""
 
 from __future__ import annotations
 

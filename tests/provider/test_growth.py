@@ -1,4 +1,4 @@
-"""What grows with the number of inodes and names, and must not: steps of a call, and memory."""
+"""Cost of calls and memory do not grow with the number of inodes and removed names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No operation holds a provider's event loop, however much it is about."""
+"""No operation blocks a provider's event loop, whatever its size."""
 
 from __future__ import annotations
 

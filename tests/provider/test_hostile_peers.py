@@ -1,4 +1,4 @@
-"""A slow or hostile peer slows nobody else down: limits, and what keeps to them.
+"""Limits on peers: a slow or hostile one does not slow down others.
 
 Over real sockets.  In each test another client goes on working, and new ones get in.
 """

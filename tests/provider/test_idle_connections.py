@@ -1,4 +1,4 @@
-"""Many connections served by one task: that each gets its turn, and nobody waits for another."""
+"""Many connections served by one task: each is served in turn, and none blocks another."""
 
 from __future__ import annotations
 

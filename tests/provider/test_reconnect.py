@@ -1,4 +1,4 @@
-"""Targets that outlive their connections: what waits, what is repeated, what is told."""
+"""Reconnecting targets: which calls wait, which are repeated, and which errors are raised."""
 
 from __future__ import annotations
 

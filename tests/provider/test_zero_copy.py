@@ -1,4 +1,4 @@
-"""Payloads that go straight between a socket and a region: right, and nobody's hostage.
+"""Zero-copy transfers between sockets and regions: correct, and never blocked by a stopped peer.
 
 Over real sockets, with peers that stop half way.
 """

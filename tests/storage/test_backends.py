@@ -1,4 +1,4 @@
-"""The table of backends: what a record must say, and who knows of it."""
+"""The registry of backends, and validation of their records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few descriptors: they are bounded, and running out of them is no full medium and no lost data."""
+"""File descriptors: bounded, and running out of them is neither a full disk nor lost data."""
 
 from __future__ import annotations
 

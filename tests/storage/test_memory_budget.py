@@ -1,4 +1,4 @@
-"""Regions in memory run out of it before the machine, or a control group, does."""
+"""Limits on memory for regions: StorageFull before the machine or a control group runs out."""
 
 from __future__ import annotations
 

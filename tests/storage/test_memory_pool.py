@@ -1,5 +1,4 @@
-"""Memory of erased regions that the next ones get: who gets it, and that nobody sees, or disturbs,
-what others have there."""
+"""Reuse of the memory of erased regions, without access to it by clients that had it before."""
 
 from __future__ import annotations
 
@@ -393,7 +392,7 @@ def test_new_sizes_take_the_place_of_old_ones(target: Target) -> None:
         assert memories().keys() == before.keys()
 
 
-def test_it_is_given_back_when_memory_is_short(
+def test_pooled_memory_is_freed_when_memory_is_short(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warabi.backends.memory_pool, "MEMORY_CHECK", 0.0)

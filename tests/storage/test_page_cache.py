@@ -1,4 +1,4 @@
-"""Region files that are sent from the page cache: what is shown is right, and kills nobody."""
+"""Region files sent from the page cache: current data, and no SIGBUS."""
 
 from __future__ import annotations
 

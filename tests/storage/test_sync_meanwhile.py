@@ -1,4 +1,4 @@
-"""``sync`` while a persist is under way, or after one that failed: it covers those bytes, too."""
+"""``sync`` during a persist, or after a failed one, covers its data, too."""
 
 from __future__ import annotations
 

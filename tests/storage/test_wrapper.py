@@ -1,4 +1,4 @@
-"""Storages on top of others: no call of the interface is lost between the two."""
+"""``WrapperStorage`` forwards every call of the interface, or leaves it abstract."""
 
 from __future__ import annotations
 

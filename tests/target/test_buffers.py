@@ -1,4 +1,4 @@
-"""Bytes that are filled in place."""
+"""``bytes`` objects that are filled in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When things changed: coarse where nobody looks, and never to be confused where somebody does."""
+"""Times of inodes: coarse, and distinct for changes between which the time was read."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_what_changed_later_has_no_earlier_time(clock: Clock) -> None:
         last = inode.mtime
 
 
-def test_a_clock_that_is_set_back(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_change_time_increases_when_the_clock_is_set_back(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The change time goes on, the others go with the clock."""
     inode = made(clock.exact())
     before = inode.attributes()

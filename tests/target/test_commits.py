@@ -1,4 +1,4 @@
-"""Commits that fail for reasons that were not foreseen: told, kept, tried again, and isolated."""
+"""Commits that fail: reported and retried; changes are kept, and other rows stored."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_an_invalid_value_is_corrected_at_the_commit(
     assert fsck(path)[0] == 0
 
 
-def test_in_memory_too() -> None:
+def test_an_invalid_value_is_corrected_in_memory_targets_too() -> None:
     with open_memory(MemoryConfig()) as target:
         names = target.namespace
         odd = names.mknod(1, b"odd", 0o644, 0, 0)
@@ -253,7 +253,7 @@ def test_a_failed_commit_fails_all_waiting_calls_and_is_retried(
     assert sum(record.exc_info is not None for record in caplog.records) <= 4
 
 
-def test_without_being_asked_it_is_tried_again(
+def test_a_failed_commit_is_retried_periodically(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And what keeps failing does not fill the log."""

@@ -1,4 +1,4 @@
-"""Regions that somebody uses by a descriptor, and says nothing."""
+"""Regions whose files the kernel reads and writes without requests to the target."""
 
 from __future__ import annotations
 

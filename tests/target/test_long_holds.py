@@ -1,4 +1,4 @@
-"""What holds a target's lock for long, and how others get on meanwhile."""
+"""Calls that hold a target's lock for long do not block event loops."""
 
 from __future__ import annotations
 

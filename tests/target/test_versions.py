@@ -1,4 +1,4 @@
-"""The version of a file's bytes that ``open`` tells: it stays while nobody else changes them."""
+"""The version of a file's data that ``open`` returns: it changes only with changes by others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a target's changes tell those who watch it, over every way to it."""
+"""Notifications of a target's changes to its watchers, over every kind of link."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output files of commands: complete or not there, and what is no regular file stays what it is."""
+"""Output files of commands: complete or absent; devices, FIFOs and links are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for messages awake: when it is done, and that nobody else waits for it."""
+"""Busy polling: when and for how long, and that it does not delay other tasks."""
 
 from __future__ import annotations
 

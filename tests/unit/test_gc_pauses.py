@@ -1,4 +1,4 @@
-"""The garbage collector does not visit many objects again and again."""
+"""Pauses of the garbage collector with many objects are bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loop that serves one request after the other waits for replies in the kernel."""
+"""A loop with one pending request waits for its reply with poll(2), not in Trio."""
 
 from __future__ import annotations
 

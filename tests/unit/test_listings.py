@@ -1,4 +1,4 @@
-"""Positions in directories: what a listing remembers, and for how long."""
+"""Positions in directory listings, and how long they stay valid."""
 
 from __future__ import annotations
 

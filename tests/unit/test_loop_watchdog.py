@@ -1,4 +1,4 @@
-"""What holds an event loop is reported, once, with where it happens; nothing else is."""
+"""The watchdog reports a blocked event loop once, with a stack, and nothing else."""
 
 from __future__ import annotations
 

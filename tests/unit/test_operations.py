@@ -1,4 +1,4 @@
-"""The table of operations: nothing is left unsaid, and what is derived from it fits what runs."""
+"""The table of operations is complete, and matches the methods that execute them."""
 
 from __future__ import annotations
 
