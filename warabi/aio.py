@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from warabi import arrays, errors
+from warabi._core import forks
 from warabi._core.buffers import (
     Data,
     Lender,
@@ -464,7 +464,7 @@ async def _in_thread(
 ) -> tuple[socket.socket, Transport]:
     """The same as ``transport.connect``; a connection that arrives after a cancellation is
     closed."""
-    lock = threading.Lock()
+    lock = forks.lock()
     made: list[socket.socket] = []
     given_up = False
 

@@ -136,14 +136,13 @@ class Connections:
         self._security = security
         self._share = share
         self._side: dict[tuple[str, int, bool], DirectAccessChannel] = {}
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._open: dict[tuple[str, bool], BlockingConnection] = {}
         self._closed = False
         forks.register(self)
 
     def _forked(self) -> None:
         # The side channels stay: handles refer to them, and each begins anew by itself.
-        self._lock = threading.Lock()
         self._open = {}
 
     def get(self, text: str, read_only: bool = False) -> BlockingConnection:
@@ -212,9 +211,9 @@ class EngineState:
         self.portable = portable  # see processes.portable()
         self.runtime: Runtime | None = None
         self.parent = 0  # the serving process, if this one was forked from it
-        self.lock = threading.Lock()
-        self.finalized = threading.Event()
-        self.wanted = threading.Event()  # wait_for_finalize() should return
+        self.lock = forks.lock()
+        self.finalized = forks.event()
+        self.wanted = forks.event()  # wait_for_finalize() should return
         self.wakers: list[Callable[[], None]] = []  # called when it is set
         self.before: list[Callable[[], object]] = []
         self.after: list[Callable[[], object]] = []
@@ -222,12 +221,8 @@ class EngineState:
 
     def _forked(self) -> None:
         """In a forked child: becomes a client's engine; the callbacks belong to the parent."""
-        self.lock = threading.Lock()
-        self.finalized, finalized = threading.Event(), self.finalized
-        self.wanted = threading.Event()
-        if finalized.is_set():
-            self.finalized.set()
-            self.wanted.set()
+        if not self.finalized.is_set():
+            self.wanted.clear()
         self.wakers, self.before, self.after = [], [], []
         if self.runtime is not None:
             self.parent = self.runtime.pid

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -64,13 +63,9 @@ class _Engines:
     """The engines of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._all: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._made: dict[str, Engine] = {}  # by their settings
-        forks.register(self)
-
-    def _forked(self) -> None:
-        self._lock = threading.Lock()
 
     def remember(self, engine: Engine) -> None:
         self._all.add(engine)

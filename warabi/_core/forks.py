@@ -4,11 +4,15 @@ The child has a copy of the memory, and shares open file descriptions with its p
 locks (flock(2)), memory, SQLite's files.  Of the threads it has only the one that forked, so a lock
 that another thread held is never released there.  Rules:
 
-* Everything that owns a lock, a descriptor or a target registers here (:func:`register`).  In the
-  child its ``_forked`` is called before any other code runs.
-* ``_forked`` takes no lock, does not block and sends nothing.  It replaces locks by new ones,
-  releases what belongs to the parent, and leaves the object so that each later call either works
-  with the child's own resources (a new connection) or raises at once.
+* Locks, conditions and events are made here (:func:`lock`, :func:`condition`, :func:`event`), and
+  nowhere else: in the child all of them are free, and no thread waits for them.
+* Everything that owns a descriptor, a connection or a target registers here (:func:`register`).  In
+  the child its ``_forked`` is called before any other code runs, and after locks are free.
+* ``_forked`` takes no lock, does not block and sends nothing.  It releases what belongs to the
+  parent, forgets calls of the parent's threads, and leaves the object so that each later call
+  either works with the child's own resources (a new connection) or raises at once.
+* A ``threading.Thread`` of the parent is marked as ended by Python; an event loop of the parent
+  does not run in the child, and the child leaves the loop's selectors and tasks alone.
 * Descriptors of the parent are replaced by ones of ``/dev/null`` (:func:`disconnect`): the number
   stays in use, so closing it later closes nothing else, and the child does not keep the parent's
   file, lock, socket or memory open.
@@ -23,6 +27,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -43,6 +48,37 @@ def register(thing: Forked, *, last: bool = False) -> None:
     """Have ``thing._forked()`` called in every forked child, as long as *thing* lives; with *last*
     after those without."""
     (_registered_last if last else _registered).add(thing)
+
+
+class _Renewable(Protocol):
+    def _at_fork_reinit(self) -> None:
+        """As Python's own modules do it: the lock is free, and its waiters are forgotten."""
+
+
+_renewable: weakref.WeakSet[_Renewable] = weakref.WeakSet()
+
+
+def _renewed(made: Any) -> Any:
+    _renewable.add(made)
+    return made
+
+
+def lock() -> threading.Lock:
+    """Return a new lock, which is free in each forked child."""
+    made: threading.Lock = _renewed(threading.Lock())
+    return made
+
+
+def condition(lock: threading.Lock) -> threading.Condition:
+    """Return a new condition of *lock*, for which no thread waits in a forked child."""
+    made: threading.Condition = _renewed(threading.Condition(lock))
+    return made
+
+
+def event() -> threading.Event:
+    """Return a new event; a forked child keeps whether it is set."""
+    made: threading.Event = _renewed(threading.Event())
+    return made
 
 
 def disconnect(descriptors: Iterable[int]) -> None:
@@ -82,6 +118,8 @@ def keep_for_ever(thing: Any) -> None:
 
 
 def _in_child() -> None:
+    for renewable in _renewable:
+        renewable._at_fork_reinit()  # noqa: SLF001  # has no public name
     things = [*_registered, *_registered_last]
     if not things:
         return

@@ -8,7 +8,6 @@ that is logged tells how many were omitted.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
 from warabi._core import forks
@@ -35,11 +34,7 @@ class RateLimit(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._buckets: dict[tuple[object, ...], _Bucket] = {}  # few: the code bounds the keys
-        self._lock = threading.Lock()
-        forks.register(self)
-
-    def _forked(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = time.monotonic()

@@ -20,11 +20,11 @@ during a system call.  ``create`` is called with the target's lock held and does
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from warabi import errors
+from warabi._core import forks
 from warabi._core.results import Verified
 from warabi.backends.base import STRANGERS, Location, Storage
 from warabi.backends.wrapper import WrapperStorage
@@ -75,7 +75,7 @@ class SummedStorage(WrapperStorage):
         self._catalogue = catalogue
         self._rows = SumRows(catalogue)
         self._digest = digest()
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._states: dict[bytes, _State] = {}
         self._doubtful = self._rows.unsettled()  # inodes with a mark from before a crash
         self._seen: dict[int, int] = {}  # of those: blocks verified so far from the start

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from warabi import errors
-from warabi._core import config_keys, descriptors, fileio, syscalls
+from warabi._core import config_keys, descriptors, fileio, forks, syscalls
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.fileio import copy_file, pread_full, pwrite_full, set_apart
 from warabi.backends import xattr_times as filetimes
@@ -93,7 +92,7 @@ class FileStorage(Storage):
         self._sync = sync
         self.write_waits = self.write_waits or sync
         self.shares_writes = not sync
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         # The other half is for connections, direct access, and everything else.
         self._limit = min(_MOST_DESCRIPTORS, max(16, descriptors.limit() // 2))

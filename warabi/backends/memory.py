@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from warabi import errors
-from warabi._core import descriptors
+from warabi._core import descriptors, forks
 from warabi._core.fileio import copy_file, data_from, hole_from, pread_full, punch
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS, Fresh, Location, Storage
 from warabi.backends.memfd import Populated
@@ -181,7 +180,7 @@ class MemoryStorage(Storage):
     def __init__(self, limit: int | None = None, others: Callable[[], int] = int) -> None:
         self._regions: dict[bytes, _Slot | Own] = {}
         # Protects the allocation of slots; the data of a region need no lock (see Storage).
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._open: dict[int, list[_Segment]] = {}  # segments with free slots, by slot size
         self._numbers = itertools.count(1)
         self._own = 0  # large regions

@@ -10,12 +10,12 @@ is noticed in time, since an allowance is a fraction of the available memory.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from warabi._core import forks
 from warabi._core.procfs import unescaped
 from warabi._core.tuning import GROUPS_CHECK
 from warabi.errors import StorageFull
@@ -213,7 +213,7 @@ class MemoryBudget:
         self._promised = promised
         self._relieve = relieve
         self._allowance = 0
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
 
     def charge(self, count: int) -> None:
         """Reserve *count* bytes that are about to be filled.

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 
-from warabi._core import syscalls
+from warabi._core import forks, syscalls
 from warabi.backends.memfd import Populated
 from warabi.shm.memory import address
 
@@ -49,7 +48,7 @@ class CachedFiles:
 
     def __init__(self, most: int) -> None:
         self._most = min(most, _MOST)
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._files: dict[int, CachedFile] = {}
 
     def show(self, fd: int, offset: int, size: int) -> memoryview | None:

@@ -24,6 +24,7 @@ from types import FrameType
 
 import trio
 
+from warabi._core import forks
 from warabi._core.log_limit import RateLimit
 from warabi._core.tuning import LOOP_HOLD, WATCHDOG_IDLE
 from warabi.eventloop import gc_pauses
@@ -58,7 +59,7 @@ class LoopWatchdog(trio.abc.Instrument):
         self._running = False  # whether tasks are running
         self._dozing = False
         self._ended = False
-        self._wake = threading.Event()
+        self._wake = forks.event()
         self._loop = 0
         self._thread = threading.Thread(target=self._watch, name="warabi-watchdog", daemon=True)
 

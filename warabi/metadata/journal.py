@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from warabi import errors
+from warabi._core import forks
 from warabi.errors import CorruptTarget, StorageError, StorageFull
 
 Row = Sequence[int | str | bytes | None]
@@ -104,7 +104,7 @@ class Journal:
         self.committed = 0
         """The newest change that is in the WAL."""
         self._synced = 0  # the newest that is on stable storage
-        self._sync_lock = threading.Lock()  # acquired without the target's lock, never before it
+        self._sync_lock = forks.lock()  # acquired without the target's lock, never before it
         self._failed = ""  # error of a failed sync, after which nothing is durable
         self._wal = -1
         self._wal_size = 0

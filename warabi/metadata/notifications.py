@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from warabi._core import forks
 from warabi._core.changes import ATTRIBUTES, CONTENT, ORIGIN, Changes
 
 MOST = 8192
@@ -86,7 +87,7 @@ class Feed:
     """The subscriptions of one target."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._subscriptions: list[Subscription] = []
         self.watched = False
         """Whether there are subscribers."""

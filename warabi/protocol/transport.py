@@ -17,11 +17,11 @@ truncation within a message is detected anyway.
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from warabi._core import forks
 from warabi.errors import ConnectionLost, PermissionDenied, ProtocolError, TimedOut
 from warabi.errors import Exception as WarabiError
 from warabi.protocol import address
@@ -74,7 +74,7 @@ class Tls:
         self._want_read = ssl.SSLWantReadError
         self._ended = (ssl.SSLZeroReturnError, ssl.SSLEOFError)
         self._error = ssl.SSLError
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._store = memoryview(bytearray(_STORE))
 
     def shake_hands(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -54,7 +53,7 @@ class ProviderCore:
         self.receiving: Receiving | None = None
         self.connect: Callable[[str], BlockingConnection] | None = None
         self.on_adopt: Callable[[ProviderCore], None] = lambda core: None
-        self._lock = threading.Lock()  # protects the target, and whether it is closed
+        self._lock = forks.lock()  # protects the target, and whether it is closed
         self._closed = False
         self._gone = ""  # reason why the target is gone
         self._parents: Target | None = None  # in a forked child
@@ -64,7 +63,6 @@ class ProviderCore:
         forks.register(self)
 
     def _forked(self) -> None:
-        self._lock = threading.Lock()
         # Kept referenced: deallocating its contents would copy the parent's memory.
         self._parents, self._target = self._target, None
         self._gone = f"the target belongs to process {self._pid}, from which this one was forked"

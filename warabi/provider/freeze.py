@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable
 
 import trio
 
-from warabi._core import interrupts
+from warabi._core import forks, interrupts
 from warabi._core.tuning import FREEZE_CHECK, INTERRUPT_CHECK
 from warabi.errors import ConnectionLost, TimedOut
 
@@ -32,8 +31,8 @@ class ChangeGate:
     def __init__(self) -> None:
         self._inside: list[None] = []  # its length is the count; append and pop are atomic
         self._frozen = False  # modified with the lock held
-        self._lock = threading.Lock()  # innermost
-        self._changed = threading.Condition(self._lock)
+        self._lock = forks.lock()  # innermost
+        self._changed = forks.condition(self._lock)
         self._wakers: list[Callable[[], None]] = []  # wake waiting Trio tasks
 
     def __enter__(self) -> None:

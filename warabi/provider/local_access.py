@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING
 
 from warabi import errors
@@ -30,14 +29,13 @@ class LocalAccess(DirectAccess):
     def __init__(self, core: ProviderCore) -> None:
         super().__init__()
         self._core = core
-        self._lock = threading.Lock()  # held while requesting a grant
+        self._lock = forks.lock()  # held while requesting a grant
         self._target: Target | None = None  # the target that it has joined
         self._holder: leases.GrantHolder | None = None
         self._accesses = 0
         forks.register(self)
 
     def _forked(self) -> None:
-        self._lock = threading.Lock()
         self.guest = self._holder = None
 
     def _asked(self, what: str, region: RegionID, size: int, wait: bool) -> Guest | None:

@@ -81,7 +81,7 @@ class Runtime:
         self._scope = trio.CancelScope()
         self._accepting = trio.CancelScope()
         self._sessions: set[ClientSession] = set()
-        self._started = threading.Event()
+        self._started = forks.event()
         self.pid = os.getpid()
         forks.register(self)
         self._thread = threading.Thread(target=self._run, name="warabi-engine", daemon=True)

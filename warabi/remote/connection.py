@@ -101,8 +101,8 @@ class BlockingConnection(Replies):
         self.patience = patience
         self.timeout = timeout = patience.silence
         self._ids = itertools.count(1)
-        self._send_lock = threading.Lock()
-        self._mutex = threading.Lock()
+        self._send_lock = forks.lock()
+        self._mutex = forks.lock()
         self._reading = False  # a thread is the reader
         self._reader = 0  # it, or the one before
         self._stage = _CONSISTENT  # of the reader
@@ -619,8 +619,6 @@ class BlockingConnection(Replies):
     def _forked(self) -> None:
         """In a forked child: close the socket without sending anything, since the parent uses
         it."""
-        self._send_lock = threading.Lock()
-        self._mutex = threading.Lock()
         self._reading = False
         self._lost = ConnectionLost(
             f"{self.endpoint}: the connection belongs to the parent process; connect again in this"

@@ -58,7 +58,7 @@ class DirectAccessChannel(DirectAccess):
         self._connect = connect
         self._provider_id = provider_id
         self._writable = writable
-        self._lock = threading.Lock()  # held while requesting a grant
+        self._lock = forks.lock()  # held while requesting a grant
         self._over = False
         self._begin()
         forks.register(self)
@@ -241,7 +241,6 @@ class DirectAccessChannel(DirectAccess):
     def _forked(self) -> None:
         """In a forked child: grants belong to the parent; request new ones over a new
         connection."""
-        self._lock = threading.Lock()
         self._begin()
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 
 from warabi import errors
+from warabi._core import forks
 from warabi._core.tuning import COMMIT_INTERVAL, STEP_PAUSE
 from warabi.backends.base import Flush
 from warabi.backends.xattr_times import Times
@@ -55,10 +56,10 @@ class Committer:
         self._erasure = erasure
         self._sharing = sharing
         self._kernel_backed = kernel_backed
-        self._stop = threading.Event()
+        self._stop = forks.event()
         self._unforeseen = ""  # the last unexpected error of a commit
         # The order in which times of regions are put into their files.  Before the target's lock.
-        self._keeping = threading.Lock()
+        self._keeping = forks.lock()
         self._thread: threading.Thread | None = None
         if state.catalogue.path is not None:
             self._thread = threading.Thread(

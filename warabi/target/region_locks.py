@@ -18,7 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 
-from warabi._core import interrupts
+from warabi._core import forks, interrupts
 from warabi._core.changes import CONTENT, ORIGIN
 from warabi._core.tuning import INTERRUPT_CHECK
 from warabi.errors import InvalidRegion, TargetBusy, WouldBlock
@@ -37,15 +37,15 @@ class RegionLocks:
         self._erasure = erasure
         self._catalogue = state.catalogue
         self._lock = state.lock  # the same, as each read and write takes it twice
-        self._idle = threading.Condition(self._lock)  # a region may have become available
+        self._idle = forks.condition(self._lock)  # a region may have become available
         self._waiters = 0
         self._inside = 0  # number of calls in any region, for close
         self._flushes: Counter[int] = Counter()  # pending flushes of event loops, by thread
 
     def forked(self) -> None:
-        """In a forked child, after ``TargetState.forked``."""
-        self._lock = self._state.lock
-        self._idle = threading.Condition(self._lock)
+        """In a forked child none of the parent's calls is inside a region."""
+        self._waiters = self._inside = 0
+        self._flushes.clear()
 
     def find(self, region: RegionID, what: str) -> Inode:
         """Return the inode of a live region; the lock is held."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from warabi._core import forks
 from warabi._core.tuning import OCCUPIED_GRACE
 from warabi.backends import Storage
 from warabi.errors import Lengthy, TargetNotFound, WouldBlock
@@ -61,23 +62,20 @@ class TargetState:
     def __init__(self, catalogue: Catalogue, storage: Storage) -> None:
         self.catalogue = catalogue
         self.storage = storage
-        self.lock = threading.Lock()
-        self.long = threading.Lock()
-        self.grafting = threading.Lock()
-        self.changed = threading.Event()
+        self.lock = forks.lock()
+        self.long = forks.lock()
+        self.grafting = forks.lock()
+        self.changed = forks.event()
         self.guard = Guard(self.lock, catalogue, self.changed)
         self.storage_guard = Guard(self.lock, catalogue, self.changed)
         self.closed = False
         self._pid = os.getpid()
 
     def forked(self) -> None:
-        """In a forked child the target is the parent's: every call fails at once, and waits for no
-        lock that a thread of the parent may hold."""
+        """In a forked child the target is the parent's: every call fails at once."""
         self.closed = True
-        self.lock, self.long, self.grafting = (threading.Lock() for _ in range(3))
-        self.changed = threading.Event()
         for guard in (self.guard, self.storage_guard):
-            guard.lock, guard.closed = self.lock, True
+            guard.closed = True
             guard.reason = (
                 f"the target belongs to process {self._pid}, from which this one was forked"
             )

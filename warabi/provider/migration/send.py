@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from warabi import errors
-from warabi._core import interrupts
+from warabi._core import forks, interrupts
 from warabi._core.tuning import CHANGES_PATIENCE
 from warabi.errors import ConnectionLost, TimedOut
 from warabi.metadata.journal import sync_directory
@@ -64,9 +64,9 @@ class Sending:
         self._pending: deque[tuple[PendingRequest, int]] = deque()
         self._committing = False
         self._stopping = False
-        self._ended = threading.Event()
+        self._ended = forks.event()
         self._thread = 0  # ID of the thread that runs it
-        self._lock = threading.Lock()  # protects the state that stop() needs
+        self._lock = forks.lock()  # protects the state that stop() needs
         self.done = 0
         self.total = 0
 

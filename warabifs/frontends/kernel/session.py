@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Protocol
 
 import trio
 
+from warabi._core import forks
 from warabi._core.caller import CALLER, Caller
 from warabi._core.tuning import FUSE_MOMENT, HELLO_PATIENCE, IN_KERNEL, KILL_CHECK
 from warabi.eventloop.busy_poll import Lookout
@@ -140,7 +141,7 @@ class FuseSession:
         self._requests: Requests | None = None
         self._notices: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._telling: threading.Thread | None = None
-        self._notifying = threading.Lock()
+        self._notifying = forks.lock()
         self._silent = False
 
     def begin(self, wanted: int) -> int:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import pyfuse3
 import trio
 
+from warabi._core import forks
 from warabi._core.tuning import IN_KERNEL
 from warabifs.frontends.base import Ability, FrontEnd, Settings
 from warabifs.frontends.device import Device
@@ -36,7 +37,7 @@ class Pyfuse3FrontEnd(FrontEnd):
         self._fd = -1
         self._notices: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._notifying = threading.Lock()
+        self._notifying = forks.lock()
         self._silent = False
 
     def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
