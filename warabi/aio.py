@@ -10,18 +10,20 @@ connection ends or a later request on it has completed.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
 from warabi import arrays, errors
 from warabi._core import forks
+from warabi._core.attributes import Attributes, DirectoryEntry
 from warabi._core.buffers import (
     Data,
     Lender,
@@ -38,7 +40,7 @@ from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
 from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
 from warabi.protocol import address as _address
-from warabi.protocol import auth, transport
+from warabi.protocol import auth, paths, transport
 from warabi.protocol.address import Endpoint
 from warabi.protocol.operations import PAGE
 from warabi.protocol.pending import Patience
@@ -52,6 +54,7 @@ from warabi.target.target import Target as LocalTarget
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # an extra, and slow to import
+_Value = TypeVar("_Value")
 
 
 class Target:
@@ -313,8 +316,79 @@ class Target:
         region: RegionID = await self.call("open_name", checked_path(path, "open_name"))
         return region
 
-    async def link_name(self, region: RegionID, path: str) -> None:
-        await self.call("link_name", _id(region), checked_path(path, "link_name"))
+    async def link_name(self, region: RegionID, path: str, replace: bool = False) -> None:
+        if replace:
+            await self._run(paths.replace(_id(region), path))
+        else:
+            await self.call("link_name", _id(region), checked_path(path, "link_name"))
+
+    async def create_name(self, path: str, mode: int = 0o644) -> RegionID:
+        return await self._run(paths.create(path, mode))
+
+    async def stat_name(self, path: str, follow_symlinks: bool = True) -> Attributes:
+        return await self._run(paths.attributes("stat_name", path, follow_symlinks))
+
+    async def mkdir(self, path: str, mode: int = 0o755) -> None:
+        await self._run(paths.mkdir(path, mode))
+
+    async def makedirs(self, path: str, mode: int = 0o755, exist_ok: bool = False) -> None:
+        await self._run(paths.makedirs(path, mode, exist_ok))
+
+    async def rmdir(self, path: str) -> None:
+        await self._run(paths.remove("rmdir", path))
+
+    async def rename(self, path: str, new_path: str, replace: bool = True) -> None:
+        await self._run(paths.rename(path, new_path, replace))
+
+    async def symlink(self, target: str, path: str) -> None:
+        await self._run(paths.symlink(target, path))
+
+    async def readlink(self, path: str) -> str:
+        return await self._run(paths.readlink(path))
+
+    async def scandir(self, path: str = "/") -> AsyncIterator[DirectoryEntry]:
+        directory = (await self._run(paths.attributes("scandir", path, True))).ino
+        last = b""
+        while page := await self.call("readdir", directory, last, PAGE):
+            for name, attributes in page:
+                yield DirectoryEntry(os.fsdecode(name), attributes)
+            last = page[-1][0]
+
+    async def list_names(self, path: str = "/") -> AsyncIterator[str]:
+        async for entry in self.scandir(path):
+            yield entry.name
+
+    async def listdir(self, path: str = "/") -> Sequence[str]:
+        return [entry.name async for entry in self.scandir(path)]
+
+    async def walk(self, top: str = "/") -> AsyncIterator[tuple[str, Sequence[str], Sequence[str]]]:
+        left = [top]
+        while left:
+            path = left.pop()
+            try:
+                entries = [entry async for entry in self.scandir(path)]
+            except errors.PathError as error:  # removed meanwhile
+                if path is top or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    raise
+                continue
+            directories = [entry.name for entry in entries if entry.is_dir()]
+            yield path, directories, [entry.name for entry in entries if not entry.is_dir()]
+            left += [os.path.join(path, name) for name in reversed(directories)]
+
+    async def _run(self, steps: paths.Steps[_Value]) -> _Value:
+        """The same as ``paths.run``."""
+        try:
+            request = next(steps)
+            while True:
+                try:
+                    result = await self.call(*request)
+                except errors.PathError as error:
+                    request = steps.throw(error)
+                else:
+                    request = steps.send(result)
+        except StopIteration as end:
+            value: _Value = end.value
+            return value
 
     async def unlink_name(self, path: str) -> None:
         await self.call("unlink_name", checked_path(path, "unlink_name"))

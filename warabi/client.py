@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from warabi import arrays, processes
 from warabi._core import forks, interrupts
+from warabi._core.attributes import Attributes, DirectoryEntry
 from warabi._core.buffers import (
     Data,
     checked_path,
@@ -23,9 +25,10 @@ from warabi._core.buffers import (
 from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
 from warabi.engine import Engine, state_of
-from warabi.errors import ConfigError, Exception, OutOfBounds, TargetNotFound
+from warabi.errors import ConfigError, Exception, OutOfBounds, PathError, TargetNotFound
 from warabi.local.link import DirectLink, Link
 from warabi.protocol import address as _address
+from warabi.protocol import paths
 from warabi.protocol.operations import PAGE
 from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCreateRequest",
     "AsyncRequest",
+    "Attributes",
     "Client",
+    "DirectoryEntry",
     "Exception",
     "RegionID",
     "RegionStat",
@@ -115,6 +120,7 @@ class AsyncCreateRequest(AsyncRequest):
 
 
 _Request = TypeVar("_Request", bound=AsyncRequest)
+_Value = TypeVar("_Value")
 
 
 class _Nowhere:
@@ -610,14 +616,134 @@ class TargetHandle:
         region: RegionID = self._link.call("open_name", checked_path(path, "open_name"))
         return region
 
-    def link_name(self, region: RegionID, path: str) -> None:
+    def link_name(self, region: RegionID, path: str, replace: bool = False) -> None:
         """Give the region the name *path*, in an existing directory.
+
+        With *replace* the region, which must have no name yet, takes the name over from what has
+        it, in one step: others find the old region or the new one, which may be erased then.
 
         Raises:
             InvalidRegion: unknown or erased.
-            PathError: with ``errno`` EEXIST if the name exists, ENOENT, ENOTDIR.
+            PathError: with ``errno`` EEXIST if the name exists, ENOENT, ENOTDIR; with *replace*
+                EISDIR if a directory has the name, EPERM if the region has a name.
         """
-        self._link.call("link_name", _id(region), checked_path(path, "link_name"))
+        if replace:
+            self._run(paths.replace(_id(region), path))
+        else:
+            self._link.call("link_name", _id(region), checked_path(path, "link_name"))
+
+    def create_name(self, path: str, mode: int = 0o644) -> RegionID:
+        """Create an empty region with the name *path*; returns its ID.
+
+        Raises:
+            PathError: with ``errno`` EEXIST if the name exists, ENOENT, ENOTDIR.
+            StorageFull: there is not enough space.
+        """
+        return self._run(paths.create(path, mode))
+
+    def stat_name(self, path: str, follow_symlinks: bool = True) -> Attributes:
+        """Return the attributes of what is at *path*: type and permissions (``mode``), size in
+        bytes, times in ns since the epoch, owner, and the ID of a region.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR, or ELOOP after 40 symbolic links.
+        """
+        return self._run(paths.attributes("stat_name", path, follow_symlinks))
+
+    def mkdir(self, path: str, mode: int = 0o755) -> None:
+        """Make a directory, which belongs to this process's effective user and group.
+
+        Raises:
+            PathError: with ``errno`` EEXIST, ENOENT, ENOTDIR.
+            StorageFull: there is not enough space.
+        """
+        self._run(paths.mkdir(path, mode))
+
+    def makedirs(self, path: str, mode: int = 0o755, exist_ok: bool = False) -> None:
+        """Make a directory, and those above it that are missing.
+
+        Raises:
+            PathError: with ``errno`` EEXIST, unless *exist_ok* and it is a directory; ENOTDIR.
+            StorageFull: there is not enough space.
+        """
+        self._run(paths.makedirs(path, mode, exist_ok))
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory.
+
+        Raises:
+            PathError: with ``errno`` ENOTEMPTY, ENOENT, ENOTDIR, EBUSY for the root.
+        """
+        self._run(paths.remove("rmdir", path))
+
+    def rename(self, path: str, new_path: str, replace: bool = True) -> None:
+        """Move a name, in one step.
+
+        What has the new name already is replaced: a region, which is erased if it has no other
+        name, or an empty directory by a directory.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR, EISDIR, ENOTEMPTY; EEXIST if the new name
+                exists and not *replace*; EINVAL for a directory into itself.
+        """
+        self._run(paths.rename(path, new_path, replace))
+
+    def symlink(self, target: str, path: str) -> None:
+        """Make a symbolic link at *path* that leads to *target*, which need not exist.
+
+        Raises:
+            PathError: with ``errno`` EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG.
+        """
+        self._run(paths.symlink(target, path))
+
+    def readlink(self, path: str) -> str:
+        """Return where the symbolic link at *path* leads.
+
+        Raises:
+            PathError: with ``errno`` EINVAL if it is not a symbolic link, ENOENT, ENOTDIR.
+        """
+        return self._run(paths.readlink(path))
+
+    def scandir(self, path: str = "/") -> Iterator[DirectoryEntry]:
+        """Yield the entries of the directory at *path* with their attributes, in order; the root
+        also has nameless regions, under their IDs.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR.
+        """
+        directory = self._run(paths.attributes("scandir", path, True)).ino
+        last = b""
+        while page := self._link.call("readdir", directory, last, PAGE):
+            for name, attributes in page:
+                yield DirectoryEntry(os.fsdecode(name), attributes)
+            last = page[-1][0]
+
+    def listdir(self, path: str = "/") -> Sequence[str]:
+        """Return the names in the directory at *path*; raises as :meth:`scandir`."""
+        return [entry.name for entry in self.scandir(path)]
+
+    def walk(self, top: str = "/") -> Iterator[tuple[str, Sequence[str], Sequence[str]]]:
+        """Yield the path of each directory from *top* downwards, with the names of the directories
+        and of all else in it.  Symbolic links are not followed.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR, for *top*.
+        """
+        left = [top]
+        while left:
+            path = left.pop()
+            try:
+                entries = [*self.scandir(path)]
+            except PathError as error:  # removed meanwhile
+                if path is top or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    raise
+                continue
+            directories = [entry.name for entry in entries if entry.is_dir()]
+            yield path, directories, [entry.name for entry in entries if not entry.is_dir()]
+            left += [os.path.join(path, name) for name in reversed(directories)]
+
+    def _run(self, steps: paths.Steps[_Value]) -> _Value:
+        return paths.run(self._link.call, steps)
 
     def unlink_name(self, path: str) -> None:
         """Remove the name *path*.  A region without names left is erased.
@@ -634,11 +760,7 @@ class TargetHandle:
         Raises:
             PathError: with ``errno`` ENOENT, ENOTDIR.
         """
-        directory = self._link.call("resolve", checked_path(path, "list_names")).ino
-        last = b""
-        while page := self._link.call("readdir", directory, last, PAGE):
-            yield from (os.fsdecode(name) for name, _ in page)
-            last = page[-1][0]
+        return (entry.name for entry in self.scandir(path))
 
     # Extended attributes: names and values as of the os functions of the same names; symbolic links
     # are not followed.

@@ -95,13 +95,49 @@ class ProviderFailed(Exception):
 
 
 class PathError(Exception, OSError):
-    """An operation on a name in the target's tree failed; ``errno`` tells why, as for a file."""
+    """An operation on a name in the target's tree failed; ``errno`` tells why, as for a file.
+
+    It is also Python's own error for that number: ``except FileNotFoundError`` catches ENOENT.
+    """
+
+    def __new__(cls, number: int, message: str) -> PathError:
+        return super().__new__(_BY_ERRNO.get(number, cls), number, message)
 
     def __init__(self, number: int, message: str) -> None:
         OSError.__init__(self, number, message)
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class PathNotFound(PathError, FileNotFoundError):
+    """ENOENT: there is no such name."""
+
+
+class PathExists(PathError, FileExistsError):
+    """EEXIST: the name exists."""
+
+
+class PathNotADirectory(PathError, NotADirectoryError):
+    """ENOTDIR: a component of the path is not a directory."""
+
+
+class PathIsADirectory(PathError, IsADirectoryError):
+    """EISDIR: a directory has the name."""
+
+
+class PathNotPermitted(PathError, PermissionError):
+    """EPERM or EACCES."""
+
+
+_BY_ERRNO: dict[int, type[PathError]] = {
+    errno.ENOENT: PathNotFound,
+    errno.EEXIST: PathExists,
+    errno.ENOTDIR: PathNotADirectory,
+    errno.EISDIR: PathIsADirectory,
+    errno.EPERM: PathNotPermitted,
+    errno.EACCES: PathNotPermitted,
+}
 
 
 class WouldBlock(builtins.Exception):
@@ -143,8 +179,9 @@ Failure = tuple[str, str, int]
 
 def to_wire(error: Exception) -> Failure:
     """Encode *error* for a reply."""
-    number = error.errno or 0 if isinstance(error, PathError) else 0
-    return _CODES.get(type(error), "failed"), str(error)[:_LONGEST], number
+    if isinstance(error, PathError):
+        return "path", str(error)[:_LONGEST], error.errno or 0
+    return _CODES.get(type(error), "failed"), str(error)[:_LONGEST], 0
 
 
 def from_wire(code: str, message: str, number: int) -> Exception:

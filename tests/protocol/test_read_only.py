@@ -54,7 +54,28 @@ CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "setxattr": lambda h, r: h.setxattr("/name", "user.x", b"x"),
     "removexattr": lambda h, r: h.removexattr("/name", "user.x"),
     "unlink_name": lambda h, r: h.unlink_name("/name"),
+    "link_name replace": lambda h, r: h.link_name(r, "/other", replace=True),
+    "create_name": lambda h, r: h.create_name("/other"),
+    "mkdir": lambda h, r: h.mkdir("/other"),
+    "makedirs": lambda h, r: h.makedirs("/other/deeper"),
+    "rmdir": lambda h, r: h.rmdir("/name"),
+    "rename": lambda h, r: h.rename("/name", "/other"),
+    "symlink": lambda h, r: h.symlink("name", "/other"),
 }
+OPERATION = {
+    "copy": "clone",
+    "link_name replace": "rename",
+    "create_name": "mknod",
+    "makedirs": "mkdir",
+}
+"""The operation that is refused, if it is called otherwise."""
+
+
+def _readlink(handle: TargetHandle) -> None:
+    with pytest.raises(errors.PathError, match="Invalid argument"):  # no link, but it was looked at
+        handle.readlink("/name")
+
+
 NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "read": lambda h, r: h.read(r, 0, 4),
     "read_into": lambda h, r: h.read_into(r, 0, bytearray(4)),
@@ -69,6 +90,11 @@ NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "list_stats": lambda h, r: list(h.list_stats()),
     "open_name": lambda h, r: h.open_name("/name"),
     "list_names": lambda h, r: list(h.list_names()),
+    "stat_name": lambda h, r: h.stat_name("/name"),
+    "scandir": lambda h, r: list(h.scandir()),
+    "listdir": lambda h, r: h.listdir(),
+    "walk": lambda h, r: list(h.walk()),
+    "readlink": lambda h, r: _readlink(h),
     "getxattr": lambda h, r: h.getxattr("/name", "user.warabi.region"),
     "listxattr": lambda h, r: h.listxattr("/name"),
     "persist": lambda h, r: h.persist(r, 0, 4),
@@ -106,7 +132,7 @@ def _unchanged(handle: TargetHandle, region: RegionID) -> None:
 def _only_reads(handle: TargetHandle, region: RegionID) -> None:
     for name, change in CHANGES.items():
         method = name.split()[0].removesuffix("_async")
-        operation = {"copy": "clone"}.get(method, method)
+        operation = OPERATION.get(name, method)
         with pytest.raises(errors.PermissionDenied, match=rf"^{operation}: access is read-only"):
             change(handle, region)
     for look in NO_CHANGES.values():

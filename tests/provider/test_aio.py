@@ -237,6 +237,32 @@ async def test_extended_attributes(target: aio.Target) -> None:
     assert await target.listxattr(path) == ["user.y"]
 
 
+async def test_names_and_directories(target: aio.Target) -> None:
+    top = f"/top {os.urandom(8).hex()}"
+    await target.mkdir(top)
+    with pytest.raises(FileExistsError):
+        await target.mkdir(top)
+    await target.makedirs(f"{top}/a/b")
+    region = await target.create_name(f"{top}/a/file")
+    await target.symlink("a/file", f"{top}/link")
+    assert await target.readlink(f"{top}/link") == "a/file"
+    assert (await target.stat_name(f"{top}/link")).region == region
+    await target.rename(f"{top}/a/file", f"{top}/a/other")
+    with pytest.raises(FileNotFoundError):
+        await target.stat_name(f"{top}/link")
+    new = await target.create_and_write(b"new")
+    await target.link_name(new, f"{top}/a/other", replace=True)
+    assert await target.open_name(f"{top}/a/other") == new
+    await target.rmdir(f"{top}/a/b")
+    assert await target.listdir(f"{top}/a") == ["other"]
+    assert [name async for name in target.list_names(top)] == ["a", "link"]
+    assert [entry.is_dir() async for entry in target.scandir(top)] == [True, False]
+    assert [found async for found in target.walk(top)] == [
+        (top, ["a"], ["link"]),
+        (f"{top}/a", [], ["other"]),
+    ]
+
+
 async def test_many_tasks(target: aio.Target) -> None:
     async def work(seed: int) -> None:
         for i in range(5):

@@ -8,6 +8,7 @@ import errno
 import gc
 import mmap
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -749,6 +750,126 @@ def test_of_several_clients_that_create_an_attribute_one_succeeds(target: Target
 
     with ThreadPoolExecutor(4) as threads:
         assert sum(threads.map(created, range(80), timeout=60)) == 20
+
+
+@pytest.fixture
+def top(target: TargetHandle) -> str:
+    """A new directory: several ways lead to one target."""
+    path = f"/top {os.urandom(8).hex()}"
+    target.mkdir(path, 0o700)
+    return path
+
+
+def test_directories(target: TargetHandle, top: str) -> None:
+    with pytest.raises(FileExistsError, match=f"^mkdir {top}: File exists$"):
+        target.mkdir(top)
+    with pytest.raises(FileNotFoundError, match=f"^mkdir {top}/x/y: No such file or directory$"):
+        target.mkdir(f"{top}/x/y")
+    target.makedirs(f"{top}/a/b")
+    target.makedirs(f"{top}/a/b", exist_ok=True)
+    with pytest.raises(FileExistsError):
+        target.makedirs(f"{top}/a/b")
+    region = target.create_name(f"{top}/a/file", 0o600)
+    target.resize(region, 7)
+    with pytest.raises(FileExistsError):
+        target.create_name(f"{top}/a/file")
+    with pytest.raises(NotADirectoryError):
+        target.makedirs(f"{top}/a/file/deeper")
+    found = target.stat_name(f"{top}/a/file")
+    assert (found.region, found.size, stat.S_IMODE(found.mode)) == (region, 7, 0o600)
+    assert (found.uid, target.stat_name(top).uid) == (os.geteuid(), os.geteuid())
+    entries = list(target.scandir(f"{top}/a"))
+    assert [(e.name, e.is_dir(), e.is_file(), e.is_symlink()) for e in entries] == [
+        ("b", True, False, False),
+        ("file", False, True, False),
+    ]
+    assert entries[1].attributes.size == 7
+    assert target.listdir(f"{top}/a") == list(target.list_names(f"{top}/a")) == ["b", "file"]
+    assert list(target.walk(top)) == [
+        (top, ["a"], []),
+        (f"{top}/a", ["b"], ["file"]),
+        (f"{top}/a/b", [], []),
+    ]
+    with pytest.raises(FileNotFoundError):
+        list(target.walk(f"{top}/nothing"))
+    with fails_with(errno.ENOTEMPTY):
+        target.rmdir(f"{top}/a")
+    with pytest.raises(NotADirectoryError):
+        target.rmdir(f"{top}/a/file")
+    with fails_with(errno.EBUSY):
+        target.rmdir("/")
+    target.rmdir(f"{top}/a/b")
+    assert target.listdir(f"{top}/a") == ["file"]
+
+
+def test_renames(target: TargetHandle, top: str) -> None:
+    target.makedirs(f"{top}/from/inner")
+    target.mkdir(f"{top}/into")
+    region = target.create_name(f"{top}/from/one")
+    other = target.create_name(f"{top}/into/two")
+    with pytest.raises(FileExistsError):
+        target.rename(f"{top}/from/one", f"{top}/into/two", replace=False)
+    target.rename(f"{top}/from/one", f"{top}/into/two")
+    assert target.open_name(f"{top}/into/two") == region
+    with pytest.raises(errors.InvalidRegion):
+        target.size(other)
+    with fails_with(errno.EINVAL):
+        target.rename(f"{top}/from", f"{top}/from/inner/deeper")
+    target.rename(f"{top}/from", f"{top}/into/moved")
+    assert target.listdir(f"{top}/into") == ["moved", "two"]
+    with pytest.raises(IsADirectoryError):
+        target.rename(f"{top}/into/two", f"{top}/into/moved")
+    with pytest.raises(FileNotFoundError, match=f"^rename {top}/nothing to /x: "):
+        target.rename(f"{top}/nothing", "/x")
+
+
+def test_a_region_takes_a_name_over(target: TargetHandle, top: str) -> None:
+    old = target.create_name(f"{top}/name")
+    new = target.create_and_write(b"new")
+    with pytest.raises(FileExistsError):
+        target.link_name(new, f"{top}/name")
+    target.link_name(new, f"{top}/name", replace=True)
+    assert target.open_name(f"{top}/name") == new
+    with pytest.raises(errors.InvalidRegion):
+        target.size(old)
+    with fails_with(errno.EPERM):  # it has a name
+        target.link_name(new, f"{top}/other", replace=True)
+    target.link_name(target.create(1), f"{top}/other", replace=True)
+    assert target.stat_name(f"{top}/other").size == 1
+    target.mkdir(f"{top}/directory")
+    region = target.create(0)
+    with pytest.raises(IsADirectoryError):
+        target.link_name(region, f"{top}/directory", replace=True)
+    target.erase(region)
+
+
+def test_symbolic_links(target: TargetHandle, top: str) -> None:
+    target.makedirs(f"{top}/real/deep")
+    region = target.create_name(f"{top}/real/deep/file")
+    target.symlink("real/deep", f"{top}/short")
+    target.symlink("../../real/./deep/file", f"{top}/real/deep/again")
+    target.symlink(f"{top}/short/again", f"{top}/twice")
+    target.symlink("nothing", f"{top}/dangling")
+    target.symlink("loop", f"{top}/loop")
+    assert target.readlink(f"{top}/short") == "real/deep"
+    for path in ("short/file", "twice", "short/again", "real/deep/file"):
+        assert target.stat_name(f"{top}/{path}").region == region
+    assert target.listdir(f"{top}/short") == ["again", "file"]
+    for path in ("twice", "short/again"):
+        assert stat.S_ISLNK(target.stat_name(f"{top}/{path}", follow_symlinks=False).mode)
+    target.mkdir(f"{top}/short/new")
+    target.rename(f"{top}/short/file", f"{top}/short/new/file")
+    assert target.stat_name(f"{top}/real/deep/new/file").region == region
+    with pytest.raises(FileNotFoundError):
+        target.stat_name(f"{top}/dangling")
+    with fails_with(errno.ELOOP):
+        target.stat_name(f"{top}/loop")
+    with fails_with(errno.EINVAL):
+        target.readlink(f"{top}/real")
+    with pytest.raises(FileExistsError):
+        target.symlink("x", f"{top}/short")
+    with pytest.raises(NotADirectoryError):
+        target.stat_name(f"{top}/real/deep/new/file/x")
 
 
 def test_names(target: TargetHandle) -> None:

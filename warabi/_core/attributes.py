@@ -40,6 +40,25 @@ class Attributes(NamedTuple):
         return RegionID.from_parts(self.ino, self.generation)
 
 
+class DirectoryEntry(NamedTuple):
+    """A name in a directory, and the attributes of what has it."""
+
+    name: str
+    attributes: Attributes
+
+    def is_dir(self) -> bool:
+        """Whether it is a directory."""
+        return stat.S_ISDIR(self.attributes.mode)
+
+    def is_file(self) -> bool:
+        """Whether it is a region."""
+        return stat.S_ISREG(self.attributes.mode)
+
+    def is_symlink(self) -> bool:
+        """Whether it is a symbolic link, which is not followed."""
+        return stat.S_ISLNK(self.attributes.mode)
+
+
 def without_setid(mode: int) -> int:
     """Return *mode* without set-ID bits; set-group-ID is kept without group execute permission."""
     mode &= ~stat.S_ISUID
