@@ -10,7 +10,8 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -20,11 +21,14 @@ from warabi import aio, errors
 from warabi._core import caller
 from warabi.target import opening
 from warabi.target.config import MemoryConfig
+from warabifs.frontends.device import Device
 from warabifs.frontends.kernel import dispatch, protocol
 from warabifs.frontends.kernel import session as session_module
 from warabifs.frontends.kernel.fatal_signals import is_killed
+from warabifs.frontends.kernel.frontend import KernelFrontEnd
 from warabifs.frontends.kernel.protocol import Feature, Header, Opcode
 from warabifs.frontends.kernel.session import Answer, Early, FuseSession
+from warabifs.frontends.notifier import Notifier
 from warabifs.fs import limits
 from warabifs.fs.filesystem import FileSystem
 
@@ -38,7 +42,10 @@ class Kernel:
     def __init__(self) -> None:
         self.here, self._there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.here.setblocking(False)
-        self.session = FuseSession(self._there.fileno())
+        self.notifier = Notifier()
+        self.session = FuseSession(self._there.fileno(), self.notifier)
+        device = SimpleNamespace(fd=self._there.fileno())
+        self.front_end = KernelFrontEnd(cast(Device, device))
 
     def send(self, opcode: int, unique: int, body: bytes = b"") -> None:
         size = protocol.HEADER.size + len(body)
@@ -185,18 +192,18 @@ async def test_what_is_under_way_at_the_end_is_answered(kernel: Kernel) -> None:
 
 
 async def test_notifications_are_sent_until_silence(kernel: Kernel) -> None:
-    session = kernel.session
-    session.drop_name(7, b"name")
+    front_end = kernel.front_end
+    front_end.drop_name(7, b"name")
     unique, _, body = await kernel.answer()
     assert (unique, body) == (0, struct.pack("=QII", 7, 4, 0) + b"name\0")
-    session.drop_attributes(8)
+    front_end.drop_attributes(8)
     assert (await kernel.answer())[2] == struct.pack("=Qqq", 8, -1, 0)
-    session.forget_inode(9, False)
+    front_end.forget_inode(9, False)
     assert (await kernel.answer())[2] == struct.pack("=Qqq", 9, 0, 0)
-    session.silence()
+    front_end.close()
     with pytest.raises(OSError, match="No such device"):
-        session.forget_name(7, b"name")
-    session.drop_name(7, b"other")
+        front_end.forget_name(7, b"name")
+    front_end.drop_name(7, b"other")
     await trio.testing.wait_all_tasks_blocked(0.05)
     with pytest.raises(BlockingIOError):
         kernel.here.recv(100)

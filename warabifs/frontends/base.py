@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from warabifs.frontends.notifier import Notifier
+
 if TYPE_CHECKING:  # options, which need no more than names of abilities, are parsed without these
     from warabi.target.target import Target as LocalTarget
     from warabifs.frontends.device import Device
@@ -98,6 +100,7 @@ class FrontEnd(ABC):
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._notifier = Notifier()
 
     # For the mount
 
@@ -151,14 +154,14 @@ class FrontEnd(ABC):
     def forget_name(self, directory: int, name: bytes) -> None:
         """The same as :meth:`forget_inode`, for a dentry."""
 
-    @abstractmethod
     def drop_name(self, directory: int, name: bytes) -> None:
         """Make the kernel drop a dentry, asynchronously in a thread."""
+        self._notifier.soon(lambda: self.forget_name(directory, name))
 
-    @abstractmethod
     def drop_attributes(self, ino: int) -> None:
         """Make the kernel drop an inode's attributes, asynchronously in a thread."""
+        self._notifier.soon(lambda: self.forget_inode(ino, True))
 
-    @abstractmethod
     def drop_bytes(self, ino: int, offset: int, size: int) -> None:
         """Make the kernel forget some bytes of an inode, or more, in a thread, soon."""
+        self._notifier.soon(lambda: self.forget_bytes(ino, offset, size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from warabifs.frontends.base import Ability, FrontEnd, Settings
 from warabifs.frontends.device import Device
+from warabifs.frontends.kernel import protocol
 from warabifs.frontends.kernel.dispatch import Operations
 from warabifs.frontends.kernel.passthrough import Passing
 from warabifs.frontends.kernel.protocol import Feature
@@ -25,7 +26,7 @@ class KernelFrontEnd(FrontEnd):
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
-        self._session = FuseSession(device.fd)
+        self._session = FuseSession(device.fd, self._notifier)
         self._operations: Operations | None = None
 
     def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
@@ -55,22 +56,13 @@ class KernelFrontEnd(FrontEnd):
         self._session.stop()
 
     def close(self) -> None:
-        self._session.silence()
+        self._notifier.silence()
 
     def forget_inode(self, ino: int, attributes_only: bool) -> None:
-        self._session.forget_inode(ino, attributes_only)
+        self._session.notify(protocol.forget_inode(ino, -1 if attributes_only else 0))
 
     def forget_bytes(self, ino: int, offset: int, size: int) -> None:
-        self._session.forget_bytes(ino, offset, size)
+        self._session.notify(protocol.forget_inode(ino, offset, size))
 
     def forget_name(self, directory: int, name: bytes) -> None:
-        self._session.forget_name(directory, name)
-
-    def drop_name(self, directory: int, name: bytes) -> None:
-        self._session.drop_name(directory, name)
-
-    def drop_attributes(self, ino: int) -> None:
-        self._session.drop_attributes(ino)
-
-    def drop_bytes(self, ino: int, offset: int, size: int) -> None:
-        self._session.drop_bytes(ino, offset, size)
+        self._session.notify(protocol.forget_name(directory, name))

@@ -23,23 +23,21 @@ import fcntl
 import logging
 import mmap
 import os
-import queue
 import select
-import threading
 from collections.abc import Callable, Coroutine
 from time import perf_counter_ns
 from typing import Any, NamedTuple, Protocol
 
 import trio
 
-from warabi._core import forks
 from warabi._core.caller import CALLER, Caller
-from warabi._core.tuning import FUSE_MOMENT, HELLO_PATIENCE, IN_KERNEL, KILL_CHECK
+from warabi._core.tuning import FUSE_MOMENT, HELLO_PATIENCE, KILL_CHECK
 from warabi.eventloop.busy_poll import Lookout
 from warabi.eventloop.eager_start import continued
 from warabifs.frontends.kernel import protocol
 from warabifs.frontends.kernel.fatal_signals import is_killed
 from warabifs.frontends.kernel.protocol import HEADER, Header, Opcode
+from warabifs.frontends.notifier import Notifier
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +119,12 @@ class FuseSession:
 
     Args:
         fd: ``/dev/fuse``, as it was mounted; the caller closes it.
+        notifier: sends notifications, and replies that must come after them.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, notifier: Notifier) -> None:
         self._fd = fd
+        self._notifier = notifier
         os.set_blocking(fd, False)
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
@@ -139,10 +139,6 @@ class FuseSession:
         self._idle: list[trio.Event] = []
         self._nursery: trio.Nursery | None = None
         self._requests: Requests | None = None
-        self._notices: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._telling: threading.Thread | None = None
-        self._notifying = forks.lock()
-        self._silent = False
 
     def begin(self, wanted: int) -> int:
         """Negotiate features with the kernel; returns those of *wanted* that it has.
@@ -349,8 +345,9 @@ class FuseSession:
             self._send(unique, answer.answer)
             answer.rest()
         elif isinstance(answer, Told):
-            if self._notices.qsize() < _UNTOLD:
-                self._tell(protocol.answer(unique, len(answer.answer)) + answer.answer)
+            if self._notifier.pending < _UNTOLD:
+                reply = protocol.answer(unique, len(answer.answer)) + answer.answer
+                self._notifier.soon(lambda: self.notify(reply))
             else:
                 self._send(unique, answer.answer)
         elif len(answer) <= _SMALL:
@@ -374,61 +371,6 @@ class FuseSession:
         with contextlib.suppress(OSError):  # the mount is over
             fcntl.ioctl(self._fd, protocol.BACKING_CLOSE, protocol.backing_id(number))
 
-    # Notifications
-
-    def forget_inode(self, ino: int, attributes_only: bool) -> None:
-        """Make the kernel drop an inode's attributes and pages.
-
-        Waits for requests that concern it, so it must not be called by the task that serves them.
-
-        Raises:
-            FileNotFoundError: the kernel does not know the inode.
-        """
-        self._notify(protocol.forget_inode(ino, -1 if attributes_only else 0))
-
-    def forget_bytes(self, ino: int, offset: int, size: int) -> None:
-        """Make the kernel write back and drop some pages; the same as :meth:`forget_inode`."""
-        self._notify(protocol.forget_inode(ino, offset, size))
-
-    def forget_name(self, directory: int, name: bytes) -> None:
-        """The same as :meth:`forget_inode`, for a dentry."""
-        self._notify(protocol.forget_name(directory, name))
-
-    def _notify(self, notice: bytes) -> None:
-        with self._notifying:
-            if self._silent:
-                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-            os.write(self._fd, notice)
-
-    def silence(self) -> None:
-        """Send no more notifications, since the descriptor is about to be closed.
-
-        A thread that is still in the kernel keeps the file, and does no harm.
-        """
-        self._silent = True
-        if self._notifying.acquire(timeout=IN_KERNEL):
-            self._notifying.release()
-
-    def drop_name(self, directory: int, name: bytes) -> None:
-        """Make the kernel drop a dentry, asynchronously in a thread."""
-        self._tell(protocol.forget_name(directory, name))
-
-    def drop_attributes(self, ino: int) -> None:
-        """Make the kernel drop an inode's attributes, asynchronously in a thread."""
-        self._tell(protocol.forget_inode(ino, -1))
-
-    def drop_bytes(self, ino: int, offset: int, size: int) -> None:
-        """Make the kernel forget some bytes of an inode, in a thread, soon."""
-        self._tell(protocol.forget_inode(ino, offset, size))
-
-    def _tell(self, notice: bytes) -> None:
-        if self._telling is None:
-            self._telling = threading.Thread(target=self._tell_all, daemon=True)
-            self._telling.start()
-        self._notices.put(notice)
-
-    def _tell_all(self) -> None:
-        while True:
-            notice = self._notices.get()
-            with contextlib.suppress(OSError):  # not cached, or the mount has ended
-                self._notify(notice)
+    def notify(self, notice: bytes) -> None:
+        """Send the kernel a notification; raises ``OSError`` if the mount is over."""
+        self._notifier.send(lambda: os.write(self._fd, notice))
