@@ -143,7 +143,7 @@ class ReconnectingLink:
         if self._unsynced or self._names_changed:
             log.error(
                 "%s: the provider was not shut down cleanly: unsynced writes to %d files may be"
-                " may be lost", self._name, len(self._unsynced),
+                " lost", self._name, len(self._unsynced),
             )  # fmt: skip
         self._torn |= self._unsynced.keys()
         self._names_torn = self._names_torn or bool(self._names_changed)

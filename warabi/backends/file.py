@@ -338,7 +338,7 @@ class FileStorage(Storage):
         try:
             return os.stat(self.path(rid)).st_blocks * 512
         except OSError:
-            return size  # what reads it says what is wrong
+            return size  # the next read raises the error
 
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         with self.translated(rid, "seek"), self.borrow(rid) as fd:

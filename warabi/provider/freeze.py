@@ -108,7 +108,7 @@ class ChangeGate:
                 if time.monotonic() > deadline:
                     self._thaw()
                     raise TimedOut(
-                        f"migrate: {len(self._inside)} changes in progress did did not end in"
+                        f"migrate: {len(self._inside)} changes in progress did not end within"
                         f" {patience:g} s"
                     )
                 self._changed.wait(FREEZE_CHECK)

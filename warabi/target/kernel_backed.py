@@ -56,8 +56,8 @@ class Exposed:
         self._mtime = os.fstat(fd).st_mtime_ns
 
     def merge_writes(self, *, thorough: bool = False) -> None:
-        """Take over what became of the region, with *thorough* also if no time tells of it; the
-        target's lock is held."""
+        """Update size and times from the file; with *thorough* also look for writes that changed
+        no time.  The target's lock is held."""
         inode = self._inode
         info = os.fstat(self.fd)
         if info.st_size > inode.size:
@@ -68,7 +68,8 @@ class Exposed:
             self._mtime = info.st_mtime_ns
             inode.written_by(None)
             self._catalogue.clock.file_wrote_at(inode, info.st_mtime_ns)
-            mode, inode.mode = inode.mode, without_setid(inode.mode)  # who wrote is not known
+            # The writing user is not known.
+            mode, inode.mode = inode.mode, without_setid(inode.mode)
             self._catalogue.touch(inode, durable=mode != inode.mode)
             thorough = True
         if thorough:

@@ -22,32 +22,33 @@ if TYPE_CHECKING:  # options, which need no more than names of abilities, are pa
 
 
 class Ability(enum.StrEnum):
-    """What a front end may be able to do, or not."""
+    """Optional features of a front end; docs/mount-options.md lists those that one lacks."""
 
     DIRECT_IO = "direct_io"
-    """Reads and writes go past the page cache: ``-o direct_io``."""
+    """Reads and writes bypass the page cache: ``-o direct_io``."""
     WRITEBACK = "writeback"
-    """The kernel holds writes back: ``-o exclusive``."""
+    """The kernel caches writes: ``-o exclusive``."""
     PASSTHROUGH = "passthrough"
-    """The kernel reads and writes regions by itself: ``-o passthrough``."""
+    """The kernel reads and writes region files without requests: ``-o passthrough``."""
     OPENLESS = "openless"
     """Files of an embedded target need neither OPEN nor RELEASE."""
     INTERRUPT = "interrupt"
     """A program that waits for a provider can be killed."""
     UMASK = "umask"
-    """A default access control list takes the umask's place, as the kernel leaves both to us."""
+    """The file system applies the umask, so a default access control list can replace it."""
     KILL_SETID = "kill_setid"
-    """The kernel says whose writes take set-ID bits away, and asks nothing before each write."""
+    """Requests say whether a write clears set-ID bits; without it the kernel queries the
+    capabilities of a file before each write."""
     FORGET_RANGE = "forget_range"
-    """Some pages of a file can be dropped; without it all of them are."""
+    """A range of a file's cached pages can be invalidated; without it all of them are."""
     APPEND_MMAP = "append_mmap"
     """A file of an engine that is open to append can be mapped shared."""
     KEEP_PAGES = "keep_pages"
-    """The kernel keeps pages of a file that it writes to itself, where the provider tells which
-    client changed the file."""
+    """The mount's own writes do not drop cached pages, where the provider reports which client
+    changed a file."""
     REQUEST_FLAGS = "request_flags"
-    """Reads and writes say which thread they are of, and the flags that the open file has then,
-    such as ``O_APPEND`` that was set with fcntl(2)."""
+    """Reads and writes have the ID of the thread, and the current flags of the open file, such as
+    ``O_APPEND`` set with fcntl(2)."""
     FALLOCATE = "fallocate"
     """fallocate(2) reserves space, and punches and zeroes holes."""
     SEEK_DATA = "seek_data"
@@ -65,12 +66,12 @@ class Settings:
     """How a mount is to be served.
 
     Attributes:
-        entry_timeout: seconds for which the kernel may believe a name.
+        entry_timeout: seconds for which the kernel may cache a name.
         directory_timeout: likewise, if it is a directory's.
-        attr_timeout: seconds for which it may believe attributes.
-        negative_timeout: seconds for which it may believe that a name does not exist.
+        attr_timeout: seconds for which it may cache attributes.
+        negative_timeout: seconds for which it may cache that a name does not exist.
         direct_io: whether reads and writes bypass the page cache.
-        writeback: whether the kernel may hold writes back, until a file is closed or synced.
+        writeback: whether the kernel may cache writes until a file is closed or synced.
         passthrough: the target whose regions the kernel is to read and write by itself, if any.
         interruptible: whether a program that waits for a request can be killed; false if it
             waits for storage in this process.

@@ -136,6 +136,6 @@ def _inode(values: list[Any]) -> list[Any]:
         raise ProtocolError(f"receive_rows: inode {values!r:.200}: {why}")
     log.warning(
         "inode %d of a migration has invalid values, which are replaced by the nearest valid"
-        " can: %a", row.ino, why,
+        " ones: %a", row.ino, why,
     )  # fmt: skip
     return [*row[: len(values)]]

@@ -22,7 +22,7 @@ _FEATURES = {
 
 
 class KernelFrontEnd(FrontEnd):
-    """:class:`FuseSession` takes the requests, and :class:`Operations` takes them apart."""
+    """A mount served on ``/dev/fuse``: :class:`FuseSession` with :class:`Operations`."""
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)

@@ -339,10 +339,10 @@ class Adapter(pyfuse3.Operations):
         )
 
     async def _written(self, opened: _Opened, fh: int, off: int, size: int) -> None:
-        """Do what a write that went past the page cache asks for besides.
+        """Sync and invalidate after a write that bypassed the page cache.
 
-        The kernel syncs by itself only what went by way of its cache, and drops what it had cached
-        only before a write that does not: what was read meanwhile would stay, older than the file.
+        The kernel syncs only writes through its cache, and drops cached pages only before a write
+        that bypasses it: pages that were read meanwhile would stay, older than the file.
         It may also be a page that is written back by a file that is open with ``O_DIRECT``.  Then
         the kernel drops nothing until that has ended, so waiting for it has a limit.
         """
@@ -418,7 +418,7 @@ class Adapter(pyfuse3.Operations):
 
     @_handles()
     async def setxattr(self, ino: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        """pyfuse3 asks for the attribute before, where it must be there or not."""
+        """pyfuse3 implements XATTR_CREATE and XATTR_REPLACE by a query before this call."""
         groups = groups_of(ctx.uid, ctx.gid, ctx.pid)
         keep_setgid = await self._files.loses_setgid(ino, name, groups) is None
         await self._files.setxattr(ino, name, value, keep_setgid)

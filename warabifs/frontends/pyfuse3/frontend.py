@@ -22,7 +22,7 @@ _TASKS = 1000
 
 
 class Pyfuse3FrontEnd(FrontEnd):
-    """pyfuse3 takes the requests, and :class:`Adapter` hands them on."""
+    """A mount served by pyfuse3, whose operations :class:`Adapter` implements."""
 
     _serves: ClassVar[bool] = False  # pyfuse3 has a session
 
@@ -32,7 +32,9 @@ class Pyfuse3FrontEnd(FrontEnd):
 
     def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
         if Pyfuse3FrontEnd._serves:
-            raise ValueError("pyfuse3 serves one mount of a process at a time, and has one")
+            raise ValueError(
+                "pyfuse3 serves one mount at a time in a process, and this process has one already"
+            )
         token = trio.lowlevel.current_trio_token()
 
         def began() -> None:
