@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.support.helpers import MEMORY, PATIENCE, eventually, file_config, pattern
 from warabi import aio, errors
@@ -411,3 +412,61 @@ def test_data_kept_by_an_export_are_erased_in_a_thread(
     assert True not in erasing
     assert target.list() == []
     assert handle.read(handle.create_and_write(b"new"), 0, 3) == b"new"
+
+
+async def test_a_programs_own_loop_does_not_wait_for_a_region(target: Target) -> None:
+    """Another thread is inside it alone, until a task of that loop lets it go."""
+    api = aio.attach(target)
+    region = target.create_and_write(b"-" * 100)
+    buffer = bytearray(10)
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: api.write(region, 0, b"x"),
+        lambda: api.append(region, b"x"),
+        lambda: api.read_into(region, 0, buffer),
+        lambda: api.resize(region, 50),
+        lambda: api.persist(region, 0, 10),
+        lambda: api.write_vector(region, [(0, 1)], b"x"),
+        lambda: api.read_vector(region, [(0, 1)], bytearray(1)),
+    ]
+    for call in calls:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold(entered: threading.Event = entered, leave: threading.Event = leave) -> bool:
+            inode = target.locks.enter_exclusive(region, "hold", True)
+            entered.set()
+            let_go = leave.wait(5)
+            target.locks.leave_exclusive(inode)
+            return let_go
+
+        with ThreadPoolExecutor(1) as pool:
+            holding = pool.submit(hold)
+            assert entered.wait(PATIENCE)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call)
+                await trio.testing.wait_all_tasks_blocked()
+                leave.set()
+            assert holding.result(PATIENCE), "the loop waited for the region"
+    assert threading.get_ident() not in state.LOOPS
+    target.write(region, 0, b"a blocking call of the same thread may wait")
+
+
+async def test_a_programs_own_loop_commits_few_changes(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, steps = catalogue.Catalogue.flush_some, list[int]()
+
+    def flush_some(self: catalogue.Catalogue, left: int = 0) -> None:
+        if left == 0:  # a step of a commit, between two of which it pauses
+            steps.append(threading.get_ident())
+        original(self, left)
+
+    monkeypatch.setattr(catalogue.Catalogue, "flush_some", flush_some)
+    api = aio.attach(target)
+    regions = [target.create(1) for _ in range(5000)]
+    for name in ("sync", "commit"):
+        for region in regions:
+            target.write(region, 0, b"x")
+        steps.clear()
+        await api.call(name)
+        assert steps
+        assert threading.get_ident() not in steps

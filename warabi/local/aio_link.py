@@ -14,6 +14,7 @@ from warabi.local import async_ops
 from warabi.local.watch import Watching
 from warabi.region import RegionID
 from warabi.target.handlers import bound
+from warabi.target.state import in_loop
 from warabi.target.target import Target as LocalTarget
 
 GetBuffer = Callable[[], memoryview]
@@ -63,7 +64,7 @@ class AsyncDirectLink:
         call = self._at_once.get(name)
         if call is not None and not self._target.occupied:
             try:
-                return call(*arguments)
+                return in_loop(call, *arguments)
             except WouldBlock:
                 """Whether it takes long with these arguments."""
         return await async_ops.execute(self._target, name, tuple(arguments))

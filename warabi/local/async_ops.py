@@ -28,6 +28,7 @@ from warabi.local.occupancy import wait_free
 from warabi.protocol.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target.handlers import CALLS, FLUSHING
+from warabi.target.state import in_loop
 from warabi.target.target import Target
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ async def execute(
         await _when_free(target, wait)
     if not needs_thread(target, name):
         try:
-            return call(target, *arguments)
+            return in_loop(call, target, *arguments)
         except WouldBlock:
             if not wait:
                 raise
@@ -121,7 +122,7 @@ async def write(
     if target.occupied:
         await _when_free(target, wait)
     try:
-        target.write(region, offset, data, extend=extend, wait=not target.blocking)
+        in_loop(target.write, region, offset, data, extend=extend, wait=not target.blocking)
     except WouldBlock:
         if not wait:
             raise
@@ -137,7 +138,7 @@ async def append(
     if target.occupied:
         await _when_free(target, wait)
     try:
-        offset = target.append(region, data, wait=not target.blocking)
+        offset = in_loop(target.append, region, data, wait=not target.blocking)
     except WouldBlock:
         if not wait:
             raise
@@ -156,7 +157,8 @@ async def read_into(
     if target.occupied:
         await _when_free(target, wait)
     try:
-        return target.read_into(region, offset, buffer, short=short, wait=not target.blocking)
+        may_wait = not target.blocking
+        return in_loop(target.read_into, region, offset, buffer, short=short, wait=may_wait)
     except WouldBlock:
         if not wait:
             raise
@@ -171,7 +173,7 @@ async def write_vector(target: Target, region: RegionID, extents: list[Extent], 
         await wait_free(target)
     if not target.blocking:
         with suppress(WouldBlock):
-            target.write_vector(region, extents, data)
+            in_loop(target.write_vector, region, extents, data)
             return
     await _in_thread(target, target.write_vector, region, extents, data)
 
@@ -185,7 +187,7 @@ async def read_vector(
         await _when_free(target, wait)
     if not target.blocking:
         with suppress(WouldBlock):
-            target.read_vector(region, extents, place)
+            in_loop(target.read_vector, region, extents, place)
             return
     if not wait:
         raise WouldBlock
@@ -198,7 +200,7 @@ async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID
         await wait_free(target)
     if waits(target, "create_and_write", (persist,)):
         return await _in_thread(target, target.create_and_write, data, persist)
-    return target.create_and_write(data, persist)
+    return in_loop(target.create_and_write, data, persist)
 
 
 def failure(error: Exception, name: str) -> errors.Exception:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from warabi._core import forks
 from warabi._core.tuning import OCCUPIED_GRACE
@@ -25,12 +25,29 @@ from warabi.metadata.guard import Guard
 _T = TypeVar("_T")
 
 LOOPS: set[int] = set()
-"""Threads that run the event loop of an engine or a mount.  A call that would make one of them wait
-for a region, or take long, raises ``WouldBlock`` without effect; a worker thread then makes it."""
+"""Threads that run the event loop of an engine or a mount, or execute a call for a Trio task
+(:func:`in_loop`).  A call that would make one of them wait for a region, or take long, raises
+``WouldBlock`` without effect; a worker thread then makes it."""
 STEPS = 5000
 """Names or directories, of some microseconds each, to process while other calls wait."""
 LONG = 32 * 1024 * 1024
 """Bytes of memory that take long to free."""
+
+
+def in_loop(call: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
+    """Return the result of *call* for a task of the event loop that this thread runs, which must
+    not wait; raises ``WouldBlock`` where it would.
+
+    A program's own loop is in ``LOOPS`` only meanwhile, since its blocking calls do wait.
+    """
+    thread = threading.get_ident()
+    if thread in LOOPS:
+        return call(*arguments, **named)
+    LOOPS.add(thread)
+    try:
+        return call(*arguments, **named)
+    finally:
+        LOOPS.discard(thread)
 
 
 def not_in_a_loop() -> None:
