@@ -104,6 +104,29 @@ def test_an_old_version_is_migrated(path: Path, kind: str, old: int) -> None:
         compare(target, kind)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_staged_names_are_only_in_targets_that_older_programs_refuse(
+    path: Path, kind: str, old: int, joined: bool
+) -> None:
+    """They look at the version in the header of the file, which has it before names are staged."""
+    with open_target(path, kind) as target:
+        assert version(path) >= 4
+        inode = target.namespace.mknod(1, b"one", 0o100644, 0, 0, 0)
+        target.commit()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:  # as after a kill
+        database.execute("UPDATE dentry SET parent = -parent WHERE ino = ?", (inode.ino,))
+        database.execute("UPDATE meta SET value = 0 WHERE key = 'clean'")
+        if joined:
+            database.execute("INSERT INTO meta VALUES('joined', 1)")
+    assert version(path) >= 4
+    with open_target(path, kind) as target:
+        names = [name for name, _ in target.namespace.readdir(1)]
+        assert (b"one" in names) == joined
+        assert (inode.region in target.list()) == joined
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert not database.execute("SELECT 1 FROM dentry WHERE parent <= 0").fetchall()
+
+
 def test_the_wrong_type_does_not_migrate(path: Path, kind: str, old: int) -> None:
     with pytest.raises(errors.ConfigError):
         open_target(path, "file" if kind == "pmem" else "pmem")

@@ -22,7 +22,7 @@ from warabi.metadata.journal import sync_directory, translate
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x57617261
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _CHECKSUMS = (
     """
@@ -92,6 +92,9 @@ UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({_PLACES})"
 _STEPS: dict[int, tuple[str, ...]] = {
     1: _CHECKSUMS,
     2: ("ALTER TABLE inode ADD COLUMN packed INTEGER NOT NULL DEFAULT 0",),
+    # Names may be staged: see ``dentries.py``.  A program that does not know that would neither
+    # join nor remove those that a killed process left.
+    3: (),
 }
 """Statements that upgrade each version to the next."""
 
