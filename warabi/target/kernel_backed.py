@@ -56,8 +56,8 @@ class Exposed:
         self._mtime = os.fstat(fd).st_mtime_ns
 
     def merge_writes(self, *, thorough: bool = False) -> None:
-        """Update size and times from the file; with *thorough* also look for writes that changed
-        no time.  The target's lock is held."""
+        """Update size and times from the file; with *thorough* treat the data as written even
+        if no time changed.  The target's lock is held."""
         inode = self._inode
         info = os.fstat(self.fd)
         if info.st_size > inode.size:
