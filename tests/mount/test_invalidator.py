@@ -78,7 +78,7 @@ async def test_only_inodes_that_the_kernel_knows_are_invalidated() -> None:
     assert names == [(ROOT, b"name")]
 
 
-async def test_a_provider_that_does_not_know_of_it_is_asked_once(
+async def test_a_provider_without_notifications_is_asked_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     target = Script(([], errors.ProtocolError("unknown operation 'watch'")))
@@ -88,7 +88,7 @@ async def test_a_provider_that_does_not_know_of_it_is_asked_once(
     assert "appear when timeouts expire" in caplog.text
 
 
-async def test_an_outage_makes_everything_suspect_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_outage_invalidates_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invalidator, "FOLLOW_PAUSE", 0.01)
     lost = errors.ConnectionLost("the provider is gone")
     target = Script(([], lost), ([], lost), ([], lost), ([changed(ROOT)], lost))

@@ -79,7 +79,7 @@ print("done", flush=True)
 """
 
 
-def test_a_restart_of_the_provider_is_not_noticed(service: Service, place: Path) -> None:
+def test_programs_do_not_notice_a_restart_of_the_provider(service: Service, place: Path) -> None:
     with mounted(service, place) as mount:
         (mount.path / "old").write_bytes(b"old")
         with (

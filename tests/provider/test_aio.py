@@ -403,7 +403,7 @@ async def test_cancelled_half_way_through_its_payload() -> None:
             assert buffer == bytes(100_000)
 
 
-async def test_a_place_is_asked_for_when_its_bytes_come() -> None:
+async def test_a_read_buffer_is_requested_when_data_arrive() -> None:
     """And not while other replies come; what is cancelled then touches it no more."""
     size = 100_000
     buffers = [bytearray(size), bytearray(size)]
@@ -458,7 +458,7 @@ async def test_unknown_provider(local_process: Served) -> None:
             pytest.fail("connected")
 
 
-async def test_errors_of_the_block_come_out_as_they_are(local_process: Served) -> None:
+async def test_exceptions_of_the_block_are_not_wrapped(local_process: Served) -> None:
     for error in (ValueError("mine"), errors.OutOfBounds("mine"), ExceptionGroup("x", [OSError()])):
         with pytest.raises(type(error)) as caught:
             async with aio.connect(local_process.address, 1):

@@ -79,7 +79,7 @@ async def _gone(nursery: trio.Nursery, left: int = 0) -> None:
         await trio.lowlevel.checkpoint()
 
 
-async def test_what_comes_is_served_until_it_is_left_to_the_own_task() -> None:
+async def test_requests_are_served_until_the_connections_task_resumes() -> None:
     async with _served() as crowd, trio.open_nursery() as nursery:
         with contextlib.ExitStack() as stack:
             all_ends = [stack.enter_context(Ends(crowd)) for _ in range(20)]
@@ -93,7 +93,7 @@ async def test_what_comes_is_served_until_it_is_left_to_the_own_task() -> None:
             await all_ends[0].stand()
 
 
-async def test_what_waits_is_carried_on_while_others_are_served() -> None:
+async def test_a_blocked_request_continues_while_others_are_served() -> None:
     async with _served() as crowd, trio.open_nursery() as nursery:
         with Ends(crowd) as slow, Ends(crowd) as other:
             go_on = trio.Event()
@@ -174,7 +174,7 @@ async def test_cancelling_an_idle_connection_has_no_effect_on_requests() -> None
             assert ends.taken == b"x"
 
 
-async def test_errors_reach_the_own_task() -> None:
+async def test_errors_are_raised_in_the_connections_task() -> None:
     async with _served() as crowd:
         with Ends(crowd) as ends:
 

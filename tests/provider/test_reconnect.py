@@ -160,7 +160,7 @@ async def test_the_first_connection_is_not_waited_for(port: int) -> None:
             raise AssertionError
 
 
-async def test_what_the_block_raises_comes_out_as_it_is(tmp_path: Path) -> None:
+async def test_exceptions_of_the_block_are_passed_on_unchanged(tmp_path: Path) -> None:
     with served(tmp_path) as process, pytest.raises(KeyError, match="mine"):
         async with reconnect.connect(process.address, 1):
             raise KeyError("mine")
@@ -181,7 +181,7 @@ async def test_another_target_at_the_address_is_not_taken_for_the_first(port: in
 # Repeating
 
 
-async def test_what_does_no_harm_is_repeated_when_its_answer_was_lost(relayed: Relay) -> None:
+async def test_idempotent_calls_are_repeated_after_a_lost_reply(relayed: Relay) -> None:
     async with reconnect.connect(relayed.address, 1) as target:
         region = await target.create(100_000)
         data = bytes(range(250)) * 400
@@ -207,7 +207,7 @@ async def test_what_does_no_harm_is_repeated_when_its_answer_was_lost(relayed: R
             assert relayed.connections == before + 1
 
 
-async def test_what_might_be_done_twice_is_not_repeated(relayed: Relay) -> None:
+async def test_calls_that_are_not_idempotent_are_not_repeated(relayed: Relay) -> None:
     async with reconnect.connect(relayed.address, 1) as target:
         for name, arguments in (
             ("create", (1,)),
@@ -226,7 +226,7 @@ async def test_what_might_be_done_twice_is_not_repeated(relayed: Relay) -> None:
         assert caught.value.errno == errno.ENOENT
 
 
-async def test_what_begins_during_an_outage_is_done_after_it(relayed: Relay) -> None:
+async def test_calls_started_during_an_outage_complete_after_it(relayed: Relay) -> None:
     async with reconnect.connect(relayed.address, 1) as target:
         engine, relayed.engine = relayed.engine, "tcp://127.0.0.1:1"
         relayed.cut()

@@ -311,7 +311,7 @@ open_target("file", Path(sys.argv[1]))
     open_target("file", path).close()
 
 
-def test_configuration_tells(engine: Engine, path: Path) -> None:
+def test_the_configuration_shows_whether_there_are_checksums(engine: Engine, path: Path) -> None:
     from warabi.server import Provider
 
     with Provider(engine, 1, file_config(path, checksums=True)) as provider:

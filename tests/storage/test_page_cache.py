@@ -49,7 +49,7 @@ def _mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text()
 
 
-def test_large_reads_are_shown_and_small_ones_are_not(served: Served) -> None:
+def test_large_reads_use_the_mapping_and_small_ones_do_not(served: Served) -> None:
     data = random.Random(1).randbytes(SIZE)
     region = served.handle.create_and_write(data)
     assert served.target.view(region, 5, LEAST - 1) is None
@@ -59,7 +59,7 @@ def test_large_reads_are_shown_and_small_ones_are_not(served: Served) -> None:
     assert bytes(shown) == data[5 : 5 + LEAST]
 
 
-def test_what_is_written_shows_at_once(served: Served) -> None:
+def test_writes_are_visible_in_the_mapping_at_once(served: Served) -> None:
     numbers, model = random.Random(2), bytearray(SIZE)
     region = served.handle.create(SIZE)
     for _ in range(100):
@@ -84,7 +84,7 @@ def test_a_region_that_grows_and_shrinks_is_mapped_anew(served: Served) -> None:
     assert served.handle.read(region, 0, 2 * SIZE) == data[:LEAST] + bytes(2 * SIZE - LEAST)
 
 
-def test_what_the_page_cache_does_not_have_is_not_shown(served: Served) -> None:
+def test_uncached_data_are_not_sent_from_the_mapping(served: Served) -> None:
     """On a file system that tells, as that of the checkout does."""
     data = random.Random(4).randbytes(SIZE)
     region = served.handle.create_and_write(data, persist=True)
@@ -126,7 +126,7 @@ def test_an_erased_region_is_mapped_no_longer(served: Served) -> None:
     eventually(lambda: not _mapped(path))
 
 
-def test_so_many_files_are_mapped_at_most(tmp_path: Path) -> None:
+def test_the_number_of_mapped_files_is_bounded(tmp_path: Path) -> None:
     mapped, files = CachedFiles(3), []
     try:
         for number in range(6):
@@ -149,6 +149,6 @@ def test_so_many_files_are_mapped_at_most(tmp_path: Path) -> None:
             os.close(fd)
 
 
-def test_an_empty_file_has_nothing_to_show(tmp_path: Path) -> None:
+def test_an_empty_file_is_not_mapped(tmp_path: Path) -> None:
     with (tmp_path / "empty").open("wb+") as file:
         assert CachedFiles(3).show(file.fileno(), 0, LEAST) is None

@@ -409,7 +409,7 @@ def test_every_id_that_is_given_can_be_imported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("slot", "generation"), [
     (0, 7), (1, 7), ((1 << 63) - 1, 7), (1 << 63, 7), (2, 1 << 63),
 ])  # fmt: skip
-def test_what_is_no_id(slot: int, generation: int) -> None:
+def test_invalid_ids_are_refused(slot: int, generation: int) -> None:
     with (
         open_memory(MemoryConfig()) as target,
         pytest.raises(errors.InvalidRegion, match="is not a valid region ID"),

@@ -194,7 +194,7 @@ def test_the_root_s_attributes_are_taken_over_where_it_is_empty(target: Target) 
     assert (found.mode, found.uid, found.mtime_ns, found.nlink) == (root.row.mode, 5, 2, 3)
 
 
-def test_what_others_do_with_names_that_are_still_moved(target: Target, between: Between) -> None:
+def test_concurrent_operations_on_names_being_moved(target: Target, between: Between) -> None:
     place = prepared(target)
     names = target.namespace
     there = names.lookup(ROOT, b"there").ino
@@ -255,7 +255,7 @@ def _erase(target: Target) -> None:
     ("theirs", "number"), [(_make, "EEXIST"), (_move_into, "EEXIST"), (_remove, "ENOENT")]
 )
 @pytest.mark.parametrize("after", [0, 4, 5, 7])
-def test_what_others_do_meanwhile_that_does_not_go_together(
+def test_conflicting_operations_fail_the_graft(
     target: Target, between: Between, theirs: Callable[[Target], None], number: str, after: int
 ) -> None:
     place = prepared(target)
@@ -353,7 +353,7 @@ def test_two_grafts_at_once(target: Target, between: Between) -> None:
     rows(target)
 
 
-def test_no_memory_in_the_middle() -> None:
+def test_memory_exhausted_during_a_graft() -> None:
     with opening.open_memory(MemoryConfig(), limit=2 << 20) as target:
         entries = [entry(b"d%05d" % i, DIRECTORY) for i in range(8_000)]
         place = target.create_and_write(listing(entry(b"", DIRECTORY), *entries))
@@ -412,7 +412,7 @@ def test_an_inode_that_cannot_be_stored(tmp_path: Path, between: Between) -> Non
         rows(failing)
 
 
-def test_what_could_not_be_moved_or_removed_is_so_by_the_next(
+def test_the_next_graft_completes_an_unfinished_one(
     target: Target, between: Between, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     place = prepared(target)

@@ -44,7 +44,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_what_was_done_to_it_is_known(target: Target) -> None:
+def test_size_and_times_follow_writes_by_the_kernel(target: Target) -> None:
     region = target.create_and_write(pattern(LARGE))
     before = target.stat(region)
     fd = target.expose(region)

@@ -175,7 +175,7 @@ def announced(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("name", _LENGTHY)
-def test_what_takes_many_steps_leaves_the_loop(
+def test_long_operations_run_in_threads(
     served: tuple[Target, TargetHandle], name: str, announced: list[bool]
 ) -> None:
     target, handle = served
@@ -187,7 +187,7 @@ def test_what_takes_many_steps_leaves_the_loop(
 
 
 @pytest.mark.parametrize("name", _LENGTHY)
-def test_what_takes_many_steps_leaves_the_loop_of_a_mount(
+def test_long_operations_of_a_mount_run_in_threads(
     target: Target, name: str, announced: list[bool]
 ) -> None:
     """Or of another program that holds the target itself and says that it runs a loop."""
@@ -204,7 +204,9 @@ def test_what_takes_many_steps_leaves_the_loop_of_a_mount(
     assert announced == [False]
 
 
-def test_what_takes_many_steps_is_right(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_operations_give_right_results(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(state, "STEPS", 5)
     deep = Deep(target)
     names = target.namespace

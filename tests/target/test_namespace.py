@@ -155,7 +155,7 @@ def test_taken_names(names: Namespace) -> None:
             call()
 
 
-def test_parents_that_are_none(names: Namespace) -> None:
+def test_invalid_parents_are_refused(names: Namespace) -> None:
     file = mkfile(names, ROOT, b"f").ino
     calls: list[Callable[[int], object]] = [
         lambda parent: mkfile(names, parent, b"x"),
@@ -421,7 +421,9 @@ def test_readdir_shows_nameless_regions_in_the_root_after_the_names(
         assert attributes.nlink == (2 if name == b"d" else 1)
 
 
-def test_readdir_after_what_is_gone_or_never_was(target: Target, names: Namespace) -> None:
+def test_readdir_continues_after_removed_and_unknown_names(
+    target: Target, names: Namespace
+) -> None:
     region = target.create(1)
     for name in (b"a", b"b", b"c"):
         mkfile(names, ROOT, name)

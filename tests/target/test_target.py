@@ -370,7 +370,7 @@ def test_failed_read_leaves_the_buffer_alone(target: TargetHandle) -> None:
 # Wrong regions and numbers
 
 
-def test_regions_that_are_none(target: TargetHandle) -> None:
+def test_invalid_region_ids_are_refused(target: TargetHandle) -> None:
     erased = target.create(4)
     target.erase(erased)
     live = target.create(4)
@@ -417,7 +417,7 @@ def test_region_of_another_target(target: TargetHandle, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("wrong", NOT_A_SIZE, ids=repr)
-def test_numbers_that_are_no_sizes(target: TargetHandle, wrong: Any) -> None:
+def test_invalid_sizes_are_refused(target: TargetHandle, wrong: Any) -> None:
     region = target.create_and_write(b"1234")
     calls: list[Callable[[], object]] = [
         lambda: target.create(wrong),

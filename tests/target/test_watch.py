@@ -205,7 +205,7 @@ async def test_direct_writes_are_reported_to_other_watchers(served: Served) -> N
         assert writer.inodes == {}
 
 
-def test_a_look_at_guests_that_has_to_wait_is_soon_followed_by_the_next() -> None:
+def test_a_delayed_poll_of_guests_is_repeated_soon() -> None:
     held = threading.Event()
 
     def hold(lock: AbstractContextManager[object]) -> None:
@@ -244,7 +244,7 @@ def test_a_look_at_guests_that_has_to_wait_is_soon_followed_by_the_next() -> Non
 
 
 @run
-async def test_more_changes_than_are_kept_are_everything(served: Served) -> None:
+async def test_too_many_changes_are_reported_as_everything(served: Served) -> None:
     regions = [served.target.create(1) for _ in range(notifications.MOST + 10)]
     async with (
         warabi.aio.connect(served.address, 1) as target,
@@ -257,7 +257,7 @@ async def test_more_changes_than_are_kept_are_everything(served: Served) -> None
 
 
 @run
-async def test_many_changes_come_in_pieces_and_each_thing_once(served: Served) -> None:
+async def test_many_changes_are_split_and_each_is_reported_once(served: Served) -> None:
     regions = [served.target.create(1) for _ in range(3 * notifications.BATCH)]
     async with watching(served.address) as watcher:
         for region in regions:
@@ -269,7 +269,7 @@ async def test_many_changes_come_in_pieces_and_each_thing_once(served: Served) -
 
 
 @run
-async def test_an_answer_that_did_not_arrive_makes_everything_suspect(served: Served) -> None:
+async def test_a_lost_reply_to_a_watch_invalidates_everything(served: Served) -> None:
     region = served.target.create(1)
     async with warabi.aio.connect(served.address, 1) as target:
         assert await target._link.changes(0, False) == Changes(1, True, {}, {})
@@ -317,7 +317,7 @@ def test_a_watcher_that_reads_no_replies_delays_no_other_client(served: Served) 
 
 
 @pytest.mark.parametrize("arguments", [[], [0], ["0", False], [0, 1], [1 << 63, False]])
-def test_a_question_of_another_form_is_refused(served: Served, arguments: list[Any]) -> None:
+def test_a_malformed_watch_is_refused(served: Served, arguments: list[Any]) -> None:
     with raw_connection(served.address) as connection:
         reply = RawPeer(connection).call([1, 1, "watch", arguments, None])
         assert reply[:3] == [1, None, None]

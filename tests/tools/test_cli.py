@@ -444,7 +444,7 @@ AWKWARD = [
 ]
 
 
-def test_awkward_names_are_one_word_each(address: str, client_engine: Engine) -> None:
+def test_awkward_names_are_quoted_as_one_word(address: str, client_engine: Engine) -> None:
     target = handle(client_engine, address)
     region = target.create(5)
     for name in AWKWARD:
@@ -651,7 +651,7 @@ def test_a_put_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
         service.end()
 
 
-def test_the_reader_of_a_listing_goes(address: str, client_engine: Engine) -> None:
+def test_a_listing_whose_reader_closes_the_pipe(address: str, client_engine: Engine) -> None:
     target = handle(client_engine, address)
     for _ in range(3000):
         target.create(1)

@@ -516,7 +516,7 @@ def test_the_address_of_a_service_through_a_fifo_or_a_device(tmp_path: Path) -> 
     assert content(tmp_path) == ["fifo", "link", "null"]
 
 
-def test_the_reader_goes(target: tuple[str, str]) -> None:
+def test_a_reader_that_closes_the_pipe(target: tuple[str, str]) -> None:
     address, region = target
     for arguments in (["get", address, region], ["export", address, "-"]):
         with subprocess.Popen(
