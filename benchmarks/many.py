@@ -22,6 +22,7 @@ from benchmarks.processes import provider
 from benchmarks.stats import Work, measure
 from benchmarks.subjects import MEMORY
 from warabi._core.attributes import ROOT
+from warabi.backends import memory
 from warabi.backends.memory import MemoryConfig
 from warabi.client import Client
 from warabi.engine import Engine, client
@@ -43,7 +44,7 @@ def _cost(call: Callable[[], object]) -> float:
 @contextlib.contextmanager
 def names() -> Iterator[Grow]:
     """Names in one directory of a target in this process."""
-    with opening.open_memory(MemoryConfig()) as target:
+    with opening.open_backend(memory.BACKEND, MemoryConfig()) as target:
         space = target.namespace
 
         def replace() -> None:
@@ -66,7 +67,7 @@ def names() -> Iterator[Grow]:
 @contextlib.contextmanager
 def links() -> Iterator[Grow]:
     """Names of one inode."""
-    with opening.open_memory(MemoryConfig()) as target:
+    with opening.open_backend(memory.BACKEND, MemoryConfig()) as target:
         space = target.namespace
         ino = space.mknod(ROOT, b"file", _FILE, 0, 0).ino
 
@@ -85,7 +86,7 @@ def links() -> Iterator[Grow]:
 @contextlib.contextmanager
 def attributes() -> Iterator[Grow]:
     """Extended attributes of one inode, whose names may have 64 KiB."""
-    with opening.open_memory(MemoryConfig()) as target:
+    with opening.open_backend(memory.BACKEND, MemoryConfig()) as target:
         space = target.namespace
         ino = space.mknod(ROOT, b"file", _FILE, 0, 0).ino
 

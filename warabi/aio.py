@@ -35,7 +35,7 @@ from warabi._core.buffers import (
     xattr_call,
 )
 from warabi._core.changes import Changes
-from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
+from warabi._core.extents import EXTENTS, beyond_end, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
 from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
@@ -104,9 +104,7 @@ class Target:
         size = checked_size(size, "read: size")
         have = await self.size(region)
         if checked_size(offset, "read: offset") + size > have:
-            raise errors.OutOfBounds(
-                f"read {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
-            )
+            raise beyond_end("read", region, offset, size, have)
         owner = Lender(bytes(size))  # see filled_bytes: its buffer becomes the result
         try:
             with owner.getbuffer() as view:

@@ -22,10 +22,10 @@ from warabi._core.buffers import (
     writable,
     xattr_call,
 )
-from warabi._core.extents import EXTENTS, check_total, checked_extents, pack
+from warabi._core.extents import EXTENTS, beyond_end, check_total, checked_extents, pack
 from warabi._core.results import RegionStat
 from warabi.engine import Engine, state_of
-from warabi.errors import ConfigError, Exception, OutOfBounds, PathError, TargetNotFound
+from warabi.errors import ConfigError, Exception, PathError, TargetNotFound
 from warabi.local.link import DirectLink, Link
 from warabi.protocol import address as _address
 from warabi.protocol import paths
@@ -271,9 +271,7 @@ class TargetHandle:
         if size > 1 << 20:  # check before allocating an absurd size
             have = self.size(region)
             if offset + size > have:
-                raise OutOfBounds(
-                    f"read {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
-                )
+                raise beyond_end("read", region, offset, size, have)
         return filled_bytes(size, lambda view: self._link.read_into(region, offset, view))
 
     def read_into(self, region: RegionID, offset: int, buffer: Data) -> None:

@@ -21,7 +21,7 @@ from tests.crash.faults import MODULES, MSYNC, SYNCFS, SYNCS, Injector, Site, fa
 from tests.crash.oracle import Found, Oracle
 from tests.crash.targets import accounted, opened
 from tests.crash.workload import REGION_KINDS, next_op, on_target, promised_times
-from tests.support.helpers import PATIENCE, environment
+from tests.support.helpers import PATIENCE, environment, open_memory
 from warabi import errors
 from warabi.backends import base, file
 from warabi.backends.file import FileStorage
@@ -30,7 +30,6 @@ from warabi.backends.pmem import PmemStorage
 from warabi.backends.xattr_times import Times
 from warabi.metadata import journal
 from warabi.region import RegionID
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabi.target.target import Target
 
@@ -479,7 +478,7 @@ def test_memory_allocation_failures(
     def refuse(*_: object) -> None:
         raise OSError(number, "no memory")
 
-    with opening.open_memory(MemoryConfig()) as target:
+    with open_memory(MemoryConfig()) as target:
         kept = target.create_and_write(b"kept" * 20_000)
         full = None
         with monkeypatch.context() as patch:

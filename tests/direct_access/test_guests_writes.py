@@ -15,13 +15,19 @@ from typing import Any
 
 import pytest
 
-from tests.support.helpers import MEMORY, PATIENCE, environment, eventually, file_config
+from tests.support.helpers import (
+    MEMORY,
+    PATIENCE,
+    environment,
+    eventually,
+    file_config,
+    open_memory,
+)
 from warabi.engine import Engine
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target.config import MemoryConfig
 from warabi.target.leases import Grants
-from warabi.target.opening import open_memory
 from warabi.target.target import Target
 
 BOTH = pytest.mark.parametrize("pure", ["0", "1"], ids=["compiled", "pure"])

@@ -24,6 +24,7 @@ from tests.support.helpers import (
     eventually,
     file_config,
     memories,
+    open_memory,
     pattern,
     pmem_config,
     provider_process,
@@ -38,7 +39,6 @@ from warabi.shm.client import Guest
 from warabi.shm.layout import ENTRIES, HAZARD_SLOTS
 from warabi.shm.memory import SharedMapping
 from warabi.target.config import MemoryConfig
-from warabi.target.opening import open_memory
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "memory": lambda path: MEMORY,

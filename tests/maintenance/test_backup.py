@@ -29,6 +29,7 @@ from tests.support.helpers import (
     environment,
     eventually,
     file_config,
+    open_memory,
     pattern,
     pmem_config,
     provider_process,
@@ -40,7 +41,6 @@ from warabi.local.link import DirectLink, Link
 from warabi.metadata.domain import Row
 from warabi.provider.core import ProviderCore
 from warabi.region import RegionID
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabi.target.entries import ArchiveEntry, unpack_all
 from warabi.target.target import Target
@@ -286,7 +286,7 @@ def test_a_file_that_is_no_tar_archive(kind: str, archive: Any) -> None:
         "random": random.Random(1).randbytes(5000), "compressed": gzip.compress(archive[0]),
         "zip": zipped.getvalue(),
     }[kind]  # fmt: skip
-    with opening.open_memory(MemoryConfig()) as target:
+    with open_memory(MemoryConfig()) as target:
         message = refuse(target, data)
     assert message.startswith("not a tar archive, or its first header is damaged (")
     assert message.endswith("; if it is compressed, decompress it first")
@@ -300,7 +300,7 @@ def test_damaged_archives(archive: Any) -> None:
         place = dice.randrange(len(data))
         spoiled = bytearray(data)
         spoiled[place] ^= 1 << dice.randrange(8)
-        target = opening.open_memory(MemoryConfig())
+        target = open_memory(MemoryConfig())
         with link_to(target) as link:
             try:
                 restore(link, io.BytesIO(spoiled))
@@ -453,7 +453,7 @@ def test_an_export_has_names_of_one_instant(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_what_is_erased_meanwhile_is_kept_for_the_export(tmp_path: Path, kind: str) -> None:
     memory = kind == "memory"
-    target = opening.open_memory(MemoryConfig()) if memory else open_target(kind, tmp_path / "t")
+    target = open_memory(MemoryConfig()) if memory else open_target(kind, tmp_path / "t")
     with link_to(target) as link:
         data = pattern(100_000)
         gone = [target.create_and_write(data) for _ in range(3)]

@@ -17,9 +17,9 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.helpers import open_memory
 from warabi import aio, errors
 from warabi._core import caller
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabifs.frontends.device import Device
 from warabifs.frontends.kernel import dispatch, protocol
@@ -252,7 +252,7 @@ async def test_no_handler_leaves_a_request_unanswered(kernel: Kernel, late: bool
 
 
 def test_every_exception_of_every_opcode_becomes_one_errno() -> None:
-    target = opening.open_memory(MemoryConfig())
+    target = open_memory(MemoryConfig())
     try:
         files = FileSystem(
             aio.attach(target), exclusive=True, attr_timeout=1.0, drop_name=lambda *_: None
@@ -371,7 +371,7 @@ def test_what_truncates_is_not_cut_short_where_the_kernel_keeps_sizes(writeback:
 
         open = setattr
 
-    target = opening.open_memory(MemoryConfig())
+    target = open_memory(MemoryConfig())
     interrupted: list[int] = []
     files = Files(aio.attach(target), exclusive=True, attr_timeout=1.0, drop_name=lambda *_: None)
     found = dispatch.Operations(

@@ -24,6 +24,7 @@ from tests.support.helpers import (
     eventually,
     file_config,
     half_reply,
+    open_memory,
     pattern,
     provider_process,
 )
@@ -36,7 +37,7 @@ from warabi.target.target import Target as LocalTarget
 
 BACKENDS = {"memory": 1, "file": 2}
 LOCAL: dict[str, Callable[[Path], LocalTarget]] = {
-    "memory": lambda path: opening.open_memory(MemoryConfig()),
+    "memory": lambda path: open_memory(MemoryConfig()),
     "file": lambda path: opening.open_file(FileConfig(path=str(path), create_if_missing=True)),
 }
 
@@ -549,7 +550,7 @@ async def test_stopped_provider_times_out_and_is_usable_again(tmp_path: Path) ->
 
 
 async def test_attached_target_that_is_closed() -> None:
-    local = opening.open_memory(MemoryConfig())
+    local = open_memory(MemoryConfig())
     target = aio.attach(local)
     region = await target.create(1)
     local.close()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.helpers import open_memory
 from warabi._core.attributes import ROOT
 from warabi.metadata import catalogue as catalogue_module
 from warabi.metadata import dentries as dentries_module
 from warabi.metadata.inode import Inode
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 
 
@@ -29,7 +29,7 @@ class _Counted(dict[int, Inode]):
 def test_inodes_in_use_are_not_looked_at_by_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache cannot drop them, and must not try to at each step."""
     monkeypatch.setattr(catalogue_module, "_CACHED", 100)
-    with opening.open_memory(MemoryConfig()) as target:
+    with open_memory(MemoryConfig()) as target:
         catalogue = target._catalogue
         catalogue._trim_at = 100
         cache = catalogue._cache = _Counted(catalogue._cache)
@@ -52,7 +52,7 @@ def test_inodes_in_use_are_not_looked_at_by_each_call(monkeypatch: pytest.Monkey
 def test_names_that_were_removed_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dentries_module, "_KEPT_ABSENT", 64)
     monkeypatch.setattr(catalogue_module, "_CACHED", 512)
-    with opening.open_memory(MemoryConfig()) as target:
+    with open_memory(MemoryConfig()) as target:
         names = [b"%05d" % number for number in range(5000)]
         for name in names:
             target.namespace.mknod(ROOT, name, stat.S_IFREG | 0o644, 0, 0)

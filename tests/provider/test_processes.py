@@ -35,6 +35,7 @@ from tests.support.helpers import (
     environment,
     file_config,
     half_reply,
+    open_memory,
     run_python,
 )
 from warabi import errors
@@ -765,7 +766,7 @@ def test_asyncio_programs_get_an_error_with_advice() -> None:
 
         async def attach() -> None:
             refused = pytest.raises(RuntimeError, match=r"asyncio.to_thread\(\)")
-            with opening.open_memory(MemoryConfig()) as target, refused:
+            with open_memory(MemoryConfig()) as target, refused:
                 warabi.aio.attach(target)
             # What the sentence says:
             region = await asyncio.to_thread(handle.create_and_write, b"data")

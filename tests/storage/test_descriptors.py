@@ -17,12 +17,16 @@ from warabi._core import descriptors
 SCRIPT = """
 import json, os, resource, sys
 from warabi import errors
+from warabi.backends import memory
 from warabi.target import opening as layout
 from warabi.target.config import FileConfig, MemoryConfig
 kind, place, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 config = FileConfig(path=place + "/target", create_if_missing=True, packed=kind == "packed")
-target = layout.open_memory(MemoryConfig()) if kind == "memory" else layout.open_file(config)
+if kind == "memory":
+    target = layout.open_backend(memory.BACKEND, MemoryConfig())
+else:
+    target = layout.open_file(config)
 size = {"files": 100, "packed": 5000, "memory": 100_000}[kind]
 seen = most = 0
 hogs = []

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 import warabi.backends.memory_budget as budget
-from tests.support.helpers import environment
+from tests.support.helpers import environment, open_memory
 from warabi import errors
 from warabi.backends.memory_budget import Machine, machine_memory, physical_memory
 from warabi.metadata.tree import RENAME_WHITEOUT
 from warabi.region import RegionID
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabi.target.handlers import CALLS
 from warabi.target.target import Target
@@ -29,7 +28,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def memory(limit: int | None = None) -> Target:
-    return opening.open_memory(MemoryConfig(), limit=limit)
+    return open_memory(MemoryConfig(), limit=limit)
 
 
 # What there is

@@ -19,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import trustme
 
+from warabi.backends import memory
+from warabi.backends.memory import MemoryConfig
 from warabi.protocol import address, wire
 from warabi.protocol.auth import TlsFiles
+from warabi.target.opening import open_backend
+from warabi.target.target import Target
 
 if TYPE_CHECKING:
     import datetime
@@ -29,6 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0
 """Seconds after which something that should have ended counts as hung."""
 MEMORY: dict[str, Any] = {"target": {"type": "memory"}}
+
+
+def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
+    """A new target in memory; *limit*: most bytes of memory for it."""
+    return open_backend(memory.BACKEND, config, limit=limit)
 
 
 def file_config(path: Path, **settings: Any) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.helpers import open_memory
 from warabi._core.attributes import ROOT
 from warabi.errors import PathError
 from warabi.metadata import acl
 from warabi.metadata.acl import AclEntry
 from warabi.metadata.namespace import Namespace
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 
 bits = st.integers(0, 7)
@@ -66,7 +66,7 @@ def test_any_bytes_are_a_list_or_refused(value: bytes) -> None:
 
 @pytest.fixture
 def names() -> Iterator[Namespace]:
-    with opening.open_memory(MemoryConfig()) as target:
+    with open_memory(MemoryConfig()) as target:
         yield target.namespace
 
 

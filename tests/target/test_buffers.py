@@ -60,8 +60,8 @@ import gc
 import trio
 import warabi.aio
 from warabi.local.aio_link import AsyncDirectLink
+from tests.support.helpers import open_memory
 from warabi.target.config import MemoryConfig
-from warabi.target.opening import open_memory
 
 class Waiting(AsyncDirectLink):
     async def read_into(self, region, offset, place):

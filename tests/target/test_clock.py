@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from tests.support.helpers import open_memory
 from warabi.metadata.clock import Clock
 from warabi.metadata.domain import Row
 from warabi.metadata.inode import Inode
-from warabi.target import opening
 from warabi.target.config import MemoryConfig
 from warabi.target.target import Target
 
@@ -90,7 +90,7 @@ def test_times_that_were_set_are_replaced_by_the_next_write(clock: Clock) -> Non
 
 @pytest.fixture
 def target() -> Target:
-    return opening.open_memory(MemoryConfig())
+    return open_memory(MemoryConfig())
 
 
 def test_each_content_that_was_seen_has_a_time_of_its_own(target: Target) -> None:

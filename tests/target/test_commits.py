@@ -14,7 +14,7 @@ import pytest
 
 from tests.maintenance.test_fsck import fsck
 from tests.storage.test_checksums import open_target
-from tests.support.helpers import eventually, file_config
+from tests.support.helpers import eventually, file_config, open_memory
 from warabi import errors
 from warabi.client import Client
 from warabi.engine import Engine, client
@@ -24,7 +24,6 @@ from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target import commit
 from warabi.target.config import MemoryConfig
-from warabi.target.opening import open_memory
 from warabi.target.target import Target
 
 

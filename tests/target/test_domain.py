@@ -21,7 +21,7 @@ from hypothesis import given, settings
 import warabi
 from tests.maintenance.test_fsck import edit, fsck
 from tests.storage.test_checksums import open_target
-from tests.support.helpers import MEMORY, file_config
+from tests.support.helpers import MEMORY, file_config, open_memory
 from warabi import errors
 from warabi._core.attributes import Attributes
 from warabi.backends.memory_budget import MemoryBudget
@@ -39,7 +39,6 @@ from warabi.server import Provider
 from warabi.target.config import MemoryConfig
 from warabi.target.entries import ArchiveEntry, unpack_again, unpack_all
 from warabi.target.graft import adopt
-from warabi.target.opening import open_memory
 from warabi.tools.archive.export import export
 from warabi.tools.archive.restore import restore
 from warabifs.frontends.kernel.dispatch import _packed

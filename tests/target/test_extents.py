@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.crash.test_loop import make, mounted
-from tests.support.helpers import PATIENCE, pattern
+from tests.support.helpers import PATIENCE, open_memory, pattern
 from warabi import errors
 from warabi.region import RegionID
 from warabi.target import opening
@@ -106,7 +106,7 @@ def test_what_exceeds_the_quota_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(params=["memory", "file"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
     if request.param == "memory":
-        made = opening.open_memory(MemoryConfig())
+        made = open_memory(MemoryConfig())
     else:
         made = opened(tmp_path / "target")
     with made:
@@ -167,7 +167,7 @@ def test_a_region_may_be_erased_while_it_is_changed(target: Target) -> None:
 @pytest.mark.parametrize("name", ["allocate", "zero_range", "punch_hole"])
 def test_an_unknown_region_is_refused_whatever_the_size_is(name: str, size: int) -> None:
     keep_size = () if name == "punch_hole" else (False,)
-    with opening.open_memory(MemoryConfig()) as target:
+    with open_memory(MemoryConfig()) as target:
         region = target.create(100)
         call(target, name, region, 10, size, *keep_size)
         assert target.size(region) == 100

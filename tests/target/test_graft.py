@@ -19,7 +19,7 @@ from tests.crash.powerloss import assert_no_damage
 from tests.maintenance.test_backup import everything
 from tests.maintenance.test_fsck import fsck
 from tests.support.grafts import entry, listing, region
-from tests.support.helpers import PATIENCE, eventually, run_python
+from tests.support.helpers import PATIENCE, eventually, open_memory, run_python
 from tests.target.test_commits import faulty
 from warabi import errors
 from warabi._core.attributes import ROOT
@@ -43,9 +43,7 @@ def open_at(path: Path) -> Target:
 @pytest.fixture(params=["memory", "file"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
     with (
-        opening.open_memory(MemoryConfig())
-        if request.param == "memory"
-        else open_at(tmp_path / "target")
+        open_memory(MemoryConfig()) if request.param == "memory" else open_at(tmp_path / "target")
     ) as opened:
         yield opened
 
@@ -354,7 +352,7 @@ def test_two_grafts_at_once(target: Target, between: Between) -> None:
 
 
 def test_memory_exhausted_during_a_graft() -> None:
-    with opening.open_memory(MemoryConfig(), limit=2 << 20) as target:
+    with open_memory(MemoryConfig(), limit=2 << 20) as target:
         entries = [entry(b"d%05d" % i, DIRECTORY) for i in range(8_000)]
         place = target.create_and_write(listing(entry(b"", DIRECTORY), *entries))
         before = rows(target)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.helpers import PATIENCE, environment, pattern
+from tests.support.helpers import PATIENCE, environment, open_memory, pattern
 from warabi import errors
 from warabi._core.attributes import Attributes
 from warabi.region import RegionID
@@ -25,7 +25,7 @@ LARGE = 1 << 20
 
 
 def _memory(path: Path, **settings: Any) -> Target:
-    return opening.open_memory(MemoryConfig(**settings))
+    return open_memory(MemoryConfig(**settings))
 
 
 def _file(path: Path, **settings: Any) -> Target:

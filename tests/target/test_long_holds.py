@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.support.helpers import MEMORY, PATIENCE, eventually, file_config, pattern
+from tests.support.helpers import MEMORY, PATIENCE, eventually, file_config, open_memory, pattern
 from warabi import aio, errors
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
@@ -36,7 +36,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def target(config: dict[str, Any], tmp_path: Path) -> Iterator[Target]:
     """A target of this process alone."""
     with (
-        opening.open_memory(MemoryConfig())
+        open_memory(MemoryConfig())
         if config is MEMORY
         else opening.open_file(FileConfig(path=str(tmp_path / "target"), create_if_missing=True))
     ) as opened:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.helpers import open_memory
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
 from warabi.metadata import dentries
@@ -24,7 +25,7 @@ from warabi.target.config import FileConfig, MemoryConfig
 from warabi.target.target import Target
 
 BACKENDS: dict[str, Callable[[Path], Target]] = {
-    "memory": lambda path: opening.open_memory(MemoryConfig()),
+    "memory": lambda path: open_memory(MemoryConfig()),
     "file": lambda path: opening.open_file(FileConfig(path=str(path), create_if_missing=True)),
 }
 
@@ -587,7 +588,7 @@ def test_times_of_directories_follow_their_entries(names: Namespace) -> None:
 
 
 def test_quota_leaves_no_name_behind(tmp_path: Path) -> None:
-    with opening.open_memory(MemoryConfig(capacity=10)) as target:
+    with open_memory(MemoryConfig(capacity=10)) as target:
         made = mkfile(target.namespace, ROOT, b"f")
         with pytest.raises(errors.StorageFull):
             target.write(made.region, 0, bytes(11), extend=True)

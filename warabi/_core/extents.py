@@ -9,6 +9,7 @@ from typing import Any
 
 from warabi._core.buffers import MAX_SIZE, checked_size
 from warabi.errors import InvalidBuffer, OutOfBounds, ProtocolError
+from warabi.region import RegionID
 
 Extent = tuple[int, int]
 EXTENTS = 16384
@@ -101,3 +102,10 @@ def views(extents: list[Extent], buffer: memoryview) -> Iterator[tuple[int, memo
         if size:
             yield offset, buffer[start : start + size]
         start += size
+
+
+def beyond_end(what: str, region: RegionID, offset: int, size: int, have: int) -> OutOfBounds:
+    """Return the error for an extent that ends beyond a region of *have* bytes."""
+    return OutOfBounds(
+        f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
+    )

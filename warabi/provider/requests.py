@@ -7,7 +7,7 @@ from typing import Any
 
 from warabi import errors
 from warabi._core import extents
-from warabi._core.extents import Extent
+from warabi._core.extents import Extent, beyond_end
 from warabi.protocol.forms import shown
 from warabi.protocol.operations import OPERATIONS, Payload, checked_arguments
 from warabi.protocol.wire import Limits
@@ -103,10 +103,7 @@ def check_bounds(target: Target, plan: TransferPlan, what: str) -> None:
     have = target.size(plan.region)
     for offset, size in plan.extents:
         if not plan.extend and (offset < 0 or offset + size > have):
-            raise errors.OutOfBounds(
-                f"{what} {plan.region!r}: {size} bytes at offset {offset} end beyond its"
-                f" {have} bytes"
-            )
+            raise beyond_end(what, plan.region, offset, size, have)
 
 
 def plan_upload(request: TargetRequest) -> TransferPlan:

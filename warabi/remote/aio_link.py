@@ -10,7 +10,7 @@ import trio
 
 from warabi import errors
 from warabi._core.changes import CONTENT, Changes
-from warabi._core.extents import EXTENTS, Extent, groups, pack, total
+from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi._core.tuning import ERASE_PATIENCE
 from warabi.local.aio_link import GetBuffer
 from warabi.local.link import CREATE
@@ -118,9 +118,7 @@ class AsyncWireLink:
     async def _check_end(self, region: RegionID, offset: int, size: int, what: str) -> None:
         have = await self.size(region)
         if offset + size > have:
-            raise errors.OutOfBounds(
-                f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
-            )
+            raise beyond_end(what, region, offset, size, have)
 
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         limit = self._connection.limits.payload

@@ -9,7 +9,7 @@ from typing import Any
 from warabi import errors
 from warabi._core import interrupts
 from warabi._core.buffers import checked_size
-from warabi._core.extents import EXTENTS, Extent, groups, pack, total
+from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi.local.link import CREATE, finished, wait_all
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
@@ -169,9 +169,7 @@ class WireLink:
         """Check the bounds of a transfer in chunks before its first chunk."""
         have = self.size(region)
         if offset + size > have:
-            raise errors.OutOfBounds(
-                f"{what} {region!r}: {size} bytes at offset {offset} end beyond its {have} bytes"
-            )
+            raise beyond_end(what, region, offset, size, have)
 
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
         if not self.reading.read_into(region, offset, place):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from warabi import errors
-from warabi.backends import Backend, Plan, Storage, file, memory, pmem, registry
+from warabi.backends import Backend, Plan, Storage, file, pmem, registry
 from warabi.backends.checksummed import storage_with_sums
 from warabi.backends.file import FileStorage
 from warabi.backends.packed import PackedStorage
@@ -26,7 +26,7 @@ from warabi.metadata import schema
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.journal import close_quietly, sync_directory
 from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION
-from warabi.target.config import FileConfig, MemoryConfig, PmemConfig, TargetConfig
+from warabi.target.config import FileConfig, PmemConfig, TargetConfig
 from warabi.target.lockfile import LockFile
 from warabi.target.target import Target
 
@@ -86,12 +86,6 @@ def volatile(catalogue: Catalogue, storage: Storage, capacity: int | None) -> Ta
     """Open a target that ends with its process."""
     catalogue.limit(storage.charge)
     return Target(catalogue, storage, capacity=capacity, instead=storage.instead)
-
-
-def open_memory(config: MemoryConfig, *, limit: int | None = None) -> Target:
-    """Open an empty target in memory; see :func:`open_backend`.  The configuration's ``capacity``
-    limits sizes, *limit* memory."""
-    return open_backend(memory.BACKEND, config, limit=limit)
 
 
 def open_file(config: FileConfig) -> Target:

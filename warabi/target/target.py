@@ -26,11 +26,11 @@ from typing import Any
 
 from warabi._core import forks
 from warabi._core.buffers import MAX_SIZE, checked_size, filled_bytes, readable, writable
-from warabi._core.extents import Extent, check_total, checked_extents, views
+from warabi._core.extents import Extent, beyond_end, check_total, checked_extents, views
 from warabi._core.results import RegionStat
 from warabi.backends import Storage
 from warabi.backends.base import Flush, Fresh
-from warabi.errors import Lengthy, OutOfBounds, WouldBlock
+from warabi.errors import Lengthy, WouldBlock
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
 from warabi.metadata.namespace import Namespace
@@ -153,10 +153,7 @@ class Target:
 
     def _bounds(self, inode: Inode, what: str, offset: int, size: int) -> None:
         if offset + size > inode.size:
-            raise OutOfBounds(
-                f"{what} {inode.rid!r}: {size} bytes at offset {offset} end beyond its"
-                f" {inode.size} bytes"
-            )
+            raise beyond_end(what, inode.rid, offset, size, inode.size)
 
     # Regions
 
