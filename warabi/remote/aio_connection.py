@@ -209,7 +209,8 @@ class TrioConnection(Replies):
 
         It polls for a moment, and then waits as long as nothing else arrives.  The reading task
         sleeps meanwhile, and misses nothing: it is between two messages, or two chunks of one, and
-        also receives without waiting.
+        also receives without waiting.  What arrived together with the reply, to a request that
+        waits for an event, is taken here, since the socket is not readable for it any more.
         """
         began = perf_counter_ns()
         asleep = False
@@ -232,6 +233,8 @@ class TrioConnection(Replies):
                     asleep = True
                     if lull:
                         lull.begin()
+            while (event := self._wire.next_event()) is not NEED_DATA:
+                self._take(event)
         except BlockingIOError:
             return
         except (errors.Exception, OSError) as error:
@@ -263,7 +266,8 @@ class TrioConnection(Replies):
     ) -> Any:
         """Send *request* and return its result, or raise its error.
 
-        *soon* is false for requests that wait for an event.
+        *soon* is false for requests that wait for an event, such as the release of a lock: they do
+        not count as pending ones, of which there may be only so many.
         """
         if self._lost is not None:
             raise self._lost_error(request.what)
@@ -272,15 +276,17 @@ class TrioConnection(Replies):
         if perf_counter_ns() - self._turn > turn:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._turn = perf_counter_ns()
+        if not soon:
+            return await self._request(request, header, payload, False)
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
             await self._acquire_slot(request)
-        self._awaited += soon
+        self._awaited += 1
         try:
-            return await self._request(request, header, payload, soon and self._awaited == 1)
+            return await self._request(request, header, payload, self._awaited == 1)
         finally:
-            self._awaited -= soon
+            self._awaited -= 1
             self._slots.release()
 
     async def _acquire_slot(self, request: PendingRequest) -> None:
@@ -370,6 +376,8 @@ class TrioConnection(Replies):
         if not self._deadlines:
             return limit
         operation = OPERATIONS.get(request.operation)
+        if request.operation == "lock":
+            return limit  # unlike ``watch``, it is not just asked again
         slow = operation is None or operation.waits or operation.long
         return min(limit, self._timeout * (SLOW_FACTOR if slow else 1))
 
