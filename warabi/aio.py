@@ -36,6 +36,14 @@ from warabi._core.buffers import (
 )
 from warabi._core.changes import Changes
 from warabi._core.extents import EXTENTS, beyond_end, check_total, checked_extents, pack
+from warabi._core.lock_ranges import (
+    EXCLUSIVE,
+    SHARED,
+    UNLOCK,
+    FileLock,
+    lock_arguments,
+    lock_numbers,
+)
 from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
 from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
@@ -171,6 +179,37 @@ class Target:
         checked = checked_extents(extents, "persist_vector")
         for start in range(0, max(1, len(checked)), EXTENTS):
             await self.call("persist_vector", _id(region), pack(checked[start : start + EXTENTS]))
+
+    async def lock(
+        self, region: RegionID, start: int = 0, size: int | None = None, *, shared: bool = False,
+        wait: bool = True, owner: int = 0, flock: bool = False,
+    ) -> None:  # fmt: skip
+        kind = SHARED if shared else EXCLUSIVE
+        request = lock_arguments("lock", region, flock, owner, kind, start, size)
+        number = next(lock_numbers) if wait else 0
+        try:
+            await self.call("lock", *request, os.getpid(), number)
+        except trio.Cancelled:  # it may be waiting, or granted
+            with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
+                await self.call("cancel_lock", number)
+                await self.unlock(region, start, size, owner=owner, flock=flock)
+            raise
+
+    async def unlock(
+        self, region: RegionID, start: int = 0, size: int | None = None, *, owner: int = 0,
+        flock: bool = False,
+    ) -> None:  # fmt: skip
+        request = lock_arguments("unlock", region, flock, owner, UNLOCK, start, size)
+        await self.call("lock", *request, 0, 0)
+
+    async def test_lock(
+        self, region: RegionID, start: int = 0, size: int | None = None, *, shared: bool = False,
+        owner: int = 0, flock: bool = False,
+    ) -> FileLock | None:  # fmt: skip
+        kind = SHARED if shared else EXCLUSIVE
+        request = lock_arguments("test_lock", region, flock, owner, kind, start, size)
+        found: FileLock | None = await self.call("test_lock", *request)
+        return found
 
     async def erase(self, region: RegionID) -> None:
         await self.call("erase", _id(region))

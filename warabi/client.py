@@ -23,6 +23,14 @@ from warabi._core.buffers import (
     xattr_call,
 )
 from warabi._core.extents import EXTENTS, beyond_end, check_total, checked_extents, pack
+from warabi._core.lock_ranges import (
+    EXCLUSIVE,
+    SHARED,
+    UNLOCK,
+    FileLock,
+    lock_arguments,
+    lock_numbers,
+)
 from warabi._core.results import RegionStat
 from warabi.engine import Engine, state_of
 from warabi.errors import ConfigError, Exception, PathError, TargetNotFound
@@ -363,6 +371,70 @@ class TargetHandle:
         for start in range(0, max(1, len(checked)), EXTENTS):
             packed = pack(checked[start : start + EXTENTS])
             self._link.call("persist_vector", _id(region), packed)
+
+    def lock(
+        self, region: RegionID, start: int = 0, size: int | None = None, *, shared: bool = False,
+        wait: bool = True, owner: int = 0, flock: bool = False,
+    ) -> None:  # fmt: skip
+        """Lock bytes of the region, or with *shared* lock them for reading: an advisory lock, as of
+        fcntl(2), which programs on mounts see, too.
+
+        A lock belongs to *owner*, a number of at most 63 bits that tells apart the users of one
+        connection, such as threads; handles of one client use the same connection.  What the owner
+        had locked there before is converted.  Locks end with :meth:`unlock`, with the connection,
+        and with the provider; a fork has none.
+
+        Args:
+            region: the region.
+            start: offset of the first byte.
+            size: number of bytes; None: to the end, however long the region grows.
+            shared: whether other owners may have shared locks of these bytes.
+            wait: whether to wait for other owners.  Without a time limit; an interrupted call
+                leaves the bytes unlocked.
+            owner: whose lock.
+            flock: a lock of the whole region as of flock(2), which conflicts only with others of
+                these; *start* and *size* have no effect.
+
+        Raises:
+            InvalidRegion: unknown or erased.
+            PathError: with the ``errno`` ``EAGAIN``, another owner has it and *wait* is false;
+                ``EDEADLK``, that owner waits for a lock of this one; ``ENOLCK``, too many locks.
+        """
+        kind = SHARED if shared else EXCLUSIVE
+        request = lock_arguments("lock", region, flock, owner, kind, start, size)
+        number = next(lock_numbers) if wait else 0
+        try:
+            self._link.call("lock", *request, os.getpid(), number)
+        except Exception:
+            raise
+        except BaseException:  # interrupted: it may be waiting, or granted
+            with contextlib.suppress(Exception):
+                self._link.call("cancel_lock", number)
+                self.unlock(region, start, size, owner=owner, flock=flock)
+            raise
+
+    def unlock(
+        self, region: RegionID, start: int = 0, size: int | None = None, *, owner: int = 0,
+        flock: bool = False,
+    ) -> None:  # fmt: skip
+        """Unlock what *owner* has locked of these bytes, if anything; see :meth:`lock`.
+
+        Raises:
+            PathError: ``ENOLCK``, too many locks: unlocking a part of a range makes two.
+        """
+        request = lock_arguments("unlock", region, flock, owner, UNLOCK, start, size)
+        self._link.call("lock", *request, 0, 0)
+
+    def test_lock(
+        self, region: RegionID, start: int = 0, size: int | None = None, *, shared: bool = False,
+        owner: int = 0, flock: bool = False,
+    ) -> FileLock | None:  # fmt: skip
+        """Return a lock of another owner that would keep :meth:`lock` waiting; None if there is
+        none."""
+        kind = SHARED if shared else EXCLUSIVE
+        request = lock_arguments("test_lock", region, flock, owner, kind, start, size)
+        found: FileLock | None = self._link.call("test_lock", *request)
+        return found
 
     def erase(self, region: RegionID) -> None:
         """Remove the region, and its names.

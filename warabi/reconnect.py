@@ -13,6 +13,9 @@ Rules of this module:
 * A call whose caller was cancelled (``warabi/_core/caller.py``) is neither sent nor repeated.
 * State of a connection at the provider ends with it: pins are acquired again before the next link
   is used.  An inode that was removed in between stays removed, its region is invalid.
+* Locks on files end with the connection, too, but the provider keeps them until another client
+  locks the same.  The next link asks for each whether it still has it.  What is lost makes all use
+  of the file fail until its owner has unlocked it.
 * Unsynced writes may be lost when a provider is not shut down cleanly.  This changes the target's
   *epoch*: then the next sync of each file with such data fails, once, as after an I/O error.
 * Between reading a table and changing it there is no checkpoint.
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -40,6 +44,7 @@ from warabi.local.aio_link import AsyncLink, GetBuffer
 from warabi.protocol.operations import OPERATIONS, Syncs, operation_named
 from warabi.protocol.operations import ChangeScope as Changing
 from warabi.region import RegionID
+from warabi.remote.held_locks import HeldLocks
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +88,9 @@ class ReconnectingLink:
             RegionID, int
         ] = {}  # number of the last change of each file, oldest first
         self._names_changed = 0  # number of the last unsynced change of a name
+        self._token = secrets.token_bytes(16)  # by which the provider recognises this client
+        self._locks = HeldLocks()
+        self._locking: AsyncLink | None = None  # the last link that was told the token
         self._torn: set[RegionID] = set()  # files that may have lost writes
         self._names_torn = False
 
@@ -127,6 +135,31 @@ class ReconnectingLink:
         if self._identity is not None and found[1] != self._identity[1]:
             self._tear()
         self._identity = found
+        if self._locking is not None:
+            await self._restore_locks(link)
+
+    async def _restore_locks(self, link: AsyncLink) -> None:
+        """Find out which locks are still held."""
+        locks = self._locks
+        await link.call("lock_session", (self._token,))
+        self._locking = link
+        checked: set[Any] = set()
+        while True:  # calls that end late may add more
+            while locks.unknown:
+                request = locks.unknown.pop()
+                try:
+                    await link.call("lock", request)
+                except BaseException:
+                    locks.unknown.append(request)
+                    raise
+            missing = [item for item in locks.items() if item not in checked]
+            if not missing:
+                return
+            for item in missing:
+                checked.add(item)
+                if not await link.call("holds_lock", locks.question(*item)):
+                    log.error("%s: a lock on region %s was lost", self._name, item[0][0].hex())
+                    locks.lose(*item)
 
     async def _pin_again(self, link: AsyncLink, ino: int) -> bool:
         try:
@@ -197,6 +230,10 @@ class ReconnectingLink:
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         arguments = tuple(arguments)
         operation = operation_named(name)
+        if name == "lock":
+            return await self._lock(arguments)
+        if self._locks.lost_in and arguments and "region" in operation.position:
+            self._locks.check(arguments[operation.position["region"]], name)
         changes, syncs = operation.changes, operation.syncs is not Syncs.NOTHING
         before = next(self._clock)
         if syncs:
@@ -225,6 +262,29 @@ class ReconnectingLink:
             self._changed(getattr(result, "region", None))
         await self._count_pins(name, arguments, result, link)
         return result
+
+    async def _lock(self, request: tuple[Any, ...]) -> None:
+        """Lock or unlock; a request whose reply was lost is repeated."""
+        locks = self._locks
+
+        async def ask(link: AsyncLink) -> None:
+            if link is not self._locking:
+                await link.call("lock_session", (self._token,))
+                self._locking = link
+            await link.call("lock", request)
+
+        while True:
+            locks.check_owner(request)
+            locks.asked(request)
+            try:
+                _, link = await self._do("lock", ask)
+            except (*_NOBODY_THERE, trio.Cancelled):
+                locks.uncertain(request)
+                raise
+            if self._link in (link, None):
+                break
+            # It was granted on a connection that has ended, and the next one knew nothing of it.
+        locks.granted(request)
 
     async def _count_pins(
         self, name: str, arguments: tuple[Any, ...], result: Any, link: AsyncLink | None
@@ -315,15 +375,21 @@ class ReconnectingLink:
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
+        if self._locks.lost_in:
+            self._locks.check(region, "write")
         # Before and after: the reply may arrive when another provider is connected.
         self._changed(region, persist)
         await self._do("write", lambda link: link.write(region, offset, data, persist, extend))
         self._changed(region, persist)
 
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
+        if self._locks.lost_in:
+            self._locks.check(region, "read")
         await self._do("read", lambda link: link.read_into(region, offset, place))
 
     async def read_some(self, region: RegionID, offset: int, size: int, place: GetBuffer) -> int:
+        if self._locks.lost_in:
+            self._locks.check(region, "read")
         count, _ = await self._do("read", lambda link: link.read_some(region, offset, size, place))
         return count
 
@@ -337,6 +403,8 @@ class ReconnectingLink:
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
+        if self._locks.lost_in:
+            self._locks.check(region, "write_vector")
         self._changed(region, persist)
         await self._do(
             "write_vector", lambda link: link.write_vector(region, extents, data, persist)
@@ -344,12 +412,16 @@ class ReconnectingLink:
         self._changed(region, persist)
 
     async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
+        if self._locks.lost_in:
+            self._locks.check(region, "append")
         self._changed(region, persist)
         offset, _ = await self._do("append", lambda link: link.append(region, data, persist))
         self._changed(region, persist)
         return offset
 
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
+        if self._locks.lost_in:
+            self._locks.check(region, "read_vector")
         await self._do("read_vector", lambda link: link.read_vector(region, extents, place))
 
 

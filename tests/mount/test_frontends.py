@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -31,7 +32,9 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
+from tests.mount.together import client_of
 from tests.posix.support import check, file, libc, mode_of, opened, umask, user
+from warabi import engine as warabi_engine
 from warabifs.frontends.base import Ability
 from warabifs.frontends.registry import FRONT_ENDS
 
@@ -320,6 +323,20 @@ def finds_holes(name: str, place: Path) -> bool:
         return os.lseek(fd, 0, os.SEEK_HOLE) == 0
 
 
+def has_locks_kept(name: str, place: Path) -> bool:
+    """By the provider; without it, mounts do not see each other's."""
+    with (
+        serving("na+sm") as provider,
+        mounted_by(name, provider.address, place, PROVIDER) as mount,
+        warabi_engine.Engine("na+sm", warabi_engine.client) as engine,
+        opened(mount.path / "file") as fd,
+    ):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        target = client_of(provider, engine)
+        found = target.test_lock(target.open_name("file"), flock=True)
+        return found is not None
+
+
 CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.DIRECT_IO: goes_past_the_page_cache,
     Ability.WRITEBACK: holds_writes_back,
@@ -334,6 +351,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.REQUEST_FLAGS: says_who_reads,
     Ability.FALLOCATE: reserves_room,
     Ability.SEEK_DATA: finds_holes,
+    Ability.LOCKS: has_locks_kept,
     Ability.COPY_RANGE: has_ranges_copied,
     Ability.TMPFILE: makes_files_without_names,
     Ability.XATTR_FLAGS: creates_attributes_at_once,

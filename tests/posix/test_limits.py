@@ -29,6 +29,7 @@ from tests.mount.support import (
     python,
     run,
     source_of,
+    wait_until,
     watchdog,
 )
 from tests.posix.conftest import MOUNTED
@@ -181,13 +182,46 @@ while True:
     assert re.fullmatch("0x100 end", seen[-1])
 
 
-def test_locks_and_inotify_do_not_cross_mounts(place: Path) -> None:
+def test_the_holder_of_a_lock_on_another_mount_is_not_told(place: Path) -> None:
     with two_mounts(place) as (one, two):
         file(one.path / "file")
         with opened(one.path / "file") as here, opened(two.path / "file") as there:
-            for call in (fcntl.flock, fcntl.lockf):
-                call(here, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                call(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(here, fcntl.LOCK_EX, 10, 5)
+            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+            found = struct.unpack("hhqqi4x", fcntl.fcntl(there, fcntl.F_GETLK, asked))
+            assert found == (fcntl.F_WRLCK, os.SEEK_SET, 5, 10, 0)
+
+
+def test_cycles_of_locks_of_open_files_are_deadlocks(place: Path) -> None:
+    script = """
+import fcntl, os, struct, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+lock = lambda start: struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, start, 1, 0)
+fcntl.fcntl(fd, 37, lock(1))
+print("locked", flush=True)
+fcntl.fcntl(fd, 38, lock(0))
+"""
+    with two_mounts(place) as (one, two):
+        file(one.path / "file")
+        with opened(one.path / "file") as fd:
+            lock = [struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, start, 1, 0) for start in (0, 1)]
+            fcntl.fcntl(fd, F_OFD_SETLK, lock[0])
+            with another_python(script, two.path / "file") as other:
+                assert line_of(other) == "locked"
+                wait_until(lambda: _waits_for_lock(other.pid), "a request that waits")
+                with fails_with(errno.EDEADLK):
+                    fcntl.fcntl(fd, F_OFD_SETLKW, lock[1])
+
+
+F_OFD_SETLK, F_OFD_SETLKW = 37, 38
+
+
+def _waits_for_lock(pid: int) -> bool:
+    return "fuse_setlk" in Path(f"/proc/{pid}/stack").read_text()
+
+
+def test_watchers_of_two_mounts_do_not_meet(place: Path) -> None:
+    with two_mounts(place) as (one, two):
         watch = libc.inotify_init1(os.O_NONBLOCK)
         try:
             check(libc.inotify_add_watch(watch, os.fsencode(two.path), 0xFFF))

@@ -10,7 +10,7 @@ import trio
 from warabi._core.changes import Changes
 from warabi._core.extents import Extent, pack
 from warabi.errors import WouldBlock
-from warabi.local import async_ops
+from warabi.local import async_ops, locking
 from warabi.local.watch import Watching
 from warabi.region import RegionID
 from warabi.target.handlers import bound
@@ -67,6 +67,9 @@ class AsyncDirectLink:
                 return in_loop(call, *arguments)
             except WouldBlock:
                 """Whether it takes long with these arguments."""
+        elif name in locking.OPERATIONS:
+            locks = self._target.file_locks
+            return await locking.execute(locks, locks.local, name, arguments)
         return await async_ops.execute(self._target, name, tuple(arguments))
 
     @trio.lowlevel.enable_ki_protection

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from warabi import errors
 from warabi._core import forks, interrupts
 from warabi._core.extents import Extent, pack
+from warabi._core.tuning import INTERRUPT_CHECK
 from warabi.errors import WouldBlock
 from warabi.protocol.operations import OPERATIONS, READING
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest
@@ -117,11 +118,28 @@ class DirectLink:
         self._call("erase", region)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        call = self._calls[name]
+        call = self._calls.get(name)
+        if call is None:
+            return self._lock(name, arguments)
         if name in READING:
             return call(self._core.target, *arguments)
         with self._core.changes:
             return call(self._core.target, *arguments)
+
+    def _lock(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """Execute an operation on locks; waits for other owners."""
+        locks = self._core.target.file_locks
+        if name != "lock" or not arguments[-1]:
+            return locks.execute(locks.local, name, arguments)
+        woken = interrupts.Wakeup()
+        waiting = locks.request(locks.local, *arguments, wake=woken.set)
+        while waiting is not None and not waiting.done:
+            woken.wait(INTERRUPT_CHECK)
+            interrupts.check()
+            locks.settle()
+        if waiting is not None and waiting.error is not None:
+            raise waiting.error
+        return None
 
     def size(self, region: RegionID) -> int:
         size = self.reading.size(region)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from warabi._core.attributes import Attributes
+from warabi._core.lock_ranges import FileLock
 from warabi._core.results import OpenedInode, RegionStat, Verified
 from warabi.errors import ProtocolError
 from warabi.region import RegionID
@@ -138,6 +139,8 @@ REGION_STAT = record(
 STATS = list_of(record("a region with its size, times and names", (REGION, REGION_STAT), tuple))
 OPENED = record("attributes and a version", (ATTRIBUTES, INTEGER), OpenedInode._make)
 VERIFIED = record("counts of blocks", (INTEGER, INTEGER, list_of(INTEGER)), Verified._make)
+
+FILE_LOCK = record("a locked range", (FLAG, INTEGER, INTEGER, INTEGER), FileLock._make)
 
 _NUMBER = Form("a number", (int, bool))
 JOINED = record("the location of the provider's liveness word", (INTEGER, INTEGER, FLAG), tuple)

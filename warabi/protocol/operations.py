@@ -87,6 +87,7 @@ class Served(enum.Enum):
     TARGET = enum.auto()  # a function of ``calls.CALLS``
     TRANSFER = enum.auto()  # separate methods of links and sessions
     ENGINE = enum.auto()  # ``provider/session.py`` itself
+    LOCKS = enum.auto()  # ``local/locking.py``
     DIRECT_ACCESS = enum.auto()  # ``provider/direct_access.py``
     MIGRATION = enum.auto()  # ``provider/migration/exchange.py``
 
@@ -111,6 +112,7 @@ class Operation:
         waits: whether it may wait for stable storage, and so would block an event loop.
         long: whether it may compute for longer than an event loop may be held: it runs in a worker
             thread for every target.
+        indefinite: whether it may wait for other clients, for any time: a reply has no deadline.
         served: what carries it out.
         pins: returns the inode that it pins for the caller, and the count, from its arguments and
             result.
@@ -127,6 +129,7 @@ class Operation:
     syncs: Syncs = Syncs.NOTHING
     waits: bool = False
     long: bool = False
+    indefinite: bool = False
     served: Served = Served.TARGET
     pins: Pins | None = None
     forms: tuple[Form, ...] = field(init=False)
@@ -167,9 +170,13 @@ _READ, _CHANGE = RequiredAccess.READ, RequiredAccess.CHANGE
 _UPLOAD, _DOWNLOAD = Payload.UPLOAD, Payload.DOWNLOAD
 _NOTHING, _NAMES, _UNNAMED = ChangeScope.NOTHING, ChangeScope.NAMES, ChangeScope.UNNAMED
 _BYTES_OF, _INODE, _TARGET = ChangeScope.REGION, ChangeScope.INODE, ChangeScope.TARGET
-_TRANSFER, _ENGINE = Served.TRANSFER, Served.ENGINE
+_TRANSFER, _ENGINE, _LOCKS = Served.TRANSFER, Served.ENGINE, Served.LOCKS
 _DIRECT, _MIGRATION = Served.DIRECT_ACCESS, Served.MIGRATION
 _RANGE = {"region": REGION, "offset": INTEGER, "size": INTEGER}
+_LOCK = {
+    "region": REGION, "flock": FLAG, "owner": INTEGER, "kind": INTEGER, "start": INTEGER,
+    "end": INTEGER,
+}  # fmt: skip
 _ENTRY_AT = {"parent": INTEGER, "name": BYTES}
 _OWNER = {"uid": INTEGER, "gid": INTEGER}
 
@@ -354,8 +361,27 @@ OPERATIONS: dict[str, Operation] = {
     "shutdown": Operation({}, NOTHING, _CHANGE, _TARGET, served=_ENGINE),
     "watch": Operation(
         {"number": INTEGER, "new_names": FLAG}, change_codec.CHANGES, _READ, _NOTHING,
-        repeatable=True, served=_ENGINE,
+        repeatable=True, indefinite=True, served=_ENGINE,
     ),
+    # Locks on files; they end with the connection, and so are not changes of the target.
+    # The token of a client that connects again: what it held, and no other client has locked
+    # meanwhile, it holds again.
+    "lock_session": Operation(
+        {"token": BYTES}, NOTHING, _READ, _NOTHING, repeatable=True, served=_LOCKS
+    ),
+    # ``kind`` is one of ``target/file_locks.py``, ``end`` the last byte, ``wait`` a number for
+    # ``cancel_lock``, or 0: do not wait.
+    "lock": Operation(
+        {**_LOCK, "pid": INTEGER, "wait": INTEGER},
+        NOTHING, _READ, _NOTHING, repeatable=True, indefinite=True, served=_LOCKS,
+    ),
+    "cancel_lock": Operation(
+        {"wait": INTEGER}, NOTHING, _READ, _NOTHING, repeatable=True, served=_LOCKS
+    ),
+    "test_lock": Operation(
+        _LOCK, optional(forms.FILE_LOCK), _READ, _NOTHING, repeatable=True, served=_LOCKS
+    ),
+    "holds_lock": Operation(_LOCK, FLAG, _READ, _NOTHING, repeatable=True, served=_LOCKS),
     # Direct access; a read-only connection gets read-only grants.
     "join": Operation(
         {"writable": FLAG}, optional(forms.JOINED), _READ, _NOTHING, served=_DIRECT

@@ -185,7 +185,7 @@ class Patience:
     def of(self, name: str) -> float:
         """Return the deadline for a reply to the operation *name*."""
         operation = OPERATIONS.get(name)
-        if name == "watch" or (operation and operation.served is Served.MIGRATION):
+        if operation and (operation.indefinite or operation.served is Served.MIGRATION):
             return math.inf  # has a reply only when something has happened
         if self.deadline is not None:
             return self.deadline

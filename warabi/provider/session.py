@@ -24,6 +24,7 @@ from warabi._core import changes
 from warabi._core.log_limit import RateLimit
 from warabi.errors import WouldBlock
 from warabi.local import async_ops
+from warabi.local.locking import Granting, SessionLocks
 from warabi.local.occupancy import wait_free
 from warabi.local.watch import Watching
 from warabi.protocol import change_codec, wire
@@ -110,6 +111,7 @@ class ClientSession:
         self._writes = zero_copy.Sequence()
         self._running = Budget(limits.requests, limits.outstanding)
         self._pins = Pins()
+        self._locks = SessionLocks()
         self._origin = changes.Origin()  # referenced by inodes, which outlive the session
         self._watching = Watching(self._origin)
         self._watchers = 0  # pending watch requests
@@ -127,6 +129,7 @@ class ClientSession:
                     await self._serve(nursery)
                 finally:
                     self._watching.end()
+                    self._locks.end()
         finally:
             self._channel.close()
             self._leave()
@@ -143,6 +146,7 @@ class ClientSession:
         """Complete the requests that have arrived, and end."""
         self._channel.drain()
         self._watching.finish()
+        self._locks.end()
         if self._host is not None:
             self._host.drain()
         if not self._handling:
@@ -217,6 +221,9 @@ class ClientSession:
             if served is Served.ENGINE:
                 await self._control(number, provider_id, name, arguments, nursery)
                 return
+            if served is Served.LOCKS:
+                await self._lock(number, self._find(provider_id), name, arguments, nursery)
+                return
             if served is Served.DIRECT_ACCESS:
                 await self._share(number, self._find(provider_id), name, arguments)
                 return
@@ -256,6 +263,31 @@ class ClientSession:
         self._shutdown()
         with trio.move_on_after(1.0, shield=True):  # the loop may have been cancelled
             await self._reply(number, None)
+
+    async def _lock(
+        self, number: int, core: ProviderCore, name: str, arguments: Any, nursery: trio.Nursery
+    ) -> None:
+        """Execute an operation on locks.  One that waits is none of the pending requests whose
+        number is limited: those of a mount could all be waiting for a lock of the mount itself."""
+        checked = checked_arguments(name, arguments)
+        if core.target.occupied:
+            await wait_free(core.target)
+        try:
+            result = self._locks.begin(core.target, name, checked)
+        except Exception as error:
+            await self._report(number, name, error)
+            return
+        if isinstance(result, Granting):
+            nursery.start_soon(self._grant, number, result)
+        else:
+            await self._reply(number, result)
+
+    async def _grant(self, number: int, granting: Granting) -> None:
+        try:
+            await granting.wait()
+            await self._reply(number, None)
+        except Exception as error:
+            await self._report(number, "lock", error)
 
     async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
         checked = checked_arguments(name, arguments)

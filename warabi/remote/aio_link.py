@@ -75,7 +75,7 @@ class AsyncWireLink:
         if data is not None and len(data) <= self.eager_write:
             eager, data = bytes(data), None
         header = (self._provider_id, request.what, arguments, eager)
-        soon = request.what != "watch"
+        soon = request.what != "watch" and not (request.what == "lock" and arguments[-1])
         if request.what in CREATE:
             self._connection.undo_later(request, [self._provider_id, "erase"])
         return await self._connection.request(request, header, data, soon=soon)

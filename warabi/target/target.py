@@ -10,6 +10,7 @@ calls only those:
 * ``Sizes``: quota, and growing and shrinking (``sizes.py``)
 * ``Erasure``: when bytes of erased regions are freed (``erasure.py``)
 * ``RegionLocks``: which calls are inside which region (``region_locks.py``)
+* ``FileLocks``: what programs have locked, by flock(2) and fcntl(2) (``file_locks.py``)
 * ``Committer``: what is durable when (``commit.py``)
 * ``Creation``: new regions (``creation.py``)
 """
@@ -39,6 +40,7 @@ from warabi.region import RegionID
 from warabi.target.commit import Committer
 from warabi.target.creation import Creation
 from warabi.target.erasure import Erasure
+from warabi.target.file_locks import FileLocks
 from warabi.target.kernel_backed import KernelBacked
 from warabi.target.loan import RegionLoan
 from warabi.target.recovery import recover
@@ -88,6 +90,7 @@ class Target:
         self.kernel_backed = KernelBacked(state, self.sharing)
         self.erasure = Erasure(state, self.sharing)
         self.locks = RegionLocks(state, self.erasure)
+        self.file_locks = FileLocks(self.size)
         self.sizes = Sizes(state, self.sharing, capacity)
         self.creation = Creation(state, self.sizes)
         self.namespace = Namespace(
@@ -117,6 +120,7 @@ class Target:
     def _forked(self) -> None:
         self.state.forked()
         self.locks.forked()
+        self.file_locks.forked()
         self.sharing.forked()
 
     @property
@@ -650,6 +654,7 @@ class Target:
                 self._close()
 
     def _close(self) -> None:
+        self.file_locks.close()
         self.erasure.close()
         self.will_close()
         self.sharing.close()

@@ -53,6 +53,8 @@ class Ability(enum.StrEnum):
     """fallocate(2) reserves space, and punches and zeroes holes."""
     SEEK_DATA = "seek_data"
     """lseek(2) finds data and holes (``SEEK_DATA``, ``SEEK_HOLE``)."""
+    LOCKS = "locks"
+    """Locks are kept by the provider, so that its other mounts see them: ``-o local_lock``."""
     COPY_RANGE = "copy_range"
     """copy_file_range(2) has the target copy; without it the kernel reads and writes."""
     TMPFILE = "tmpfile"
@@ -76,6 +78,8 @@ class Settings:
         interruptible: whether a program that waits for a request can be killed; false if it
             waits for storage in this process.
         read_ahead: KiB that the kernel reads ahead, at least.
+        locks: which locks of programs the target keeps, so that other clients see them: ``flock``,
+            ``posix``.  The kernel keeps the others.
     """
 
     entry_timeout: float
@@ -87,6 +91,7 @@ class Settings:
     passthrough: LocalTarget | None
     interruptible: bool
     read_ahead: int
+    locks: frozenset[str] = frozenset()
 
 
 class FrontEnd(ABC):

@@ -28,6 +28,7 @@ from warabi import errors
 from warabi._core.attributes import ROOT, Attributes, without_setid
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.changes import ATTRIBUTES, Changes
+from warabi._core.lock_ranges import FileLock
 from warabi.aio import Target
 from warabi.errors import path_error
 from warabi.metadata import acl
@@ -36,6 +37,7 @@ from warabi.region import RegionID
 from warabi.target.target import Target as LocalTarget
 from warabifs.fs.dentry_mirror import BelievedNames
 from warabifs.fs.handles import Directory, DirectoryEntry, File, Known, Listing, Listings, Outdated
+from warabifs.fs.locks import Locks
 from warabifs.fs.page_versions import PageVersions
 from warabifs.fs.read_buffers import Buffers
 from warabifs.fs.write_ordering import Writes
@@ -100,6 +102,8 @@ class FileSystem:
         self.pages = PageVersions(target, alone=exclusive)
         self._buffers = Buffers()
         self.writes = Writes()
+        self._locks = Locks(target, self._refresh)
+        self.cancel_lock = self._locks.cancel
         self.forget_bytes: Callable[[int, int, int], None] = lambda ino, offset, size: None
         """Makes the kernel write back and drop pages; waits, and so is called in a thread."""
 
@@ -637,10 +641,51 @@ class FileSystem:
 
     async def release(self, handle: int) -> None:
         file = self._handles.pop(handle)
-        if isinstance(file, File) and file.ino in self._known:
-            self.pages.used(file)
+        if isinstance(file, File):
+            if file.ino in self._known:
+                self.pages.used(file)
+            if self._locks.of(handle):
+                with suppress(errors.Exception):  # a lost connection, which has no locks
+                    await self._locks.release(file.ino, file.region, handle)
         if not isinstance(file, File) or file.pinned:
             await self._target.call("unpin", file.ino, 1)
+
+    # Locks
+
+    def is_open(self, handle: int) -> bool:
+        """Whether the kernel has not released an open file yet."""
+        return handle in self._handles
+
+    async def lock(
+        self, ino: int, handle: int, flock: bool, owner: int, kind: int, start: int, end: int,
+        pid: int, wait: int,
+    ) -> None:  # fmt: skip
+        """Lock or unlock bytes of an open file, see ``Locks.lock``."""
+        file = self._handles[handle]
+        assert isinstance(file, File)
+        await self._locks.lock(ino, file.region, handle, flock, owner, kind, start, end, pid, wait)
+        if handle not in self._handles:  # a program that was killed did not wait for the lock
+            await self._locks.release(ino, file.region, handle)
+
+    async def test_lock(
+        self, ino: int, handle: int, flock: bool, owner: int, kind: int, start: int, end: int
+    ) -> FileLock | None:
+        """Return a lock that conflicts with one of these bytes of an open file."""
+        region = self._region_of(ino, handle)
+        return await self._locks.test(region, flock, owner, kind, start, end)
+
+    async def flush(self, ino: int, handle: int, owner: int) -> None:
+        """A process closes a descriptor of an open file, and so unlocks what *owner* has locked of
+        the file's ranges."""
+        if self._locks.has(ino, owner):
+            await self._locks.flush(ino, self._region_of(ino, handle), owner)
+
+    async def _refresh(self, ino: int) -> None:
+        known = self._known.get(ino)
+        if known is not None and (known.pages or known.believed):
+            known.pages, known.believed = 0, False
+            self.pages.forget(ino)
+            await trio.to_thread.run_sync(self._forget, ino, 0, 0, abandon_on_cancel=True)
 
     # Directories
 

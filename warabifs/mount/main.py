@@ -43,7 +43,14 @@ from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.invalidator import Follower
 from warabifs.fs.owner_override import ShownLink
 from warabifs.mount import utab
-from warabifs.mount.options import Options, Source, help_text, parse_options, parse_source
+from warabifs.mount.options import (
+    LOCAL_LOCKS,
+    Options,
+    Source,
+    help_text,
+    parse_options,
+    parse_source,
+)
 from warabifs.mount.remount import remount
 from warabifs.mount.shutdown_socket import ShutdownSocket
 from warabifs.mount.unmount import find
@@ -397,6 +404,7 @@ async def _mount_and_serve(
                 # I/O on stable storage in this process cannot be interrupted.
                 interruptible=not source.embedded,
                 read_ahead=READ_AHEAD_REMOTE if source.remote else READ_AHEAD,
+                locks=_locks(alone, options),
             )
             unmount = True
             listed = utab.UtabEntry(options.fsname or source.text, mountpoint)
@@ -444,6 +452,14 @@ async def _mount_and_serve(
     except Exception as error:
         return error
     return None
+
+
+def _locks(alone: bool, options: Options) -> frozenset[str]:
+    """Return which locks the provider keeps.  Where no other client has the target, the kernel's
+    own are exact, and take no request."""
+    if alone or Ability.LOCKS not in FRONT_ENDS[options.frontend].abilities:
+        return frozenset()
+    return frozenset(LOCAL_LOCKS[options.local_lock or "none"])
 
 
 def _mount(source: Source, mountpoint: str, options: Options) -> Device:

@@ -18,6 +18,9 @@ from warabifs.frontends.base import Ability
 from warabifs.frontends.registry import DEFAULT, FRONT_ENDS
 from warabifs.fs.owner_override import Shown
 
+LOCAL_LOCKS = {"none": ("flock", "posix"), "flock": ("posix",), "posix": ("flock",), "all": ()}
+"""Values of ``local_lock``, and which locks the provider keeps."""
+
 
 @dataclass
 class Options:
@@ -34,6 +37,7 @@ class Options:
     direct_io: bool = False
     exclusive: bool = False
     passthrough: bool = False
+    local_lock: str | None = None
     frontend: str = DEFAULT
     allow_other: bool = False
     size: Callable[[int], int] | None = None  # maps the bytes of RAM to the limit
@@ -98,6 +102,12 @@ def _frontend(options: Options, text: str) -> None:
     if text not in FRONT_ENDS:
         raise ConfigError(f"option frontend={text}: expected {' or '.join(FRONT_ENDS)}")
     options.frontend = text
+
+
+def _local_lock(options: Options, text: str) -> None:
+    if text not in LOCAL_LOCKS:
+        raise ConfigError(f"option local_lock={text}: expected {', '.join(LOCAL_LOCKS)}")
+    options.local_lock = text
 
 
 def _provider_id(options: Options, text: str) -> None:
@@ -185,6 +195,11 @@ OPTIONS: dict[str, _Option] = {
         _flag("exclusive", True), "no other client changes the target: writes are cached until a"
         " file is closed or synced, names and attributes for a day",
         needs=Ability.WRITEBACK,
+    ),
+    "local_lock": _Option(
+        _local_lock, "which locks only programs of this mount see, as for NFS: none, flock, posix"
+        " or all (default: none for an engine, all for an embedded target and with exclusive)",
+        "LOCKS", needs=Ability.LOCKS,
     ),
     "passthrough": _Option(
         _flag("passthrough", True), "embedded targets, root only, Linux 6.14: the kernel reads and"

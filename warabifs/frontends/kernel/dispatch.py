@@ -16,8 +16,11 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import trio
+
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
+from warabi._core.lock_ranges import EXCLUSIVE, SHARED, UNLOCK
 from warabi.metadata.domain import NAME_MAX, clamped
 from warabi.region import RegionID
 from warabifs.frontends.callers import groups_of
@@ -37,6 +40,8 @@ _ENTRIES = (
 _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
 """Requests without a reply."""
 _SECOND = 1_000_000_000
+_AGAIN = 0.1
+"""Seconds between two attempts to cancel a request for a lock."""
 _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
 """From this size in bytes on, storing the data takes longer than replying first."""
@@ -114,12 +119,14 @@ class Operations:
         writeback: whether the kernel may defer writes until a file is closed or synced.
         passing: the files that the kernel accesses directly; None for none.
         interrupt: called with interrupted requests; None if waiting cannot be interrupted.
+        locks: which are for the target to keep, and not for the kernel: ``flock``, ``posix``.
     """
 
     def __init__(
         self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
         attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool,
         passing: Passing | None = None, interrupt: Callable[[int], None] | None = None,
+        locks: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self._files = files
         self._interrupt = interrupt
@@ -131,6 +138,7 @@ class Operations:
         self._open_flags = Open.PARALLEL_DIRECT_WRITES | direct_io * Open.DIRECT_IO
         self._writeback = writeback
         self._uninterruptible: set[int] = set()  # requests under way
+        self._waiting_locks: set[int] = set()  # likewise
         self._openless = files.openless and not direct_io  # sent with each open reply
         self.features = (
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
@@ -158,6 +166,10 @@ class Operations:
             self.features |= Feature.DIRECT_IO_ALLOW_MMAP
         if passing is not None:
             self.features |= Feature.PASSTHROUGH
+        if "flock" in locks:
+            self.features |= Feature.FLOCK_LOCKS
+        if "posix" in locks:
+            self.features |= Feature.POSIX_LOCKS
 
     def handle(self, header: Header, body: memoryview) -> Coroutine[Any, Any, Answer]:
         """Handle a request.
@@ -188,6 +200,12 @@ class Operations:
         if opcode in (Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE):
             start = 0 if opcode == Opcode.OPEN else protocol.ENTRY_SIZE
             await self._files.release(protocol.HANDLE.unpack_from(answer, start)[0])
+        elif opcode in (Opcode.SETLK, Opcode.SETLKW):
+            handle, owner, start, end, kind, _, flags = protocol.LOCK.unpack_from(body)
+            if kind != UNLOCK and self._files.is_open(handle):
+                flock = bool(flags & protocol.LOCK_FLOCK)
+                lock = (flock, owner, UNLOCK, start, end, 0, 0)
+                await self._files.lock(header.node, handle, *lock)
         elif opcode == Opcode.OPENDIR:
             self._files.releasedir(protocol.HANDLE.unpack_from(answer)[0])
 
@@ -292,6 +310,8 @@ class Operations:
         (unique,) = protocol.INTERRUPTED.unpack_from(body)
         if unique not in self._uninterruptible:
             self._interrupt(unique)
+        if unique in self._waiting_locks:
+            await self._cancel_lock(unique)
         return None
 
     @_handles(Opcode.DESTROY)
@@ -523,11 +543,56 @@ class Operations:
 
     @_handles(Opcode.FLUSH)
     async def flush(self, header: Header, body: memoryview) -> Answer:
-        """Nothing is deferred: every write reaches the target before its reply.
+        """Nothing is deferred: every write reaches the target before its reply.  Only locks of
+        the process may end.
 
-        This errno makes the kernel send the request only once, and not on each close.
+        Without these an errno makes the kernel send the request only once, and not on each close.
         """
-        return errno.ENOSYS
+        if not self.features & Feature.POSIX_LOCKS:
+            return errno.ENOSYS
+        handle, owner = protocol.FLUSH.unpack_from(body)
+        await self._files.flush(header.node, handle, owner)
+        return b""
+
+    # Locks
+
+    @_handles(Opcode.SETLK, Opcode.SETLKW)
+    async def lock(self, header: Header, body: memoryview) -> Answer:
+        handle, owner, start, end, kind, pid, flags = protocol.LOCK.unpack_from(body)
+        unique = header.unique
+        waits = header.opcode == Opcode.SETLKW and kind != UNLOCK
+        if waits:
+            self._waiting_locks.add(unique)
+        try:
+            await self._files.lock(
+                header.node, handle, bool(flags & protocol.LOCK_FLOCK), owner, kind, start,
+                end, pid, unique if waits else 0,
+            )  # fmt: skip
+        finally:
+            self._waiting_locks.discard(unique)
+        return b""
+
+    @_handles(Opcode.GETLK)
+    async def test_lock(self, header: Header, body: memoryview) -> Answer:
+        handle, owner, start, end, kind, _, flags = protocol.LOCK.unpack_from(body)
+        flock = bool(flags & protocol.LOCK_FLOCK)
+        found = await self._files.test_lock(header.node, handle, flock, owner, kind, start, end)
+        if found is None:
+            return protocol.pack_lock(start, end, UNLOCK, 0)
+        kind = EXCLUSIVE if found.exclusive else SHARED
+        return protocol.pack_lock(found.start, found.end, kind, found.pid)
+
+    async def _cancel_lock(self, unique: int) -> None:
+        """End a request that waits for a lock: the program has a signal, whatever it is.
+
+        Again until that has succeeded: the request may not have been sent yet, or be sent again
+        over another connection.
+        """
+        while unique in self._waiting_locks:
+            with contextlib.suppress(errors.Exception):
+                await self._files.cancel_lock(unique)
+            if unique in self._waiting_locks:
+                await trio.sleep(_AGAIN)
 
     @_handles(Opcode.FSYNC)
     async def fsync(self, header: Header, body: memoryview) -> Answer:

@@ -41,6 +41,7 @@ class KernelFrontEnd(FrontEnd):
             writeback=settings.writeback,
             passing=None if passed is None else Passing(passed, self._session),
             interrupt=self._session.interrupt if settings.interruptible else None,
+            locks=settings.locks,
         )
         operations.features = self._session.begin(operations.features)
         self._device.read_ahead(settings.read_ahead)

@@ -57,6 +57,9 @@ class Opcode(IntEnum):
     OPENDIR = 27
     RELEASEDIR = 29
     FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33  # waits
     CREATE = 35
     INTERRUPT = 36
     DESTROY = 38
@@ -75,10 +78,12 @@ class Feature:
     """Features that are negotiated when a mount begins."""
 
     ASYNC_READ = 1 << 0
+    POSIX_LOCKS = 1 << 1  # those of fcntl(2) are requests
     ATOMIC_O_TRUNC = 1 << 3  # open truncates
     EXPORT_SUPPORT = 1 << 4  # "." and ".." can be looked up
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6  # the file system applies the umask
+    FLOCK_LOCKS = 1 << 10  # those of flock(2) are
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
     ASYNC_DIO = 1 << 15
@@ -175,6 +180,14 @@ FALLOCATE = struct.Struct("=QQQI")  # handle, offset, size, mode of fallocate(2)
 LSEEK = struct.Struct("=QQI")  # handle, offset, SEEK_DATA or SEEK_HOLE
 COPY_FILE_RANGE = struct.Struct("=QQQQQQ")
 """Handle and offset to copy from; inode, handle and offset to copy to; size; flags follow."""
+LOCK = struct.Struct("=QqQQIII")
+"""Handle, lock owner; first and last byte, type as of fcntl(2), process; LOCK_FLOCK."""
+LOCK_FLOCK = 1 << 0
+"""Flag of a lock: one of flock(2)."""
+FLUSH = struct.Struct("=Q8xq")  # handle, lock owner
+_LOCKED = struct.Struct("=QQII")
+pack_lock = _LOCKED.pack
+"""The answer to a GETLK: first and last byte, type, process."""
 NUMBER = struct.Struct("=Q")
 """The answer to a LSEEK, an offset, and to a COPY_FILE_RANGE_64, a size."""
 SETXATTR = struct.Struct("=II")  # size, flags of setxattr(2)

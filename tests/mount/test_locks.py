@@ -1,0 +1,303 @@
+"""Locks of programs on two mounts of one provider, as of flock(2) and fcntl(2)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import disposable, limit_of
+from tests.mount.support import (
+    another_python,
+    fails_with,
+    line_of,
+    mounting,
+    python,
+    run,
+    wait_until,
+)
+from tests.mount.together import OPTIONS, Together, emptied, region_of, together
+from tests.posix.support import file, opened
+from warabi import errors
+
+F_OFD_SETLK = 37
+
+
+@pytest.fixture(scope="module")
+def both_module() -> Iterator[Together]:
+    with disposable("/tmp") as path, together("na+sm", path, *OPTIONS) as four:
+        yield four
+
+
+@pytest.fixture
+def both(request: pytest.FixtureRequest, both_module: Together) -> Iterator[Together]:
+    with emptied(both_module, limit_of(request)) as four:
+        yield four
+
+
+def waits(pid: int) -> bool:
+    """Whether a process waits for a lock."""
+    return "fuse_setlk" in Path(f"/proc/{pid}/stack").read_text()
+
+
+def range_lock(kind: int, start: int, size: int) -> bytes:
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, size, 0)
+
+
+def test_flock_of_two_mounts(both: Together) -> None:
+    path = file(both.first.path / "file")
+    with opened(path) as fd:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        script = ("flock", "-n", "-x", both.second.path / "file", "true")
+        assert run(*script, check=False).returncode == 1
+        assert run("flock", "-n", "-s", both.second.path / "file", "true").returncode == 0
+        with pytest.raises(errors.PathError):
+            both.target.lock(region_of(path), flock=True, wait=False)
+    assert run("flock", "-w", "30", "-x", both.second.path / "file", "true").returncode == 0
+
+
+def test_what_waits_on_another_mount_sees_what_was_written(both: Together) -> None:
+    script = """
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+old = os.pread(fd, 100, 0)
+print(len(old), flush=True)
+fcntl.lockf(fd, fcntl.LOCK_EX)
+print(os.pread(fd, 100, 0).decode(), os.fstat(fd).st_size, flush=True)
+"""
+    path = file(both.first.path / "file", b"old")
+    with opened(path) as fd:
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        with another_python(script, both.second.path / "file") as other:
+            assert line_of(other) == "3"
+            wait_until(lambda: waits(other.pid), "a request that waits")
+            os.pwrite(fd, b"new and longer", 0)
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+            assert line_of(other) == "new and longer 14"
+
+
+def test_a_signal_ends_the_waiting(both: Together) -> None:
+    script = """
+import fcntl, os, signal, sys
+def interrupted(*_):
+    raise InterruptedError
+signal.signal(signal.SIGUSR1, interrupted)
+fd = os.open(sys.argv[1], os.O_RDWR)
+for lock in (fcntl.flock, fcntl.lockf):
+    print("waiting", flush=True)
+    try:
+        lock(fd, fcntl.LOCK_EX)
+    except InterruptedError:
+        print("interrupted", flush=True)
+"""
+    path = file(both.first.path / "file")
+    with opened(path) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        with another_python(script, both.second.path / "file") as other:
+            for _ in range(2):
+                assert line_of(other) == "waiting"
+                wait_until(lambda: waits(other.pid), "a request that waits")
+                other.send_signal(signal.SIGUSR1)
+                assert line_of(other) == "interrupted"
+            assert other.wait(30) == 0
+    with opened(both.second.path / "file") as fd:  # and left nothing behind
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+
+
+def test_a_program_that_is_killed_holds_nothing_and_waits_no_more(both: Together) -> None:
+    script = """
+import fcntl, os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
+fcntl.flock(fd, fcntl.LOCK_SH)
+print("locked", flush=True)
+fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
+"""
+    path = file(both.first.path / "file")
+    with opened(path) as fd:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
+        with another_python(script, both.second.path / "file") as other:
+            assert line_of(other) == "locked"
+            wait_until(lambda: waits(other.pid), "a request that waits")
+            other.kill()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.lockf(fd, fcntl.LOCK_EX)
+
+
+def test_processes_that_wait_for_each_other(both: Together) -> None:
+    script = """
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
+print("locked", flush=True)
+fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
+print("got it", flush=True)
+"""
+    path = file(both.first.path / "file")
+    with opened(path) as fd:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
+        with another_python(script, both.second.path / "file") as other:
+            assert line_of(other) == "locked"
+            wait_until(lambda: waits(other.pid), "a request that waits")
+            with fails_with(errno.EDEADLK):
+                fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
+            fcntl.lockf(fd, fcntl.LOCK_UN, 1, 0)
+            assert line_of(other) == "got it"
+
+
+HELD = """
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+for lock in (fcntl.flock, fcntl.lockf):
+    try:
+        lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        print("free", end=" ")
+    except BlockingIOError:
+        print("locked", end=" ")
+"""
+
+
+def test_when_locks_end(both: Together) -> None:
+    """Those of a process with any descriptor of the file, those of an open file with its last."""
+    path, there = file(both.first.path / "file"), both.second.path / "file"
+    with opened(path) as fd:
+        copy = os.dup(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        assert python(HELD, there) == "locked locked "
+        os.close(copy)
+        assert python(HELD, there) == "locked free "
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        child = os.fork()
+        if not child:
+            os.close(fd)  # no lock of the parent's
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert python(HELD, there) == "locked locked "
+        with opened(path):
+            pass
+        assert python(HELD, there) == "locked free "
+    # The kernel does not wait for the request by which the last close is told.
+    wait_until(lambda: python(HELD, there) == "free free ", "the end of the locks")
+    with opened(path) as fd:
+        fcntl.fcntl(fd, F_OFD_SETLK, range_lock(fcntl.F_WRLCK, 0, 0))
+        with opened(path):
+            pass
+        assert python(HELD, there) == "free locked "
+    wait_until(lambda: python(HELD, there) == "free free ", "the end of the locks")
+
+
+def test_a_mount_that_is_killed_holds_nothing(both: Together, place: Path) -> None:
+    path = file(both.first.path / "file")
+    with mounting(both.first.source, place, *OPTIONS) as third:
+        fd = os.open(third.path / "file", os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        assert python(HELD, path) == "locked locked "
+        third.kill()
+        with fails_with(errno.ENOTCONN, errno.ECONNABORTED):
+            os.close(fd)
+            os.stat(third.path / "file")
+        with opened(path) as mine:
+            fcntl.flock(mine, fcntl.LOCK_EX)
+            fcntl.lockf(mine, fcntl.LOCK_EX)
+
+
+def test_locks_that_are_local(both: Together, place: Path) -> None:
+    path = file(both.first.path / "file")
+    with (
+        mounting(both.first.source, place, *OPTIONS, "local_lock=flock") as third,
+        opened(third.path / "file") as fd,
+    ):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        assert python(HELD, third.path / "file") == "locked locked "
+        assert python(HELD, path) == "free locked "
+
+
+SQLITE = """
+import sqlite3, sys
+path, number = sys.argv[1], int(sys.argv[2])
+database = sqlite3.connect(path, timeout=60, isolation_level=None)
+assert database.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
+database.execute("PRAGMA synchronous=OFF")
+for turn in range(25):
+    database.execute("BEGIN IMMEDIATE")
+    (value,) = database.execute("SELECT value FROM counter").fetchone()
+    database.execute("UPDATE counter SET value = ?", (value + 1,))
+    database.execute("INSERT INTO rows VALUES (?, ?, ?)", (number, turn, "x" * 300))
+    database.execute("COMMIT")
+"""
+
+
+def test_a_database_that_programs_on_two_mounts_write(both: Together) -> None:
+    import sqlite3
+
+    path = both.first.path / "database"
+    database = sqlite3.connect(path, timeout=60)
+    database.execute("CREATE TABLE counter (value)")
+    database.execute("INSERT INTO counter VALUES (0)")
+    database.execute("CREATE TABLE rows (number, turn, text, UNIQUE (number, turn))")
+    database.commit()
+    database.close()
+    with (
+        another_python(SQLITE, path, "1") as one,
+        another_python(SQLITE, both.second.path / "database", "2") as two,
+    ):
+        assert one.wait(60) == 0
+        assert two.wait(60) == 0
+    for mount in (both.first, both.second):
+        database = sqlite3.connect(mount.path / "database", timeout=60)
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert database.execute("SELECT value FROM counter").fetchone() == (50,)
+        assert database.execute("SELECT count(*) FROM rows").fetchone() == (50,)
+        database.close()
+
+
+RANDOM = """
+import errno, fcntl, os, random, sys
+paths = sys.argv[2:]
+rng = random.Random(int(sys.argv[1]))
+import subprocess
+worker = '''
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+for line in sys.stdin:
+    kind, start, size = map(int, line.split())
+    try:
+        fcntl.lockf(fd, kind, size, start)
+        print("ok", flush=True)
+    except OSError as error:
+        print("refused", flush=True)
+'''
+start = lambda path: subprocess.Popen([sys.executable, "-c", worker, path],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+workers = [start(path) for path in paths]
+for _ in range(400):
+    one = rng.choice(workers)
+    kind = rng.choice((fcntl.LOCK_SH | fcntl.LOCK_NB, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN))
+    print(kind, rng.randrange(12), rng.randrange(1, 6), file=one.stdin, flush=True)
+    print(one.stdout.readline().strip())
+for one in workers:
+    one.stdin.close()
+    one.wait()
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_ranges_are_locked_as_locally(both: Together, place: Path, seed: int) -> None:
+    """Three programs on two mounts, and on a local file system, which is the oracle."""
+    local = file(place / "file")
+    file(both.first.path / "file")
+    here, there = both.first.path / "file", both.second.path / "file"
+    wanted = python(RANDOM, str(seed), local, local, local)
+    assert python(RANDOM, str(seed), here, there, there) == wanted
+    assert wanted.count("refused") > 30
