@@ -65,6 +65,16 @@ def _of(rid: bytes, file: bytes, error: errors.Exception) -> errors.Exception:
     return type(error)(str(error).replace(file.hex(), rid.hex()))
 
 
+@contextmanager
+def _named(rid: bytes, file: bytes) -> Iterator[None]:
+    """Errors of the block name the region instead of its pack.  Reads and writes, which are
+    frequent and short, say the same without a context."""
+    try:
+        yield
+    except errors.Exception as error:
+        raise _of(rid, file, error) from error.__cause__
+
+
 class PackedStorage(WrapperStorage):
     """Adds packs to a storage of files.
 
@@ -228,10 +238,8 @@ class PackedStorage(WrapperStorage):
         pack, start = self._at(rid)
         record = RECORD.pack(rid.generation, size)
         place = RECORDS + start // SLOT * RECORD.size
-        try:
+        with _named(rid, pack):
             self._files.write(pack, place, memoryview(record))
-        except errors.Exception as error:
-            raise _of(rid, pack, error) from error.__cause__
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
         end = offset + len(data)
@@ -245,37 +253,29 @@ class PackedStorage(WrapperStorage):
 
     def allocate(self, rid: RegionID, offset: int, size: int) -> None:
         file, start = self._at(rid)
-        try:
+        with _named(rid, file):
             self._files.allocate(file, start + offset, size)
-        except errors.Exception as error:
-            raise _of(rid, file, error) from error.__cause__
 
     def zero(self, rid: RegionID, offset: int, size: int, *, free: bool) -> None:
         file, start = self._at(rid)
-        try:
+        with _named(rid, file):
             self._files.zero(file, start + offset, size, free=free)
-        except errors.Exception as error:
-            raise _of(rid, file, error) from error.__cause__
 
     def space(self, rid: RegionID, size: int) -> int:
         return self._files.space(rid, size) if self._at(rid)[0] is rid else size
 
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         file, start = self._at(rid)
-        try:
+        with _named(rid, file):
             return self._files.seek(file, start + offset, start + end, hole=hole) - start
-        except errors.Exception as error:
-            raise _of(rid, file, error) from error.__cause__
 
     def copy_range(
         self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
     ) -> None:
         from_file, from_start = self._at(source)
         file, at = self._at(rid)
-        try:
+        with _named(source, from_file):
             self._files.copy_range(from_file, from_start + start, file, at + offset, size)
-        except errors.Exception as error:
-            raise _of(source, from_file, error) from error.__cause__
 
     def moves(self, rid: RegionID, size: int) -> bool:
         return size > SLOT and self._at(rid)[0] is not rid
@@ -383,10 +383,8 @@ class PackedStorage(WrapperStorage):
 
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         file, start = self._at(rid)
-        try:
+        with _named(rid, file):
             self._files.persist(file, start + offset, size, times=times and file is rid)
-        except errors.Exception as error:
-            raise _of(rid, file, error) from error.__cause__
 
     def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]:
         file, _ = self._at(rid)
@@ -398,11 +396,8 @@ class PackedStorage(WrapperStorage):
 
     @contextmanager
     def _flushing_pack(self, rid: bytes, pack: RegionID) -> Iterator[Flush]:
-        try:
-            with self._files.flushing(pack, times=False) as flush:
-                yield flush
-        except errors.Exception as error:
-            raise _of(rid, pack, error) from error.__cause__
+        with _named(rid, pack), self._files.flushing(pack, times=False) as flush:
+            yield flush
 
     def persist_all(self) -> None:
         try:
@@ -479,10 +474,8 @@ class PackedStorage(WrapperStorage):
 
     def share(self, rid: RegionID, *, writable: bool, holder: int = STRANGERS) -> Location | None:
         file, start = self._at(rid)
-        try:
+        with _named(rid, file):
             place = self._files.share(file, writable=writable, holder=holder)
-        except errors.Exception as error:
-            raise _of(rid, file, error) from error.__cause__
         if place is None or file is rid:
             return place
         return place._replace(offset=start, room=SLOT, segment=-next(self._shares), mapped=True)
