@@ -651,9 +651,11 @@ class TargetHandle:
                 self.persist(made[0], 0, size)
             return made[0]
         except BaseException:
-            with contextlib.suppress(Exception):
-                for region in made:
-                    interrupts.uninterrupted(self.erase, region)
+            while made:
+                try:  # again if Ctrl-C comes before it is deferred
+                    interrupts.uninterrupted(interrupts.remove_all, made, self.erase)
+                except BaseException:
+                    continue
             raise
 
     def get_array(self, region: RegionID) -> NDArray[Any]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,28 @@ from warabi.remote.connection import BlockingConnection
 from warabi.server import Provider
 
 REGION = RegionID(bytes(15) + b"1")
+
+
+def test_what_was_made_is_removed_although_ctrl_c_comes_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When it was made, and as its removal begins, before that defers signals."""
+    real, undone = interrupts.uninterrupted, list[int]()
+    calls = iter(["after", "before", "not at all"])
+
+    def uninterrupted(call: Callable[..., None], *arguments: Any) -> None:
+        comes = next(calls)
+        if comes == "before":
+            raise KeyboardInterrupt
+        real(call, *arguments)
+        if comes == "after":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupts, "uninterrupted", uninterrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.creating(lambda: 1, undone.append)
+    assert undone == [1]
+    assert list(calls) == []
 
 
 @pytest.mark.parametrize(

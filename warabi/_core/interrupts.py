@@ -103,29 +103,34 @@ def waits_held() -> bool:
     return threading.get_ident() == _held.thread and _signal.getsignal(SIGINT) is _held.note
 
 
+def remove_all(made: list[_T], undo: Callable[[_T], object]) -> None:
+    """Call *undo* with each of *made*, and empty that; an interrupted *undo* is not repeated."""
+    while made:
+        with contextlib.suppress(errors.Exception):  # already removed, or not reachable
+            undo(made.pop())
+
+
 def creating(create: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
     """Return the result of *create*; if Ctrl-C prevents that, call *undo* with the result."""
     made: list[_T] = []
-
-    def give_up() -> None:
-        while made:
-            with contextlib.suppress(errors.Exception):  # already removed, or not reachable
-                undo(made.pop())
 
     def make() -> None:
         made.append(create())
         try:
             check()
         except BaseException:
-            give_up()  # here, so that a second Ctrl-C does not interrupt it
+            remove_all(made, undo)  # here, so that a second Ctrl-C does not interrupt it
             raise
 
     try:
         uninterrupted(make)
         return made[0]  # no handler runs before the caller's next instruction
     except BaseException:
-        if made:
-            uninterrupted(give_up)
+        while made:
+            try:  # not suppress(), which is Python code itself and could be interrupted
+                uninterrupted(remove_all, made, undo)
+            except BaseException:  # the next Ctrl-C, before the call deferred it
+                continue
         raise
 
 
