@@ -33,7 +33,7 @@ from warabi.remote.direct import DirectAccessChannel
 from warabi.service import ShutdownSignals
 
 if TYPE_CHECKING:
-    from warabi.provider.loop import Runtime
+    from warabi.provider.loop import ProviderLoop
 
 
 _LONGEST = 1_000_000_000
@@ -209,7 +209,7 @@ class EngineState:
     def __init__(self, connections: Connections, portable: dict[str, Any] | str) -> None:
         self.connections = connections
         self.portable = portable  # see processes.portable()
-        self.runtime: Runtime | None = None
+        self.runtime: ProviderLoop | None = None
         self.parent = 0  # the serving process, if this one was forked from it
         self.lock = forks.lock()
         self.finalized = forks.event()
@@ -347,7 +347,7 @@ class Engine:
         self._state = state = EngineState(connections, portable)
         if self._mode is server:
             loop = extras.load("warabi.provider.loop", "server")
-            state.runtime = loop.Runtime(
+            state.runtime = loop.ProviderLoop(
                 endpoint,
                 settings.security,
                 settings.limits,

@@ -29,27 +29,27 @@ from warabi.client import Client
 from warabi.engine import Engine, client
 from warabi.protocol import wire
 from warabi.provider import idle_connections
-from warabi.provider.idle_connections import LEAVES, MORE, STAYS, Crowd, Next
+from warabi.provider.idle_connections import LEAVES, MORE, STAYS, IdleConnections, Next
 
 BUSY = 16
 
 
 @contextlib.asynccontextmanager
-async def _served() -> AsyncIterator[Crowd]:
-    """A crowd, with a limit on the time that a test takes."""
+async def _served() -> AsyncIterator[IdleConnections]:
+    """Idle connections, with a limit on the time that a test takes."""
     with trio.fail_after(PATIENCE):
-        served = Crowd()
+        served = IdleConnections()
         async with served.served():
             yield served
 
 
 class Ends:
-    """Both ends of a connection, one of which stands in a crowd."""
+    """Both ends of a connection, one of which is idle at the loop."""
 
-    def __init__(self, crowd: Crowd) -> None:
+    def __init__(self, idle_connections: IdleConnections) -> None:
         self.here, self.peer = socket.socketpair()
         self.here.setblocking(False)
-        self.crowd = crowd
+        self.idle_connections = idle_connections
         self.taken = b""
 
     def __enter__(self) -> Ends:
@@ -69,8 +69,8 @@ class Ends:
         """Take a byte; the end, and an ``x``, are for the own task."""
         return STAYS if self.take() not in (b"", b"x") else LEAVES
 
-    async def stand(self) -> None:
-        await self.crowd.stand(self.here.fileno(), self.serve)
+    async def wait_to_serve(self) -> None:
+        await self.idle_connections.wait_to_serve(self.here.fileno(), self.serve)
 
 
 async def _gone(nursery: trio.Nursery, left: int = 0) -> None:
@@ -80,22 +80,22 @@ async def _gone(nursery: trio.Nursery, left: int = 0) -> None:
 
 
 async def test_requests_are_served_until_the_connections_task_resumes() -> None:
-    async with _served() as crowd, trio.open_nursery() as nursery:
+    async with _served() as idle_connections, trio.open_nursery() as nursery:
         with contextlib.ExitStack() as stack:
-            all_ends = [stack.enter_context(Ends(crowd)) for _ in range(20)]
+            all_ends = [stack.enter_context(Ends(idle_connections)) for _ in range(20)]
             for ends in all_ends:
-                nursery.start_soon(ends.stand)
+                nursery.start_soon(ends.wait_to_serve)
             for ends in all_ends:
                 ends.peer.send(b"abcx")
             await _gone(nursery)
             assert [ends.taken for ends in all_ends] == [b"abcx"] * 20
             all_ends[0].peer.close()
-            await all_ends[0].stand()
+            await all_ends[0].wait_to_serve()
 
 
 async def test_a_blocked_request_continues_while_others_are_served() -> None:
-    async with _served() as crowd, trio.open_nursery() as nursery:
-        with Ends(crowd) as slow, Ends(crowd) as other:
+    async with _served() as idle_connections, trio.open_nursery() as nursery:
+        with Ends(idle_connections) as slow, Ends(idle_connections) as other:
             go_on = trio.Event()
             ended: list[str] = []
 
@@ -107,11 +107,11 @@ async def test_a_blocked_request_continues_while_others_are_served() -> None:
                 return STAYS
 
             async def own_task() -> None:
-                await crowd.stand(slow.here.fileno(), serve_slowly)
+                await idle_connections.wait_to_serve(slow.here.fileno(), serve_slowly)
                 ended.append("own")
 
             nursery.start_soon(own_task)
-            nursery.start_soon(other.stand)
+            nursery.start_soon(other.wait_to_serve)
             await trio.testing.wait_all_tasks_blocked()
             for _ in range(3):
                 slow.peer.send(b"aa")  # is not served twice at once
@@ -127,8 +127,8 @@ async def test_a_blocked_request_continues_while_others_are_served() -> None:
 
 
 async def test_cancelling_the_connections_task_cancels_its_pending_request() -> None:
-    async with _served() as crowd, trio.open_nursery() as nursery:
-        with Ends(crowd) as ends, Ends(crowd) as other:
+    async with _served() as idle_connections, trio.open_nursery() as nursery:
+        with Ends(idle_connections) as ends, Ends(idle_connections) as other:
             ended = 0
 
             async def serve() -> Next:
@@ -144,11 +144,11 @@ async def test_cancelling_the_connections_task_cancels_its_pending_request() -> 
 
             async def own_task(scope: trio.CancelScope) -> None:
                 with scope:
-                    await crowd.stand(ends.here.fileno(), serve)
+                    await idle_connections.wait_to_serve(ends.here.fileno(), serve)
                     raise AssertionError
                 assert ended == again
 
-            nursery.start_soon(other.stand)
+            nursery.start_soon(other.wait_to_serve)
             for again in range(1, 4):
                 scope = trio.CancelScope()
                 nursery.start_soon(own_task, scope)
@@ -163,20 +163,20 @@ async def test_cancelling_the_connections_task_cancels_its_pending_request() -> 
 
 
 async def test_cancelling_an_idle_connection_has_no_effect_on_requests() -> None:
-    async with _served() as crowd:
-        with Ends(crowd) as ends:
+    async with _served() as idle_connections:
+        with Ends(idle_connections) as ends:
             for _ in range(3):
                 with trio.move_on_after(0) as scope:
-                    await ends.stand()
+                    await ends.wait_to_serve()
                 assert scope.cancelled_caught
             ends.peer.send(b"x")
-            await ends.stand()
+            await ends.wait_to_serve()
             assert ends.taken == b"x"
 
 
 async def test_errors_are_raised_in_the_connections_task() -> None:
-    async with _served() as crowd:
-        with Ends(crowd) as ends:
+    async with _served() as idle_connections:
+        with Ends(idle_connections) as ends:
 
             async def serve() -> Next:
                 if ends.take() == b"w":
@@ -186,52 +186,52 @@ async def test_errors_are_raised_in_the_connections_task() -> None:
             for what in (b"a", b"w"):
                 ends.peer.send(what)
                 with pytest.raises(OSError, match="broken"):
-                    await crowd.stand(ends.here.fileno(), serve)
+                    await idle_connections.wait_to_serve(ends.here.fileno(), serve)
             ends.peer.send(b"bx")
-            await ends.stand()
+            await ends.wait_to_serve()
             assert ends.taken == b"awbx"
 
 
 async def test_a_descriptor_that_is_closed_and_used_again() -> None:
-    async with _served() as crowd, trio.open_nursery() as nursery:
+    async with _served() as idle_connections, trio.open_nursery() as nursery:
         for _ in range(3):
-            with Ends(crowd) as ends:
+            with Ends(idle_connections) as ends:
                 fd = ends.here.fileno()
                 ended = trio.Event()
 
                 async def own_task(ends: Ends = ends, ended: trio.Event = ended) -> None:
                     with pytest.raises(trio.ClosedResourceError):
-                        await ends.stand()
+                        await ends.wait_to_serve()
                     ended.set()
 
                 nursery.start_soon(own_task)
                 await trio.testing.wait_all_tasks_blocked()
                 ends.peer.send(b"a")
-                crowd.closing(fd)
+                idle_connections.closing(fd)
                 ends.here.close()
-                with Ends(crowd) as later:
+                with Ends(idle_connections) as later:
                     assert later.here.fileno() == fd
                     later.peer.send(b"bx")
-                    await later.stand()
+                    await later.wait_to_serve()
                     assert (later.taken, ends.taken) == (b"bx", b"")
                 await ended.wait()
 
 
 async def test_closed_while_it_is_being_served() -> None:
-    async with _served() as crowd:
+    async with _served() as idle_connections:
         for waits in (False, True):
-            with Ends(crowd) as ends:
+            with Ends(idle_connections) as ends:
 
                 async def serve(ends: Ends = ends, waits: bool = waits) -> Next:
                     ends.take()
-                    crowd.closing(ends.here.fileno())
+                    idle_connections.closing(ends.here.fileno())
                     ends.here.close()
                     if waits:
                         await trio.lowlevel.checkpoint()
                     return STAYS
 
                 ends.peer.send(b"ab")
-                await crowd.stand(ends.here.fileno(), serve)
+                await idle_connections.wait_to_serve(ends.here.fileno(), serve)
                 assert ends.taken == b"a"
 
 
@@ -252,7 +252,7 @@ async def test_a_connection_that_is_always_readable_does_not_starve_others(
                 endless.take()
                 return LEAVES
 
-            nursery.start_soon(served.stand, endless.here.fileno(), serve)
+            nursery.start_soon(served.wait_to_serve, endless.here.fileno(), serve)
             endless.peer.send(b"a")
             while not count:
                 await trio.lowlevel.checkpoint()
@@ -260,7 +260,7 @@ async def test_a_connection_that_is_always_readable_does_not_starve_others(
             while count < began + 100:
                 await trio.lowlevel.checkpoint()
             other.peer.send(b"x")
-            await other.stand()
+            await other.wait_to_serve()
 
 
 # Through providers

@@ -21,7 +21,7 @@ from tests.support.helpers import (
 )
 from warabi.client import Client
 from warabi.engine import Engine, client
-from warabi.eventloop.busy_poll import Attention, Lookout
+from warabi.eventloop.busy_poll import Attention, BusyPoll
 from warabi.protocol import wire
 from warabi.server import Provider
 
@@ -50,58 +50,58 @@ def receiver() -> Iterator[Receiver]:
     receiver.peer.close()
 
 
-def _expecting(receiver: Receiver) -> Lookout:
-    """A lookout to which the last message came at once."""
-    lookout = Lookout()
-    lookout.came(time.perf_counter_ns())
-    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+def _expecting(receiver: Receiver) -> BusyPoll:
+    """Busy polling, to which the last message came at once."""
+    busy_poll = BusyPoll()
+    busy_poll.came(time.perf_counter_ns())
+    assert busy_poll.look(receiver, receiver.place, time.perf_counter_ns()) == -1
     assert receiver.looks > 1
     receiver.looks = 0
-    return lookout
+    return busy_poll
 
 
 def test_available_messages_are_taken_at_once(receiver: Receiver) -> None:
     receiver.peer.send(b"here")
-    assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == 4
+    assert BusyPoll().look(receiver, receiver.place, time.perf_counter_ns()) == 4
     receiver.peer.send(b"here")
-    assert Lookout().receive(receiver, receiver.place) == 4
+    assert BusyPoll().receive(receiver, receiver.place) == 4
     assert bytes(receiver.place[:4]) == b"here"
 
 
 def test_no_polling_before_the_first_message(receiver: Receiver) -> None:
-    assert Lookout().look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert BusyPoll().look(receiver, receiver.place, time.perf_counter_ns()) == -1
     assert receiver.looks == 1
     receiver.peer.send(b"here")
-    Lookout().receive(receiver, receiver.place)
+    BusyPoll().receive(receiver, receiver.place)
     assert receiver.looks == 2
 
 
 def test_after_a_late_message_the_loop_blocks(receiver: Receiver) -> None:
-    lookout = _expecting(receiver)
+    busy_poll = _expecting(receiver)
     receiver.send_soon(0.02)
-    assert lookout.receive(receiver, receiver.place) == 4
+    assert busy_poll.receive(receiver, receiver.place) == 4
     assert receiver.looks > 1
     receiver.looks = 0
     receiver.send_soon(0.0)
-    assert lookout.receive(receiver, receiver.place) == 4
+    assert busy_poll.receive(receiver, receiver.place) == 4
     assert receiver.looks == 1
 
 
 def test_the_end_of_a_connection_is_seen_awake(receiver: Receiver) -> None:
-    lookout = _expecting(receiver)
+    busy_poll = _expecting(receiver)
     receiver.peer.close()
-    assert lookout.receive(receiver, receiver.place) == 0
+    assert busy_poll.receive(receiver, receiver.place) == 0
     assert receiver.looks == 1
 
 
 def test_polling_yields_a_contended_core(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lookout = _expecting(receiver)
+    busy_poll = _expecting(receiver)
     monkeypatch.setattr("os.sched_yield", lambda: time.sleep(0.002))
-    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert busy_poll.look(receiver, receiver.place, time.perf_counter_ns()) == -1
     receiver.looks = 0
-    assert lookout.look(receiver, receiver.place, time.perf_counter_ns()) == -1
+    assert busy_poll.look(receiver, receiver.place, time.perf_counter_ns()) == -1
     assert receiver.looks == 1
 
 
@@ -110,29 +110,29 @@ def test_polling_lasts_longer_after_large_messages(
 ) -> None:
     clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
     monkeypatch.setattr("warabi.eventloop.busy_poll.perf_counter_ns", lambda: next(clock))
-    lookout = Lookout()
-    lookout.came(next(clock))
+    busy_poll = BusyPoll()
+    busy_poll.came(next(clock))
 
     def looks() -> int:
         receiver.looks = 0
-        assert lookout.look(receiver, receiver.place, next(clock)) == -1
+        assert busy_poll.look(receiver, receiver.place, next(clock)) == -1
         return receiver.looks
 
     assert looks() == pytest.approx(10, abs=2)
-    lookout.moved(300_000)
-    lookout.moved(200_000)
+    busy_poll.moved(300_000)
+    busy_poll.moved(200_000)
     assert looks() == pytest.approx(60, abs=2)
-    lookout.moved(100_000_000)
+    busy_poll.moved(100_000_000)
     assert looks() == pytest.approx(110, abs=2)
     receiver.peer.send(b"here")
-    assert lookout.look(receiver, receiver.place, next(clock)) == 4
+    assert busy_poll.look(receiver, receiver.place, next(clock)) == 4
     assert looks() == pytest.approx(10, abs=2)
 
-    lookout.moved(500_000)
+    busy_poll.moved(500_000)
     began = next(clock)
     for _ in range(50):  # it slept, and would have been awake
         next(clock)
-    lookout.came(began)
+    busy_poll.came(began)
     assert looks() == pytest.approx(10, abs=2)
 
 
@@ -142,23 +142,23 @@ def test_polling_continues_within_a_message(
     """Whether messages come soon or not, until a piece was late."""
     clock = itertools.count(0, 10_000)  # ten microseconds from one look to the next
     monkeypatch.setattr("warabi.eventloop.busy_poll.perf_counter_ns", lambda: next(clock))
-    lookout = Lookout()
+    busy_poll = BusyPoll()
 
     def looks(wait: bool = True) -> int:
         receiver.looks = 0
-        assert lookout.piece(receiver, receiver.place, next(clock), wait=wait) == -1
+        assert busy_poll.piece(receiver, receiver.place, next(clock), wait=wait) == -1
         return receiver.looks
 
     assert looks() == pytest.approx(10, abs=2)
     assert looks(wait=False) == 1
     receiver.peer.send(b"here")
-    assert lookout.piece(receiver, receiver.place, next(clock)) == 4
+    assert busy_poll.piece(receiver, receiver.place, next(clock)) == 4
     began = next(clock)
     for _ in range(50):
         next(clock)
-    lookout.piece_came(began)
+    busy_poll.piece_came(began)
     assert looks() == 1
-    lookout.piece_came(next(clock))
+    busy_poll.piece_came(next(clock))
     assert looks() == pytest.approx(10, abs=2)
 
 
@@ -169,7 +169,7 @@ def test_an_endless_payload_does_not_starve_other_connections(
     """Whether it goes to its place or through a buffer, and however long pieces are looked for."""
     for name in ("POLL_MOMENT", "POLL_LATE"):
         monkeypatch.setattr(f"warabi.eventloop.busy_poll.{name}", 1 << 60)
-    monkeypatch.setattr(Lookout, "came", lambda self, began: None)  # for messages it sleeps
+    monkeypatch.setattr(BusyPoll, "came", lambda self, began: None)  # for messages it sleeps
     monkeypatch.setattr(Attention, "alone", lambda self, connection, now: True)
     config = MEMORY if backend == "memory" else file_config(tmp_path / "target")
     with (

@@ -19,7 +19,7 @@ import trio
 
 from warabi._core import syscalls
 from warabi.backends.base import Flush
-from warabi.eventloop.inline_wait import Lull
+from warabi.eventloop.inline_wait import InlineWait
 from warabi.eventloop.threads import in_thread, signals
 
 _FSYNC, _FDSYNC = 2, 3
@@ -78,7 +78,7 @@ class Flusher:
         self._flushes = Flushes()
         self._results: dict[int, int] = {}
         self._under_way = 0
-        self._lulls: dict[int, Lull] = {}  # by eventfd
+        self._inline_waits: dict[int, InlineWait] = {}  # by eventfd
         trio.lowlevel.spawn_system_task(self._end)
 
     async def _end(self) -> None:
@@ -87,13 +87,13 @@ class Flusher:
         finally:
             self._flushes.close()
 
-    def _ends_in_lull(self, fd: int) -> bool:
+    def _ends_inline(self, fd: int) -> bool:
         """Whether the only pending flush ends before the event loop has anything else to do."""
-        lull = self._lulls.get(fd)
-        if lull is None:
-            lull = self._lulls[fd] = Lull(fd)
-        lull.begin()
-        return lull.wait()
+        inline = self._inline_waits.get(fd)
+        if inline is None:
+            inline = self._inline_waits[fd] = InlineWait(fd)
+        inline.begin()
+        return inline.wait()
 
     async def flush(self, flush: Flush) -> bool:
         """Return when the data are on stable storage; False at once if a thread must do it.
@@ -110,7 +110,7 @@ class Flusher:
             return False
         self._under_way += 1
         try:
-            if self._under_way == 1 and self._ends_in_lull(fd):
+            if self._under_way == 1 and self._ends_inline(fd):
                 ours.end(fd)
             else:
                 await ours.wait(fd)

@@ -25,13 +25,13 @@ from warabi._core.backoff import Pause
 from warabi._core.tuning import POLL_LATE, POLL_LONGEST, POLL_MOMENT, POLL_PAUSE, POLL_SOON
 
 UNKNOWN, NOTHING = -2, -1
-"""What an interrupted :meth:`Lookout.receive` has received, if not a number of bytes."""
+"""What an interrupted :meth:`BusyPoll.receive` has received, if not a number of bytes."""
 
 Receive = Callable[[memoryview, int, int], int]
 """``socket.recv_into``, or a function with its signature."""
 
 
-class Lookout:
+class BusyPoll:
     """The polling state of one side of a connection."""
 
     __slots__ = ("_flows", "_moved", "_pause", "_soon", "received")

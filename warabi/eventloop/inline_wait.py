@@ -35,7 +35,7 @@ def serving(fd: int) -> Iterator[None]:
         _served.set(before)
 
 
-class Lull:
+class InlineWait:
     """Waits for one descriptor.
 
     Args:

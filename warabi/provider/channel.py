@@ -22,7 +22,7 @@ from warabi.protocol import handshake, wire
 from warabi.protocol.auth import Peer, Security
 from warabi.protocol.transport import NO_TLS, Part, Plain, Tls, Transport
 from warabi.protocol.wire import NEED_DATA, PAYLOAD_DONE, PLACE_FULL, Limits
-from warabi.provider.idle_connections import Crowd, Serve
+from warabi.provider.idle_connections import IdleConnections, Serve
 
 STALL_SIZE = 4 * 1024 * 1024
 _ONE = memoryview(bytearray(1))  # for MSG_PEEK
@@ -45,7 +45,7 @@ class Channel:
     Args:
         sock: the connected, non-blocking socket.
         limits: what this side accepts after authentication.
-        crowd: the idle connections of the loop.
+        idle_connections: the idle connections of the loop.
 
     Attributes:
         draining: only data that have already arrived are still accepted.
@@ -55,14 +55,14 @@ class Channel:
         self,
         sock: socket.socket,
         limits: Limits,
-        crowd: Crowd,
+        idle_connections: IdleConnections,
     ) -> None:
         self._socket = sock
         self._transport: Transport = Plain(sock)
         self._encrypted = False
-        self._crowd = crowd
-        self._attention = self._crowd.attention
-        self._lookout = self._crowd.lookout
+        self._idle_connections = idle_connections
+        self._attention = self._idle_connections.attention
+        self._busy_poll = self._idle_connections.busy_poll
         self._turn = 0  # time of this task's last checkpoint
         self._limits = limits
         self._connection = wire.ProtocolConnection(handshake.STRANGER)
@@ -135,10 +135,10 @@ class Channel:
         count = -1
         if alone or self._encrypted:  # decrypted data may be left from before
             if within:
-                count = self._lookout.piece(receive, buffer, began, wait=alone)
-                self._lookout.moved(max(0, count))
+                count = self._busy_poll.piece(receive, buffer, began, wait=alone)
+                self._busy_poll.moved(max(0, count))
             else:
-                count = self._lookout.look(receive, buffer, began, wait=look and alone)
+                count = self._busy_poll.look(receive, buffer, began, wait=look and alone)
         if count >= 0:
             self._attention.give(self, perf_counter_ns())
         return count
@@ -151,7 +151,7 @@ class Channel:
             with contextlib.suppress(BlockingIOError):
                 count = self._transport.recv_into(buffer, 0, 0)
         self._came(began, within)
-        self._lookout.moved(count)
+        self._busy_poll.moved(count)
         self._attention.give(self, self._turn)
         return count
 
@@ -159,9 +159,9 @@ class Channel:
         """Record that data arrived after blocking since *began*: a message or, *within* one, a
         chunk."""
         if within:
-            self._lookout.piece_came(began)
+            self._busy_poll.piece_came(began)
         else:
-            self._lookout.came(began)
+            self._busy_poll.came(began)
         self._turn = perf_counter_ns()
 
     async def _turn_within(self) -> int:
@@ -219,7 +219,7 @@ class Channel:
                 count = self._transport.recv_into(connection.buffer())
             except BlockingIOError:
                 return None if self.draining and connection.between_messages else event
-            self._lookout.message(count)
+            self._busy_poll.message(count)
             self._attention.give(self, perf_counter_ns())
             if count == 0 and connection.between_messages:
                 return None
@@ -227,12 +227,11 @@ class Channel:
             event = connection.next_event()
         return event
 
-    async def stand(self, serve: Serve) -> None:
-        """See :meth:`warabi.provider.idle_connections.Crowd.stand`; only if the connection is
-        :attr:`plain`."""
+    async def wait_to_serve(self, serve: Serve) -> None:
+        """See :meth:`IdleConnections.wait_to_serve`; only if the connection is :attr:`plain`."""
         if self._socket.fileno() < 0:
             raise trio.ClosedResourceError
-        await self._crowd.stand(self._socket.fileno(), serve)
+        await self._idle_connections.wait_to_serve(self._socket.fileno(), serve)
 
     @property
     def between_messages(self) -> bool:
@@ -259,7 +258,7 @@ class Channel:
         """
         began = await self._turn_within()
         alone = self._attention.alone(self, began)
-        if self._lookout.piece(self._peek, _ONE, began, wait=alone) < 0:
+        if self._busy_poll.piece(self._peek, _ONE, began, wait=alone) < 0:
             await trio.lowlevel.wait_readable(self._socket)
             self._came(began, True)
 
@@ -279,7 +278,7 @@ class Channel:
     def alone(self) -> bool:
         """Whether to poll only this connection for the next message."""
         now = perf_counter_ns()
-        return self._attention.alone(self, now) and self._lookout.until(now) > now
+        return self._attention.alone(self, now) and self._busy_poll.until(now) > now
 
     def skip(self, count: int) -> None:
         """See :meth:`warabi.protocol.wire.ProtocolConnection.skip`."""
@@ -293,7 +292,7 @@ class Channel:
             while connection.next_event() is NEED_DATA:
                 count = self._transport.recv_into(connection.buffer())
                 connection.received(count)
-                self._lookout.moved(count)
+                self._busy_poll.moved(count)
         except BaseException as error:
             done = len(place) - connection.take_back()
             if isinstance(error, BlockingIOError) or (done and isinstance(error, OSError)):
@@ -340,7 +339,7 @@ class Channel:
     ) -> Sequence[Part]:
         """Send what the socket accepts at once, and return the rest."""
         sent = self._socket.sendmsg(parts, rights)
-        self._lookout.moved(sent)
+        self._busy_poll.moved(sent)
         rest: list[Part] = []
         for part in parts:
             if sent >= len(part):
@@ -375,7 +374,7 @@ class Channel:
         """
         try:
             sent = 0 if self._deaf else self._socket.sendmsg(parts)
-            self._lookout.moved(sent)
+            self._busy_poll.moved(sent)
             return sent
         except (BlockingIOError, InterruptedError):
             return 0
@@ -416,7 +415,7 @@ class Channel:
                 if not self._socket.recv(_UNREAD_PIECE):
                     break
         if self._socket.fileno() >= 0:
-            self._crowd.closing(self._socket.fileno())
+            self._idle_connections.closing(self._socket.fileno())
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 

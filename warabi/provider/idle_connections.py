@@ -29,7 +29,7 @@ import outcome
 import trio
 
 from warabi._core.tuning import IDLE_TURN, QUIET_TURN
-from warabi.eventloop.busy_poll import Attention, Lookout
+from warabi.eventloop.busy_poll import Attention, BusyPoll
 from warabi.eventloop.eager_start import continued
 
 _IDLE = 8
@@ -64,19 +64,19 @@ class _Member:
         self.over = False  # it must not be served any more
 
 
-class Crowd:
+class IdleConnections:
     """The idle connections of one loop, and the tasks that serve them.
 
     Attributes:
         attention: tracks from which connection messages arrive.
-        lookout: polling state.
+        busy_poll: polling state.
         concurrent: number of requests running concurrently, which need turns of the loop to
             complete.
     """
 
     def __init__(self) -> None:
         self.attention = Attention()
-        self.lookout = Lookout()
+        self.busy_poll = BusyPoll()
         self.concurrent = 0
         self._epoll = select.epoll()
         self._poll = self._epoll.poll
@@ -94,7 +94,7 @@ class Crowd:
                 yield
                 self._nursery.cancel_scope.cancel()
 
-    async def stand(self, fd: int, serve: Serve) -> None:
+    async def wait_to_serve(self, fd: int, serve: Serve) -> None:
         """Call *serve* whenever *fd* is readable, until it returns that the caller should resume,
         or has blocked.
 
@@ -172,7 +172,7 @@ class Crowd:
                     ready.append(member)
             if not ready:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-                self.lookout.came(now)
+                self.busy_poll.came(now)
                 now = turn = perf_counter_ns()
             for _ in range(len(ready)):
                 member = ready.popleft()
@@ -201,9 +201,9 @@ class Crowd:
         """Poll for a moment if input is expected."""
         events: list[tuple[int, int]] = []
         if not self.concurrent:
-            until = self.lookout.until(began)
+            until = self.busy_poll.until(began)
             while not events and began < until:
-                began = self.lookout.offer(began)
+                began = self.busy_poll.offer(began)
                 events = self._poll(0)
         return events
 

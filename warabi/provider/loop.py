@@ -24,7 +24,7 @@ from warabi.protocol.limits import EngineLimits
 from warabi.provider.admission import Admission, Visitor
 from warabi.provider.core import ProviderCore
 from warabi.provider.direct_access import Host
-from warabi.provider.idle_connections import Crowd
+from warabi.provider.idle_connections import IdleConnections
 from warabi.provider.session import ClientSession
 from warabi.shm.liveness import LifeSigns
 from warabi.target.state import LOOPS
@@ -42,7 +42,7 @@ _KEPT_ALIVE = (
 )
 
 
-class Runtime:
+class ProviderLoop:
     """Listens at an endpoint and serves providers until stopped.
 
     Args:
@@ -73,7 +73,7 @@ class Runtime:
         self._security = security
         self._limits = limits
         self._admission = Admission(limits)
-        self._crowd = Crowd()
+        self._idle_connections = IdleConnections()
         self.providers: dict[int, ProviderCore] = {}
         self.remote_shutdown = False
         self._on_shutdown = on_shutdown
@@ -109,7 +109,7 @@ class Runtime:
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            async with self._crowd.served(), trio.open_nursery() as nursery:
+            async with self._idle_connections.served(), trio.open_nursery() as nursery:
                 with self._listener, self._accepting:
                     self._started.set()
                     await self._accept(nursery)
@@ -156,7 +156,7 @@ class Runtime:
             admit=lambda: self._admission.admit(visitor),
             leave=lambda: self._admission.leave(visitor),
             host=Host(self._life, pid) if self.endpoint.local and self._share else None,
-            crowd=self._crowd,
+            idle_connections=self._idle_connections,
         )
         visitor = Visitor(host, session.drop)
         self._admission.arrive(visitor)

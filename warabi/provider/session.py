@@ -45,7 +45,7 @@ from warabi.provider.buffer_pool import load
 from warabi.provider.channel import Channel
 from warabi.provider.core import ProviderCore
 from warabi.provider.direct_access import Host
-from warabi.provider.idle_connections import LEAVES, MORE, STAYS, Crowd, Next
+from warabi.provider.idle_connections import LEAVES, MORE, STAYS, IdleConnections, Next
 from warabi.provider.inode_refs import Pins
 from warabi.provider.migration.exchange import Exchange
 from warabi.provider.requests import (
@@ -76,7 +76,7 @@ class ClientSession:
         admit: called after the handshake; raises ``ConnectionFailed``.
         leave: called when the connection has ended.
         host: grants direct access; None if the peer can have none.
-        crowd: the idle connections of the loop.
+        idle_connections: the idle connections of the loop.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class ClientSession:
         admit: Callable[[], None],
         leave: Callable[[], None],
         host: Host | None,
-        crowd: Crowd,
+        idle_connections: IdleConnections,
     ) -> None:
         self._host = host
-        self._crowd = crowd
-        self._channel = Channel(sock, limits.wire, crowd)
+        self._idle_connections = idle_connections
+        self._channel = Channel(sock, limits.wire, idle_connections)
         self._exchange = Exchange(local, self._channel.close)
         self._find = find
         self._shutdown = shutdown
@@ -181,7 +181,7 @@ class ClientSession:
             event = await channel.next_event(look=idle, wait=not channel.plain)
             if event is NEED_DATA:
                 self._handling = False
-                await channel.stand(self._serve_at_once)
+                await channel.wait_to_serve(self._serve_at_once)
                 event, self._held = self._held, NEED_DATA
             if event is None:
                 return
@@ -362,7 +362,7 @@ class ClientSession:
         request.concurrent = True
         size = memory(request, self._channel.limits.payload)
         await self._running.acquire(size)
-        self._crowd.concurrent += 1
+        self._idle_connections.concurrent += 1
         nursery.start_soon(self._answer_concurrently, request, work, size)
 
     async def _answer_concurrently(
@@ -371,7 +371,7 @@ class ClientSession:
         try:
             await self._answer(request, work)
         finally:
-            self._crowd.concurrent -= 1
+            self._idle_connections.concurrent -= 1
             self._running.release(size)
 
     async def _answer(

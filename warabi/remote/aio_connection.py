@@ -25,8 +25,8 @@ from warabi._core import forks
 from warabi._core.caller import is_gone
 from warabi._core.tuning import CLIENT_TURN, CONNECT_TIMEOUT, SLOW_FACTOR
 from warabi.errors import ConnectionLost, TimedOut
-from warabi.eventloop.busy_poll import Lookout
-from warabi.eventloop.inline_wait import Lull
+from warabi.eventloop.busy_poll import BusyPoll
+from warabi.eventloop.inline_wait import InlineWait
 from warabi.protocol import address as _address
 from warabi.protocol import handshake, wire
 from warabi.protocol.auth import Security
@@ -79,12 +79,12 @@ class TrioConnection(Replies):
         self._late: dict[int, PendingRequest] = {}  # abandoned, to be undone when they complete
         self._heard = 0.0  # when data last arrived, by Trio's clock
         self._asked = False  # a sign of life was requested since then
-        self._lookout = Lookout()
+        self._busy_poll = BusyPoll()
         self._awaited = 0  # pending requests whose replies are expected soon
         self._turn = 0  # time of the last checkpoint
         self._busy = trio.Event()  # set while requests are pending
         # With TLS the socket does not tell whether data are available.
-        self._lull = Lull(sock.fileno()) if isinstance(transport, Plain) else None
+        self._inline_wait = InlineWait(sock.fileno()) if isinstance(transport, Plain) else None
         self.limits = Limits()
         self._ids = itertools.count(1)
         self._slots = trio.Semaphore(_IN_FLIGHT)
@@ -214,25 +214,25 @@ class TrioConnection(Replies):
         """
         began = perf_counter_ns()
         asleep = False
-        lull = self._lull
+        inline = self._inline_wait
         try:
             while not request.done:
                 event = self._wire.next_event()
                 if event is not NEED_DATA:
                     self._take(event)
                 elif asleep:
-                    if self._unsent or not (lull and lull.wait()):
+                    if self._unsent or not (inline and inline.wait()):
                         return
                     self._receive()
                 else:
                     place = self._wire.buffer()
-                    count = self._lookout.look(self._recv_into, place, perf_counter_ns())
+                    count = self._busy_poll.look(self._recv_into, place, perf_counter_ns())
                     if count >= 0:
                         self._received(count)
                         continue
                     asleep = True
-                    if lull:
-                        lull.begin()
+                    if inline:
+                        inline.begin()
             while (event := self._wire.next_event()) is not NEED_DATA:
                 self._take(event)
         except BlockingIOError:
@@ -240,7 +240,7 @@ class TrioConnection(Replies):
         except (errors.Exception, OSError) as error:
             self._end(error)
         if asleep:
-            self._lookout.came(began)
+            self._busy_poll.came(began)
 
     def _fail(self, kind: type[errors.Exception], reason: str) -> None:
         if self._lost is None:
@@ -272,7 +272,7 @@ class TrioConnection(Replies):
         if self._lost is not None:
             raise self._lost_error(request.what)
         await trio.lowlevel.checkpoint_if_cancelled()
-        turn = (self._lull and self._lull.turn) or CLIENT_TURN
+        turn = (self._inline_wait and self._inline_wait.turn) or CLIENT_TURN
         if perf_counter_ns() - self._turn > turn:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._turn = perf_counter_ns()
@@ -340,7 +340,7 @@ class TrioConnection(Replies):
                 await request.event.wait()
                 self._turn = perf_counter_ns()
                 if alone:
-                    self._lookout.came(began)
+                    self._busy_poll.came(began)
         except trio.Cancelled:
             if request.done and request.error is None and request.late is not None:
                 request.late(request.result)  # it completed after the wait was cancelled

@@ -50,7 +50,7 @@ from warabi._core.tuning import (
     INTERRUPT_CHECK,
 )
 from warabi.errors import ConnectionLost, TimedOut
-from warabi.eventloop.busy_poll import NOTHING, UNKNOWN, Lookout
+from warabi.eventloop.busy_poll import NOTHING, UNKNOWN, BusyPoll
 from warabi.protocol import address, handshake, transport, wire
 from warabi.protocol.address import Endpoint
 from warabi.protocol.auth import Security
@@ -66,7 +66,7 @@ _AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # computed once, whic
 
 _CONSISTENT, _RECEIVING, _PARSING = range(3)
 """Steps of the reader.  An interrupt of the first leaves a consistent state, that of the second one
-that :attr:`Lookout.received` describes, that of the third an unknown one."""
+that :attr:`BusyPoll.received` describes, that of the third an unknown one."""
 
 
 class BlockingConnection(Replies):
@@ -115,7 +115,7 @@ class BlockingConnection(Replies):
         self.making: set[int] = set()  # requests that create something
         self.torn = False  # a call was interrupted, and its cleanup is not done
         self.interruptible = True  # also under interrupts.uninterrupted()
-        self._lookout = Lookout()  # the reader's
+        self._busy_poll = BusyPoll()  # the reader's
         self._heard = 0.0  # when something last came, by the monotonic clock
         self._asked = False  # a sign of life was asked for since then
         forks.register(self)
@@ -501,7 +501,7 @@ class BlockingConnection(Replies):
             ConnectionLost: its state is unknown.
         """
         stage, self._stage = self._stage, _PARSING
-        count = self._lookout.received
+        count = self._busy_poll.received
         if stage == _PARSING or not self._at_once or count in (UNKNOWN, 0):
             raise ConnectionLost("interrupted while a reply was being received")
         if count != NOTHING:
@@ -538,13 +538,13 @@ class BlockingConnection(Replies):
     def _receive(self, place: memoryview, since: float, request: PendingRequest | None) -> int:
         """Receive into *place*; returns -1 if nothing has arrived for a while or, without a
         *request* to wait for, if nothing is available."""
-        self._lookout.received = UNKNOWN
+        self._busy_poll.received = UNKNOWN
         self._stage = _RECEIVING
         try:
             if request is None:
                 count = self._recv_into(place, 0, socket.MSG_DONTWAIT)
             else:
-                count = self._lookout.receive(self._recv_into, place)
+                count = self._busy_poll.receive(self._recv_into, place)
         except BlockingIOError:
             self._stage = _CONSISTENT
             if request is not None:

@@ -32,7 +32,7 @@ import trio
 
 from warabi._core.caller import CALLER, Caller
 from warabi._core.tuning import FUSE_MOMENT, HELLO_PATIENCE, KILL_CHECK
-from warabi.eventloop.busy_poll import Lookout
+from warabi.eventloop.busy_poll import BusyPoll
 from warabi.eventloop.eager_start import continued
 from warabifs.frontends.kernel import protocol
 from warabifs.frontends.kernel.fatal_signals import is_killed
@@ -129,7 +129,7 @@ class FuseSession:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._streak = 0
-        self._lookout = Lookout()
+        self._busy_poll = BusyPoll()
         self._began = 0  # when the wait for the next request began
         self._over = False
         self._led = False  # whether a worker leads, or is about to
@@ -249,7 +249,7 @@ class FuseSession:
         self._streak = 0
         with contextlib.suppress(trio.ClosedResourceError, OSError):
             await trio.lowlevel.wait_readable(self._fd)
-        self._lookout.came(self._began)
+        self._busy_poll.came(self._began)
 
     def _take(self, buffer: memoryview) -> int:
         """Read a request that is pending or arrives within a moment; returns its size, or 0: other
@@ -261,10 +261,10 @@ class FuseSession:
             if self._busy:
                 return os.readv(self._fd, (buffer,))
             self._began = began = perf_counter_ns()
-            count = self._lookout.look(self._receive, buffer, began)
+            count = self._busy_poll.look(self._receive, buffer, began)
             if count < 0 and self._poll.poll(FUSE_MOMENT):
                 count = os.readv(self._fd, (buffer,))
-                self._lookout.came(began)
+                self._busy_poll.came(began)
             return max(count, 0)
         except BlockingIOError:
             pass
