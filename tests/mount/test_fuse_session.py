@@ -29,7 +29,7 @@ from warabifs.frontends.kernel.frontend import KernelFrontEnd
 from warabifs.frontends.kernel.protocol import Feature, Header, Opcode
 from warabifs.frontends.kernel.session import Answer, Early, FuseSession
 from warabifs.frontends.notifier import Notifier
-from warabifs.fs import limits
+from warabifs.fs import filesystem, limits
 from warabifs.fs.filesystem import FileSystem
 
 INIT = struct.Struct("=IIIII44x")  # with the fields that Linux 6 has
@@ -361,6 +361,85 @@ async def test_a_request_of_a_killed_thread_is_answered_and_what_it_brings_given
             assert await kernel.answer() == (unique, 0, b"an inode")
         assert gone[8] is gone[10] is False
         kernel.session.stop()
+
+
+class Delayed:
+    """A target whose calls wait once a number of them were made, until the provider answers."""
+
+    def __init__(self, target: aio.Target) -> None:
+        self._target = target
+        self.free = 10_000
+        self.waits, self.answers = trio.Event(), trio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def delay(self, free: int) -> None:
+        self.free, self.waits, self.answers = free, trio.Event(), trio.Event()
+
+    async def call(self, name: str, *arguments: Any) -> Any:
+        self.free -= 1
+        if self.free < 0 and not self.answers.is_set():
+            self.waits.set()
+            await self.answers.wait()
+        return await self._target.call(name, *arguments)
+
+
+COUNTING = [
+    (Opcode.LOOKUP, b"f0\0", 0),
+    (Opcode.MKNOD, protocol.MKNOD.pack(0o100644, 0, 0, 0) + b"made\0", 0),
+    (Opcode.MKDIR, protocol.MKDIR.pack(0o755, 0) + b"made\0", 0),
+    (Opcode.SYMLINK, b"made\0target\0", 0),
+    (Opcode.LINK, protocol.LINK.pack(2) + b"made\0", 0),
+    (Opcode.CREATE, protocol.CREATE.pack(os.O_RDWR | os.O_CREAT, 0o644, 0, 0) + b"made\0", 0),
+    (Opcode.TMPFILE, protocol.CREATE.pack(os.O_RDWR, 0o644, 0, 0) + b"tmp\0", 0),
+    *((Opcode.READDIRPLUS, b"", free) for free in (0, 1, 2, 3, 4)),
+]
+"""Requests whose replies count lookups, and how many of their calls are answered before a delay."""
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body", "free"), COUNTING, ids=lambda value: getattr(value, "name", None)
+)
+async def test_no_lookup_is_counted_of_which_the_kernel_gets_no_reply(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, opcode: Opcode, body: bytes, free: int
+) -> None:
+    """The thread is killed while the provider is slow, also between two pages of a listing."""
+    monkeypatch.setattr(session_module, "is_killed", lambda thread: True)
+    monkeypatch.setattr(filesystem, "_PAGE", 10)
+    with open_memory(MemoryConfig()) as target:
+        for number in range(60):
+            target.namespace.mknod(1, b"f%d" % number, 0o100644, 0, 0, 0)
+        delayed = Delayed(aio.attach(target))
+        files = FileSystem(
+            cast(aio.Target, delayed), exclusive=False, attr_timeout=1.0,
+            drop_name=lambda *_: None, drop_attributes=lambda ino: None,
+        )  # fmt: skip
+        operations = dispatch.Operations(
+            files, entry_timeout=1.0, directory_timeout=1.0, attr_timeout=1.0,
+            negative_timeout=1.0, direct_io=False, writeback=False,
+            interrupt=kernel.session.interrupt,
+        )  # fmt: skip
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kernel.session.serve, operations)
+            if opcode == Opcode.READDIRPLUS:
+                kernel.send(Opcode.OPENDIR, 2, bytes(8))
+                _, _, opened = await kernel.answer()
+                (handle,) = struct.unpack_from("=Q", opened)
+                # Room for some pages.
+                body = protocol.READ.pack(handle, 0, 50 * 160, 0).ljust(40, b"\0")
+            delayed.delay(free)
+            kernel.send(opcode, 4, body)
+            with trio.move_on_after(10) as patience:
+                await delayed.waits.wait()
+            assert not patience.cancelled_caught, "it made fewer calls"
+            kernel.send(Opcode.INTERRUPT, 5, struct.pack("=Q", 4))
+            assert await kernel.answer() == (4, errno.EINTR, b"")
+            delayed.answers.set()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert {ino: known.count for ino, known in files._known.items()} == {}
+            assert len(files._handles) == (opcode == Opcode.READDIRPLUS)
+            kernel.session.stop()
 
 
 @pytest.mark.parametrize("writeback", [False, True])
