@@ -189,6 +189,13 @@ rest of a request.
 KILL_CHECK = 0.2
 """Seconds between two checks whether an interrupted thread is being killed: kill(1) seems
 immediate, and one check reads a file of /proc."""
+LOCK_CANCEL_PAUSE = 0.1
+"""Seconds between two attempts to cancel a request for a lock: the first may come before the lock
+was requested, and an interrupted program should not wait noticeably longer."""
+RECENT_READ = 1.0
+"""Seconds between a read and a write that the kernel may have been about to send by then."""
+SHUTDOWN_CONNECT = 2.0
+"""Seconds for a connection to a mount's shutdown socket to be queued: its process may hang."""
 IN_KERNEL = 0.5
 """Seconds after which a thread that sends a notification must be in the kernel; later, it is taken
 to be stuck, and requests are answered without it."""

@@ -22,6 +22,7 @@ from warabi import errors
 from warabi._core import config_keys, descriptors, fileio, forks, syscalls
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.fileio import copy_file, pread_full, pwrite_full, set_apart
+from warabi._core.tuning import HANDOVER_POLL
 from warabi.backends import xattr_times as filetimes
 from warabi.backends.base import STRANGERS, Flush, Location, Storage
 from warabi.backends.fd_cache import Borrowed, OpenFile, Translated
@@ -38,8 +39,6 @@ NEW = ".new"
 _SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced one by one; beyond, by a sync of the file system."""
-_BETWEEN_LOOKS = 0.0005
-"""Seconds between two looks whether a sync has ended that began earlier."""
 _MOST_DESCRIPTORS = 16384
 """Most open region files, even if the process may have more: each uses kernel memory."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
@@ -432,7 +431,7 @@ class FileStorage(Storage):
         while not earlier.isdisjoint(under_way):
             if not wait:
                 raise WouldBlock
-            time.sleep(_BETWEEN_LOOKS)
+            time.sleep(HANDOVER_POLL)
         self._check_failed(rid)
 
     @contextlib.contextmanager

@@ -22,11 +22,10 @@ from collections.abc import Callable
 import trio
 
 from warabi._core.caller import CALLER
+from warabi._core.tuning import RECENT_READ
 from warabi.region import RegionID
 
 KERNEL = -1
-_LATELY = 1.0
-"""Seconds between a read and a write that the kernel may have been about to send by then."""
 _MOST_READS, _MOST_INODES = 64, 1024
 _PAGE = 4096
 
@@ -66,7 +65,7 @@ class Writes:
         if who == KERNEL:
             return
         start, end = start // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
-        since = time.monotonic() - _LATELY
+        since = time.monotonic() - RECENT_READ
         for when, reader, first, last in self._reads.get(ino, ()):
             if when > since and first < end and start < last and (reader != who or not who):
                 self.drop(ino, start, end - start)

@@ -20,13 +20,13 @@ import os
 import socket
 from pathlib import Path
 
+from warabi._core.tuning import SHUTDOWN_CONNECT
 from warabi.protocol import socket_directories
 from warabi.protocol.address import peer, set_send_timeout
 from warabifs.frontends.mountinfo import Mounted, identity, is_gone, mounted_on
 
 _PREFIX = "umount."
 _QUEUE = 4096
-_CONNECT = 2.0  # seconds for a connection to be queued
 _DONE = b"persisted"
 _NO_REPORT = "the mount process exited without a report, see its log"
 
@@ -143,7 +143,7 @@ def _connected(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Not by settimeout(), which makes a full queue fail at once.
-        set_send_timeout(connection, _CONNECT)
+        set_send_timeout(connection, SHUTDOWN_CONNECT)
         connection.connect(str(path))
     except BaseException:
         connection.close()

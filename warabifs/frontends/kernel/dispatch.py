@@ -21,6 +21,7 @@ import trio
 from warabi import errors
 from warabi._core.attributes import ROOT, Attributes
 from warabi._core.lock_ranges import EXCLUSIVE, SHARED, UNLOCK
+from warabi._core.tuning import LOCK_CANCEL_PAUSE
 from warabi.metadata.domain import NAME_MAX, clamped
 from warabi.region import RegionID
 from warabifs.frontends.callers import groups_of
@@ -40,8 +41,6 @@ _ENTRIES = (
 _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
 """Requests without a reply."""
 _SECOND = 1_000_000_000
-_AGAIN = 0.1
-"""Seconds between two attempts to cancel a request for a lock."""
 _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
 """From this size in bytes on, storing the data takes longer than replying first."""
@@ -592,7 +591,7 @@ class Operations:
             with contextlib.suppress(errors.Exception):
                 await self._files.cancel_lock(unique)
             if unique in self._waiting_locks:
-                await trio.sleep(_AGAIN)
+                await trio.sleep(LOCK_CANCEL_PAUSE)
 
     @_handles(Opcode.FSYNC)
     async def fsync(self, header: Header, body: memoryview) -> Answer:
