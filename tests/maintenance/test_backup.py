@@ -504,27 +504,45 @@ def test_copies_keep_holes(
         assert file.stat().st_blocks < 1000
 
 
-def test_archives_keep_holes(tmp_path: Path) -> None:
-    """They take neither time nor space, in the archive and where it is imported."""
-    size, data = 1 << 33, pattern(MiB)
-    with open_target("file", tmp_path / "target", checksums=False) as target:
-        region = target.create(size)
+def opened(kind: str, path: Path) -> Target:
+    if kind == "memory":
+        return open_memory(MemoryConfig())
+    return open_target("file", path, checksums=kind == "checksummed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "copying"), [("memory", False), ("file", True), ("checksummed", True)]
+)
+def test_archives_keep_holes(tmp_path: Path, kind: str, copying: bool) -> None:
+    """They take neither time nor space, in the archive and where it is imported.
+
+    Of regions that are larger than the file system, one of them with many extents.
+    """
+    size, data = 1 << 40, pattern(MiB)
+    islands = range(0, size, size // (4200 if kind == "memory" else 42) & -4096)
+    archive = io.BytesIO()
+    with opened(kind, tmp_path / "target") as target, link_to(target) as link:
+        large, scattered = target.create(1), target.create(1)
+        for region in large, scattered:
+            target.resize(region, size)
         for offset in (0, size // 2, size - MiB):
-            target.write(region, offset, data)
-    tar, fresh = tmp_path / "out.tar", tmp_path / "fresh"
-    ok("export", tmp_path / "target", tar)
-    assert tar.stat().st_size < 4 * MiB
-    with (
-        open_target("file", fresh, checksums=False) as target,
-        link_to(target) as link,
-        tar.open("rb") as source,
-    ):
-        restore(link, source)
+            target.write(large, offset, data)
+        for offset in islands:
+            target.write(scattered, offset, b"%16d" % offset)
+        export(link, archive, copying=copying)
+    assert len(archive.getvalue()) < 4 * MiB + len(islands) * 4200
+    archive.seek(0)
+    with opened(kind, tmp_path / "fresh") as target, link_to(target) as link:
+        restore(link, archive)
         for offset in (0, size // 2, size - MiB):
-            assert target.read(region, offset, MiB) == data
-        assert target.read(region, MiB, MiB) == bytes(MiB)
-        assert target.size(region) == size
-        assert region_file(fresh, region).stat().st_blocks * 512 < 5 * MiB
+            assert target.read(large, offset, MiB) == data
+        assert target.read(large, MiB, MiB) == bytes(MiB)
+        for offset in islands:
+            assert target.read(scattered, offset, 16) == b"%16d" % offset
+        for region, most in ((large, 5 * MiB), (scattered, 2 * 4096 * len(islands))):
+            found = link.call("getattr", region.slot)
+            assert found.size == size
+            assert found.space < most
 
 
 def sparse_archive(tmp_path: Path) -> bytes:

@@ -224,7 +224,7 @@ def test_transfer_sizes(engine: Engine, size: int) -> None:
     for i, length in enumerate((0, 1, 50, 4097, 200 if size == 1 else 1_000_000)):
         target.create_and_write(pattern(length, i))
     if size > 1:
-        target.create(4_000_000)  # a hole
+        target.create_and_write(bytes(4_000_000))
     expected = contents(target)
     most = 0
     last = 0
@@ -236,6 +236,44 @@ def test_transfer_sizes(engine: Engine, size: int) -> None:
     source.migrate_target(str(engine.addr()), 2, {"transfer_size": size}, progress=progress)
     assert contents(handle(engine, str(engine.addr()), 2)) == expected
     assert most <= 17 * max(size + 64, 4096)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("memory", "file"), ("file", "memory")])
+@pytest.mark.parametrize("checksums", [False, True])
+def test_holes_cost_neither_time_nor_space(
+    engine: Engine, tmp_path: Path, kind: str, other: str, checksums: bool
+) -> None:
+    """A region that is larger than any file system here, and one with many small holes."""
+    settings = config(kind, tmp_path / "here")
+    if kind == "file":
+        settings["target"]["config"]["checksums"] = checksums
+    source, _ = Provider(engine, 1, settings), Provider(engine, 2, {})
+    before, after = (handle(engine, str(engine.addr()), number) for number in (1, 2))
+    size, island = 1 << 40, pattern(70_001)
+    large, riddled, hole = before.create(1), before.create(1 << 20), before.create(1)
+    for region in large, hole:
+        before.resize(region, size)
+    for offset in (0, size // 2 + 1, size - len(island)):
+        before.write(large, offset, island)
+    for offset in range(5000, 1 << 20, 1 << 16):
+        before.write(riddled, offset, b"data")
+    calls: list[tuple[int, int]] = []
+    where = {"new_root": str(tmp_path / "there")} if other == "file" else {}
+    source.migrate_target(
+        str(engine.addr()), 2, {"merge_config": merge(other), **where},
+        progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert calls[-1] == (2 * size + (1 << 20),) * 2
+    assert len(calls) < 100
+    for offset in (0, size // 2 + 1, size - len(island)):
+        assert after.read(large, offset, len(island)) == island
+    assert after.read(large, len(island), 1 << 20) == bytes(1 << 20)
+    assert after.size(large) == after.size(hole) == size
+    assert list(after.data_extents(hole)) == []
+    assert sum(length for _, length in after.data_extents(large)) < 1 << 20
+    for offset in range(5000, 1 << 20, 1 << 16):
+        assert after.read(riddled, offset - 1, 6) == b"\0data\0"
+    assert sum(length for _, length in after.data_extents(riddled)) < 1 << 18
 
 
 def test_open_files_without_names_stay_behind(engine: Engine, client_engine: Engine) -> None:

@@ -579,6 +579,25 @@ def test_holes_are_kept(tmp_path: Path, ends: str) -> None:
         assert ok("get", address, rest) == source.read_bytes()[10 << 20 :]
 
 
+def test_a_file_larger_than_the_file_system_is_kept_with_its_hole(tmp_path: Path) -> None:
+    size, source, back = 1 << 40, tmp_path / "source", tmp_path / "back"
+    source.write_bytes(pattern(3 << 20))
+    with source.open("r+b") as file:
+        file.truncate(size)
+        file.seek(-4, os.SEEK_END)
+        file.write(b"last")
+    with serving("-t", f"file:{tmp_path}/target") as service:
+        address = service.address
+        region = ok("put", address, source).decode().strip()
+        copy = ok("clone", address, region).decode().strip()
+        ok("get", address, copy, back)
+    with back.open("rb") as file:
+        assert file.read(4 << 20) == pattern(3 << 20) + bytes(1 << 20)
+        assert file.seek(-4, os.SEEK_END) == size - 4
+        assert file.read() == b"last"
+    assert back.stat().st_blocks * 512 < 4 << 20
+
+
 def ok_from(file: IO[bytes], *arguments: str) -> bytes:
     """As :func:`ok`, with a file as the standard input."""
     return subprocess.run(

@@ -25,6 +25,16 @@ class Creation:
         self._sizes = sizes
         self._largest = state.storage.room()[0]
 
+    def check_fits(self, size: int) -> None:
+        """Refuse a new region of *size* bytes that the storage could never hold.
+
+        Not for copies of regions with holes, whose size says nothing about the space they need.
+        """
+        if size > self._largest:
+            raise StorageFull(
+                f"create: {size} bytes exceed the capacity of the storage, {self._largest} bytes"
+            )
+
     def new_region(
         self, mode: int, uid: int | None, gid: int | None, size: int = 0, *,
         anonymous: bool = False, rid: RegionID | None = None, fresh: Fresh | None = None,
@@ -36,10 +46,6 @@ class Creation:
         """
         self._state.check_open("create")
         self._sizes.reserve(size, "create")
-        if size > self._largest:
-            raise StorageFull(
-                f"create: {size} bytes exceed the capacity of the storage, {self._largest} bytes"
-            )
         root = self._catalogue.get(1)
         owner = (0, 0) if root is None else (root.uid, root.gid)
         inode = self._catalogue.add(

@@ -168,12 +168,15 @@ class Target:
             OutOfBounds: *size* is not an integer of at least 0.
             StorageFull: it exceeds the quota, or the capacity of the storage.
         """
-        return self._new(checked_size(size, "create: size"), None).rid
+        size = checked_size(size, "create: size")
+        self.creation.check_fits(size)
+        return self._new(size, None).rid
 
     def make(self, size: int, guest: int) -> RegionID:
         """The same as :meth:`create`, for a writable guest that is granted the region next, and
         fills it."""
         size = checked_size(size, "create: size")
+        self.creation.check_fits(size)
         return self._new(size, self._storage.cleared(size, guest)).rid
 
     def _new(self, size: int, fresh: Fresh | None, *, entered: bool = False) -> Inode:

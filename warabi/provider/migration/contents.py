@@ -14,9 +14,11 @@ from typing import Any
 from warabi.metadata.journal import translate
 from warabi.provider.migration.records import TABLES
 from warabi.region import RegionID
+from warabi.target.extents import seek
 from warabi.target.target import Target
 
 _PAGE = 1000  # rows
+_HOLES = 64 * 1024  # size from which on holes of a region are looked for
 _MOVES = "(nlink > 0 OR anonymous = 1)"
 _REGULAR = f"mode & {0o170000} = {stat.S_IFREG} AND {_MOVES}"
 # Each table's key, and the condition for rows to migrate.
@@ -61,6 +63,17 @@ def regions(target: Target) -> Iterator[tuple[RegionID, int]]:
         for ino, generation, size in page:
             yield RegionID.from_parts(ino, generation), size
         last = page[-1][0]
+
+
+def next_data(target: Target, region: RegionID, offset: int, size: int) -> tuple[int, int]:
+    """Return start and end of the first data of a region of *size* bytes from *offset* on; *size*
+    twice if there is only a hole.  Holes of small regions are data: they are read sooner."""
+    if size < _HOLES:
+        return offset, size
+    start = seek(target, region, offset, False)
+    if start is None:
+        return size, size
+    return start, seek(target, region, start, True) or size
 
 
 def _page(target: Target, sql: str, *values: Any) -> list[tuple[Any, ...]]:

@@ -30,7 +30,8 @@ _TRANSFER_SIZE = 1024 * 1024
 _AHEAD = 4
 """Pending messages; their bytes are in the socket's buffer."""
 _BLOCK = 4096  # alignment of chunks of a large region, for the destination's page cache
-_SKIPPED = 16  # most region bytes per message byte, if there are holes
+_SKIPPED = 16  # most region bytes per message byte, if many are zeros
+_LONGEST = 1 << 31  # length of a chunk of zeros; a message has 32 bits for it
 _ROOM = 64
 """Bytes of a message in addition to region data: at least a chunk's header."""
 
@@ -175,23 +176,29 @@ class Sending:
     def _send_regions(self, target: Target, place: memoryview) -> None:
         """Send the data of every region: many small regions per message, large ones in several."""
         zeros = bytes(len(place))
-        used = done = 0
+        used = done = read = 0  # bytes of the message, of regions, and of those that were read
         for region, size in contents.regions(target):
-            offset = 0
+            offset = data = end = 0
             while True:
                 room = len(place) - used - PIECE_HEADER
-                if used and (room < min(_BLOCK, size - offset) or done >= _SKIPPED * len(place)):
+                if used and (room < min(_BLOCK, size - offset) or read >= _SKIPPED * len(place)):
                     self._submit("receive_data", payload=place[:used], size=done)
-                    used = done = 0
+                    used = done = read = 0
                     continue
-                length = min(size - offset, room)
-                if length > _BLOCK and length < size - offset:
-                    length -= (offset + length) % _BLOCK
+                if offset == end:
+                    data, end = contents.next_data(target, region, offset, size)
                 start = used + PIECE_HEADER
-                piece = place[start : start + length]
-                target.read_into(region, offset, piece)
-                # Holes are preserved, and zeros are not sent.
-                zero = not (length and (piece[0] or piece[-1])) and piece == zeros[:length]
+                if data > offset:
+                    length, zero = min(data - offset, _LONGEST), True
+                else:
+                    length = min(end - offset, room)
+                    if length > _BLOCK and length < end - offset:
+                        length -= (offset + length) % _BLOCK
+                    piece = place[start : start + length]
+                    target.read_into(region, offset, piece)
+                    read += length
+                    zero = not (length and (piece[0] or piece[-1])) and piece == zeros[:length]
+                # The destination writes no zeros, so that there is a hole.
                 put_header(place, used, region, offset, length, zero)
                 used = start + (0 if zero else length)
                 offset += length

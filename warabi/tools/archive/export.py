@@ -33,7 +33,7 @@ _BLOCK = 512
 _RECORD = 10_240  # tar pads archives to a multiple of this
 _HOLES = 64 * 1024
 """Bytes of holes from which on a region is stored without them."""
-_MOST_EXTENTS = 4096
+_MOST_EXTENTS = 1 << 18
 """Extents of data of a region that are looked for; the rest is taken for data."""
 _KINDS = {
     stat.S_IFDIR: tarfile.DIRTYPE,

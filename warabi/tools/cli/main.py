@@ -183,7 +183,7 @@ def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **sec
         if len(piece) < _STEP:
             region = target.create_and_write(piece, persist=True)
         else:
-            region = target.create(max(_size(file), len(piece)))
+            region = target.create(len(piece))
         with _finishing(target, region, name):
             if len(piece) == _STEP:
                 _fill(target, region, piece, file)
@@ -213,7 +213,8 @@ def _size(file: IO[bytes]) -> int:
 
 def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes]) -> None:
     """Write *piece* and the rest of *file* to a new region, durably, whatever its size."""
-    size, end = target.size(region), 0
+    size, end = max(_size(file), len(piece)), 0
+    target.resize(region, size)  # the size of a file with holes may exceed that of the storage
     for offset, data in _pieces(file, piece):
         end = offset + len(data)
         if end > size:
