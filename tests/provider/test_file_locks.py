@@ -26,6 +26,7 @@ from warabi import aio, errors, reconnect
 from warabi._core.lock_ranges import END, EXCLUSIVE, SHARED, UNLOCK, FileLock
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client
+from warabi.remote.link import WireLink
 from warabi.server import Provider
 from warabi.target import file_locks
 
@@ -114,23 +115,27 @@ def test_what_waits_gets_it_in_order(handles: Callable[[], TargetHandle]) -> Non
 
     threads = []
     for number in range(3):
-        threads.append(threading.Thread(target=work, args=(number, handles())))
+        handle = handles()
+        threads.append(threading.Thread(target=work, args=(number, handle)))
         threads[-1].start()
-        eventually(lambda: waiting_of(one, region) > len(threads) - 1)
+        until_it_waits(handle, region, len(threads))
     one.unlock(region, owner=9)
     for thread in threads:
         thread.join()
     assert order == [0, 1, 2]
 
 
-def waiting_of(handle: TargetHandle, region: RegionID) -> int:
-    """How many requests wait, at least; of a provider in another process, after a while."""
-    core = getattr(handle.link, "_core", None)
-    if core is None:
-        handle.size(region)  # what was sent before is done
-        threading.Event().wait(0.1)
-        return file_locks.WAITING
-    return sum(len(file.waiting) for file in core.target.file_locks._files.values())
+def until_it_waits(handle: TargetHandle, region: RegionID, count: int) -> None:
+    """Return when *count* requests wait, the last of them one of this handle."""
+    link: Any = handle.link
+    if isinstance(link, WireLink):
+        requests = link._connect()._requests
+        eventually(lambda: any(request.operation == "lock" for request in [*requests.values()]))
+        for _ in range(3):  # what was sent before, and the tasks that it started, are seen to
+            handle.size(region)
+    else:
+        files = link._core.target.file_locks._files
+        eventually(lambda: sum(len(file.waiting) for file in [*files.values()]) >= count)
 
 
 def test_two_that_wait_for_each_other(handles: Callable[[], TargetHandle]) -> None:
@@ -140,7 +145,7 @@ def test_two_that_wait_for_each_other(handles: Callable[[], TargetHandle]) -> No
     other.lock(region, 1, 1, owner=2)
     thread = threading.Thread(target=one.lock, args=(region, 1, 1), kwargs={"owner": 1})
     thread.start()
-    eventually(lambda: waiting_of(one, region) > 0)
+    until_it_waits(one, region, 1)
     refused(errno.EDEADLK, other.lock, region, 0, 1, owner=2)
     other.unlock(region, owner=2)
     thread.join()
