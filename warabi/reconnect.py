@@ -206,12 +206,14 @@ class ReconnectingLink:
         return self._link
 
     async def _do(
-        self, name: str, work: Callable[[AsyncLink], Awaitable[_T]]
+        self, name: str, work: Callable[[AsyncLink], Awaitable[_T]], region: object = None
     ) -> tuple[_T, AsyncLink]:
-        """Run *work*, which is the operation *name*; returns its result and link."""
+        """Run *work*, which is the operation *name* on *region*; returns its result and link."""
         repeated_until = 0.0
         while True:
             link = await self._usable()
+            if self._locks.lost_in:  # also by the outage that was waited for
+                self._locks.check(region, name)
             try:
                 return await work(link), link
             except _LOST as error:
@@ -232,10 +234,10 @@ class ReconnectingLink:
         operation = operation_named(name)
         if name == "lock":
             return await self._lock(arguments)
-        if self._locks.lost_in and arguments and "region" in operation.position:
-            self._locks.check(arguments[operation.position["region"]], name)
         changes, syncs = operation.changes, operation.syncs is not Syncs.NOTHING
         before = next(self._clock)
+        at = operation.position.get("region")
+        region = None if at is None else arguments[at]
         if syncs:
             self._check_torn(name, arguments)
         if name == "unpin" and arguments[0] in self._gone:
@@ -244,7 +246,7 @@ class ReconnectingLink:
         if changes is Changing.NAMES:
             self._names_changed = before
         try:
-            result, link = await self._do(name, lambda link: link.call(name, arguments))
+            result, link = await self._do(name, lambda link: link.call(name, arguments), region)
         except _NOBODY_THERE:
             if name == "unpin":
                 # The pins ended with the connection, and must not be acquired again by the next
@@ -268,13 +270,13 @@ class ReconnectingLink:
         locks = self._locks
 
         async def ask(link: AsyncLink) -> None:
+            locks.check_owner(request)
             if link is not self._locking:
                 await link.call("lock_session", (self._token,))
                 self._locking = link
             await link.call("lock", request)
 
         while True:
-            locks.check_owner(request)
             locks.asked(request)
             try:
                 _, link = await self._do("lock", ask)
@@ -369,28 +371,26 @@ class ReconnectingLink:
     # Bytes
 
     async def size(self, region: RegionID) -> int:
-        size, _ = await self._do("size", lambda link: link.size(region))
+        size, _ = await self._do("size", lambda link: link.size(region), region)
         return size
 
     async def write(
         self, region: RegionID, offset: int, data: memoryview, persist: bool, extend: bool
     ) -> None:
-        if self._locks.lost_in:
-            self._locks.check(region, "write")
         # Before and after: the reply may arrive when another provider is connected.
         self._changed(region, persist)
-        await self._do("write", lambda link: link.write(region, offset, data, persist, extend))
+        await self._do(
+            "write", lambda link: link.write(region, offset, data, persist, extend), region
+        )
         self._changed(region, persist)
 
     async def read_into(self, region: RegionID, offset: int, place: memoryview) -> None:
-        if self._locks.lost_in:
-            self._locks.check(region, "read")
-        await self._do("read", lambda link: link.read_into(region, offset, place))
+        await self._do("read", lambda link: link.read_into(region, offset, place), region)
 
     async def read_some(self, region: RegionID, offset: int, size: int, place: GetBuffer) -> int:
-        if self._locks.lost_in:
-            self._locks.check(region, "read")
-        count, _ = await self._do("read", lambda link: link.read_some(region, offset, size, place))
+        count, _ = await self._do(
+            "read", lambda link: link.read_some(region, offset, size, place), region
+        )
         return count
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
@@ -403,26 +403,22 @@ class ReconnectingLink:
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
-        if self._locks.lost_in:
-            self._locks.check(region, "write_vector")
         self._changed(region, persist)
         await self._do(
-            "write_vector", lambda link: link.write_vector(region, extents, data, persist)
+            "write_vector", lambda link: link.write_vector(region, extents, data, persist), region
         )
         self._changed(region, persist)
 
     async def append(self, region: RegionID, data: memoryview, persist: bool) -> int:
-        if self._locks.lost_in:
-            self._locks.check(region, "append")
         self._changed(region, persist)
-        offset, _ = await self._do("append", lambda link: link.append(region, data, persist))
+        offset, _ = await self._do(
+            "append", lambda link: link.append(region, data, persist), region
+        )
         self._changed(region, persist)
         return offset
 
     async def read_vector(self, region: RegionID, extents: list[Extent], place: memoryview) -> None:
-        if self._locks.lost_in:
-            self._locks.check(region, "read_vector")
-        await self._do("read_vector", lambda link: link.read_vector(region, extents, place))
+        await self._do("read_vector", lambda link: link.read_vector(region, extents, place), region)
 
 
 @asynccontextmanager

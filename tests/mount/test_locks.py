@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import signal
+import sqlite3
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +16,20 @@ import pytest
 
 from tests.mount.conftest import disposable, limit_of
 from tests.mount.support import (
+    Mount,
     another_python,
     fails_with,
     line_of,
     mounting,
     python,
     run,
+    serving,
     wait_until,
 )
+from tests.mount.test_outage import Service
 from tests.mount.together import OPTIONS, Together, emptied, region_of, together
 from tests.posix.support import file, opened
+from tests.support.relay import Relay, relay
 from warabi import errors
 
 F_OFD_SETLK = 37
@@ -41,9 +47,11 @@ def both(request: pytest.FixtureRequest, both_module: Together) -> Iterator[Toge
         yield four
 
 
-def waits(pid: int) -> bool:
-    """Whether a process waits for a lock."""
-    return "fuse_setlk" in Path(f"/proc/{pid}/stack").read_text()
+def wait_for_request(pid: int, mount: Mount) -> None:
+    """Return when a process that uses *mount* waits for a lock, and the provider knows."""
+    stack = Path(f"/proc/{pid}/stack")
+    wait_until(lambda: "fuse_setlk" in stack.read_text(), "a request that waits")
+    assert not (mount.path / "missing").exists()  # a later request over the same connection
 
 
 def range_lock(kind: int, start: int, size: int) -> bytes:
@@ -76,7 +84,7 @@ print(os.pread(fd, 100, 0).decode(), os.fstat(fd).st_size, flush=True)
         fcntl.lockf(fd, fcntl.LOCK_EX)
         with another_python(script, both.second.path / "file") as other:
             assert line_of(other) == "3"
-            wait_until(lambda: waits(other.pid), "a request that waits")
+            wait_for_request(other.pid, both.second)
             os.pwrite(fd, b"new and longer", 0)
             fcntl.lockf(fd, fcntl.LOCK_UN)
             assert line_of(other) == "new and longer 14"
@@ -103,7 +111,7 @@ for lock in (fcntl.flock, fcntl.lockf):
         with another_python(script, both.second.path / "file") as other:
             for _ in range(2):
                 assert line_of(other) == "waiting"
-                wait_until(lambda: waits(other.pid), "a request that waits")
+                wait_for_request(other.pid, both.second)
                 other.send_signal(signal.SIGUSR1)
                 assert line_of(other) == "interrupted"
             assert other.wait(30) == 0
@@ -126,7 +134,7 @@ fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
         fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
         with another_python(script, both.second.path / "file") as other:
             assert line_of(other) == "locked"
-            wait_until(lambda: waits(other.pid), "a request that waits")
+            wait_for_request(other.pid, both.second)
             other.kill()
             fcntl.flock(fd, fcntl.LOCK_EX)
             fcntl.lockf(fd, fcntl.LOCK_EX)
@@ -146,7 +154,7 @@ print("got it", flush=True)
         fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
         with another_python(script, both.second.path / "file") as other:
             assert line_of(other) == "locked"
-            wait_until(lambda: waits(other.pid), "a request that waits")
+            wait_for_request(other.pid, both.second)
             with fails_with(errno.EDEADLK):
                 fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
             fcntl.lockf(fd, fcntl.LOCK_UN, 1, 0)
@@ -239,8 +247,6 @@ for turn in range(25):
 
 
 def test_a_database_that_programs_on_two_mounts_write(both: Together) -> None:
-    import sqlite3
-
     path = both.first.path / "database"
     database = sqlite3.connect(path, timeout=60)
     database.execute("CREATE TABLE counter (value)")
@@ -301,3 +307,136 @@ def test_random_ranges_are_locked_as_locally(both: Together, place: Path, seed: 
     wanted = python(RANDOM, str(seed), local, local, local)
     assert python(RANDOM, str(seed), here, there, there) == wanted
     assert wanted.count("refused") > 30
+
+
+def test_a_mount_that_was_cut_off_has_its_locks_again(place: Path) -> None:
+    with two_ways(place) as (cut_off, other, line):
+        path = file(cut_off.path / "file", b"text")
+        with opened(path) as fd, opened(other.path / "file") as there:
+            fcntl.lockf(fd, fcntl.LOCK_EX, 10, 0)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            line.cut()
+            os.fstat(fd)
+            assert os.pwrite(fd, b"more", 0) == 4
+            fcntl.lockf(there, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 10)
+            for call in (fcntl.flock, fcntl.lockf):
+                with fails_with(errno.EAGAIN):
+                    call(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+            fcntl.lockf(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_lock_that_another_mount_had_meanwhile_is_lost(place: Path) -> None:
+    with two_ways(place) as (cut_off, other, line):
+        path = file(cut_off.path / "file", b"text")
+        file(cut_off.path / "another", b"text")
+        with opened(path) as fd, opened(other.path / "file") as there:
+            fcntl.lockf(fd, fcntl.LOCK_EX, 10, 0)
+            engine, line.engine = line.engine, ""
+            line.cut()
+            fcntl.lockf(there, fcntl.LOCK_EX, 1, 5)  # once the provider has noticed
+            os.pwrite(there, b"theirs", 0)
+            fcntl.lockf(there, fcntl.LOCK_UN, 1, 5)
+            line.engine = engine
+            assert (cut_off.path / "another").read_bytes() == b"text"
+            for use in (
+                lambda: os.pwrite(fd, b"mine", 0),
+                lambda: os.fsync(fd),
+                lambda: fcntl.lockf(fd, fcntl.LOCK_EX, 1, 20),
+            ):
+                with fails_with(errno.EIO):
+                    use()
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert os.pread(fd, 10, 0) == b"theirs"
+
+
+def test_a_request_that_waits_outlives_an_outage(place: Path) -> None:
+    script = """
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.lockf(fd, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    with two_ways(place) as (cut_off, other, line):
+        file(cut_off.path / "file")
+        with opened(other.path / "file") as fd:
+            fcntl.lockf(fd, fcntl.LOCK_EX)
+            with another_python(script, cut_off.path / "file") as waiter:
+                wait_for_request(waiter.pid, cut_off)
+                line.cut()
+                os.stat(cut_off.path / "file")
+                fcntl.lockf(fd, fcntl.LOCK_UN)
+                assert line_of(waiter) == "locked"
+                with fails_with(errno.EAGAIN):
+                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_provider_that_restarts_has_no_locks(place: Path) -> None:
+    for name in ("first", "second"):
+        (place / name).mkdir()
+    service = Service(place)
+    service.start()
+    try:
+        with (
+            mounting(service.address, place / "first", *OPTIONS) as first,
+            mounting(service.address, place / "second", *OPTIONS) as second,
+            opened(file(first.path / "file", b"text")) as fd,
+            opened(second.path / "file") as there,
+        ):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.fsync(fd)
+            service.stop(signal.SIGKILL)
+            service.start()
+            with fails_with(errno.EIO):
+                os.pwrite(fd, b"mine", 0)
+            fcntl.flock(there, fcntl.LOCK_EX)
+            os.pwrite(there, b"more", 0)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            with fails_with(errno.EAGAIN):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert os.pread(fd, 10, 0) == b"more"
+    finally:
+        service.stop()
+
+
+@contextlib.contextmanager
+def two_ways(place: Path) -> Iterator[tuple[Mount, Mount, Relay]]:
+    """Two mounts of a provider; the connection of the first can be cut."""
+    for name in ("first", "second"):
+        (place / name).mkdir()
+    with (
+        serving("tcp") as provider,
+        relay(provider.address) as line,
+        mounting(line.address, place / "first", *OPTIONS) as first,
+        mounting(provider.address, place / "second", *OPTIONS) as second,
+    ):
+        yield first, second, line
+
+
+WAL = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+for turn in range(20):
+    database.execute("BEGIN IMMEDIATE")
+    database.execute("UPDATE counter SET value = value + 1")
+    database.execute("COMMIT")
+"""
+
+
+def test_a_write_ahead_log_that_programs_of_one_mount_share(both: Together) -> None:
+    path = both.first.path / "database"
+    database = sqlite3.connect(path, timeout=60)
+    assert database.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+    database.execute("CREATE TABLE counter (value)")
+    database.execute("INSERT INTO counter VALUES (0)")
+    database.commit()
+    database.close()
+    with another_python(WAL, path) as one, another_python(WAL, path) as two:
+        assert one.wait(60) == 0
+        assert two.wait(60) == 0
+    database = sqlite3.connect(path, timeout=60)
+    assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert database.execute("SELECT value FROM counter").fetchone() == (40,)
+    database.close()

@@ -209,6 +209,7 @@ fcntl.fcntl(fd, 38, lock(0))
             with another_python(script, two.path / "file") as other:
                 assert line_of(other) == "locked"
                 wait_until(lambda: _waits_for_lock(other.pid), "a request that waits")
+                assert not (two.path / "missing").exists()  # a later request to the provider
                 with fails_with(errno.EDEADLK):
                     fcntl.fcntl(fd, F_OFD_SETLKW, lock[1])
 

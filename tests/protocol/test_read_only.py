@@ -100,6 +100,9 @@ NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "persist": lambda h, r: h.persist(r, 0, 4),
     "persist_async": lambda h, r: h.persist_async(r, 0, 4).wait(),
     "persist_vector": lambda h, r: h.persist_vector(r, [(0, 4)]),
+    "lock": lambda h, r: h.lock(r),
+    "test_lock": lambda h, r: h.test_lock(r),
+    "unlock": lambda h, r: h.unlock(r),
     "set_eager_write_threshold": lambda h, r: h.set_eager_write_threshold(1),
     "set_eager_read_threshold": lambda h, r: h.set_eager_read_threshold(1),
 }
