@@ -87,6 +87,11 @@ class Provider:
     def provider_id(self) -> int:
         return self._core.provider_id
 
+    @property
+    def engine(self) -> Engine:
+        """The engine in which it serves."""
+        return self._engine
+
     def get_config(self) -> dict[str, Any]:
         """The effective configuration, defaults filled in."""
         settings = self._core.config
