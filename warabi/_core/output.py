@@ -18,7 +18,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import select
 import stat
 import sys
@@ -225,7 +224,7 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
         if old is not None:
             _check_replaceable(path, name, old)
         kept = old is not None or mode is not None
-        part = path.with_name(f".warabi-{secrets.token_hex(8)}.part")
+        part = path.with_name(f".warabi-{os.urandom(8).hex()}.part")
     fd, named = -1, False
     try:
         with _translated(name):
