@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import sqlite3
@@ -440,3 +441,45 @@ def test_a_write_ahead_log_that_programs_of_one_mount_share(both: Together) -> N
     assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert database.execute("SELECT value FROM counter").fetchone() == (40,)
     database.close()
+
+
+RECORDING = """
+import os
+from warabi.provider.session import ClientSession
+handle = ClientSession._handle
+async def recording(self, message, nursery):
+    with open({path!r}, "a") as file:
+        print(message.header[2], file=file)
+    await handle(self, message, nursery)
+ClientSession._handle = recording
+"""
+
+
+def test_a_lock_is_one_round_trip(place: Path) -> None:
+    """The first one of a mount is two, and closing a file without locks is none for them."""
+    record = place / "record"
+
+    def locking() -> list[str]:
+        found = [line for line in record.read_text().split() if "lock" in line]
+        record.write_text("")
+        return found
+
+    with (
+        serving("na+sm", before=RECORDING.format(path=str(record))) as provider,
+        mounting(provider.address, place, *OPTIONS) as mount,
+        opened(file(mount.path / "file")) as fd,
+    ):
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        assert locking() == ["lock_session", "lock"]
+        for call, kind in itertools.product(
+            (fcntl.lockf, fcntl.flock), (fcntl.LOCK_EX, fcntl.LOCK_UN)
+        ):
+            call(fd, kind)
+            assert locking() == ["lock"]
+        with opened(mount.path / "file"):
+            pass
+        assert locking() == []
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        with opened(mount.path / "file"):
+            pass
+        assert locking() == ["lock", "lock"]

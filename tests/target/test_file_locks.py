@@ -265,16 +265,26 @@ def test_unlocking_parts_makes_no_more_ranges_than_the_limit(locks: FileLocks) -
     assert one.ranges == file_locks.RANGES
 
 
-def test_owners_and_waiting_requests_of_a_file_are_limited(locks: FileLocks) -> None:
+def test_owners_of_a_file_are_limited(locks: FileLocks) -> None:
     one, other = locks.client(object()), locks.client(object())
     for owner in range(file_locks.OWNERS):
         _lock(locks, one, 0, kind=SHARED, owner=owner)
     _refused(errno.ENOLCK, lambda: _lock(locks, other, 0, kind=SHARED))
+    _lock(locks, one, 0, kind=UNLOCK)
+    _lock(locks, other, 0, kind=SHARED)
+
+
+def test_waiting_requests_of_a_client_are_limited(locks: FileLocks) -> None:
+    one, other, third = (locks.client(object()) for _ in range(3))
+    _lock(locks, one, 0)
     woken: list[int] = []
     for owner in range(file_locks.WAITING):
-        assert _lock(locks, one, 0, owner=owner, number=1, woken=woken) is not None
-        break  # each would look at all owners; the limit is the same for those that do not
-    _refused(errno.EAGAIN, lambda: _lock(locks, one, 0, owner=1))
+        assert _lock(locks, other, 0, owner=owner, number=owner + 1, woken=woken) is not None
+    _refused(errno.ENOLCK, lambda: _lock(locks, other, 0, owner=-1, number=9999, woken=woken))
+    assert _lock(locks, third, 0, number=1, woken=woken) is not None
+    locks.cancel(other, 1)
+    assert woken == [1]
+    assert _lock(locks, other, 0, owner=-1, number=9999, woken=woken) is not None
 
 
 def test_locks_of_ended_clients_are_limited(locks: FileLocks) -> None:
