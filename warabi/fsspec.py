@@ -522,6 +522,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         source, into = self._strip_protocol(path1), self._strip_protocol(path2)
         if path2.endswith("/") or self.isdir(into):
             into = f"{into.rstrip('/')}/{source.rpartition('/')[2]}"
+        self.target.stat_name(source, follow_symlinks=False)  # or its directory would be made
         self._with_parent(into, lambda: self.target.rename(source, into))
 
     @_blocking
@@ -533,12 +534,36 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         self.target.rmdir(self._strip_protocol(path))
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Remove files and directories; what a symbolic link leads to is never removed by it."""
+        if recursive and maxdepth is None:
+            for one in self.expand_path(path):
+                self._rm_tree(one)
+            return
         for one in reversed(self.expand_path(path, recursive=recursive, maxdepth=maxdepth)):
-            try:
-                self.rm_file(one)
-            except IsADirectoryError:
-                if one != "/":
-                    self.rmdir(one)
+            self._rm_name(one)
+
+    def _rm_name(self, path: str) -> None:
+        try:
+            self.rm_file(path)
+        except IsADirectoryError:
+            if path != "/":
+                self.rmdir(path)
+
+    @_blocking
+    def _rm_tree(self, path: str) -> None:
+        if not stat.S_ISDIR(self.target.stat_name(path, follow_symlinks=False).mode):
+            self.rm_file(path)
+            return
+        nameless = {
+            entry.name
+            for entry in (self.target.scandir("/") if path == "/" else ())
+            if entry.name == entry.attributes.region.hex()
+        }
+        for above, _, names in reversed(list(self.target.walk(path))):
+            for name in names:
+                if above != "/" or name not in nameless:
+                    self.rm_file(f"{above}/{name}")
+            self._rm_name(above)
 
     @_blocking
     def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:

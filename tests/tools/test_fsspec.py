@@ -179,6 +179,14 @@ def test_trees(way: WarabiFileSystem, top: str) -> None:
     way.target.symlink("moved/one.txt", f"{top}/link")
     assert way.cat(f"{top}/link") == b"one.txt"
     assert way.info(f"{top}/link")["islink"]
+    way.target.symlink("moved", f"{top}/moved/deep/directory")
+    way.mkdir(f"{top}/other")
+    way.target.symlink("../moved", f"{top}/other/link")
+    way.rm(f"{top}/other", recursive=True)  # and not what the link leads to
+    assert way.cat(f"{top}/moved/one.txt") == b"one.txt"
+    with pytest.raises(FileNotFoundError):
+        way.mv(f"{top}/nothing", f"{top}/made/nothing")
+    assert not way.exists(f"{top}/made")
     region = way.target.create(10)
     assert f"/{region.hex()}" not in way.ls("/", detail=False)
     way.target.erase(region)
