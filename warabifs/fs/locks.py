@@ -81,8 +81,10 @@ class Locks:
     async def release(self, ino: int, region: RegionID, handle: int) -> None:
         """An open file was closed."""
         for flock, owner in list(self._by_handle.get(handle, ())):
-            await self._unlock(region, flock, owner)
-            self._forget(ino, handle, flock, owner)
+            try:
+                await self._unlock(region, flock, owner)
+            finally:  # also if the provider is gone: the link unlocks what it may still have
+                self._forget(ino, handle, flock, owner)
 
     async def _unlock(self, region: RegionID, flock: bool, owner: int) -> None:
         await self._target.call("lock", region, flock, owner, UNLOCK, 0, END, 0, 0)
