@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.support import another_python, is_mounted, run, wait_until
+from tests.mount.support import (
+    PROVIDER_ID,
+    another_python,
+    is_mounted,
+    mounting,
+    run,
+    serving,
+    wait_until,
+    watchdog,
+)
 from tests.posix.support import file, mode_of, user
 from warabifs.frontends.kernel.protocol import Feature
 
@@ -56,3 +65,20 @@ def test_a_list_of_one_outside_the_group_takes_its_bit_away(
         assert mode_of(path) == (0o2775 if kept else 0o775)
         os.setxattr(path, "user.x", b"1", os.XATTR_CREATE)
         assert os.getxattr(path, "user.x") == b"1"
+
+
+@pytest.mark.parametrize("features", [0, Feature.CACHE_SYMLINKS])
+def test_a_link_that_another_mount_makes_anew_is_seen(features: int, place: Path) -> None:
+    provider_id = f"provider_id={PROVIDER_ID}"
+    (other := place / "other").mkdir()
+    with (
+        serving("na+sm") as provider,
+        mounting(provider.address, other, provider_id) as there,
+        watchdog(there, LIMIT),
+        mounted_without(features, place, provider.address, provider_id) as here,
+    ):
+        for number in range(20):
+            os.symlink(f"target {number}", there.path / "new")
+            os.rename(there.path / "new", there.path / "link")
+            for _ in range(2):
+                assert os.readlink(here / "link") == f"target {number}"

@@ -182,6 +182,7 @@ from warabifs.fs.filesystem import FileSystem
 from warabifs.mount import main
 
 read, is_incapable, getxattr = FileSystem.read, FileSystem.is_incapable, FileSystem.getxattr
+readlink = FileSystem.readlink
 
 def looked(self, ino):
     print("asked for capabilities", flush=True)
@@ -195,7 +196,12 @@ async def look(self, ino, name):
     print("asked for", name.decode(), flush=True)
     return await getxattr(self, ino, name)
 
+async def follow(self, ino):
+    print("asked for a link", flush=True)
+    return await readlink(self, ino)
+
 FileSystem.read, FileSystem.is_incapable, FileSystem.getxattr = bring, looked, look
+FileSystem.readlink = follow
 main.main(["--foreground", *sys.argv[1:]])
 """
 
@@ -203,6 +209,12 @@ main.main(["--foreground", *sys.argv[1:]])
 OPENED = "import os, sys\nfd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
 WRITES = OPENED + "for _ in range(3): os.pwrite(fd, b'text', 0)\n"
 READS = WRITES + "assert os.pread(fd, 9, 0) == b'text'\n"
+LINKS = """
+import os, sys
+os.symlink("x" * 4095, sys.argv[1])
+for _ in range(5):
+    assert os.readlink(sys.argv[1]) == "x" * 4095
+"""
 SETS = (
     OPENED
     + """
@@ -242,6 +254,12 @@ def says_who_reads(name: str, place: Path) -> bool:
 def has_ranges_copied(name: str, place: Path) -> bool:
     requests = requests_of(name, place, COPIES, "direct_io")
     return not any(line.startswith("read by") for line in requests)
+
+
+def keeps_links(name: str, place: Path) -> bool:
+    asked = requests_of(name, place, LINKS).count("asked for a link")
+    assert asked in (1, 5)
+    return asked == 1
 
 
 def creates_attributes_at_once(name: str, place: Path) -> bool:
@@ -354,6 +372,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.LOCKS: has_locks_kept,
     Ability.COPY_RANGE: has_ranges_copied,
     Ability.TMPFILE: makes_files_without_names,
+    Ability.CACHE_SYMLINKS: keeps_links,
     Ability.XATTR_FLAGS: creates_attributes_at_once,
 }
 

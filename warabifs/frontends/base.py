@@ -59,6 +59,8 @@ class Ability(enum.StrEnum):
     """copy_file_range(2) has the target copy; without it the kernel reads and writes."""
     TMPFILE = "tmpfile"
     """open(2) with ``O_TMPFILE`` makes files without names."""
+    CACHE_SYMLINKS = "cache_symlinks"
+    """The kernel keeps the targets of symbolic links."""
     XATTR_FLAGS = "xattr_flags"
     """setxattr(2) with ``XATTR_CREATE`` or ``XATTR_REPLACE`` is atomic."""
 

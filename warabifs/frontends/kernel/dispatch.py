@@ -143,6 +143,7 @@ class Operations:
             Feature.ASYNC_READ | Feature.EXPORT_SUPPORT | Feature.BIG_WRITES | Feature.DONT_MASK
             | Feature.DO_READDIRPLUS | Feature.ASYNC_DIO | Feature.PARALLEL_DIROPS
             | Feature.MAX_PAGES | Feature.INIT_EXT
+            | Feature.CACHE_SYMLINKS  # an inode's target never changes
             # The kernel checks access control lists, the target keeps them consistent with modes.
             | Feature.POSIX_ACL
             # Write requests say whether set-ID bits are to be cleared, so that the kernel does not

@@ -16,6 +16,7 @@ _FEATURES = {
     Ability.PASSTHROUGH: Feature.PASSTHROUGH,
     Ability.UMASK: Feature.DONT_MASK,
     Ability.KILL_SETID: Feature.HANDLE_KILLPRIV_V2,
+    Ability.CACHE_SYMLINKS: Feature.CACHE_SYMLINKS,
     Ability.APPEND_MMAP: Feature.DIRECT_IO_ALLOW_MMAP,
 }
 """Abilities that the kernel has to have, too."""

@@ -91,6 +91,7 @@ class Feature:
     PARALLEL_DIROPS = 1 << 18
     POSIX_ACL = 1 << 20
     MAX_PAGES = 1 << 22
+    CACHE_SYMLINKS = 1 << 23
     HANDLE_KILLPRIV_V2 = 1 << 28
     SETXATTR_EXT = 1 << 29  # a longer SETXATTR
     INIT_EXT = 1 << 30  # more than 32 flags
