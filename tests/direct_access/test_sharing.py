@@ -477,6 +477,32 @@ def test_an_erased_region_takes_no_memory_although_a_client_maps_it() -> None:
         eventually(lambda: mapped("warabi-region") == 0)
 
 
+@pytest.mark.parametrize("made", ["created", "resized", "grown", "written"])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_reading_holes_takes_no_memory(made: str, read_only: bool) -> None:
+    """However they were made, but for a region that was created for being filled."""
+    size = 64 << 20
+    with (
+        provider_process("na+sm", MEMORY) as served,
+        Engine("na+sm", client) as engine,
+        Engine("na+sm", client, config={"share": False}) as third,
+    ):
+        maker = Client(third).make_target_handle(served.address, 1)
+        reader = Client(engine).make_target_handle(served.address, 1, read_only=read_only)
+        region = maker.create(size if made == "created" else 0)
+        if made == "resized":
+            maker.resize(region, size)
+        elif made == "grown":
+            maker._link.write(region, size - 1, memoryview(b"x"), False, True)
+        elif made == "written":
+            maker.append(region, b"x")
+            maker.resize(region, size)
+        for _ in range(3):
+            reader.read(region, 0, size)
+        space = maker._link.call("getattr", region.slot).space
+        assert space <= (8192 if read_only or made != "created" else size)
+
+
 def mapped(name: str) -> int:
     """Bytes of memory behind this process's mappings of that name."""
     total, counting = 0, False

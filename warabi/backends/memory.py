@@ -538,9 +538,9 @@ class MemoryStorage(Storage):
             self.written(data) if isinstance(item, _Slot) and not (item.size or offset) else None
         )
         if fresh is None:
-            sparse = isinstance(item, Own) and (item.sparse or offset > item.size)
+            sparse = offset > item.size or (isinstance(item, Own) and item.sparse)
             super().write_beyond(rid, offset, data)
-            if isinstance(item, Own):
+            if isinstance(item := self._regions[rid], Own):  # it may have been a slot before
                 item.sparse = sparse
             return
         fresh.become(rid)
@@ -608,6 +608,7 @@ class MemoryStorage(Storage):
         fresh = self._allocate(size)
         if isinstance(fresh, Own):
             self._unsure.add(fresh)
+            fresh.sparse = size > kept
         for start in range(0, kept, _COPY):
             piece = memoryview(bytearray(min(_COPY, kept - start)))
             _read(item, start, piece)
@@ -625,7 +626,9 @@ class MemoryStorage(Storage):
                 # A read-only guest creates no regions for which the memory could be reused.
                 holder = holder if writable or holder == KERNEL else STRANGERS
                 self._spare.given(item, holder)
-                mapped = not (item.sparse and item.filled < item.size)
+                # Reading a mapping fills holes: only those whose memory was reserved may be.
+                reserved = writable or item in self._lent
+                mapped = item.filled >= item.size or (reserved and not item.sparse)
                 return Location(_duplicate(item.fd, writable), 0, None, segment=0, mapped=mapped)
             segment = item.segment
             return Location(
