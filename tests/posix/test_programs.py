@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import stat
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from tests.mount.support import Mount, line_of, mounting, python, run, watchdog
 from tests.posix.support import KINDS, NOBODY, directory, file, make, mode_of
+from warabifs.frontends.base import Ability
 
 HDF5 = """
 import sys
@@ -269,6 +271,56 @@ def test_sqlite_keeps_what_it_committed_before_it_was_killed(where: Path, journa
     assert int(run("sqlite3", path, "SELECT count(*) FROM t").stdout) >= 60
     run("sqlite3", path, "VACUUM; PRAGMA wal_checkpoint(TRUNCATE);")
     assert run("sqlite3", path, "PRAGMA integrity_check").stdout == "ok\n"
+
+
+LMDB = """
+import sys
+import lmdb
+
+def filled(change, step):
+    for number in range(0, 5000, step):
+        change.put(b"%d" % number, bytes(200) + b"%d" % number)
+
+for writemap in False, True:
+    with lmdb.open(sys.argv[1], subdir=False, map_size=64 << 20, writemap=writemap) as db:
+        with db.begin(write=True) as change:
+            filled(change, 1)
+        with db.begin(write=True) as change:
+            for number in range(0, 5000, 3):
+                assert change.delete(b"%d" % number)
+        with db.begin(write=True) as change:
+            filled(change, 2)
+            change.abort()
+    with lmdb.open(sys.argv[1], subdir=False, readonly=True) as db, db.begin() as found:
+        assert found.stat()["entries"] == 5000 - 1667
+        assert all(value == bytes(200) + key for key, value in found.cursor())
+print("ok")
+"""
+
+
+def test_lmdb_stores_by_writes_and_by_a_shared_mapping(where: Path) -> None:
+    assert python(LMDB, where / "data") == "ok\n"
+
+
+@pytest.mark.needs(Ability.SEEK_DATA)
+def test_disk_images_stay_sparse(where: Path) -> None:
+    raw, packed, again = where / "raw", where / "packed", where / "again"
+    size, start, data = 1 << 28, 100 << 20, os.urandom(1 << 20)
+    run("qemu-img", "create", "-f", "raw", raw, str(size))
+    with open(raw, "r+b") as image:
+        image.seek(start)
+        image.write(data)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, packed)
+    run("qemu-img", "check", packed)
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", packed, again)
+    assert run("qemu-img", "compare", raw, again).returncode == 0
+    for path in raw, again:
+        found = json.loads(run("qemu-img", "map", "-f", "raw", "--output=json", path).stdout)
+        assert sum(extent["length"] for extent in found) == size
+        extents = [(extent["start"], extent["length"]) for extent in found if extent["data"]]
+        assert (start, len(data)) in extents
+        assert sum(length for _, length in extents) < 2 * len(data)
+        assert os.stat(path).st_blocks * 512 < 2 * len(data)
 
 
 # PostgreSQL, which no root may run
