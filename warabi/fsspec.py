@@ -2,7 +2,7 @@
 
     fsspec.open("warabi://host:port/provider/path")       an engine on TCP
     fsspec.open("warabi://na+sm:pid-n/provider/path")     one on this host, na+sm://pid-n
-    fsspec.open("warabi+file:///file/of/a/target/path")   a target that this process opens itself
+    fsspec.open("warabi:///file/of/a/target/path")        a target that this process opens itself
     fsspec.filesystem("warabi", address=str(engine.addr()), provider_id=1)
 
 A file that is written gets its name when it is closed, or when its transaction ends, in one step:
@@ -46,7 +46,7 @@ _PIECE = 1 << 20  # of an append, whose request is limited
 _ATTEMPTS = 10
 """How often a file is looked for that is replaced whenever it was found."""
 _URL = re.compile(r"warabi://(na\+sm:\d+-\d+|[^/]+)/(\d+)(/.*)?", re.DOTALL)
-_EMBEDDED = "warabi+file://"
+_EMBEDDED = ("warabi+file://", "warabi:///")  # xarray takes no scheme with a "+" for a URL
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -92,7 +92,7 @@ def _in_thread(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
 
 def _embedded(url: str) -> tuple[str, str]:
     """The path of the target, a regular file, and the path in it."""
-    path = os.path.normpath("/" + url.removeprefix(_EMBEDDED).lstrip("/"))
+    path = os.path.normpath("/" + url.partition("://")[2].lstrip("/"))
     target = path
     while target != "/":
         if os.path.isfile(target):
@@ -238,7 +238,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def unstrip_protocol(self, name: str) -> str:
         name = self._strip_protocol(name)
         if self._path:
-            return f"{_EMBEDDED}{self._path}{name}"
+            return f"warabi://{self._path}{name}"
         scheme, _, rest = self._address.partition("://")
         engine = f"{scheme}:{rest}" if scheme == "na+sm" else rest
         return f"warabi://{engine}/{self._provider_id}{name}"
@@ -533,14 +533,16 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def rmdir(self, path: str) -> None:
         self.target.rmdir(self._strip_protocol(path))
 
-    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+    async def _rm(
+        self, path: Any, recursive: bool = False, maxdepth: int | None = None, **options: Any
+    ) -> None:
         """Remove files and directories; what a symbolic link leads to is never removed by it."""
         if recursive and maxdepth is None:
-            for one in self.expand_path(path):
-                self._rm_tree(one)
+            for one in await self._expand_path(path):
+                await asyncio.to_thread(self._rm_tree, one)
             return
-        for one in reversed(self.expand_path(path, recursive=recursive, maxdepth=maxdepth)):
-            self._rm_name(one)
+        for one in reversed(await self._expand_path(path, recursive, maxdepth)):
+            await asyncio.to_thread(self._rm_name, one)
 
     def _rm_name(self, path: str) -> None:
         try:
@@ -626,7 +628,6 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
     _mv_file = _in_thread("mv")
     _rm_file = _in_thread("rm_file")
     _rmdir = _in_thread("rmdir")
-    _rm = _in_thread("rm")
     _mkdir = _in_thread("mkdir")
     _makedirs = _in_thread("makedirs")
     _touch = _in_thread("touch")

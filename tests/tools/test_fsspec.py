@@ -216,6 +216,11 @@ def test_coroutines_and_pickles(way: WarabiFileSystem, top: str) -> None:
         assert await fs._cat_file(f"{top}/async") == b"data"
         assert [one["size"] for one in await fs._ls(top)] == [4]
         assert await fs._find(top) == [f"{top}/async"]
+        options = {**fs.storage_options, "asynchronous": True}
+        alone = WarabiFileSystem(*fs.storage_args, **options)  # without fsspec's own loop
+        await alone._pipe_file(f"{top}/tree/file", b"data")
+        await alone._rm(f"{top}/tree", recursive=True)
+        assert not await alone._exists(f"{top}/tree")
 
     asyncio.run(main())
     url = way.unstrip_protocol(f"{top}/async")
@@ -245,11 +250,16 @@ def test_urls(tmp_path: Path) -> None:
             "provider_id": 7,
         }
         assert WarabiFileSystem._strip_protocol(url) == "/a/b"
-    for wrong in ("warabi://host:1234", "warabi:///a/b", "warabi://host:1234/name/x"):
+    for wrong in ("warabi://host:1234", "warabi://host:1234/name/x"):
         with pytest.raises(ValueError, match="expected warabi://host:port/provider/path"):
             fsspec.open(wrong)
-    with pytest.raises(FileNotFoundError, match="no part of this path is a target"):
-        fsspec.open(f"warabi+file://{tmp_path}/nothing")
+    for scheme in ("warabi+file", "warabi"):
+        with pytest.raises(FileNotFoundError, match="no part of this path is a target"):
+            fsspec.open(f"{scheme}://{tmp_path}/nothing")
+        (tmp_path / "target").touch()
+        url = f"{scheme}://{tmp_path}/target/a/b"
+        assert WarabiFileSystem._get_kwargs_from_urls(url) == {"path": f"{tmp_path}/target"}
+        assert WarabiFileSystem._strip_protocol(url) == "/a/b"
 
 
 def test_unreachable_and_read_only_targets(local_process: Served) -> None:
