@@ -18,8 +18,8 @@
  */
 
 #define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000 /* the stable ABI of Python 3.11: one build for every later one  \
-                                   */
+/* The stable ABI of Python 3.11: one build for every later one. */
+#define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <structmember.h>
 
