@@ -7,13 +7,12 @@ repeats it by a request to the provider, which waits for the change.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from warabi._core.buffers import checked_size
-from warabi.errors import OutOfBounds, PathError
+from warabi.errors import OutOfBounds
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 from warabi.target.state import LONG, not_in_a_loop
@@ -35,8 +34,7 @@ def allocate(
     Raises:
         InvalidRegion, OutOfBounds: the arguments.
         StorageFull: there is not enough space, or the quota is exceeded; the size is unchanged.
-        PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance, or the
-            target has a quota, which counts sizes, and the space would be beyond the end.
+        PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance.
     """
     end = _end(offset, size, "allocate")
     with _closed(target, region, "allocate", size) as change:
@@ -167,11 +165,6 @@ class _Change:
         """Allocate the bytes from *offset* to *end* that are beyond the region's end, and then move
         that to *end* unless *keep_size*."""
         target, inode, first = self.target, self.inode, max(offset, self.inode.size)
-        if keep_size and target.sizes.capacity is not None:
-            raise PathError(
-                errno.EOPNOTSUPP,
-                f"{self.what}: space beyond the end of a region would not count for the quota",
-            )
         if not keep_size:
             with target.state.lock:
                 target.sizes.reserve(end - inode.size, self.what)
