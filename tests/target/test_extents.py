@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -59,6 +60,27 @@ def test_copies_share_blocks_where_files_can(disk: Path, settings: dict[str, Any
         assert used(disk) - before < 4 * MIB
         target.write(region, 0, b"changed")
         assert target.read(copy, 0, len(data)) == data == target.read(other, 0, len(data))
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_quota_is_not_passed_by_space_beyond_the_end(tmp_path: Path, checksums: bool) -> None:
+    with opened(tmp_path / "target", capacity=2 * MIB, checksums=checksums) as target:
+        region = target.create_and_write(pattern(MIB))
+        space = call(target, "getattr", region.slot).space
+        for offset, size in ((0, 64 * MIB), (MIB, 1), (MIB - 1, 2)):
+            with pytest.raises(errors.PathError) as refused:
+                call(target, "allocate", region, offset, size, True)
+            assert refused.value.errno == errno.EOPNOTSUPP
+        for name in ("allocate", "zero_range"):
+            with pytest.raises(errors.StorageFull):
+                call(target, name, region, 0, 2 * MIB + 1, False)
+        assert target.read(region, 0, MIB) == pattern(MIB)
+        call(target, "zero_range", region, MIB - 5, 64 * MIB, True)
+        assert target.read(region, 0, MIB) == pattern(MIB)[:-5] + bytes(5)
+        assert call(target, "getattr", region.slot).space == space
+        call(target, "allocate", region, 0, MIB, True)
+        call(target, "allocate", region, 0, 2 * MIB)
+        assert target.size(region) == 2 * MIB
 
 
 @pytest.mark.parametrize("disk", ["ext4"], indirect=True)

@@ -7,12 +7,13 @@ repeats it by a request to the provider, which waits for the change.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from warabi._core.buffers import checked_size
-from warabi.errors import OutOfBounds
+from warabi.errors import OutOfBounds, path_error
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 from warabi.target.state import LONG, not_in_a_loop
@@ -34,13 +35,20 @@ def allocate(
     Raises:
         InvalidRegion, OutOfBounds: the arguments.
         StorageFull: there is not enough space, or the quota is exceeded; the size is unchanged.
-        PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance.
+        PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance, or the
+            target has a quota, which counts sizes, and the space would be beyond the end.
     """
     end = _end(offset, size, "allocate")
     with _closed(target, region, "allocate", size) as change:
         if not size:
             return
         if end > change.size:
+            if keep_size and target.sizes.capacity is not None:
+                raise path_error(
+                    errno.EOPNOTSUPP,
+                    "allocate: space beyond the end of a region does not count for the quota, so"
+                    " none is allocated there",
+                )
             change.allocate_beyond(offset, end, keep_size)
         if offset < change.size:
             change.began = True
@@ -50,12 +58,13 @@ def allocate(
 def zero_range(
     target: Target, region: RegionID, offset: int, size: int, keep_size: bool = False
 ) -> None:
-    """Zero *size* bytes at *offset*, and allocate their space as :func:`allocate` does."""
+    """Zero *size* bytes at *offset*, and allocate their space as :func:`allocate` does; but in a
+    target with a quota none beyond a size that is kept."""
     end = _end(offset, size, "zero_range")
     with _closed(target, region, "zero_range", size) as change:
         if not size:
             return
-        if end > change.size:
+        if end > change.size and not (keep_size and target.sizes.capacity is not None):
             change.allocate_beyond(offset, end, keep_size)
         change.zero(offset, min(end, change.size), free=False)
 
