@@ -101,6 +101,13 @@ def test_space_that_is_not_there_is_refused_at_once(disk: Path, settings: dict[s
         assert target.size(region) == 100_000
         assert target.read(region, 0, 50_000) == pattern(100_000)[:50_000]
         target.commit()  # frees what is left of the copy
+        kept = target.create(0)
+        call(target, "allocate", kept, 0, 4 * MIB, True)
+        space = call(target, "getattr", kept.slot).space
+        for offset, more in ((4 * MIB, 2 * MIB), (0, 6 * MIB)):
+            with pytest.raises(errors.StorageFull):
+                call(target, "allocate", kept, offset, target.room()[1] + more, True)
+            assert call(target, "getattr", kept.slot).space == space >= 4 * MIB
         call(target, "allocate", region, 0, 8 * MIB, False)
         fill = target.create(0)
         with pytest.raises(errors.StorageFull):

@@ -39,6 +39,8 @@ NEW = ".new"
 _SHARD = re.compile("[0-9a-f]{2}")
 _SYNC_ONE_BY_ONE = 32
 """Up to this many unsynced files are synced one by one; beyond, by a sync of the file system."""
+_BLOCKS = 64 * 1024
+"""Bytes of the largest blocks in which file systems allocate."""
 _MOST_DESCRIPTORS = 16384
 """Most open region files, even if the process may have more: each uses kernel memory."""
 _ADVICE = "what was written to it may be lost. Write it to a new region"
@@ -310,8 +312,13 @@ class FileStorage(Storage):
     def allocate(self, rid: RegionID, offset: int, size: int) -> None:
         with self.translated(rid, "allocate"), self.borrow(rid) as fd:
             found = os.fstat(fd)
+            blocks, end = found.st_blocks * 512, -(-found.st_size // _BLOCKS) * _BLOCKS
+            kept = max(
+                0, blocks - end
+            )  # so much is allocated beyond the end, presumably next to it
+            have = blocks if offset < end else max(0, end + kept - offset)
             # Checked first: the attempt alone would use up all free space for a while.
-            if size - found.st_blocks * 512 > self.room()[1]:
+            if size - have > self.room()[1]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
                 fileio.allocate(fd, offset, size)
@@ -321,6 +328,9 @@ class FileStorage(Storage):
                     raise errors.path_error(error.errno, text) from None
                 if offset + size > found.st_size:  # free what was allocated before it failed
                     os.ftruncate(fd, found.st_size)
+                    if kept:
+                        with contextlib.suppress(OSError):
+                            fileio.allocate(fd, found.st_size, kept)
                 raise
             finally:
                 self._dirty.add(rid)
@@ -347,7 +357,7 @@ class FileStorage(Storage):
         self, source: RegionID, start: int, rid: RegionID, offset: int, size: int
     ) -> None:
         with (
-            self.translated(source, "copy"),
+            self.translated(rid, f"copy of region {source.hex()} to"),
             self.borrow(source) as from_fd,
             self.borrow(rid) as fd,
         ):
