@@ -341,8 +341,8 @@ class FileSystem:
         """Create a file without a name; returns its handle, 0 if files are not opened, and its
         attributes.
 
-        Like a removed file it stays until the kernel forgets it, which may follow the last close
-        if that is of an ``O_PATH`` descriptor.
+        Like a removed file it is kept until the kernel forgets the inode: usually at the last
+        close, later if an ``O_PATH`` descriptor of it is left.
         """
         exclusive = bool(flags & os.O_EXCL)
         made = await self._target.call("tmpfile", parent, exclusive, mode, uid, gid, umask)
