@@ -504,7 +504,7 @@ def test_a_second_mount_of_a_process_by_pyfuse3_is_refused(place: Path) -> None:
     options = ("memory:", path, "-o", "frontend=pyfuse3")
     with another_python(TWO_IN_A_PROCESS, *options) as process:
         try:
-            assert "one mount of a process at a time" in line_of(process)
+            assert "one mount at a time in a process" in line_of(process)
             wait_until(lambda: is_mounted(path), "it is mounted")
             assert os.listdir(path) == []
         finally:

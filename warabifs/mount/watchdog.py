@@ -21,8 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-from warabi._core.tuning import KILLED_PATIENCE, KILLED_POLL
-
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +55,9 @@ class Watchdog:
 def watch(process: int, device: str, number: int) -> None:
     """Return when the main thread of *process*, our parent, has exited; aborts the connection of
     its mount if other threads remain."""
+    # Imported when it is known where from: as a program this file runs without site-packages.
     from warabi._core import syscalls
+    from warabi._core.tuning import KILLED_PATIENCE, KILLED_POLL
 
     # Blocked for sigwait(): it may arrive before we wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
