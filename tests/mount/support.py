@@ -177,10 +177,14 @@ class Mount:
         wait_until(lambda: is_mounted(self.path) or self._gone(0), f"a mount on {self.path}")
 
     def _find(self) -> int:
-        """The newest process of the mount: the one before it may still be closing."""
+        """The newest process of the mount: the one before it may still be closing.
+
+        A program that it is about to start has its command line until execve(2), and is none.
+        """
         found = [pid for pid in processes_of(self.path) if b"warabifs" in _cmdline(pid)]
+        found = [pid for pid in found if _stat(pid, 4) not in found]
         assert found, f"no process serves {self.path}"
-        return max(found, key=_started)
+        return max(found, key=lambda pid: _stat(pid, 22))
 
     def _watch(self, pid: int) -> None:
         self._forget_process()
@@ -264,10 +268,11 @@ class Mount:
             self._forget_process()
 
 
-def _started(pid: int) -> int:
-    """When a process started, in clock ticks since the machine did."""
+def _stat(pid: int, field: int) -> int:
+    """A field of /proc/PID/stat, as proc_pid_stat(5) numbers them: 4 is the parent, 22 the time of
+    the start in clock ticks; 0 if the process has ended."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[field - 3])
     return 0
 
 
