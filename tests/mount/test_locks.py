@@ -30,6 +30,7 @@ from tests.mount.support import (
 from tests.mount.test_outage import Service
 from tests.mount.together import OPTIONS, Together, emptied, region_of, together
 from tests.posix.support import file, opened
+from tests.posix.test_locks import LOCKED
 from tests.support.relay import Relay, relay
 from warabi import errors
 
@@ -162,18 +163,6 @@ print("got it", flush=True)
             assert line_of(other) == "got it"
 
 
-HELD = """
-import fcntl, os, sys
-fd = os.open(sys.argv[1], os.O_RDWR)
-for lock in (fcntl.flock, fcntl.lockf):
-    try:
-        lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        print("free", end=" ")
-    except BlockingIOError:
-        print("locked", end=" ")
-"""
-
-
 def test_when_locks_end(both: Together) -> None:
     """Those of a process with any descriptor of the file, those of an open file with its last."""
     path, there = file(both.first.path / "file"), both.second.path / "file"
@@ -181,27 +170,27 @@ def test_when_locks_end(both: Together) -> None:
         copy = os.dup(fd)
         fcntl.flock(fd, fcntl.LOCK_EX)
         fcntl.lockf(fd, fcntl.LOCK_EX)
-        assert python(HELD, there) == "locked locked "
+        assert python(LOCKED, there) == "locked locked "
         os.close(copy)
-        assert python(HELD, there) == "locked free "
+        assert python(LOCKED, there) == "locked free "
         fcntl.lockf(fd, fcntl.LOCK_EX)
         child = os.fork()
         if not child:
             os.close(fd)  # no lock of the parent's
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        assert python(HELD, there) == "locked locked "
+        assert python(LOCKED, there) == "locked locked "
         with opened(path):
             pass
-        assert python(HELD, there) == "locked free "
+        assert python(LOCKED, there) == "locked free "
     # The kernel does not wait for the request by which the last close is told.
-    wait_until(lambda: python(HELD, there) == "free free ", "the end of the locks")
+    wait_until(lambda: python(LOCKED, there) == "free free ", "the end of the locks")
     with opened(path) as fd:
         fcntl.fcntl(fd, F_OFD_SETLK, range_lock(fcntl.F_WRLCK, 0, 0))
         with opened(path):
             pass
-        assert python(HELD, there) == "free locked "
-    wait_until(lambda: python(HELD, there) == "free free ", "the end of the locks")
+        assert python(LOCKED, there) == "free locked "
+    wait_until(lambda: python(LOCKED, there) == "free free ", "the end of the locks")
 
 
 def test_a_mount_that_is_killed_holds_nothing(both: Together, place: Path) -> None:
@@ -210,7 +199,7 @@ def test_a_mount_that_is_killed_holds_nothing(both: Together, place: Path) -> No
         fd = os.open(third.path / "file", os.O_RDWR)
         fcntl.flock(fd, fcntl.LOCK_EX)
         fcntl.lockf(fd, fcntl.LOCK_EX)
-        assert python(HELD, path) == "locked locked "
+        assert python(LOCKED, path) == "locked locked "
         third.kill()
         with fails_with(errno.ENOTCONN, errno.ECONNABORTED):
             os.close(fd)
@@ -228,8 +217,8 @@ def test_locks_that_are_local(both: Together, place: Path) -> None:
     ):
         fcntl.flock(fd, fcntl.LOCK_EX)
         fcntl.lockf(fd, fcntl.LOCK_EX)
-        assert python(HELD, third.path / "file") == "locked locked "
-        assert python(HELD, path) == "free locked "
+        assert python(LOCKED, third.path / "file") == "locked locked "
+        assert python(LOCKED, path) == "free locked "
 
 
 SQLITE = """
