@@ -15,7 +15,7 @@ from warabi import errors
 from warabi._core.lock_ranges import END, EXCLUSIVE, SHARED, UNLOCK, FileLock
 from warabi.region import RegionID
 from warabi.target import file_locks
-from warabi.target.file_locks import Client, FileLocks, Waiting
+from warabi.target.file_locks import FileLocks, LockClient, WaitingLock
 
 A, B = RegionID(b"a" * 16), RegionID(b"b" * 16)
 BYTES = 8
@@ -29,7 +29,7 @@ def _end(byte: int) -> int:
 class _Request:
     """A waiting request of the model, and the structure's."""
 
-    def __init__(self, waiting: Waiting, key: Any, who: int, kind: int, span: range) -> None:
+    def __init__(self, waiting: WaitingLock, key: Any, who: int, kind: int, span: range) -> None:
         self.waiting = waiting
         self.key = key
         self.who = who
@@ -54,7 +54,7 @@ class Locks(RuleBasedStateMachine):
         self.waiting: list[_Request] = []
         self.woken: set[int] = set()
 
-    def _client(self, who: int) -> Client:
+    def _client(self, who: int) -> LockClient:
         return self.clients[who % 2]
 
     def _blockers(self, key: Any, who: int, kind: int, span: range) -> set[int]:
@@ -130,7 +130,7 @@ class Locks(RuleBasedStateMachine):
         if blocked:
             deadlock = wait and not flock and self._deadlock(key, who, kind, span)
             expected = errno.EDEADLK if deadlock else 0 if wait else errno.EAGAIN
-        box: list[Waiting] = []
+        box: list[WaitingLock] = []
         wake: Callable[[], None] = lambda: self.woken.update(map(id, box))  # noqa: E731
         number = 0
         try:
@@ -232,9 +232,9 @@ def locks() -> FileLocks:
 
 
 def _lock(
-    locks: FileLocks, client: Client, start: int, end: int = -1, *, kind: int = EXCLUSIVE,
+    locks: FileLocks, client: LockClient, start: int, end: int = -1, *, kind: int = EXCLUSIVE,
     owner: int = 0, number: int = 0, woken: list[int] | None = None,
-) -> Waiting | None:  # fmt: skip
+) -> WaitingLock | None:  # fmt: skip
     wake = None if woken is None else lambda: woken.append(number)
     last = start if end < 0 else end
     return locks.request(client, A, False, owner, kind, start, last, 1, number, wake=wake)

@@ -313,9 +313,7 @@ class FileStorage(Storage):
         with self.translated(rid, "allocate"), self.borrow(rid) as fd:
             found = os.fstat(fd)
             blocks, end = found.st_blocks * 512, -(-found.st_size // _BLOCKS) * _BLOCKS
-            kept = max(
-                0, blocks - end
-            )  # so much is allocated beyond the end, presumably next to it
+            kept = max(0, blocks - end)  # allocated beyond the end, presumably next to it
             have = blocks if offset < end else max(0, end + kept - offset)
             # Checked first: the attempt alone would use up all free space for a while.
             if size - have > self.room()[1]:
@@ -648,7 +646,7 @@ class FileStorage(Storage):
             fd = self.open(self.path(rid), flags)
             if len(self._kept) < self._limit // 4:
                 self._kept.add(rid)
-            return Location(fd, 0, None, segment=0, mapped=False, waits=False)
+            return Location(fd, 0, None, segment=0, mapped=False)
 
     def metadata_durable(self, rid: RegionID) -> bool:
         return rid in self._kept and rid not in self._fresh and rid not in self.failed

@@ -11,7 +11,7 @@ import trio
 
 from warabi.protocol import operations
 from warabi.protocol.operations import Served
-from warabi.target.file_locks import Client, FileLocks, Waiting
+from warabi.target.file_locks import FileLocks, LockClient, WaitingLock
 from warabi.target.target import Target
 
 OPERATIONS = frozenset(
@@ -22,11 +22,11 @@ OPERATIONS = frozenset(
 class Granting:
     """A request for a lock that may have to wait."""
 
-    def __init__(self, locks: FileLocks, client: Client, arguments: Sequence[Any]) -> None:
+    def __init__(self, locks: FileLocks, client: LockClient, arguments: Sequence[Any]) -> None:
         self._locks = locks
         self._token = trio.lowlevel.current_trio_token()
         self._woken = trio.Event()
-        self._waiting: Waiting | None = locks.request(client, *arguments, wake=self._wake)
+        self._waiting: WaitingLock | None = locks.request(client, *arguments, wake=self._wake)
 
     @property
     def waits(self) -> bool:
@@ -57,7 +57,7 @@ class Granting:
             raise waiting.error
 
 
-async def execute(locks: FileLocks, client: Client, name: str, arguments: Sequence[Any]) -> Any:
+async def execute(locks: FileLocks, client: LockClient, name: str, arguments: Sequence[Any]) -> Any:
     """Execute an operation on locks for *client*; returns its result."""
     if name == "lock" and arguments[-1]:
         return await Granting(locks, client, arguments).wait()
@@ -68,7 +68,7 @@ class SessionLocks:
     """The locks of one connection, on the targets that it uses."""
 
     def __init__(self) -> None:
-        self._clients: WeakKeyDictionary[Target, Client] = WeakKeyDictionary()
+        self._clients: WeakKeyDictionary[Target, LockClient] = WeakKeyDictionary()
 
     def begin(self, target: Target, name: str, arguments: Sequence[Any]) -> Any:
         """Execute an operation on locks; returns its result, or a :class:`Granting` that waits."""

@@ -148,17 +148,8 @@ def create(path: str, mode: int) -> Steps[RegionID]:
     path = checked_path(path, "create_name")
     with _about(f"create_name {path}"):
         parent, name = yield from _entry(path, errno.EEXIST)
-        owner = os.geteuid(), os.getegid()
-        made: Attributes = yield (
-            "mknod",
-            parent,
-            name,
-            stat.S_IFREG | mode & 0o7777,
-            *owner,
-            0,
-            False,
-            0,
-        )
+        kind, uid, gid = stat.S_IFREG | mode & 0o7777, os.geteuid(), os.getegid()
+        made: Attributes = yield "mknod", parent, name, kind, uid, gid, 0, False, 0
         return made.region
 
 

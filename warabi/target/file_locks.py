@@ -1,7 +1,8 @@
 """Advisory locks on files, as by flock(2) and fcntl(2), for all clients of a target.
 
-A data structure: nothing here does I/O or waits.  A request that has to wait is a :class:`Waiting`,
-whose ``wake`` is called when it is over.  Nothing is stored: locks end with the target's process.
+A data structure: nothing here does I/O or waits.  A request that has to wait is a
+:class:`WaitingLock`, whose ``wake`` is called when it is over.  Nothing is stored: locks end with
+the target's process.
 
 *Owners.*  An owner is a number of a client: of a process for locks of fcntl(2), of an open file for
 others.  A client is one connection, or several of a program one after the other if it gave a token.
@@ -46,8 +47,8 @@ _DEADLOCK = "lock: its holder waits for a lock of the caller"
 _TOKEN = 64  # most bytes of a client's token
 
 
-class Client:
-    """A client.
+class LockClient:
+    """What locks know of a client.
 
     Attributes:
         session: the connection that has it; None once that has ended.
@@ -61,10 +62,10 @@ class Client:
         self.token = token
         self.ranges = 0
         self.files: dict[_File, set[Owner]] = {}
-        self.waiting: dict[Waiting, None] = {}
+        self.waiting: dict[WaitingLock, None] = {}
 
 
-Owner = tuple[Client, int]
+Owner = tuple[LockClient, int]
 
 
 class _File:
@@ -75,10 +76,10 @@ class _File:
     def __init__(self, key: tuple[RegionID, bool]) -> None:
         self.key = key
         self.owners: dict[Owner, LockRanges] = {}
-        self.waiting: dict[Waiting, None] = {}
+        self.waiting: dict[WaitingLock, None] = {}
 
 
-class Waiting:
+class WaitingLock:
     """A request that waits for a lock.
 
     Attributes:
@@ -122,15 +123,15 @@ class FileLocks:
     def _reset(self) -> None:
         self._lock = forks.lock()
         self._files: dict[tuple[RegionID, bool], _File] = {}
-        self._waiting_of: dict[Owner, dict[Waiting, None]] = {}  # for ranges only
-        self._sessions: dict[bytes, Client] = {}  # by token
-        self._ended: dict[Client, None] = {}  # without a connection, oldest first
+        self._waiting_of: dict[Owner, dict[WaitingLock, None]] = {}  # for ranges only
+        self._sessions: dict[bytes, LockClient] = {}  # by token
+        self._ended: dict[LockClient, None] = {}  # without a connection, oldest first
         self._kept = 0  # ranges of these
         self._unsettled: dict[_File, None] = {}  # a release did not look at all that waits
-        self._woken: deque[Waiting] = deque()  # to be woken when the lock is released
+        self._woken: deque[WaitingLock] = deque()  # to be woken when the lock is released
         self._steps = 0  # that are left for the current call
         self._closed = False
-        self.local = Client(self)
+        self.local = LockClient(self)
         """The client that programs in the target's process are."""
 
     def forked(self) -> None:
@@ -150,17 +151,17 @@ class FileLocks:
 
     # Clients
 
-    def client(self, session: object, token: bytes = b"") -> Client:
+    def client(self, session: object, token: bytes = b"") -> LockClient:
         """Return the client of a connection; with the *token* of an earlier one that client, with
         the locks that it still has."""
         if not token:
-            return Client(session)
+            return LockClient(session)
         if len(token) > _TOKEN:
             raise OutOfBounds(f"lock_session: a token of {len(token)} bytes, at most {_TOKEN}")
         with self._lock:
             client = self._sessions.get(token)
             if client is None:
-                client = self._sessions[token] = Client(session, token)
+                client = self._sessions[token] = LockClient(session, token)
             elif client.session is None:
                 del self._ended[client]
                 self._kept -= client.ranges
@@ -171,7 +172,7 @@ class FileLocks:
         self._wake()
         return client
 
-    def end(self, client: Client, session: object) -> None:
+    def end(self, client: LockClient, session: object) -> None:
         """The connection *session* has ended: its client's locks block no others any more."""
         with self._lock:
             if client.session is not session:
@@ -195,7 +196,7 @@ class FileLocks:
             self._settle()
         self._wake()
 
-    def _forget(self, client: Client) -> None:
+    def _forget(self, client: LockClient) -> None:
         for file, owners in client.files.items():
             for owner in owners:
                 del file.owners[owner]
@@ -207,10 +208,10 @@ class FileLocks:
     # Requests
 
     def request(
-        self, client: Client, region: RegionID, flock: bool, owner: int, kind: int,
+        self, client: LockClient, region: RegionID, flock: bool, owner: int, kind: int,
         start: int, end: int, pid: int, number: int = 0,
         *, wake: Callable[[], None] | None = None,
-    ) -> Waiting | None:  # fmt: skip
+    ) -> WaitingLock | None:  # fmt: skip
         """Lock or unlock bytes *start* to *end* of a region for an owner.
 
         Args:
@@ -268,7 +269,7 @@ class FileLocks:
         if not 0 <= start <= end <= END:
             raise OutOfBounds(f"lock: bytes {start} to {end} are no range of a file")
 
-    def _check_open(self, client: Client) -> None:
+    def _check_open(self, client: LockClient) -> None:
         if self._closed:
             raise TargetNotFound("lock: the target was closed")
         if client.session is None:
@@ -277,7 +278,7 @@ class FileLocks:
     def _acquire(
         self, who: Owner, key: tuple[RegionID, bool], exclusive: bool, start: int, end: int,
         pid: int, number: int, wake: Callable[[], None] | None,
-    ) -> Waiting | None:  # fmt: skip
+    ) -> WaitingLock | None:  # fmt: skip
         client, flock = who[0], key[1]
         if flock:
             start, end = 0, END
@@ -300,7 +301,7 @@ class FileLocks:
                 raise path_error(errno.EAGAIN, "lock: another owner has locked it")
             if len(file.waiting) >= OWNERS or len(client.waiting) >= WAITING:
                 raise path_error(errno.ENOLCK, "lock: too many requests wait for locks")
-            waiting = Waiting(file, who, exclusive, start, end, pid, number, wake)
+            waiting = WaitingLock(file, who, exclusive, start, end, pid, number, wake)
             waiting.blocker = blocker
             if not flock:
                 self._steps = _STEPS
@@ -313,7 +314,7 @@ class FileLocks:
         finally:
             self._settle()
 
-    def cancel(self, client: Client, number: int) -> None:
+    def cancel(self, client: LockClient, number: int) -> None:
         """End what waits under that number, if anything does, with ``EINTR``."""
         with self._lock:
             for waiting in client.waiting:
@@ -324,7 +325,7 @@ class FileLocks:
         self._wake()
 
     def test(
-        self, client: Client, region: RegionID, flock: bool, owner: int, kind: int,
+        self, client: LockClient, region: RegionID, flock: bool, owner: int, kind: int,
         start: int, end: int,
     ) -> FileLock | None:  # fmt: skip
         """Return a lock that conflicts with a request, see :meth:`request`; None if none does."""
@@ -342,7 +343,7 @@ class FileLocks:
             return found if found is None or blocker[0] is client else found._replace(pid=0)
 
     def holds(
-        self, client: Client, region: RegionID, flock: bool, owner: int, kind: int,
+        self, client: LockClient, region: RegionID, flock: bool, owner: int, kind: int,
         start: int, end: int,
     ) -> bool:  # fmt: skip
         """Whether an owner has the range locked in this way."""
@@ -351,7 +352,7 @@ class FileLocks:
             held = None if file is None else file.owners.get((client, owner))
             return held is not None and held.covers(start, end, kind == EXCLUSIVE)
 
-    def execute(self, client: Client, name: str, arguments: Sequence[Any]) -> Any:
+    def execute(self, client: LockClient, name: str, arguments: Sequence[Any]) -> Any:
         """Execute an operation on locks, except ``lock`` with a number; returns its result."""
         if name == "lock":
             return self.request(client, *arguments)
@@ -413,7 +414,7 @@ class FileLocks:
         if not file.owners and not file.waiting and self._files.get(file.key) is file:
             del self._files[file.key]
 
-    def _over(self, waiting: Waiting, error: Exception | None) -> None:
+    def _over(self, waiting: WaitingLock, error: Exception | None) -> None:
         waiting.done, waiting.error = True, error
         file, client = waiting.file, waiting.owner[0]
         del file.waiting[waiting]
@@ -441,7 +442,7 @@ class FileLocks:
                 self._woken.append(next(iter(file.waiting)))  # which goes on
                 return
 
-    def _retry(self, file: _File, waiting: Waiting) -> None:
+    def _retry(self, file: _File, waiting: WaitingLock) -> None:
         """Grant a waiting request if that is possible."""
         who, exclusive, start, end = waiting.owner, waiting.exclusive, waiting.start, waiting.end
         self._steps -= 1
@@ -463,7 +464,7 @@ class FileLocks:
         self._grant(file, who, exclusive, start, end, waiting.pid)
         self._over(waiting, None)
 
-    def _is_deadlock(self, waiting: Waiting) -> bool:
+    def _is_deadlock(self, waiting: WaitingLock) -> bool:
         """Whether one of those that block a request waits, perhaps by way of others, for its
         owner.  What more than the steps would be needed for is not found."""
         seen: set[Owner] = set()

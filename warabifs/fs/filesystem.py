@@ -36,7 +36,7 @@ from warabi.metadata.tree import RENAME_EXCHANGE, region_of_name
 from warabi.region import RegionID
 from warabi.target.target import Target as LocalTarget
 from warabifs.fs.dentry_mirror import BelievedNames
-from warabifs.fs.handles import Directory, DirectoryEntry, File, Known, Listing, Listings, Outdated
+from warabifs.fs.handles import Directory, File, Known, ListedEntry, Listing, Listings, Outdated
 from warabifs.fs.locks import Locks
 from warabifs.fs.page_versions import PageVersions
 from warabifs.fs.read_buffers import Buffers
@@ -137,7 +137,7 @@ class FileSystem:
             known.harmless = known.incapable
         return attributes
 
-    def count_entry(self, handle: int, entry: DirectoryEntry) -> None:
+    def count_entry(self, handle: int, entry: ListedEntry) -> None:
         """Count the lookup of an entry that :meth:`readdir` of *handle* returned."""
         self._count(entry.attributes, self._handles[handle].ino, entry.name)
 
@@ -700,7 +700,7 @@ class FileSystem:
     async def fsyncdir(self) -> None:
         await self._target.call("commit")
 
-    async def readdir(self, handle: int, cookie: int, most: int) -> list[DirectoryEntry]:
+    async def readdir(self, handle: int, cookie: int, most: int) -> list[ListedEntry]:
         """Return up to *most* entries after *cookie* (0: the start); empty at the end.  The entries
         "." and ".." are not counted in *most*.
 
@@ -709,14 +709,14 @@ class FileSystem:
         """
         directory = self._handles[handle]
         assert isinstance(directory, Directory)
-        entries: list[DirectoryEntry] = []
+        entries: list[ListedEntry] = []
         if cookie < 2:
             if cookie == 0:
                 directory.listing = self._listings.begin(directory.ino, directory.listing)
                 directory.met = 0
             for position, name in enumerate((b".", b"..")[cookie:], cookie):
                 dot = await self._target.call("lookup", directory.ino, name)
-                entries.append(DirectoryEntry(name, dot, position + 1))
+                entries.append(ListedEntry(name, dot, position + 1))
             cookie = 2
         start, listing = cookie - 2, directory.listing
         while start > len(listing.names):
@@ -729,7 +729,7 @@ class FileSystem:
             listing.length = max(listing.length, directory.met)
         positions = listing.place([name for name, _ in page], start)
         for position, (name, attributes) in zip(positions, page, strict=True):
-            entries.append(DirectoryEntry(name, attributes, position + 3))
+            entries.append(ListedEntry(name, attributes, position + 3))
         return entries
 
     async def _read_ahead(self, ino: int, listing: Listing) -> bool:

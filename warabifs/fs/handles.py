@@ -197,7 +197,7 @@ class Directory:
     met: int = 0
 
 
-class DirectoryEntry(NamedTuple):
+class ListedEntry(NamedTuple):
     """A directory entry; *next_cookie* continues after it.  The dots do not count as lookups."""
 
     name: bytes
