@@ -188,9 +188,9 @@ def looked(self, ino):
     print("asked for capabilities", flush=True)
     return is_incapable(self, ino)
 
-async def bring(self, ino, handle, offset, size, who=0):
-    print("read by", who, flush=True)
-    return await read(self, ino, handle, offset, size, who)
+async def bring(self, ino, handle, offset, size, thread=0):
+    print("read by", thread, flush=True)
+    return await read(self, ino, handle, offset, size, thread)
 
 async def look(self, ino, name):
     print("asked for", name.decode(), flush=True)

@@ -54,7 +54,7 @@ ANNE, BERT = 1001, 1002
 
 
 def test_pages_read_by_another_thread_shortly_before_a_write_are_dropped() -> None:
-    """The kernel may have kept what was read, and that was old; not from who writes himself."""
+    """The kernel may keep old data, but not for the thread that wrote them."""
     dropped: list[tuple[int, int, int]] = []
 
     async def main() -> None:
@@ -65,17 +65,17 @@ def test_pages_read_by_another_thread_shortly_before_a_write_are_dropped() -> No
             ino = made.ino
             await files.write(ino, handle, 0, bytes(65536), ANNE)
             await files.read(ino, handle, 8192, 8192, ANNE)
-            for offset, size, who in (
+            for offset, size, thread in (
                 (8192, 4096, ANNE), (0, 8192, BERT), (16384, 4096, BERT), (8192, 4096, KERNEL)
             ):  # fmt: skip
-                await files.write(ino, handle, offset, bytes(size), who)
+                await files.write(ino, handle, offset, bytes(size), thread)
                 assert not dropped
-            for offset, size, who, start, count in (
+            for offset, size, thread, start, count in (
                 (12287, 2, BERT, 8192, 8192),
                 (16000, 1000, BERT, 12288, 8192),
                 (0, 9000, 0, 0, 12288),
             ):
-                await files.write(ino, handle, offset, bytes(size), who)
+                await files.write(ino, handle, offset, bytes(size), thread)
                 assert dropped.pop() == (ino, start, count)
                 assert not dropped
 

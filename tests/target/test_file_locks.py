@@ -29,10 +29,10 @@ def _end(byte: int) -> int:
 class _Request:
     """A waiting request of the model, and the structure's."""
 
-    def __init__(self, waiting: WaitingLock, key: Any, who: int, kind: int, span: range) -> None:
+    def __init__(self, waiting: WaitingLock, key: Any, holder: int, kind: int, span: range) -> None:
         self.waiting = waiting
         self.key = key
-        self.who = who
+        self.holder = holder
         self.kind = kind
         self.span = span
 
@@ -54,25 +54,25 @@ class Locks(RuleBasedStateMachine):
         self.waiting: list[_Request] = []
         self.woken: set[int] = set()
 
-    def _client(self, who: int) -> LockClient:
-        return self.clients[who % 2]
+    def _client(self, holder: int) -> LockClient:
+        return self.clients[holder % 2]
 
-    def _blockers(self, key: Any, who: int, kind: int, span: range) -> set[int]:
+    def _blockers(self, key: Any, holder: int, kind: int, span: range) -> set[int]:
         return {
             owner
             for owner, held in self.held.get(key, {}).items()
-            if owner != who
+            if owner != holder
             and self.alive[owner % 2]
             and any(EXCLUSIVE in (kind, held[byte]) for byte in span if byte in held)
         }
 
-    def _set(self, key: Any, who: int, kind: int, span: range) -> None:
+    def _set(self, key: Any, holder: int, kind: int, span: range) -> None:
         held = self.held.setdefault(key, {})
         for byte in span:
             if kind == UNLOCK:
-                held.get(who, {}).pop(byte, None)
+                held.get(holder, {}).pop(byte, None)
                 continue
-            held.setdefault(who, {})[byte] = kind
+            held.setdefault(holder, {})[byte] = kind
             for owner in held:  # what an ended client had is lost by a conflicting lock
                 if not self.alive[owner % 2] and EXCLUSIVE in (kind, held[owner].get(byte, SHARED)):
                     self._lose(held[owner], kind, span)
@@ -82,18 +82,18 @@ class Locks(RuleBasedStateMachine):
         for byte in span:
             held.pop(byte, None)
 
-    def _deadlock(self, key: Any, who: int, kind: int, span: range) -> bool:
+    def _deadlock(self, key: Any, holder: int, kind: int, span: range) -> bool:
         seen: set[int] = set()
-        pending = self._blockers(key, who, kind, span)
+        pending = self._blockers(key, holder, kind, span)
         while pending:
             owner = pending.pop()
-            if owner == who:
+            if owner == holder:
                 return True
             if owner not in seen:
                 seen.add(owner)
                 for one in self.waiting:
-                    if one.who == owner and not one.key[1]:
-                        pending |= self._blockers(one.key, one.who, one.kind, one.span)
+                    if one.holder == owner and not one.key[1]:
+                        pending |= self._blockers(one.key, one.holder, one.kind, one.span)
         return False
 
     def _grant(self) -> None:
@@ -102,41 +102,41 @@ class Locks(RuleBasedStateMachine):
         while again:
             again = False
             for one in list(self.waiting):
-                if not self._blockers(one.key, one.who, one.kind, one.span):
+                if not self._blockers(one.key, one.holder, one.kind, one.span):
                     self.waiting.remove(one)
-                    self._set(one.key, one.who, one.kind, one.span)
+                    self._set(one.key, one.holder, one.kind, one.span)
                     assert one.waiting.done
                     assert one.waiting.error is None
                     assert id(one.waiting) in self.woken
                     again = True
 
     @rule(
-        region=st.sampled_from([A, B]), flock=st.booleans(), who=st.integers(0, 5),
+        region=st.sampled_from([A, B]), flock=st.booleans(), holder=st.integers(0, 5),
         kind=st.sampled_from([SHARED, EXCLUSIVE, EXCLUSIVE, UNLOCK]),
         one=st.integers(0, BYTES - 1), two=st.integers(0, BYTES - 1), wait=st.booleans(),
     )  # fmt: skip
     def request(
-        self, region: RegionID, flock: bool, who: int, kind: int, one: int, two: int, wait: bool
+        self, region: RegionID, flock: bool, holder: int, kind: int, one: int, two: int, wait: bool
     ) -> None:
-        if not self.alive[who % 2] or any(item.who == who for item in self.waiting):
+        if not self.alive[holder % 2] or any(item.holder == holder for item in self.waiting):
             return
         start, last = (0, BYTES - 1) if flock else (min(one, two), max(one, two))
         span, key = range(start, last + 1), (region, flock)
-        mine = self.held.get(key, {}).get(who, {})
+        mine = self.held.get(key, {}).get(holder, {})
         if flock and kind != UNLOCK and mine and mine[0] != kind:
-            self._set(key, who, UNLOCK, span)
-        blocked = kind != UNLOCK and bool(self._blockers(key, who, kind, span))
+            self._set(key, holder, UNLOCK, span)
+        blocked = kind != UNLOCK and bool(self._blockers(key, holder, kind, span))
         expected = 0
         if blocked:
-            deadlock = wait and not flock and self._deadlock(key, who, kind, span)
+            deadlock = wait and not flock and self._deadlock(key, holder, kind, span)
             expected = errno.EDEADLK if deadlock else 0 if wait else errno.EAGAIN
         box: list[WaitingLock] = []
         wake: Callable[[], None] = lambda: self.woken.update(map(id, box))  # noqa: E731
         number = 0
         try:
             found = self.locks.request(
-                self._client(who), region, flock, who, kind, start, _end(last), 1000 + who,
-                who + 1, wake=wake if wait else None,
+                self._client(holder), region, flock, holder, kind, start, _end(last), 1000 + holder,
+                holder + 1, wake=wake if wait else None,
             )  # fmt: skip
         except errors.PathError as error:
             number = error.errno or 0
@@ -144,9 +144,9 @@ class Locks(RuleBasedStateMachine):
             assert (found is not None) == (blocked and wait)
             if found is not None:
                 box.append(found)
-                self.waiting.append(_Request(found, key, who, kind, span))
+                self.waiting.append(_Request(found, key, holder, kind, span))
             else:
-                self._set(key, who, kind, span)
+                self._set(key, holder, kind, span)
         assert number == expected
         self._grant()
 
@@ -154,7 +154,7 @@ class Locks(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         one = data.draw(st.sampled_from(self.waiting))
-        self.locks.cancel(self._client(one.who), one.who + 1)
+        self.locks.cancel(self._client(one.holder), one.holder + 1)
         self.waiting.remove(one)
         assert one.waiting.done
         assert isinstance(one.waiting.error, errors.PathError)
@@ -166,7 +166,7 @@ class Locks(RuleBasedStateMachine):
             return
         self.alive[number] = False
         self.locks.end(self.clients[number], self.sessions[number])
-        for one in [one for one in self.waiting if one.who % 2 == number]:
+        for one in [one for one in self.waiting if one.holder % 2 == number]:
             assert isinstance(one.waiting.error, errors.ConnectionLost)
             self.waiting.remove(one)
         self._grant()
@@ -185,30 +185,30 @@ class Locks(RuleBasedStateMachine):
         for region in (A, B):
             for flock in (False, True):
                 held = self.held.get((region, flock), {})
-                for who in range(6):
+                for holder in range(6):
                     for byte in range(BYTES):
                         for kind in (SHARED, EXCLUSIVE):
-                            arguments = region, flock, who, kind, byte, _end(byte)
-                            assert self.locks.holds(self._client(who), *arguments) == (
-                                held.get(who, {}).get(byte) == kind
+                            arguments = region, flock, holder, kind, byte, _end(byte)
+                            assert self.locks.holds(self._client(holder), *arguments) == (
+                                held.get(holder, {}).get(byte) == kind
                             )
 
     @invariant()
     def tests_find_what_blocks(self) -> None:
-        for who in (0, 1):
-            if self.alive[who]:
-                found = self.locks.test(self.clients[who], A, False, who, EXCLUSIVE, 2, 4)
-                blockers = self._blockers((A, False), who, EXCLUSIVE, range(2, 5))
+        for holder in (0, 1):
+            if self.alive[holder]:
+                found = self.locks.test(self.clients[holder], A, False, holder, EXCLUSIVE, 2, 4)
+                blockers = self._blockers((A, False), holder, EXCLUSIVE, range(2, 5))
                 assert (found is not None) == bool(blockers)
                 if found is not None:
-                    own = {1000 + owner for owner in blockers if owner % 2 == who % 2}
+                    own = {1000 + owner for owner in blockers if owner % 2 == holder % 2}
                     assert found.pid in own or (found.pid == 0 and len(own) < len(blockers))
 
     @invariant()
     def nothing_waits_that_could_be_granted(self) -> None:
         for one in self.waiting:
             assert not one.waiting.done
-            assert self._blockers(one.key, one.who, one.kind, one.span)
+            assert self._blockers(one.key, one.holder, one.kind, one.span)
 
     @invariant()
     def counts_are_right(self) -> None:

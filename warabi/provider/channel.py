@@ -101,12 +101,12 @@ class Channel:
                         return None
                     say = dialogue.send(event)
             except StopIteration as end:
-                who: Peer
-                self.peer, who, say = end.value
+                sender: Peer
+                self.peer, sender, say = end.value
             self._connection.limits = self._limits
             if say:
                 await self.send([say])
-        return who
+        return sender
 
     async def _start_tls(self, security: Security) -> None:
         assert security.tls is not None

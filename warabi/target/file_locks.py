@@ -241,23 +241,23 @@ class FileLocks:
         self._check(kind, start, end)
         if kind != UNLOCK:
             self._check_region(region)
-        who = (client, owner)
+        holder = (client, owner)
         try:
             with self._lock:
                 self._check_open(client)
                 if kind == UNLOCK:
                     file = self._files.get((region, flock))
-                    held = None if file is None else file.owners.get(who)
+                    held = None if file is None else file.owners.get(holder)
                     if file is None or held is None:
                         return None
                     if client.ranges >= RANGES and held.splits(start, end):
                         raise path_error(errno.ENOLCK, "unlock: too many locks")
-                    if self._unlock(file, who, start, end):
+                    if self._unlock(file, holder, start, end):
                         self._unsettled[file] = None
                         self._settle()
                     return None
                 return self._acquire(
-                    who, (region, flock), kind == EXCLUSIVE, start, end, pid, number, wake
+                    holder, (region, flock), kind == EXCLUSIVE, start, end, pid, number, wake
                 )
         finally:
             self._wake()
@@ -276,38 +276,38 @@ class FileLocks:
             raise TargetNotFound("lock: the client's connection has ended")
 
     def _acquire(
-        self, who: Owner, key: tuple[RegionID, bool], exclusive: bool, start: int, end: int,
+        self, holder: Owner, key: tuple[RegionID, bool], exclusive: bool, start: int, end: int,
         pid: int, number: int, wake: Callable[[], None] | None,
     ) -> WaitingLock | None:  # fmt: skip
-        client, flock = who[0], key[1]
+        client, flock = holder[0], key[1]
         if flock:
             start, end = 0, END
         file = self._files.get(key) or _File(key)
-        held = file.owners.get(who)
+        held = file.owners.get(holder)
         if flock and held is not None:
             if held.covers(start, end, exclusive):
                 return None
             # A lock of flock(2) is given up before it is asked for in another mode.
-            self._unlock(file, who, start, end)
+            self._unlock(file, holder, start, end)
             self._unsettled[file] = None
         elif client.ranges + 2 > RANGES or (held is None and len(file.owners) >= OWNERS):
             raise path_error(errno.ENOLCK, "lock: too many locks")
         try:
-            blocker = self._blocker(file, who, exclusive, start, end)
+            blocker = self._blocker(file, holder, exclusive, start, end)
             if blocker is None:
-                self._grant(file, who, exclusive, start, end, pid)
+                self._grant(file, holder, exclusive, start, end, pid)
                 return None
             if wake is None:
                 raise path_error(errno.EAGAIN, "lock: another owner has locked it")
             if len(file.waiting) >= OWNERS or len(client.waiting) >= WAITING:
                 raise path_error(errno.ENOLCK, "lock: too many requests wait for locks")
-            waiting = WaitingLock(file, who, exclusive, start, end, pid, number, wake)
+            waiting = WaitingLock(file, holder, exclusive, start, end, pid, number, wake)
             waiting.blocker = blocker
             if not flock:
                 self._steps = _STEPS
                 if self._is_deadlock(waiting):
                     raise path_error(errno.EDEADLK, _DEADLOCK)
-                self._waiting_of.setdefault(who, {})[waiting] = None
+                self._waiting_of.setdefault(holder, {})[waiting] = None
             file.waiting[waiting] = client.waiting[waiting] = None
             self._files[key] = file
             return waiting
@@ -330,13 +330,13 @@ class FileLocks:
     ) -> FileLock | None:  # fmt: skip
         """Return a lock that conflicts with a request, see :meth:`request`; None if none does."""
         self._check(kind, start, end)
-        who = (client, owner)
+        holder = (client, owner)
         with self._lock:
             self._check_open(client)
             file = self._files.get((region, flock))
             if file is None or kind == UNLOCK:
                 return None
-            blocker = self._blocker(file, who, kind == EXCLUSIVE, start, end)
+            blocker = self._blocker(file, holder, kind == EXCLUSIVE, start, end)
             if blocker is None:
                 return None
             found = file.owners[blocker].conflict(start, end, kind == EXCLUSIVE)
@@ -363,37 +363,37 @@ class FileLocks:
     # Within the lock
 
     def _blocker(
-        self, file: _File, who: Owner, exclusive: bool, start: int, end: int
+        self, file: _File, holder: Owner, exclusive: bool, start: int, end: int
     ) -> Owner | None:
         """Return an owner, with a connection, whose lock conflicts."""
         for owner, ranges in file.owners.items():
-            if owner[0].session is None or owner == who:
+            if owner[0].session is None or owner == holder:
                 continue
             if ranges.conflict(start, end, exclusive) is not None:
                 return owner
         return None
 
     def _grant(
-        self, file: _File, who: Owner, exclusive: bool, start: int, end: int, pid: int
+        self, file: _File, holder: Owner, exclusive: bool, start: int, end: int, pid: int
     ) -> None:
         if self._ended:  # what these held is lost now
             for owner, ranges in list(file.owners.items()):
                 if owner[0].session is None and ranges.conflict(start, end, exclusive):
                     self._unlock(file, owner, start, end)
-        own = file.owners.get(who)
+        own = file.owners.get(holder)
         if own is None:
             self._files[file.key] = file
-            own = file.owners[who] = LockRanges()
-            who[0].files.setdefault(file, set()).add(who)
+            own = file.owners[holder] = LockRanges()
+            holder[0].files.setdefault(file, set()).add(holder)
         elif not exclusive:  # others may share now what the owner had alone
             self._unsettled[file] = None
         before = len(own)
         own.lock(start, end, exclusive, pid)
-        who[0].ranges += len(own) - before
+        holder[0].ranges += len(own) - before
 
-    def _unlock(self, file: _File, who: Owner, start: int, end: int) -> bool:
+    def _unlock(self, file: _File, holder: Owner, start: int, end: int) -> bool:
         """Unlock a range; whether some of it was locked."""
-        ranges, client = file.owners.get(who), who[0]
+        ranges, client = file.owners.get(holder), holder[0]
         if ranges is None:
             return False
         before = len(ranges)
@@ -403,8 +403,8 @@ class FileLocks:
         if client.session is None:
             self._kept += more
         if not ranges:
-            del file.owners[who]
-            client.files[file].discard(who)
+            del file.owners[holder]
+            client.files[file].discard(holder)
             if not client.files[file]:
                 del client.files[file]
             self._drop_if_unused(file)
@@ -444,7 +444,7 @@ class FileLocks:
 
     def _retry(self, file: _File, waiting: WaitingLock) -> None:
         """Grant a waiting request if that is possible."""
-        who, exclusive, start, end = waiting.owner, waiting.exclusive, waiting.start, waiting.end
+        holder, exclusive, start, end = waiting.owner, waiting.exclusive, waiting.start, waiting.end
         self._steps -= 1
         old = waiting.blocker
         assert old is not None
@@ -452,16 +452,16 @@ class FileLocks:
         if old[0].session is not None and held and held.conflict(start, end, exclusive):
             return
         self._steps -= len(file.owners)
-        waiting.blocker = blocker = self._blocker(file, who, exclusive, start, end) or old
+        waiting.blocker = blocker = self._blocker(file, holder, exclusive, start, end) or old
         if blocker is not old:
             if not file.key[1] and self._is_deadlock(waiting):
                 self._over(waiting, path_error(errno.EDEADLK, _DEADLOCK))
             return
-        new = who not in file.owners
-        if who[0].ranges + 2 > RANGES or (new and len(file.owners) >= OWNERS):
+        new = holder not in file.owners
+        if holder[0].ranges + 2 > RANGES or (new and len(file.owners) >= OWNERS):
             self._over(waiting, path_error(errno.ENOLCK, "lock: too many locks"))
             return
-        self._grant(file, who, exclusive, start, end, waiting.pid)
+        self._grant(file, holder, exclusive, start, end, waiting.pid)
         self._over(waiting, None)
 
     def _is_deadlock(self, waiting: WaitingLock) -> bool:

@@ -476,15 +476,17 @@ class FileSystem:
         if isinstance(file, File):
             file.failed_end = max(file.failed_end, end)
 
-    async def read(self, ino: int, handle: int, offset: int, size: int, who: int = 0) -> memoryview:
+    async def read(
+        self, ino: int, handle: int, offset: int, size: int, thread: int = 0
+    ) -> memoryview:
         """Read up to *size* bytes, fewer only at the end of the file.
 
-        *who* is the calling thread, see ``write_ordering.py``.  The result is valid until the
+        *thread* is the calling thread, see ``write_ordering.py``.  The result is valid until the
         caller's task next awaits.
         """
         region = self._region_of(ino, handle)
         if self._local is None or self.writes.under_way:
-            await self.writes.read(region, who, offset, size)
+            await self.writes.read(region, thread, offset, size)
         if self._local is not None and not self._local.occupied:
             view = self._local.view(region, offset, size)
             if view is not None:
@@ -504,8 +506,9 @@ class FileSystem:
         return await self._target.read_later(region, offset, size, place)
 
     async def write(
-        self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
-    ) -> int:
+        self, ino: int, handle: int, offset: int, data: Any,
+        thread: int = 0, kill_setid: bool = False,
+    ) -> int:  # fmt: skip
         """Write all of *data*; with *kill_setid* also clear the file's set-ID bits.
 
         Returns:
@@ -515,22 +518,23 @@ class FileSystem:
         if kill_setid or not self._wrote(region, offset, data):
             if self.writes.under_way:
                 await self.writes.follow(region, offset, len(data))
-            with self.writes.one(region, who, offset, len(data)):
+            with self.writes.one(region, thread, offset, len(data)):
                 if kill_setid:
                     await self._kill_setid(ino)
                 await self._target.write(region, offset, data, extend=True)
         return len(data)
 
     async def append(
-        self, ino: int, handle: int, offset: int, data: Any, who: int = 0, kill_setid: bool = False
-    ) -> None:
+        self, ino: int, handle: int, offset: int, data: Any,
+        thread: int = 0, kill_setid: bool = False,
+    ) -> None:  # fmt: skip
         """Write *data* at the end of the file at the provider; otherwise as :meth:`write`.
 
         The kernel expects the data at *offset*, the end that it knows.  If the provider placed them
         elsewhere, the kernel is made to drop the file's size, and its pages at both offsets.
         """
         region, size = self._region_of(ino, handle), len(data)
-        with self.writes.one(region, who, offset, size) as write:
+        with self.writes.one(region, thread, offset, size) as write:
             await self.writes.after_appends(write)
             if kill_setid:
                 await self._kill_setid(ino)
@@ -571,9 +575,9 @@ class FileSystem:
 
     async def fallocate(
         self, ino: int, handle: int, mode: int, offset: int, size: int,
-        who: int = 0, kill_setid: bool = False,
+        thread: int = 0, kill_setid: bool = False,
     ) -> None:  # fmt: skip
-        """fallocate(2), in a *mode* of ``FALLOCATE_MODES``; *who* and *kill_setid* are as in
+        """fallocate(2), in a *mode* of ``FALLOCATE_MODES``; *thread* and *kill_setid* are as in
         :meth:`write`.
 
         Raises:
@@ -584,7 +588,7 @@ class FileSystem:
         except KeyError:
             raise path_error(errno.EOPNOTSUPP, f"fallocate: unknown mode {mode:#x}") from None
         region = self._region_of(ino, handle)
-        with self.writes.one(region, who, offset, size):
+        with self.writes.one(region, thread, offset, size):
             if kill_setid:
                 await self._kill_setid(ino)
             await call(self._target, region, offset, size)
@@ -593,18 +597,18 @@ class FileSystem:
 
     async def copy_range(
         self, source: tuple[int, int, int], place: tuple[int, int, int], size: int,
-        who: int = 0, kill_setid: bool = False,
+        thread: int = 0, kill_setid: bool = False,
     ) -> int:  # fmt: skip
         """Copy up to *size* bytes between open files, each an inode, handle and offset; how many.
 
-        *who* and *kill_setid* are as in :meth:`write`.
+        *thread* and *kill_setid* are as in :meth:`write`.
         """
         (*source_file, start), (*file, offset) = source, place
         original, region = self._region_of(*source_file), self._region_of(*file)
         if self.writes.under_way:
-            await self.writes.read(original, who, start, size)
+            await self.writes.read(original, thread, start, size)
             await self.writes.follow(region, offset, size)
-        with self.writes.one(region, who, offset, size):
+        with self.writes.one(region, thread, offset, size):
             if kill_setid:
                 await self._kill_setid(place[0])
             count: int = await self._target.call(

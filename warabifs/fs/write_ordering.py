@@ -9,7 +9,7 @@ before the write is sent or completed.  The result of such a read stays in the p
   writing thread itself issued the read, since it got its data before it wrote.  After a read by
   another thread the kernel is notified, when the write ends, to drop the pages that were written.
 
-``who`` is the number of the thread that reads or writes; 0 is an unknown one, and ``KERNEL`` is
+``thread`` is the number of the thread that reads or writes; 0 is an unknown one, and ``KERNEL`` is
 writeback, during which the kernel locks the pages.
 """
 
@@ -56,18 +56,18 @@ class Writes:
             if other.appends and other.region == write.region:
                 await other.wait()
 
-    def one(self, region: RegionID, who: int, offset: int, size: int) -> Write:
-        """Return a context manager: a write by thread *who* that is pending inside the block."""
-        return Write(self, region, who, offset, offset + size)
+    def one(self, region: RegionID, thread: int, offset: int, size: int) -> Write:
+        """Return a context manager: a write by *thread* that is pending inside the block."""
+        return Write(self, region, thread, offset, offset + size)
 
-    def check(self, ino: int, who: int, start: int, end: int) -> None:
-        """After a write by *who*, drop pages that other threads read shortly before it."""
-        if who == KERNEL:
+    def check(self, ino: int, thread: int, start: int, end: int) -> None:
+        """After a write by *thread*, drop pages that other threads read shortly before it."""
+        if thread == KERNEL:
             return
         start, end = start // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
         since = time.monotonic() - RECENT_READ
         for when, reader, first, last in self._reads.get(ino, ()):
-            if when > since and first < end and start < last and (reader != who or not who):
+            if when > since and first < end and start < last and (reader != thread or not thread):
                 self.drop(ino, start, end - start)
                 return
 
@@ -80,15 +80,15 @@ class Writes:
             if write.is_left and write.overlaps(region, offset, offset + size):
                 await write.wait()
 
-    async def read(self, region: RegionID, who: int, offset: int, size: int) -> None:
-        """Before a read by *who*: wait for the overlapping writes that are pending now."""
+    async def read(self, region: RegionID, thread: int, offset: int, size: int) -> None:
+        """Before a read by *thread*: wait for the overlapping writes that are pending now."""
         end = offset + size
         reads = self._reads.get(region.slot)
         if reads is None:
             if len(self._reads) >= _MOST_INODES:
                 self._reads.clear()
             reads = self._reads[region.slot] = deque(maxlen=_MOST_READS)
-        reads.append((time.monotonic(), who, offset, end))
+        reads.append((time.monotonic(), thread, offset, end))
         for write in self.under_way.copy():
             if write.overlaps(region, offset, end):
                 await write.wait()
@@ -97,11 +97,11 @@ class Writes:
 class Write:
     """A pending write."""
 
-    __slots__ = ("_caller", "_ended", "_writes", "appends", "end", "region", "start", "who")
+    __slots__ = ("_caller", "_ended", "_writes", "appends", "end", "region", "start", "thread")
 
-    def __init__(self, writes: Writes, region: RegionID, who: int, start: int, end: int) -> None:
+    def __init__(self, writes: Writes, region: RegionID, thread: int, start: int, end: int) -> None:
         self._writes = writes
-        self.who = who
+        self.thread = thread
         self._ended: trio.Event | None = None
         self.appends = False
         self._caller = CALLER.get()
@@ -130,6 +130,6 @@ class Write:
 
     def __exit__(self, *_: object) -> None:
         self._writes.under_way.remove(self)
-        self._writes.check(self.region.slot, self.who, self.start, self.end)
+        self._writes.check(self.region.slot, self.thread, self.start, self.end)
         if self._ended is not None:
             self._ended.set()

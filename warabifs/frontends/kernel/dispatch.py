@@ -480,12 +480,12 @@ class Operations:
             rest = files.begin_write(node, handle, offset, data)
             if rest is not None:
                 return Early(protocol.written(size), rest)
-        who = KERNEL if flags & protocol.WRITE_CACHE else header.pid
+        thread = KERNEL if flags & protocol.WRITE_CACHE else header.pid
         try:
             if opened & _APPEND and files.appends:
-                await files.append(node, handle, offset, data, who, kill_setid)
+                await files.append(node, handle, offset, data, thread, kill_setid)
             else:
-                await files.write(node, handle, offset, data, who, kill_setid)
+                await files.write(node, handle, offset, data, thread, kill_setid)
         except BaseException:
             if unwaited:
                 files.failed_past_pages(handle, offset + size)
