@@ -1,4 +1,4 @@
-"""A complete service from one JSON document, in the format of Mochi's Bedrock for Warabi.
+"""A complete service from one document, JSON or TOML, in the format of Mochi's Bedrock for Warabi.
 
     with Server("na+sm", {"providers": [{"name": "blobs", "type": "warabi", "config": {...}}]}):
         ...
@@ -18,27 +18,26 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
-    StrictBool,
     StrictInt,
     StrictStr,
-    model_validator,
+    WithJsonSchema,
 )
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from warabi import errors
 from warabi._core import config_keys
 from warabi.engine import Address, Engine, server
 from warabi.errors import ConfigError
-from warabi.protocol.auth import KEYS
+from warabi.protocol import engine_settings
 from warabi.server import Provider
 from warabi.target.config import (
     Model,
     ProviderConfig,
     checked,
+    read_file,
     refused_key,
-    unknown_key,
 )
 
 log = logging.getLogger(__name__)
@@ -81,46 +80,18 @@ def _section(value: Any) -> Any:
 _Section = Annotated[Any, AfterValidator(_section)]
 
 
-class _Margo(Model):
-    """The engine's settings.  Those of Margo may have any values, and no effect."""
-
-    model_config = ConfigDict(extra="allow")
-
-    timeout: float | None = Field(default=None, strict=True, gt=0, le=1e9)
-    insecure: StrictBool | None = None
-    share: StrictBool | None = None
-    # Validated by the engine.
-    tls: dict[str, Any] | None = None
-    limits: dict[str, Any] | None = None
-    token_file: StrictStr | None = None
-    read_only_token_file: StrictStr | None = None
-    # Not included in the configuration that is reported.
-    token: StrictStr | None = Field(default=None, exclude=True)
-    read_only_token: StrictStr | None = Field(default=None, exclude=True)
-
-    @model_validator(mode="after")
-    def _known(self) -> _Margo:
-        for key in self.model_extra or ():
-            if key not in config_keys.MARGO:
-                raise unknown_key(key, type(self).model_fields)
-        if path := config_keys.misplaced(self.model_extra or {}):
-            section, key = path.split(".")
-            raise refused_key(path, f"has no effect in {section}; move it one level up")
-        return self
-
-    def engine(self) -> dict[str, Any]:
-        """The configuration for ``Engine``."""
-        # Null is not the same as a missing key: Engine rejects it.
-        return {
-            key: getattr(self, key)
-            for key in ("timeout", "share", "limits", *KEYS)
-            if key in self.model_fields_set
-        }
+def _margo(section: dict[str, Any]) -> dict[str, Any]:
+    try:
+        engine_settings.parse(section)
+    except ConfigError as error:
+        path, _, reason = str(error).removeprefix(config_keys.ENGINE).partition(": ")
+        raise refused_key(path.removeprefix("."), reason) from None
+    return section
 
 
 class _Provider(Model):
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
-    type: Annotated[StrictStr, AfterValidator(_type)]
+    type: Annotated[StrictStr, AfterValidator(_type), WithJsonSchema({"const": "warabi"})]
     provider_id: Annotated[StrictInt, Field(ge=0, le=65535)] | None = None
     pool: Annotated[Any, AfterValidator(_pool)] = None
     config: ProviderConfig = Field(default_factory=ProviderConfig)
@@ -131,7 +102,11 @@ class _Provider(Model):
 
 
 class _Service(Model):
-    margo: _Margo = Field(default_factory=_Margo)
+    # For editors: where the schema of this document is.
+    schema_: Any = Field(default=None, alias="$schema", exclude=True)
+    margo: Annotated[
+        dict[str, Any], AfterValidator(_margo), WithJsonSchema(engine_settings.SCHEMA)
+    ] = Field(default_factory=dict)
     libraries: Annotated[Any, AfterValidator(_libraries)] = Field(default_factory=list)
     providers: list[_Provider] = Field(default_factory=list, max_length=65536)
     bedrock: dict[str, Any] = Field(default_factory=dict)
@@ -139,6 +114,39 @@ class _Service(Model):
     abt_io: _Section = Field(default_factory=list)
     mona: _Section = Field(default_factory=list)
     ssg: _Section = Field(default_factory=list)
+
+
+def check(config: dict[str, Any]) -> list[str]:
+    """Check the configuration of a service, and open nothing but the files of its secrets.
+
+    Returns:
+        The given keys that have no effect.
+
+    Raises:
+        ConfigError, PermissionDenied: as ``Server``.
+    """
+    settings = checked(_Service, config)
+    _complete(settings.providers)
+    return list(_without_effect(settings))
+
+
+class _Schema(GenerateJsonSchema):
+    """Without titles that only repeat the names of keys."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a service's configuration.
+
+    It says nothing of what depends on files, or on more than one key.  Targets are those of the
+    backends that come with this package.
+    """
+    found = _Service.model_json_schema(schema_generator=_Schema)
+    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    found["title"] = "The configuration of a Warabi service"
+    return found
 
 
 class Server:
@@ -170,7 +178,7 @@ class Server:
         _complete(settings.providers)
         for key in _without_effect(settings):
             log.warning("configuration: $.%s is accepted but has no effect", key)
-        self._engine = Engine(address, server, config={**settings.margo.engine(), **(engine or {})})
+        self._engine = Engine(address, server, config={**settings.margo, **(engine or {})})
         self._providers: dict[str, Provider] = {}
         try:
             for provider in settings.providers:
@@ -186,18 +194,13 @@ class Server:
         path: str | os.PathLike[str],
         engine: dict[str, Any] | None = None,
     ) -> Server:
-        """The same as ``Server(address, config, engine)``, with the configuration from a file.
+        """The same as ``Server(address, config, engine)``, with the configuration from a file: TOML
+        if its name ends with ``.toml``, otherwise JSON.
 
         Raises:
             ConfigError: it cannot be read; otherwise as ``Server``.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"configuration {os.fspath(path)}: {reason}") from None
-        return cls(address, text, engine)
+        return cls(address, read_file(path), engine)
 
     def _open(self, settings: _Provider) -> None:
         assert settings.name is not None
@@ -228,7 +231,8 @@ class Server:
 
     def get_config(self) -> dict[str, Any]:
         """The effective configuration: names, IDs and each provider's defaults filled in."""
-        found = self._settings.model_dump(exclude_none=True, exclude_defaults=True)
+        secrets = {"margo": {"token", "read_only_token"}}
+        found = self._settings.model_dump(exclude_none=True, exclude_defaults=True, exclude=secrets)
         found["providers"] = [
             {
                 **settings.model_dump(exclude_none=True, exclude={"config"}),
@@ -283,7 +287,7 @@ def _distinct(first: int, i: int, key: str, value: object) -> None:
 
 def _without_effect(settings: _Service) -> Iterator[str]:
     """Yield the given keys that have no effect, each once."""
-    for key in sorted(settings.margo.model_extra or ()):
+    for key in sorted(settings.margo.keys() & config_keys.MARGO):
         yield f"margo.{key}"
     for key in ("libraries", "bedrock", "clients", "abt_io", "mona", "ssg"):
         if getattr(settings, key):

@@ -11,22 +11,19 @@ import _thread
 import atexit
 import contextlib
 import enum
-import json
 import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from warabi import errors, processes
-from warabi._core import config_keys, extras, forks, interrupts
-from warabi._core.tuning import SILENCE_TIMEOUT
-from warabi.protocol import address, auth, limits
+from warabi._core import extras, forks, interrupts
+from warabi.protocol import address, engine_settings
 from warabi.protocol.address import Endpoint
 from warabi.protocol.auth import Security
-from warabi.protocol.limits import EngineLimits
+from warabi.protocol.engine_settings import EngineSettings
 from warabi.protocol.pending import Patience
 from warabi.remote.connection import BlockingConnection
 from warabi.remote.direct import DirectAccessChannel
@@ -34,10 +31,6 @@ from warabi.service import ShutdownSignals
 
 if TYPE_CHECKING:
     from warabi.provider.loop import ProviderLoop
-
-
-_LONGEST = 1_000_000_000
-"""Longest timeout in seconds: system timers reject longer ones."""
 
 
 class Mode(enum.Enum):
@@ -327,7 +320,12 @@ class Engine:
         num_rpc_threads: int = 0,
         config: str | dict[str, Any] = "",
     ) -> None:
-        settings = _settings(config)
+        settings = engine_settings.parse(config)
+        if settings.without_effect:
+            self.logger.debug(
+                "engine configuration: accepted but without effect: %s",
+                ", ".join(settings.without_effect),
+            )
         endpoint = address.parse(addr, complete=False)
         portable = processes.portable(addr, config)
         if not isinstance(mode, Mode):
@@ -341,7 +339,7 @@ class Engine:
         interrupts.uninterrupted(self._begin, endpoint, settings, portable)
 
     def _begin(
-        self, endpoint: Endpoint, settings: _Settings, portable: dict[str, Any] | str
+        self, endpoint: Endpoint, settings: EngineSettings, portable: dict[str, Any] | str
     ) -> None:
         connections = Connections(settings.patience, settings.security, settings.share)
         self._state = state = EngineState(connections, portable)
@@ -451,62 +449,3 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({str(self._address)!r}, {self._mode.value})"
-
-
-@dataclass(frozen=True)
-class _Settings:
-    patience: Patience
-    security: Security
-    limits: EngineLimits
-    share: bool
-
-
-def _seconds(config: dict[str, Any], key: str, default: float | None) -> float | None:
-    if key not in config:
-        return default
-    value: Any = config[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value <= _LONGEST):
-        raise errors.ConfigError(
-            f"engine configuration: $.{key}: {value!r} is not a number of seconds above 0 and up to"
-            f" {_LONGEST}"
-        )
-    return float(value)
-
-
-def _settings(config: str | dict[str, Any]) -> _Settings:
-    if isinstance(config, str):
-        try:
-            config = json.loads(config or "{}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise errors.ConfigError(f"engine configuration: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise errors.ConfigError(f"engine configuration: expected an object, got {config!r:.60}")
-    timeout = _seconds(config, "timeout", SILENCE_TIMEOUT)
-    deadline = _seconds(config, "deadline", None)
-    share = config.get("share", True)
-    if not isinstance(share, bool):
-        raise errors.ConfigError(
-            f"engine configuration: $.share: {share!r} is neither true nor false"
-        )
-    known = {"timeout", "deadline", "share", "limits", *auth.KEYS}
-    for key in config:
-        if key not in known and key not in config_keys.MARGO:
-            raise errors.ConfigError(
-                f"engine configuration: $.{key}: {config_keys.unknown(key, known)}"
-            )
-    if path := config_keys.misplaced(config):
-        raise errors.ConfigError(
-            f"engine configuration: $.{path}: has no effect there; move it to"
-            f" $.{path.split('.')[1]}"
-        )
-    if ignored := sorted(config.keys() & config_keys.MARGO):
-        Engine.logger.debug(
-            "engine configuration: accepted but without effect: %s", ", ".join(ignored)
-        )
-    return _Settings(
-        Patience(timeout or SILENCE_TIMEOUT, deadline),
-        auth.from_config(config),
-        limits.from_config(config.get("limits")),
-        share,
-    )

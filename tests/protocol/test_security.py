@@ -143,9 +143,9 @@ def test_a_token_file_readable_by_others_is_refused(tmp_path: Path, mode: int) -
         ({"security": {"token": TOKEN}}, r"\$\.security: unknown key, expected"),
         (
             {"mercury": {"token": TOKEN}},
-            r"\$\.mercury\.token: has no effect there; move it to \$\.token",
+            r"\$\.mercury\.token: has no effect in mercury; move it one",
         ),
-        ({"argobots": {"tls": {}}}, r"\$\.argobots\.tls: has no effect there"),
+        ({"argobots": {"tls": {}}}, r"\$\.argobots\.tls: has no effect in argobots"),
         ({5: 5}, r"\$\.5: unknown key"),
         ({"insecure": "yes"}, r"\$\.insecure"),
     ],

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
-from tests.support.helpers import MEMORY, file_config, run_python
+from tests.support.helpers import MEMORY, ROOT, file_config, run_python
 from warabi import errors
-from warabi.bedrock import Server
+from warabi._core import config_keys
+from warabi.bedrock import Server, check, json_schema
 from warabi.client import Client
 from warabi.engine import Engine, client
 from warabi.errors import ConfigError
+from warabi.protocol import engine_settings
 
 WARABI: dict[str, Any] = {"type": "warabi", "config": MEMORY}
 
@@ -106,15 +110,15 @@ def test_what_has_no_effect_is_reported_once_each(caplog: pytest.LogCaptureFixtu
 
 
 def test_engine_settings() -> None:
-    config: dict[str, Any] = {"margo": {"timeout": 0.25}}
+    config: dict[str, Any] = {"margo": {"timeout": 0.25, "deadline": 9}}
     with Server("na+sm", config) as server:
-        assert json.loads(Client(server.engine).get_config()) == {"timeout": 0.25}
+        assert json.loads(Client(server.engine).get_config()) == {"timeout": 0.25, "deadline": 9.0}
     with pytest.raises(errors.PermissionDenied):
         Server("tcp://0.0.0.0", {})
     with Server("tcp://0.0.0.0", {"margo": {"insecure": True}}):
         pass
     with Server("na+sm", config, {"timeout": 0.5}) as server:
-        assert json.loads(Client(server.engine).get_config()) == {"timeout": 0.5}
+        assert json.loads(Client(server.engine).get_config()) == {"timeout": 0.5, "deadline": 9.0}
 
 
 def test_engine_settings_for_security(
@@ -136,6 +140,16 @@ def test_engine_settings_for_security(
     assert "has no effect" not in caplog.text
 
 
+TOML = """
+"$schema" = "service.schema.json"
+[margo]
+timeout = 5
+[[providers]]
+type = "warabi"
+name = "ö"
+[providers.config.target]
+type = "memory"
+"""
 TARGET = "$.providers[0].config.target"
 WRONG: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "not valid JSON"),
@@ -174,12 +188,15 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"margo": {"tokenfile": "x"}},
         "$.margo.tokenfile: unknown key, did you mean token_file?",
     ),
-    "null": ({"margo": {"token_file": None}}, "$.token_file: None is not a path"),
+    "null": ({"margo": {"token_file": None}}, "$.margo.token_file: None is not a path"),
     "key of the engine in a section of Margo's": (
         {"margo": {"mercury": {"address": "na+sm", "token_file": "/x"}}},
         "$.margo.mercury.token_file: has no effect in mercury",
     ),
-    "mistyped limit": ({"margo": {"limits": {"request": 5}}}, "$.limits.request: unknown key, did"),
+    "mistyped limit": (
+        {"margo": {"limits": {"request": 5}}},
+        "$.margo.limits.request: unknown key, did",
+    ),
     "mistyped setting": (
         service({"config": {"target": {"type": "memory", "config": {"capasity": 1}}}}),
         f"{TARGET}.config.capasity: unknown key, did you mean capacity?",
@@ -202,10 +219,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         f"{TARGET}.config.abt_io.backing_threads: unknown key, did you mean backing_thread_count?",
     ),
     "tls": ({"margo": {"tls": True}}, "$.margo.tls: "),
-    "no certificate": ({"margo": {"tls": {}}}, "$.tls.certificate: required key is missing"),
+    "no certificate": ({"margo": {"tls": {}}}, "$.margo.tls.certificate: required key is missing"),
     "token": ({"margo": {"token": 5}}, "$.margo.token: "),
-    "short token": ({"margo": {"token": "x"}}, "$.token: a token of 1 bytes"),
-    "limits": ({"margo": {"limits": {"connections": 0}}}, "$.limits.connections: "),
+    "short token": ({"margo": {"token": "x"}}, "$.margo.token: a token of 1 bytes"),
+    "limits": ({"margo": {"limits": {"connections": 0}}}, "$.margo.limits.connections: "),
     "libraries": ({"libraries": "x.so"}, "$.libraries: expected"),
     "library": ({"libraries": {"warabi": 1}}, "$.libraries: expected"),
     "ssg": ({"ssg": "group"}, "$.ssg: expected"),
@@ -233,9 +250,62 @@ def test_wrong_configurations(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+BEYOND_THE_SCHEMA = {
+    "mistyped abt_io", "libraries", "library", "ssg", "pool", "dependency", "same ID", "same name",
+    "same name, of a default", "key of the engine in a section of Margo's",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def schema() -> Any:
+    """Checks a document against the published schema."""
+    published = json.loads((ROOT / "docs" / "service.schema.json").read_text())
+    assert published == json_schema(), "run: warabi config schema > docs/service.schema.json"
+    Draft202012Validator.check_schema(published)
+    return Draft202012Validator(published)
+
+
+@pytest.mark.parametrize("name", sorted(WRONG.keys() - BEYOND_THE_SCHEMA))
+def test_the_schema_refuses_wrong_configurations(name: str, schema: Any) -> None:
+    config = WRONG[name][0]
+    assert name == "no JSON" or not schema.is_valid(
+        json.loads(config) if isinstance(config, str) else config
+    )
+
+
+def test_the_schema_accepts_configurations(tmp_path: Path, schema: Any) -> None:
+    tls = {key: str(tmp_path / key) for key in ("certificate", "key", "ca")}
+    engine = {
+        "timeout": 0.5, "deadline": 9, "share": False, "insecure": True, "tls": tls,
+        "token": "x" * 16, "read_only_token_file": "/f", "limits": {"requests": 3},
+        "mercury": {"address": "na+sm"},
+    }  # fmt: skip
+    pmem = {"type": "pmdk", "config": {"path": "x", "create_if_missing_with_size": 1 << 24}}
+    for config in (
+        {},
+        tomllib.loads(TOML),
+        service({"config": file_config(tmp_path)}, {"config": {"target": pmem}}, margo=engine),
+        service({"config": {}, "pool": "p", "tags": ["a"]}, libraries={"warabi": "x.so"}, ssg=[]),
+    ):
+        schema.validate(config)
+    assert (
+        schema.schema["properties"]["margo"]["properties"].keys()
+        == engine_settings.KEYS | config_keys.MARGO
+    )
+
+
+def test_check_opens_nothing(tmp_path: Path) -> None:
+    target = {"type": "file", "config": {"path": str(tmp_path / "t"), "create_if_missing": True}}
+    config = service({"config": {"target": target}, "pool": "p"}, margo={"mercury": {}})
+    assert check(config) == ["margo.mercury", "providers[].pool"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"\$\.providers\[1\]\.name: 'a' is already used"):
+        check(service({"name": "a"}, {"name": "a"}))
+
+
 def test_all_problems_of_a_configuration_are_reported() -> None:
-    with pytest.raises(ConfigError, match=r"\[0\]\.pool.*\[1\]\.tags.*\$\.what"):
-        Server("na+sm", service({"pool": []}, {"tags": 1}, what=1))
+    with pytest.raises(ConfigError, match=r"margo\.share.*\[0\]\.pool.*\[1\]\.tags.*\$\.what"):
+        Server("na+sm", service({"pool": []}, {"tags": 1}, what=1, margo={"share": 1}))
 
 
 def test_wrong_address() -> None:
@@ -275,8 +345,14 @@ def test_from_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(service({"name": "ö"})), encoding="utf-8")
     with Server.from_config_file("na+sm", path) as server:
         assert list(server.providers) == ["ö"]
+    toml = tmp_path / "service.toml"
+    toml.write_text(TOML, encoding="utf-8")
+    with Server.from_config_file("na+sm", toml) as server:
+        assert server.get_config()["margo"] == {"timeout": 5}
+        assert list(server.providers) == ["ö"]
     path.write_bytes(b"\xff")
-    for wrong in (path, tmp_path, tmp_path / "missing"):
+    toml.write_text("= 1")
+    for wrong in (path, toml, tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match=str(wrong)):
             Server.from_config_file("na+sm", wrong)
 

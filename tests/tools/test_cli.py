@@ -132,6 +132,26 @@ def test_serve_a_configuration(
         service.end()
 
 
+def test_serve_what_the_environment_says(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "address"
+    variables = {"WARABI_SERVE_CONFIG": str(config), "WARABI_SERVE_ADDRESS_FILE": str(path)}
+    with serving("-a", "tcp", WARABI_SERVE_ADDRESS="na+sm", **variables) as service:
+        assert service.address.startswith("tcp://")
+        assert path.read_text().startswith("tcp://")
+        service.end()
+
+
+def test_check_a_configuration(config: Path, tmp_path: Path) -> None:
+    assert ok("config", "check", config) == b""
+    assert not (tmp_path / "b").exists()
+    toml = tmp_path / "service.toml"
+    toml.write_text('libraries = ["x.so"]\n[margo]\ntimeout = 5\n')
+    assert ok("config", "check", toml) == b"$.libraries is accepted but has no effect\n"
+    toml.write_text("[margo]\ntimout = 5\n")
+    assert "$.margo.timout: unknown key, did you mean timeout?" in fails("config", "check", toml)
+    assert json.loads(ok("config", "schema"))["properties"]["margo"]
+
+
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_serve_one_target(kind: str, tmp_path: Path, client_engine: Engine) -> None:
     target = "memory:" if kind == "memory" else f"file:{tmp_path}/made/target"
@@ -798,7 +818,7 @@ def test_output_that_cannot_be_written(address: str) -> None:
 
 
 def test_help_and_version() -> None:
-    assert b"CONFIG.json" in ok("serve", "--help")
+    assert b"CONFIG is TOML" in ok("serve", "--help")
     assert all(command in ok("--help") for command in (b"serve", b"ls", b"put", b"get", b"rm"))
     assert ok("--version").startswith(b"warabi, version ")
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 
+ENGINE = "engine configuration: $"
+"""Begins the message of an error in the configuration of an engine."""
 MARGO = frozenset({
     "argobots", "diagnostics", "enable_abt_profiling", "enable_diagnostics", "enable_profiling",
     "handle_cache_size", "mercury", "monitoring", "output_dir", "plumber",

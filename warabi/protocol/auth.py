@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warabi._core import config_keys
+from warabi._core.config_keys import ENGINE
 from warabi.errors import ConfigError, PermissionDenied
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ SHORTEST_TOKEN = 16
 """Shortest token in bytes: shorter ones could be found by an offline search of a recorded
 handshake."""
 _LONGEST_TOKEN = 4096
-_WHERE = "engine configuration: $"
 KEYS = ("insecure", "tls", "token", "token_file", "read_only_token", "read_only_token_file")
 """The keys of an engine's configuration that this module reads."""
+TLS_REQUIRED = ("certificate", "key", "ca")
+"""The keys of ``tls`` that have to be there; they are paths."""
 
 
 class RequiredAccess(enum.Enum):
@@ -110,12 +112,12 @@ class TlsFiles:
             context.load_cert_chain(self.certificate, self.key, password="")
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{_WHERE}.tls: certificate {self.certificate}, key {self.key}: {_why(error)}"
+                f"{ENGINE}.tls: certificate {self.certificate}, key {self.key}: {_why(error)}"
             ) from None
         try:
             context.load_verify_locations(self.ca)
         except OSError as error:
-            raise ConfigError(f"{_WHERE}.tls.ca: {self.ca}: {_why(error)}") from None
+            raise ConfigError(f"{ENGINE}.tls.ca: {self.ca}: {_why(error)}") from None
         return context
 
 
@@ -176,11 +178,11 @@ def from_config(config: dict[str, Any]) -> Security:
     """
     insecure = config.get("insecure", False)
     if not isinstance(insecure, bool):
-        raise ConfigError(f"{_WHERE}.insecure: {insecure!r} is neither true nor false")
+        raise ConfigError(f"{ENGINE}.insecure: {insecure!r} is neither true nor false")
     token = _token(config, "token")
     read_only_token = _token(config, "read_only_token")
     if token and token == read_only_token:
-        raise ConfigError(f"{_WHERE}.read_only_token: is the same as $.security.token")
+        raise ConfigError(f"{ENGINE}.read_only_token: is the same as $.token")
     return Security(_tls(config), token, read_only_token, insecure)
 
 
@@ -189,18 +191,18 @@ def _tls(config: dict[str, Any]) -> TlsFiles | None:
         return None
     section = config["tls"]
     if not isinstance(section, dict):
-        raise ConfigError(f"{_WHERE}.tls: expected an object")
-    known = ("certificate", "key", "ca", "server_name")
+        raise ConfigError(f"{ENGINE}.tls: expected an object")
+    known = (*TLS_REQUIRED, "server_name")
     for key in section:
         if key not in known:
-            raise ConfigError(f"{_WHERE}.tls.{key}: {config_keys.unknown(key, known)}")
+            raise ConfigError(f"{ENGINE}.tls.{key}: {config_keys.unknown(key, known)}")
     for key in known:
         value = section.get(key, "" if key == "server_name" else None)
         if isinstance(value, os.PathLike):
             continue
         if not isinstance(value, str) or not (value or key == "server_name"):
             what = "required key is missing" if value is None else f"{value!r:.60} is not a path"
-            raise ConfigError(f"{_WHERE}.tls.{key}: {what}")
+            raise ConfigError(f"{ENGINE}.tls.{key}: {what}")
     found = TlsFiles(**{key: os.fspath(value) for key, value in section.items()})
     assert found.client  # report problems with the files now
     return found
@@ -209,9 +211,9 @@ def _tls(config: dict[str, Any]) -> TlsFiles | None:
 def _token(config: dict[str, Any], key: str) -> bytes:
     # A key with the value None was meant to protect something, so it does not count as missing.
     if key in config and f"{key}_file" in config:
-        raise ConfigError(f"{_WHERE}.{key}: cannot be combined with {key}_file")
+        raise ConfigError(f"{ENGINE}.{key}: cannot be combined with {key}_file")
     if f"{key}_file" in config:
-        where, path = f"{_WHERE}.{key}_file", config[f"{key}_file"]
+        where, path = f"{ENGINE}.{key}_file", config[f"{key}_file"]
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ConfigError(f"{where}: {path!r:.60} is not a path")
         _refuse_others(path, f"{key}_file")
@@ -223,7 +225,7 @@ def _token(config: dict[str, Any], key: str) -> bytes:
     elif key not in config:
         return b""
     else:
-        where, text = f"{_WHERE}.{key}", config[key]
+        where, text = f"{ENGINE}.{key}", config[key]
         if not isinstance(text, str):
             raise ConfigError(f"{where}: expected text")
         token = text.strip().encode("utf-8", "surrogatepass")
@@ -240,10 +242,10 @@ def _refuse_others(path: str | os.PathLike[str], key: str) -> None:
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{_WHERE}.{key}: {os.fspath(path)}: {_why(error)}") from None
+        raise ConfigError(f"{ENGINE}.{key}: {os.fspath(path)}: {_why(error)}") from None
     if stat.S_IMODE(mode) & 0o007:
         raise PermissionDenied(
-            f"{_WHERE}.{key}: {os.fspath(path)} is accessible to other users (mode"
+            f"{ENGINE}.{key}: {os.fspath(path)} is accessible to other users (mode"
             f" {stat.S_IMODE(mode):04o}); use chmod 600"
         )
 

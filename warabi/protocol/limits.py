@@ -9,7 +9,7 @@ from warabi._core import config_keys
 from warabi.errors import ConfigError
 from warabi.protocol import wire
 
-_WHERE = "engine configuration: $.limits"
+_WHERE = f"{config_keys.ENGINE}.limits"
 _BOUNDS = {
     "connections": (1, 1 << 20),
     "connections_per_host": (1, 1 << 20),
@@ -46,6 +46,21 @@ class EngineLimits:
     def wire(self) -> wire.Limits:
         """The limits that the engine's openings announce."""
         return wire.Limits(payload=self.payload, requests=self.requests)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        field.name: {
+            "type": "integer",
+            "minimum": _BOUNDS[field.name][0],
+            "maximum": _BOUNDS[field.name][1],
+            "default": field.default,
+        }
+        for field in fields(EngineLimits)
+    },
+    "additionalProperties": False,
+}
 
 
 def from_config(section: Any) -> EngineLimits:

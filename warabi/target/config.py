@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import tomllib
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args
 
 from pydantic import (
     BaseModel,
     Field,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     SerializeAsAny,
     StrictBool,
@@ -65,6 +68,13 @@ class TargetConfig(Model):
         if isinstance(data, dict) and isinstance(kind := data.get("type"), str):
             registry.find(kind)  # which loads it, if it has to be
         return _target_types(tuple(registry.loaded())).validate_python(data)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> Any:
+        """Describe a target of any backend that is built in."""
+        if cls is TargetConfig:
+            core = _target_types(tuple(registry.loaded())).core_schema
+        return handler(core)
 
 
 @functools.cache
@@ -151,14 +161,41 @@ def checked(
             message gives its JSON path.
     """
     if isinstance(config, str):
-        try:
-            config = json.loads(config or "{}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{what}: not valid JSON: {error}") from None
+        config = _parsed(config, what)
     try:
         return model.model_validate({} if config is None else config)
     except ValidationError as error:
         raise ConfigError(f"{what}: {_explain(model, error, root, hidden)}") from None
+
+
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file contains: TOML if its name ends with ``.toml``, otherwise JSON.
+
+    Raises:
+        ConfigError: it cannot be read, is not of its format, or is no object.
+    """
+    where = f"configuration {os.fspath(path)}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+    if os.fspath(path).endswith(".toml"):
+        try:
+            return tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ConfigError(f"{where}: not valid TOML: {error}") from None
+    return _parsed(text, where)
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: $: expected an object")
+    return found
 
 
 _UNIONS = ("target", "transfer_manager")

@@ -38,6 +38,7 @@ from warabi.tools.cli.common import (
     reaching,
     secured,
 )
+from warabi.tools.cli.config import config as config_commands
 from warabi.tools.progress import overall_progress
 from warabi.tools.quoting import escaped, shell_quoted
 
@@ -79,10 +80,12 @@ main.add_command(scrub)
 main.add_command(fsck)
 main.add_command(export_command)
 main.add_command(import_command)
+main.add_command(config_commands)
 
 
-@main.command()
-@click.argument("config", required=False, metavar="CONFIG.json", type=click.Path(path_type=Path))
+@main.command(context_settings={"auto_envvar_prefix": "WARABI_SERVE"})
+@click.argument("config", required=False, metavar="CONFIG", type=click.Path(path_type=Path),
+                envvar="WARABI_SERVE_CONFIG")  # fmt: skip
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
 @click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the address to FILE while serving.")  # fmt: skip
@@ -98,18 +101,22 @@ def serve(
     provider_id: int | None,
     **security: Any,
 ) -> None:
-    """Serve the providers of CONFIG.json, in the format of Mochi's Bedrock, or one TARGET.
+    """Serve the providers of CONFIG, in the format of Mochi's Bedrock, or one TARGET.
 
+    CONFIG is TOML if its name ends with .toml, otherwise JSON; `warabi config check` checks it.
     Prints the address when it serves.  SIGTERM and SIGINT shut it down cleanly.
+
+    Each option can also be given by an environment variable: --address-file as
+    WARABI_SERVE_ADDRESS_FILE, CONFIG as WARABI_SERVE_CONFIG.
     """
     from warabi import service
     from warabi._core import descriptors
     from warabi.eventloop import gc_pauses
 
     if (config is None) == (target is None):
-        raise click.UsageError("expected either CONFIG.json or --target")
+        raise click.UsageError("expected either CONFIG or --target")
     if config is not None and provider_id is not None:
-        raise click.UsageError("--provider-id requires --target; CONFIG.json has its own IDs")
+        raise click.UsageError("--provider-id requires --target; CONFIG has its own IDs")
     logging.basicConfig(format="warabi: %(message)s")
     descriptors.raise_limit()
     gc_pauses.limit_pauses()
