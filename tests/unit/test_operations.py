@@ -36,8 +36,8 @@ _ON_TARGETS = {name: one for name, one in OPERATIONS.items() if one.served is Se
 CHANGES_NOTHING = """
     cancel_lock commit epoch fsync getattr getxattr grant holds_lock join leave list list_stats
     listxattr lock lock_session lookup migration_progress open open_name persist persist_vector pin
-    ping read read_vector readdir readlink resolve room seek size stat summed sync test_lock unpin
-    used uuid verify watch
+    ping read read_vector readdir readlink resolve room seek size stat stats summed sync test_lock
+    unpin used uuid verify watch
 """.split()
 REPEATABLE_CHANGES = """
     allocate copy_range punch_hole receive_outcome resize setattr setxattr survey write write_vector

@@ -335,6 +335,11 @@ class Storage(ABC):
             StorageFull: there is too little memory.
         """
 
+    def statistics(self) -> dict[str, int]:
+        """Return numbers for monitoring: ``open_files``, cached descriptors, and ``file_opens``,
+        how many were opened so far, if it caches descriptors."""
+        return {}
+
     @abstractmethod
     def room(self) -> tuple[int, int]:
         """Return total and available bytes of the storage."""

@@ -97,6 +97,7 @@ class FileStorage(Storage):
         self._descriptors: dict[bytes, OpenFile] = {}  # by last use, oldest first
         # The other half is for connections, direct access, and everything else.
         self._limit = min(_MOST_DESCRIPTORS, max(16, descriptors.limit() // 2))
+        self._opens = 0  # how often a descriptor was not cached
         self._mapped = CachedFiles(self._limit // 8)
         # Regions that guests may sync themselves, a fraction of the limit: the kernel reports a
         # write error once to each open descriptor, so ours must stay open to receive it, too.
@@ -137,6 +138,7 @@ class FileStorage(Storage):
             held = self._descriptors.pop(rid, None)
             if held is None:
                 held = OpenFile(self.open(self.path(rid), self._flags, locked=True))
+                self._opens += 1
                 self._evict()
             self._descriptors[rid] = held  # last: most recently used
             held.users += 1
@@ -650,6 +652,9 @@ class FileStorage(Storage):
 
     def metadata_durable(self, rid: RegionID) -> bool:
         return rid in self._kept and rid not in self._fresh and rid not in self.failed
+
+    def statistics(self) -> dict[str, int]:
+        return {"open_files": len(self._descriptors), "file_opens": self._opens}
 
     def room(self) -> tuple[int, int]:
         try:

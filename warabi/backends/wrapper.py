@@ -159,6 +159,9 @@ class WrapperStorage(Storage):
     def charge(self, count: int) -> None:
         self._inner.charge(count)
 
+    def statistics(self) -> dict[str, int]:
+        return self._inner.statistics()
+
     def room(self) -> tuple[int, int]:
         return self._inner.room()
 

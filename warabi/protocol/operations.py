@@ -358,6 +358,8 @@ OPERATIONS: dict[str, Operation] = {
     "unlink_name": Operation({"path": TEXT}, NOTHING, _CHANGE, _NAMES),
     # The engine
     "ping": Operation({}, NOTHING, _READ, _NOTHING, repeatable=True, served=_ENGINE),
+    # Counters and state of the provider and its engine, as JSON; see provider/report.py.
+    "stats": Operation({}, TEXT, _READ, _NOTHING, repeatable=True, served=_ENGINE),
     "shutdown": Operation({}, NOTHING, _CHANGE, _TARGET, served=_ENGINE),
     "watch": Operation(
         {"number": INTEGER, "new_names": FLAG}, change_codec.CHANGES, _READ, _NOTHING,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from warabi import errors
 from warabi._core import forks
+from warabi._core.counters import Counters
 from warabi.provider.buffer_pool import DefaultTransfers, Transfers
 from warabi.provider.freeze import ChangeGate
 from warabi.provider.local_access import LocalAccess
@@ -38,6 +39,7 @@ class ProviderCore:
         connect: opens a connection to an engine, for a migration.
         on_adopt: called after a target was received.
         direct: direct access to its regions from this process.
+        counters: of the requests of clients; calls from this process are not counted.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ProviderCore:
         self.abandoned = False
         self.config = ProviderConfig()
         self.changes = ChangeGate()
+        self.counters = Counters()
         self.sending: Sending | None = None
         self.receiving: Receiving | None = None
         self.connect: Callable[[str], BlockingConnection] | None = None

@@ -51,6 +51,11 @@ class Host:
         self._target: Target | None = None
         self._writable = False
 
+    @property
+    def joined(self) -> bool:
+        """Whether the process has direct access to a target."""
+        return self._guest is not None
+
     async def answer(
         self, target: Target, name: str, arguments: list[Any]
     ) -> tuple[Any, list[int]]:

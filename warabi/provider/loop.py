@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import trio
 
@@ -25,6 +26,7 @@ from warabi.provider.admission import Admission, Visitor
 from warabi.provider.core import ProviderCore
 from warabi.provider.direct_access import Host
 from warabi.provider.idle_connections import IdleConnections
+from warabi.provider.report import MOST_CLIENTS, process_report, provider_report
 from warabi.provider.session import ClientSession
 from warabi.shm.liveness import LifeSigns
 from warabi.target.state import LOOPS
@@ -81,6 +83,7 @@ class ProviderLoop:
         self._scope = trio.CancelScope()
         self._accepting = trio.CancelScope()
         self._sessions: set[ClientSession] = set()
+        self._accepted = 0  # connections so far
         self._started = forks.event()
         self.pid = os.getpid()
         forks.register(self)
@@ -140,11 +143,13 @@ class ProviderLoop:
                 address.prepare(connection)
                 for option, value in _KEPT_ALIVE:
                     connection.setsockopt(*option, value)
+            self._accepted += 1
             where_from = "" if self.endpoint.local else str(where[0])
-            self._receive(connection, where_from, pid, nursery)
+            name = f"process {pid}" if self.endpoint.local else f"{where[0]} port {where[1]}"
+            self._receive(connection, where_from, pid, name, nursery)
 
     def _receive(
-        self, connection: socket.socket, host: str, pid: int, nursery: trio.Nursery
+        self, connection: socket.socket, host: str, pid: int, name: str, nursery: trio.Nursery
     ) -> None:
         session = ClientSession(
             connection,
@@ -157,6 +162,8 @@ class ProviderLoop:
             leave=lambda: self._admission.leave(visitor),
             host=Host(self._life, pid) if self.endpoint.local and self._share else None,
             idle_connections=self._idle_connections,
+            name=name,
+            report=lambda provider_id: self.report([self.find(provider_id)]),
         )
         visitor = Visitor(host, session.drop)
         self._admission.arrive(visitor)
@@ -190,6 +197,21 @@ class ProviderLoop:
             return self.providers[provider_id]
         except KeyError:
             raise errors.ProviderNotFound(f"no provider {provider_id} at {self.endpoint}") from None
+
+    def report(self, cores: Sequence[ProviderCore] | None = None) -> dict[str, Any]:
+        """Return the state of the engine, and of some of its providers or all, as JSON can have
+        it (``report.py``).  From any thread but the loop's, which it would hold."""
+        clients = [session.describe() for session in self._sessions.copy()]
+        shown = list(self.providers.copy().values()) if cores is None else cores
+        return {
+            "kind": "engine",
+            "address": str(self.endpoint),
+            **process_report(),
+            "provider_ids": sorted(self.providers.copy()),
+            "connections": {"open": len(clients), "accepted": self._accepted},
+            "clients": sorted(clients, key=lambda client: client["since"])[:MOST_CLIENTS],
+            "targets": [provider_report(core) for core in shown],
+        }
 
     def _shutdown(self) -> None:
         if not self.remote_shutdown:

@@ -30,6 +30,7 @@ class TargetRequest:
     target: Target
     eager: bytes | None
     payload: int  # bytes of the payload that follows
+    began: int  # when its header was received, by perf_counter_ns
     entered: bool = False  # it is a change, and has entered the provider's gate
     concurrent: bool = False  # it may wait for stable storage, since it runs concurrently
 
@@ -75,7 +76,13 @@ def check_data(name: str, eager: Any, payload: int) -> None:
 
 
 def checked_request(
-    number: int, core: ProviderCore, name: str, arguments: Any, eager: Any, payload: int
+    number: int,
+    core: ProviderCore,
+    name: str,
+    arguments: Any,
+    eager: Any,
+    payload: int,
+    began: int,
 ) -> TargetRequest:
     """Validate a request for an operation on a target.
 
@@ -84,7 +91,7 @@ def checked_request(
         TargetNotFound: the provider has no target.
     """
     checked = checked_arguments(name, arguments)
-    return TargetRequest(number, name, checked, core, core.target, eager, payload)
+    return TargetRequest(number, name, checked, core, core.target, eager, payload, began)
 
 
 def memory(request: TargetRequest, limit: int) -> int:

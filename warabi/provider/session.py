@@ -11,10 +11,14 @@ result]`` with an optional third item, eager data, or ``[id, None, None, failure
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
+from time import perf_counter_ns
 from typing import Any
 
 import trio
@@ -63,6 +67,10 @@ log = logging.getLogger(__name__)
 log.addFilter(RateLimit())  # messages are caused by peers
 
 
+_REPORT = 64 * 1024
+"""Bytes that a reply to ``stats`` may take."""
+
+
 class ClientSession:
     """One connection of one client.
 
@@ -77,6 +85,12 @@ class ClientSession:
         leave: called when the connection has ended.
         host: grants direct access; None if the peer can have none.
         idle_connections: the idle connections of the loop.
+        name: how the client is called in reports, such as its host.
+        report: returns the state of a provider and of the engine; called in a thread.
+
+    Attributes:
+        since: when the client connected, in seconds since the epoch.
+        requests: number of requests so far.
     """
 
     def __init__(
@@ -92,7 +106,13 @@ class ClientSession:
         leave: Callable[[], None],
         host: Host | None,
         idle_connections: IdleConnections,
+        name: str,
+        report: Callable[[int], dict[str, Any]],
     ) -> None:
+        self.name = name
+        self.since = time.time()
+        self.requests = 0
+        self._report_of = report
         self._host = host
         self._idle_connections = idle_connections
         self._channel = Channel(sock, limits.wire, idle_connections)
@@ -115,6 +135,18 @@ class ClientSession:
         self._origin = changes.Origin()  # referenced by inodes, which outlive the session
         self._watching = Watching(self._origin)
         self._watchers = 0  # pending watch requests
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is known of the client, as JSON can have it.  From any thread."""
+        return {
+            "client": self.name,
+            "since": self.since,
+            "read_only": self._peer.read_only,
+            "requests": self.requests,
+            "pending": self._running.under_way,
+            "watches": self._watchers,
+            "direct_access": self._host is not None and self._host.joined,
+        }
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 if it is closed."""
@@ -213,6 +245,8 @@ class ClientSession:
 
     async def _handle(self, message: Message, nursery: trio.Nursery) -> None:
         number, provider_id, name, arguments, eager = checked_header(message.header)
+        began = perf_counter_ns()
+        self.requests += 1
         try:
             operation = operation_named(name)
             permit(self._peer, name, operation.access)
@@ -221,24 +255,28 @@ class ClientSession:
             if served is Served.ENGINE:
                 await self._control(number, provider_id, name, arguments, nursery)
                 return
+            core = self._find(provider_id)
             if served is Served.LOCKS:
-                await self._lock(number, self._find(provider_id), name, arguments, nursery)
+                await self._lock(number, core, name, arguments, nursery)
+                core.counters.add(name, perf_counter_ns() - began)
                 return
             if served is Served.DIRECT_ACCESS:
-                await self._share(number, self._find(provider_id), name, arguments)
+                await self._share(number, core, name, arguments)
+                core.counters.add(name, perf_counter_ns() - began)
                 return
             request = None
             if served is not Served.MIGRATION:
                 request = checked_request(
-                    number, self._find(provider_id), name, arguments, eager, message.payload
+                    number, core, name, arguments, eager, message.payload, began
                 )
         except errors.Exception as error:
             if message.payload:
                 await self._channel.drop_payload()
+            self._count_failure(provider_id, name, error, perf_counter_ns() - began)
             await self._fail(number, error)
             return
         if request is None:
-            await self._migrate(message, operation.waits, nursery)
+            await self._migrate(message, core, began, operation.waits, nursery)
         elif operation.payload is Payload.UPLOAD:
             await self._upload(request, nursery)
         elif operation.payload is Payload.DOWNLOAD:
@@ -260,9 +298,23 @@ class ClientSession:
             self._find(provider_id)
             await self._reply(number, None)
             return
+        if name == "stats":
+            self._find(provider_id)
+            await self._running.acquire(_REPORT)
+            nursery.start_soon(self._send_report, number, provider_id)
+            return
         self._shutdown()
         with trio.move_on_after(1.0, shield=True):  # the loop may have been cancelled
             await self._reply(number, None)
+
+    async def _send_report(self, number: int, provider_id: int) -> None:
+        try:
+            found = await trio.to_thread.run_sync(self._report_of, provider_id)
+            await self._reply(number, json.dumps(found))
+        except Exception as error:
+            await self._report(number, provider_id, "stats", error)
+        finally:
+            self._running.release(_REPORT)
 
     async def _lock(
         self, number: int, core: ProviderCore, name: str, arguments: Any, nursery: trio.Nursery
@@ -275,19 +327,19 @@ class ClientSession:
         try:
             result = self._locks.begin(core.target, name, checked)
         except Exception as error:
-            await self._report(number, name, error)
+            await self._report(number, core.provider_id, name, error)
             return
         if isinstance(result, Granting):
-            nursery.start_soon(self._grant, number, result)
+            nursery.start_soon(self._grant, number, core.provider_id, result)
         else:
             await self._reply(number, result)
 
-    async def _grant(self, number: int, granting: Granting) -> None:
+    async def _grant(self, number: int, provider_id: int, granting: Granting) -> None:
         try:
             await granting.wait()
             await self._reply(number, None)
         except Exception as error:
-            await self._report(number, "lock", error)
+            await self._report(number, provider_id, "lock", error)
 
     async def _share(self, number: int, core: ProviderCore, name: str, arguments: Any) -> None:
         checked = checked_arguments(name, arguments)
@@ -317,26 +369,34 @@ class ClientSession:
             found = await self._watching.changes(lambda: self._find(provider_id).target, *arguments)
             await self._reply(number, change_codec.to_wire(found))
         except Exception as error:
-            await self._report(number, "watch", error)
+            await self._report(number, provider_id, "watch", error)
         finally:
             self._watchers -= 1
             self._running.release(0)
 
-    async def _migrate(self, message: Message, concurrently: bool, nursery: trio.Nursery) -> None:
+    async def _migrate(
+        self,
+        message: Message,
+        core: ProviderCore,
+        began: int,
+        concurrently: bool,
+        nursery: trio.Nursery,
+    ) -> None:
         """Handle a message of a migration; its payload is received first, whatever the
         permissions."""
-        number, provider_id, name, arguments, _ = message.header
+        number, _, name, arguments, _ = message.header
         data = memoryview(bytearray(message.payload))
         if message.payload:
             await self._channel.fill(data)
 
         async def answer() -> None:
             try:
-                core = self._find(provider_id)
                 result = await self._exchange.call(core, name, arguments, data)
+                core.counters.add_bytes(name, len(data))
                 await self._reply(number, result)
             except Exception as error:
-                await self._report(number, name, error)
+                await self._report(number, core.provider_id, name, error)
+            core.counters.add(name, perf_counter_ns() - began)
 
         if concurrently:
             nursery.start_soon(answer)
@@ -384,7 +444,8 @@ class ClientSession:
         """
         leave = True
         try:
-            if not request.entered and request.name not in READING:
+            # Others have entered, or change nothing, as _start found.
+            if request.concurrent and not request.entered and request.name not in READING:
                 await request.core.changes.enter()
                 request.entered = True
                 request.target = request.core.target  # it may have been migrated meanwhile
@@ -396,18 +457,32 @@ class ClientSession:
             leave = False
             raise
         except Exception as error:
-            await self._report(request.number, request.name, error)
+            await self._report(request.number, request.core.provider_id, request.name, error)
         finally:
-            if request.entered and leave:
-                request.core.changes.leave()
+            if leave:
+                if request.entered:
+                    request.core.changes.leave()
+                request.core.counters.add(request.name, perf_counter_ns() - request.began)
 
-    async def _report(self, number: int, name: str, error: Exception) -> None:
+    async def _report(self, number: int, provider_id: int, name: str, error: Exception) -> None:
         """Send the exception of an operation as an error reply."""
         if isinstance(error, trio.TooSlowError):
             log.info("connection closed: the peer does not read its replies")
             self._channel.close()
         else:
-            await self._fail(number, async_ops.failure(error, name))
+            failure = async_ops.failure(error, name)
+            self._count_failure(provider_id, name, failure)
+            await self._fail(number, failure)
+
+    def _count_failure(
+        self, provider_id: int, name: str, error: errors.Exception, took: int | None = None
+    ) -> None:
+        with contextlib.suppress(errors.ProviderNotFound):
+            counters = self._find(provider_id).counters
+            known = name if name in OPERATIONS else "unknown"
+            counters.fail(known, error, self.name)
+            if took is not None:  # it has not been counted
+                counters.add(known, took)
 
     async def _operate(self, request: TargetRequest) -> None:
         operation = OPERATIONS[request.name]
@@ -434,9 +509,12 @@ class ClientSession:
             await self._start(request, concurrent, nursery, lambda r: self._store(r, data))
         elif request.payload <= transfers.chunk:
             size = request.payload
-            if await zero_copy.receive(self._channel, request):
+            received = await zero_copy.receive(self._channel, request)
+            request.core.counters.add_bytes(request.name, size - request.payload)
+            if received:
                 await self._reply(request.number, None)
                 self._writes.answered(request, size)
+                request.core.counters.add(request.name, perf_counter_ns() - request.began)
                 return
             view = await transfers.acquire(request.payload)
             try:
@@ -475,6 +553,7 @@ class ClientSession:
 
     async def _store(self, request: TargetRequest, data: bytes | memoryview) -> None:
         target = request.target
+        size = len(data)
         if request.name == "write":
             region, offset, persist, extend = request.arguments
             await async_ops.write(
@@ -492,9 +571,12 @@ class ClientSession:
         else:
             await async_ops.execute(target, request.name, [*request.arguments, data])
             await self._reply(request.number, None)
+        request.core.counters.add_bytes(request.name, size)
 
     async def _store_in_chunks(self, request: TargetRequest) -> None:
+        size = request.payload
         await self._reply(request.number, await chunked.upload(self._channel, request))
+        request.core.counters.add_bytes(request.name, size)
 
     # Downloads
 
@@ -521,6 +603,7 @@ class ClientSession:
             raise WouldBlock
         else:
             await chunked.download(self._channel, request, plan, size)
+        request.core.counters.add_bytes(request.name, size)
 
     @staticmethod
     def _load(request: TargetRequest, plan: TransferPlan, place: memoryview) -> Awaitable[None]:
