@@ -331,10 +331,14 @@ class Target:
             if persist:
                 await self.persist(region, 0, size)
         except BaseException:
-            with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
-                await self.erase(region)
+            await self._erase_made(region)
             raise
         return region
+
+    async def _erase_made(self, region: RegionID) -> None:
+        """Erase a region that could not be filled, also when the caller is cancelled."""
+        with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
+            await self.erase(region)
 
     async def get_array(self, region: RegionID) -> NDArray[Any]:
         size = await self.size(region)
@@ -472,8 +476,7 @@ def check_loop(what: str) -> None:
         return
     if _asyncio_runs():
         raise RuntimeError(
-            f"{what} is for Trio programs and cannot run under asyncio: use warabi.client, whose"
-            " calls asyncio.to_thread() keeps from blocking the loop"
+            f"{what} is for Trio programs and cannot run under asyncio: use warabi.asyncio"
         )
     raise RuntimeError(f"{what} must be called in a Trio task, within trio.run()")
 

@@ -26,6 +26,7 @@ import pytest
 import trio
 
 import warabi.aio
+import warabi.asyncio
 import warabi.reconnect
 from tests.support.helpers import (
     MEMORY,
@@ -761,16 +762,17 @@ def test_asyncio_programs_get_an_error_with_advice() -> None:
                 raise AssertionError
 
         for function in (warabi.aio.connect, warabi.reconnect.connect):
-            with pytest.raises(RuntimeError, match=r"asyncio.to_thread\(\)"):
+            with pytest.raises(RuntimeError, match=r"use warabi\.asyncio"):
                 asyncio.run(connect(function))
 
         async def attach() -> None:
-            refused = pytest.raises(RuntimeError, match=r"asyncio.to_thread\(\)")
+            refused = pytest.raises(RuntimeError, match=r"use warabi\.asyncio")
             with open_memory(MemoryConfig()) as target, refused:
                 warabi.aio.attach(target)
             # What the sentence says:
-            region = await asyncio.to_thread(handle.create_and_write, b"data")
-            assert await asyncio.to_thread(handle.read, region, 0, 4) == b"data"
+            async with warabi.asyncio.connect(address, 1) as other:
+                region = await other.create_and_write(b"data")
+            assert handle.read(region, 0, 4) == b"data"
 
         asyncio.run(attach())
 
