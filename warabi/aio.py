@@ -23,7 +23,7 @@ import trio
 
 from warabi import arrays, errors
 from warabi._core import forks
-from warabi._core.attributes import Attributes, DirectoryEntry
+from warabi._core.attributes import FETCHED, Attributes, DirectoryEntry
 from warabi._core.buffers import (
     Data,
     Lender,
@@ -366,6 +366,29 @@ class Target:
     async def create_name(self, path: str, mode: int = 0o644) -> RegionID:
         return await self._run(paths.create(path, mode))
 
+    async def store_name(
+        self, path: str, data: Data, mode: int = 0o644, exclusive: bool = False,
+        persist: bool = False,
+    ) -> Attributes:  # fmt: skip
+        view = readable(data, "store_name: data")
+        path, owner = checked_path(path, "store_name"), (os.geteuid(), os.getegid())
+        arguments = (path, mode & 0o7777, *owner, bool(exclusive), bool(persist))
+        stored = await self._link.store(arguments, view)
+        if stored is not None:
+            return stored
+        storing = paths.Storing(arguments, len(view))
+        region = await self._run(storing.begin())
+        try:
+            await self._link.write(region, 0, view, bool(persist), False)
+            return await self._run(storing.end(region))
+        except BaseException:
+            with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
+                await self._run(storing.give_up(region))
+            raise
+
+    async def fetch_name(self, path: str, limit: int = FETCHED) -> tuple[Attributes, bytes | None]:
+        return await self._run(paths.fetch(path, checked_size(limit, "fetch_name: limit")))
+
     async def stat_name(self, path: str, follow_symlinks: bool = True) -> Attributes:
         return await self._run(paths.attributes("stat_name", path, follow_symlinks))
 
@@ -423,7 +446,7 @@ class Target:
             while True:
                 try:
                     result = await self.call(*request)
-                except errors.PathError as error:
+                except errors.Exception as error:
                     request = steps.throw(error)
                 else:
                     request = steps.send(result)

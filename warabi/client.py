@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from warabi import arrays, processes
 from warabi._core import forks, interrupts
-from warabi._core.attributes import Attributes, DirectoryEntry
+from warabi._core.attributes import FETCHED, Attributes, DirectoryEntry
 from warabi._core.buffers import (
     Data,
     checked_path,
@@ -712,6 +712,54 @@ class TargetHandle:
             StorageFull: there is not enough space.
         """
         return self._run(paths.create(path, mode))
+
+    def store_name(
+        self, path: str, data: Data, mode: int = 0o644, exclusive: bool = False,
+        persist: bool = False,
+    ) -> Attributes:  # fmt: skip
+        """Give a new region with the contents *data* the name *path*, in an existing directory.
+
+        In one step: others find what had the name before, which is replaced and loses it, or the
+        new file with all its bytes.  Nothing is left of a failed call, nor if this process or the
+        provider is killed.
+
+        Args:
+            path: of the file.
+            data: its bytes.
+            mode: its permissions; it belongs to this process's effective user and group.
+            exclusive: whether it is an error if the name exists.
+            persist: whether to return when the file is durable, with its name.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR; EISDIR for a directory; EEXIST.
+            InvalidBuffer: *data* has no contiguous buffer.
+            StorageFull: there is not enough space.
+        """
+        view = readable(data, "store_name: data")
+        path, owner = checked_path(path, "store_name"), (os.geteuid(), os.getegid())
+        arguments = (path, mode & 0o7777, *owner, bool(exclusive), bool(persist))
+        stored = self._link.store(arguments, view)
+        if stored is not None:
+            return stored
+        storing = paths.Storing(arguments, len(view))
+        region = self._run(storing.begin())
+        try:
+            self._link.write(region, 0, view, bool(persist), False)
+            return self._run(storing.end(region))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._run(storing.give_up(region))
+            raise
+
+    def fetch_name(self, path: str, limit: int = FETCHED) -> tuple[Attributes, bytes | None]:
+        """Return the attributes of what is at *path*, with symbolic links followed, and the bytes
+        of a region of at most *limit* bytes (64 KiB at most), in one request; None for others,
+        whose bytes :meth:`read` returns.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR, or ELOOP after 40 symbolic links.
+        """
+        return self._run(paths.fetch(path, checked_size(limit, "fetch_name: limit")))
 
     def stat_name(self, path: str, follow_symlinks: bool = True) -> Attributes:
         """Return the attributes of what is at *path*: type and permissions (``mode``), size in

@@ -33,7 +33,7 @@ from fsspec.utils import isfilelike, stringify_path
 
 from warabi import errors, processes
 from warabi._core import extras, forks
-from warabi._core.attributes import Attributes
+from warabi._core.attributes import FETCHED, Attributes
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client, server, state_of
 
@@ -49,6 +49,7 @@ _URL = re.compile(r"warabi://(na\+sm:\d+-\d+|[^/]+)/(\d+)(/.*)?", re.DOTALL)
 _EMBEDDED = ("warabi+file://", "warabi:///")  # xarray takes no scheme with a "+" for a URL
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -329,7 +330,10 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
             FileNotFoundError, NotADirectoryError, IsADirectoryError: it is not a file.
         """
         path = self._strip_protocol(path)
-        found = self.target.stat_name(path)
+        return self._region(path, self.target.stat_name(path))
+
+    @staticmethod
+    def _region(path: str, found: Attributes) -> tuple[RegionID, int]:
         if not stat.S_ISREG(found.mode):
             number = errno.EISDIR if stat.S_ISDIR(found.mode) else errno.EINVAL
             raise errors.path_error(number, f"{path}: {os.strerror(number)}")
@@ -337,28 +341,35 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     # Reading
 
-    def _found(self, path: str, read: Callable[[RegionID, int], Any]) -> Any:
-        """Return what *read* does with the region at *path* and its size; begins again if the file
-        was replaced or truncated in between."""
+    def _found(self, path: str, use: Callable[[Attributes, bytes | None], _T], limit: int) -> _T:
+        """Return what *use* does with the attributes of what is at *path*, and with the bytes of a
+        file of at most *limit* bytes; begins again if the file was replaced or truncated in
+        between."""
         for attempt in range(_ATTEMPTS):
-            region, size = self.region(path)
+            found = self.target.fetch_name(path, limit)
             try:
-                return read(region, size)
+                return use(*found)
             except (errors.InvalidRegion, errors.OutOfBounds):
                 if attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError
 
+    def _pieces(
+        self, path: str, slices: list[slice], found: Attributes, data: bytes | None
+    ) -> list[bytes]:
+        if data is not None:
+            return [data[one] for one in slices]
+        return self._ranges(slices, *self._region(path, found))
+
+    def _read(self, path: str, slices: list[slice]) -> list[bytes]:
+        path = self._strip_protocol(path)
+        return self._found(path, functools.partial(self._pieces, path, slices), FETCHED)
+
     @_blocking
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **options: Any
     ) -> bytes:
-        def read(region: RegionID, size: int) -> bytes:
-            first, last, _ = slice(start, end).indices(size)
-            return self.target.read(region, first, max(0, last - first))
-
-        data: bytes = self._found(path, read)
-        return data
+        return self._read(path, [slice(start, end)])[0]
 
     @_blocking
     def cat_ranges(
@@ -386,7 +397,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
             slices = [slice(starts[number], ends[number]) for number in numbers]
             try:
                 with _python_errors():
-                    pieces = self._found(path, functools.partial(self._ranges, slices))
+                    pieces: list[Any] = self._read(path, slices)
             except Exception as error:
                 if on_error != "return":
                     raise
@@ -469,9 +480,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
             return
         path = self._strip_protocol(path)
         exclusive = mode == "create"
-        if exclusive and self.exists(path):
-            raise errors.path_error(errno.EEXIST, f"pipe_file {path}: File exists")
-        self.publish(self.target.create_and_write(value), path, exclusive)
+        self._with_parent(path, lambda: self.target.store_name(path, value, exclusive=exclusive))
 
     def pipe(self, path: Any, value: Any = None, **options: Any) -> None:
         for one, data in ({path: value} if isinstance(path, str) else path).items():
@@ -502,7 +511,9 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         if self.isdir(path1):
             self.target.makedirs(path2, exist_ok=True)
         else:
-            copy = self._found(path1, lambda region, size: self.target.copy(region))
+            copy = self._found(
+                path1, lambda found, _: self.target.copy(self._region(path1, found)[0]), 0
+            )
             self.publish(copy, path2, exclusive=False)
 
     @_blocking

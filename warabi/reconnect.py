@@ -400,6 +400,14 @@ class ReconnectingLink:
         self._changed(region, persist)
         return region
 
+    async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        self._names_changed = next(self._clock)
+        stored, _ = await self._do("store", lambda link: link.store(arguments, data))
+        self._names_changed = next(self._clock)
+        if stored is not None:
+            self._changed(stored.region, arguments[OPERATIONS["store"].position["persist"]])
+        return stored
+
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:

@@ -33,6 +33,7 @@ from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client, server
 from warabi.errors import WouldBlock
 from warabi.local.link import DirectLink
+from warabi.metadata import acl
 from warabi.provider.core import ProviderCore
 from warabi.server import Provider
 from warabi.target.config import parse
@@ -847,6 +848,99 @@ def test_a_region_takes_a_name_over(target: TargetHandle, top: str) -> None:
     target.erase(region)
 
 
+@pytest.mark.parametrize("size", [0, 4096, 65_537, (4 << 20) + 1])
+def test_a_file_is_stored_and_fetched_by_its_name(
+    target: TargetHandle, top: str, size: int
+) -> None:
+    path, data = f"{top}/name", pattern(size)
+    old = target.create_name(path)
+    target.write_vector(old, [(0, 0)], b"")
+    for persist in (False, True):
+        before = target.link.call("used")
+        stored = target.store_name(path, data, 0o640, persist=persist)
+        assert (stored.size, stat.S_IMODE(stored.mode), stored.nlink) == (size, 0o640, 1)
+        assert (stored.uid, stored.gid) == (os.geteuid(), os.getegid())
+        assert target.read(stored.region, 0, size) == data
+        found, content = target.fetch_name(path)
+        assert found == stored
+        assert content == (data if size <= 64 << 10 else None)
+        assert target.fetch_name(path, size - 1 if size else 0)[1] == (None if size else b"")
+        assert persist or target.link.call("used") == before + size
+        with pytest.raises(errors.InvalidRegion):
+            target.size(old)
+        old = stored.region
+    assert target.link.call("used") == before
+    with pytest.raises(FileExistsError, match=rf"store(_name)? {path}: File exists$"):
+        target.store_name(path, data, exclusive=True)
+    assert target.listdir(top) == ["name"]
+    assert target.link.call("used") == before
+    other = target.store_name(f"{top}/other", data, exclusive=True)
+    assert target.stat(other.region).names == [f"{top}/other"]
+    assert target.link.call("used") == before + size
+
+
+@pytest.mark.parametrize("size", [100, (4 << 20) + 1])
+def test_files_that_cannot_be_stored(target: TargetHandle, top: str, size: int) -> None:
+    before, data = list(target.list()), bytes(size)
+    target.mkdir(f"{top}/directory")
+    target.symlink("nothing", f"{top}/link")
+    for path, number in {
+        f"{top}/nothing/file": errno.ENOENT,
+        f"{top}/link/file": errno.ENOENT,
+        f"{top}/directory": errno.EISDIR,
+        "/": errno.EISDIR,
+        f"{top}/" + "n" * 256: errno.ENAMETOOLONG,
+        f"{top}/nul\0": errno.EINVAL,
+    }.items():
+        with fails_with(number):
+            target.store_name(path, data)
+    with pytest.raises(errors.InvalidBuffer):
+        target.store_name(f"{top}/file", "text")  # type: ignore[arg-type]
+    assert list(target.list()) == before
+    assert target.listdir(top) == ["directory", "link"]
+    region = target.store_name(f"{top}/link", data).region  # which is replaced, not followed
+    assert target.open_name(f"{top}/link") == region
+    for path, number in {f"{top}/link/x": errno.ENOTDIR, f"{top}/nothing": errno.ENOENT}.items():
+        with fails_with(number):
+            target.fetch_name(path)
+    assert target.fetch_name(top)[1] is None
+
+
+def test_a_stored_file_inherits_from_its_directory(target: TargetHandle, top: str) -> None:
+    target.link.call("setattr", target.stat_name(top).ino, 0o2755, None, 4711, None, None)
+    nobody = (1 << 32) - 1
+    entries = (1, 7, nobody), (2, 5, 1000), (4, 5, nobody), (16, 5, nobody), (32, 0, nobody)
+    listing = acl.pack([acl.AclEntry(*entry) for entry in entries])
+    target.setxattr(top, acl.DEFAULT, listing)
+    for size in (10, (4 << 20) + 1):
+        stored = target.store_name(f"{top}/file", bytes(size), 0o666)
+        assert (stored.gid, stat.S_IMODE(stored.mode)) == (4711, 0o640)
+        assert acl.ACCESS.decode() in target.listxattr(f"{top}/file")
+
+
+def test_readers_find_the_old_file_or_the_new_one(target: TargetHandle, top: str) -> None:
+    path, done = f"{top}/file", False
+    target.store_name(path, bytes([0]) * 3000)
+
+    def read() -> set[bytes]:
+        seen = set()
+        while not done:
+            found, data = target.fetch_name(path)
+            assert data is not None
+            assert len(data) == found.size == 3000
+            seen.add(data)
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        readers = [threads.submit(read) for _ in range(2)]
+        for number in range(1, 60):
+            target.store_name(path, bytes([number]) * 3000)
+        done = True
+        assert all(
+            data == data[:1] * 3000 for reader in readers for data in reader.result(timeout=60)
+        )
+
+
 def test_symbolic_links(target: TargetHandle, top: str) -> None:
     target.makedirs(f"{top}/real/deep")
     region = target.create_name(f"{top}/real/deep/file")
@@ -858,6 +952,14 @@ def test_symbolic_links(target: TargetHandle, top: str) -> None:
     assert target.readlink(f"{top}/short") == "real/deep"
     for path in ("short/file", "twice", "short/again", "real/deep/file"):
         assert target.stat_name(f"{top}/{path}").region == region
+        assert target.fetch_name(f"{top}/{path}")[0].region == region
+    assert target.open_name(f"{top}/short/file") == region
+    target.setxattr(f"{top}/short/file", "user.a", b"value")
+    assert target.getxattr(f"{top}/real/deep/file", "user.a") == b"value"
+    assert target.listxattr(f"{top}/short/../deep/file") == ["user.a"]
+    target.removexattr(f"{top}/short/file", "user.a")
+    target.link_name(target.create(0), f"{top}/short/named")
+    target.unlink_name(f"{top}/short/named")
     assert target.listdir(f"{top}/short") == ["again", "file"]
     for path in ("twice", "short/again"):
         assert stat.S_ISLNK(target.stat_name(f"{top}/{path}", follow_symlinks=False).mode)

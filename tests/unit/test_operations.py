@@ -37,7 +37,7 @@ CHANGES_NOTHING = """
     cancel_lock commit epoch fsync getattr getxattr grant holds_lock join leave list list_stats
     listxattr lock lock_session lookup migration_progress open open_name persist persist_vector pin
     ping read read_vector readdir readlink resolve room seek size stat stats summed sync test_lock
-    unpin used uuid verify watch
+    unpin used uuid verify watch fetch
 """.split()
 REPEATABLE_CHANGES = """
     allocate copy_range punch_hole receive_outcome resize setattr setxattr survey write write_vector
@@ -134,7 +134,7 @@ def test_arguments_that_code_looks_up_by_name() -> None:
             assert arguments["persist"] is FLAG, name
     assert OPERATIONS["read"].arguments["size"] is INTEGER
     owners = {name: one.owner for name, one in OPERATIONS.items() if one.owner is not None}
-    assert owners == {"mknod": 3, "mkdir": 3, "symlink": 3, "tmpfile": 3}
+    assert owners == {"mknod": 3, "mkdir": 3, "symlink": 3, "tmpfile": 3, "store": 2}
 
 
 def test_what_syncs_changes_nothing() -> None:

@@ -11,6 +11,14 @@ ROOT = 1
 """The inode number of the root directory, also in FUSE."""
 
 
+LINKS = 40
+"""Most symbolic links that are followed in one path, as in Linux."""
+
+
+FETCHED = 64 * 1024
+"""Most bytes of a file that are sent together with its attributes."""
+
+
 class Attributes(NamedTuple):
     """The attributes of a region or another inode; times in ns since the epoch."""
 

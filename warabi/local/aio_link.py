@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import trio
 
+from warabi._core.attributes import Attributes
 from warabi._core.changes import Changes
 from warabi._core.extents import Extent, pack
 from warabi.errors import WouldBlock
@@ -35,6 +36,9 @@ class AsyncLink(Protocol):
         self, region: RegionID, offset: int, size: int, place: GetBuffer
     ) -> int: ...
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+    async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        """Execute the operation ``store``; None, without effect: use several operations."""
+
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None: ...
@@ -98,6 +102,10 @@ class AsyncDirectLink:
     @trio.lowlevel.enable_ki_protection
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         return await async_ops.create_and_write(self._target, data, persist)
+
+    @trio.lowlevel.enable_ki_protection
+    async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        return await async_ops.store(self._target, arguments, data)
 
     @trio.lowlevel.enable_ki_protection
     async def write_vector(

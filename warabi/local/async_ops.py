@@ -9,7 +9,7 @@ is cancelled.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import trio
 
 from warabi import errors
+from warabi._core.attributes import Attributes
 from warabi._core.buffers import readable
 from warabi._core.extents import Extent
 from warabi._core.log_limit import RateLimit
@@ -27,6 +28,7 @@ from warabi.eventloop.threads import in_thread, limited
 from warabi.local.occupancy import wait_free
 from warabi.protocol.operations import OPERATIONS
 from warabi.region import RegionID
+from warabi.target import named_files
 from warabi.target.handlers import CALLS, FLUSHING
 from warabi.target.state import in_loop
 from warabi.target.target import Target
@@ -103,7 +105,7 @@ async def execute(
     return await _in_thread(target, call, target, *arguments)
 
 
-def waits(target: Target, name: str, arguments: list[Any] | tuple[Any, ...]) -> bool:
+def waits(target: Target, name: str, arguments: Sequence[Any]) -> bool:
     """Whether the upload *name* is known to wait for stable storage."""
     operation = OPERATIONS[name]
     if target.occupied:
@@ -201,6 +203,16 @@ async def create_and_write(target: Target, data: Any, persist: bool) -> RegionID
     if waits(target, "create_and_write", (persist,)):
         return await _in_thread(target, target.create_and_write, data, persist)
     return in_loop(target.create_and_write, data, persist)
+
+
+async def store(target: Target, arguments: Sequence[Any], data: Any) -> Attributes:
+    """See ``named_files.store``."""
+    if target.occupied:
+        await wait_free(target)
+    if not waits(target, "store", arguments):
+        with suppress(WouldBlock):  # a long path
+            return in_loop(named_files.store, target, *arguments, data)
+    return await _in_thread(target, named_files.store, target, *arguments, data)
 
 
 def failure(error: Exception, name: str) -> errors.Exception:

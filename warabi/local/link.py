@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from warabi import errors
 from warabi._core import forks, interrupts
+from warabi._core.attributes import Attributes
 from warabi._core.extents import Extent, pack
 from warabi._core.tuning import INTERRUPT_CHECK
 from warabi.errors import WouldBlock
@@ -46,6 +47,9 @@ class Link(Protocol):
     def read_into(self, region: RegionID, offset: int, place: memoryview) -> None: ...
     def persist(self, region: RegionID, offset: int, size: int) -> None: ...
     def create_and_write(self, data: memoryview, persist: bool) -> RegionID: ...
+    def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        """Execute the operation ``store``; None, without effect: use several operations."""
+
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None: ...
@@ -102,9 +106,12 @@ class DirectLink:
     eager_read = EAGER_THRESHOLD
 
     def __init__(self, core: ProviderCore) -> None:
-        from warabi.target.handlers import CALLS  # not needed by clients of other processes
+        # Not needed by clients of other processes.
+        from warabi.target.handlers import CALLS
+        from warabi.target.named_files import store
 
         self._calls = CALLS
+        self._store_file = store
         self._core = core
         self.writing: DirectAccess = core.direct
         self.reading: DirectAccess = self.writing
@@ -174,6 +181,13 @@ class DirectLink:
     def _create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         with self._core.changes:
             return self._core.target.create_and_write(data, persist)
+
+    def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        return interrupts.uninterrupted(self._store, arguments, data)
+
+    def _store(self, arguments: Sequence[Any], data: memoryview) -> Attributes:
+        with self._core.changes:
+            return self._store_file(self._core.target, *(*arguments, data))
 
     def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from functools import partial
 
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import LINKS, ROOT, Attributes
 from warabi.errors import InvalidRegion, Lengthy, PathError, path_error
 from warabi.metadata import acl, domain
 from warabi.metadata.inode import Inode
@@ -136,28 +136,50 @@ class Namespace(Tree):
     # Paths
 
     def resolve(self, path: str) -> Attributes:
-        """Return the inode at *path*, from the root; symbolic links are not followed."""
-        return self._regions.patiently(partial(self._resolve, path, _parts(path)))
+        """Return the inode at *path*, from the root.
 
-    def _resolve(self, path: str, parts: list[bytes], steps: float) -> Attributes:
-        if len(parts) > steps:
-            raise Lengthy
+        Symbolic links are followed within the path, but not at its end.
+        """
+        return self._regions.patiently(partial(self._resolve, path, _parts(path), False))
+
+    def follow(self, path: str) -> Attributes:
+        """The same as :meth:`resolve`, but a symbolic link at the end is followed, too."""
+        return self._regions.patiently(partial(self._resolve, path, _parts(path), True))
+
+    def _resolve(self, path: str, parts: list[bytes], follow: bool, steps: float) -> Attributes:
         with self._guard.lock, self._guard.checked:
-            inode = self.get(ROOT)
-            for name in parts:
-                if not stat.S_ISDIR(inode.mode):
+            root = self.get(ROOT)
+            above, left, links = [root], parts[::-1], 0
+            while left:
+                steps -= 1
+                if steps < 0:
+                    raise Lengthy
+                name = left.pop()
+                directory = above[-1]
+                if not stat.S_ISDIR(directory.mode):
                     raise path_error(
                         errno.ENOTDIR, f"{path}: a component of the path is not a directory"
                     )
-                found = self.find(inode, name)
+                if name == b"..":
+                    above = above[:-1] or [root]
+                    continue
+                found = self.find(directory, name)
                 if found is None:
                     raise path_error(errno.ENOENT, f"{path}: no such file or directory")
-                inode = found
-            return inode.attributes()
+                if found.target is None or not (left or follow):
+                    above.append(found)
+                    continue
+                links += 1
+                if links > LINKS:
+                    raise path_error(errno.ELOOP, f"{path}: too many symbolic links")
+                if found.target.startswith(b"/"):
+                    above = [root]
+                left += _components(found.target)[::-1]
+            return above[-1].attributes()
 
     def open_name(self, path: str) -> RegionID:
         """Return the region at *path*; ENOENT, ENOTDIR, EISDIR, or EINVAL if it is not a region."""
-        with _about("open_name", path):
+        with about("open_name", path):
             found = self.resolve(path)
             if stat.S_ISREG(found.mode):
                 return found.region
@@ -165,27 +187,46 @@ class Namespace(Tree):
 
     def link_name(self, region: RegionID, path: str) -> None:
         """Give *region* the name *path*, in an existing directory; EEXIST if the name exists."""
-        with _about("link_name", path):
-            parent, name = self._split(path)
+        with about("link_name", path):
+            parent, name = self.split(path)
             with self._guard.lock, self._guard.checked:
-                inode = self._catalogue.region(region)
-                if inode is None or inode.dead:
-                    raise InvalidRegion(
-                        f"link_name {path}: there is no region {region!r} in this target"
-                    )
-                ino = inode.ino
+                ino = self._region(region, "link_name", path).ino
             self.link(ino, parent, name)
 
     def unlink_name(self, path: str) -> None:
         """Remove the name *path*; removing its last name erases a region."""
-        with _about("unlink_name", path):
-            self.unlink(*self._split(path))
+        with about("unlink_name", path):
+            self.unlink(*self.split(path))
 
-    def _split(self, path: str) -> tuple[int, bytes]:
+    def split(self, path: str) -> tuple[int, bytes]:
+        """Return the inode of the directory that *path* is in, and its last component."""
         parts = _parts(path)
         if not parts:
             raise path_error(errno.EISDIR, f"{path!r}: the root directory")
-        return self.resolve(os.fsdecode(b"/".join(parts[:-1]))).ino, parts[-1]
+        if len(parts) == 1:
+            return ROOT, parts[0]
+        resolve = partial(self._resolve, path, parts[:-1], True)
+        return self._regions.patiently(resolve).ino, parts[-1]
+
+    def publish(self, region: RegionID, path: str, exclusive: bool) -> Attributes:
+        """Give *region*, which has no name yet, the name *path*, in an existing directory.
+
+        What has the name, not a directory (EISDIR), loses it in the same step; with *exclusive*
+        it is an error (EEXIST).
+        """
+        with about("publish", path):
+            parent, name = self.split(path)
+            with self._guard.lock, self._guard.checked:
+                inode = self._region(region, "publish", path)
+                attributes = self.give_name(inode, parent, name, exclusive)
+        self._regions.reap()
+        return attributes
+
+    def _region(self, region: RegionID, what: str, path: str) -> Inode:
+        inode = self._catalogue.region(region)
+        if inode is None or inode.dead:
+            raise InvalidRegion(f"{what} {path}: there is no region {region!r} in this target")
+        return inode
 
     def paths(self, inode: Inode, most: int, characters: float, steps: float) -> list[str]:
         """Return *most* paths of an inode from the root, all for -1, and no more once they have so
@@ -222,7 +263,7 @@ class Namespace(Tree):
 
 
 @contextlib.contextmanager
-def _about(what: str, path: str) -> Iterator[None]:
+def about(what: str, path: str) -> Iterator[None]:
     """Put the operation and the whole path into the message of a ``PathError``."""
     try:
         yield
@@ -236,4 +277,8 @@ def _parts(path: str) -> list[bytes]:
         encoded = os.fsencode(path)
     except UnicodeError as error:
         raise path_error(errno.EINVAL, f"{path!r:.100}: {error}") from None
-    return [part for part in encoded.split(b"/") if part not in (b"", b".")]
+    return _components(encoded)
+
+
+def _components(path: bytes) -> list[bytes]:
+    return [part for part in path.split(b"/") if part not in (b"", b".")]

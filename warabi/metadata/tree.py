@@ -47,18 +47,27 @@ class Patiently(Protocol):
     def __call__(self, work: Callable[[float], _T], /) -> _T: ...
 
 
+class NewRegion(Protocol):
+    """``Creation.new_region``."""
+
+    def __call__(
+        self, mode: int, uid: int, gid: int, size: int = 0, *, complete: bool = False
+    ) -> Inode: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Regions:
     """The target's functions that the tree calls, with the guard held.
 
     Attributes:
-        new_region: an empty region of that mode, owner and group, which the tree is about to name.
+        new_region: a region of that mode, owner, group and size, which the tree is about to name;
+            *complete*: all its bytes will be written at once.
         discard: erases a region without names and pins.
         reap: frees what erased regions held; called without the guard, after *discard*.
         patiently: calls with a number of steps that may be taken under the guard.
     """
 
-    new_region: Callable[[int, int | None, int | None], Inode]
+    new_region: NewRegion
     discard: Callable[[Inode], None]
     reap: Callable[[], None]
     patiently: Patiently
@@ -334,16 +343,28 @@ class Tree:
         and, unless *exclusive*, may be given a name by :meth:`link` before.
         """
         with self._guard.lock, self._guard.checked:
-            directory = self._directory(parent)
-            if directory.nlink == 0:
-                raise path_error(errno.ENOENT, f"inode {parent}: the directory was removed")
-            mode, lists = self._inherited(directory, mode, umask)
-            gid = directory.gid if directory.mode & stat.S_ISGID else gid
-            inode = self._regions.new_region(mode, uid, gid)
-            inode.pins = 1
+            inode = self.new_unnamed(parent, mode, uid, gid, umask)
             inode.linkable = not exclusive
-            self._set_xattrs(inode, lists)
             return inode.attributes()
+
+    def new_unnamed(
+        self, parent: int, mode: int, uid: int, gid: int, umask: int = 0, size: int = 0, *,
+        complete: bool = False,
+    ) -> Inode:  # fmt: skip
+        """Create what :meth:`tmpfile` does, with *size* bytes; the guard is held.
+
+        With *complete* all its bytes will be written at once.
+        """
+        directory = self._directory(parent)
+        if directory.nlink == 0:
+            raise path_error(errno.ENOENT, f"inode {parent}: the directory was removed")
+        mode, lists = self._inherited(directory, mode, umask)
+        gid = directory.gid if directory.mode & stat.S_ISGID else gid
+        inode = self._regions.new_region(mode, uid, gid, size, complete=complete)
+        inode.pins = 1
+        inode.linkable = True
+        self._set_xattrs(inode, lists)
+        return inode
 
     def mkdir(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
@@ -392,6 +413,37 @@ class Tree:
             self._named(directory, name, inode)
             self.changed(inode)
             return inode.attributes()
+
+    def check_free(self, parent: int, name: bytes, exclusive: bool) -> tuple[Inode, Inode | None]:
+        """Return the directory *parent* and what has the name *name* in it, if a region may be
+        given the name; the guard is held.  EISDIR for a directory, EEXIST with *exclusive*."""
+        directory = self.destination(parent, name)
+        found = self.find(directory, name)
+        if found is not None and exclusive:
+            raise path_error(errno.EEXIST, f"{os.fsdecode(name)}: exists")
+        if found is not None and stat.S_ISDIR(found.mode):
+            raise path_error(errno.EISDIR, f"{os.fsdecode(name)}: is a directory")
+        return directory, found
+
+    def give_name(
+        self, inode: Inode, parent: int, name: bytes, exclusive: bool = False
+    ) -> Attributes:
+        """Give a region that has no name the name *name*; the guard is held.
+
+        What has the name, if that is not a directory, loses it in the same step; with *exclusive*
+        it is an error.  The caller calls ``Regions.reap`` without the guard.
+        """
+        directory, replaced = self.check_free(parent, name, exclusive)
+        if inode.nlink or not (inode.anonymous or inode.linkable):
+            raise path_error(errno.EPERM, f"{os.fsdecode(name)}: the region has another name")
+        if replaced is inode:
+            raise path_error(errno.EINVAL, f"{os.fsdecode(name)}: the ID of the region itself")
+        self._catalogue.charge(len(name))
+        if replaced is not None:
+            self._unnamed(directory, name, replaced, hold=False)
+        self._named(directory, name, inode)
+        self.changed(inode)
+        return inode.attributes()
 
     def unlink(self, parent: int, name: bytes, hold: bool = False) -> Attributes:
         """Remove a name, not of a directory.  Removing the last name erases the region.

@@ -138,6 +138,7 @@ REGION_STAT = record(
 )
 STATS = list_of(record("a region with its size, times and names", (REGION, REGION_STAT), tuple))
 OPENED = record("attributes and a version", (ATTRIBUTES, INTEGER), OpenedInode._make)
+FETCHED = record("attributes and bytes", (ATTRIBUTES, optional(BYTES)), tuple)
 VERIFIED = record("counts of blocks", (INTEGER, INTEGER, list_of(INTEGER)), Verified._make)
 
 FILE_LOCK = record("a locked range", (FLAG, INTEGER, INTEGER, INTEGER), FileLock._make)

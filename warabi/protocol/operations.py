@@ -23,6 +23,7 @@ from warabi.protocol.forms import (
     ATTRIBUTES,
     BYTES,
     ENTRIES,
+    FETCHED,
     FLAG,
     INTEGER,
     NOTHING,
@@ -354,6 +355,17 @@ OPERATIONS: dict[str, Operation] = {
     "listxattr": Operation({"ino": INTEGER}, list_of(BYTES), _READ, _NOTHING, repeatable=True),
     "resolve": Operation({"path": TEXT}, ATTRIBUTES, _READ, _NOTHING, repeatable=True),
     "open_name": Operation({"path": TEXT}, REGION, _READ, _NOTHING, repeatable=True),
+    # A new region with the data gets a name, all in one step; the region is returned.
+    "store": Operation(
+        {"path": TEXT, "mode": INTEGER, **_OWNER, "exclusive": FLAG, "persist": FLAG},
+        ATTRIBUTES, _CHANGE, _NAMES, payload=_UPLOAD, served=_TRANSFER,
+    ),
+    "fetch": Operation(
+        {"path": TEXT, "limit": INTEGER}, FETCHED, _READ, _NOTHING, repeatable=True
+    ),
+    "publish": Operation(
+        {"region": REGION, "path": TEXT, "exclusive": FLAG}, ATTRIBUTES, _CHANGE, _NAMES
+    ),
     "link_name": Operation({"region": REGION, "path": TEXT}, NOTHING, _CHANGE, _NAMES),
     "unlink_name": Operation({"path": TEXT}, NOTHING, _CHANGE, _NAMES),
     # The engine
@@ -438,6 +450,9 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
 """Converts each operation's result in a reply to the return value of the operation."""
 
 
+_UNKNOWN = "unknown operation"
+
+
 def operation_named(name: str) -> Operation:
     """Return the operation *name*.
 
@@ -446,8 +461,13 @@ def operation_named(name: str) -> Operation:
     """
     operation = OPERATIONS.get(name)
     if operation is None:
-        raise ProtocolError(f"unknown operation {name!r:.60}")
+        raise ProtocolError(f"{_UNKNOWN} {name!r:.60}")
     return operation
+
+
+def is_unknown(error: ProtocolError) -> bool:
+    """Whether a provider has refused an operation that its version does not have."""
+    return str(error).startswith(_UNKNOWN)
 
 
 def access(name: str) -> RequiredAccess:

@@ -1,7 +1,7 @@
 """Calls on paths of a target, each as a sequence of operations, for both kinds of client.
 
 A function here is a generator.  It yields the name and the arguments of an operation, is sent the
-result, or has its ``PathError`` thrown, and returns the result of the call.  Paths are from the
+result, or has its error thrown, and returns the result of the call.  Paths are from the
 root; symbolic links in the directories of a path are followed, the last component is only where
 the function says so.
 """
@@ -12,19 +12,18 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import LINKS, ROOT, Attributes
 from warabi._core.buffers import checked_path
-from warabi.errors import PathError, path_error
+from warabi.errors import Exception, InvalidRegion, PathError, ProtocolError, path_error
+from warabi.protocol.operations import is_unknown
 from warabi.region import RegionID
 
 _T = TypeVar("_T")
 Steps = Generator[tuple[Any, ...], Any, _T]
 
-_LINKS = 40
-"""Most symbolic links in one path, as in Linux."""
 _NOREPLACE = 1  # RENAME_NOREPLACE of renameat2(2)
 
 
@@ -35,7 +34,7 @@ def run(call: Callable[..., Any], steps: Steps[_T]) -> _T:
         while True:
             try:
                 result = call(*request)
-            except PathError as error:
+            except Exception as error:
                 request = steps.throw(error)
             else:
                 request = steps.send(result)
@@ -85,7 +84,7 @@ def _walked(parts: list[bytes], follow: bool) -> Steps[Attributes]:
             above.append(found)
             continue
         links += 1
-        if links > _LINKS:
+        if links > LINKS:
             raise path_error(errno.ELOOP)
         target: bytes = yield "readlink", found.ino
         if target.startswith(b"/"):
@@ -151,6 +150,75 @@ def create(path: str, mode: int) -> Steps[RegionID]:
         kind, uid, gid = stat.S_IFREG | mode & 0o7777, os.geteuid(), os.getegid()
         made: Attributes = yield "mknod", parent, name, kind, uid, gid, 0, False, 0
         return made.region
+
+
+def fetch(path: str, limit: int) -> Steps[tuple[Attributes, bytes | None]]:
+    """What is at *path*, with symbolic links followed, and the bytes of a small region."""
+    path = checked_path(path, "fetch_name")
+    with _about(f"fetch_name {path}"):
+        try:
+            fetched: tuple[Attributes, bytes | None] = yield "fetch", path, limit
+            return fetched
+        except ProtocolError as error:
+            if not is_unknown(error):
+                raise
+        return (yield from _find(_parts(path), True)), None
+
+
+class Storing:
+    """A region that becomes the file at a path by several operations, since one cannot do it: its
+    data exceed the limit of one request, or the provider is older.
+
+    Args:
+        arguments: of the operation ``store``.
+        size: bytes of the data.
+    """
+
+    def __init__(self, arguments: Sequence[Any], size: int) -> None:
+        self._path, self._mode, self._uid, self._gid, self._exclusive, self._persist = arguments
+        self._size = size
+        self._made: Attributes | None = None  # it goes with the connection, unless it is named
+
+    def begin(self) -> Steps[RegionID]:
+        """Make the region, to which the data are to be written."""
+        with _about(f"store_name {self._path}"):
+            try:
+                yield "publish", RegionID(), self._path, self._exclusive  # is there a directory?
+            except InvalidRegion:
+                parent, _ = yield from _entry(self._path, errno.EISDIR)
+                mode = stat.S_IFREG | self._mode
+                self._made = yield "tmpfile", parent, False, mode, self._uid, self._gid, 0
+                yield "resize", self._made.region, self._size
+                return self._made.region
+            except ProtocolError as error:
+                if not is_unknown(error):
+                    raise
+            region: RegionID = yield "create", self._size
+            yield "setattr", region.slot, self._mode, self._uid, self._gid, None, None
+            return region
+
+    def end(self, region: RegionID) -> Steps[Attributes]:
+        """Give the region its name."""
+        with _about(f"store_name {self._path}"):
+            stored: Attributes
+            if self._made is not None:
+                stored = yield "publish", region, self._path, self._exclusive
+                yield "unpin", stored.ino, 1
+            else:
+                parent, name = yield from _entry(self._path, errno.EISDIR)
+                flags = _NOREPLACE if self._exclusive else 0
+                yield "rename", ROOT, region.hex().encode(), parent, name, flags, False
+                stored = yield "getattr", region.slot
+            if self._persist:
+                yield ("commit",)
+            return stored
+
+    def give_up(self, region: RegionID) -> Steps[None]:
+        """Remove the region."""
+        if self._made is not None:
+            yield "unpin", self._made.ino, 1
+        else:
+            yield "erase", region
 
 
 def replace(region: RegionID, path: str) -> Steps[None]:

@@ -69,6 +69,8 @@ log.addFilter(RateLimit())  # messages are caused by peers
 
 _REPORT = 64 * 1024
 """Bytes that a reply to ``stats`` may take."""
+_WHOLE = ("append", "store")
+"""Uploads that must have arrived before they begin: an offset, or a name, is determined then."""
 
 
 class ClientSession:
@@ -532,10 +534,10 @@ class ClientSession:
             await self._start(
                 request, concurrent, nursery, lambda r: self._store_and_release(r, view)
             )
-        elif request.name != "append" and request.core.changes.enter_nowait():
+        elif request.name not in _WHOLE and request.core.changes.enter_nowait():
             request.entered = True
             await self._answer(request, self._store_in_chunks)
-        else:  # an append must be complete before its offset is determined
+        else:
             own = memoryview(bytearray(request.payload))
             await self._channel.fill(own, transfers.patience)
             await self._start(request, True, nursery, lambda r: self._store(r, own))
@@ -563,6 +565,9 @@ class ClientSession:
         elif request.name == "create_and_write":
             region = await async_ops.create_and_write(target, data, request.arguments[0])
             await self._reply(request.number, region)
+        elif request.name == "store":
+            stored = await async_ops.store(target, request.arguments, data)
+            await self._reply(request.number, stored)
         elif request.name == "append":
             region, persist = request.arguments
             wait = request.concurrent

@@ -9,11 +9,13 @@ from typing import Any
 import trio
 
 from warabi import errors
+from warabi._core.attributes import Attributes
 from warabi._core.changes import CONTENT, Changes
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi._core.tuning import ERASE_PATIENCE
 from warabi.local.aio_link import GetBuffer
 from warabi.local.link import CREATE
+from warabi.protocol.operations import is_unknown
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
@@ -203,3 +205,14 @@ class AsyncWireLink:
                 await self.call("erase", (region,))
             raise
         return region
+
+    async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        if len(data) > self._connection.limits.payload:
+            return None
+        try:
+            stored: Attributes = await self._request(PendingRequest("store"), arguments, data)
+        except errors.ProtocolError as error:
+            if is_unknown(error):
+                return None
+            raise
+        return stored

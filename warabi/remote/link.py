@@ -8,9 +8,11 @@ from typing import Any
 
 from warabi import errors
 from warabi._core import interrupts
+from warabi._core.attributes import Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi.local.link import CREATE, finished, wait_all
+from warabi.protocol.operations import is_unknown
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.connection import BlockingConnection
@@ -317,6 +319,26 @@ class WireLink:
             with contextlib.suppress(errors.Exception):
                 self._erase(region)
             raise
+
+    def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        if len(data) > self._connect().limits.payload:
+            return None
+        try:
+            return self._run(self._store, arguments, data)  # type: ignore[no-any-return]
+        except errors.ProtocolError as error:
+            if is_unknown(error):
+                return None
+            raise
+
+    def _store(
+        self,
+        requests: list[PendingRequest],
+        connection: BlockingConnection,
+        arguments: Sequence[Any],
+        data: memoryview,
+    ) -> None:
+        request = self._new(requests, "store", buffers=data)
+        self._submit(connection, request, arguments, data)
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]:
         if len(data) <= self._connect().limits.payload:

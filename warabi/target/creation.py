@@ -37,15 +37,19 @@ class Creation:
 
     def new_region(
         self, mode: int, uid: int | None, gid: int | None, size: int = 0, *,
-        anonymous: bool = False, rid: RegionID | None = None, fresh: Fresh | None = None,
+        anonymous: bool = False, complete: bool = False, rid: RegionID | None = None,
+        fresh: Fresh | None = None,
     ) -> Inode:  # fmt: skip
         """As ``Target.create``, for callers that hold the guard and are about to name the region.
 
+        Where small regions share files it is one of them if it is *anonymous* or *complete*, and
+        so is not expected to grow.
         With *rid* it gets that ID; raises as ``Catalogue.add``.  With *fresh* it gets these data;
         on failure they stay the caller's.
         """
         self._state.check_open("create")
         self._sizes.reserve(size, "create")
+        packs = (anonymous or complete) and rid is None and self._storage.packs(size)
         root = self._catalogue.get(1)
         owner = (0, 0) if root is None else (root.uid, root.gid)
         inode = self._catalogue.add(
@@ -55,7 +59,7 @@ class Creation:
             size=size,
             anonymous=anonymous,
             rid=rid,
-            packed=PACKED if anonymous and rid is None and self._storage.packs(size) else OWN,
+            packed=PACKED if packs else OWN,
         )
         try:
             if fresh is None:

@@ -24,6 +24,7 @@ from warabi.target.extents import (
     zero_range,
 )
 from warabi.target.graft import adopt, graft
+from warabi.target.named_files import fetch
 from warabi.target.snapshot import copy, survey
 from warabi.target.target import Target
 from warabi.target.verify import summed, update, verify
@@ -106,6 +107,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "uuid": lambda target: target.uuid,
     "epoch": lambda target: target.epoch,
     "used": lambda target: target.used,
+    "fetch": fetch,
     "summed": summed,
     "verify": verify,
     "update": update,

@@ -207,7 +207,7 @@ class Target:
             if persist:
                 self.committer.persist(inode, 0, len(view))
         except BaseException:
-            self._discard_new(inode)
+            self.discard_new(inode)
             raise
         finally:
             self._leave(inode, wrote=bool(view))
@@ -220,12 +220,12 @@ class Target:
         try:
             yield inode
         except BaseException:
-            self._discard_new(inode)
+            self.discard_new(inode)
             raise
         finally:
             self._leave(inode, wrote=bool(size))
 
-    def _discard_new(self, inode: Inode) -> None:
+    def discard_new(self, inode: Inode) -> None:
         """Erase a region that is being filled; :meth:`erase` fails while the target closes."""
         with self.state.guard.lock, self.state.guard.checked:
             if not inode.dead:

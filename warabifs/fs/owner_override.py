@@ -105,6 +105,11 @@ class ShownLink:
         self.append = link.append
         self.read_vector = link.read_vector
 
+    async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        """See the interface of links."""
+        stored = await self._link.store(self._shown.made(arguments, *_CREATES["store"]), data)
+        return None if stored is None else self._shown.attributes(stored)
+
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
         if name in _CREATES:
             arguments = self._shown.made(arguments, *_CREATES[name])
