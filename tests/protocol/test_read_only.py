@@ -79,6 +79,7 @@ def _readlink(handle: TargetHandle) -> None:
 
 
 NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
+    "fetch_name": lambda h, r: h.fetch_name("/name"),
     "read": lambda h, r: h.read(r, 0, 4),
     "read_into": lambda h, r: h.read_into(r, 0, bytearray(4)),
     "read_async": lambda h, r: h.read_async(r, 0, bytearray(4)).wait(),
