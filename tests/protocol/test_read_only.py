@@ -69,6 +69,8 @@ OPERATION = {
     "link_name replace": "rename",
     "create_name": "mknod",
     "makedirs": "mkdir",
+    "store_name": "store",
+    "store_name large": "store",
 }
 """The operation that is refused, if it is called otherwise."""
 
