@@ -14,7 +14,14 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -331,14 +338,14 @@ class Target:
             if persist:
                 await self.persist(region, 0, size)
         except BaseException:
-            await self._erase_made(region)
+            await self._clean_up(self.erase(region))
             raise
         return region
 
-    async def _erase_made(self, region: RegionID) -> None:
-        """Erase a region that could not be filled, also when the caller is cancelled."""
+    async def _clean_up(self, undo: Coroutine[Any, Any, None]) -> None:
+        """Run *undo* after a failure, also when the caller is cancelled."""
         with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
-            await self.erase(region)
+            await undo
 
     async def get_array(self, region: RegionID) -> NDArray[Any]:
         size = await self.size(region)
@@ -382,8 +389,7 @@ class Target:
             await self._link.write(region, 0, view, bool(persist), False)
             return await self._run(storing.end(region))
         except BaseException:
-            with trio.move_on_after(CONNECT_TIMEOUT, shield=True), suppress(errors.Exception):
-                await self._run(storing.give_up(region))
+            await self._clean_up(self._run(storing.give_up(region)))
             raise
 
     async def fetch_name(self, path: str, limit: int = FETCHED) -> tuple[Attributes, bytes | None]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ import outcome
 import trio
 
 from warabi import aio, errors
+from warabi._core.attributes import Attributes
 from warabi._core.changes import Changes
 from warabi._core.extents import Extent
 from warabi._core.results import RegionStat
@@ -191,6 +192,9 @@ class _BridgedLink:
         create = self._link.create_and_write
         return await self._thread.call(create, data, persist, undo=self._erase)
 
+    async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        return await self._thread.call(self._link.store, arguments, data)
+
     async def write_vector(
         self, region: RegionID, extents: list[Extent], data: memoryview, persist: bool
     ) -> None:
@@ -207,9 +211,9 @@ class Target(aio.Target):
     """A target with the methods, arguments, results and errors of
     :class:`warabi.client.TargetHandle`; every method is a coroutine for asyncio."""
 
-    async def _erase_made(self, region: RegionID) -> None:
+    async def _clean_up(self, undo: Coroutine[Any, Any, None]) -> None:
         with suppress(errors.Exception, TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self.erase(region)), CONNECT_TIMEOUT)
+            await asyncio.wait_for(asyncio.shield(undo), CONNECT_TIMEOUT)
 
 
 @asynccontextmanager
