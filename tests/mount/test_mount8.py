@@ -34,7 +34,7 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
-from warabifs.frontends import mountinfo
+from warabi._core import mountinfo
 from warabifs.mount import install, shutdown_socket, utab
 from warabifs.mount import watchdog as watchdog_of_mount
 

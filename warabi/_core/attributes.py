@@ -9,6 +9,12 @@ from warabi.region import RegionID
 
 ROOT = 1
 """The inode number of the root directory, also in FUSE."""
+LOCATION_XATTR = b"user.warabi.location"
+"""The attribute of every file on a mount that says what is mounted, see :mod:`warabi.mounted`."""
+REGION_XATTR = b"user.warabi.region"
+TARGET_XATTR = b"user.warabi.target"
+VIRTUAL_XATTRS = (REGION_XATTR, TARGET_XATTR, LOCATION_XATTR)
+"""Attributes that are not stored, and not listed."""
 
 
 LINKS = 40

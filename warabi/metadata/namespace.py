@@ -9,15 +9,19 @@ import stat
 from collections.abc import Iterator
 from functools import partial
 
-from warabi._core.attributes import LINKS, ROOT, Attributes
+from warabi._core.attributes import (
+    LINKS,
+    REGION_XATTR,
+    ROOT,
+    TARGET_XATTR,
+    VIRTUAL_XATTRS,
+    Attributes,
+)
 from warabi.errors import InvalidRegion, Lengthy, PathError, path_error
 from warabi.metadata import acl, domain
 from warabi.metadata.inode import Inode
 from warabi.metadata.tree import Tree
 from warabi.region import RegionID
-
-_REGION_XATTR = b"user.warabi.region"
-_TARGET_XATTR = b"user.warabi.target"
 
 
 class Namespace(Tree):
@@ -33,9 +37,9 @@ class Namespace(Tree):
         """
         with self._guard.lock, self._guard.checked:
             inode = self.get(ino)
-            if name == _REGION_XATTR and stat.S_ISREG(inode.mode):
+            if name == REGION_XATTR and stat.S_ISREG(inode.mode):
                 return inode.rid.hex().encode()
-            if name == _TARGET_XATTR:
+            if name == TARGET_XATTR:
                 return self._catalogue.uuid.encode()
             value = self._catalogue.xattr(ino, name)
             if value is None:
@@ -46,7 +50,7 @@ class Namespace(Tree):
     def setxattr(
         self, ino: int, name: bytes, value: bytes, keep_setgid: bool = True, flags: int = 0
     ) -> None:
-        """Set an extended attribute; EPERM for the two virtual ones, EOPNOTSUPP for a name outside
+        """Set an extended attribute; EPERM for virtual ones, EOPNOTSUPP for a name outside
         ``user.``, ``trusted.`` and ``security.`` that is not an access control list, ERANGE, E2BIG
         and ENOSPC if it is too long or too large.
 
@@ -98,7 +102,7 @@ class Namespace(Tree):
     def _change_xattr(self, ino: int, name: bytes, value: bytes | None, flags: int = 0) -> None:
         with self._guard.lock, self._guard.checked:
             inode = self.get(ino)
-            if name in (_REGION_XATTR, _TARGET_XATTR):
+            if name in VIRTUAL_XATTRS:
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
             domain.xattr_name(name)
             if flags:

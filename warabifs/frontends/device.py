@@ -11,9 +11,9 @@ import socket
 import subprocess
 
 from warabi._core import syscalls
+from warabi._core.mountinfo import KIND, mounted_on
 from warabi._core.tuning import MOUNT_ANSWER
 from warabi.errors import ConfigError
-from warabifs.frontends.mountinfo import mounted_on
 
 READ_AHEAD = 512
 """KiB; the kernel's default is 128, which causes four times as many requests.  More would be
@@ -22,7 +22,6 @@ READ_AHEAD_REMOTE = 4096
 """Over a network more requests must be pending while earlier data are consumed."""
 _DEFAULT = frozenset(("nosuid", "nodev"))  # the defaults of fusermount3
 _FOR_KERNEL = ("default_permissions", "allow_other")
-_KIND = "fuse.warabifs"
 
 
 class Device:
@@ -104,7 +103,7 @@ def _mount(mountpoint: str, name: str, options: set[str]) -> int:
         if has_value:
             data += f',{key}="{value}"'
     try:
-        syscalls.mount(name, mountpoint, flags, _KIND, data)
+        syscalls.mount(name, mountpoint, flags, KIND, data)
     except BaseException:
         os.close(fd)
         raise

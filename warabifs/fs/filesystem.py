@@ -25,7 +25,7 @@ from typing import Any
 import trio
 
 from warabi import errors
-from warabi._core.attributes import ROOT, Attributes, without_setid
+from warabi._core.attributes import LOCATION_XATTR, ROOT, Attributes, without_setid
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.changes import ATTRIBUTES, Changes
 from warabi._core.lock_ranges import FileLock
@@ -74,6 +74,7 @@ class FileSystem:
         remember_names: the kernel caches all names for a while, not only those of directories.
         openless: files are used without an open request.  An inode that is removed while it is
             open then stays for as long as the kernel knows it; no other client can remove it.
+        location: what the attribute ``LOCATION_XATTR`` says, empty: nothing.
     """
 
     def __init__(
@@ -81,12 +82,14 @@ class FileSystem:
         drop_name: Callable[[int, bytes], None],
         drop_attributes: Callable[[int], None] = lambda ino: None,
         local: LocalTarget | None = None, remember_names: bool = False, openless: bool = False,
+        location: str = "",
     ) -> None:  # fmt: skip
         self._target = target
         self._attr_timeout = attr_timeout
         self._local = local
         self._exclusive = exclusive
         self.openless = openless
+        self._location = os.fsencode(location)
         self.appends = not exclusive
         """Whether the provider chooses the offset of appends, since other clients append, too."""
         self.drop_name = drop_name
@@ -759,6 +762,8 @@ class FileSystem:
         return known is not None and time.monotonic() < known.incapable
 
     async def getxattr(self, ino: int, name: bytes) -> bytes:
+        if name == LOCATION_XATTR and self._location:
+            return self._location
         known, changes = self._known.get(ino), self._xattr_changes
         try:
             value: bytes = await self._target.call("getxattr", ino, name)

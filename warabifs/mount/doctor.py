@@ -22,12 +22,11 @@ from typing import Literal
 
 import click
 
+from warabi._core.mountinfo import KIND, mounts
 from warabi._core.tuning import DOCTOR_ANSWER
 from warabi.errors import PermissionDenied
 from warabi.protocol import socket_directories
-from warabifs.frontends.mountinfo import mounts
 from warabifs.mount import install
-from warabifs.mount.unmount import KIND
 
 _DEVICE = Path("/dev/fuse")
 _FILES = 4096  # open files that suffice for targets of many regions

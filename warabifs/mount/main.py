@@ -27,6 +27,7 @@ import trio
 import warabi
 from warabi import aio, reconnect
 from warabi._core import descriptors
+from warabi._core.mountinfo import device_number, identity
 from warabi._core.tuning import MOUNT_ANSWER, MOUNT_PATIENCE
 from warabi.backends.memory_budget import physical_memory
 from warabi.errors import ConfigError, Exception, PermissionDenied
@@ -37,7 +38,6 @@ from warabi.target.state import LOOPS
 from warabi.target.target import Target
 from warabifs.frontends.base import Ability, FrontEnd, Settings
 from warabifs.frontends.device import READ_AHEAD, READ_AHEAD_REMOTE, Device
-from warabifs.frontends.mountinfo import device_number, identity
 from warabifs.frontends.registry import FRONT_ENDS
 from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.invalidator import Follower
@@ -380,6 +380,9 @@ async def _mount_and_serve(
                     local is not None
                     and not options.passthrough
                     and Ability.OPENLESS in entry.abilities
+                ),
+                location=(
+                    source.text if source.embedded else f"{source.address}/{options.provider_id}"
                 ),
             )
             files.writes.drop = front.drop_bytes

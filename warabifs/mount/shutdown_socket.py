@@ -20,10 +20,10 @@ import os
 import socket
 from pathlib import Path
 
+from warabi._core.mountinfo import Mounted, identity, is_gone, mounted_on
 from warabi._core.tuning import SHUTDOWN_CONNECT
 from warabi.protocol import socket_directories
 from warabi.protocol.address import peer, set_send_timeout
-from warabifs.frontends.mountinfo import Mounted, identity, is_gone, mounted_on
 
 _PREFIX = "umount."
 _QUEUE = 4096

@@ -11,14 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from warabi._core.mountinfo import KIND, Mounted, identity, is_gone, mounted_on, mounts
 from warabi._core.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
 from warabi._core.tuning import LAZY_PATIENCE, UNMOUNT_PATIENCE
 from warabi.errors import ConfigError
-from warabifs.frontends.mountinfo import Mounted, identity, is_gone, mounted_on, mounts
 from warabifs.mount.shutdown_socket import Waiting
 from warabifs.mount.utab import remove_stale
-
-KIND = "fuse.warabifs"
 
 
 def main(arguments: Sequence[str]) -> int:

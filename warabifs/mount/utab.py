@@ -18,8 +18,8 @@ import os
 import re
 from pathlib import Path
 
+from warabi._core.mountinfo import device_number, identity, is_gone
 from warabi._core.procfs import unescaped
-from warabifs.frontends.mountinfo import device_number, identity, is_gone
 
 log = logging.getLogger(__name__)
 

@@ -91,7 +91,7 @@ def _has_threads(process: int) -> bool:
 
 def _abort(device: str, number: int) -> None:
     from warabi._core import syscalls
-    from warabifs.frontends.mountinfo import is_gone, mounts
+    from warabi._core.mountinfo import is_gone, mounts
 
     if is_gone(device, number):
         return  # the number may belong to another mount by now

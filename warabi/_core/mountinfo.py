@@ -8,12 +8,16 @@ from pathlib import Path
 
 from warabi._core.procfs import unescaped
 
+KIND = "fuse.warabifs"
+"""The type of our mounts in the mount table."""
+
 
 @dataclass(frozen=True)
 class Mounted:
     """An entry of the mount table."""
 
     path: str
+    root: str  # the directory of the file system that is mounted, / unless it is a bind mount
     device: str  # major:minor
     kind: str
     source: str
@@ -33,7 +37,8 @@ def mounts() -> list[Mounted]:
         kind, source, settings = [*right.split(" "), "", ""][:3]
         words = left.split(" ")
         pairs = (setting.partition("=")[::2] for setting in settings.split(","))
-        found.append(Mounted(_text(words[4]), words[2], kind, _text(source), dict(pairs)))
+        path, root = _text(words[4]), _text(words[3])
+        found.append(Mounted(path, root, words[2], kind, _text(source), dict(pairs)))
     return found
 
 
@@ -44,6 +49,15 @@ def _text(field: str) -> str:
 def mounted_on(path: str) -> Mounted | None:
     """Return the visible mount at the absolute path *path*."""
     return next((mount for mount in reversed(mounts()) if mount.path == path), None)
+
+
+def mount_of(path: str) -> Mounted | None:
+    """Return the visible mount that the absolute path *path* is on, without accessing it; None if
+    the mount table has none, as in a chroot."""
+    visible = {mount.path: mount for mount in mounts()}  # the last one at each path
+    while path not in visible and path != "/":
+        path = os.path.dirname(path)
+    return visible.get(path)
 
 
 def device_number(path: str) -> str:
