@@ -37,6 +37,7 @@ OVER_BOTH = (
     "test_consistency",  # notifications, holding writes back
     "test_file_handles",  # generations, lookups of dots, lookup counts
     "test_lifecycle",  # mounting, signals, unmounting, kill -9
+    "test_reports",  # counters of requests, and a file that is no region
     "test_outage",  # errors, and requests whose effect is unknown
     "test_sync_writes",  # O_SYNC past the page cache
     "test_unprivileged",  # fusermount3, fstab, namespaces

@@ -15,6 +15,8 @@ REGION_XATTR = b"user.warabi.region"
 TARGET_XATTR = b"user.warabi.target"
 VIRTUAL_XATTRS = (REGION_XATTR, TARGET_XATTR, LOCATION_XATTR)
 """Attributes that are not stored, and not listed."""
+FIRST_REPORT = 1 << 62
+"""The lowest inode number of what a mount adds to a target; a target's own are lower."""
 
 
 LINKS = 40

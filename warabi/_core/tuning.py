@@ -89,6 +89,11 @@ INLINE_TURN = 5
 INLINE_LONGEST = 10
 """Milliseconds after which it stops waiting for the next chunk of a reply, even if chunks keep
 arriving; this bounds how long other tasks of the loop wait."""
+DUMP_PATIENCE = 2.0
+"""Seconds in which an event loop has to list its tasks for a dump of the process's state: more than
+any step of a task takes that is no fault."""
+REPORT_PATIENCE = 1.0
+"""Seconds in which a target has to answer a report of a mount: reading statistics never hangs."""
 LOOP_HOLD = 0.25
 """Default seconds after which a held loop is reported: every request of the loop waits for that
 long."""

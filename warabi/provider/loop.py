@@ -198,6 +198,12 @@ class ProviderLoop:
         except KeyError:
             raise errors.ProviderNotFound(f"no provider {provider_id} at {self.endpoint}") from None
 
+    @property
+    def token(self) -> trio.lowlevel.TrioToken:
+        """By which other threads reach the loop."""
+        assert self._token is not None  # it has started
+        return self._token
+
     def report(self, cores: Sequence[ProviderCore] | None = None) -> dict[str, Any]:
         """Return the state of the engine, and of some of its providers or all, as JSON can have
         it (``report.py``).  From any thread but the loop's, which it would hold."""

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from warabi._core.counters import Counters
 from warabifs.frontends.notifier import Notifier
 
 if TYPE_CHECKING:  # options, which need no more than names of abilities, are parsed without these
@@ -104,9 +105,13 @@ class FrontEnd(ABC):
 
     Args:
         device: ``/dev/fuse``, mounted; the caller closes it after the front end.
+
+    Attributes:
+        counters: of the kernel's requests.
     """
 
     def __init__(self, device: Device) -> None:
+        self.counters = Counters(self.request_name)
         self._device = device
         self._notifier = Notifier()
 
@@ -140,6 +145,11 @@ class FrontEnd(ABC):
 
         A thread that is blocked in the kernel is waited for only briefly; it does no harm.
         """
+
+    @staticmethod
+    def request_name(key: str | int) -> str:
+        """Return the name of a request, given the key with which the front end counts it."""
+        return str(key)
 
     # For the file system: notifications to the kernel
 

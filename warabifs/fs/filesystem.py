@@ -40,6 +40,7 @@ from warabifs.fs.handles import Directory, File, Known, ListedEntry, Listing, Li
 from warabifs.fs.locks import Locks
 from warabifs.fs.page_versions import PageVersions
 from warabifs.fs.read_buffers import Buffers
+from warabifs.fs.report_file import ReportFiles
 from warabifs.fs.write_ordering import Writes
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class FileSystem:
         self.pages = PageVersions(target, alone=exclusive)
         self._buffers = Buffers()
         self.writes = Writes()
+        self.reports = ReportFiles()
         self._locks = Locks(target, self._refresh)
         self.cancel_lock = self._locks.cancel
         self.forget_bytes: Callable[[int, int, int], None] = lambda ino, offset, size: None
@@ -149,6 +151,7 @@ class FileSystem:
         for ino, count in inodes:
             known = self._known.get(ino)
             if known is None:
+                self.reports.forget(ino)
                 continue
             known.count -= count
             if known.count <= 0:
@@ -259,6 +262,17 @@ class FileSystem:
         """Return total and available bytes, and the number of regions."""
         room: tuple[int, int, int] = await self._target.call("room")
         return room
+
+    def statistics(self) -> dict[str, int]:
+        """Return numbers for monitoring: ``open_files`` and ``open_directories`` of programs, and
+        ``known_inodes``, those that the kernel has not forgotten."""
+        handles = list(self._handles.values())
+        files = sum(isinstance(handle, File) for handle in handles)
+        return {
+            "open_files": files,
+            "open_directories": len(handles) - files,
+            "known_inodes": len(self._known),
+        }
 
     # Names
 

@@ -27,11 +27,12 @@ import trio
 import warabi
 from warabi import aio, reconnect
 from warabi._core import descriptors
+from warabi._core.json_log import JsonFormatter
 from warabi._core.mountinfo import device_number, identity
 from warabi._core.tuning import MOUNT_ANSWER, MOUNT_PATIENCE
 from warabi.backends.memory_budget import physical_memory
 from warabi.errors import ConfigError, Exception, PermissionDenied
-from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog
+from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog, state_dump
 from warabi.protocol.auth import config_of
 from warabi.target import opening
 from warabi.target.state import LOOPS
@@ -42,6 +43,7 @@ from warabifs.frontends.registry import FRONT_ENDS
 from warabifs.fs.filesystem import FileSystem
 from warabifs.fs.invalidator import Follower
 from warabifs.fs.owner_override import ShownLink
+from warabifs.fs.report_file import ReportFiles
 from warabifs.mount import utab
 from warabifs.mount.options import (
     LOCAL_LOCKS,
@@ -52,6 +54,7 @@ from warabifs.mount.options import (
     parse_source,
 )
 from warabifs.mount.remount import remount
+from warabifs.mount.report import MountReport
 from warabifs.mount.shutdown_socket import ShutdownSocket
 from warabifs.mount.unmount import find
 from warabifs.mount.watchdog import Watchdog
@@ -261,7 +264,8 @@ def _log_to(options: Options, *, foreground: bool) -> None:
         raise ConfigError(f"log {options.log_file}: {error.strerror}") from None
     form = "warabifs[%(process)d]: %(levelname)s: %(message)s"
     stamped = "%(asctime)s " + form if options.log_file or foreground else form
-    handler.setFormatter(logging.Formatter(stamped))
+    is_json = options.log_format == "json"
+    handler.setFormatter(JsonFormatter() if is_json else logging.Formatter(stamped))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
@@ -385,6 +389,8 @@ async def _mount_and_serve(
                     source.text if source.embedded else f"{source.address}/{options.provider_id}"
                 ),
             )
+            report = MountReport(source, mountpoint, options, front, files, target, local)
+            files.reports = ReportFiles(os.fsencode(options.stats), report.text)
             files.writes.drop = front.drop_bytes
             files.forget_bytes = front.forget_bytes
             if source.remote:
@@ -425,7 +431,11 @@ async def _mount_and_serve(
                 utab.remove_stale()
                 listed.add()
                 number = device_number(mountpoint)
-                with Watchdog(number, identity(number)):
+                token = trio.lowlevel.current_trio_token()
+                with (
+                    Watchdog(number, identity(number)),
+                    state_dump.at_signal(report.own, lambda: {"the mount": token}),
+                ):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(
                             _end_on_signal, signals, mountpoint, follower, device, front

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
+from warabi._core.json_log import FORMATS
 from warabi.backends import Backend, registry
 from warabi.errors import ConfigError
+from warabi.metadata.domain import NAME_MAX
 from warabi.protocol import address
 from warabifs.frontends.base import Ability
 from warabifs.frontends.registry import DEFAULT, FRONT_ENDS
@@ -43,6 +45,8 @@ class Options:
     size: Callable[[int], int] | None = None  # maps the bytes of RAM to the limit
     fsname: str = ""
     log_file: str = ""
+    log_format: str = "text"
+    stats: str = ".stats"
     security: dict[str, str] = field(
         default_factory=dict
     )  # as warabi.protocol.auth.config_of takes it
@@ -108,6 +112,18 @@ def _local_lock(options: Options, text: str) -> None:
     if text not in LOCAL_LOCKS:
         raise ConfigError(f"option local_lock={text}: expected {', '.join(LOCAL_LOCKS)}")
     options.local_lock = text
+
+
+def _log_format(options: Options, text: str) -> None:
+    if text not in FORMATS:
+        raise ConfigError(f"option log_format={text}: expected {' or '.join(FORMATS)}")
+    options.log_format = text
+
+
+def _stats(options: Options, text: str) -> None:
+    if "/" in text or text in (".", "..") or len(text.encode(errors="replace")) > NAME_MAX:
+        raise ConfigError(f"option stats={text}: expected the name of a file")
+    options.stats = text
 
 
 def _provider_id(options: Options, text: str) -> None:
@@ -237,6 +253,14 @@ OPTIONS: dict[str, _Option] = {
     ),
     "fsname": _Option(_text("fsname"), "the source that mount(8) and df show", "NAME"),
     "log": _Option(_path("log_file"), "log to this file instead of the system log", "FILE"),
+    "log_format": _Option(
+        _log_format, "how messages are logged: text (default), or json, an object in each line",
+        "FORMAT",
+    ),
+    "stats": _Option(
+        _stats, "name of the file in the root directory that reports the mount's counters, and is"
+        " in no listing (default .stats; empty: none)", "NAME",
+    ),
 }  # fmt: skip
 
 

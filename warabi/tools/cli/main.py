@@ -21,6 +21,7 @@ import click
 
 import warabi
 from warabi._core.fileio import data_from, hole_from
+from warabi._core.json_log import FORMATS, JsonFormatter
 from warabi._core.output import output
 from warabi.client import TargetHandle
 from warabi.errors import ConfigError, Exception
@@ -39,6 +40,7 @@ from warabi.tools.cli.common import (
     secured,
 )
 from warabi.tools.cli.config import config as config_commands
+from warabi.tools.cli.stats import stats
 from warabi.tools.progress import overall_progress
 from warabi.tools.quoting import escaped, shell_quoted
 
@@ -81,6 +83,7 @@ main.add_command(fsck)
 main.add_command(export_command)
 main.add_command(import_command)
 main.add_command(config_commands)
+main.add_command(stats)
 
 
 @main.command(context_settings={"auto_envvar_prefix": "WARABI_SERVE"})
@@ -89,6 +92,8 @@ main.add_command(config_commands)
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
 @click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the address to FILE while serving.")  # fmt: skip
+@click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True,
+              help="How messages are written to standard error.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
               help="Serve only this target, created if missing: memory: or file:PATH.")  # fmt: skip
 @click.option("-p", "--provider-id", type=int, help="The provider ID of that target (default 0).")
@@ -99,32 +104,41 @@ def serve(
     address_file: Path | None,
     target: str | None,
     provider_id: int | None,
+    log_format: str,
     **security: Any,
 ) -> None:
     """Serve the providers of CONFIG, in the format of Mochi's Bedrock, or one TARGET.
 
     CONFIG is TOML if its name ends with .toml, otherwise JSON; `warabi config check` checks it.
-    Prints the address when it serves.  SIGTERM and SIGINT shut it down cleanly.
+    Prints the address when it serves.  SIGTERM and SIGINT shut it down cleanly; SIGUSR1 logs
+    what it is doing.
 
     Each option can also be given by an environment variable: --address-file as
     WARABI_SERVE_ADDRESS_FILE, CONFIG as WARABI_SERVE_CONFIG.
     """
     from warabi import service
     from warabi._core import descriptors
-    from warabi.eventloop import gc_pauses
+    from warabi.engine import state_of
+    from warabi.eventloop import gc_pauses, state_dump
 
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG or --target")
     if config is not None and provider_id is not None:
         raise click.UsageError("--provider-id requires --target; CONFIG has its own IDs")
     logging.basicConfig(format="warabi: %(message)s")
+    if log_format == "json":
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter())
     descriptors.raise_limit()
     gc_pauses.limit_pauses()
     with (
         service.ShutdownSignals() as ending,
         _server(config, address, target, provider_id or 0, config_of(security)) as server,
         service.address_file(address_file, str(server.address)),
+        contextlib.ExitStack() as stack,
     ):
+        loop = state_of(server.engine).runtime
+        assert loop is not None  # it serves
+        stack.enter_context(state_dump.at_signal(loop.report, lambda: {"the engine": loop.token}))
         server.engine.on_finalize(ending.come)
         echo(str(server.address))
         service.notify("READY=1")

@@ -19,7 +19,8 @@ from typing import Any
 import trio
 
 from warabi import errors
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import FIRST_REPORT, ROOT, Attributes
+from warabi._core.counters import Counters
 from warabi._core.lock_ranges import EXCLUSIVE, SHARED, UNLOCK
 from warabi._core.tuning import LOCK_CANCEL_PAUSE
 from warabi.metadata.domain import NAME_MAX, clamped
@@ -31,6 +32,7 @@ from warabifs.frontends.kernel.passthrough import Passing
 from warabifs.frontends.kernel.protocol import Feature, Header, Opcode, Open, Valid
 from warabifs.frontends.kernel.session import Answer, Early, Told
 from warabifs.fs.filesystem import BLOCK, CAPABILITY, FileSystem
+from warabifs.fs.report_file import VALID
 from warabifs.fs.write_ordering import KERNEL
 
 _ENTRIES = (
@@ -40,6 +42,11 @@ _ENTRIES = (
 """Requests whose replies make inodes known to the kernel."""
 _SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY)
 """Requests without a reply."""
+_SAME_FOR_REPORTS = (
+    Opcode.STATFS, Opcode.INTERRUPT, Opcode.OPEN, Opcode.FLUSH, Opcode.LSEEK,
+)  # fmt: skip
+"""Requests on a report for which the usual reply holds: it concerns the mount, or is ENOSYS, which
+the kernel applies to all files."""
 _SECOND = 1_000_000_000
 _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
@@ -119,15 +126,17 @@ class Operations:
         passing: the files that the kernel accesses directly; None for none.
         interrupt: called with interrupted requests; None if waiting cannot be interrupted.
         locks: which are for the target to keep, and not for the kernel: ``flock``, ``posix``.
+        counters: of the bytes that are read and written.
     """
 
     def __init__(
         self, files: FileSystem, *, entry_timeout: float, directory_timeout: float,
         attr_timeout: float, negative_timeout: float, direct_io: bool, writeback: bool,
         passing: Passing | None = None, interrupt: Callable[[int], None] | None = None,
-        locks: frozenset[str] = frozenset(),
+        locks: frozenset[str] = frozenset(), counters: Counters | None = None,
     ) -> None:  # fmt: skip
         self._files = files
+        self._counters = counters or Counters()
         self._interrupt = interrupt
         self._passing = passing
         self._entry_valid = _seconds(entry_timeout)
@@ -176,6 +185,8 @@ class Operations:
 
         A view that is returned is valid until the caller's task next awaits.
         """
+        if header.node >= FIRST_REPORT:
+            return self._on_report(header, body)
         return _HANDLERS.get(header.opcode, _unknown)(self, header, body)
 
     def refusal(self, header: Header, body: memoryview, error: Exception) -> Answer:
@@ -191,6 +202,8 @@ class Operations:
 
         Never for a target in this process, for which requests are not interrupted.
         """
+        if header.node >= FIRST_REPORT:
+            return
         self._doubt(header, body)
         opcode = header.opcode
         if not isinstance(answer, (bytes, memoryview)):
@@ -272,6 +285,38 @@ class Operations:
         writes_only = flags & _ACCESS == _WRITE_ONLY
         return writes_only or bool(self.features & Feature.DIRECT_IO_ALLOW_MMAP)
 
+    async def _on_report(self, header: Header, body: memoryview) -> Answer:
+        """Execute a request on a report, which can only be read."""
+        reports, node, opcode = self._files.reports, header.node, header.opcode
+        if opcode == Opcode.FORGET:
+            reports.forget(node)
+            return None
+        if opcode == Opcode.GETATTR:
+            return protocol.pack_validity(VALID, 0) + _packed(reports.getattr(node))
+        if opcode == Opcode.OPEN and not self._openless:
+            reports.open(node, protocol.OPEN.unpack_from(body)[0])
+            return protocol.opened(0, self._open_flags)
+        if opcode == Opcode.READ:
+            _, offset, size, _ = protocol.READ.unpack_from(body)
+            return reports.read(node, offset, size)
+        if opcode == Opcode.LSEEK and not self._writeback:
+            _, offset, whence = protocol.LSEEK.unpack_from(body)
+            end = reports.getattr(node).size
+            if offset >= end:
+                return errno.ENXIO
+            return protocol.NUMBER.pack(offset if whence == os.SEEK_DATA else end)
+        if opcode == Opcode.FLUSH and self.features & Feature.POSIX_LOCKS:
+            return b""
+        if opcode in (Opcode.RELEASE, Opcode.FSYNC):
+            return b""
+        if opcode == Opcode.GETXATTR:
+            return errno.ENODATA
+        if opcode == Opcode.LISTXATTR:
+            return _fitting(b"", protocol.SIZE.unpack_from(body)[0])
+        if opcode in _SAME_FOR_REPORTS or opcode not in _HANDLERS:
+            return await _HANDLERS.get(opcode, _unknown)(self, header, body)
+        return errno.EPERM
+
     # Inodes
 
     @_handles(Opcode.LOOKUP)
@@ -280,7 +325,13 @@ class Operations:
         try:
             return self._entry(await self._files.lookup(header.node, name))
         except errors.PathError as error:
-            if error.errno != errno.ENOENT or self._negative_valid == (0, 0):
+            if error.errno != errno.ENOENT:
+                raise
+            if self._files.reports.has(header.node, name):
+                made = await self._files.reports.lookup()
+                found = protocol.pack_entry(made.ino, made.generation, VALID, VALID, 0, 0)
+                return found + _packed(made)
+            if self._negative_valid == (0, 0):
                 raise
             if not self._files.note_absent(header.node, name):
                 raise
@@ -456,7 +507,9 @@ class Operations:
         handle, offset, size, flags = protocol.READ.unpack_from(body)
         if not flags & _READ_DIRECT:
             self._files.fill_pages(header.node, offset, size)
-        return await self._files.read(header.node, handle, offset, size, header.pid)
+        data = await self._files.read(header.node, handle, offset, size, header.pid)
+        self._counters.add_bytes(Opcode.READ, len(data))
+        return data
 
     @_handles(Opcode.WRITE)
     async def write(self, header: Header, body: memoryview) -> Answer:
@@ -479,6 +532,7 @@ class Operations:
         if size >= _LARGE and not (kill_setid or synced or believed):
             rest = files.begin_write(node, handle, offset, data)
             if rest is not None:
+                self._counters.add_bytes(Opcode.WRITE, size)
                 return Early(protocol.written(size), rest)
         thread = KERNEL if flags & protocol.WRITE_CACHE else header.pid
         try:
@@ -490,6 +544,7 @@ class Operations:
             if unwaited:
                 files.failed_past_pages(handle, offset + size)
             raise
+        self._counters.add_bytes(Opcode.WRITE, size)
         if files.appends:
             files.note_written(node, offset + size)
         return await self._written(node, handle, offset, size, direct, unwaited, synced)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from warabifs.frontends.base import Ability, FrontEnd, Settings
 from warabifs.frontends.device import Device
 from warabifs.frontends.kernel import protocol
-from warabifs.frontends.kernel.dispatch import Operations
+from warabifs.frontends.kernel.dispatch import Operations, name_of
 from warabifs.frontends.kernel.passthrough import Passing
 from warabifs.frontends.kernel.protocol import Feature
 from warabifs.frontends.kernel.session import FuseSession
@@ -27,7 +27,7 @@ class KernelFrontEnd(FrontEnd):
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
-        self._session = FuseSession(device.fd, self._notifier)
+        self._session = FuseSession(device.fd, self._notifier, self.counters)
         self._operations: Operations | None = None
 
     def begin(self, files: FileSystem, settings: Settings) -> frozenset[Ability]:
@@ -43,12 +43,17 @@ class KernelFrontEnd(FrontEnd):
             passing=None if passed is None else Passing(passed, self._session),
             interrupt=self._session.interrupt if settings.interruptible else None,
             locks=settings.locks,
+            counters=self.counters,
         )
         operations.features = self._session.begin(operations.features)
         self._device.read_ahead(settings.read_ahead)
         return frozenset(
             ability for ability in Ability if operations.features & _FEATURES.get(ability, -1)
         )
+
+    @staticmethod
+    def request_name(key: str | int) -> str:
+        return name_of(int(key))
 
     async def serve(self) -> None:
         assert self._operations is not None

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Protocol
 import trio
 
 from warabi._core.caller import CALLER, Caller
+from warabi._core.counters import Counters
 from warabi._core.tuning import FUSE_MOMENT, HELLO_PATIENCE, KILL_CHECK
 from warabi.eventloop.busy_poll import BusyPoll
 from warabi.eventloop.eager_start import continued
@@ -120,10 +121,12 @@ class FuseSession:
     Args:
         fd: ``/dev/fuse``, as it was mounted; the caller closes it.
         notifier: sends notifications, and replies that must come after them.
+        counters: of the requests, by opcode.
     """
 
-    def __init__(self, fd: int, notifier: Notifier) -> None:
+    def __init__(self, fd: int, notifier: Notifier, counters: Counters | None = None) -> None:
         self._fd = fd
+        self._counters = counters or Counters()
         self._notifier = notifier
         os.set_blocking(fd, False)
         self._poll = select.poll()
@@ -208,15 +211,18 @@ class FuseSession:
                 continue
             header = Header._make(_unpack_header(buffer))
             body = buffer[_HEADER_SIZE:count]
+            began = perf_counter_ns()
             handler = requests.handle(header, body)
             # Started directly: few block.
             try:
                 step = handler.send(None)
             except StopIteration as done:
                 self._send(header.unique, done.value)
+                self._count(header.opcode, began, done.value)
                 continue
             except Exception as error:
                 self._send(header.unique, self._refusal(header, body, error))
+                self._count(header.opcode, began)
                 continue
             self._busy += 1
             self._held += _TASK + count
@@ -224,7 +230,9 @@ class FuseSession:
             self._waiting[header.unique] = _Waiting(header.pid, caller)
             try:
                 answer = await continued(handler, step)
+                self._count(header.opcode, began, answer)
             except Exception as error:
+                self._count(header.opcode, began)
                 # For a killed thread the kernel has closed by now what its handler uses.
                 answer = errno.EINTR if caller.gone else self._refusal(header, body, error)
             finally:
@@ -244,6 +252,12 @@ class FuseSession:
                 idle = trio.Event()
                 self._idle.append(idle)
                 await idle.wait()
+
+    def _count(self, opcode: int, began: int, answer: Answer = None) -> None:
+        """Count a request whose handler has returned *answer*, or raised."""
+        self._counters.add(opcode, perf_counter_ns() - began)
+        if type(answer) is int:
+            self._counters.add_error(opcode, errno.errorcode.get(answer, str(answer)))
 
     async def _wait_for_request(self) -> None:
         self._streak = 0
@@ -316,6 +330,7 @@ class FuseSession:
         """Return the reply to a request whose handler raised any *error*: an exception never ends
         the mount, and no request is left without a reply."""
         assert self._requests is not None
+        self._counters.fail(header.opcode, error)
         try:
             return self._requests.refusal(header, body, error)
         except Exception as failure:

@@ -15,6 +15,7 @@ import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -22,13 +23,15 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from warabi import errors
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import FIRST_REPORT, ROOT, Attributes
+from warabi._core.counters import Counters
 from warabi._core.tuning import PURGE_PATIENCE
 from warabi.metadata.domain import NAME_MAX, clamped
 from warabifs.frontends.base import Settings
 from warabifs.frontends.callers import groups_of
 from warabifs.frontends.errnos import UNKNOWN_EFFECT, errno_of
 from warabifs.fs.filesystem import BLOCK, CAPABILITY, FileSystem
+from warabifs.fs.report_file import VALID
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,14 +60,23 @@ def _handles(
     ) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, T]]:
         @functools.wraps(handler)
         async def call(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            name, began = handler.__name__, perf_counter_ns()
             try:
+                ino, *rest = args
+                if isinstance(ino, int) and ino >= FIRST_REPORT:
+                    result: T = self._on_report(name, ino, *rest)
+                    return result
                 return await handler(self, *args, **kwargs)
-            except FUSEError:
+            except FUSEError as error:
+                self._counters.add_error(name, errno.errorcode.get(error.errno, str(error.errno)))
                 raise
             except Exception as error:
+                self._counters.fail(name, error)
                 if isinstance(error, UNKNOWN_EFFECT):
                     self._doubt(*changed(*args))
-                raise FUSEError(errno_of(error, handler.__name__)) from None
+                raise FUSEError(errno_of(error, name)) from None
+            finally:
+                self._counters.add(name, perf_counter_ns() - began)
 
         return call
 
@@ -100,6 +112,7 @@ class Adapter(pyfuse3.Operations):
         settings: how it is to be served.
         began: called when libfuse is about to answer the kernel's first request.
         notified: waits until the kernel has got the notifications that are pending.
+        counters: of the requests.
     """
 
     supports_dot_lookup = True  # by which file handles are resolved
@@ -111,6 +124,7 @@ class Adapter(pyfuse3.Operations):
         settings: Settings,
         began: Callable[[], None],
         notified: Callable[[], Awaitable[None]],
+        counters: Counters,
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = settings.writeback
@@ -118,6 +132,7 @@ class Adapter(pyfuse3.Operations):
         self._settings = settings
         self._began = began
         self._notified = notified
+        self._counters = counters
         self._open: dict[int, _Opened] = {}
         # Openings by which an inode's bytes may get into the page cache and be written back.
         self._mappable: Counter[int] = Counter()
@@ -171,6 +186,27 @@ class Adapter(pyfuse3.Operations):
         self._open[handle] = _Opened(ino, flags, past_cache, past_cache and ctx.uid != 0)
         return FileInfo(fh=handle, direct_io=past_cache, keep_cache=keep_cache)
 
+    def _report_entry(self, found: Attributes) -> EntryAttributes:
+        entry = self._entry(found)
+        entry.attr_timeout = entry.entry_timeout = VALID
+        return entry
+
+    def _on_report(self, name: str, ino: int, *args: Any) -> Any:
+        """Execute a request on a report, which can only be read; its handle is its inode number."""
+        reports = self._files.reports
+        if name == "getattr":
+            return self._report_entry(reports.getattr(ino))
+        if name == "open":
+            reports.open(ino, args[0])
+            return FileInfo(fh=ino, direct_io=self._settings.direct_io)
+        if name == "read":
+            return reports.read(ino, *args)
+        if name == "listxattr":
+            return []
+        if name in ("release", "fsync"):
+            return None
+        raise FUSEError(errno.ENODATA if name == "getxattr" else errno.EPERM)
+
     # Inodes
 
     @_handles()
@@ -178,7 +214,11 @@ class Adapter(pyfuse3.Operations):
         try:
             return self._entry(await self._files.lookup(parent, name))
         except errors.PathError as error:
-            if error.errno != errno.ENOENT or not self._settings.negative_timeout:
+            if error.errno != errno.ENOENT:
+                raise
+            if self._files.reports.has(parent, name):
+                return self._report_entry(await self._files.reports.lookup())
+            if not self._settings.negative_timeout:
                 raise
             if not self._files.note_absent(parent, name):
                 raise
@@ -302,7 +342,9 @@ class Adapter(pyfuse3.Operations):
         """The bytes; valid until pyfuse3 has sent them, before which no other task runs."""
         ino = self._open[fh].ino
         self._files.fill_pages(ino, off, size)
-        return await self._files.read(ino, fh, off, size)
+        data = await self._files.read(ino, fh, off, size)
+        self._counters.add_bytes("read", len(data))
+        return data
 
     @_handles()
     async def write(self, fh: int, off: int, data: bytes) -> int:
@@ -320,6 +362,7 @@ class Adapter(pyfuse3.Operations):
             if direct:
                 files.failed_past_pages(fh, off + size)
             raise
+        self._counters.add_bytes("write", size)
         if files.appends:
             files.note_written(opened.ino, off + size)
         if direct or past_cache:

@@ -41,7 +41,7 @@ class Pyfuse3FrontEnd(FrontEnd):
             # After libfuse's answer, with which the kernel sets it.
             token.run_sync_soon(self._device.read_ahead, settings.read_ahead)
 
-        adapter = Adapter(files, settings, began, self._notified)
+        adapter = Adapter(files, settings, began, self._notified, self.counters)
         # Mounted is it already.  libfuse closes the descriptor that it gets.
         fd = os.dup(self._device.fd)
         try:
