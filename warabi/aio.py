@@ -463,6 +463,10 @@ class Target:
     async def unlink_name(self, path: str) -> None:
         await self.call("unlink_name", checked_path(path, "unlink_name"))
 
+    async def commit(self) -> None:
+        """Make every change of names and attributes durable, also those of other clients."""
+        await self.call("commit")
+
     async def getxattr(self, path: str, name: str | bytes) -> bytes:
         ino = await self._ino(path, "getxattr")
         value: bytes = await self.call("getxattr", ino, os.fsencode(name))

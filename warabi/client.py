@@ -873,6 +873,16 @@ class TargetHandle:
         """
         self._link.call("unlink_name", checked_path(path, "unlink_name"))
 
+    def commit(self) -> None:
+        """Make every change of names and attributes durable, also those of other clients.
+
+        The bytes of regions are what :meth:`persist` makes durable.
+
+        Raises:
+            StorageError: stable storage failed, now or earlier.
+        """
+        self._link.call("commit")
+
     def list_names(self, path: str = "/") -> Iterator[str]:
         """Yield the names in the directory at *path*; the root also has the IDs of nameless
         regions.

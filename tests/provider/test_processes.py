@@ -37,6 +37,7 @@ from tests.support.helpers import (
     file_config,
     half_reply,
     open_memory,
+    provider_process,
     run_python,
 )
 from warabi import errors
@@ -816,3 +817,24 @@ def test_handles_and_providers_say_what_they_are() -> None:
         assert repr(provider) == f"Provider({address!r}, 1, target {uuid})"
         provider.close()
         assert repr(provider).startswith(f"Provider({address!r}, 1, ")
+
+
+def test_committed_names_survive_a_kill(tmp_path: Path, client_engine: Engine) -> None:
+    config = file_config(tmp_path / "target")
+
+    async def main(address: str) -> None:
+        async with warabi.aio.connect(address, 1) as target:
+            await target.mkdir("/by Trio")
+            await target.commit()
+
+    with provider_process("na+sm", config) as served:
+        trio.run(main, served.address)
+        target = Client(client_engine).make_target_handle(served.address, 1)
+        target.makedirs("/a/b")
+        target.commit()
+        target.mkdir("/not committed")
+        served.kill()
+    with provider_process("na+sm", config) as served:
+        target = Client(client_engine).make_target_handle(served.address, 1)
+        assert sorted(target.listdir("/")) == ["a", "by Trio"]
+        assert target.listdir("/a") == ["b"]

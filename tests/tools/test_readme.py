@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,23 @@ def test_the_commands_run(checkout: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r'user\.warabi\.region="[0-9a-f]{32}"', done.stdout)
     assert not (checkout / "mnt").is_mount()
+
+
+@pytest.mark.parametrize("script", blocks(ROOT / "docs" / "batch-jobs.md", "sh"))
+def test_the_batch_job_runs(script: str, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path, env={**ENVIRONMENT, "TMPDIR": str(scratch)}, timeout=60,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "output").read_text() == "INPUT\n"
+    with tarfile.open(tmp_path / "results.tar") as archive:
+        names = archive.getnames()
+    assert {"input", "output"} <= {name.rpartition("/")[2] for name in names}
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("program", all_blocks("python"))
