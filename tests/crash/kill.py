@@ -177,13 +177,18 @@ def run_round(kind: Kind, backend: str, way: str, rng: random.Random, servers: l
                 except BaseException as error:
                     failures.append(error)
 
-            threads = [threading.Thread(target=worker, args=(n,)) for n in range(_WORKERS)]
+            # Daemons: one that hangs in a dead mount must not keep this process from ending.
+            threads = [
+                threading.Thread(target=worker, args=(n,), daemon=True) for n in range(_WORKERS)
+            ]
             for thread in threads:
                 thread.start()
             time.sleep(delay)
             killer()
             for thread in threads:
-                thread.join()
+                thread.join(2 * limit)
+            hanging = sum(thread.is_alive() for thread in threads)
+            assert not hanging, f"{hanging} threads hang although all servers are dead"
     if failures:
         raise failures[0]
     check(kind, backend)

@@ -2,24 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.crash.oracle import Found, Op, Oracle
-from tests.support.helpers import ROOT, environment
+from tests.support.helpers import PATIENCE, ROOT, environment, eventually
+
+
+def mounts_below(path: Path) -> list[str]:
+    """Mount points in *path*, found without a system call on any of them."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [line.split()[4] for line in lines]
+    return [point for point in points if path in Path(point).parents]
+
+
+@contextlib.contextmanager
+def contained(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run *command* with its temporary files in a directory of its own.
+
+    At the end the processes that it left are killed, and the mounts in that directory removed; a
+    mount that is left by a run without errors is one.
+    """
+    place = Path(tempfile.mkdtemp(prefix="warabi-contained-"))
+    process = subprocess.Popen(
+        command, env=environment(TMPDIR=str(place)), stdin=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        with process:
+            try:
+                yield process
+            finally:
+                # Those that it started too: a mount lives on when the program that tests it dies.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        left = mounts_below(place)
+        for mountpoint in left:
+            # Aborts the connection, so that what waits for the dead mount ends, and detaches it.
+            unmount = ["umount", "-i", "-f", "-l", mountpoint]
+            subprocess.run(unmount, timeout=PATIENCE, check=False)
+        shutil.rmtree(place, ignore_errors=True)
+    assert not left or process.returncode != 0, f"left mounted: {left}"
 
 
 @pytest.mark.timeout(600)
 def test_200_rounds_of_kill_9() -> None:
-    command = [str(ROOT / "tools" / "crashtest"), "--rounds", "200"]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=570, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
-    assert re.search(r"seed \d+", done.stdout)
-    assert "rounds=200" in done.stdout
+    with contained([str(ROOT / "tools" / "crashtest"), "--rounds", "200"]) as process:
+        output, errors = process.communicate(timeout=570)
+        assert process.returncode == 0, f"{output}\n{errors[-5000:]}"
+    assert re.search(r"seed \d+", output)
+    assert "rounds=200" in output
+
+
+_HANG = """
+import os, signal, subprocess, sys, time
+mountpoint = os.environ["TMPDIR"] + "/run/mnt"
+os.makedirs(mountpoint)
+mount = subprocess.Popen([sys.executable, "-m", "warabifs.mount.main", "memory:", mountpoint, "-f"])
+while not os.path.ismount(mountpoint):
+    time.sleep(0.01)
+mount.send_signal(signal.SIGSTOP)
+print(mountpoint, flush=True)
+os.listdir(mountpoint)
+"""
+
+
+def test_a_run_that_is_given_up_leaves_no_hung_mount() -> None:
+    with (
+        pytest.raises(RuntimeError, match="given up"),
+        contained([sys.executable, "-c", _HANG]) as process,
+    ):
+        assert process.stdout is not None
+        mountpoint = Path(process.stdout.readline().rstrip())
+        place = mountpoint.parents[1]
+        assert mounts_below(place) == [str(mountpoint)]
+        raise RuntimeError("given up")
+    assert mounts_below(place) == []
+    assert not place.exists()
+
+    def ended() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    eventually(ended)
 
 
 R1, R2 = b"1" * 16, b"2" * 16
