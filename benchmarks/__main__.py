@@ -52,7 +52,12 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         help=f"measure only these of {', '.join(SECTIONS)}; the report keeps the others' last"
         " results",
     )
-    add("--rows", metavar="TEXT", default="", help="of the API, measure only rows with this text")
+    add(
+        "--rows",
+        metavar="TEXT",
+        default="",
+        help="measure only rows of the API, and workloads of mounts, with this text",
+    )
     add("--rounds", type=int, default=5, help="rounds of each measurement (default %(default)s)")
     add(
         "--seconds",
@@ -150,7 +155,7 @@ def _startup(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
 
 def _mount(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
     sizes = Sizes(options.scale)
-    return {"series": _json(measure_mounts(disk, options.rounds, sizes, say))}
+    return {"series": _json(measure_mounts(disk, options.rounds, sizes, say, options.rows))}
 
 
 def _counts(options: argparse.Namespace, disk: Path) -> dict[str, Any]:

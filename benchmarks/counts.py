@@ -11,8 +11,9 @@ from pathlib import Path
 
 from benchmarks import places
 from benchmarks.api import Progress
+from benchmarks.load import RELISTED
 from benchmarks.mounts import make_tree
-from benchmarks.places import place
+from benchmarks.places import ours, place
 from benchmarks.processes import line_of, provider, run, run_module, running, scratch
 from benchmarks.strace import EVENTFD, Account, account, traced
 from benchmarks.subjects import BACKENDS, MEMORY, file_config
@@ -107,11 +108,14 @@ def count_mount(directory: Path, say: Progress) -> Counts:
         make_tree(archive, tree)
         load = ["benchmarks.load", "listing", str(mount.path), str(entries)]
         run_module(*load)  # makes the entries
+        again = ["benchmarks.load", "relisted", str(mount.path), str(entries)]
+        run_module(*again)  # makes others, and lists them
         works = {
             "small file made, written, looked at and removed": (["small", files], files),
             "MiB written twice and read three times": (["streams", mib << 20], mib),
             "4 KiB read or written with O_DIRECT": (["direct", files], 2 * files),
             "entry listed with attributes": (["listing", entries], entries),
+            "entry listed again by ls -l": (["relisted", entries], RELISTED * entries),
             "file of a tar archive": ([], tree),
         }
         for name, (words, per) in works.items():
@@ -132,9 +136,28 @@ def count_mount(directory: Path, say: Progress) -> Counts:
     return counts
 
 
+def count_locks(directory: Path, say: Progress) -> Counts:
+    """Messages of one of two mounts to their provider for an uncontended lock."""
+    say("counts: locks of two mounts")
+    pairs, log = 200, directory / "strace"
+    with contextlib.ExitStack() as stack:
+        memory = stack.enter_context(scratch(places.SHM))
+        address, _ = stack.enter_context(provider("tcp", [MEMORY]))
+        one, other = (
+            stack.enter_context(ours(name, address, memory / name, "provider_id=1"))
+            for name in ("one", "other")
+        )
+        for mount in other, one:
+            run_module("benchmarks.load", "locks", mount.path, "1")
+        with traced(log, *one.pids):
+            run_module("benchmarks.load", "locks", one.path, str(pairs))
+    sent = sum(count for (_, _, call), count in account(log).calls.items() if call in _SENDS)
+    return {"mounts of one provider, lock taken and released: messages": sent / pairs}
+
+
 def count(directory: Path, say: Progress) -> Counts:
     """Everything that is counted, rounded so that a committed baseline is readable."""
-    found = count_api(directory, say) | count_mount(directory, say)
+    found = count_api(directory, say) | count_mount(directory, say) | count_locks(directory, say)
     return {name: round(value, 2) for name, value in found.items()}
 
 

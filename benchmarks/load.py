@@ -7,10 +7,12 @@ process's, in the kernel too, and that of the processes PID, which serve the dir
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,8 @@ from benchmarks.usage import cpu_seconds
 
 BLOCK = 1 << 20
 PAGE = 4096
+RELISTED = 5
+"""How many times :func:`relisted` lists."""
 Figures = dict[str, list[float]]
 _pids: list[int] = []
 
@@ -180,9 +184,88 @@ def direct(directory: Path, count: int) -> Figures:
     return {"4 KiB read and write, O_DIRECT": phase.rate(2 * count)}
 
 
+def _timed(call: Callable[[], object], count: int) -> list[float]:
+    """The median and the 99th percentile of *count* calls, microseconds."""
+    samples = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - start) * 1e6)
+    samples.sort()
+    return [percentile(samples, 0.5), percentile(samples, 0.99), 0.0]
+
+
+def _program(*words: str | Path) -> None:
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def sparse(directory: Path, size: int) -> Figures:
+    """``cp --sparse=auto`` of a file of *size* bytes, 1 MiB of which are data; microseconds."""
+    path, copy = directory / "sparse", directory / "copy"
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size // 2)
+        file.write(os.urandom(BLOCK))
+        file.flush()
+        os.fsync(file.fileno())
+    found = _timed(lambda: _program("cp", "--sparse=auto", path, copy), 3)
+    if copy.stat().st_size != size:
+        raise OSError(f"cp copied {copy.stat().st_size} of {size} bytes")
+    path.unlink()
+    copy.unlink()
+    return {"cp of a sparse file": found}
+
+
+def copied(directory: Path, size: int) -> Figures:
+    """``cp`` of a file of *size* bytes without holes; microseconds."""
+    path, copy = directory / "original", directory / "copy"
+    _write_all(path, size, os.O_CREAT)
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    found = _timed(lambda: _program("cp", path, copy), 1)
+    path.unlink()
+    copy.unlink()
+    return {"cp of a file": found}
+
+
+def relisted(directory: Path, count: int) -> Figures:
+    """``ls -l`` of a directory of *count* files, after it was listed once; microseconds."""
+    place = directory / "relisted"
+    if not place.exists():
+        place.mkdir()
+        for number in range(count):
+            (place / f"entry{number:06}").touch()
+        _program("ls", "-l", place)
+    return {"ls -l, again": _timed(lambda: _program("ls", "-l", place), RELISTED)}
+
+
+def links(directory: Path, count: int) -> Figures:
+    """*count* times ``readlink`` of one symbolic link; microseconds."""
+    path = directory / "link"
+    path.unlink(missing_ok=True)
+    path.symlink_to("target")
+    name = str(path)
+    return {"readlink": _timed(lambda: os.readlink(name), count)}
+
+
+def locks(directory: Path, count: int) -> Figures:
+    """*count* times a lock taken by ``flock`` and released; microseconds."""
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    def lock() -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+    found = _timed(lock, count)
+    os.close(fd)
+    return {"lock and unlock": found}
+
+
 WORKLOADS: dict[str, Callable[[Path, int], Figures]] = {
     "streams": streams, "buffered": buffered, "small": small, "listing": listing,
-    "synced": synced, "direct": direct,
+    "synced": synced, "direct": direct, "sparse": sparse, "copied": copied, "relisted": relisted,
+    "links": links, "locks": locks,
 }  # fmt: skip
 
 

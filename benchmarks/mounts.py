@@ -27,6 +27,10 @@ _EVERYWHERE = (
     *_IN_MEMORY, places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE,
     places.OURS_FILE_PASSED, places.OURS_TCP,
 )  # fmt: skip
+_SHARED = (
+    places.TMPFS, places.DISK, places.BINDFS, places.OURS, places.OURS_FILE,
+    places.OURS_FILE_PASSED, places.OURS_PYFUSE3, places.OURS_TCP,
+)  # fmt: skip
 _FIO_SECONDS = 1.5
 
 
@@ -38,6 +42,8 @@ class Sizes:
         files: small files.
         entries: entries of a directory.
         tree: files of a tree.
+        copy: bytes of a file that is copied.
+        calls: calls of what takes a microsecond.
         fio: seconds of a random workload.
     """
 
@@ -46,6 +52,8 @@ class Sizes:
         self.files = max(200, int(5000 * scale))
         self.entries = max(1000, int(100_000 * scale))
         self.tree = max(200, int(5000 * scale))
+        self.copy = max(16, int(256 * scale)) << 20
+        self.calls = max(500, int(5000 * scale))
         self.syncs = max(50, int(500 * scale))
         self.fio = max(0.5, _FIO_SECONDS * min(1.0, scale * 2))
 
@@ -109,7 +117,7 @@ def _untar(archive: Path, files: int) -> Callable[[Place], Figures]:
 def unit(row: str) -> str:
     if row in STREAMS:
         return MB_S
-    if row.startswith("fsync"):
+    if row.startswith(("fsync", "cp ", "ls ", "readlink", "lock ")):
         return MICROSECONDS
     return "ratio" if row.endswith("p99/p50") else PER_S
 
@@ -143,8 +151,13 @@ def _turns(
     return list(found.values())
 
 
-def measure_mounts(disk: Path, rounds: int, sizes: Sizes, say: Progress) -> list[Series]:
-    """Every row at every place that can be made; *disk* is a directory on a disk."""
+def measure_mounts(
+    disk: Path, rounds: int, sizes: Sizes, say: Progress, text: str = ""
+) -> list[Series]:
+    """Every workload with *text* in its name, at every place that can be made.
+
+    *disk* is a directory on a disk.
+    """
     done: list[Series] = []
     with contextlib.ExitStack() as stack:
         memory = stack.enter_context(scratch(places.SHM))
@@ -169,8 +182,15 @@ def measure_mounts(disk: Path, rounds: int, sizes: Sizes, say: Progress) -> list
             ("fsync of 4 KiB",
              (places.DISK, places.OURS_FILE, places.OURS_FILE_EXCLUSIVE, places.OURS_FILE_PASSED),
              _load("synced", sizes.syncs)),
+            ("cp of a sparse file", _SHARED, _load("sparse", sizes.stream)),
+            ("cp of a file", _SHARED, _load("copied", sizes.copy)),
+            ("ls -l, again", _SHARED, _load("relisted", 1000)),
+            ("readlink", _SHARED, _load("links", sizes.calls)),
+            ("lock and unlock", _SHARED, _load("locks", sizes.calls)),
         ]  # fmt: skip
         for title, names, work in works:
+            if text not in title:
+                continue
             done += _turns(title, names, work, rounds, there, say)
         for name, where in there.items():
             if where.pids:

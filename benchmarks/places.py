@@ -92,9 +92,10 @@ def mounted(name: str, path: Path, *command: str | Path) -> Iterator[Place]:
                     os.kill(pid, signal.SIGKILL)
 
 
-def _ours(
+def ours(
     name: str, source: str, path: Path, *options: str
 ) -> contextlib.AbstractContextManager[Place]:
+    """A mount of this project on *path*."""
     log = path.with_suffix(".log")
     words = ",".join((f"log={log}", *options))
     return mounted(
@@ -138,11 +139,11 @@ def place(name: str, memory: Path, disk: Path) -> Iterator[Place]:
             return
         if name == OURS_TCP:
             address, process = stack.enter_context(provider("tcp", [MEMORY]))
-            ours = _ours(name, address, mountpoint, "provider_id=1", *options)
-            found = stack.enter_context(ours)
+            mount = ours(name, address, mountpoint, "provider_id=1", *options)
+            found = stack.enter_context(mount)
             yield Place(name, found.path, (*found.pids, process.pid))
             return
         source_text = "memory:"
         if name in (OURS_FILE, OURS_FILE_EXCLUSIVE, OURS_FILE_PASSED):
             source_text = f"file:{stack.enter_context(scratch(disk))}/target"
-        yield stack.enter_context(_ours(name, source_text, mountpoint, *options))
+        yield stack.enter_context(ours(name, source_text, mountpoint, *options))

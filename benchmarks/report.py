@@ -47,6 +47,8 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
         found += goals.starting(_series(told["series"]), told["idle"])
     if "mount" in results:
         found += goals.mount(goals.table(_series(results["mount"]["series"])))
+    if "counts" in results:
+        found += goals.counted(results["counts"]["counts"])
     return found
 
 
