@@ -11,9 +11,16 @@ from benchmarks.stats import Round, Series
 from benchmarks.subjects import MEMORY
 from benchmarks.usage import cpu_seconds, resident
 
-IMPORTS = ("warabi", "warabi.client", "warabi.server", "warabi.aio", "warabifs.mount.main")
+IMPORTS = (
+    "warabi",
+    "mochi.warabi.client",
+    "warabi.client",
+    "warabi.server",
+    "warabi.aio",
+    "warabifs.mount.main",
+)
 READY = "Engine and Provider ready"
-LIMITS = {"import warabi": 150_000.0, READY: 50_000.0}
+LIMITS = {"import warabi": 150_000.0, "import mochi.warabi.client": 60_000.0, READY: 50_000.0}
 """Goals, in microseconds."""
 
 _IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"

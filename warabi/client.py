@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,11 +34,11 @@ from warabi._core.lock_ranges import (
 )
 from warabi._core.results import RegionStat
 from warabi.engine import Engine, state_of
-from warabi.errors import ConfigError, Exception, PathError, TargetNotFound
+from warabi.errors import ConfigError, Exception, PathError, ProtocolError, TargetNotFound
 from warabi.local.link import DirectLink, Link
 from warabi.protocol import address as _address
 from warabi.protocol import paths
-from warabi.protocol.operations import PAGE
+from warabi.protocol.operations import PAGE, is_unknown
 from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
 from warabi.remote.link import WireLink
@@ -127,6 +128,10 @@ class AsyncCreateRequest(AsyncRequest):
         return region
 
 
+_SEVERAL = 32
+"""Most requests of one call that are under way at a time."""
+_Requests = list[PendingRequest]
+_Item = TypeVar("_Item")
 _Request = TypeVar("_Request", bound=AsyncRequest)
 _Value = TypeVar("_Value")
 
@@ -736,8 +741,7 @@ class TargetHandle:
             StorageFull: there is not enough space.
         """
         view = readable(data, "store_name: data")
-        path, owner = checked_path(path, "store_name"), (os.geteuid(), os.getegid())
-        arguments = (path, mode & 0o7777, *owner, bool(exclusive), bool(persist))
+        arguments = self._store_arguments(path, mode, exclusive, persist)
         stored = self._link.store(arguments, view)
         if stored is not None:
             return stored
@@ -751,6 +755,13 @@ class TargetHandle:
                 self._run(storing.give_up(region))
             raise
 
+    @staticmethod
+    def _store_arguments(
+        path: str, mode: int, exclusive: bool, persist: bool
+    ) -> tuple[str, int, int, int, bool, bool]:
+        path, owner = checked_path(path, "store_name"), (os.geteuid(), os.getegid())
+        return path, mode & 0o7777, *owner, bool(exclusive), bool(persist)
+
     def fetch_name(self, path: str, limit: int = FETCHED) -> tuple[Attributes, bytes | None]:
         """Return the attributes of what is at *path*, with symbolic links followed, and the bytes
         of a region of at most *limit* bytes (64 KiB at most), in one request; None for others,
@@ -760,6 +771,82 @@ class TargetHandle:
             PathError: with ``errno`` ENOENT, ENOTDIR, or ELOOP after 40 symbolic links.
         """
         return self._run(paths.fetch(path, checked_size(limit, "fetch_name: limit")))
+
+    def store_names(
+        self, files: Iterable[tuple[str, Data]], mode: int = 0o644, exclusive: bool = False,
+        persist: bool = False,
+    ) -> Generator[Attributes | Exception, None, None]:  # fmt: skip
+        """Store files as :meth:`store_name` does, with several requests under way at a time.
+
+        Yields for each of the pairs of a path and data, in order, what that returns, or the error
+        that it raises.
+        """
+
+        def start(file: tuple[str, Data]) -> _Requests:
+            path, data = file
+            arguments = self._store_arguments(path, mode, exclusive, persist)
+            return self._link.start_store(arguments, readable(data, "store_names: data"))
+
+        return self._several(
+            files, start, lambda file: self.store_name(*file, mode, exclusive, persist)
+        )
+
+    def fetch_names(
+        self, paths: Iterable[str], limit: int = FETCHED
+    ) -> Generator[tuple[Attributes, bytes | None] | Exception, None, None]:
+        """Fetch files as :meth:`fetch_name` does, with several requests under way at a time.
+
+        Yields for each path, in order, what that returns, or the error that it raises.
+        """
+        limit = checked_size(limit, "fetch_names: limit")
+        return self._several(
+            paths,
+            lambda path: self._link.start("fetch", checked_path(path, "fetch_names"), limit),
+            lambda path: self.fetch_name(path, limit),
+        )
+
+    def _several(
+        self,
+        items: Iterable[_Item],
+        start: Callable[[_Item], _Requests],
+        alone: Callable[[_Item], _Value],
+    ) -> Generator[_Value | Exception, None, None]:
+        """Yield the results, or the errors, of the requests that *start* begins for each item.  An
+        item for which there are none, or not at this provider, is left to *alone*."""
+        under_way: deque[tuple[_Item, _Requests | Exception]] = deque()
+
+        def ended() -> _Value | Exception:
+            item, requests = under_way[0]
+            try:
+                if isinstance(requests, Exception):
+                    return requests
+                if requests:
+                    try:
+                        result: _Value = self._link.finish(requests)
+                    except ProtocolError as error:
+                        if not is_unknown(error):
+                            raise
+                    else:
+                        return result
+                return alone(item)
+            except Exception as error:
+                return error
+            finally:
+                under_way.popleft()
+
+        try:
+            for item in items:
+                if len(under_way) >= _SEVERAL:
+                    yield ended()
+                try:
+                    under_way.append((item, start(item)))
+                except Exception as error:
+                    under_way.append((item, error))
+            while under_way:
+                yield ended()
+        finally:
+            while under_way:  # their data must not be sent any more
+                ended()
 
     def stat_name(self, path: str, follow_symlinks: bool = True) -> Attributes:
         """Return the attributes of what is at *path*: type and permissions (``mode``), size in

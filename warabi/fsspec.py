@@ -424,9 +424,31 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def cat(
         self, path: Any, recursive: bool = False, on_error: str = "raise", **options: Any
     ) -> Any:
+        # Without a trip to fsspec's event loop for each file.
         if isinstance(path, str) and not (recursive or has_magic(path) or on_error != "raise"):
-            return self.cat_file(path, **options)  # without a trip to fsspec's event loop
-        return sync(self.loop, self._cat, path, recursive, on_error, **options)
+            return self.cat_file(path, **options)
+        if options or not isinstance(path, list) or recursive or any(map(has_magic, path)):
+            return sync(self.loop, self._cat, path, recursive, on_error, **options)
+        return self._cat_files(path, on_error)
+
+    def _cat_files(self, paths: list[Any], on_error: str) -> dict[str, Any]:
+        """The contents of many files, with several requests under way at a time."""
+        stripped = list(dict.fromkeys(self._strip_protocol(paths)))
+        contents: dict[str, Any] = {}
+        with contextlib.closing(self.target.fetch_names(stripped)) as results:
+            for path, fetched in zip(stripped, results, strict=True):
+                try:
+                    with _python_errors():
+                        if isinstance(fetched, Exception):
+                            raise fetched
+                        data = fetched[1]
+                        contents[path] = self.cat_file(path) if data is None else data
+                except Exception as error:
+                    if on_error == "raise":
+                        raise
+                    if on_error == "return":
+                        contents[path] = error
+        return contents
 
     @_blocking
     def get_file(
@@ -482,9 +504,22 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         exclusive = mode == "create"
         self._with_parent(path, lambda: self.target.store_name(path, value, exclusive=exclusive))
 
+    @_blocking
     def pipe(self, path: Any, value: Any = None, **options: Any) -> None:
-        for one, data in ({path: value} if isinstance(path, str) else path).items():
-            self.pipe_file(one, data, **options)
+        files = {path: value} if isinstance(path, str) else path
+        if self._intrans or len(files) == 1 or options.keys() - {"mode"}:
+            for one, data in files.items():
+                self.pipe_file(one, data, **options)
+            return
+        files = {self._strip_protocol(one): data for one, data in files.items()}
+        exclusive = options.get("mode") == "create"
+        stored = self.target.store_names(files.items(), exclusive=exclusive)
+        with contextlib.closing(stored):
+            for one, result in zip(files, stored, strict=True):
+                if isinstance(result, errors.PathNotFound) and self.auto_mkdir:
+                    self.pipe_file(one, files[one], **options)
+                elif isinstance(result, Exception):
+                    raise result
 
     @_blocking
     def put_file(

@@ -61,6 +61,8 @@ def test_files_are_stored_and_fetched_by_their_names(target: TargetHandle, size:
     with fails_with(errno.EISDIR):
         target.store_name("/directory", data)
     assert list(target.list()) == [stored.region]
+    results = list(target.store_names([("/1", data), ("/2", data)]))
+    assert list(target.fetch_names(["/1", "/2"])) == [(one, None) for one in results]
 
 
 async def test_a_trio_client_does_so_too(older: Served) -> None:

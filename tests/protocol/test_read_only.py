@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ from warabi.remote.link import WireLink
 from warabi.server import Provider
 
 REGION = RegionID(bytes(15) + b"\1")
+
+
+def _first(results: Iterable[object]) -> None:
+    (result,) = results
+    if isinstance(result, errors.Exception):
+        raise result
+
+
 CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "create": lambda h, r: h.create(1),
     "create_async": lambda h, r: h.create_async(1).wait(),
@@ -39,6 +47,7 @@ CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "write_async": lambda h, r: h.write_async(r, 0, b"x").wait(),
     "create_and_write": lambda h, r: h.create_and_write(b"x"),
     "store_name": lambda h, r: h.store_name("/name", b"x"),
+    "store_names": lambda h, r: _first(h.store_names([("/name", b"x")])),
     "store_name large": lambda h, r: h.store_name("/name", bytes(9 << 20)),
     "create_and_write large": lambda h, r: h.create_and_write(bytes(9 << 20)),
     "create_and_write_async": lambda h, r: h.create_and_write_async(b"x").wait(),
@@ -70,6 +79,7 @@ OPERATION = {
     "create_name": "mknod",
     "makedirs": "mkdir",
     "store_name": "store",
+    "store_names": "store",
     "store_name large": "store",
 }
 """The operation that is refused, if it is called otherwise."""
@@ -81,6 +91,7 @@ def _readlink(handle: TargetHandle) -> None:
 
 
 NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
+    "fetch_names": lambda h, r: _first(h.fetch_names(["/name"])),
     "fetch_name": lambda h, r: h.fetch_name("/name"),
     "read": lambda h, r: h.read(r, 0, 4),
     "read_into": lambda h, r: h.read_into(r, 0, bytearray(4)),

@@ -29,7 +29,7 @@ from tests.support.helpers import (
     pmem_config,
 )
 from warabi import errors
-from warabi.client import Client, RegionID, TargetHandle
+from warabi.client import Attributes, Client, RegionID, TargetHandle
 from warabi.engine import Engine, client, server
 from warabi.errors import WouldBlock
 from warabi.local.link import DirectLink
@@ -877,6 +877,24 @@ def test_a_file_is_stored_and_fetched_by_its_name(
     other = target.store_name(f"{top}/other", data, exclusive=True)
     assert target.stat(other.region).names == [f"{top}/other"]
     assert target.link.call("used") == before + size
+
+
+def test_many_files_are_stored_and_fetched_at_once(target: TargetHandle, top: str) -> None:
+    files = {f"{top}/{i}": pattern(i * 300, i) for i in range(200)}
+    stored = list(target.store_names(files.items(), 0o600))
+    sizes = [one.size for one in stored if isinstance(one, Attributes)]
+    assert sizes == [i * 300 for i in range(200)]
+    fetched = list(target.fetch_names([*files, f"{top}/nothing", top, "nul\0"]))
+    assert fetched[:200] == list(zip(stored, files.values(), strict=True))
+    missing, directory, wrong = fetched[200:]
+    assert isinstance(missing, FileNotFoundError)
+    assert isinstance(directory, tuple)
+    assert directory[1] is None
+    assert isinstance(wrong, errors.PathError)
+    again = target.store_names([(f"{top}/0", b"x"), (f"{top}/new", b"y")], exclusive=True)
+    assert isinstance(next(again), FileExistsError)
+    again.close()  # and what was begun is done
+    assert target.fetch_name(f"{top}/new")[1] == b"y"
 
 
 @pytest.mark.parametrize("size", [100, (4 << 20) + 1])

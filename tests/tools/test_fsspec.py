@@ -126,6 +126,30 @@ def test_reading_of_ranges(way: WarabiFileSystem, top: str) -> None:
             assert file.read(700_000) == data[1_500_000:2_200_000]
 
 
+def test_many_files_at_once(way: WarabiFileSystem, top: str) -> None:
+    sizes = [0, 10, 5000, 70_000, 1 << 20, (4 << 20) + 1] + [100] * 100
+    files = {f"{top}/{i % 7}/{i}": os.urandom(size) for i, size in enumerate(sizes)}
+    way.pipe(files)  # makes the directories
+    assert way.cat(list(files)) == files
+    way.pipe(dict.fromkeys(files, b"new"))
+    assert way.cat(top, recursive=True, on_error="omit") == dict.fromkeys(files, b"new")
+    with pytest.raises(FileExistsError):
+        way.pipe({f"{top}/new": b"", **files}, mode="create")
+    asked = [f"{top}/0/0", f"{top}/nothing", top, f"{top}/1/1"]
+    with pytest.raises(FileNotFoundError):
+        way.cat(asked)
+    assert way.cat(asked, on_error="omit") == {asked[0]: b"new", asked[3]: b"new"}
+    found = way.cat(asked, on_error="return")
+    assert isinstance(found[asked[1]], FileNotFoundError)
+    assert isinstance(found[asked[2]], IsADirectoryError)
+    with pytest.raises(NotADirectoryError):
+        way.pipe({f"{top}/0/0/below": b"", f"{top}/other": b""})
+    with way.transaction:
+        way.pipe({f"{top}/a": b"a", f"{top}/b": b"b"})
+        assert not way.exists(f"{top}/a")
+    assert way.cat([f"{top}/a", f"{top}/b"]) == {f"{top}/a": b"a", f"{top}/b": b"b"}
+
+
 def test_writing_in_blocks_and_appends(way: WarabiFileSystem, top: str) -> None:
     path = f"{top}/file"
     data = os.urandom(500_000)

@@ -24,6 +24,7 @@ FAILING: dict[str, tuple[Callable[[], object], int]] = {
     "mincore": (partial(syscalls.mincore, NOWHERE, 4096), errno.ENOMEM),
     "fallocate": (partial(syscalls.fallocate, CLOSED, 0, 0, 1), errno.EBADF),
     "syncfs": (partial(syscalls.syncfs, CLOSED), errno.EBADF),
+    "is_in_memory": (partial(syscalls.is_in_memory, CLOSED), errno.EBADF),
     "membarrier": (partial(syscalls.membarrier, 1 << 30), errno.EINVAL),
     "io_setup": (partial(syscalls.io_setup, 0), errno.EINVAL),
     "io_destroy": (partial(syscalls.io_destroy, ctypes.c_ulong(1)), errno.EINVAL),
@@ -64,3 +65,12 @@ def test_signals_do_not_end_a_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     finally:
         os.close(fd)
     assert calls == [fd] * 3
+
+
+@pytest.mark.parametrize(("path", "expected"), [("/dev/shm", True), ("/proc", False)])
+def test_which_file_systems_are_in_memory(path: str, expected: bool) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        assert syscalls.is_in_memory(fd) is expected
+    finally:
+        os.close(fd)

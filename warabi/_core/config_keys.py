@@ -3,7 +3,6 @@ unknown keys."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 
 ENGINE = "engine configuration: $"
@@ -39,6 +38,8 @@ def misplaced(config: Mapping[str, object]) -> str | None:
 
 def unknown(key: object, known: Collection[str]) -> str:
     """Return the error message for a *key* that is not in *known*."""
+    import difflib  # for errors only, and slow to import
+
     word = str(key).lower().replace("-", "_")
     meant = [other for other in sorted(known) if other != "insecure"]  # never suggested
     close = difflib.get_close_matches(word, meant, 1) or [

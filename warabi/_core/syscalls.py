@@ -23,6 +23,7 @@ MOUNT_FLAGS = {
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
+_IN_MEMORY = (0x01021994, 0x858458F6)  # f_type of tmpfs and ramfs
 _MS_SYNC = 4
 _PR_SET_PDEATHSIG = 1
 _PTHREAD_PROCESS_SHARED = _PTHREAD_MUTEX_ROBUST = 1
@@ -64,6 +65,7 @@ _msync = _declared("msync", _int, _pointer, _size_t, _int)
 _mincore = _declared("mincore", _int, _pointer, _size_t, _text)
 _fallocate = _declared("fallocate", _int, _int, _int, ctypes.c_int64, ctypes.c_int64)
 _syncfs = _declared("syncfs", _int, _int)
+_fstatfs = _declared("fstatfs", _int, _int, _pointer)
 _mount = _declared("mount", _int, _text, _text, _text, ctypes.c_ulong, _text)
 _umount2 = _declared("umount2", _int, _text, _int)
 _prctl = _declared("prctl", _int, _int, ctypes.c_ulong)
@@ -113,6 +115,13 @@ def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
 def syncfs(fd: int) -> None:
     """Write the whole file system that *fd* is in to stable storage."""
     _uninterrupted(_syncfs, fd)
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether the file system that *fd* is in keeps its files in memory (tmpfs, ramfs)."""
+    found = (ctypes.c_long * 64)()  # a struct statfs, which begins with the type
+    _fstatfs(fd, ctypes.addressof(found))
+    return found[0] in _IN_MEMORY
 
 
 def _by_number(name: str, *arguments: Any) -> int:

@@ -118,6 +118,8 @@ class FileStorage(Storage):
         # Always open, since the kernel reports a write error once to each open descriptor.
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         set_apart(self._root_fd)
+        # tmpfs does not know the flag, and has nothing to wait for.
+        self._nowait = 0 if syscalls.is_in_memory(self._root_fd) else os.RWF_NOWAIT
 
     def path(self, rid: bytes) -> str:
         """Return the path of the region's file."""
@@ -251,7 +253,7 @@ class FileStorage(Storage):
 
     def read_into_nowait(self, rid: RegionID, offset: int, out: memoryview) -> None:
         try:
-            self._read(rid, offset, out, os.RWF_NOWAIT)
+            self._read(rid, offset, out, self._nowait)
         except StorageError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in (errno.EAGAIN, errno.EOPNOTSUPP):

@@ -64,6 +64,8 @@ class Link(Protocol):
         self, region: RegionID, offset: int, place: memoryview
     ) -> list[PendingRequest]: ...
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]: ...
+    def start_store(self, arguments: Sequence[Any], data: memoryview) -> list[PendingRequest]:
+        """The same as :meth:`store`, without waiting; an empty list: use several operations."""
 
     def poll(self, request: PendingRequest) -> None:
         """Update the state of a request without waiting."""
@@ -261,6 +263,11 @@ class DirectLink:
         target = self._core.target
         waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
         return self._start("create_and_write", waits, self._create_and_write, data, persist)
+
+    def start_store(self, arguments: Sequence[Any], data: memoryview) -> list[PendingRequest]:
+        target, persist = self._core.target, arguments[OPERATIONS["store"].position["persist"]]
+        waits = target.write_waits or (persist and target.blocking) or self._core.changes.frozen
+        return self._interruptible(self._start, "store", waits, self._store, arguments, data)
 
     def _start(
         self, what: str, waits: bool, call: Callable[..., Any], *arguments: Any

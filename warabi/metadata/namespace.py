@@ -152,34 +152,38 @@ class Namespace(Tree):
 
     def _resolve(self, path: str, parts: list[bytes], follow: bool, steps: float) -> Attributes:
         with self._guard.lock, self._guard.checked:
-            root = self.get(ROOT)
-            above, left, links = [root], parts[::-1], 0
-            while left:
-                steps -= 1
-                if steps < 0:
-                    raise Lengthy
-                name = left.pop()
-                directory = above[-1]
-                if not stat.S_ISDIR(directory.mode):
-                    raise path_error(
-                        errno.ENOTDIR, f"{path}: a component of the path is not a directory"
-                    )
-                if name == b"..":
-                    above = above[:-1] or [root]
-                    continue
-                found = self.find(directory, name)
-                if found is None:
-                    raise path_error(errno.ENOENT, f"{path}: no such file or directory")
-                if found.target is None or not (left or follow):
-                    above.append(found)
-                    continue
-                links += 1
-                if links > LINKS:
-                    raise path_error(errno.ELOOP, f"{path}: too many symbolic links")
-                if found.target.startswith(b"/"):
-                    above = [root]
-                left += _components(found.target)[::-1]
-            return above[-1].attributes()
+            return self._walk(path, parts, follow, steps).attributes()
+
+    def _walk(self, path: str, parts: list[bytes], follow: bool, steps: float) -> Inode:
+        """Return the inode at *path*, after *steps* components at most; the guard is held."""
+        root = self.get(ROOT)
+        above, left, links = [root], parts[::-1], 0
+        while left:
+            steps -= 1
+            if steps < 0:
+                raise Lengthy
+            name = left.pop()
+            directory = above[-1]
+            if not stat.S_ISDIR(directory.mode):
+                raise path_error(
+                    errno.ENOTDIR, f"{path}: a component of the path is not a directory"
+                )
+            if name == b"..":
+                above = above[:-1] or [root]
+                continue
+            found = self.find(directory, name)
+            if found is None:
+                raise path_error(errno.ENOENT, f"{path}: no such file or directory")
+            if found.target is None or not (left or follow):
+                above.append(found)
+                continue
+            links += 1
+            if links > LINKS:
+                raise path_error(errno.ELOOP, f"{path}: too many symbolic links")
+            if found.target.startswith(b"/"):
+                above = [root]
+            left += _components(found.target)[::-1]
+        return above[-1]
 
     def open_name(self, path: str) -> RegionID:
         """Return the region at *path*; ENOENT, ENOTDIR, EISDIR, or EINVAL if it is not a region."""
@@ -192,7 +196,7 @@ class Namespace(Tree):
     def link_name(self, region: RegionID, path: str) -> None:
         """Give *region* the name *path*, in an existing directory; EEXIST if the name exists."""
         with about("link_name", path):
-            parent, name = self.split(path)
+            parent, name = self._split(path)
             with self._guard.lock, self._guard.checked:
                 ino = self._region(region, "link_name", path).ino
             self.link(ino, parent, name)
@@ -200,17 +204,22 @@ class Namespace(Tree):
     def unlink_name(self, path: str) -> None:
         """Remove the name *path*; removing its last name erases a region."""
         with about("unlink_name", path):
-            self.unlink(*self.split(path))
+            self.unlink(*self._split(path))
 
-    def split(self, path: str) -> tuple[int, bytes]:
-        """Return the inode of the directory that *path* is in, and its last component."""
+    def _split(self, path: str) -> tuple[int, bytes]:
+        return self._regions.patiently(partial(self._split_guarded, path))
+
+    def _split_guarded(self, path: str, steps: float) -> tuple[int, bytes]:
+        with self._guard.lock, self._guard.checked:
+            return self.split(path, steps)
+
+    def split(self, path: str, steps: float) -> tuple[int, bytes]:
+        """Return the inode of the directory that *path* is in, and its last component; the guard is
+        held.  Raises ``Lengthy`` after *steps* directories."""
         parts = _parts(path)
         if not parts:
             raise path_error(errno.EISDIR, f"{path!r}: the root directory")
-        if len(parts) == 1:
-            return ROOT, parts[0]
-        resolve = partial(self._resolve, path, parts[:-1], True)
-        return self._regions.patiently(resolve).ino, parts[-1]
+        return self._walk(path, parts[:-1], True, steps).ino, parts[-1]
 
     def publish(self, region: RegionID, path: str, exclusive: bool) -> Attributes:
         """Give *region*, which has no name yet, the name *path*, in an existing directory.
@@ -219,7 +228,7 @@ class Namespace(Tree):
         it is an error (EEXIST).
         """
         with about("publish", path):
-            parent, name = self.split(path)
+            parent, name = self._split(path)
             with self._guard.lock, self._guard.checked:
                 inode = self._region(region, "publish", path)
                 attributes = self.give_name(inode, parent, name, exclusive)

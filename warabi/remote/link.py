@@ -8,7 +8,7 @@ from typing import Any
 
 from warabi import errors
 from warabi._core import interrupts
-from warabi._core.attributes import Attributes
+from warabi._core.attributes import FETCHED, Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi.local.link import CREATE, finished, wait_all
@@ -49,9 +49,12 @@ class WireLink:
         request: PendingRequest,
         arguments: Sequence[Any],
         data: memoryview | None = None,
+        eager_size: int | None = None,
     ) -> None:
         payload = eager = None
-        if data is not None and len(data) <= min(self.eager_write, connection.limits.header // 2):
+        if eager_size is None:
+            eager_size = self.eager_write
+        if data is not None and len(data) <= min(eager_size, connection.limits.header // 2):
             eager = bytes(data)
         elif data is not None:
             payload = data
@@ -338,7 +341,7 @@ class WireLink:
         data: memoryview,
     ) -> None:
         request = self._new(requests, "store", buffers=data)
-        self._submit(connection, request, arguments, data)
+        self._submit(connection, request, arguments, data, max(self.eager_write, FETCHED))
 
     def start_create_and_write(self, data: memoryview, persist: bool) -> list[PendingRequest]:
         if len(data) <= self._connect().limits.payload:
@@ -347,6 +350,11 @@ class WireLink:
             )
         region = interrupts.creating(lambda: self._create_large(data, persist), self._erase)
         return [finished("create_and_write", region)]
+
+    def start_store(self, arguments: Sequence[Any], data: memoryview) -> list[PendingRequest]:
+        if len(data) > self._connect().limits.payload:
+            return []
+        return self._begun(self._store, arguments, data)
 
     def poll(self, request: PendingRequest) -> None:
         request.connection.guarded((), request.connection.poll)

@@ -13,6 +13,7 @@ from typing import Any
 from warabi._core.attributes import FETCHED, Attributes
 from warabi._core.buffers import readable
 from warabi.errors import InvalidRegion
+from warabi.metadata.inode import Inode
 from warabi.metadata.namespace import about
 from warabi.target.state import LOOPS
 from warabi.target.target import Target
@@ -39,11 +40,16 @@ def store(
     target.creation.check_fits(len(view))
     names, guard = target.namespace, target.state.guard
     with about("store", path):
-        parent, name = names.split(path)
-        with guard.lock, guard.checked:
-            names.check_free(parent, name, exclusive)
-            inode = names.new_unnamed(parent, mode, uid, gid, size=len(view), complete=True)
-            target.locks.enter_new(inode)
+
+        def begun(steps: float) -> tuple[int, bytes, Inode]:
+            with guard.lock, guard.checked:
+                parent, name = names.split(path, steps)
+                names.check_free(parent, name, exclusive)
+                inode = names.new_unnamed(parent, mode, uid, gid, size=len(view), complete=True)
+                target.locks.enter_new(inode)
+                return parent, name, inode
+
+        parent, name, inode = target.state.patiently(begun)
         try:
             if view:
                 target.state.storage.write(inode.rid, 0, view)
