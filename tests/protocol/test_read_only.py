@@ -91,6 +91,7 @@ def _readlink(handle: TargetHandle) -> None:
 
 
 NO_CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
+    "commit": lambda h, r: h.commit(),
     "fetch_names": lambda h, r: _first(h.fetch_names(["/name"])),
     "fetch_name": lambda h, r: h.fetch_name("/name"),
     "read": lambda h, r: h.read(r, 0, 4),
