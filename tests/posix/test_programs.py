@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.support import Mount, line_of, mounting, python, run, watchdog
+from tests.mount.support import Mount, another_python, line_of, mounting, python, run, watchdog
 from tests.posix.support import KINDS, NOBODY, directory, file, make, mode_of
 from warabifs.frontends.base import Ability
 
@@ -300,6 +300,91 @@ print("ok")
 
 def test_lmdb_stores_by_writes_and_by_a_shared_mapping(where: Path) -> None:
     assert python(LMDB, where / "data") == "ok\n"
+
+
+DUCKDB = """
+import sys
+import duckdb
+
+with duckdb.connect(sys.argv[1], config={"threads": 2}) as db:
+    db.execute("CREATE TABLE t AS SELECT i, i % 97 AS k, 'old' AS v FROM range(100000) r(i)")
+    db.execute("CHECKPOINT")
+    db.execute("BEGIN")
+    db.execute("DELETE FROM t WHERE k < 10")
+    db.execute("ROLLBACK")
+    db.execute("UPDATE t SET v = 'new' WHERE k = 5")
+    db.execute(f"COPY t TO '{sys.argv[1]}.parquet'")
+    print("copied", flush=True)
+    number = 0
+    while True:
+        db.execute("INSERT INTO t VALUES (-1, 0, repeat('x', 2000))")
+        number += 1
+        print(number, flush=True)
+"""
+
+DUCKDB_FOUND = """
+import sys
+import duckdb
+
+with duckdb.connect(sys.argv[1]) as db:
+    (added,) = db.execute("SELECT count(*) FROM t WHERE i < 0").fetchone()
+    db.execute("DELETE FROM t WHERE i < 0")
+    db.execute("CHECKPOINT")
+with duckdb.connect(sys.argv[1], read_only=True) as db:
+    counted = db.execute("SELECT count(*), count(DISTINCT k), sum(i) FROM t").fetchone()
+    assert counted == (100000, 97, 4999950000), counted
+    assert db.execute("SELECT count(*) FROM t WHERE v = 'new'").fetchone() == (1031,)
+    different = f"SELECT * FROM t EXCEPT SELECT * FROM '{sys.argv[1]}.parquet'"
+    assert db.execute(different).fetchall() == []
+print(added)
+"""
+
+
+def test_duckdb_keeps_what_it_committed_before_it_was_killed(where: Path) -> None:
+    path = where / "data.duckdb"
+    with another_python(DUCKDB, path) as process:
+        while line_of(process) != "30":
+            pass
+        second = run(sys.executable, "-c", DUCKDB_FOUND, path, check=False)
+        assert "Could not set lock" in second.stderr  # the first one's is seen
+    assert int(python(DUCKDB_FOUND, path)) >= 30
+
+
+GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")
+
+
+def test_git_rebases_stashes_and_keeps_worktrees(where: Path) -> None:
+    repository, tree, clone = where / "repository", where / "tree", where / "clone"
+
+    def git(*words: str | Path, inside: Path = repository) -> str:
+        return run(*GIT, "-C", inside, *words).stdout
+
+    def commit(name: str, inside: Path = repository) -> None:
+        file(inside / name, f"{name}\n".encode() * 1000)
+        git("add", name, inside=inside)
+        git("commit", "-q", "-m", name, inside=inside)
+
+    run("git", "init", "-q", "-b", "main", repository)
+    commit("a")
+    commit("b")
+    git("worktree", "add", "-q", "-b", "topic", tree, "main~1")
+    commit("c", tree)
+    commit("d", tree)
+    git("rebase", "-q", "main", inside=tree)
+    file(repository / "a", b"changed\n")
+    git("stash", "-q")
+    git("merge", "-q", "topic")
+    git("stash", "pop", "-q")
+    assert git("status", "--porcelain") == " M a\n"
+    git("commit", "-q", "-a", "-m", "changed")
+    git("worktree", "move", tree, where / "moved")
+    git("worktree", "remove", where / "moved")
+    run("git", "clone", "-q", repository, clone)  # with hard links
+    git("gc", "-q", "--prune=now")
+    for each in repository, clone:
+        assert git("fsck", "--strict", "--no-dangling", inside=each) == ""
+        assert git("log", "--format=%s", inside=each).split() == ["changed", *"dcba"]
+        assert git("status", "--porcelain", inside=each) == ""
 
 
 @pytest.mark.needs(Ability.SEEK_DATA)
