@@ -94,6 +94,11 @@ DUMP_PATIENCE = 2.0
 any step of a task takes that is no fault."""
 REPORT_PATIENCE = 1.0
 """Seconds in which a target has to answer a report of a mount: reading statistics never hangs."""
+HTTP_PATIENCE = 10.0
+"""Seconds for a request to the server of metrics and the status page: many times what a scrape of a
+busy process takes, and a peer that sends slowly does not keep a thread for long."""
+HTTP_TURN = 0.5
+"""Seconds after which that server looks whether to end connections, or itself."""
 LOOP_HOLD = 0.25
 """Default seconds after which a held loop is reported: every request of the loop waits for that
 long."""

@@ -199,6 +199,11 @@ class ProviderLoop:
             raise errors.ProviderNotFound(f"no provider {provider_id} at {self.endpoint}") from None
 
     @property
+    def security(self) -> Security:
+        """What is required of peers."""
+        return self._security
+
+    @property
     def token(self) -> trio.lowlevel.TrioToken:
         """By which other threads reach the loop."""
         assert self._token is not None  # it has started

@@ -20,7 +20,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import trio
 
@@ -33,7 +33,8 @@ from warabi._core.tuning import MOUNT_ANSWER, MOUNT_PATIENCE
 from warabi.backends.memory_budget import physical_memory
 from warabi.errors import ConfigError, Exception, PermissionDenied
 from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog, state_dump
-from warabi.protocol.auth import config_of
+from warabi.monitoring import monitored
+from warabi.protocol.auth import config_of, from_config
 from warabi.target import opening
 from warabi.target.state import LOOPS
 from warabi.target.target import Target
@@ -436,7 +437,10 @@ async def _mount_and_serve(
                     Watchdog(number, identity(number)),
                     state_dump.at_signal(report.own, lambda: {"the mount": token}),
                 ):
-                    async with trio.open_nursery() as nursery:
+                    async with (
+                        _monitored(report, options),
+                        trio.open_nursery() as nursery,
+                    ):
                         nursery.start_soon(
                             _end_on_signal, signals, mountpoint, follower, device, front
                         )
@@ -448,6 +452,8 @@ async def _mount_and_serve(
                             await front.serve()
                         unmount = False  # the kernel ended the session: already unmounted
                         nursery.cancel_scope.cancel()
+            except Exception:
+                raise
             except (ValueError, TimeoutError) as error:
                 raise ConfigError(f"mount point {mountpoint}: this kernel: {error}") from error
             finally:
@@ -465,6 +471,24 @@ async def _mount_and_serve(
     except Exception as error:
         return error
     return None
+
+
+@asynccontextmanager
+async def _monitored(report: MountReport, options: Options) -> AsyncIterator[None]:
+    """Serve metrics, if asked for, during the block."""
+    token = trio.lowlevel.current_trio_token()
+
+    def make() -> dict[str, Any]:
+        return trio.from_thread.run(report.make, trio_token=token)
+
+    security = from_config(config_of(options.security))
+    serving = monitored(make, security, metrics=options.metrics, spelling="option {}=")
+    await trio.to_thread.run_sync(serving.__enter__)
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(serving.__exit__, None, None, None)
 
 
 def _locks(alone: bool, options: Options) -> frozenset[str]:

@@ -47,6 +47,7 @@ class Options:
     log_file: str = ""
     log_format: str = "text"
     stats: str = ".stats"
+    metrics: str | None = None
     security: dict[str, str] = field(
         default_factory=dict
     )  # as warabi.protocol.auth.config_of takes it
@@ -256,6 +257,9 @@ OPTIONS: dict[str, _Option] = {
     "log_format": _Option(
         _log_format, "how messages are logged: text (default), or json, an object in each line",
         "FORMAT",
+    ),
+    "metrics": _Option(
+        _text("metrics"), "serve metrics for Prometheus there, at /metrics", "HOST:PORT"
     ),
     "stats": _Option(
         _stats, "name of the file in the root directory that reports the mount's counters, and is"

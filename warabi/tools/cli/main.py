@@ -92,6 +92,8 @@ main.add_command(stats)
 @click.option("-a", "--address", default="na+sm", show_default=True, help="Where to listen.")
 @click.option("--address-file", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the address to FILE while serving.")  # fmt: skip
+@click.option("--metrics", metavar="HOST:PORT",
+              help="Serve metrics for Prometheus there, at /metrics.")  # fmt: skip
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True,
               help="How messages are written to standard error.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
@@ -104,6 +106,7 @@ def serve(
     address_file: Path | None,
     target: str | None,
     provider_id: int | None,
+    metrics: str | None,
     log_format: str,
     **security: Any,
 ) -> None:
@@ -120,6 +123,7 @@ def serve(
     from warabi._core import descriptors
     from warabi.engine import state_of
     from warabi.eventloop import gc_pauses, state_dump
+    from warabi.monitoring import monitored
 
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG or --target")
@@ -139,6 +143,7 @@ def serve(
         loop = state_of(server.engine).runtime
         assert loop is not None  # it serves
         stack.enter_context(state_dump.at_signal(loop.report, lambda: {"the engine": loop.token}))
+        stack.enter_context(monitored(loop.report, loop.security, metrics=metrics))
         server.engine.on_finalize(ending.come)
         echo(str(server.address))
         service.notify("READY=1")
