@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import io
 import os
 import re
 import stat
@@ -25,7 +26,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.asyn import AbstractAsyncStreamedFile, AsyncFileSystem, sync
 from fsspec.callbacks import DEFAULT_CALLBACK
 from fsspec.core import has_magic
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
@@ -36,6 +37,7 @@ from warabi._core import extras, forks
 from warabi._core.attributes import FETCHED, Attributes
 from warabi.client import Client, RegionID, TargetHandle
 from warabi.engine import Engine, client, server, state_of
+from warabi.protocol import paths
 
 if TYPE_CHECKING:
     from warabi.server import Provider  # needs the extra `server`
@@ -478,7 +480,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def publish(self, region: RegionID, path: str, exclusive: bool) -> None:
         """Give *region* the name *path*; erases it if that fails."""
         try:
-            self._with_parent(
+            self.with_parent(
                 path, lambda: self.target.link_name(region, path, replace=not exclusive)
             )
         except BaseException:
@@ -486,23 +488,32 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
                 self.target.erase(region)
             raise
 
-    def _with_parent(self, path: str, make: Callable[[], Any]) -> None:
+    def with_parent(self, path: str, make: Callable[[], _T]) -> _T:
+        """Return what *make* returns, which makes a file at *path*, after making the directories
+        that are missing."""
         try:
-            make()
+            return make()
         except errors.PathNotFound:
             if not self.auto_mkdir:
                 raise
             self.target.makedirs(self._parent(path), exist_ok=True)
-            make()
+            return make()
+
+    def store(self, path: str, data: Any, exclusive: bool) -> None:
+        """Make or replace the file at *path*, in one step."""
+        self.with_parent(path, lambda: self.target.store_name(path, data, exclusive=exclusive))
+
+    @staticmethod
+    def store_arguments(path: str, exclusive: bool) -> tuple[Any, ...]:
+        """The arguments of the operation ``store`` for a new file."""
+        return path, 0o644, os.geteuid(), os.getegid(), exclusive, False
 
     @_blocking
     def pipe_file(self, path: str, value: Any, mode: str = "overwrite", **options: Any) -> None:
         if self._intrans:
             AbstractFileSystem.pipe_file(self, path, value, mode=mode, **options)
             return
-        path = self._strip_protocol(path)
-        exclusive = mode == "create"
-        self._with_parent(path, lambda: self.target.store_name(path, value, exclusive=exclusive))
+        self.store(self._strip_protocol(path), value, mode == "create")
 
     @_blocking
     def pipe(self, path: Any, value: Any = None, **options: Any) -> None:
@@ -569,7 +580,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         if path2.endswith("/") or self.isdir(into):
             into = f"{into.rstrip('/')}/{source.rpartition('/')[2]}"
         self.target.stat_name(source, follow_symlinks=False)  # or its directory would be made
-        self._with_parent(into, lambda: self.target.rename(source, into))
+        self.with_parent(into, lambda: self.target.rename(source, into))
 
     @_blocking
     def rm_file(self, path: str) -> None:
@@ -631,7 +642,7 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         try:
             found = self.target.stat_name(path)
         except errors.PathNotFound:
-            self._with_parent(path, lambda: self.target.create_name(path))
+            self.with_parent(path, lambda: self.target.create_name(path))
             return
         if truncate:
             self.target.resize(found.region, 0)
@@ -646,10 +657,12 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
         autocommit: bool = True,
         cache_options: dict[str, Any] | None = None,
         **options: Any,
-    ) -> WarabiFile:
+    ) -> WarabiFile | io.BufferedRandom:
         if mode == "xb" and self.exists(path):
             raise errors.path_error(errno.EEXIST, f"open {path}: File exists")
         with _python_errors():
+            if mode == "r+b":
+                return io.BufferedRandom(_Updated(self, path))
             return WarabiFile(
                 self,
                 path,
@@ -659,6 +672,17 @@ class WarabiFileSystem(AsyncFileSystem):  # type: ignore[misc]
                 cache_options=cache_options,
                 **options,
             )
+
+    async def open_async(self, path: str, mode: str = "rb", **options: Any) -> WarabiStream:
+        """Open a file that coroutines read (``rb``) or write (``wb``, ``xb``, ``ab``)."""
+        if mode not in ("rb", "wb", "xb", "ab") or options.get("compression"):
+            raise ValueError(f"open_async: expected rb, wb, xb or ab, uncompressed, got {mode!r}")
+        if mode == "rb":
+            options.setdefault("cache_type", "none")
+        path = self._strip_protocol(path)
+        file = await asyncio.to_thread(self._open, path, mode, **options)
+        assert isinstance(file, WarabiFile)
+        return WarabiStream(file)
 
     _info = _in_thread("info")
     _ls = _in_thread("ls")
@@ -688,12 +712,13 @@ def _elsewhere(
 class WarabiFile(AbstractBufferedFile):  # type: ignore[misc]
     """A file that is read through fsspec's caches, or written in blocks.
 
-    A new file is a region without a name until it is committed; an append changes the region that
-    is there, at each flush.
+    A new file of one block is stored by one call, and a larger one is a region without a name until
+    it is committed; an append changes the region that is there, at each flush.
     """
 
     def __init__(self, fs: WarabiFileSystem, path: str, mode: str, *rest: Any, **more: Any) -> None:
         self._region: RegionID | None = None
+        self._storing: paths.Storing | None = None
         self._appends = mode == "ab" and fs.exists(path)
         if mode == "rb" or self._appends:
             self._region, size = fs.region(path)
@@ -703,42 +728,156 @@ class WarabiFile(AbstractBufferedFile):  # type: ignore[misc]
         if self._appends:
             self.loc = size
 
+    def _run(self, steps: paths.Steps[_T]) -> _T:
+        return paths.run(self.fs.target.link.call, steps)
+
     @_blocking
     def _fetch_range(self, start: int, end: int) -> bytes:
         assert self._region is not None
         data: bytes = self.fs.target.read(self._region, start, max(0, min(end, self.size) - start))
         return data
 
-    @_blocking
-    def _initiate_upload(self) -> None:
-        if not self._appends:
-            self._region = self.fs.target.create(0)
+    def _begin(self) -> RegionID:
+        storing = paths.Storing(self.fs.store_arguments(self.path, self.mode == "xb"), 0)
+        region: RegionID = self.fs.with_parent(self.path, lambda: self._run(storing.begin()))
+        self._region, self._storing = region, storing
+        return region
 
     @_blocking
     def _upload_chunk(self, final: bool = False) -> bool:
-        assert self._region is not None
         target: TargetHandle = self.fs.target
         with self.buffer.getbuffer() as data:
             if self._appends:
+                assert self._region is not None
                 for start in range(0, len(data), _PIECE):
                     target.append(self._region, data[start : start + _PIECE])
+            elif self._region is None and final and self.autocommit:
+                self.fs.store(self.path, data, self.mode == "xb")
+                return True
             elif data:
-                target.resize(self._region, self.offset + len(data))
-                target.write(self._region, self.offset, data)
-        if final and self.autocommit:
-            self.commit()
+                region = self._region or self._begin()
+                target.resize(region, self.offset + len(data))
+                target.write(region, self.offset, data)
+        if final:
+            self._region = self._region or self._begin()  # an empty one
+            if self.autocommit:
+                self.commit()
         return True
 
     @_blocking
     def commit(self) -> None:
         """Give the file its name."""
-        if self._region is not None and not self._appends:
-            self.fs.publish(self._region, self.path, self.mode == "xb")
-            self._region = None
+        if self._storing is not None and self._region is not None:
+            try:
+                self._run(self._storing.end(self._region))
+            except BaseException:
+                self.discard()
+                raise
+            self._region = self._storing = None
 
     @_blocking
     def discard(self) -> None:
         """Throw away what was written, but not what was appended."""
-        if self._region is not None and not self._appends:
-            self.fs.target.erase(self._region)
-            self._region = None
+        if self._storing is not None and self._region is not None:
+            with contextlib.suppress(errors.Exception):
+                self._run(self._storing.give_up(self._region))
+            self._region = self._storing = None
+
+
+class _Updated(io.RawIOBase):
+    """An existing file that is read and changed in place, without buffers."""
+
+    def __init__(self, fs: WarabiFileSystem, path: str) -> None:
+        super().__init__()
+        self.name = path
+        self._target = fs.target
+        self._region, _ = fs.region(path)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    writable = seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_CUR:
+            offset += self._at
+        elif whence == os.SEEK_END:
+            offset += self._size()
+        if offset < 0:
+            raise OSError(errno.EINVAL, f"{self.name}: seek to {offset}")
+        self._at = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._at
+
+    @_blocking
+    def _size(self) -> int:
+        return self._target.size(self._region)
+
+    @_blocking
+    def readinto(self, buffer: Any) -> int:
+        with memoryview(buffer).cast("B") as view:
+            count = max(0, min(len(view), self._size() - self._at))
+            self._target.read_into(self._region, self._at, view[:count])
+        self._at += count
+        return count
+
+    @_blocking
+    def write(self, data: Any) -> int:
+        with memoryview(data).cast("B") as view:
+            self._target.link.write(self._region, self._at, view, False, True)
+            self._at += len(view)
+            return len(view)
+
+    @_blocking
+    def truncate(self, size: int | None = None) -> int:
+        size = self._at if size is None else size
+        self._target.resize(self._region, size)
+        return size
+
+
+class WarabiStream(AbstractAsyncStreamedFile):  # type: ignore[misc]
+    """A file that is read or written from start to end by the coroutines of an asyncio program.
+
+    Like every coroutine here these run blocking calls in threads, one at a time.
+    """
+
+    def __init__(self, file: WarabiFile) -> None:
+        self.file = file
+        self.path, self.mode, self.fs = file.path, file.mode, file.fs
+        self.size = file.size if file.mode == "rb" else None
+
+    @property
+    def loc(self) -> int:
+        """The offset of the next byte."""
+        offset: int = self.file.tell()
+        return offset
+
+    @property
+    def closed(self) -> bool:
+        closed: bool = self.file.closed
+        return closed
+
+    async def read(self, length: int | None = -1) -> bytes:
+        length = -1 if length is None else length
+        data: bytes = await asyncio.to_thread(self.file.read, length)
+        return data
+
+    async def write(self, data: Any) -> int:
+        count: int = await asyncio.to_thread(self.file.write, data)
+        return count
+
+    async def flush(self, force: bool = False) -> None:
+        await asyncio.to_thread(self.file.flush, force)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.file.close)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None or self.mode == "rb":
+            await self.close()
+        else:  # what was written so far is no file
+            await asyncio.to_thread(self.file.discard)
+            self.file.closed = True

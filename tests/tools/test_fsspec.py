@@ -170,6 +170,50 @@ def test_writing_in_blocks_and_appends(way: WarabiFileSystem, top: str) -> None:
     assert way.size(path) == 0
 
 
+def test_files_are_changed_in_place(way: WarabiFileSystem, top: str) -> None:
+    path = f"{top}/file"
+    with pytest.raises(FileNotFoundError):
+        way.open(path, "r+b")
+    way.pipe(path, b"0123456789" * 1000)
+    region = way.region(path)[0]
+    with way.open(path, "r+b") as file:
+        assert file.read(5) == b"01234"
+        file.write(b"-----")
+        assert file.read(3) == b"012"
+        file.seek(0, os.SEEK_END)
+        assert file.tell() == 10_000
+        file.write(b"end")
+        file.seek(-5, os.SEEK_END)
+        assert file.read() == b"89end"
+    assert way.cat_file(path, 0, 12) == b"01234-----01"
+    with way.open(path, "r+b") as file:
+        file.truncate(4)
+        file.seek(6)
+        file.write(b"x")
+    assert way.cat(path) == b"0123\0\0x"
+    assert way.region(path)[0] == region
+    with way.open(path, "r+") as text:
+        assert text.read(4) == "0123"
+
+
+def test_files_of_several_blocks_take_their_names_when_they_are_whole(
+    way: WarabiFileSystem, top: str
+) -> None:
+    before = len(list(way.target.list()))
+    for size in (0, 10, 200_000):
+        path, data = f"{top}/{size}/file", os.urandom(size)
+        with way.open(path, "xb", block_size=65536) as file:
+            file.write(data)
+            assert not way.exists(path)
+        assert way.cat(path) == data
+        with pytest.raises(FileExistsError):
+            way.open(path, "xb")
+        with way.transaction, way.open(path, "wb", block_size=65536) as file:
+            file.write(data[::-1])
+        assert way.cat(path) == data[::-1]
+    assert len(list(way.target.list())) == before + 3
+
+
 def test_transactions(way: WarabiFileSystem, top: str) -> None:
     way.pipe(f"{top}/a", b"old")
     before = len(list(way.target.list()))
@@ -239,6 +283,23 @@ def test_coroutines_and_pickles(way: WarabiFileSystem, top: str) -> None:
         await fs._pipe_file(f"{top}/async", b"data")
         assert await fs._cat_file(f"{top}/async") == b"data"
         assert [one["size"] for one in await fs._ls(top)] == [4]
+        async with await fs.open_async(f"{top}/streamed", "wb", block_size=65536) as stream:
+            for _ in range(10):
+                await stream.write(bytes(20_000))
+            assert not await fs._exists(f"{top}/streamed")
+        async with await fs.open_async(f"{top}/streamed") as stream:
+            assert (stream.size, len(await stream.read(150_000))) == (200_000, 150_000)
+            assert (await stream.read(), stream.loc) == (bytes(50_000), 200_000)
+        with pytest.raises(RuntimeError):
+            async with await fs.open_async(f"{top}/streamed", "wb", block_size=65536) as stream:
+                await stream.write(b"x" * 100_000)
+                raise RuntimeError
+        assert await fs._cat_file(f"{top}/streamed", 0, 3) == bytes(3)
+        with pytest.raises(FileNotFoundError):
+            await fs.open_async(f"{top}/nothing")
+        with pytest.raises(ValueError, match="'r'"):
+            await fs.open_async(f"{top}/streamed", "r")
+        await fs._rm_file(f"{top}/streamed")
         assert await fs._find(top) == [f"{top}/async"]
         options = {**fs.storage_options, "asynchronous": True}
         alone = WarabiFileSystem(*fs.storage_args, **options)  # without fsspec's own loop

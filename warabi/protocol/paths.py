@@ -188,7 +188,8 @@ class Storing:
                 parent, _ = yield from _entry(self._path, errno.EISDIR)
                 mode = stat.S_IFREG | self._mode
                 self._made = yield "tmpfile", parent, False, mode, self._uid, self._gid, 0
-                yield "resize", self._made.region, self._size
+                if self._size:
+                    yield "resize", self._made.region, self._size
                 return self._made.region
             except ProtocolError as error:
                 if not is_unknown(error):
