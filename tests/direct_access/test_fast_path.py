@@ -205,7 +205,7 @@ def test_compiled_and_python_access_have_the_same_members() -> None:
             for m in (COMPILED, PURE)
         ]
         # What is an attribute of each object in Python is a member of the type in C.
-        of_objects = {"grants", "table", "usable", "writable"}
+        of_objects = {"grants", "in_memory", "table", "usable", "writable"}
         in_python = {"entry", "keeper", "view"}
         assert found[0] - of_objects == found[1] - in_python
 

@@ -20,10 +20,12 @@ from tests.support.helpers import (
     Served,
     file_config,
     pattern,
+    pmem_config,
     provider_process,
     python_process,
 )
 from warabi import errors
+from warabi._core import syscalls
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
 from warabi.region import RegionID
@@ -31,6 +33,7 @@ from warabi.region import RegionID
 CONFIGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "memory": lambda path: MEMORY,
     "file": file_config,
+    "pmem": pmem_config,
 }
 SIZE = 100_000
 
@@ -41,9 +44,9 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
         yield served
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Served]:
-    with provider_process("na+sm", file_config(tmp_path / "target")) as served:
+@pytest.fixture(params=["file", "pmem"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    with provider_process("na+sm", CONFIGS[request.param](tmp_path / "target")) as served:
         yield served
 
 
@@ -138,8 +141,9 @@ def test_a_changed_region_is_persisted_by_the_provider(
         handle.persist(region, 0, 1)
 
 
-def test_it_is_found_after_a_crash(tmp_path: Path) -> None:
-    config = file_config(tmp_path / "target")
+@pytest.mark.parametrize("kind", ["file", "pmem"])
+def test_it_is_found_after_a_crash(kind: str, tmp_path: Path) -> None:
+    config = CONFIGS[kind](tmp_path / "target")
     with provider_process("na+sm", config) as served, Engine("na+sm", client) as engine:
         handle = Client(engine).make_target_handle(served.address, 1)
         region = durable_region(handle)
@@ -151,6 +155,23 @@ def test_it_is_found_after_a_crash(tmp_path: Path) -> None:
         handle = Client(engine).make_target_handle(served.address, 1)
         assert handle.open_name("/name") == region
         assert handle.read(region, 0, SIZE + 5) == bytes(5) + pattern(SIZE)
+
+
+def test_a_small_part_of_a_large_region_is_persisted_alone(
+    files: Served, handle: TargetHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = durable_region(handle, 8 << 20)
+    sync, sizes = syscalls.msync, []
+
+    def record(address: int, size: int) -> None:
+        sizes.append(size)
+        sync(address, size)
+
+    monkeypatch.setattr(syscalls, "msync", record)
+    with stopped(files):
+        handle.write(region, 5000, b"changed", persist=True)
+        handle.persist(region, 0, 8 << 20)
+    assert sizes == [5007 - 4096]
 
 
 def test_a_dead_provider_persists_nothing(served: Served, handle: TargetHandle) -> None:

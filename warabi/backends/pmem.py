@@ -147,7 +147,7 @@ class PmemStorage(FileStorage):
     flushing = Storage.flushing  # not supported: ranges are flushed by mappings
 
     def metadata_durable(self, rid: RegionID) -> bool:
-        return False  # flushing a range is cheaper than syncing the file
+        return super().metadata_durable(rid) and rid not in self._unsettled
 
     def _mapping(self, rid: bytes, fd: int, length: int) -> FlushMapping:
         with self._lock:

@@ -175,6 +175,7 @@ typedef struct {
     uint64_t free; /* a bit for each hazard slot */
     char usable;
     char writable;
+    char in_memory;          /* files are: reading does not wait for a device */
     uint64_t writes;         /* that were marked */
     uint64_t recent[RECENT]; /* a ring of their write_times */
 } Reach;
@@ -252,6 +253,7 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     self->free = ~(uint64_t)0 >> (64 - slots);
     self->writable = (char)writable;
     self->usable = 1;
+    self->in_memory = 0;
     self->grants = PyDict_New();
     return self->grants == NULL ? -1 : 0;
 }
@@ -567,7 +569,8 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
             copy(place->buf, (const char *)grant->view.buf + grant->start + offset, (size_t)size);
             result = DONE;
         } else {
-            result = read_file(grant, place->buf, size, grant->start + offset, wait);
+            result =
+                read_file(grant, place->buf, size, grant->start + offset, wait || self->in_memory);
         }
     }
     bool good = still(self, grant);
@@ -689,6 +692,7 @@ static PyMemberDef reach_members[] = {
     {"table", T_OBJECT_EX, offsetof(Reach, words), READONLY, NULL},
     {"usable", T_BOOL, offsetof(Reach, usable), 0, NULL},
     {"writable", T_BOOL, offsetof(Reach, writable), READONLY, NULL},
+    {"in_memory", T_BOOL, offsetof(Reach, in_memory), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 

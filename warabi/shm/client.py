@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import resource
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from warabi import errors
-from warabi._core import forks
+from warabi._core import forks, syscalls
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.descriptors import limit
 from warabi._core.tuning import CLOSE_PATIENCE, HANDOVER_POLL
@@ -41,6 +42,9 @@ _LARGE = 64 * 1024
 """From this size in bytes on a grant is requested on the first access, not the second."""
 _MOST_GRANTS = 65536
 _MOST_FILES = 16384  # region files that are kept open
+_WHOLE = 4 * 1024 * 1024
+"""Smaller ranges of larger regions are persisted alone: mapping them takes less than what else
+might have to be written."""
 _SPARE_ROOM = 1024 * 1024
 _ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.shm.fast_path"
 """Whether stores become visible in the order that the protocol needs; compiled code has fences."""
@@ -70,6 +74,16 @@ def _mapping(fd: int, size: int, *, writable: bool) -> SharedMapping:
             errno.EINVAL, f"shared memory of {found} bytes, or not sealed, instead of {size} bytes"
         )
     return SharedMapping(fd, size, writable=writable)
+
+
+def _sync_range(fd: int, offset: int, size: int) -> None:
+    """The same as fdatasync(2), of some bytes of a file; no byte is accessed by the mapping."""
+    end, start = offset + size, offset - offset % mmap.PAGESIZE
+    address = syscalls.map_shared(fd, end, mmap.PROT_READ)
+    try:
+        syscalls.msync(address + start, end - start)
+    finally:
+        syscalls.munmap(address, end)
 
 
 class Guest(Reach):
@@ -159,6 +173,8 @@ class Guest(Reach):
         index, version, offset, room, segment, mapped, waits, _ = granted
         if not 0 < index < ENTRIES:
             raise ValueError(f"index {index}")
+        if (not mapped or segment < 0) and not (self._files or self._shared):
+            self.in_memory = syscalls.is_in_memory(descriptors[-1])  # as all files of a target
         if not mapped:
             grant = Grant(index, version, MAX_SIZE, descriptors[-1], bool(waits))
             descriptors.pop()
@@ -241,7 +257,10 @@ class Guest(Reach):
             if self._syncs.setdefault(grant.fd, sync) is not sync:
                 return False
             try:
-                os.fdatasync(grant.fd)
+                if grant.owns and table[entry + 1] > _WHOLE and size < _WHOLE:
+                    _sync_range(grant.fd, offset, size)
+                else:
+                    os.fdatasync(grant.fd)
             except OSError:
                 return False
             del self._syncs[grant.fd]

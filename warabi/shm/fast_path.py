@@ -100,6 +100,7 @@ class Reach:
         table: its words, of 8 bytes.
         usable: whether accesses are allowed.
         writable: as above.
+        in_memory: whether files of regions are, so that reading them never waits for a device.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Reach:
         self.grants: dict[bytes, Grant] = {}
         self.writable = writable
         self.usable = True
+        self.in_memory = False
 
     @property
     def living(self) -> bool:
@@ -265,7 +267,7 @@ class Reach:
             elif grant.fd < 0:
                 copy(place, grant.view[offset : offset + size])
             else:
-                flags = 0 if wait else RWF_NOWAIT
+                flags = 0 if wait or self.in_memory else RWF_NOWAIT
                 # One inline call suffices for most; calling a function would add a tenth to the
                 # time.
                 offset += grant.start
