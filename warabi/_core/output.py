@@ -92,7 +92,10 @@ class Output:
 
 
 @contextmanager
-def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Output]:
+def output(
+    path: str | os.PathLike[str], mode: int | None = None, *, durable: bool = True,
+    mtime_ns: int | None = None,
+) -> Iterator[Output]:  # fmt: skip
     """Write to *path*, or to standard output for ``-``, in the block.
 
     Args:
@@ -100,6 +103,8 @@ def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Ou
         mode: permissions of a new file; the default depends on the umask.  A file that is replaced
             keeps its permissions, extended attributes and, where this process may set them, owner
             and group.
+        durable: whether to return when the file and its name are on stable storage.
+        mtime_ns: the time of the last change of the file, in ns since the epoch; by default now.
 
     Raises:
         ConfigError: a directory, or its parent does not exist; or a database, such as a target's
@@ -133,10 +138,12 @@ def output(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Ou
         finally:
             os.close(stream)
         return
-    with _replacing(Path(place), name, mode) as fd:
+    with _replacing(Path(place), name, mode, durable) as fd:
         out = Output(fd, name, Path(place))
         yield out
         out.flush()
+        if mtime_ns is not None:
+            os.utime(fd, ns=(mtime_ns, mtime_ns))
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, mode: int | None = None) -> Path | None:
@@ -207,7 +214,7 @@ def _stream(path: str) -> int | None:
 
 
 @contextmanager
-def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
+def _replacing(path: Path, name: str, mode: int | None, durable: bool) -> Iterator[int]:
     """Yield a descriptor of a temporary file, which replaces *path* if the block succeeds."""
     with _translated(name):
         try:
@@ -240,12 +247,14 @@ def _replacing(path: Path, name: str, mode: int | None) -> Iterator[int]:
                 _take_over(fd, path, old)
             elif mode is not None:
                 os.fchmod(fd, mode)
-            _sync(fd)
+            if durable:
+                _sync(fd)
             if named or not _link(fd, path):
                 if not named:
                     _link(fd, part)
                 os.replace(part, path)
-            _sync_directory(path.parent)
+            if durable:
+                _sync_directory(path.parent)
     finally:
         if fd >= 0:
             os.close(fd)

@@ -12,14 +12,15 @@ from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError
 from warabi.local.link import DirectLink, Link
 from warabi.protocol.auth import config_of
+from warabi.tools.location import parse
 
 if TYPE_CHECKING:
     from warabi.target.target import Target
 
 
-def is_address(text: str) -> bool:
-    """Whether *text* is the address of an engine rather than a path."""
-    return "://" in text
+def is_served(where: str) -> bool:
+    """Whether *where* leads to a target that an engine serves."""
+    return bool(parse(where).address)
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def made_or_reached(
     """The same as :func:`reached`, but creates a missing target at a path, and removes it again if
     the block fails.  *pmem_size* makes it one of persistent memory, of that many bytes."""
     path = Path(where.removeprefix("file:"))
-    if is_address(where) or (path.exists() and path.stat().st_size):
+    if is_served(where) or (path.exists() and path.stat().st_size):
         with reached(where, provider_id, security) as link:
             yield link
         return
@@ -118,10 +119,18 @@ def made_or_reached(
 def reached(
     where: str, provider_id: int, security: dict[str, str], **settings: Any
 ) -> Iterator[Link]:
-    """A link to the target at an address or a path; settings are for the path's backend."""
-    if is_address(where):
-        with served(where, provider_id, security) as link:
+    """A link to the target that :func:`warabi.tools.location.parse` finds; settings are for the
+    backend of one that no engine serves.
+
+    Raises:
+        ConfigError: *where* leads to a path in a target.
+    """
+    location = parse(where, provider_id).in_target()
+    if location.path.strip("/"):
+        raise ConfigError(f"{where}: names a path in a target, expected the target itself")
+    if location.address:
+        with served(location.address, location.provider_id, security) as link:
             yield link
     else:
-        with owned(Path(where), **settings) as link:
+        with owned(Path(location.file), **settings) as link:
             yield link

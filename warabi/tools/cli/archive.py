@@ -9,7 +9,7 @@ from typing import IO
 import click
 
 from warabi._core.output import PRIVATE, output
-from warabi.tools.access import is_address, made_or_reached, reached
+from warabi.tools.access import is_served, made_or_reached, reached
 from warabi.tools.cli.common import InputFile, reaching
 from warabi.tools.progress import progress
 
@@ -33,7 +33,7 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
         progress("export", link.call("used")) as advance,
         output(out, PRIVATE) as file,
     ):
-        export(link, file, copying=is_address(target), advance=advance)
+        export(link, file, copying=is_served(target), advance=advance)
 
 
 @click.command("import")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from warabi.tools.access import is_address, reached
+from warabi.tools.access import is_served, reached
 from warabi.tools.cli.common import echo, one_line, print_lines, reaching
 from warabi.tools.progress import progress
 from warabi.tools.quoting import printable
@@ -29,7 +29,7 @@ def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
     from warabi.tools.scrub import Totals
     from warabi.tools.scrub import scrub as rotten
 
-    if update and is_address(target):
+    if update and is_served(target):
         raise click.UsageError(
             "--update requires a PATH; for a provider, set `checksums` in its configuration"
         )

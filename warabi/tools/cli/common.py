@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,6 +77,9 @@ class Commands(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
+            # Another Ctrl-C during the rest of the exit ends it at once, with the same status.
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
             _drop_output()
             sys.exit(INTERRUPTED)
         except OSError as error:  # of --help, or when flushing buffered output
@@ -102,13 +107,13 @@ def echo(text: str) -> None:
     _flush_output()
 
 
-def print_lines(lines: Sequence[bytes]) -> None:
+def print_lines(lines: Sequence[bytes], end: bytes = b"\n") -> None:
     """Write lines to standard output; raises ``OSError``."""
     stream = sys.stdout
     if stream is None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
     with _naming_output():
-        stream.buffer.write(b"".join(line + b"\n" for line in lines))
+        stream.buffer.write(b"".join(line + end for line in lines))
 
 
 def _flush_output() -> None:
@@ -179,6 +184,43 @@ def reaching(function: Any) -> Any:
     """Add the options that select a provider, and how to connect to it."""
     option = click.option("-p", "--provider-id", type=int, default=0, show_default=True)
     return option(authenticated(function))
+
+
+def locating(*, read_only: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """A decorator that passes :class:`warabi.tools.trees.Trees` as the first argument, and adds the
+    options that they need."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        @functools.wraps(function)
+        def run(*arguments: Any, provider_id: int, **options: Any) -> None:
+            from warabi.tools.trees import Trees
+
+            security = {name: options.pop(name) for name in (*_FILES, "tls_name")}
+            with Trees(provider_id, security, read_only=read_only) as trees:
+                function(trees, *arguments, **options)
+
+        return reaching(run)
+
+    return decorate
+
+
+def as_json(function: Any) -> Any:
+    """Add the option --json."""
+    return click.option("--json", is_flag=True, help="Print JSON.")(function)
+
+
+def print_json(value: Any) -> None:
+    """Print *value* as JSON, in one line."""
+    echo(json.dumps(value))
+
+
+def print_json_list(items: Iterable[Any]) -> None:
+    """Print a JSON array with one item in each line."""
+    before = b"["
+    for item in items:
+        print_lines([before + json.dumps(item).encode()], end=b"")
+        before = b",\n "
+    print_lines([b"[]" if before == b"[" else b"]"])
 
 
 def authenticated(function: Any) -> Any:

@@ -10,50 +10,28 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import stat
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import warabi
-from warabi._core.fileio import data_from, hole_from
 from warabi._core.json_log import FORMATS, JsonFormatter
-from warabi._core.output import output
-from warabi.client import TargetHandle
-from warabi.errors import ConfigError, Exception
+from warabi.errors import ConfigError
 from warabi.protocol.auth import config_of
-from warabi.region import RegionID
-from warabi.tools.access import client_engine, handle
+from warabi.tools.access import client_engine
 from warabi.tools.cli.archive import export_command, import_command
 from warabi.tools.cli.check import fsck, scrub
-from warabi.tools.cli.common import (
-    Commands,
-    InputFile,
-    authenticated,
-    echo,
-    print_lines,
-    reaching,
-    secured,
-)
+from warabi.tools.cli.common import Commands, authenticated, echo, secured
 from warabi.tools.cli.config import config as config_commands
+from warabi.tools.cli.copies import cp, sync
+from warabi.tools.cli.names import cat, df, du, info, ls, mkdir, mv, rm, stat
+from warabi.tools.cli.regions import clone, get, put
 from warabi.tools.cli.stats import stats
 from warabi.tools.progress import overall_progress
-from warabi.tools.quoting import escaped, shell_quoted
-
-_STEP = 8 * 1024 * 1024
-"""Bytes of a region that are in memory at once."""
 
 if TYPE_CHECKING:
     from warabi.bedrock import Server  # slow to import, and not needed by other commands
-
-
-def _target(function: Any) -> Any:
-    """Add the arguments that select a target, and how to connect to it."""
-    return click.argument("address")(reaching(function))
 
 
 def _serving(function: Any) -> Any:
@@ -65,25 +43,17 @@ def _serving(function: Any) -> Any:
     return secured(reading(insecure(function)), False)
 
 
-def _region(text: str) -> RegionID:
-    try:
-        return RegionID(bytes.fromhex(text))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a region ID of 32 hex digits") from None
-
-
 @click.group(cls=Commands)
 @click.version_option(warabi.__version__, prog_name="warabi")
 def main() -> None:
     """Serve Warabi targets, and access them."""
 
 
-main.add_command(scrub)
-main.add_command(fsck)
-main.add_command(export_command)
-main.add_command(import_command)
-main.add_command(config_commands)
-main.add_command(stats)
+for command in (
+    ls, stat, cat, cp, sync, mkdir, mv, rm, du, df, info, put, get, clone, stats, scrub, fsck,
+    export_command, import_command, config_commands,
+):  # fmt: skip
+    main.add_command(command)
 
 
 @main.command(context_settings={"auto_envvar_prefix": "WARABI_SERVE"})
@@ -172,170 +142,6 @@ def _server(
     settings = {"type": kind, "config": backend.spelled_settings(path, create=True)}
     provider = {"type": "warabi", "provider_id": provider_id, "config": {"target": settings}}
     return Server(address, {"providers": [provider]}, engine)
-
-
-@main.command("ls")
-@_target
-def list_regions(address: str, provider_id: int, **security: str) -> None:
-    """List every region: its ID, size in bytes, and names.
-
-    On a terminal names are quoted as by ls(1).  Elsewhere blanks, control characters and
-    backslashes in them are escaped as a backslash and three octal digits, as in /proc/mounts, so
-    that each region is one line and each name one word of it.
-    """
-    shown = _shell_quoted if sys.stdout is not None and sys.stdout.isatty() else escaped
-    with handle(address, provider_id, security, read_only=True) as target:
-        for region, found in target.list_stats():
-            words = [b"%s %14d" % (region.hex().encode(), found.size), *map(shown, found.names)]
-            print_lines([b" ".join(words)])
-
-
-def _shell_quoted(name: str) -> bytes:
-    return shell_quoted(name).encode(errors="surrogateescape")
-
-
-@main.command()
-@_target
-@click.argument("file", type=InputFile(), default="-")
-@click.option("-n", "--name", help="Give the region this path in the tree of names.")
-def put(address: str, provider_id: int, file: IO[bytes], name: str | None, **security: str) -> None:
-    """Store FILE, or standard input, as a new region, durably; prints its ID.
-
-    On failure or interruption no region is left; if this command is killed, a region without a name
-    may be left.
-    """
-    with handle(address, provider_id, security) as target:
-        piece = file.read(_STEP)
-        if len(piece) < _STEP:
-            region = target.create_and_write(piece, persist=True)
-        else:
-            region = target.create(len(piece))
-        with _finishing(target, region, name):
-            if len(piece) == _STEP:
-                _fill(target, region, piece, file)
-
-
-@contextlib.contextmanager
-def _finishing(target: TargetHandle, region: RegionID, name: str | None) -> Iterator[None]:
-    """After the block, link *name* durably, if given, to a new region, and print its ID; if that or
-    the block fails, erase the region."""
-    try:
-        yield
-        if name is not None:
-            target.link_name(region, name)
-            target.persist(region, 0, 0)
-    except BaseException:
-        with contextlib.suppress(Exception):
-            target.erase(region)
-        raise
-    echo(region.hex())
-
-
-def _size(file: IO[bytes]) -> int:
-    """Return the file's size in bytes; 0 for a pipe, whose size is unknown."""
-    found = os.fstat(file.fileno())
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
-
-
-def _fill(target: TargetHandle, region: RegionID, piece: bytes, file: IO[bytes]) -> None:
-    """Write *piece* and the rest of *file* to a new region, durably, whatever its size."""
-    size, end = max(_size(file), len(piece)), 0
-    target.resize(region, size)  # the size of a file with holes may exceed that of the storage
-    for offset, data in _pieces(file, piece):
-        end = offset + len(data)
-        if end > size:
-            size = end
-            target.resize(region, size)
-        target.write(region, offset, data)
-    if end < size:  # the file was truncated, or not read from its start
-        target.resize(region, end)
-    target.persist(region, 0, end)
-
-
-def _pieces(file: IO[bytes], piece: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the data of *file* with their offsets, beginning with *piece*, which was read.
-
-    Holes of a regular file are left out.  The last item has no data, and its offset is the end.
-    """
-    size, offset, start = _size(file), 0, 0
-    if size:
-        start = file.seek(-len(piece), os.SEEK_CUR)
-        piece = b""
-    while True:
-        step = _STEP
-        if start + offset < size:
-            data, end = _next_data(file, start + offset, size)
-            offset = file.seek(data) - start
-            step = min(step, end - data or step)
-        piece = piece or file.read(step)
-        yield offset, piece
-        if not piece:
-            return
-        offset += len(piece)
-        piece = b""
-
-
-def _next_data(file: IO[bytes], offset: int, size: int) -> tuple[int, int]:
-    """Return start and end of the next data of a file of *size* bytes; its position is kept."""
-    fd = file.fileno()
-    position = os.lseek(fd, 0, os.SEEK_CUR)
-    try:
-        data = data_from(fd, offset, size)
-        return data, hole_from(fd, data, size)
-    finally:
-        os.lseek(fd, position, os.SEEK_SET)
-
-
-@main.command()
-@_target
-@click.argument("region")
-@click.argument("file", default="-")
-def get(address: str, provider_id: int, region: str, file: str, **security: str) -> None:
-    """Write a region, by its ID or its path, to FILE or standard output.
-
-    FILE is created, or replaced, when it is complete.
-    """
-    with handle(address, provider_id, security, read_only=True) as target:
-        found = target.open_name(region) if region.startswith("/") else _region(region)
-        size, done = target.size(found), 0
-        buffer = memoryview(bytearray(min(size, _STEP)))
-        with output(file) as out:
-            for start, length in target.data_extents(found):
-                out.skip(min(start, size) - done)
-                done = min(start + length, size)
-                for offset in range(start, done, _STEP):
-                    piece = buffer[: done - offset]
-                    target.read_into(found, offset, piece)
-                    out.write(piece)
-            out.skip(size - done)
-
-
-@main.command()
-@_target
-@click.argument("region")
-@click.option("-n", "--name", help="Give the copy this path in the tree of names.")
-def clone(address: str, provider_id: int, region: str, name: str | None, **security: str) -> None:
-    """Copy a region, by its ID or its path, to a new one, durably; prints its ID.
-
-    The provider copies.  The copy shares blocks with the region if the file system of the target
-    can, and keeps its holes.
-    """
-    with handle(address, provider_id, security) as target:
-        found = target.open_name(region) if region.startswith("/") else _region(region)
-        with _finishing(target, target.copy(found, persist=True), name):
-            pass
-
-
-@main.command()
-@_target
-@click.argument("region")
-def rm(address: str, provider_id: int, region: str, **security: str) -> None:
-    """Erase a region by its ID, or remove a name by its path."""
-    with handle(address, provider_id, security) as target:
-        if region.startswith("/"):
-            target.unlink_name(region)
-        else:
-            target.erase(_region(region))
 
 
 @main.command()

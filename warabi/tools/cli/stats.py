@@ -16,9 +16,9 @@ from warabi._core.attributes import FIRST_REPORT
 from warabi._core.counters import quantile
 from warabi._core.units import shown_bytes, shown_seconds
 from warabi.errors import ConfigError
-from warabi.tools.access import handle, is_address
-from warabi.tools.cli.common import print_lines, reaching
+from warabi.tools.cli.common import locating, print_lines
 from warabi.tools.quoting import printable
+from warabi.tools.trees import Trees
 
 _FILE = ".stats"
 _COLUMNS = ("operation", "count", "errors", "bytes", "mean", "median", "99 %")
@@ -28,20 +28,19 @@ _WIDE = 76
 
 
 @click.command()
-@click.argument("source", metavar="ADDRESS|PATH")
-@reaching
+@locating(read_only=True)
+@click.argument("source", metavar="LOCATION", default=":")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
-def stats(source: str, provider_id: int, as_json: bool, **security: str) -> None:
-    """Print the counters of a provider, or of the mount that has PATH.
+def stats(trees: Trees, source: str, as_json: bool) -> None:
+    """Print the counters of a provider, or of the mount that has the path LOCATION.
 
-    For each operation: how many requests, failed ones and bytes, and how long they took.  PATH may
-    also be the mount's file of counters, .stats unless the option stats= names another.
+    For each operation: how many requests, failed ones and bytes, and how long they took.  The path
+    may also be the mount's file of counters, .stats unless the option stats= names another.
     """
-    if is_address(source):
-        with handle(source, provider_id, security, read_only=True) as target:
-            text = target.link.call("stats")
-    else:
+    if os.path.lexists(source):
         text = _read(Path(source))
+    else:
+        text = trees.target(source)[0].target.link.call("stats")
     try:
         report = json.loads(text)
         lines = json.dumps(report, indent=1).splitlines() if as_json else list(_lines(report))
