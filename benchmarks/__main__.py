@@ -21,7 +21,7 @@ from benchmarks.stats import Series
 from benchmarks.subjects import own_sockets
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("api", "growth", "startup", "mount", "counts")
+SECTIONS = ("api", "growth", "startup", "mount", "files", "counts")
 _TOUCHED = {"api": 1 << 29, "growth": 2 << 30, "mount": 6 << 30}
 """Bytes of memory that are used once before a section is measured."""
 
@@ -56,7 +56,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         "--rows",
         metavar="TEXT",
         default="",
-        help="measure only rows of the API, and workloads of mounts, with this text",
+        help="measure only rows of the API and of files, and workloads of mounts, with this text",
     )
     add("--rounds", type=int, default=5, help="rounds of each measurement (default %(default)s)")
     add(
@@ -158,12 +158,19 @@ def _mount(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
     return {"series": _json(measure_mounts(disk, options.rounds, sizes, say, options.rows))}
 
 
+def _files(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
+    from benchmarks.files import files  # imports zarr
+
+    return {"series": _json(files(options.rounds, options.seconds, say, options.rows))}
+
+
 def _counts(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
     return {"counts": counts.count(disk, say)}
 
 
 _MEASURE: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
-    "api": _api, "growth": _growth, "startup": _startup, "mount": _mount, "counts": _counts,
+    "api": _api, "growth": _growth, "startup": _startup, "mount": _mount, "files": _files,
+    "counts": _counts,
 }  # fmt: skip
 
 

@@ -110,6 +110,27 @@ def mount(found: Table) -> Iterator[Verdict]:
             yield Verdict(f"{row}, {ours}", _value(found, row, ours), limit, f"≤ {limit:,.0f} µs")
 
 
+_FILES: Sequence[tuple[str, str, float, str]] = (
+    ("cat 1 MiB", "fsspec over na+sm", 1 / 0.7, "LocalFileSystem on tmpfs"),
+    ("cat 4 KiB", "fsspec over na+sm", 1 / 0.3, "LocalFileSystem on tmpfs"),
+    ("pipe 1 MiB", "fsspec over na+sm", 1 / 0.7, "LocalFileSystem on tmpfs"),
+    ("pipe 4 KiB", "fsspec over na+sm", 1 / 0.3, "LocalFileSystem on tmpfs"),
+    ("ls of 10,000 entries", "fsspec over na+sm", 1.5, "LocalFileSystem on tmpfs"),
+    ("zarr, 1,024 chunks, write", "fsspec over na+sm", 2.0, "embedded mount"),
+    ("zarr, 1,024 chunks, read", "fsspec over na+sm", 2.0, "embedded mount"),
+    ("zarr, 1,024 chunks, write", "mount of na+sm", 2.5, "embedded mount"),
+    ("zarr, 1,024 chunks, read", "mount of na+sm", 2.5, "embedded mount"),
+)
+
+
+def files(found: Table) -> Iterator[Verdict]:
+    """Whole files by path; each is compared with another place in the same run."""
+    for row, ours, factor, peer in _FILES:
+        limit = factor * _value(found, row, peer)
+        goal = f"≤ {factor:.3g} × {peer}"
+        yield Verdict(f"{row}, {ours}", _value(found, row, ours), limit, goal)
+
+
 def starting(series: Iterable[Series], idle: dict[str, float]) -> Iterator[Verdict]:
     """Imports, an engine with a provider, and processes at rest; microseconds and CPU seconds."""
     for each in series:

@@ -47,6 +47,8 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
         found += goals.starting(_series(told["series"]), told["idle"])
     if "mount" in results:
         found += goals.mount(goals.table(_series(results["mount"]["series"])))
+    if "files" in results:
+        found += goals.files(goals.table(_series(results["files"]["series"])))
     if "counts" in results:
         found += goals.counted(results["counts"]["counts"])
     return found
@@ -285,6 +287,15 @@ def _mount(series: list[Series]) -> Iterator[str]:
     yield from _grid(["row", "measured", "goal", "measured ÷ goal", "met"], rows)
 
 
+def _files(series: list[Series]) -> Iterator[str]:
+    yield "## Whole files by path"
+    yield ""
+    yield "µs for a file, a listing or a chunk. All bytes are on tmpfs."
+    yield ""
+    rows = [(each.row, each.subject, number(each.value), f"{each.spread:.0%}") for each in series]
+    yield from _grid(["operation", "with", "µs", "spread"], rows)
+
+
 def _counts(counts: dict[str, float]) -> Iterator[str]:
     yield "## Counts"
     yield ""
@@ -311,6 +322,8 @@ def text(results: dict[str, Any], plots: Sequence[tuple[str, str]] = ()) -> str:
         lines += _startup(results["startup"])
     if "mount" in results:
         lines += _mount(_series(results["mount"]["series"]))
+    if "files" in results:
+        lines += _files(_series(results["files"]["series"]))
     if plots:
         lines += ["## Plots", ""]
         lines += [f"![{title}]({file})\n" for title, file in plots]

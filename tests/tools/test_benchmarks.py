@@ -209,6 +209,17 @@ def test_a_run_writes_a_report(tmp_path: Path) -> None:
     assert (output / "report.md").read_text() == text
 
 
+def test_whole_files_are_measured_in_every_place(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    words = ["--only", "files", "--rows", "cat 4 KiB", "--rounds", "1", "--seconds", "0.01"]
+    done = bench(*words, "--output", output, "--disk", tmp_path)
+    assert done.returncode == 0, done.stderr
+    series = json.loads((output / "report.json").read_text())["files"]["series"]
+    assert len({each["subject"] for each in series}) == 3
+    assert all(each["rounds"][0]["value"] > 0 for each in series)
+    assert "cat 4 KiB, fsspec over na+sm" in (output / "report.md").read_text()
+
+
 def test_a_terminated_run_leaves_no_mount_and_no_file(tmp_path: Path) -> None:
     words = ["--only", "mount", "--rounds", "1", "--scale", "0.01", "--disk", str(tmp_path)]
     with subprocess.Popen(
