@@ -46,6 +46,7 @@ class Exerciser:
             *[self.truncate] * 8, *[self.map_write] * 12, *[self.map_read] * 12, self.sync,
             *[self.fallocate] * (8 * allocates), *[self.copy] * 4, *[self.seek] * 4,
             *[self.reopen] * 3, self.rename, self.drop_cache, self.check_size, self.replace,
+            self.replace_by_copy,
         ]  # fmt: skip
 
     def run(self, operations: int) -> None:
@@ -205,6 +206,19 @@ class Exerciser:
         """As programs save a file: a new one takes the name."""
         new = self.directory / "new"
         new.write_bytes(self.model)
+        os.rename(new, self.path)
+        return self.reopen()
+
+    def replace_by_copy(self) -> str:
+        """As ``cp --reflink=auto`` and ``mv`` do: the storage copies, or shares what it can."""
+        new = self.directory / "copy"
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            done = 0
+            while count := os.copy_file_range(self.fd, fd, LARGEST, done):
+                done += count
+        finally:
+            os.close(fd)
         os.rename(new, self.path)
         return self.reopen()
 

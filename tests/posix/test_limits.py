@@ -14,6 +14,7 @@ import select
 import shutil
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_reading_does_not_change_the_access_time(where: Path) -> None:
     path.read_bytes()
     os.listdir(where)
     assert path.stat().st_atime_ns == 1
+
+
+CLOCK_REALTIME_COARSE = 5
+
+
+@pytest.mark.parametrize("option", ["exclusive", "frontend=pyfuse3"])
+def test_now_is_at_most_one_tick_ago(place: Path, option: str) -> None:
+    """With these options the kernel's coarse clock determines it."""
+    with mounting("memory:", place, option) as mount:
+        path = file(mount.path / "file")
+        for _ in range(10):
+            before = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+            os.utime(path)
+            assert before <= path.stat().st_mtime_ns <= time.time_ns()
 
 
 @on_mounts
