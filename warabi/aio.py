@@ -53,6 +53,7 @@ from warabi._core.lock_ranges import (
 )
 from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
+from warabi.client import TargetHandle
 from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
 from warabi.protocol import address as _address
 from warabi.protocol import auth, paths, transport
@@ -79,8 +80,12 @@ class Target:
     Every method is a coroutine; a cancelled one has taken effect or not.
     """
 
-    def __init__(self, link: AsyncLink) -> None:
+    def __init__(self, link: AsyncLink, place: str = "<a target of this process>") -> None:
         self._link = link
+        self._place = place
+
+    def __repr__(self) -> str:
+        return f"{type(self).__module__}.Target({self._place})"
 
     @property
     def link(self) -> AsyncLink:
@@ -487,6 +492,11 @@ class Target:
         return ino
 
 
+for _name, _method in vars(Target).items():
+    if callable(_method) and not _name.startswith("_") and not _method.__doc__:
+        _method.__doc__ = getattr(TargetHandle, _name).__doc__
+
+
 def _id(region: Any) -> RegionID:
     """Return *region*; raises ``InvalidRegion`` if it is not a region ID."""
     return region if type(region) is RegionID else RegionID(region)
@@ -592,7 +602,8 @@ async def connect(
                     writable=not read_only,
                 )
             link: AsyncLink = AsyncWireLink(connection, provider_id, side)
-            target = Target(restricted(link) if read_only else link)
+            place = f"{str(endpoint)!r}, {provider_id}{', read_only=True' if read_only else ''}"
+            target = Target(restricted(link) if read_only else link, place)
             await target.call("ping")
             try:
                 yield target

@@ -251,7 +251,8 @@ async def connect(
         first: list[asyncio.Future[Any]] = [opened, thread.ended]
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if opened.done():
-            yield Target(_BridgedLink(thread, opened.result()))
+            place = f"{str(address)!r}, {provider_id}{', read_only=True' if read_only else ''}"
+            yield Target(_BridgedLink(thread, opened.result()), place)
     finally:
         await asyncio.shield(thread.started)
         if opened.done():

@@ -85,6 +85,7 @@ class Provider:
 
     @property
     def provider_id(self) -> int:
+        """Its number in the engine, 0 to 65535."""
         return self._core.provider_id
 
     @property

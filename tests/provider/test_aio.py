@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import signal
 import socket
@@ -29,8 +30,11 @@ from tests.support.helpers import (
     provider_process,
 )
 from warabi import aio, errors
+from warabi.client import AsyncRequest, Client, TargetHandle
+from warabi.engine import Engine
 from warabi.protocol import transport
 from warabi.region import RegionID
+from warabi.server import Provider
 from warabi.target import opening
 from warabi.target.config import FileConfig, MemoryConfig
 from warabi.target.target import Target as LocalTarget
@@ -569,3 +573,10 @@ async def test_a_connection_that_comes_too_late_is_closed(local_process: Served)
             for _ in range(steps):
                 await trio.lowlevel.checkpoint()
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", [Client, TargetHandle, AsyncRequest, aio.Target, Provider, Engine])
+def test_public_methods_are_documented(kind: type) -> None:
+    for name, member in inspect.getmembers(kind):
+        if not name.startswith("_") and (callable(member) or isinstance(member, property)):
+            assert member.__doc__, f"{kind.__name__}.{name}"

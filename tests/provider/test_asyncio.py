@@ -42,6 +42,7 @@ def address(request: pytest.FixtureRequest) -> str:
 def test_bytes_of_regions(address: str, provider_id: int) -> None:
     async def main() -> None:
         async with aio.connect(address, provider_id) as target:
+            assert repr(target) == f"warabi.asyncio.Target({address!r}, {provider_id})"
             data = pattern(SIZE)
             region = await target.create_and_write(data, persist=True)
             assert await target.read(region, 0, SIZE) == data
