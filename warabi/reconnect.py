@@ -463,7 +463,7 @@ async def connect(
     async with trio.open_nursery() as nursery:
         try:
             await nursery.start(link.run)
-            yield aio.Target(link)
+            yield aio.Target(link, f"{str(address)!r}, {provider_id}")
         except Exception as error:  # a nursery would wrap it in a group
             failure = error
         nursery.cancel_scope.cancel()

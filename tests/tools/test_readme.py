@@ -98,6 +98,21 @@ def test_the_batch_job_runs(script: str, tmp_path: Path) -> None:
     assert not list(scratch.iterdir())
 
 
+def test_the_guide_to_tls(tmp_path: Path) -> None:
+    script = "".join(blocks(ROOT / "docs" / "tls.md", "sh"))
+    try:
+        done = subprocess.run(
+            ["bash", "-c", "trap 'kill $(jobs -p) || :' EXIT\nset -euo pipefail\n" + script],
+            cwd=tmp_path, env=ENVIRONMENT, timeout=60, capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        unmount(tmp_path / "shared")
+    assert done.returncode == 0, done.stderr
+    region, listed, content = done.stdout.splitlines()
+    assert listed.split()[0] == region
+    assert content == "shared"
+
+
 @pytest.mark.parametrize("program", all_blocks("python"))
 def test_the_programs_run(program: str, tmp_path: Path) -> None:
     done = subprocess.run(
