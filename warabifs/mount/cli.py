@@ -19,6 +19,7 @@ import click
 import warabi
 from warabi._core.tuning import UNMOUNT_PATIENCE
 from warabi.tools.cli.common import Commands, echo
+from warabi.tools.cli.completion import completion
 from warabifs.mount import doctor as examination
 from warabifs.mount import install, unmount
 
@@ -39,6 +40,9 @@ class _Commands(Commands):
 @click.version_option(warabi.__version__, prog_name="warabifs")
 def main() -> None:
     """Mount Warabi targets as file systems."""
+
+
+main.add_command(completion)
 
 
 @main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)

@@ -1,11 +1,16 @@
 """The manual page mount.warabifs(8), generated from the tables for ``--help`` and parsing.
 
-``python -m warabifs.mount.manual`` prints it.
+``python -m warabifs.mount.manual DIRECTORY`` writes all manual pages of the distribution.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import warabi
+from warabi.tools.cli import manual
+from warabi.tools.cli.manual import roff
 from warabifs.mount.options import KERNEL, rows
 
 _HEAD = """\
@@ -104,19 +109,13 @@ looks for what keeps mounts from working.
 """
 
 
-def _text(text: str) -> str:
-    """Escape *text* for roff."""
-    escaped = text.replace("\\", "\\e").replace("-", "\\-")
-    return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
-
-
 def _entry(left: str, right: str) -> str:
     name, equals, value = left.partition("=")
     if equals and value and "," not in left:
-        shown = f".BI {_text(name)}= {_text(value)}"
+        shown = f".BI {roff(name)}= {roff(value)}"
     else:
-        shown = f'.B "{_text(left)}"'
-    return f".TP\n{shown}\n{_text(right)}\n"
+        shown = f'.B "{roff(left)}"'
+    return f".TP\n{shown}\n{roff(right)}\n"
 
 
 def page() -> str:
@@ -132,5 +131,18 @@ def page() -> str:
     )
 
 
+def pages() -> dict[str, str]:
+    """Return all manual pages, by their files' names."""
+    from warabi.tools.cli.main import main
+    from warabifs.mount.cli import main as mount_main
+
+    return {
+        "warabi.1": manual.page(main, ".BR warabifs (1),\n.BR mount.warabifs (8)"),
+        "warabifs.1": manual.page(mount_main, ".BR warabi (1),\n.BR mount.warabifs (8)"),
+        "mount.warabifs.8": page(),
+    }
+
+
 if __name__ == "__main__":
-    print(page(), end="")
+    for name, text in pages().items():
+        (Path(sys.argv[1]) / name).write_text(text)

@@ -10,12 +10,12 @@ import click
 
 from warabi._core.output import PRIVATE, output
 from warabi.tools.access import is_served, made_or_reached, reached
-from warabi.tools.cli.common import InputFile, reaching
+from warabi.tools.cli.common import LOCATION, InputFile, reaching
 from warabi.tools.progress import progress
 
 
 @click.command("export")
-@click.argument("target", metavar="PATH|ADDRESS")
+@click.argument("target", metavar="LOCATION", type=LOCATION)
 @reaching
 @click.argument("out", metavar="OUT.tar", type=click.Path(path_type=Path, allow_dash=True))
 def export_command(target: str, provider_id: int, out: Path, **security: str) -> None:
@@ -38,11 +38,11 @@ def export_command(target: str, provider_id: int, out: Path, **security: str) ->
 
 @click.command("import")
 @click.argument("source", metavar="IN.tar", type=InputFile())
-@click.argument("target", metavar="PATH|ADDRESS")
+@click.argument("target", metavar="LOCATION", type=LOCATION)
 @reaching
 @click.option("--new-ids", is_flag=True, help="Give the regions new IDs.")
 @click.option("--pmem-size", type=int, metavar="BYTES",
-              help="Create a pmem target of that quota if PATH does not exist.")  # fmt: skip
+              help="Create a pmem target of that quota if LOCATION does not exist.")  # fmt: skip
 def import_command(
     source: IO[bytes],
     target: str,
@@ -53,8 +53,8 @@ def import_command(
 ) -> None:
     """Import an archive of warabi export, or standard input (-), into a target.
 
-    Creates a target at PATH if there is none.  If the target has some of the IDs or names, or the
-    archive is damaged, the target is not changed.
+    Creates a target at LOCATION, a path, if there is none.  If the target has some of the IDs or
+    names, or the archive is damaged, the target is not changed.
     """
     from warabi.tools.archive.restore import restore
 

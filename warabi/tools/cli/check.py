@@ -10,18 +10,29 @@ from typing import Any
 import click
 
 from warabi.tools.access import is_served, reached
-from warabi.tools.cli.common import echo, one_line, print_lines, reaching
+from warabi.tools.cli.common import (
+    LOCATION,
+    as_json,
+    echo,
+    one_line,
+    print_json,
+    print_lines,
+    reaching,
+)
 from warabi.tools.progress import progress
 from warabi.tools.quoting import printable
 
 
 @click.command()
-@click.argument("target", metavar="PATH|ADDRESS")
+@click.argument("target", metavar="LOCATION", type=LOCATION)
 @reaching
 @click.option(
-    "--update", is_flag=True, help="With a PATH: enable checksums and compute missing ones."
+    "--update",
+    is_flag=True,
+    help="Enable checksums of a target in files, and compute missing ones.",
 )
-def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
+@as_json
+def scrub(target: str, provider_id: int, update: bool, json: bool, **security: str) -> None:
     """Compare the data of a target with their checksums.
 
     Prints each damaged extent with its region and paths, and exits with 1 if there is one.
@@ -31,15 +42,23 @@ def scrub(target: str, provider_id: int, update: bool, **security: str) -> None:
 
     if update and is_served(target):
         raise click.UsageError(
-            "--update requires a PATH; for a provider, set `checksums` in its configuration"
+            "--update requires the path of a target; for a provider, set `checksums` in its"
+            " configuration"
         )
     totals = Totals()
     with (
         reached(target, provider_id, security, **({"checksums": True} if update else {})) as link,
         progress("scrub", link.call("used")) as advance,
     ):
+        damage = []
         for rot in rotten(link, totals, advance=advance, updating=update):
-            print_lines([printable(str(rot)).encode(errors="surrogateescape")])
+            if json:
+                damage.append(str(rot))
+            else:
+                print_lines([printable(str(rot)).encode(errors="surrogateescape")])
+    if json:
+        print_json({**vars(totals), "damage": damage})
+    else:
         echo(
             f"{totals.regions} regions: {totals.verified} blocks verified,"
             f" {totals.unverified} unverified, {totals.rotten} rotten"
@@ -74,7 +93,8 @@ def _backend(context: click.Context, option: click.Parameter, name: str | None) 
 @click.option("--repair", is_flag=True, help="Repair the problems found.")
 @click.option("--type", "backend", metavar="TYPE", callback=_backend,
               help="The backend type, if it cannot be read from the catalogue.")  # fmt: skip
-def fsck(path: Path, repair: bool, backend: str | None) -> None:
+@as_json
+def fsck(path: Path, repair: bool, backend: str | None, json: bool) -> None:
     """Check the target at PATH, which must not be open, for damage.
 
     Reports problems, and with --repair what was done about them.  Files that belong to no region
@@ -85,11 +105,19 @@ def fsck(path: Path, repair: bool, backend: str | None) -> None:
     """
     from warabi.tools.fsck import check
 
+    said: list[str] = []
+
     def say(text: str) -> None:
-        print_lines([os.fsencode(printable(text))])
+        if json:
+            said.append(text)
+        else:
+            print_lines([os.fsencode(printable(text))])
 
     with one_line(status=8):
         report = check(path, repair=repair, say=say, backend=backend or "")
     found = report.corrected + report.left
-    say(f"{path}: {found} problems, {report.corrected} corrected")
+    if json:
+        print_json({"problems": found, "corrected": report.corrected, "messages": said})
+    else:
+        say(f"{path}: {found} problems, {report.corrected} corrected")
     sys.exit(report.status)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib
 import json
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from warabi.errors import Exception
 from warabi.tools.quoting import printable
@@ -64,6 +67,22 @@ class Commands(click.Group):
     program = "warabi"
     unwinds = True
     """Whether SIGTERM and SIGHUP unwind the stack; a command that serves handles them itself."""
+
+    # The modules by the names of their commands are imported when these are needed.
+    def __init__(self, *args: Any, modules: Mapping[str, str] | None = None, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self._modules = modules or {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self._modules])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; one of *modules* is imported when it is needed."""
+        if cmd_name in self._modules:
+            module = importlib.import_module(self._modules[cmd_name])
+            found = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_command")
+            return cast(click.Command, found)
+        return super().get_command(ctx, cmd_name)
 
     def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run = partial(super().main, args, *rest, standalone_mode=False, **extra)
@@ -160,12 +179,35 @@ def _ending_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def logging_options(function: Any) -> Any:
+    """Add the options that say which messages are logged, on standard error."""
+
+    def level(ctx: click.Context, option: click.Parameter, value: str | int) -> None:
+        name = ("WARNING", "INFO", "DEBUG")[min(value, 2)] if isinstance(value, int) else value
+        if name and not ctx.resilient_parsing and (isinstance(value, str) or value):
+            logging.basicConfig(format="warabi: %(message)s")
+            logging.getLogger().setLevel(name.upper())
+
+    verbose = click.option("-v", "--verbose", count=True, callback=level, expose_value=False,
+                           help="Log what happens; -vv: details, too.")  # fmt: skip
+    names = click.Choice(["debug", "info", "warning", "error"], case_sensitive=False)
+    return verbose(
+        click.option("--log-level", type=names, callback=level, expose_value=False,
+                     envvar="WARABI_LOG_LEVEL", show_envvar=True,
+                     help="What is logged; by default warnings.")(function)
+    )  # fmt: skip
+
+
 _FILES = {
     "token_file": "The token shared by both sides.",
     "tls_cert": "With TLS: this side's certificate, PEM.",
     "tls_key": "The certificate's key.",
     "tls_ca": "The certificate of the CA that signs both sides' certificates.",
 }
+
+
+CONNECTING = frozenset((*_FILES, "tls_name", "provider_id"))
+"""The parameters that select a provider, and how to connect to it."""
 
 
 def secured(function: Any, variables: bool) -> Any:
@@ -182,8 +224,23 @@ def secured(function: Any, variables: bool) -> Any:
 
 def reaching(function: Any) -> Any:
     """Add the options that select a provider, and how to connect to it."""
-    option = click.option("-p", "--provider-id", type=int, default=0, show_default=True)
+    option = click.option("-p", "--provider-id", type=int, default=0, show_default=True,
+                          help="The provider, where the location names none.")  # fmt: skip
     return option(authenticated(function))
+
+
+class LocationType(click.ParamType[str]):
+    """A word that :func:`warabi.tools.location.parse` understands."""
+
+    name = "location"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+LOCATION = LocationType()
 
 
 def locating(*, read_only: bool = False) -> Callable[[Callable[..., None]], Any]:

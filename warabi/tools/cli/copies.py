@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from warabi.errors import ConfigError
-from warabi.tools.cli.common import as_json, explained, locating, print_json, print_lines
+from warabi.tools.cli.common import LOCATION, as_json, explained, locating, print_json, print_lines
 from warabi.tools.copying import Copier, Outcome
 from warabi.tools.location import Location
 from warabi.tools.progress import overall_progress
@@ -27,8 +27,8 @@ _verbose = click.option("--list", "listed", is_flag=True, help="Print the path o
 
 @click.command()
 @locating()
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.argument("destination")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=LOCATION)
+@click.argument("destination", type=LOCATION)
 @click.option("-r", "--recursive", is_flag=True, help="Copy directories with all in them.")
 @click.option("--resume", is_flag=True,
               help="Leave out files whose size and time are those at the destination.")  # fmt: skip
@@ -71,8 +71,8 @@ def cp(
 
 @click.command()
 @locating()
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", type=LOCATION)
+@click.argument("destination", type=LOCATION)
 @click.option("-c", "--checksum", is_flag=True, help="Compare bytes instead of times.")
 @click.option("--delete", is_flag=True, help="Remove what SOURCE does not have.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")

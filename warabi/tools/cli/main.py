@@ -16,19 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import warabi
-from warabi._core.json_log import FORMATS, JsonFormatter
+from warabi._core.json_log import FORMATS
 from warabi.errors import ConfigError
-from warabi.protocol.auth import config_of
-from warabi.tools.access import client_engine
-from warabi.tools.cli.archive import export_command, import_command
-from warabi.tools.cli.check import fsck, scrub
-from warabi.tools.cli.common import Commands, authenticated, echo, secured
-from warabi.tools.cli.config import config as config_commands
-from warabi.tools.cli.copies import cp, sync
-from warabi.tools.cli.names import cat, df, du, info, ls, mkdir, mv, rm, stat
-from warabi.tools.cli.regions import clone, get, put
-from warabi.tools.cli.stats import stats
-from warabi.tools.progress import overall_progress
+from warabi.tools.cli.common import Commands, authenticated, echo, logging_options, secured
 
 if TYPE_CHECKING:
     from warabi.bedrock import Server  # slow to import, and not needed by other commands
@@ -43,17 +33,29 @@ def _serving(function: Any) -> Any:
     return secured(reading(insecure(function)), False)
 
 
-@click.group(cls=Commands)
+_PACKAGE = "warabi.tools.cli"
+_ELSEWHERE = {
+    "names": "ls stat cat mkdir mv rm du df info", "copies": "cp sync", "regions": "put get clone",
+    "stats": "stats", "check": "scrub fsck", "archive": "export import", "config": "config",
+    "completion": "completion",
+}  # fmt: skip
+"""The commands that are defined in other modules of this package."""
+
+
+@click.group(
+    cls=Commands,
+    modules={name: f"{_PACKAGE}.{module}" for module, names in _ELSEWHERE.items()
+             for name in names.split()},
+)  # fmt: skip
 @click.version_option(warabi.__version__, prog_name="warabi")
+@logging_options
 def main() -> None:
-    """Serve Warabi targets, and access them."""
+    """Serve Warabi targets, and access them.
 
-
-for command in (
-    ls, stat, cat, cp, sync, mkdir, mv, rm, du, df, info, put, get, clone, stats, scrub, fsck,
-    export_command, import_command, config_commands,
-):  # fmt: skip
-    main.add_command(command)
+    A LOCATION is an engine's address, as ADDRESS, ADDRESS/PROVIDER or ADDRESS/PROVIDER/PATH, a URL
+    warabi://HOST:PORT/PROVIDER/PATH, the path of a target in files, a path on a mount, or a path
+    behind a colon, in the target that the variable WARABI_ADDRESS names.
+    """
 
 
 @main.command(context_settings={"auto_envvar_prefix": "WARABI_SERVE"})
@@ -91,9 +93,11 @@ def serve(
     """
     from warabi import service
     from warabi._core import descriptors
+    from warabi._core.json_log import JsonFormatter
     from warabi.engine import state_of
     from warabi.eventloop import gc_pauses, state_dump
     from warabi.monitoring import monitored
+    from warabi.protocol.auth import config_of
 
     if (config is None) == (target is None):
         raise click.UsageError("expected either CONFIG or --target")
@@ -173,7 +177,9 @@ def migrate(
     DEST_ADDRESS and paths are as seen by the source and the destination.  Reads continue during the
     migration, changes wait.  Interrupting this command does not stop the migration.
     """
+    from warabi.tools.access import client_engine
     from warabi.tools.migrate import ask
+    from warabi.tools.progress import overall_progress
 
     options: dict[str, Any] = {"remove_source": not keep_source}
     if new_root is not None:

@@ -22,6 +22,7 @@ from warabi._core.attributes import Attributes, DirectoryEntry
 from warabi._core.output import output
 from warabi.errors import ConfigError, path_error
 from warabi.tools.cli.common import (
+    LOCATION,
     as_json,
     echo,
     locating,
@@ -40,8 +41,10 @@ _TYPES = {
     modes.S_IFBLK: "block device",
 }  # fmt: skip
 
-_location = click.argument("location", default=":")
-_locations = click.argument("locations", metavar="LOCATION...", nargs=-1, required=True)
+_location = click.argument("location", default=":", type=LOCATION)
+_locations = click.argument(
+    "locations", metavar="LOCATION...", nargs=-1, required=True, type=LOCATION
+)
 
 
 def _shown(name: str) -> bytes:
@@ -203,8 +206,8 @@ def mkdir(trees: Trees, locations: tuple[str, ...], parents: bool, mode: str) ->
 
 @click.command()
 @locating()
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", type=LOCATION)
+@click.argument("destination", type=LOCATION)
 @click.option("-n", "--no-clobber", is_flag=True, help="Fail if the new name exists.")
 def mv(trees: Trees, source: str, destination: str, no_clobber: bool) -> None:
     """Rename SOURCE to DESTINATION, or move it into that directory, in one step.
@@ -226,7 +229,7 @@ def mv(trees: Trees, source: str, destination: str, no_clobber: bool) -> None:
 
 @click.command()
 @locating()
-@click.argument("words", metavar="LOCATION [REGION]", nargs=-1, required=True)
+@click.argument("words", metavar="LOCATION [REGION]", nargs=-1, required=True, type=LOCATION)
 @click.option("-r", "--recursive", is_flag=True, help="Remove directories with all in them.")
 @click.option("-f", "--force", is_flag=True, help="What does not exist is no error.")
 def rm(trees: Trees, words: tuple[str, ...], recursive: bool, force: bool) -> None:

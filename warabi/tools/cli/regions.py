@@ -16,7 +16,7 @@ from warabi._core.output import Output, output
 from warabi.client import TargetHandle
 from warabi.errors import Exception
 from warabi.region import RegionID
-from warabi.tools.cli.common import InputFile, as_json, echo, locating, print_json
+from warabi.tools.cli.common import LOCATION, InputFile, as_json, echo, locating, print_json
 from warabi.tools.location import Location
 from warabi.tools.progress import progress
 from warabi.tools.trees import Trees
@@ -45,7 +45,7 @@ def _found(target: TargetHandle, location: Location, words: list[str]) -> Region
 
 @click.command()
 @locating()
-@click.argument("location")
+@click.argument("location", type=LOCATION)
 @click.argument("file", type=InputFile(), default="-")
 @click.option("-n", "--name", help="Give the region this path in the tree of names.")
 @as_json
@@ -156,7 +156,7 @@ def _next_data(file: IO[bytes], offset: int, size: int) -> tuple[int, int]:
 
 @click.command()
 @locating(read_only=True)
-@click.argument("location")
+@click.argument("location", type=LOCATION)
 @click.argument("words", nargs=-1, metavar="[REGION] [FILE]")
 def get(trees: Trees, location: str, words: tuple[str, ...]) -> None:
     """Write a region to FILE or standard output.
@@ -196,7 +196,7 @@ def copy_out(
 
 @click.command()
 @locating()
-@click.argument("location")
+@click.argument("location", type=LOCATION)
 @click.argument("words", nargs=-1, metavar="[REGION]")
 @click.option("-n", "--name", help="Give the copy this path in the tree of names.")
 @as_json

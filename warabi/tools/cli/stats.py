@@ -16,7 +16,7 @@ from warabi._core.attributes import FIRST_REPORT
 from warabi._core.counters import quantile
 from warabi._core.units import shown_bytes, shown_seconds
 from warabi.errors import ConfigError
-from warabi.tools.cli.common import locating, print_lines
+from warabi.tools.cli.common import LOCATION, locating, print_lines
 from warabi.tools.quoting import printable
 from warabi.tools.trees import Trees
 
@@ -29,7 +29,7 @@ _WIDE = 76
 
 @click.command()
 @locating(read_only=True)
-@click.argument("source", metavar="LOCATION", default=":")
+@click.argument("source", metavar="[LOCATION]", default=":", type=LOCATION)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def stats(trees: Trees, source: str, as_json: bool) -> None:
     """Print the counters of a provider, or of the mount that has the path LOCATION.
