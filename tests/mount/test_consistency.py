@@ -181,6 +181,20 @@ def test_an_erased_region_is_no_file_any_more(believing: Together, opened: int) 
 # Names
 
 
+def test_files_that_a_client_stores_are_seen(believing: Together) -> None:
+    path, second = believing.first.path / "directory" / "file", b"second" * 1000
+    path.parent.mkdir()
+    assert not path.exists()  # the kernel believes that
+    believing.target.store_name("/directory/file", b"first")
+    wait_until(path.exists, "the new file")
+    with open(path, "rb", buffering=0) as before:
+        believing.target.store_name("/directory/file", second)
+        wait_until(lambda: path.read_bytes() == second, "the file that replaced it")
+        assert before.read(100) == b"first"  # it is still there
+    path.write_bytes(b"changed by a mount")
+    assert believing.target.fetch_name("/directory/file")[1] == b"changed by a mount"
+
+
 def test_names_that_others_give_and_take_are_seen(believing: Together) -> None:
     first, second = believing.first.path, believing.second.path
     assert not (first / "name").exists()  # the kernel believes that

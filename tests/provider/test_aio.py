@@ -268,6 +268,48 @@ async def test_names_and_directories(target: aio.Target) -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [0, 5000, 100_000, (4 << 20) + 1])
+async def test_files_are_stored_and_fetched(target: aio.Target, size: int) -> None:
+    path, data = f"/{os.urandom(8).hex()}", pattern(size)
+    for persist in (False, True):
+        stored = await target.store_name(path, data, 0o600, persist=persist)
+        assert await target.read(stored.region, 0, size) == data
+        expected = data if size <= 64 << 10 else None
+        assert await target.fetch_name(path) == (stored, expected)
+    with pytest.raises(FileExistsError):
+        await target.store_name(path, data, exclusive=True)
+    await target.unlink_name(path)
+    with pytest.raises(FileNotFoundError):
+        await target.fetch_name(path)
+
+
+@pytest.mark.parametrize("size", [5000, 9 << 20])
+async def test_a_file_whose_storing_is_cancelled_is_whole_or_not_there(
+    target: aio.Target, size: int
+) -> None:
+    top = f"/{os.urandom(8).hex()}"
+    await target.mkdir(top)
+    before = await target.call("used")
+    for steps in (*range(12), 20, 40, 80):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(target.store_name, f"{top}/{steps}", bytes(size))
+                for _ in range(steps):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+    async def sizes() -> list[int]:
+        return [entry.attributes.size async for entry in target.scandir(top)]
+
+    with trio.fail_after(PATIENCE):  # what was cancelled may be done, or undone, late
+        while await target.call("used") - before != sum(await sizes()):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    assert set(await sizes()) <= {size}
+    for name in await target.listdir(top):
+        await target.unlink_name(f"{top}/{name}")
+    await target.rmdir(top)
+
+
 async def test_many_tasks(target: aio.Target) -> None:
     async def work(seed: int) -> None:
         for i in range(5):

@@ -34,6 +34,7 @@ from warabi.metadata.checksums import BLOCK
 from warabi.region import RegionID
 from warabi.target import opening
 from warabi.target.config import FileConfig, PmemConfig
+from warabi.target.named_files import store
 from warabi.target.target import Target
 from warabi.target.verify import update, verify
 
@@ -93,6 +94,8 @@ def test_what_is_persisted_is_verified(kind: str, path: Path) -> None:
         assert seen(target, region) == Verified(5, 1, [])
         target.fsync(region)
         assert seen(target, region) == Verified(6, 0, [])
+        stored = store(target, "/name", 0o600, 0, 0, False, True, pattern(2 * BLOCK)).region
+        assert seen(target, stored) == Verified(2, 0, [])
         empty = target.create_and_write(b"", persist=True)
         assert seen(target, empty) == Verified(0, 0, [])
     for _ in range(2):

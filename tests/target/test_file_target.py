@@ -454,10 +454,12 @@ def test_quota(engine: Engine, path: Path) -> None:
     with handle(engine, path, capacity=1000) as target:
         region = target.create(600)
         for call in (lambda: target.create(401), lambda: target.resize(region, 1001),
-                     lambda: target.create_and_write(bytes(401))):  # fmt: skip
+                     lambda: target.create_and_write(bytes(401)),
+                     lambda: target.store_name("/name", bytes(401))):  # fmt: skip
             with pytest.raises(errors.StorageFull, match="1000"):
                 call()
-        other = target.create(400)
+        assert target.listdir() == [region.hex()]
+        other = target.store_name("/name", bytes(400)).region
         with pytest.raises(errors.StorageFull):
             target.create(1)
         target.create(0)
