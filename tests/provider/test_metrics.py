@@ -170,7 +170,7 @@ def test_metrics_of_a_service(tmp_path: Path) -> None:
         descriptors = len(os.listdir(f"/proc/{service.process.pid}/fd"))
         for _ in range(50):
             samples(port)
-        assert len(os.listdir(f"/proc/{service.process.pid}/fd")) <= descriptors
+        eventually(lambda: len(os.listdir(f"/proc/{service.process.pid}/fd")) <= descriptors)
         assert service.end() == ""
 
 
@@ -349,7 +349,7 @@ def test_a_forked_child_does_not_keep_it() -> None:
 def test_a_report_that_fails_is_one_answer(caplog: pytest.LogCaptureFixture) -> None:
     reports = [a_report()]
     port = free_port()
-    with monitored(lambda: reports[0], Security(), metrics=str(port)):
+    with monitored(lambda: reports[0], list, Security(), metrics=str(port)):
         assert get(port)[0] == 200
         reports.clear()
         status, text = get(port)

@@ -50,6 +50,14 @@ class Slow(NamedTuple):
     seconds: float
 
 
+class Totals(NamedTuple):
+    """Numbers of operations, of failures, and of bytes that were transferred."""
+
+    operations: int
+    failures: int
+    size: int
+
+
 Key = str | int
 """What names an operation where it is counted."""
 
@@ -129,11 +137,14 @@ class Counters:
             self._slower = 0  # the next operation has the list made again
         return kept
 
-    def totals(self) -> tuple[int, int, int]:
-        """Return how many operations, failures and bytes were counted."""
+    def totals(self) -> Totals:
+        """Return what was counted of all operations together."""
         rows = list(self._rows.values())
-        failed = sum(self._errors.copy().values())
-        return sum(sum(row[:BUCKETS]) for row in rows), failed, sum(row[_BYTES] for row in rows)
+        return Totals(
+            sum(sum(row[:BUCKETS]) for row in rows),
+            sum(self._errors.copy().values()),
+            sum(row[_BYTES] for row in rows),
+        )
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Return all counters, as JSON can have them: for each operation ``count``, ``seconds``,

@@ -97,6 +97,9 @@ REPORT_PATIENCE = 1.0
 HTTP_PATIENCE = 10.0
 """Seconds for a request to the server of metrics and the status page: many times what a scrape of a
 busy process takes, and a peer that sends slowly does not keep a thread for long."""
+SAMPLE_INTERVAL = 2.0
+"""Seconds between samples for the plots of the status page, and between its updates: it seems live,
+and costs little."""
 HTTP_TURN = 0.5
 """Seconds after which that server looks whether to end connections, or itself."""
 LOOP_HOLD = 0.25

@@ -20,15 +20,15 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from warabi._core import forks
+from warabi._core import descriptors, forks
 from warabi._core.log_limit import RateLimit
-from warabi._core.tuning import HTTP_PATIENCE, HTTP_TURN
+from warabi._core.tuning import ACCEPT_PAUSE, HTTP_PATIENCE, HTTP_TURN
 from warabi.errors import ConfigError, PermissionDenied
 from warabi.protocol import address
 from warabi.protocol.address import Endpoint
@@ -59,6 +59,7 @@ class HttpServer(socketserver.ThreadingMixIn, WSGIServer):
         where: ``HOST:PORT``, or a port of loopback; port 0 for any that is free.
         security: what is required of peers.
         pages: by path.
+        tick: called twice a second.
 
     Raises:
         ConfigError: *where* is malformed, or it cannot listen there.
@@ -68,9 +69,15 @@ class HttpServer(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def __init__(
-        self, option: str, where: str, security: Security, pages: Mapping[str, WSGIApplication]
+        self,
+        option: str,
+        where: str,
+        security: Security,
+        pages: Mapping[str, Page],
+        tick: Callable[[], object] = lambda: None,
     ) -> None:
         endpoint = _endpoint(option, where)
+        self._tick = tick
         self._tls = security.tls.server if security.tls is not None else None
         listener = _listen(option, where, endpoint, security)
         self._open: dict[int, tuple[socket.socket, float]] = {}  # by thread, and since when
@@ -103,6 +110,7 @@ class HttpServer(socketserver.ThreadingMixIn, WSGIServer):
 
     def service_actions(self) -> None:
         """Called twice a second: end connections that take too long in all."""
+        self._tick()
         self._end(time.monotonic() - HTTP_PATIENCE)
 
     def _end(self, since: float) -> None:
@@ -110,6 +118,15 @@ class HttpServer(socketserver.ThreadingMixIn, WSGIServer):
             if began <= since:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if descriptors.are_short(error):
+                log.error("monitoring: accept: %s; pausing", error.strerror)
+                time.sleep(ACCEPT_PAUSE)
+            raise  # it is tried again
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         if len(self._open) < _MOST:
@@ -176,9 +193,7 @@ def _listen(option: str, where: str, endpoint: Endpoint, security: Security) -> 
     return listener
 
 
-def _checked(
-    pages: Mapping[str, WSGIApplication], security: Security, host: str | None
-) -> WSGIApplication:
+def _checked(pages: Mapping[str, Page], security: Security, host: str | None) -> WSGIApplication:
     """Return an application that checks requests, and has *pages* answer them.
 
     Without a token or TLS, requests to loopback must name *host* or an IP: a page of another site

@@ -15,6 +15,7 @@ import trio
 
 from warabi import errors
 from warabi._core import forks
+from warabi._core.counters import Totals
 from warabi._core.log_limit import RateLimit
 from warabi._core.tuning import ACCEPT_PAUSE, DRAIN_PATIENCE
 from warabi.eventloop import loop_watchdog
@@ -197,6 +198,10 @@ class ProviderLoop:
             return self.providers[provider_id]
         except KeyError:
             raise errors.ProviderNotFound(f"no provider {provider_id} at {self.endpoint}") from None
+
+    def totals(self) -> list[Totals]:
+        """Return what was counted, of each provider.  From any thread."""
+        return [core.counters.totals() for core in self.providers.copy().values()]
 
     @property
     def security(self) -> Security:

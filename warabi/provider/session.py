@@ -495,6 +495,8 @@ class ClientSession:
         )
         if operation.pins and (pinned := operation.pins(request.arguments, result)):
             self._pins.note(request.core.provider_id, *pinned)
+        if request.name == "fetch" and result[1]:
+            request.core.counters.add_bytes("fetch", len(result[1]))
         await self._reply(request.number, result)
 
     # Uploads: the payload must be received before the next request is parsed

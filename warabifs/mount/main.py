@@ -475,14 +475,17 @@ async def _mount_and_serve(
 
 @asynccontextmanager
 async def _monitored(report: MountReport, options: Options) -> AsyncIterator[None]:
-    """Serve metrics, if asked for, during the block."""
+    """Serve metrics and the status page, if asked for, during the block."""
     token = trio.lowlevel.current_trio_token()
 
     def make() -> dict[str, Any]:
         return trio.from_thread.run(report.make, trio_token=token)
 
     security = from_config(config_of(options.security))
-    serving = monitored(make, security, metrics=options.metrics, spelling="option {}=")
+    serving = monitored(
+        make, report.totals, security, metrics=options.metrics, http=options.http,
+        spelling="option {}=",
+    )  # fmt: skip
     await trio.to_thread.run_sync(serving.__enter__)
     try:
         yield

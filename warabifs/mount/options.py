@@ -48,6 +48,7 @@ class Options:
     log_format: str = "text"
     stats: str = ".stats"
     metrics: str | None = None
+    http: str | None = None
     security: dict[str, str] = field(
         default_factory=dict
     )  # as warabi.protocol.auth.config_of takes it
@@ -258,6 +259,7 @@ OPTIONS: dict[str, _Option] = {
         _log_format, "how messages are logged: text (default), or json, an object in each line",
         "FORMAT",
     ),
+    "http": _Option(_text("http"), "serve a status page there", "HOST:PORT"),
     "metrics": _Option(
         _text("metrics"), "serve metrics for Prometheus there, at /metrics", "HOST:PORT"
     ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from warabi import errors
+from warabi._core.counters import Totals
 from warabi._core.tuning import REPORT_PATIENCE
 from warabi.provider.report import counters_report, process_report, target_report
 
@@ -63,6 +64,10 @@ class MountReport:
             **self._files.statistics(),
             **counters_report(self._front.counters),
         }
+
+    def totals(self) -> list[Totals]:
+        """Return what was counted of all requests.  From any thread."""
+        return [self._front.counters.totals()]
 
     async def make(self) -> dict[str, Any]:
         """Return :meth:`own`, and in ``targets`` the mounted target.  The state of an engine's is

@@ -66,6 +66,7 @@ def main() -> None:
               help="Write the address to FILE while serving.")  # fmt: skip
 @click.option("--metrics", metavar="HOST:PORT",
               help="Serve metrics for Prometheus there, at /metrics.")  # fmt: skip
+@click.option("--http", metavar="HOST:PORT", help="Serve a status page there.")
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True,
               help="How messages are written to standard error.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
@@ -79,6 +80,7 @@ def serve(
     target: str | None,
     provider_id: int | None,
     metrics: str | None,
+    http: str | None,
     log_format: str,
     **security: Any,
 ) -> None:
@@ -117,7 +119,9 @@ def serve(
         loop = state_of(server.engine).runtime
         assert loop is not None  # it serves
         stack.enter_context(state_dump.at_signal(loop.report, lambda: {"the engine": loop.token}))
-        stack.enter_context(monitored(loop.report, loop.security, metrics=metrics))
+        stack.enter_context(
+            monitored(loop.report, loop.totals, loop.security, metrics=metrics, http=http)
+        )
         server.engine.on_finalize(ending.come)
         echo(str(server.address))
         service.notify("READY=1")
