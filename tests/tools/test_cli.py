@@ -703,7 +703,7 @@ def test_a_listing_whose_reader_closes_the_pipe(address: str, client_engine: Eng
 
 
 WITHOUT_RIGHTS = """
-import importlib, json, os, pkgutil, sys
+import difflib, importlib, json, os, pkgutil, sys  # click uses difflib
 import warabi
 for module in pkgutil.walk_packages(warabi.__path__, "warabi."):  # that another user may not read
     importlib.import_module(module.name)

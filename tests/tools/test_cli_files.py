@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -297,25 +299,74 @@ def test_output_whose_reader_is_gone(root: str, source: Path) -> None:
 @pytest.mark.parametrize("columns", [40, 100])
 def test_progress_on_a_terminal(root: str, tmp_path: Path, columns: int) -> None:
     (tmp_path / "file").write_bytes(bytes(300 << 20))
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, columns, 0, 0))
-    with os.fdopen(ours, "rb", buffering=0) as terminal, subprocess.Popen(
-        [*COMMAND, "cp", str(tmp_path / "file"), ":/file"], stdin=theirs, stdout=theirs,
-        stderr=theirs, env=environment(TERM="xterm", COLUMNS="", LINES=""),
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        text = b""
-        try:
-            while piece := terminal.read(4096):
-                text += piece
-        except OSError:  # the other end is closed
-            pass
-        assert process.wait(PATIENCE) == 0
-    lines = re.split(rb"[\r\n]+", re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", text))
-    shown = [line.decode() for line in lines if line.strip()]
+    shown = on_terminal(columns, "cp", tmp_path / "file", ":/file")
     assert any("copy" in line and "MB/s" in line for line in shown), shown
     assert max(map(len, shown)) <= columns
     assert any(re.search(r"\d%" if columns == 40 else r"\d/300", line) for line in shown), shown
+
+
+def on_terminal(columns: int, *arguments: str | Path) -> list[str]:
+    """The lines that a command, which succeeds, writes to a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, columns, 0, 0))
+    with (
+        os.fdopen(ours, "rb", buffering=0) as terminal,
+        subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs,
+            env=environment(TERM="xterm", COLUMNS="", LINES=""),
+        ) as process,
+    ):  # fmt: skip
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while piece := terminal.read(4096):
+                text += piece
+        assert process.wait(PATIENCE) == 0
+    lines = re.split(rb"[\r\n]+", re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", text))
+    return [line.decode() for line in lines if line.strip()]
+
+
+def test_bench_and_what_top_says_of_it(root: str, target: TargetHandle, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "top", "--json", "-i", "0.1"], stdout=subprocess.PIPE, env=environment()
+    ) as top:
+        assert top.stdout is not None
+        assert top.stdout.readline()
+        for place in (":/", tmp_path):
+            found = json.loads(
+                ok("bench", place, "--large", "3", "--files", "20", "--threads", "2", "--json")
+            )
+            assert [(one["name"], one["files"], one["bytes"]) for one in found] == [
+                ("write large", 2, 6 << 20), ("read large", 2, 6 << 20),
+                ("write small", 40, 40 << 14), ("read small", 40, 40 << 14),
+                ("stat", 40, 0), ("remove", 40, 0),
+            ]  # fmt: skip
+            assert all(one["seconds"] > 0 for one in found)
+        stored = 0
+        while stored < 40:  # the counts of intervals are those of the benchmark
+            stored += operations(json.loads(top.stdout.readline())).get("store", {"count": 0})[
+                "count"
+            ]
+        assert stored == 40
+        top.send_signal(signal.SIGINT)
+        assert top.wait(PATIENCE) == 130
+    assert target.listdir("/") == []
+    assert list(tmp_path.iterdir()) == []
+    lines = ok("bench", ":/", "--large", "1", "--files", "2").decode().splitlines()
+    assert [line[:12].strip() for line in lines[1:]] == [
+        "write large", "read large", "write small", "read small", "stat", "remove",
+    ]  # fmt: skip
+
+
+def operations(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = report["targets"][0]["operations"]
+    return found
+
+
+def test_top_fills_a_narrow_screen(root: str) -> None:
+    lines = on_terminal(40, "top", "-i", "0.1", "-n", "2")
+    assert max(map(len, lines)) <= 40
+    assert sum(line.startswith("engine na+sm://") for line in lines) == 2
 
 
 def test_the_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,13 @@ def test_one_wheel_is_for_every_python(wheel: Path) -> None:
         names = packed.namelist()
     assert "warabi/shm/_fast_path.abi3.so" in names
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"mochi", "warabi", "warabifs", "warabifs-0.1.0.dist-info"}
+    packages = {"mochi", "warabi", "warabifs"}
+    assert tops == {*packages, "warabifs-0.1.0.dist-info", "warabifs-0.1.0.data"}
+    pages = {name.partition(".data/")[2] for name in names if ".data/" in name}
+    assert pages == {
+        f"data/share/man/{page}"
+        for page in ("man1/warabi.1", "man1/warabifs.1", "man8/mount.warabifs.8")
+    }
     for typed in ("mochi/margo", "mochi/warabi", "warabi", "warabifs"):
         assert f"{typed}/py.typed" in names
 

@@ -91,7 +91,7 @@ class Commands(click.Group):
         try:
             with _ending_on_signals() if self.unwinds else contextlib.nullcontext():
                 run()
-                _flush_output()
+                flush_output()
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
@@ -114,7 +114,7 @@ class Commands(click.Group):
                 try:
                     return super().invoke(ctx)
                 finally:
-                    _flush_output()
+                    flush_output()
         except OSError:  # EPIPE, for which click would exit with status 1
             _drop_output()
             sys.exit(BROKEN_PIPE)
@@ -123,7 +123,7 @@ class Commands(click.Group):
 def echo(text: str) -> None:
     """Write a line to standard output and flush it; raises ``OSError``."""
     print_lines([os.fsencode(text)])
-    _flush_output()
+    flush_output()
 
 
 def print_lines(lines: Sequence[bytes], end: bytes = b"\n") -> None:
@@ -135,7 +135,7 @@ def print_lines(lines: Sequence[bytes], end: bytes = b"\n") -> None:
         stream.buffer.write(b"".join(line + end for line in lines))
 
 
-def _flush_output() -> None:
+def flush_output() -> None:
     """Flush buffered output now: at interpreter exit it is too late to report errors."""
     if sys.stdout is not None:
         with _naming_output():

@@ -36,8 +36,8 @@ def _serving(function: Any) -> Any:
 _PACKAGE = "warabi.tools.cli"
 _ELSEWHERE = {
     "names": "ls stat cat mkdir mv rm du df info", "copies": "cp sync", "regions": "put get clone",
-    "stats": "stats", "check": "scrub fsck", "archive": "export import", "config": "config",
-    "completion": "completion",
+    "stats": "stats top", "bench": "bench", "check": "scrub fsck", "archive": "export import",
+    "config": "config", "completion": "completion",
 }  # fmt: skip
 """The commands that are defined in other modules of this package."""
 
