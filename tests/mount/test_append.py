@@ -218,7 +218,7 @@ def test_appends_of_more_than_a_request_holds_lose_nothing(four: Together) -> No
     assert paths[1].read_bytes() == found
 
 
-@pytest.mark.needs(Ability.APPEND_MMAP)
+@pytest.mark.needs(Ability.DIRECT_MMAP)
 @pytest.mark.parametrize("four_module", ["na+sm"], indirect=True)
 def test_a_file_that_is_open_to_append_can_be_mapped(four: Together) -> None:
     """Shared, too, though its writes go past the page cache."""

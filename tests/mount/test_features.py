@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 from tests.mount.support import (
     PROVIDER_ID,
     another_python,
+    fails_with,
     is_mounted,
     mounting,
     run,
@@ -65,6 +68,35 @@ def test_a_list_of_one_outside_the_group_takes_its_bit_away(
         assert mode_of(path) == (0o2775 if kept else 0o775)
         os.setxattr(path, "user.x", b"1", os.XATTR_CREATE)
         assert os.getxattr(path, "user.x") == b"1"
+
+
+@pytest.mark.parametrize("features", [0, Feature.DIRECT_IO_ALLOW_MMAP])
+def test_shared_mappings_past_the_page_cache(features: int, place: Path) -> None:
+    """They show what programs of another mount write, or cannot be made."""
+    provider_id = f"provider_id={PROVIDER_ID}"
+    (other := place / "other").mkdir()
+    with (
+        serving("na+sm") as provider,
+        mounting(provider.address, other, provider_id, "direct_io") as there,
+        watchdog(there, LIMIT),
+        mounted_without(features, place, provider.address, provider_id, "direct_io") as here,
+        open(file(here / "file", bytes(2 * mmap.PAGESIZE)), "r+b", buffering=0) as one,
+        open(there.path / "file", "r+b", buffering=0) as two,
+    ):
+        if features:
+            with fails_with(errno.ENODEV):
+                mmap.mmap(one.fileno(), 0)
+            return
+        with mmap.mmap(one.fileno(), 0) as mapped:
+            for number in range(20):
+                os.pwrite(two.fileno(), b"%08d" % number, 8 * number)
+                wait_until(
+                    lambda n=number: mapped[8 * n : 8 * n + 8] == b"%08d" % n,  # type: ignore[misc]
+                    "the other's bytes",
+                )
+                mapped[mmap.PAGESIZE + number] = number + 1
+                mapped.flush()
+                assert os.pread(two.fileno(), 1, mmap.PAGESIZE + number) == bytes([number + 1])
 
 
 @pytest.mark.parametrize("features", [0, Feature.CACHE_SYMLINKS])

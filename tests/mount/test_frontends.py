@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.idmapped import idmapped
 from tests.mount.support import (
     MIB,
     PROVIDER_ID,
@@ -33,7 +34,7 @@ from tests.mount.support import (
     watchdog,
 )
 from tests.mount.together import client_of
-from tests.posix.support import check, file, libc, mode_of, opened, umask, user
+from tests.posix.support import check, directory, file, libc, mode_of, opened, umask, user
 from warabi import engine as warabi_engine
 from warabifs.frontends.base import Ability
 from warabifs.frontends.registry import FRONT_ENDS
@@ -54,7 +55,7 @@ def mounted_by(name: str, source: str, place: Path, *options: str) -> Iterator[M
 def resident(fd: int) -> int:
     """Pages of a file, open for reading and writing, that the page cache has."""
     size = os.fstat(fd).st_size
-    with mmap.mmap(fd, size) as mapping:
+    with mmap.mmap(fd, size, mmap.MAP_PRIVATE) as mapping:
         place = (ctypes.c_char * size).from_buffer(mapping)
         found = (ctypes.c_ubyte * (size // PAGE))()
         check(libc.mincore(place, ctypes.c_size_t(size), found))
@@ -79,11 +80,8 @@ def goes_past_the_page_cache(name: str, place: Path) -> bool:
         opened(mount.path / "file") as fd,
     ):
         os.write(fd, bytes(PAGE))
-        try:
-            mmap.mmap(fd, PAGE).close()
-        except OSError as error:
-            return error.errno == errno.ENODEV
-        return False
+        assert os.pread(fd, PAGE, 0) == bytes(PAGE)
+        return resident(fd) == 0
 
 
 def holds_writes_back(name: str, place: Path) -> bool:
@@ -182,7 +180,7 @@ from warabifs.fs.filesystem import FileSystem
 from warabifs.mount import main
 
 read, is_incapable, getxattr = FileSystem.read, FileSystem.is_incapable, FileSystem.getxattr
-readlink = FileSystem.readlink
+readlink, readdir = FileSystem.readlink, FileSystem.readdir
 
 def looked(self, ino):
     print("asked for capabilities", flush=True)
@@ -200,8 +198,12 @@ async def follow(self, ino):
     print("asked for a link", flush=True)
     return await readlink(self, ino)
 
+async def list(self, handle, cookie, most):
+    print("asked for a listing", flush=True)
+    return await readdir(self, handle, cookie, most)
+
 FileSystem.read, FileSystem.is_incapable, FileSystem.getxattr = bring, looked, look
-FileSystem.readlink = follow
+FileSystem.readlink, FileSystem.readdir = follow, list
 main.main(["--foreground", *sys.argv[1:]])
 """
 
@@ -214,6 +216,14 @@ import os, sys
 os.symlink("x" * 4095, sys.argv[1])
 for _ in range(5):
     assert os.readlink(sys.argv[1]) == "x" * 4095
+"""
+LISTS = """
+import os, sys
+os.mkdir(sys.argv[1])
+for number in range(100):
+    open(f"{sys.argv[1]}/{number}", "w").close()
+for _ in range(%d):
+    assert len(os.listdir(sys.argv[1])) == 100
 """
 SETS = (
     OPENED
@@ -262,6 +272,25 @@ def keeps_links(name: str, place: Path) -> bool:
     return asked == 1
 
 
+def keeps_listings(name: str, place: Path) -> bool:
+    """Whether no directory is read for a second listing."""
+    asked = [
+        requests_of(name, directory(place / f"{times}"), LISTS % times).count("asked for a listing")
+        for times in (1, 3)
+    ]
+    assert asked[1] in (asked[0], 3 * asked[0])
+    return asked[1] == asked[0]
+
+
+def makes_idmapped_mounts(name: str, place: Path) -> bool:
+    with mounted_by(name, "memory:", place) as mount:
+        try:
+            with idmapped(mount.path, place / "mapped", (0, 100_000, 1000)):
+                return True
+        except OSError as error:
+            return error.errno != errno.EINVAL
+
+
 def creates_attributes_at_once(name: str, place: Path) -> bool:
     return "asked for user.x" not in requests_of(name, place, SETS)
 
@@ -293,18 +322,30 @@ def drops_some_pages(name: str, place: Path) -> bool:
         return left > 0
 
 
-def maps_what_it_appends_to(name: str, place: Path) -> bool:
+def maps_what_bypasses_the_page_cache(name: str, place: Path) -> bool:
     with (
         serving("na+sm") as provider,
         mounted_by(name, provider.address, place, PROVIDER) as mount,
         opened(mount.path / "file", os.O_RDWR | os.O_CREAT | os.O_APPEND) as fd,
     ):
         os.write(fd, bytes(PAGE))
-        try:
-            mmap.mmap(fd, PAGE).close()
-        except OSError as error:
-            return error.errno != errno.ENODEV
-        return True
+        appended = is_mappable(fd)
+    with (
+        mounted_by(name, "memory:", place, "direct_io") as mount,
+        opened(mount.path / "file") as fd,
+    ):
+        os.write(fd, bytes(PAGE))
+        assert is_mappable(fd) == appended
+    return appended
+
+
+def is_mappable(fd: int) -> bool:
+    """Whether a file of ``PAGE`` bytes can be mapped shared."""
+    try:
+        mmap.mmap(fd, PAGE).close()
+    except OSError as error:
+        return error.errno != errno.ENODEV
+    return True
 
 
 def keeps_pages(name: str, place: Path) -> bool:
@@ -364,7 +405,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.UMASK: leaves_the_umask_to_us,
     Ability.KILL_SETID: says_whose_writes_kill_set_ids,
     Ability.FORGET_RANGE: drops_some_pages,
-    Ability.APPEND_MMAP: maps_what_it_appends_to,
+    Ability.DIRECT_MMAP: maps_what_bypasses_the_page_cache,
     Ability.KEEP_PAGES: keeps_pages,
     Ability.REQUEST_FLAGS: says_who_reads,
     Ability.FALLOCATE: reserves_room,
@@ -373,6 +414,8 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.COPY_RANGE: has_ranges_copied,
     Ability.TMPFILE: makes_files_without_names,
     Ability.CACHE_SYMLINKS: keeps_links,
+    Ability.CACHE_LISTINGS: keeps_listings,
+    Ability.IDMAP: makes_idmapped_mounts,
     Ability.XATTR_FLAGS: creates_attributes_at_once,
 }
 

@@ -22,7 +22,7 @@ def test_a_read_after_a_write_waits_for_it_though_it_could_be_answered() -> None
     async def main() -> None:
         async with warabi.aio.connect(served.address, 1) as target:
             files = FileSystem(target, exclusive=False, attr_timeout=1.0, drop_name=lambda *_: None)
-            handle, _, made = await files.create(ROOT, b"file", 0o644, 0, 0, 0, 0)
+            handle, _, made = await files.create(ROOT, b"file", 0o644, 0, 0, 0, 0, keep_setid=True)
             await files.write(made.ino, handle, 0, OLD)
             for _ in range(3):  # until it is granted
                 assert await files.read(made.ino, handle, 0, 8192) == OLD
@@ -61,7 +61,7 @@ def test_pages_read_by_another_thread_shortly_before_a_write_are_dropped() -> No
         async with warabi.aio.connect(served.address, 1) as target:
             files = FileSystem(target, exclusive=False, attr_timeout=1.0, drop_name=lambda *_: None)
             files.writes.drop = lambda *what: dropped.append(what)
-            handle, _, made = await files.create(ROOT, b"file", 0o644, 0, 0, 0, 0)
+            handle, _, made = await files.create(ROOT, b"file", 0o644, 0, 0, 0, 0, keep_setid=True)
             ino = made.ino
             await files.write(ino, handle, 0, bytes(65536), ANNE)
             await files.read(ino, handle, 8192, 8192, ANNE)

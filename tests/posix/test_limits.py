@@ -309,14 +309,18 @@ def direct(request: pytest.FixtureRequest, place: Path) -> Iterator[Mount]:
         yield mount
 
 
-def test_direct_io_refuses_shared_mappings_and_does_all_else(direct: Mount) -> None:
+def test_direct_io_does_all_that_the_page_cache_does(direct: Mount) -> None:
     path = direct.path / "file"
     data = os.urandom(3_000_001)
     path.write_bytes(data)
     assert path.read_bytes() == data
     with open(path, "r+b", buffering=0) as file:
-        with fails_with(errno.ENODEV):
-            mmap.mmap(file.fileno(), 4096)
+        with mmap.mmap(file.fileno(), 4096) as mapping:
+            assert mapping[:] == data[:4096]
+            mapping[10:14] = b"full"
+            assert os.pread(file.fileno(), 20, 0) == data[:10] + b"full" + data[14:20]
+            assert os.pwrite(file.fileno(), data[10:14], 10) == 4
+            assert mapping[:] == data[:4096]
         with mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE) as mapping:
             assert mapping[:] == data[:4096]
         assert os.pwrite(file.fileno(), b"odd", 12_345) == 3

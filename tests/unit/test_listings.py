@@ -79,3 +79,30 @@ def test_names_that_are_gone_are_forgotten_when_they_are_too_many() -> None:
     assert kept.names[120] == b"more"  # to those that go on
     listings.close(5, kept)
     assert listings.open(5) is fresh
+
+
+def test_what_the_kernel_has_read_of_a_listing() -> None:
+    """It is dropped when others change the directory: at once, or at the end if not complete."""
+    listings = Listings(spare=100)
+    listing = listings.open(5)
+    assert not listing.change()  # nothing has been read
+    listing.read = listing.version
+    assert not listing.change()
+    assert not listing.end()
+    listing.read = listing.version
+    assert listing.end()
+    assert listing.change()
+    assert not listing.change()  # no more than once
+    assert not listing.end()  # the replies under way during the change
+    listing.read = listing.version
+    assert listing.end()
+    listings.close(5, listing)
+    assert listing.change()
+    assert listing.read is None
+
+
+def test_cookies_of_a_listing_are_not_those_of_the_one_before() -> None:
+    listings = Listings(spare=100)
+    listing = listings.open(5)
+    listing.place([b"%03d" % number for number in range(150)], 0)
+    assert listings.begin(5, listing).base == 150

@@ -42,8 +42,9 @@ class Ability(enum.StrEnum):
     capabilities of a file before each write."""
     FORGET_RANGE = "forget_range"
     """A range of a file's cached pages can be invalidated; without it all of them are."""
-    APPEND_MMAP = "append_mmap"
-    """A file of an engine that is open to append can be mapped shared."""
+    DIRECT_MMAP = "direct_mmap"
+    """A file that bypasses the page cache can be mapped shared: one of an engine that is open to
+    append, and any with ``-o direct_io``."""
     KEEP_PAGES = "keep_pages"
     """The mount's own writes do not drop cached pages, where the provider reports which client
     changed a file."""
@@ -62,6 +63,10 @@ class Ability(enum.StrEnum):
     """open(2) with ``O_TMPFILE`` makes files without names."""
     CACHE_SYMLINKS = "cache_symlinks"
     """The kernel keeps the targets of symbolic links."""
+    CACHE_LISTINGS = "cache_listings"
+    """The kernel keeps listings of directories."""
+    IDMAP = "idmap"
+    """Idmapped mounts can be made of the mount, for containers."""
     XATTR_FLAGS = "xattr_flags"
     """setxattr(2) with ``XATTR_CREATE`` or ``XATTR_REPLACE`` is atomic."""
 

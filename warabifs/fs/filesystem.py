@@ -73,6 +73,8 @@ class FileSystem:
         drop_name: makes the kernel drop a name in a directory, asynchronously.
         drop_attributes: makes the kernel drop an inode's attributes, asynchronously.
         remember_names: the kernel caches all names for a while, not only those of directories.
+        keep_listings: seconds for which the kernel may keep listings of directories.  Not longer
+            than the names and attributes that come with them: those are requested one by one then.
         openless: files are used without an open request.  An inode that is removed while it is
             open then stays for as long as the kernel knows it; no other client can remove it.
         location: what the attribute ``LOCATION_XATTR`` says, empty: nothing.
@@ -82,8 +84,8 @@ class FileSystem:
         self, target: Target, *, exclusive: bool, attr_timeout: float,
         drop_name: Callable[[int, bytes], None],
         drop_attributes: Callable[[int], None] = lambda ino: None,
-        local: LocalTarget | None = None, remember_names: bool = False, openless: bool = False,
-        location: str = "",
+        local: LocalTarget | None = None, remember_names: bool = False,
+        keep_listings: float = 0.0, openless: bool = False, location: str = "",
     ) -> None:  # fmt: skip
         self._target = target
         self._attr_timeout = attr_timeout
@@ -96,6 +98,7 @@ class FileSystem:
         self.drop_name = drop_name
         self.drop_attributes = drop_attributes
         self._remember_names = remember_names
+        self.keep_listings = keep_listings
         self._names = BelievedNames(drop_name)
         self._known: dict[int, Known] = {}
         self._forgotten = 0  # inodes forgotten since ``_known`` was copied
@@ -191,11 +194,13 @@ class FileSystem:
         """Return the part of *changes* that affects what the kernel has cached."""
         if changes.everything:
             self.pages.forget_all()
+            for ino in (ROOT, *self._known):
+                self._is_listing_outdated(ino)
             return Outdated(dict.fromkeys((ROOT, *self._known), False), self._names.all())
         inodes = {}
         for ino, what in changes.inodes.items():
             if ino in self._known or ino == ROOT:
-                inodes[ino] = what == ATTRIBUTES
+                inodes[ino] = not self._is_listing_outdated(ino) and what == ATTRIBUTES
                 if what != ATTRIBUTES:
                     self.pages.forget(ino)
         names = {}
@@ -241,7 +246,7 @@ class FileSystem:
         atime_ns: int | None, mtime_ns: int | None, *, kill_setid: bool = False,
     ) -> Attributes:  # fmt: skip
         """Change the attributes that are not None.  *kill_setid*: also clear the set-ID bits."""
-        if kill_setid and not (mode is None and self._exclusive and self._is_harmless(ino)):
+        if kill_setid and not (mode is None and self._exclusive and self.is_harmless(ino)):
             mode = without_setid(mode or (await self.getattr(ino)).mode)
         if mode is not None and ino in self._known:
             self._known[ino].harmless = 0.0
@@ -336,9 +341,10 @@ class FileSystem:
         return found.region
 
     async def create(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int
-    ) -> tuple[int, bool, Attributes]:
-        """Create and open a file; returns the same as :meth:`open`."""
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int,
+        *, keep_setid: bool,
+    ) -> tuple[int, bool, Attributes]:  # fmt: skip
+        """Create and open a file; *keep_setid*, and what it returns, are as for :meth:`open`."""
         try:
             made = await self._target.call("mknod", parent, name, mode, uid, gid, 0, True, umask)
         except errors.PathError as error:
@@ -346,7 +352,7 @@ class FileSystem:
                 raise
             # Another client created the name after the kernel's lookup.
             found = await self._target.call("lookup", parent, name)
-            opened = await self.open(found.ino, flags, keep_setid=uid == 0)
+            opened = await self.open(found.ino, flags, keep_setid=keep_setid)
             self._count(opened[2], parent, name)
             return opened
         self._new(made, parent, name)
@@ -369,14 +375,14 @@ class FileSystem:
             return 0, made
         return self._add_handle(File(made.ino, made.region, pinned=False)), made
 
-    def _is_harmless(self, ino: int) -> bool:
+    def is_harmless(self, ino: int) -> bool:
         """Whether the file is known to have no set-ID bits."""
         known = self._known.get(ino)
         return known is not None and time.monotonic() < known.harmless
 
     async def _kill_setid(self, ino: int) -> None:
         """Clear the set-ID bits of a file on a write by a caller that may not keep them."""
-        if self._is_harmless(ino):
+        if self.is_harmless(ino):
             return
         now = time.monotonic()
         mode = (await self.getattr(ino)).mode
@@ -710,13 +716,39 @@ class FileSystem:
 
     # Directories
 
-    def opendir(self, ino: int) -> int:
-        return self._add_handle(Directory(ino, self._listings.open(ino)))
+    def opendir(self, ino: int) -> tuple[int, bool]:
+        """Open a directory; returns the handle, and whether the kernel may keep its listing."""
+        listing = self._listings.open(ino)
+        now = time.monotonic()
+        keep = listing.read is not None and (not listing.complete or now < listing.kept_until)
+        if not keep:
+            listing.complete, listing.read = False, None
+        if not listing.complete:
+            listing.kept_until = now + self.keep_listings
+        return self._add_handle(Directory(ino, listing)), keep
 
     def releasedir(self, handle: int) -> None:
         directory = self._handles.pop(handle)
         assert isinstance(directory, Directory)
         self._listings.close(directory.ino, directory.listing)
+
+    def end_listing(self, handle: int) -> None:
+        """The kernel gets to the end of a directory; if others changed it meanwhile, make it drop
+        its listing, asynchronously."""
+        directory = self._handles[handle]
+        assert isinstance(directory, Directory)
+        if self.keep_listings and not directory.listing.end():
+            self.writes.drop(directory.ino, 0, 0)
+
+    def doubt_listing(self, ino: int) -> None:
+        """Make the kernel drop its listing of a directory, asynchronously: it may have changed."""
+        if self._is_listing_outdated(ino):
+            self.writes.drop(ino, 0, 0)
+
+    def _is_listing_outdated(self, ino: int) -> bool:
+        """Whether the kernel has to drop its listing of a directory that another client changed."""
+        listing = self._listings.get(ino)
+        return listing is not None and listing.change()
 
     async def fsyncdir(self) -> None:
         await self._target.call("commit")
@@ -739,7 +771,12 @@ class FileSystem:
                 dot = await self._target.call("lookup", directory.ino, name)
                 entries.append(ListedEntry(name, dot, position + 1))
             cookie = 2
-        start, listing = cookie - 2, directory.listing
+        listing = directory.listing
+        if listing.read is None:
+            listing.read = listing.version
+        start = cookie - 2 - (listing.base if cookie > 2 else 0)
+        if start < 0:
+            return []  # a cookie that was never returned
         while start > len(listing.names):
             if not (listing.in_order and await self._read_ahead(directory.ino, listing)):
                 return []  # a cookie that was never returned
@@ -750,7 +787,7 @@ class FileSystem:
             listing.length = max(listing.length, directory.met)
         positions = listing.place([name for name, _ in page], start)
         for position, (name, attributes) in zip(positions, page, strict=True):
-            entries.append(ListedEntry(name, attributes, position + 3))
+            entries.append(ListedEntry(name, attributes, listing.base + position + 3))
         return entries
 
     async def _read_ahead(self, ino: int, listing: Listing) -> bool:

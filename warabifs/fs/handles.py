@@ -87,22 +87,43 @@ class File:
 
 
 class Listing:
-    """The positions of a directory's names: the cookie of position *i* is *i* + 3, after the dots.
+    """The positions of a directory's names, and what the kernel may have read of them.
+
+    The cookie of position *i* is *base* + *i* + 3, after the dots.
 
     A cookie refers to one name for as long as the listing lives, in every open directory that uses
     it.  Names get positions in the order in which they are first read.  While the directory does
     not change, that is the order of the names, and a list is enough.  From the first change on a
     dictionary maps names to positions, so that neither case becomes slower in a larger directory.
 
+    The kernel may keep the entries that it reads.  Once it has read the end, it returns them again
+    for as long as it makes no change to the directory itself.  When another client changes a
+    directory whose listing is *complete*, the kernel is made to drop the entries.  Before that, it
+    may get entries from before the change after that notification; so it drops them at the end.
+
     Attributes:
+        base: number of positions of the listings that this one replaces, so that the kernel does
+            not take a cookie of theirs for one of this listing.
         names: by position; removed names keep theirs.
         openings: number of open directories that use it.
         length: the largest number of entries read in one pass over the directory.
+        version: number of changes of the directory by other clients.
+        read: the version of which the kernel may have the first entries; None if it has none.
+        complete: whether the kernel may have all entries.
+        kept_until: until when (monotonic clock) it may keep them.
     """
 
-    __slots__ = ("_positions", "length", "names", "openings")
+    __slots__ = (
+        "_positions", "base", "complete", "kept_until", "length", "names", "openings", "read",
+        "version",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, base: int = 0) -> None:
+        self.base = base
+        self.version = 0
+        self.read: int | None = None
+        self.complete = False
+        self.kept_until = 0.0
         self.names: list[bytes] = []
         self._positions: dict[bytes, int] | None = None
         self.openings = 0
@@ -112,6 +133,22 @@ class Listing:
     def in_order(self) -> bool:
         """Whether the positions are in the order of the names: no name was added later."""
         return self._positions is None
+
+    def change(self) -> bool:
+        """Record that another client has changed the directory; returns whether the kernel has to
+        drop its entries now."""
+        self.version += 1
+        dropped, self.complete = self.complete, False
+        if dropped and not self.openings:
+            self.read = None
+        return dropped
+
+    def end(self) -> bool:
+        """Record that the kernel gets to the end; returns whether it may keep the entries."""
+        self.complete = self.read == self.version
+        if not self.complete:
+            self.read = None
+        return self.complete
 
     def place(self, names: list[bytes], start: int) -> list[int]:
         """Return the positions of *names*, which follow the name at position *start* - 1."""
@@ -145,6 +182,10 @@ class Listings:
         self._closed: dict[int, Listing] = {}  # of directories that are not open, oldest first
         self._closed_names = 0
 
+    def get(self, ino: int) -> Listing | None:
+        """Return the listing of a directory, if the kernel has opened it lately."""
+        return self._listings.get(ino)
+
     def open(self, ino: int) -> Listing:
         """Return the listing for a directory that is being opened."""
         listing = self._listings.get(ino)
@@ -171,8 +212,9 @@ class Listings:
         if len(listing.names) <= 2 * listing.length + self._spare:
             return listing
         self.close(ino, listing)
-        if self._listings.get(ino) is listing:
+        if self._listings.get(ino) in (listing, None):
             self.forget(ino)
+            self._listings[ino] = Listing(listing.base + len(listing.names))
         return self.open(ino)
 
     def forget(self, ino: int) -> None:

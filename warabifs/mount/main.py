@@ -381,6 +381,11 @@ async def _mount_and_serve(
                 drop_attributes=front.drop_attributes,
                 local=local,
                 remember_names=names > 0,
+                keep_listings=(
+                    min(names, directories, attributes)
+                    if Ability.CACHE_LISTINGS in entry.abilities
+                    else 0.0
+                ),
                 openless=(
                     local is not None
                     and not options.passthrough

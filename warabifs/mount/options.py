@@ -205,8 +205,8 @@ OPTIONS: dict[str, _Option] = {
         " exist (default: as entry_timeout)", "S",
     ),
     "direct_io": _Option(
-        _flag("direct_io", True), "strict: every read and write bypasses the page cache; no shared"
-        " mmap",
+        _flag("direct_io", True), "strict: every read and write bypasses the page cache; shared"
+        " mmap needs Linux 6.6",
         needs=Ability.DIRECT_IO,
     ),
     "exclusive": _Option(

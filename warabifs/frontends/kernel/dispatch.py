@@ -23,9 +23,10 @@ from warabi._core.attributes import FIRST_REPORT, ROOT, Attributes
 from warabi._core.counters import Counters
 from warabi._core.lock_ranges import EXCLUSIVE, SHARED, UNLOCK
 from warabi._core.tuning import LOCK_CANCEL_PAUSE
+from warabi.errors import path_error
 from warabi.metadata.domain import NAME_MAX, clamped
 from warabi.region import RegionID
-from warabifs.frontends.callers import groups_of
+from warabifs.frontends.callers import UNKNOWN, groups_of, is_root
 from warabifs.frontends.errnos import UNKNOWN_EFFECT, errno_of
 from warabifs.frontends.kernel import protocol
 from warabifs.frontends.kernel.passthrough import Passing
@@ -85,6 +86,13 @@ def _seconds(timeout: float) -> tuple[int, int]:
 def _last(body: memoryview, start: int = 0) -> bytes:
     """Return the name at the end of a request, after its first *start* bytes."""
     return bytes(body[start:-1])
+
+
+def _owner(header: Header) -> tuple[int, int]:
+    """Return the user and group who will own what a request makes."""
+    if UNKNOWN in (header.uid, header.gid):
+        raise path_error(errno.EOVERFLOW, "the user or group has no ID on this idmapped mount")
+    return header.uid, header.gid
 
 
 def _packed(attributes: Attributes) -> bytes:
@@ -160,6 +168,8 @@ class Operations:
             | Feature.HANDLE_KILLPRIV_V2
             # It also says whether an access control list clears the set-group-ID bit.
             | Feature.SETXATTR_EXT
+            # Here no permission depends on the user of a request: the kernel checks them.
+            | Feature.ALLOW_IDMAP
         )  # fmt: skip
         """The requested features; after the negotiation, the features agreed on."""
         if not self._openless:
@@ -171,7 +181,7 @@ class Operations:
             self.features |= Feature.AUTO_INVAL_DATA
         if writeback:
             self.features |= Feature.WRITEBACK_CACHE
-        if files.appends and not direct_io:
+        if files.appends or direct_io:
             self.features |= Feature.DIRECT_IO_ALLOW_MMAP
         if passing is not None:
             self.features |= Feature.PASSTHROUGH
@@ -231,6 +241,7 @@ class Operations:
         changed = protocol.changed_by(header, body)
         for directory, name in changed.names:
             self._files.drop_name(directory, name)
+            self._files.doubt_listing(directory)
         for ino in changed.inodes:
             self._files.drop_attributes(ino)
 
@@ -419,20 +430,20 @@ class Operations:
     async def mknod(self, header: Header, body: memoryview) -> Answer:
         mode, rdev, umask, _ = protocol.MKNOD.unpack_from(body)
         name = _last(body, protocol.MKNOD.size)
-        made = await self._files.mknod(header.node, name, mode, header.uid, header.gid, rdev, umask)
+        made = await self._files.mknod(header.node, name, mode, *_owner(header), rdev, umask)
         return self._entry(made)
 
     @_handles(Opcode.MKDIR)
     async def mkdir(self, header: Header, body: memoryview) -> Answer:
         mode, umask = protocol.MKDIR.unpack_from(body)
         name = _last(body, protocol.MKDIR.size)
-        made = await self._files.mkdir(header.node, name, mode, header.uid, header.gid, umask)
+        made = await self._files.mkdir(header.node, name, mode, *_owner(header), umask)
         return self._entry(made)
 
     @_handles(Opcode.SYMLINK)
     async def symlink(self, header: Header, body: memoryview) -> Answer:
         name, _, target = _last(body).partition(_NAME)
-        made = await self._files.symlink(header.node, name, target, header.uid, header.gid)
+        made = await self._files.symlink(header.node, name, target, *_owner(header))
         return self._entry(made)
 
     @_handles(Opcode.LINK)
@@ -474,19 +485,18 @@ class Operations:
         if self._openless:
             # The kernel creates it with MKNOD and opens it itself: there is no RELEASE.
             return errno.ENOSYS
-        flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
+        flags, mode, umask, more = protocol.CREATE.unpack_from(body)
         name = _last(body, protocol.CREATE.size)
         handle, fresh, made = await self._files.create(
-            header.node, name, mode, header.uid, header.gid, flags, umask
-        )
+            header.node, name, mode, *_owner(header), flags, umask,
+            keep_setid=self._keeps_setid(header, flags, more),
+        )  # fmt: skip
         return self._entry(made) + self._opened(handle, made.region, flags, fresh)
 
     @_handles(Opcode.TMPFILE)
     async def tmpfile(self, header: Header, body: memoryview) -> Answer:
         flags, mode, umask, _ = protocol.CREATE.unpack_from(body)
-        handle, made = await self._files.tmpfile(
-            header.node, mode, header.uid, header.gid, flags, umask
-        )
+        handle, made = await self._files.tmpfile(header.node, mode, *_owner(header), flags, umask)
         return self._entry(made) + self._opened(handle, made.region, flags, keep_cache=True)
 
     @_handles(Opcode.OPEN)
@@ -494,13 +504,24 @@ class Operations:
         if self._openless:
             return errno.ENOSYS  # the kernel opens this and all other files itself
         flags, more = protocol.OPEN.unpack_from(body)
-        if self.features & Feature.HANDLE_KILLPRIV_V2:
-            keep_setid = not more & protocol.OPEN_KILL_SUIDGID
-        else:
-            keep_setid = header.uid == 0
+        keep_setid = self._keeps_setid(header, flags, more)
         with self._uncut(header, flags & os.O_TRUNC):
             handle, fresh, found = await self._files.open(header.node, flags, keep_setid=keep_setid)
         return self._opened(handle, found.region, flags, fresh)
+
+    def _keeps_setid(self, header: Header, flags: int, more: int) -> bool:
+        """Whether opening a file with these flags of open(2), and ``OPEN_...`` in *more*, leaves
+        its set-ID bits; without truncation it does anyway."""
+        if self.features & Feature.HANDLE_KILLPRIV_V2:
+            return not more & protocol.OPEN_KILL_SUIDGID
+        return not flags & os.O_TRUNC or is_root(header.uid, header.pid)
+
+    def _kills_setid(self, header: Header, ino: int) -> bool:
+        """Whether a request that changes the data of a file has to clear its set-ID bits.
+
+        The request does not say whether the program may keep them; root may.
+        """
+        return not self._files.is_harmless(ino) and not is_root(header.uid, header.pid)
 
     @_handles(Opcode.READ)
     async def read(self, header: Header, body: memoryview) -> Answer:
@@ -572,8 +593,8 @@ class Operations:
     async def fallocate(self, header: Header, body: memoryview) -> Answer:
         handle, offset, size, mode = protocol.FALLOCATE.unpack_from(body)
         files, node = self._files, header.node
-        # The request does not tell whether the program may keep set-ID bits; root may.
-        await files.fallocate(node, handle, mode, offset, size, header.pid, header.uid != 0)
+        kills = self._kills_setid(header, node)
+        await files.fallocate(node, handle, mode, offset, size, header.pid, kills)
         return b""
 
     @_handles(Opcode.LSEEK)
@@ -590,8 +611,9 @@ class Operations:
     async def copy_file_range(self, header: Header, body: memoryview) -> Answer:
         handle, offset, node, to, at, size = protocol.COPY_FILE_RANGE.unpack_from(body)
         count = await self._files.copy_range(
-            (header.node, handle, offset), (node, to, at), size, header.pid, header.uid != 0
-        )
+            (header.node, handle, offset), (node, to, at), size, header.pid,
+            self._kills_setid(header, node),
+        )  # fmt: skip
         if header.opcode == Opcode.COPY_FILE_RANGE:
             return protocol.written(count)
         return protocol.NUMBER.pack(count)
@@ -668,7 +690,9 @@ class Operations:
 
     @_handles(Opcode.OPENDIR)
     async def opendir(self, header: Header, body: memoryview) -> Answer:
-        return protocol.opened(self._files.opendir(header.node), 0)
+        handle, keep = self._files.opendir(header.node)
+        flags = Open.CACHE_DIR | keep * Open.KEEP_CACHE if self._files.keep_listings else 0
+        return protocol.opened(handle, flags)
 
     @_handles(Opcode.READDIRPLUS)
     async def readdir(self, header: Header, body: memoryview) -> Answer:
@@ -698,6 +722,8 @@ class Operations:
                     found.append(self._entry(attributes))
                     files.count_entry(handle, entry)
                 found.append(protocol.pack_direntry(attributes.ino, cookie, attributes.mode, name))
+        if not found:
+            files.end_listing(handle)
         return b"".join(found)
 
     @_handles(Opcode.RELEASEDIR)
@@ -745,10 +771,10 @@ class Operations:
     async def listxattr(self, header: Header, body: memoryview) -> Answer:
         size, _ = protocol.SIZE.unpack_from(body)
         names = await self._files.listxattr(header.node)
-        if (
-            header.uid != 0
-        ):  # only readable for privileged users, but the kernel does not hide their names
-            names = [name for name in names if not name.startswith(b"trusted.")]
+        # Only readable for privileged users, but the kernel does not hide their names.
+        others = [name for name in names if not name.startswith(b"trusted.")]
+        if len(others) < len(names) and not is_root(header.uid, header.pid):
+            names = others
         return _fitting(b"".join(name + _NAME for name in names), size)
 
 

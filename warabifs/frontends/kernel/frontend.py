@@ -17,7 +17,8 @@ _FEATURES = {
     Ability.UMASK: Feature.DONT_MASK,
     Ability.KILL_SETID: Feature.HANDLE_KILLPRIV_V2,
     Ability.CACHE_SYMLINKS: Feature.CACHE_SYMLINKS,
-    Ability.APPEND_MMAP: Feature.DIRECT_IO_ALLOW_MMAP,
+    Ability.DIRECT_MMAP: Feature.DIRECT_IO_ALLOW_MMAP,
+    Ability.IDMAP: Feature.ALLOW_IDMAP,
 }
 """Abilities that the kernel has to have, too."""
 

@@ -97,6 +97,7 @@ class Feature:
     INIT_EXT = 1 << 30  # more than 32 flags
     DIRECT_IO_ALLOW_MMAP = 1 << 36  # shared mappings of files that are opened with DIRECT_IO
     PASSTHROUGH = 1 << 37  # a descriptor may back an open file
+    ALLOW_IDMAP = 1 << 40  # mounts may map owners; requests that need none have no user and group
 
 
 class Open:
@@ -104,6 +105,7 @@ class Open:
 
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
+    CACHE_DIR = 1 << 3
     NOFLUSH = 1 << 5
     PARALLEL_DIRECT_WRITES = 1 << 6
     PASSTHROUGH = 1 << 7

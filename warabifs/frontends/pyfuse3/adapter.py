@@ -328,7 +328,7 @@ class Adapter(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         handle, fresh, made = await self._files.create(
-            parent, name, mode, ctx.uid, ctx.gid, flags, ctx.umask
+            parent, name, mode, ctx.uid, ctx.gid, flags, ctx.umask, keep_setid=ctx.uid == 0
         )
         return self._opened(handle, made.ino, flags, fresh, ctx), self._entry(made)
 
@@ -418,7 +418,7 @@ class Adapter(pyfuse3.Operations):
 
     @_handles()
     async def opendir(self, ino: int, ctx: RequestContext) -> int:
-        return self._files.opendir(ino)
+        return self._files.opendir(ino)[0]
 
     @_handles()
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
