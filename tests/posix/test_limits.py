@@ -95,6 +95,13 @@ def test_reading_does_not_change_the_access_time(where: Path) -> None:
     assert path.stat().st_atime_ns == 1
 
 
+@on_mounts
+def test_df_takes_a_mount_for_a_remote_one(where: Path) -> None:
+    assert run("df", "--output=target", where).stdout.split()[-1] == str(where.parent)
+    done = run("df", "-l", where, check=False)
+    assert (done.returncode, "no file systems processed" in done.stderr) == (1, True)
+
+
 CLOCK_REALTIME_COARSE = 5
 
 
