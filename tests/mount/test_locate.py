@@ -29,6 +29,7 @@ from warabi import errors, processes
 from warabi.mounted import mounted_path
 
 XATTR = "user.warabi.location"
+WARABI = (sys.executable, "-c", "from warabi.tools.cli.main import main; main()")
 USER = 4000  # who exists nowhere
 
 
@@ -193,6 +194,29 @@ def test_paths_on_a_mount(mount: Mount, place: Path, provider: Provider) -> None
         run("umount", bound)
     assert found == {path: (provider.address, PROVIDER_ID, there) for path, there in inside.items()}
     assert mounted_path(str(place)) is None
+
+
+def test_commands_reach_the_engine_by_a_path_on_its_mount(
+    file: Path, mount: Mount, tmp_path: Path
+) -> None:
+    assert run(*WARABI, "cat", file).stdout == "data"
+    run(*WARABI, "cp", file, mount.path / "copy")  # within the target
+    run(*WARABI, "mv", mount.path / "copy", mount.path / "moved")
+    run(*WARABI, "cp", "-r", mount.path / "moved", tmp_path)
+    assert (tmp_path / "moved").read_text() == "data"
+    assert "moved" in run(*WARABI, "ls", mount.path / ".").stdout.split()
+    run(*WARABI, "rm", mount.path / "moved")
+    assert not (mount.path / "moved").exists()
+
+
+def test_a_command_on_a_mount_without_an_engine(place: Path) -> None:
+    with mounting("memory:", place) as mount:
+        done = run(*WARABI, "ls", mount.path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "mount of memory:, which no engine serves; only the mount can access it\n"
+    )
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_other_front_end(provider: Provider, place: Path) -> None:

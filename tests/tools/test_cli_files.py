@@ -21,10 +21,13 @@ import pytest
 
 from tests.support.helpers import PATIENCE, environment, eventually, pattern
 from tests.tools.test_cli import COMMAND, Service, fails, handle, ok, run, serving
+from warabi._core.attributes import DirectoryEntry
 from warabi.client import TargetHandle
 from warabi.engine import Engine, client
-from warabi.errors import ConfigError
+from warabi.errors import ConfigError, ProtocolError
+from warabi.tools.copying import Copier
 from warabi.tools.location import Location, parse
+from warabi.tools.trees import LocalTree
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,21 @@ def test_what_cannot_be_copied(root: str, target: TargetHandle, tmp_path: Path) 
     assert "different targets" in fails("mv", ":/d", made(tmp_path / "t"))
     assert "neither a target nor on a mount" in fails("ls", tmp_path)
     assert "no such engine" in fails("cp", "-r", tmp_path / "d", "na+sm://999999999-0/0/x")
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", "."])
+def test_names_of_a_provider_that_lead_elsewhere(name: str, tmp_path: Path) -> None:
+    class Lying(LocalTree):
+        def scandir(self, path: str) -> Iterator[DirectoryEntry]:
+            for entry in super().scandir(path):
+                yield DirectoryEntry(name, entry.attributes)
+
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_bytes(b"data")
+    copier = Copier(Lying(), LocalTree(), jobs=1, complain=lambda path, error: None)
+    with pytest.raises(ProtocolError, match="is not the name of an entry"):
+        copier.run(str(tmp_path / "source"), str(tmp_path / "into"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["into", "source"]
 
 
 def made(path: Path) -> Path:

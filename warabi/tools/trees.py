@@ -21,7 +21,7 @@ from warabi._core.fileio import data_from, hole_from, pread_full
 from warabi._core.output import output
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
-from warabi.errors import ConfigError, Exception, path_error
+from warabi.errors import ConfigError, Exception, ProtocolError, path_error
 from warabi.protocol import paths
 from warabi.protocol.auth import config_of
 from warabi.protocol.pending import PendingRequest
@@ -385,8 +385,14 @@ class Trees:
 
 
 def entries(tree: Tree, path: str) -> Iterator[DirectoryEntry]:
-    """Yield the entries of a directory, without regions that have no name."""
+    """Yield the entries of a directory, without regions that have no name.
+
+    Raises:
+        ProtocolError: a provider returned a name that leads out of the directory.
+    """
     for entry in tree.scandir(path):
+        if "/" in entry.name or entry.name in ("", ".", ".."):
+            raise ProtocolError(f"{path}: {entry.name!r:.100} is not the name of an entry")
         if path.strip("/") or entry.name != entry.attributes.region.hex():
             yield entry
 
