@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.helpers import (
     MEMORY,
+    RawPeer,
     Served,
     environment,
     eventually,
@@ -21,10 +22,12 @@ from tests.support.helpers import (
     pattern,
     pmem_config,
     provider_process,
+    raw_connection,
 )
 from warabi import errors
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
+from warabi.region import RegionID
 from warabi.remote.link import WireLink
 
 CONFIGS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -162,3 +165,28 @@ def test_a_region_erased_before_it_is_filled(tmp_path: Path, client_engine: Engi
         handle.erase(region)
         assert not fill(memoryview(pattern(SIZES[0])))
         assert list(handle.list()) == []
+
+
+def test_an_unnamed_region_goes_with_its_connection_unless_it_was_named(
+    served: Served, other: TargetHandle
+) -> None:
+    size = 1 << 20
+    with raw_connection(served.address) as connection:
+        peer = RawPeer(connection)
+        peer.call([1, 1, "join", [True], None])
+        made = [
+            RegionID(found[1][0])
+            for number in range(3)
+            if (found := peer.call([2 + number, 1, "make_unnamed", [size], None]))[1]
+        ]
+        assert len(made) in (0, 3)  # none where no client may write by itself
+        assert other.listdir() == []
+        if made:
+            other.link.call("publish", made[1], "/named", True, 0o600, 1, 2)
+    eventually(lambda: other.link.call("used") == (size if made else 0))
+    assert other.listdir() == (["named"] if made else [])
+    if made:
+        found = other.stat_name("/named")
+        assert (found.region, found.mode & 0o7777, found.uid, found.gid) == (made[1], 0o600, 1, 2)
+        other.unlink_name("/named")
+        assert other.link.call("used") == 0

@@ -277,7 +277,7 @@ def test_payload_that_an_operation_does_not_want(served: Place) -> None:
 def test_payload_of_what_is_no_operation_on_a_target(served: Place, size: int) -> None:
     with raw_connection(served.address, served.config) as connection:
         peer = RawPeer(connection)
-        for name in ("ping", "shutdown", "join", "grant", "make", "leave", "watch"):
+        for name in ("ping", "shutdown", "join", "grant", "make", "make_unnamed", "leave", "watch"):
             refused = peer.call([1, 1, name, [], None], bytes(size))
             assert refused[3][0] == "protocol"
             assert "expected no payload" in refused[3][1]

@@ -134,7 +134,7 @@ def test_arguments_that_code_looks_up_by_name() -> None:
             assert arguments["persist"] is FLAG, name
     assert OPERATIONS["read"].arguments["size"] is INTEGER
     owners = {name: one.owner for name, one in OPERATIONS.items() if one.owner is not None}
-    assert owners == {"mknod": 3, "mkdir": 3, "symlink": 3, "tmpfile": 3, "store": 2}
+    assert owners == {"mknod": 3, "mkdir": 3, "symlink": 3, "tmpfile": 3, "store": 2, "publish": 4}
 
 
 def test_what_syncs_changes_nothing() -> None:

@@ -221,16 +221,24 @@ class Namespace(Tree):
             raise path_error(errno.EISDIR, f"{path!r}: the root directory")
         return self._walk(path, parts[:-1], True, steps).ino, parts[-1]
 
-    def publish(self, region: RegionID, path: str, exclusive: bool) -> Attributes:
+    def publish(
+        self, region: RegionID, path: str, exclusive: bool, mode: int | None = None,
+        uid: int | None = None, gid: int | None = None,
+    ) -> Attributes:  # fmt: skip
         """Give *region*, which has no name yet, the name *path*, in an existing directory.
 
         What has the name, not a directory (EISDIR), loses it in the same step; with *exclusive*
-        it is an error (EEXIST).
+        it is an error (EEXIST).  With *mode* it gets what a new file of that mode and owner gets in
+        the directory, and the pin ends that it was made with.
         """
-        with about("publish", path):
+        with about("publish" if mode is None else "store", path):
             parent, name = self._split(path)
             with self._guard.lock, self._guard.checked:
                 inode = self._region(region, "publish", path)
+                directory, _ = self.check_free(parent, name, exclusive)
+                if mode is not None and inode.linkable:
+                    self.inherit(inode, directory, mode, uid, gid)
+                    inode.pins -= 1
                 attributes = self.give_name(inode, parent, name, exclusive)
         self._regions.reap()
         return attributes

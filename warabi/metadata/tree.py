@@ -203,6 +203,16 @@ class Tree:
         self._catalogue.charge(sum(map(len, lists.values())))
         return mode, lists
 
+    def inherit(
+        self, inode: Inode, directory: Inode, mode: int, uid: int | None, gid: int | None
+    ) -> None:
+        """Set mode, owner and access control lists of a region that becomes an entry of
+        *directory*."""
+        mode, lists = self._inherited(directory, stat.S_IFREG | stat.S_IMODE(mode), 0)
+        gid = directory.gid if directory.mode & stat.S_ISGID else gid
+        self._catalogue.set_attributes(inode, mode, uid, gid)
+        self._set_xattrs(inode, lists)
+
     def _list_follows_mode(self, inode: Inode) -> None:
         """Update the entries of an access control list that represent the permission bits."""
         value = self._catalogue.xattr(inode.ino, acl.ACCESS)
@@ -301,6 +311,12 @@ class Tree:
             if not inode.pins and inode.nlink == 0 and not inode.anonymous:
                 self._regions.discard(inode)
         self._regions.reap()
+
+    def is_linkable(self, region: RegionID) -> bool:
+        """Whether a region has had no name yet, and may get one."""
+        with self._guard.lock, self._guard.checked:
+            inode = self._catalogue.region(region)
+            return inode is not None and not inode.dead and inode.linkable
 
     # Directory entries
 

@@ -363,8 +363,13 @@ OPERATIONS: dict[str, Operation] = {
     "fetch": Operation(
         {"path": TEXT, "limit": INTEGER}, FETCHED, _READ, _NOTHING, repeatable=True
     ),
+    # With a mode the region is one of ``make_unnamed``, and gets it and the owner.
     "publish": Operation(
-        {"region": REGION, "path": TEXT, "exclusive": FLAG}, ATTRIBUTES, _CHANGE, _NAMES
+        {
+            "region": REGION, "path": TEXT, "exclusive": FLAG, "mode": OPTIONAL_INTEGER,
+            "uid": OPTIONAL_INTEGER, "gid": OPTIONAL_INTEGER,
+        },
+        ATTRIBUTES, _CHANGE, _NAMES,
     ),
     "link_name": Operation({"region": REGION, "path": TEXT}, NOTHING, _CHANGE, _NAMES),
     "unlink_name": Operation({"path": TEXT}, NOTHING, _CHANGE, _NAMES),
@@ -404,6 +409,10 @@ OPERATIONS: dict[str, Operation] = {
         {"region": REGION}, optional(forms.GRANTED), _READ, _NOTHING, served=_DIRECT
     ),
     "make": Operation({"size": INTEGER}, optional(forms.MADE), _CHANGE, _NAMES, served=_DIRECT),
+    # The region is removed with the connection, unless it gets a name by ``publish``.
+    "make_unnamed": Operation(
+        {"size": INTEGER}, optional(forms.MADE), _CHANGE, _UNNAMED, served=_DIRECT
+    ),
     "leave": Operation({}, NOTHING, _READ, _NOTHING, served=_DIRECT),
     # Migration; the provider's configuration also restricts who may do this.  Clients send
     # ``migrate`` to a source, with options as JSON, and ``migration_progress``; a source sends the

@@ -183,7 +183,8 @@ class Storing:
         """Make the region, to which the data are to be written."""
         with _about(f"store_name {self._path}"):
             try:
-                yield "publish", RegionID(), self._path, self._exclusive  # is there a directory?
+                # Is there a directory?
+                yield "publish", RegionID(), self._path, self._exclusive, None, None, None
             except InvalidRegion:
                 parent, _ = yield from _entry(self._path, errno.EISDIR)
                 mode = stat.S_IFREG | self._mode
@@ -203,7 +204,7 @@ class Storing:
         with _about(f"store_name {self._path}"):
             stored: Attributes
             if self._made is not None:
-                stored = yield "publish", region, self._path, self._exclusive
+                stored = yield "publish", region, self._path, self._exclusive, None, None, None
                 yield "unpin", stored.ino, 1
             else:
                 parent, name = yield from _entry(self._path, errno.EISDIR)

@@ -6,9 +6,10 @@ writable, the table again, and its hazard slots), and then ``grant [region]``, w
 ``[index, version, offset, room, segment, mapped, waits, follows]``, of a
 :class:`~warabi.backends.base.Location`, and, if it *follows*, one descriptor.  ``make [size]``
 creates a region and grants it: ``[region, ...]``, as for ``grant`` and with a descriptor of the
-region's own, or ``[region]`` if it cannot be granted.  The result is ``None`` if direct access is
-not possible.  Numbers are bytes except ``segment``, which identifies a descriptor that several
-regions share and that is sent once.
+region's own, or ``[region]`` if it cannot be granted.  ``make_unnamed`` is the same for a region
+that goes with the connection unless it gets a name.  The result is ``None`` if direct access is not
+possible.  Numbers are bytes except ``segment``, which identifies a descriptor that several regions
+share and that is sent once.
 
 After sending ``leave`` a guest accesses nothing any more.  If its connection ends without that, an
 access may still be pending, so it stays registered until its process has exited.
@@ -50,6 +51,7 @@ class Host:
         self._guest: GrantHolder | None = None
         self._target: Target | None = None
         self._writable = False
+        self._unnamed: list[RegionID] = []  # made by ``make_unnamed``, and perhaps named since
 
     @property
     def joined(self) -> bool:
@@ -69,6 +71,9 @@ class Host:
             return None, []
         if name == "make":
             return self._make(target, self._guest, arguments[0])
+        if name == "make_unnamed":
+            self._unnamed = [*filter(target.namespace.is_linkable, self._unnamed)]
+            return self._make(target, self._guest, arguments[0], linkable=True)
         return await self._grant(target, self._guest, arguments[0])
 
     def _join(self, target: Target, writable: bool) -> tuple[Any, list[int]]:
@@ -104,10 +109,14 @@ class Host:
             return None, []
         return granted.answer(guest)
 
-    def _make(self, target: Target, guest: GrantHolder, size: int) -> tuple[Any, list[int]]:
+    def _make(
+        self, target: Target, guest: GrantHolder, size: int, *, linkable: bool = False
+    ) -> tuple[Any, list[int]]:
         if not self._writable:
             return None, []
-        region = target.make(size, guest.number)
+        region = target.make(size, guest.number, linkable=linkable)
+        if linkable:
+            self._unnamed.append(region)
         try:
             granted = target.grant(region, guest.number, writable=True, wait=False)
         except (errors.Exception, WouldBlock):  # another client has found and is using it
@@ -133,6 +142,10 @@ class Host:
         """After the end of the connection: return when the guest cannot access anything any more,
         or at :meth:`drain`, since closing the target handles it then."""
         try:
+            if self._target is not None:
+                with contextlib.suppress(errors.Exception):  # the target has been closed
+                    for region in filter(self._target.namespace.is_linkable, self._unnamed):
+                        self._target.namespace.unpin(region.slot)
             if self._guest is not None and self._target is not None:
                 self._target.sharing.asks_no_more(self._guest)
                 with self._waiting:

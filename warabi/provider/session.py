@@ -352,12 +352,13 @@ class ClientSession:
         if core.target.occupied:
             await wait_free(core.target)
         target = core.target
-        if name == "make" and not core.changes.enter_nowait():
+        makes = name in ("make", "make_unnamed")
+        if makes and not core.changes.enter_nowait():
             return await self._reply(number, None)  # another request is pending
         try:
             result, descriptors = await self._host.answer(target, name, checked)
         finally:
-            if name == "make":
+            if makes:
                 core.changes.leave()
         try:
             await self._channel.send([wire.frame([number, result])], descriptors)

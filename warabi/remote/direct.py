@@ -138,16 +138,23 @@ class DirectAccessChannel(DirectAccess):
             if held:
                 self._lock.release()
 
-    def make(self, size: int) -> tuple[RegionID, Callable[[memoryview], bool]] | None:
+    def makes(self, size: int) -> bool:
+        """Whether :meth:`make` may be possible for a region of *size* bytes."""
+        return size >= _MADE_SIZE and not self._over
+
+    def make(
+        self, size: int, *, unnamed: bool = False
+    ) -> tuple[RegionID, Callable[[memoryview], bool]] | None:
         """Create a region of *size* bytes; returns it and a function that writes its data.  None:
         use a normal request to create it; if the function returns False: use one to write the data.
+        An *unnamed* one is removed with the connection, unless ``publish`` gives it a name.
 
         Raises:
             StorageFull, StorageError: and the other errors of creating a region.
             TimedOut: the provider does not reply.
         """
         what = "create_and_write"
-        if size < _MADE_SIZE or self._over:
+        if not self.makes(size):
             return None
         held, request = False, None
         try:
@@ -158,7 +165,7 @@ class DirectAccessChannel(DirectAccess):
             self._over = guest is None
             if guest is None or not guest.writes:
                 return None
-            request = self._submit(what, "make", [size])
+            request = self._submit(what, "make_unnamed" if unnamed else "make", [size])
             made, descriptors = self._result(request)
             if made is None:
                 return None

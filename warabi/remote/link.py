@@ -42,6 +42,7 @@ class WireLink:
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
+        self._stores = False  # whether the provider is known to have the operation ``store``
 
     def _submit(
         self,
@@ -324,14 +325,40 @@ class WireLink:
             raise
 
     def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
+        if self._stores and self._side is not None:
+            made = self._side.make(len(data), unnamed=True)
+            if made is not None:
+                return self._publish(*made, arguments, data)
         if len(data) > self._connect().limits.payload:
             return None
         try:
-            return self._run(self._store, arguments, data)  # type: ignore[no-any-return]
+            stored: Attributes = self._run(self._store, arguments, data)
         except errors.ProtocolError as error:
             if is_unknown(error):
                 return None
             raise
+        self._stores = True
+        return stored
+
+    def _publish(
+        self,
+        region: RegionID,
+        fill: Callable[[memoryview], bool],
+        arguments: Sequence[Any],
+        data: memoryview,
+    ) -> Attributes:
+        """Write *data* to a new region by direct access, and give it its name."""
+        path, mode, uid, gid, exclusive, persist = arguments
+        self._fill(region, data, persist, fill)
+        try:
+            stored: Attributes = self.call("publish", region, path, exclusive, mode, uid, gid)
+        except BaseException:
+            with contextlib.suppress(errors.Exception):
+                self._erase(region)
+            raise
+        if persist:
+            self.call("commit")
+        return stored
 
     def _store(
         self,
@@ -353,6 +380,8 @@ class WireLink:
 
     def start_store(self, arguments: Sequence[Any], data: memoryview) -> list[PendingRequest]:
         if len(data) > self._connect().limits.payload:
+            return []
+        if self._stores and self._side is not None and self._side.makes(len(data)):
             return []
         return self._begun(self._store, arguments, data)
 

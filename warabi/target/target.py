@@ -172,21 +172,25 @@ class Target:
         self.creation.check_fits(size)
         return self._new(size, None).rid
 
-    def make(self, size: int, guest: int) -> RegionID:
+    def make(self, size: int, guest: int, *, linkable: bool = False) -> RegionID:
         """The same as :meth:`create`, for a writable guest that is granted the region next, and
-        fills it."""
+        fills it.  A *linkable* one is like ``Tree.tmpfile`` without a directory."""
         size = checked_size(size, "create: size")
         self.creation.check_fits(size)
-        return self._new(size, self._storage.cleared(size, guest)).rid
+        return self._new(size, self._storage.cleared(size, guest), linkable=linkable).rid
 
-    def _new(self, size: int, fresh: Fresh | None, *, entered: bool = False) -> Inode:
+    def _new(
+        self, size: int, fresh: Fresh | None, *, entered: bool = False, linkable: bool = False
+    ) -> Inode:
         """Create a region without a name, from *fresh* if given; with *entered* the caller has
-        entered it from the start, so that the target does not close meanwhile."""
+        entered it from the start, so that the target does not close meanwhile.  A *linkable* one is
+        pinned, and not shown."""
         try:
             with self.state.guard.lock, self.state.guard.checked:
                 inode = self.creation.new_region(
-                    0o644, None, None, size, anonymous=True, fresh=fresh
+                    0o644, None, None, size, anonymous=not linkable, complete=True, fresh=fresh
                 )
+                inode.pins, inode.linkable = int(linkable), linkable
                 if entered:
                     self.locks.enter_new(inode)
                 return inode
