@@ -87,10 +87,10 @@ class Rig:
         )
         return memory.view
 
-    def grant_file(self, fd: int, size: int, *, waits: bool = False) -> None:
+    def grant_file(self, fd: int, size: int) -> None:
         """Grant a region in a file, which is closed with the grant."""
         self.enter(3, size)
-        self.reach.grants[REGION] = self.module.Grant(3, STAMP, TOP, fd, waits)
+        self.reach.grants[REGION] = self.module.Grant(3, STAMP, TOP, fd)
 
     def enter(self, index: int, size: int) -> None:
         self.table[2 * index] = STAMP
@@ -130,7 +130,7 @@ def place(size: int) -> memoryview:
 
 def test_a_region_in_a_shared_file(rig: Rig, file: int) -> None:
     """Nothing outside of it is touched, and the file stays open as long as its keeper says."""
-    grant = rig.module.Grant(3, STAMP, 40, file, False, keeper=rig, start=50)
+    grant = rig.module.Grant(3, STAMP, 40, file, keeper=rig, start=50)
     assert (grant.owns, grant.start, grant.fd) == (False, 50, file)
     rig.enter(3, 40)
     rig.reach.grants[REGION] = grant
@@ -154,7 +154,7 @@ def test_a_region_in_a_shared_file(rig: Rig, file: int) -> None:
 @pytest.mark.parametrize(("room", "start"), [(TOP, 1), (1, TOP), (10, -1)])
 def test_an_impossible_extent_of_a_shared_file(rig: Rig, room: int, start: int) -> None:
     with open(os.devnull) as null, pytest.raises(ValueError, match="exceeds the mapping"):
-        rig.module.Grant(3, STAMP, room, null.fileno(), False, keeper=rig, start=start)
+        rig.module.Grant(3, STAMP, room, null.fileno(), keeper=rig, start=start)
 
 
 def test_a_region_in_shared_memory(rig: Rig) -> None:
@@ -390,12 +390,6 @@ def test_a_read_only_grant(rig: Rig) -> None:
         assert taken == b"there"
 
 
-def test_files_where_writing_waits(rig: Rig, file: int) -> None:
-    rig.grant_file(file, 100, waits=True)
-    assert not rig.reach.write(REGION, 0, b"x", False)
-    assert rig.reach.write(REGION, 0, b"x", True)
-
-
 # Arguments
 
 
@@ -439,17 +433,12 @@ def test_the_first_wrong_argument_is_the_one_that_is_reported(compiled: Rig) -> 
     """No code in Python runs while there is an exception already."""
     compiled.grant(100)
     switch = Raising()
-    for access, data in ((compiled.reach.write, b"x"), (compiled.reach.read_some, bytearray(1))):
+    wrong: tuple[tuple[Any, ...], ...] = ((switch,), (switch, switch), (True, switch))
+    for switches in wrong:
         with pytest.raises(TypeError):
-            access(REGION, "0", data, switch)
+            compiled.reach.read_some(REGION, "0", bytearray(1), *switches)
         assert switch.asked == 0
-        with pytest.raises(LookupError, match="asked"):
-            access(REGION, 0, data, switch)
-        switch.asked = 0
-    with pytest.raises(TypeError):
-        compiled.reach.read_some(REGION, "0", bytearray(1), True, switch)
-    assert switch.asked == 0
-    for switches in ((switch, switch), (True, switch)):
+    for switches in wrong:
         with pytest.raises(LookupError, match="asked"):
             compiled.reach.read_some(REGION, 0, bytearray(1), *switches)
         assert switch.asked == 1

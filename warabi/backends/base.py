@@ -35,9 +35,7 @@ class Location(NamedTuple):
             descriptor belongs to the region alone, and grows with it.
         segment: a number that identifies a descriptor shared by several regions; 0 for the region's
             own, and negative for one that is sent each time, to be used by system calls.
-        mapped: whether to map it; otherwise it is used by system calls.  Guests that do not know
-            negative numbers map those, too.
-        waits: whether writing waits for stable storage.
+        mapped: whether to map it; otherwise it is used by system calls.
     """
 
     fd: int
@@ -45,7 +43,6 @@ class Location(NamedTuple):
     room: int | None
     segment: int
     mapped: bool
-    waits: bool = False
 
 
 class Fresh(ABC):

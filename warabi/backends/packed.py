@@ -478,7 +478,7 @@ class PackedStorage(WrapperStorage):
             place = self._files.share(file, writable=writable, holder=holder)
         if place is None or file is rid:
             return place
-        return place._replace(offset=start, room=SLOT, segment=-next(self._shares), mapped=True)
+        return place._replace(offset=start, room=SLOT, segment=-next(self._shares), mapped=False)
 
     def metadata_durable(self, rid: RegionID) -> bool:
         return self._files.metadata_durable(self._at(rid)[0])

@@ -143,11 +143,10 @@ VERIFIED = record("counts of blocks", (INTEGER, INTEGER, list_of(INTEGER)), Veri
 
 FILE_LOCK = record("a locked range", (FLAG, INTEGER, INTEGER, INTEGER), FileLock._make)
 
-_NUMBER = Form("a number", (int, bool))
 JOINED = record("the location of the provider's liveness word", (INTEGER, INTEGER, FLAG), tuple)
 GRANTED = record(
     "a grant",
-    (INTEGER, INTEGER, INTEGER, OPTIONAL_INTEGER, INTEGER, _NUMBER, _NUMBER, _NUMBER),
+    (INTEGER, INTEGER, INTEGER, OPTIONAL_INTEGER, INTEGER, FLAG, FLAG),
     tuple,
 )
 MADE = Form("a new region and perhaps its grant", (list,), _made)

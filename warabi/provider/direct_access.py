@@ -3,7 +3,7 @@
 A guest uses a separate connection for this.  It sends ``join [writable]`` and gets ``[word offset,
 word value, writable]`` with four descriptors (liveness word, table, last-write times or, when not
 writable, the table again, and its hazard slots), and then ``grant [region]``, whose result is
-``[index, version, offset, room, segment, mapped, waits, follows]``, of a
+``[index, version, offset, room, segment, mapped, follows]``, of a
 :class:`~warabi.backends.base.Location`, and, if it *follows*, one descriptor.  ``make [size]``
 creates a region and grants it: ``[region, ...]``, as for ``grant`` and with a descriptor of the
 region's own, or ``[region]`` if it cannot be granted.  ``make_unnamed`` is the same for a region

@@ -68,9 +68,9 @@ class AsyncDirectAccessChannel:
         while done < len(data):
             piece = data[done : done + _PIECE]
             guest = self._guest
-            if guest is None or not guest.write(region, offset + done, piece, False):
+            if guest is None or not guest.write(region, offset + done, piece):
                 guest = await self._asked(region, len(piece))
-                if guest is None or not guest.write(region, offset + done, piece, False):
+                if guest is None or not guest.write(region, offset + done, piece):
                     break
             done += len(piece)
             await trio.lowlevel.checkpoint()

@@ -52,7 +52,6 @@ typedef struct {
     uint64_t version;
     int64_t room;
     int fd;
-    char waits;
     char slow;        /* the file cannot be read without maybe waiting */
     char owns;        /* the file is closed with the grant */
     int64_t start;    /* where the region begins in the file or the memory */
@@ -62,17 +61,15 @@ typedef struct {
 
 static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"index",  "version", "room",  "fd", "waits",
-                            "keeper", "view",    "start", NULL};
+    static char *names[] = {"index", "version", "room", "fd", "keeper", "view", "start", NULL};
     Grant *self = (Grant *)object;
     PyObject *version, *keeper = Py_None, *view = NULL;
     Py_ssize_t index;
     long long room, start = 0;
-    int fd = -1, waits = 0;
+    int fd = -1;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "nO!L|ipOOL:Grant", names, &index,
-                                     &PyLong_Type, &version, &room, &fd, &waits, &keeper, &view,
-                                     &start))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "nO!L|iOOL:Grant", names, &index, &PyLong_Type,
+                                     &version, &room, &fd, &keeper, &view, &start))
         return -1;
     if (self->keeper != NULL) {
         PyErr_SetString(PyExc_TypeError, "a Grant does not change");
@@ -94,7 +91,6 @@ static int grant_init(PyObject *object, PyObject *args, PyObject *keywords)
     self->version = word;
     self->room = room;
     self->fd = fd;
-    self->waits = (char)waits;
     self->owns = fd >= 0 && keeper == Py_None;
     self->start = start;
     self->keeper = Py_NewRef(keeper);
@@ -131,7 +127,6 @@ static PyMemberDef grant_members[] = {
     {"version", T_ULONGLONG, offsetof(Grant, version), READONLY, NULL},
     {"room", T_LONGLONG, offsetof(Grant, room), READONLY, NULL},
     {"fd", T_INT, offsetof(Grant, fd), READONLY, NULL},
-    {"waits", T_BOOL, offsetof(Grant, waits), READONLY, NULL},
     {"owns", T_BOOL, offsetof(Grant, owns), READONLY, NULL},
     {"start", T_LONGLONG, offsetof(Grant, start), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
@@ -507,15 +502,14 @@ static void raise_failure(Reach *self, PyObject *region, int number)
 }
 
 /* Write.  Returns whether it was done, -1 with an exception; the buffer is released. */
-static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data, bool wait)
+static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data)
 {
     enum result result = FAILED;
     int slot, number = 0;
     int64_t moved = 0;
     Grant *grant = find(self, region);
     if (grant == NULL || offset < 0 || !self->writable || grant->view.readonly ||
-        (grant->waits && !wait) || data->len > grant->room - offset ||
-        (slot = enter(self, grant)) < 0) {
+        data->len > grant->room - offset || (slot = enter(self, grant)) < 0) {
         Py_XDECREF((PyObject *)grant);
         PyBuffer_Release(data);
         return PyErr_Occurred() ? -1 : false;
@@ -597,16 +591,15 @@ static PyObject *reach_size(PyObject *object, PyObject *region)
 static PyObject *reach_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer data;
-    if (!counted("write", count, 3, 4))
+    if (!counted("write", count, 3, 3))
         return NULL;
     /* One after the other: nothing is called while there is an exception. */
     int64_t offset = offset_of(args[1]);
     if (offset < -1)
         return NULL;
-    int wait = given(args, count, 3, true);
-    if (wait < 0 || PyObject_GetBuffer(args[2], &data, PyBUF_SIMPLE) < 0)
+    if (PyObject_GetBuffer(args[2], &data, PyBUF_SIMPLE) < 0)
         return NULL;
-    int done = store((Reach *)object, args[0], offset, &data, wait);
+    int done = store((Reach *)object, args[0], offset, &data);
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
@@ -617,7 +610,7 @@ static PyObject *reach_try_write(PyObject *object, PyObject *const *args, Py_ssi
         return NULL;
     if (!plain(args, &data, PyBUF_SIMPLE))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    int done = store((Reach *)object, args[0], offset_of(args[1]), &data, true);
+    int done = store((Reach *)object, args[0], offset_of(args[1]), &data);
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
@@ -677,13 +670,13 @@ static PyObject *reach_recent(PyObject *object, void *Py_UNUSED(closure))
 static PyMethodDef reach_methods[] = {
     {"size", reach_size, METH_O, "size($self, region, /)\n--\n\n"},
     {"write", (PyCFunction)(void (*)(void))reach_write, METH_FASTCALL,
-     "write($self, region, offset, data, wait=True, /)\n--\n\n"},
+     "write($self, region, offset, data, /)\n--\n\n"},
     {"try_write", (PyCFunction)(void (*)(void))reach_try_write, METH_FASTCALL,
-     "put($self, region, offset, data, /)\n--\n\n"},
+     "try_write($self, region, offset, data, /)\n--\n\n"},
     {"read_some", (PyCFunction)(void (*)(void))reach_read_some, METH_FASTCALL,
      "read_some($self, region, offset, place, wait=True, short=True, /)\n--\n\n"},
     {"try_read", (PyCFunction)(void (*)(void))reach_try_read, METH_FASTCALL,
-     "take($self, region, offset, place, /)\n--\n\n"},
+     "try_read($self, region, offset, place, /)\n--\n\n"},
     {NULL, NULL, 0, NULL},
 };
 

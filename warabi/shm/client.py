@@ -170,19 +170,19 @@ class Guest(Reach):
                 os.close(fd)
 
     def _granted(self, granted: Sequence[Any], descriptors: list[int]) -> Grant:
-        index, version, offset, room, segment, mapped, waits, _ = granted
+        index, version, offset, room, segment, mapped, _ = granted
         if not 0 < index < ENTRIES:
             raise ValueError(f"index {index}")
-        if (not mapped or segment < 0) and not (self._files or self._shared):
+        if not mapped and not (self._files or self._shared):
             self.in_memory = syscalls.is_in_memory(descriptors[-1])  # as all files of a target
+        if segment < 0:
+            file = self._shared_file(descriptors)
+            return Grant(index, version, room, file.fd, keeper=file, start=offset)
         if not mapped:
-            grant = Grant(index, version, MAX_SIZE, descriptors[-1], bool(waits))
+            grant = Grant(index, version, MAX_SIZE, descriptors[-1])
             descriptors.pop()
             self._files += 1
             return grant
-        if segment < 0:
-            file = self._shared_file(descriptors)
-            return Grant(index, version, room, file.fd, bool(waits), keeper=file, start=offset)
         size = self.table[2 * index + 1]
         if segment:
             if descriptors:
@@ -327,10 +327,10 @@ class DirectAccess:
     def write(self, region: RegionID, offset: int, data: memoryview, *, wait: bool = True) -> bool:
         """See :meth:`Guest.write`."""
         guest = self.guest
-        if guest is not None and guest.write(region, offset, data, wait):
+        if guest is not None and guest.write(region, offset, data):
             return True
         found = self._asked("write", region, len(data), wait)
-        return found is not None and found.write(region, offset, data, wait)
+        return found is not None and found.write(region, offset, data)
 
     def read_into(
         self, region: RegionID, offset: int, place: memoryview, *, wait: bool = True

@@ -33,7 +33,6 @@ class Grant:
         version: the version for as long as this grant is valid.
         room: bytes that can be accessed, whatever the size; negative if the grant was refused.
         fd: the file; closed when this object is deallocated.
-        waits: whether writing waits for stable storage.
         keeper: keeps *view*, or *fd*, which then is not closed here, valid.
         view: the memory.
         start: where the region begins in the file or the memory.
@@ -52,7 +51,6 @@ class Grant:
         "start",
         "version",
         "view",
-        "waits",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +59,6 @@ class Grant:
         version: int,
         room: int,
         fd: int = -1,
-        waits: bool = False,
         keeper: object = None,
         view: memoryview = _NOTHING,
         start: int = 0,
@@ -74,7 +71,6 @@ class Grant:
         self.version = version
         self.room = room
         self.fd = fd
-        self.waits = waits
         self.owns = fd >= 0 and keeper is None
         self.keeper = keeper
         self.start = start
@@ -162,16 +158,14 @@ class Reach:
         size = self.table[grant.entry + 1]
         return size if self.usable and self.table[grant.entry] == grant.version else -1
 
-    def write(self, region: bytes, offset: int, data: memoryview, wait: bool = True, /) -> bool:
+    def write(self, region: bytes, offset: int, data: memoryview, /) -> bool:
         """Write *data*, all of it within the region; False if the provider must do it.
-
-        Without *wait* it also fails if writing waits for stable storage.
 
         Raises:
             StorageFull, StorageError: writing failed.
         """
         grant = self.grants.get(region)
-        if grant is None or not self.writable or (grant.waits and not wait):
+        if grant is None or not self.writable:
             return False
         size = len(data)
         end = offset + size
