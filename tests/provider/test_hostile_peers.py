@@ -40,7 +40,7 @@ from warabi.engine import Engine, client
 from warabi.protocol import wire
 from warabi.protocol.limits import EngineLimits, from_config
 from warabi.provider import buffer_pool, channel
-from warabi.provider.admission import Admission, Budget, Visitor
+from warabi.provider.admission import Admission, Budget, PeerConnection
 from warabi.server import Provider
 
 MIB = 1 << 20
@@ -257,25 +257,25 @@ def test_too_many_connections_from_one_host() -> None:
 def test_admission_counts_connections_by_host() -> None:
     dropped: list[int] = []
     admission = Admission(EngineLimits(connections=2, connections_per_host=1, unopened=1))
-    visitors = [
-        Visitor(host, lambda i=i: dropped.append(i))  # type: ignore[misc]
+    peers = [
+        PeerConnection(host, lambda i=i: dropped.append(i))  # type: ignore[misc]
         for i, host in enumerate(["a", "a", "b", "", ""])
     ]
-    for visitor in visitors[:2]:
-        admission.arrive(visitor)
+    for peer in peers[:2]:
+        admission.arrive(peer)
     assert dropped == [0]
-    admission.admit(visitors[1])
-    admission.arrive(visitors[2])
+    admission.admit(peers[1])
+    admission.arrive(peers[2])
     with pytest.raises(errors.ConnectionFailed, match="from a"):
-        admission.admit(visitors[0])
-    admission.admit(visitors[2])
+        admission.admit(peers[0])
+    admission.admit(peers[2])
     with pytest.raises(errors.ConnectionFailed, match="2 connections"):
-        admission.admit(visitors[3])
-    for visitor in visitors:
-        admission.leave(visitor)
-        admission.leave(visitor)
-    admission.admit(visitors[0])
-    admission.admit(visitors[3])
+        admission.admit(peers[3])
+    for peer in peers:
+        admission.leave(peer)
+        admission.leave(peer)
+    admission.admit(peers[0])
+    admission.admit(peers[3])
     assert dropped == [0]
 
 

@@ -17,7 +17,7 @@ from warabi.protocol.limits import EngineLimits
 log = logging.getLogger(__name__)
 
 
-class Visitor:
+class PeerConnection:
     """A connection from accept(2) to its end.
 
     Args:
@@ -39,45 +39,45 @@ class Admission:
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
-        self._unopened: dict[Visitor, None] = {}  # oldest first
-        self._opened: set[Visitor] = set()
+        self._unopened: dict[PeerConnection, None] = {}  # oldest first
+        self._opened: set[PeerConnection] = set()
         self._hosts: Counter[str] = Counter()
 
-    def arrive(self, visitor: Visitor) -> None:
+    def arrive(self, peer: PeerConnection) -> None:
         """Add a new connection; may drop the oldest one without a completed handshake."""
-        self._unopened[visitor] = None
+        self._unopened[peer] = None
         if len(self._unopened) > self._limits.unopened:
             oldest = next(iter(self._unopened))
             del self._unopened[oldest]
             log.info("dropping the oldest connection without a finished handshake")
             oldest.drop()
 
-    def admit(self, visitor: Visitor) -> None:
+    def admit(self, peer: PeerConnection) -> None:
         """Admit a connection whose handshake has completed.
 
         Raises:
             ConnectionFailed: there are too many; the caller must close it.
         """
-        self._unopened.pop(visitor, None)
+        self._unopened.pop(peer, None)
         limits = self._limits
         if len(self._opened) >= limits.connections:
             raise ConnectionFailed(f"{limits.connections} connections are open, which is the limit")
-        if visitor.host and self._hosts[visitor.host] >= limits.connections_per_host:
+        if peer.host and self._hosts[peer.host] >= limits.connections_per_host:
             raise ConnectionFailed(
-                f"{limits.connections_per_host} connections from {visitor.host} are open, which is"
+                f"{limits.connections_per_host} connections from {peer.host} are open, which is"
                 " the limit for one host"
             )
-        self._opened.add(visitor)
-        self._hosts[visitor.host] += 1
+        self._opened.add(peer)
+        self._hosts[peer.host] += 1
 
-    def leave(self, visitor: Visitor) -> None:
+    def leave(self, peer: PeerConnection) -> None:
         """Remove a closed connection, whether it was admitted or not."""
-        self._unopened.pop(visitor, None)
-        if visitor in self._opened:
-            self._opened.remove(visitor)
-            self._hosts[visitor.host] -= 1
-            if not self._hosts[visitor.host]:
-                del self._hosts[visitor.host]
+        self._unopened.pop(peer, None)
+        if peer in self._opened:
+            self._opened.remove(peer)
+            self._hosts[peer.host] -= 1
+            if not self._hosts[peer.host]:
+                del self._hosts[peer.host]
 
 
 class Budget:

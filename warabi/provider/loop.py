@@ -23,7 +23,7 @@ from warabi.protocol import address
 from warabi.protocol.address import Endpoint
 from warabi.protocol.auth import Security
 from warabi.protocol.limits import EngineLimits
-from warabi.provider.admission import Admission, Visitor
+from warabi.provider.admission import Admission, PeerConnection
 from warabi.provider.core import ProviderCore
 from warabi.provider.direct_access import Host
 from warabi.provider.idle_connections import IdleConnections
@@ -159,15 +159,15 @@ class ProviderLoop:
             security=self._security,
             limits=self._limits,
             local=self.endpoint.local,
-            admit=lambda: self._admission.admit(visitor),
-            leave=lambda: self._admission.leave(visitor),
+            admit=lambda: self._admission.admit(peer),
+            leave=lambda: self._admission.leave(peer),
             host=Host(self._life, pid) if self.endpoint.local and self._share else None,
             idle_connections=self._idle_connections,
             name=name,
             report=lambda provider_id: self.report([self.find(provider_id)]),
         )
-        visitor = Visitor(host, session.drop)
-        self._admission.arrive(visitor)
+        peer = PeerConnection(host, session.drop)
+        self._admission.arrive(peer)
         self._sessions.add(session)
         nursery.start_soon(self._serve, session)
 
