@@ -394,7 +394,7 @@ class Target:
             await self._link.write(region, 0, view, bool(persist), False)
             return await self._run(storing.end(region))
         except BaseException:
-            await self._clean_up(self._run(storing.give_up(region)))
+            await self._clean_up(self._run(storing.give_up()))
             raise
 
     async def fetch_name(self, path: str, limit: int = FETCHED) -> tuple[Attributes, bytes | None]:

@@ -34,11 +34,11 @@ from warabi._core.lock_ranges import (
 )
 from warabi._core.results import RegionStat
 from warabi.engine import Engine, state_of
-from warabi.errors import ConfigError, Exception, PathError, ProtocolError, TargetNotFound
+from warabi.errors import ConfigError, Exception, PathError, TargetNotFound
 from warabi.local.link import DirectLink, Link
 from warabi.protocol import address as _address
 from warabi.protocol import paths
-from warabi.protocol.operations import PAGE, is_unknown
+from warabi.protocol.operations import PAGE
 from warabi.protocol.pending import PendingRequest
 from warabi.region import RegionID
 from warabi.remote.link import WireLink
@@ -752,7 +752,7 @@ class TargetHandle:
             return self._run(storing.end(region))
         except BaseException:
             with contextlib.suppress(Exception):
-                self._run(storing.give_up(region))
+                self._run(storing.give_up())
             raise
 
     @staticmethod
@@ -812,7 +812,7 @@ class TargetHandle:
         alone: Callable[[_Item], _Value],
     ) -> Generator[_Value | Exception, None, None]:
         """Yield the results, or the errors, of the requests that *start* begins for each item.  An
-        item for which there are none, or not at this provider, is left to *alone*."""
+        item for which there are none is left to *alone*."""
         under_way: deque[tuple[_Item, _Requests | Exception]] = deque()
 
         def ended() -> _Value | Exception:
@@ -821,13 +821,8 @@ class TargetHandle:
                 if isinstance(requests, Exception):
                     return requests
                 if requests:
-                    try:
-                        result: _Value = self._link.finish(requests)
-                    except ProtocolError as error:
-                        if not is_unknown(error):
-                            raise
-                    else:
-                        return result
+                    result: _Value = self._link.finish(requests)
+                    return result
                 return alone(item)
             except Exception as error:
                 return error

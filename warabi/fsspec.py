@@ -780,7 +780,7 @@ class WarabiFile(AbstractBufferedFile):  # type: ignore[misc]
         """Throw away what was written, but not what was appended."""
         if self._storing is not None and self._region is not None:
             with contextlib.suppress(errors.Exception):
-                self._run(self._storing.give_up(self._region))
+                self._run(self._storing.give_up())
             self._region = self._storing = None
 
 

@@ -459,9 +459,6 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
 """Converts each operation's result in a reply to the return value of the operation."""
 
 
-_UNKNOWN = "unknown operation"
-
-
 def operation_named(name: str) -> Operation:
     """Return the operation *name*.
 
@@ -470,13 +467,8 @@ def operation_named(name: str) -> Operation:
     """
     operation = OPERATIONS.get(name)
     if operation is None:
-        raise ProtocolError(f"{_UNKNOWN} {name!r:.60}")
+        raise ProtocolError(f"unknown operation {name!r:.60}")
     return operation
-
-
-def is_unknown(error: ProtocolError) -> bool:
-    """Whether a provider has refused an operation that its version does not have."""
-    return str(error).startswith(_UNKNOWN)
 
 
 def access(name: str) -> RequiredAccess:

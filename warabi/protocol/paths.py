@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 
 from warabi._core.attributes import LINKS, ROOT, Attributes
 from warabi._core.buffers import checked_path
-from warabi.errors import Exception, InvalidRegion, PathError, ProtocolError, path_error
-from warabi.protocol.operations import is_unknown
+from warabi.errors import Exception, InvalidRegion, PathError, path_error
 from warabi.region import RegionID
 
 _T = TypeVar("_T")
@@ -156,18 +155,13 @@ def fetch(path: str, limit: int) -> Steps[tuple[Attributes, bytes | None]]:
     """What is at *path*, with symbolic links followed, and the bytes of a small region."""
     path = checked_path(path, "fetch_name")
     with _about(f"fetch_name {path}"):
-        try:
-            fetched: tuple[Attributes, bytes | None] = yield "fetch", path, limit
-            return fetched
-        except ProtocolError as error:
-            if not is_unknown(error):
-                raise
-        return (yield from _find(_parts(path), True)), None
+        fetched: tuple[Attributes, bytes | None] = yield "fetch", path, limit
+        return fetched
 
 
 class Storing:
-    """A region that becomes the file at a path by several operations, since one cannot do it: its
-    data exceed the limit of one request, or the provider is older.
+    """A region that becomes the file at a path by several operations, since its data exceed the
+    limit of one request.
 
     Args:
         arguments: of the operation ``store``.
@@ -177,50 +171,35 @@ class Storing:
     def __init__(self, arguments: Sequence[Any], size: int) -> None:
         self._path, self._mode, self._uid, self._gid, self._exclusive, self._persist = arguments
         self._size = size
-        self._made: Attributes | None = None  # it goes with the connection, unless it is named
+        self._made = 0  # it goes with the connection, unless it is named
 
     def begin(self) -> Steps[RegionID]:
         """Make the region, to which the data are to be written."""
         with _about(f"store_name {self._path}"):
-            try:
+            with contextlib.suppress(InvalidRegion):
                 # Is there a directory?
                 yield "publish", RegionID(), self._path, self._exclusive, None, None, None
-            except InvalidRegion:
-                parent, _ = yield from _entry(self._path, errno.EISDIR)
-                mode = stat.S_IFREG | self._mode
-                self._made = yield "tmpfile", parent, False, mode, self._uid, self._gid, 0
-                if self._size:
-                    yield "resize", self._made.region, self._size
-                return self._made.region
-            except ProtocolError as error:
-                if not is_unknown(error):
-                    raise
-            region: RegionID = yield "create", self._size
-            yield "setattr", region.slot, self._mode, self._uid, self._gid, None, None
-            return region
+            parent, _ = yield from _entry(self._path, errno.EISDIR)
+            mode = stat.S_IFREG | self._mode
+            made: Attributes = yield "tmpfile", parent, False, mode, self._uid, self._gid, 0
+            self._made = made.ino
+            yield "resize", made.region, self._size
+            return made.region
 
     def end(self, region: RegionID) -> Steps[Attributes]:
         """Give the region its name."""
         with _about(f"store_name {self._path}"):
-            stored: Attributes
-            if self._made is not None:
-                stored = yield "publish", region, self._path, self._exclusive, None, None, None
-                yield "unpin", stored.ino, 1
-            else:
-                parent, name = yield from _entry(self._path, errno.EISDIR)
-                flags = _NOREPLACE if self._exclusive else 0
-                yield "rename", ROOT, region.hex().encode(), parent, name, flags, False
-                stored = yield "getattr", region.slot
+            stored: Attributes = yield (
+                "publish", region, self._path, self._exclusive, None, None, None,
+            )  # fmt: skip
+            yield "unpin", stored.ino, 1
             if self._persist:
                 yield ("commit",)
             return stored
 
-    def give_up(self, region: RegionID) -> Steps[None]:
+    def give_up(self) -> Steps[None]:
         """Remove the region."""
-        if self._made is not None:
-            yield "unpin", self._made.ino, 1
-        else:
-            yield "erase", region
+        yield "unpin", self._made, 1
 
 
 def replace(region: RegionID, path: str) -> Steps[None]:

@@ -15,7 +15,6 @@ from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, tota
 from warabi._core.tuning import ERASE_PATIENCE
 from warabi.local.aio_link import GetBuffer
 from warabi.local.link import CREATE
-from warabi.protocol.operations import is_unknown
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
@@ -209,10 +208,5 @@ class AsyncWireLink:
     async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
         if len(data) > self._connection.limits.payload:
             return None
-        try:
-            stored: Attributes = await self._request(PendingRequest("store"), arguments, data)
-        except errors.ProtocolError as error:
-            if is_unknown(error):
-                return None
-            raise
+        stored: Attributes = await self._request(PendingRequest("store"), arguments, data)
         return stored

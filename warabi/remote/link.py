@@ -12,7 +12,6 @@ from warabi._core.attributes import FETCHED, Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi.local.link import CREATE, finished, wait_all
-from warabi.protocol.operations import is_unknown
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.connection import BlockingConnection
@@ -331,12 +330,7 @@ class WireLink:
                 return self._publish(*made, arguments, data)
         if len(data) > self._connect().limits.payload:
             return None
-        try:
-            stored: Attributes = self._run(self._store, arguments, data)
-        except errors.ProtocolError as error:
-            if is_unknown(error):
-                return None
-            raise
+        stored: Attributes = self._run(self._store, arguments, data)
         self._stores = True
         return stored
 

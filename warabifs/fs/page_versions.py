@@ -12,8 +12,7 @@ use of the open file.
 
 from __future__ import annotations
 
-from warabi import errors
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import Attributes
 from warabi.aio import Target
 from warabifs.fs.handles import File
 
@@ -31,23 +30,14 @@ class PageVersions:
         self._alone = alone
         self._versions: dict[int, int] = {}
         self.notified = False
-        """Whether the provider reports versions, which tell other clients' changes from our own."""
-
-    async def learn(self) -> None:
-        """Find out whether the provider reports versions."""
-        if not self._alone:
-            self.notified = True
-            await self.pin(ROOT)
-            await self._target.call("unpin", ROOT, 1)
+        """Whether the provider's versions tell other clients' changes from this mount's own: where
+        it is on another host, and no client has direct access."""
 
     async def pin(self, ino: int) -> tuple[Attributes, int]:
         """Pin an inode for an open file; returns its attributes, and the version of its bytes."""
         if self.notified:
-            try:
-                attributes, version = await self._target.call("open", ino)
-                return attributes, version
-            except errors.ProtocolError:
-                self.notified = False  # an older provider
+            attributes, version = await self._target.call("open", ino)
+            return attributes, version
         attributes = await self._target.call("pin", ino)
         return attributes, attributes.ctime_ns  # the ctime also changes with our own writes
 

@@ -399,8 +399,7 @@ async def _mount_and_serve(
             files.reports = ReportFiles(os.fsencode(options.stats), report.text)
             files.writes.drop = front.drop_bytes
             files.forget_bytes = front.forget_bytes
-            if source.remote:
-                await files.pages.learn()
+            files.pages.notified = source.remote and not alone
             follower = Follower(
                 target,
                 files,

@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Protocol
 
-from warabi import errors
 from warabi._core import extents
 from warabi._core.extents import Extent
 from warabi.local.link import Link
@@ -110,13 +109,10 @@ def _data_extents(link: Link, region: RegionID, size: int) -> list[Extent] | Non
     found: list[Extent] = []
     end = 0
     while size >= _HOLES and end < size and len(found) < _MOST_EXTENTS:
-        try:
-            start = link.call("seek", region, end, False)
-            if start is None:
-                break
-            end = link.call("seek", region, start, True) or size
-        except errors.ProtocolError:  # an older provider
-            return None
+        start = link.call("seek", region, end, False)
+        if start is None:
+            break
+        end = link.call("seek", region, start, True) or size
         found.append((start, end - start))
     else:
         if end < size:
