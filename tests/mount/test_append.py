@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import mmap
 import os
 import signal
@@ -18,7 +17,6 @@ import pytest
 from tests.mount.conftest import disposable, limit_of
 from tests.mount.support import (
     MIB,
-    PROVIDER_ID,
     Mount,
     Provider,
     another_python,
@@ -257,30 +255,6 @@ with open(sys.argv[1], "rb") as file:
         with appending(opened_to_write, path) as (fd,):
             os.write(fd, b"more")
         assert int(python(script, path)) == 250
-
-
-OLDER = """
-from tests.support import serve
-from warabi.protocol.operations import OPERATIONS
-
-del OPERATIONS["append"]
-serve.main()
-"""
-
-
-def test_a_provider_of_an_older_version(place: Path) -> None:
-    """It knows no appends: bytes go where the mount believes the end to be, and the log says so."""
-    providers = json.dumps({PROVIDER_ID: {"target": {"type": "memory"}}})
-    with (
-        another_python(OLDER, "tcp", providers) as process,
-        mounting(line_of(process).strip(), place, *OPTIONS) as mount,
-    ):
-        path = mount.path / "log"
-        with appending(opened_to_write, path) as (fd,):
-            for _ in range(3):
-                os.write(fd, b"line\n")
-        assert path.read_bytes() == b"line\n" * 3
-        assert "append" in mount.new_log()
 
 
 def test_a_full_target_refuses_all_of_an_append(place: Path) -> None:

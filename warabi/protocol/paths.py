@@ -183,7 +183,8 @@ class Storing:
             mode = stat.S_IFREG | self._mode
             made: Attributes = yield "tmpfile", parent, False, mode, self._uid, self._gid, 0
             self._made = made.ino
-            yield "resize", made.region, self._size
+            if self._size:
+                yield "resize", made.region, self._size
             return made.region
 
     def end(self, region: RegionID) -> Steps[Attributes]:

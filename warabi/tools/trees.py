@@ -259,7 +259,7 @@ class TargetTree:
             stored = paths.run(link.call, storing.end(region))
         except BaseException:
             with contextlib.suppress(Exception):
-                paths.run(link.call, storing.give_up(region))
+                paths.run(link.call, storing.give_up())
             raise
         if mtime_ns is not None:
             self._set_time(stored.ino, mtime_ns)

@@ -568,13 +568,7 @@ class FileSystem:
 
     async def _append(self, region: RegionID, offset: int, data: Any) -> int:
         if self.appends:
-            try:
-                return await self._target.append(region, data)
-            except errors.ProtocolError as error:
-                if "unknown operation" not in str(error):
-                    raise
-                log.warning("O_APPEND writes of several mounts may overwrite each other: %s", error)
-                self.appends = False
+            return await self._target.append(region, data)
         await self._target.write(region, offset, data, extend=True)
         return offset
 
