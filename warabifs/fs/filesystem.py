@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import os
 import stat
 import time
@@ -42,8 +41,6 @@ from warabifs.fs.page_versions import PageVersions
 from warabifs.fs.read_buffers import Buffers
 from warabifs.fs.report_file import ReportFiles
 from warabifs.fs.write_ordering import Writes
-
-log = logging.getLogger(__name__)
 
 BLOCK = 4096
 CAPABILITY = b"security.capability"
