@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
 import mmap
 import os
 import random
@@ -18,11 +16,8 @@ import pytest
 
 from tests.mount.conftest import disposable, limit_of
 from tests.mount.support import (
-    MIB,
     PROVIDER_ID,
     Mount,
-    another_python,
-    line_of,
     mounting,
     serving,
     wait_until,
@@ -270,33 +265,3 @@ def _change_while_cut_off(relay: Relay, mount: Mount, target: TargetHandle, data
     relay.cut()
     target.write(region, 0, data)
     assert path.read_bytes()[:8] == data + b"mine"
-
-
-OLDER = """
-from tests.support import serve
-from warabi.protocol.operations import OPERATIONS
-
-del OPERATIONS["open"]
-serve.main()
-"""
-
-
-def test_a_provider_without_versions(place: Path) -> None:
-    """One of an older version: what was read is kept, what this mount wrote itself is not."""
-    providers = json.dumps({PROVIDER_ID: {"target": {"type": "memory"}}})
-    with (
-        another_python(OLDER, "tcp", providers) as process,
-        contextlib.ExitStack() as stack,
-    ):
-        address = line_of(process).strip()
-        mount = stack.enter_context(mounting(address, place, *OPTIONS))
-        engine = stack.enter_context(warabi_engine.Engine("tcp", warabi_engine.client))
-        target = Client(engine).make_target_handle(address, PROVIDER_ID)
-        path = mount.path / "file"
-        path.write_bytes(bytes(MIB))
-        settled(path, MIB // PAGE)
-        patch(path, 0, b"own")
-        assert kept(path) == 0
-        for number in range(20):
-            target.write(region_of(path), 0, b"%04d" % number)
-            assert path.read_bytes()[:4] == b"%04d" % number
