@@ -217,7 +217,7 @@ def test_whole_files_are_measured_in_every_place(tmp_path: Path) -> None:
     series = json.loads((output / "report.json").read_text())["files"]["series"]
     assert len({each["subject"] for each in series}) == 3
     assert all(each["rounds"][0]["value"] > 0 for each in series)
-    assert "cat 4 KiB, fsspec over na+sm" in (output / "report.md").read_text()
+    assert "| cat 4 KiB, 64 files | fsspec over na+sm |" in (output / "report.md").read_text()
 
 
 def test_a_terminated_run_leaves_no_mount_and_no_file(tmp_path: Path) -> None:
