@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from warabi._core import forks
 from warabi._core.attributes import Attributes
 from warabi.errors import ConfigError, Exception, InvalidRegion, OutOfBounds, PathError
 from warabi.tools.trees import (
@@ -90,8 +91,8 @@ class Copier:
         self._complain, self._show, self._told = complain, show, told
         self._queue: queue.SimpleQueue[list[Task]] = queue.SimpleQueue()
         self._batch: list[Task] = []
-        self._stopped = threading.Event()
-        self._lock = threading.Lock()
+        self._stopped = forks.event()
+        self._lock = forks.lock()
         self._failure: BaseException | None = None
         self.outcome = Outcome()
 
