@@ -389,8 +389,8 @@ class Target:
         if stored is not None:
             return stored
         storing = paths.Storing(arguments, len(view))
-        region = await self._run(storing.begin())
         try:
+            region = await self._run(storing.begin())
             await self._link.write(region, 0, view, bool(persist), False)
             return await self._run(storing.end(region))
         except BaseException:

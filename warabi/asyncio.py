@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import outcome
@@ -28,7 +29,7 @@ from warabi._core.extents import Extent
 from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
 from warabi.local.aio_link import AsyncLink, GetBuffer
-from warabi.local.link import CREATE
+from warabi.protocol.operations import UNDONE, undo
 from warabi.region import RegionID
 
 _Value = TypeVar("_Value")
@@ -164,12 +165,14 @@ class _BridgedLink:
         self._thread = thread
         self._link = link
 
-    async def _erase(self, region: RegionID) -> None:
-        await self._link.call("erase", (region,))
+    async def _undo(self, name: str, arguments: Sequence[Any], result: Any) -> None:
+        undoing = undo(name, arguments, result)
+        if undoing is not None:
+            await self._link.call(*undoing)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        undo = self._erase if name in CREATE else None
-        return await self._thread.call(self._link.call, name, arguments, undo=undo)
+        undoing = partial(self._undo, name, arguments) if name in UNDONE else None
+        return await self._thread.call(self._link.call, name, arguments, undo=undoing)
 
     async def changes(self, number: int, new_names: bool) -> Changes:
         return await self._thread.call(self._link.changes, number, new_names)
@@ -190,7 +193,8 @@ class _BridgedLink:
 
     async def create_and_write(self, data: memoryview, persist: bool) -> RegionID:
         create = self._link.create_and_write
-        return await self._thread.call(create, data, persist, undo=self._erase)
+        undoing = partial(self._undo, "create_and_write", (persist,))
+        return await self._thread.call(create, data, persist, undo=undoing)
 
     async def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
         return await self._thread.call(self._link.store, arguments, data)

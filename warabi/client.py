@@ -746,8 +746,8 @@ class TargetHandle:
         if stored is not None:
             return stored
         storing = paths.Storing(arguments, len(view))
-        region = self._run(storing.begin())
         try:
+            region = self._run(storing.begin())
             self._link.write(region, 0, view, bool(persist), False)
             return self._run(storing.end(region))
         except BaseException:

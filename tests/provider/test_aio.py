@@ -8,8 +8,9 @@ import inspect
 import os
 import signal
 import socket
+import stat
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from tests.support.helpers import (
     provider_process,
 )
 from warabi import aio, errors
+from warabi._core.attributes import ROOT
 from warabi.client import AsyncRequest, Client, TargetHandle
 from warabi.engine import Engine
 from warabi.protocol import transport
+from warabi.protocol.operations import undo
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target import opening
@@ -308,6 +311,42 @@ async def test_a_file_whose_storing_is_cancelled_is_whole_or_not_there(
     for name in await target.listdir(top):
         await target.unlink_name(f"{top}/{name}")
     await target.rmdir(top)
+
+
+@pytest.mark.parametrize("name", ["pin", "open", "mknod", "copy", "survey"])
+async def test_a_cancelled_request_holds_nothing(target: aio.Target, name: str) -> None:
+    before = await target.call("used")
+    top = os.urandom(8).hex()
+    stored = await target.store_name(f"/{top}", bytes(5000))
+    for steps in (*range(8), 10, 20, 40):
+        new = f"{top}-{steps}"
+        arguments: dict[str, tuple[Any, ...]] = {
+            "pin": (stored.ino,),
+            "open": (stored.ino,),
+            "mknod": (ROOT, new.encode(), stat.S_IFREG | 0o600, 0, 0, 0, True, 0),
+            "copy": (stored.region,),
+            "survey": (),
+        }
+        results: list[Any] = []
+
+        async def request(asked: Sequence[Any], results: list[Any] = results) -> None:
+            results.append(await target.call(name, *asked))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(request, arguments[name])
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        if results:
+            undoing = undo(name, arguments[name], results[0])
+            assert undoing is not None
+            await target.call(undoing[0], *undoing[1])
+    with trio.fail_after(PATIENCE):  # what was cancelled may be done, and given back, late
+        for path in [f"/{each}" for each in await target.listdir() if each.startswith(top)]:
+            await target.resize((await target.stat_name(path)).region, 5000)
+            await target.unlink_name(path)
+        while await target.call("used") != before:  # noqa: ASYNC110
+            await trio.sleep(0.01)
 
 
 async def test_many_tasks(target: aio.Target) -> None:

@@ -12,7 +12,7 @@ from warabi._core.attributes import Attributes
 from warabi._core.extents import Extent, pack
 from warabi._core.tuning import INTERRUPT_CHECK
 from warabi.errors import WouldBlock
-from warabi.protocol.operations import OPERATIONS, READING
+from warabi.protocol.operations import OPERATIONS, READING, UNDONE, undo
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest
 from warabi.region import RegionID
 from warabi.shm.client import DirectAccess
@@ -95,9 +95,6 @@ def wait_all(wait: Callable[[PendingRequest], Any], requests: Sequence[PendingRe
     return result
 
 
-CREATE = ("clone", "create", "create_and_write")
-
-
 class DirectLink:
     """A link to a target in this process.
 
@@ -119,12 +116,19 @@ class DirectLink:
         self.reading: DirectAccess = self.writing
 
     def call(self, name: str, *arguments: Any) -> Any:
-        if name in CREATE:
-            return interrupts.creating(lambda: self._call(name, *arguments), self._erase)
+        if name in UNDONE:
+            return interrupts.creating(
+                lambda: self._call(name, *arguments), lambda made: self._undo(name, arguments, made)
+            )
         return interrupts.uninterrupted(self._call, name, *arguments)
 
     def _erase(self, region: RegionID) -> None:
         self._call("erase", region)
+
+    def _undo(self, name: str, arguments: Sequence[Any], result: Any) -> None:
+        undoing = undo(name, arguments, result)
+        if undoing is not None:
+            self._call(undoing[0], *undoing[1])
 
     def _call(self, name: str, *arguments: Any) -> Any:
         call = self._calls.get(name)

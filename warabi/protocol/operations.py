@@ -453,6 +453,25 @@ READING = frozenset(
 ``pin`` and ``unpin`` concern inodes without names, which are not migrated.
 """
 
+CREATE = ("clone", "create", "create_and_write")
+"""Operations that return a new region."""
+
+UNDONE = frozenset(CREATE) | {
+    name for name, operation in OPERATIONS.items() if operation.pins and name != "unpin"
+}
+"""Operations whose effect holds something for the caller: a region, or a pin.  Nobody would give it
+back if the caller gives up before it knows the result; :func:`undo` does."""
+
+
+def undo(name: str, arguments: Sequence[Any], result: Any) -> tuple[str, Sequence[Any]] | None:
+    """Return the operation and arguments that give back what one of ``UNDONE`` holds, if any."""
+    if name in CREATE:
+        return "erase", (result,)
+    pins = OPERATIONS[name].pins
+    held = pins(arguments, result) if pins is not None else None
+    return ("unpin", held) if held is not None else None
+
+
 RESULTS: dict[str, Callable[[Any], Any]] = {
     name: operation.result.decode for name, operation in OPERATIONS.items()
 }

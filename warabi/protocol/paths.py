@@ -200,7 +200,8 @@ class Storing:
 
     def give_up(self) -> Steps[None]:
         """Remove the region."""
-        yield "unpin", self._made, 1
+        if self._made:
+            yield "unpin", self._made, 1
 
 
 def replace(region: RegionID, path: str) -> Steps[None]:

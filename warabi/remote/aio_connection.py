@@ -30,7 +30,7 @@ from warabi.eventloop.inline_wait import InlineWait
 from warabi.protocol import address as _address
 from warabi.protocol import handshake, wire
 from warabi.protocol.auth import Security
-from warabi.protocol.operations import OPERATIONS, ChangeScope
+from warabi.protocol.operations import OPERATIONS, ChangeScope, undo
 from warabi.protocol.pending import Patience, PendingRequest, Replies
 from warabi.protocol.transport import Plain, Transport
 from warabi.protocol.wire import NEED_DATA, Limits
@@ -409,15 +409,17 @@ class TrioConnection(Replies):
     def _pop(self, number: int) -> PendingRequest | None:
         return self._requests.pop(number, None) or self._late.pop(number, None)
 
-    def undo_later(self, request: PendingRequest, header: list[Any]) -> None:
-        """Send a request with that header, and the result as its argument, if *request* completes
-        after it was abandoned."""
+    def undo_later(
+        self, request: PendingRequest, provider_id: int, arguments: Sequence[Any]
+    ) -> None:
+        """Undo *request* if it completes after it was abandoned."""
 
-        def undo(result: Any) -> None:
-            if self._lost is None:
-                self._send([wire.frame([next(self._ids), *header, [result], None])])
+        def late(result: Any) -> None:
+            undoing = undo(request.what, arguments, result)
+            if undoing is not None and self._lost is None:
+                self._send([wire.frame([next(self._ids), provider_id, *undoing, None])])
 
-        request.late = undo
+        request.late = late
 
     def _abandon(self, request_id: int, request: PendingRequest) -> None:
         request.finish(error=errors.TimedOut(f"{request.what}: the request was abandoned"))

@@ -14,7 +14,7 @@ from warabi._core.changes import CONTENT, Changes
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi._core.tuning import ERASE_PATIENCE
 from warabi.local.aio_link import GetBuffer
-from warabi.local.link import CREATE
+from warabi.protocol.operations import UNDONE
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.aio_connection import TrioConnection
@@ -77,8 +77,8 @@ class AsyncWireLink:
             eager, data = bytes(data), None
         header = (self._provider_id, request.what, arguments, eager)
         soon = request.what != "watch" and not (request.what == "lock" and arguments[-1])
-        if request.what in CREATE:
-            self._connection.undo_later(request, [self._provider_id, "erase"])
+        if request.what in UNDONE:
+            self._connection.undo_later(request, self._provider_id, arguments)
         return await self._connection.request(request, header, data, soon=soon)
 
     async def call(self, name: str, arguments: Sequence[Any]) -> Any:

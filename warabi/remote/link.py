@@ -11,7 +11,8 @@ from warabi._core import interrupts
 from warabi._core.attributes import FETCHED, Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
-from warabi.local.link import CREATE, finished, wait_all
+from warabi.local.link import finished, wait_all
+from warabi.protocol.operations import CREATE, UNDONE, undo
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.connection import BlockingConnection
@@ -93,6 +94,11 @@ class WireLink:
     def _erase(self, region: RegionID) -> None:
         self._run(self._request, "erase", region)
 
+    def _undo(self, name: str, arguments: Sequence[Any], result: Any) -> None:
+        undoing = undo(name, arguments, result)
+        if undoing is not None:
+            self._run(self._request, undoing[0], *undoing[1])
+
     def _request(
         self,
         requests: list[PendingRequest],
@@ -100,20 +106,27 @@ class WireLink:
         name: str,
         *arguments: Any,
     ) -> None:
-        request = self._new(requests, name)
+        request = self._new(requests, name, arguments)
         self._submit(connection, request, arguments)
 
-    def _new(self, requests: list[PendingRequest], name: str, **settings: Any) -> PendingRequest:
+    def _new(
+        self,
+        requests: list[PendingRequest],
+        name: str,
+        arguments: Sequence[Any] = (),
+        **settings: Any,
+    ) -> PendingRequest:
         request = PendingRequest(name, **settings)
-        if name in CREATE:  # erase what it creates after it was abandoned
-            request.late = self._erase
+        if name in UNDONE:
+            request.late = lambda result: self._undo(name, arguments, result)
         requests.append(request)
         return request
 
     def call(self, name: str, *arguments: Any) -> Any:
-        if name in CREATE:
+        if name in UNDONE:
             return interrupts.creating(
-                lambda: self._run(self._request, name, *arguments), self._erase
+                lambda: self._run(self._request, name, *arguments),
+                lambda made: self._undo(name, arguments, made),
             )
         return self._run(self._request, name, *arguments)
 
