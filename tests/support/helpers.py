@@ -131,8 +131,10 @@ def memories(pid: int | str = "self") -> dict[int, int]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """For a subprocess: this checkout's packages, and warnings are errors."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **extra}
+    """For a subprocess: this checkout's packages, warnings are errors, and a terminal has its own
+    size, not the one that pytest-xdist gives its workers."""
+    ours = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "COLUMNS": "", "LINES": ""}
+    return {**os.environ, **ours, **extra}
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -331,7 +331,7 @@ def on_terminal(columns: int, *arguments: str | Path) -> list[str]:
         os.fdopen(ours, "rb", buffering=0) as terminal,
         subprocess.Popen(
             [*COMMAND, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs,
-            env=environment(TERM="xterm", COLUMNS="", LINES=""),
+            env=environment(TERM="xterm"),
         ) as process,
     ):  # fmt: skip
         os.close(theirs)
