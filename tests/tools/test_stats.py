@@ -18,7 +18,7 @@ import pytest
 from tests.mount.conftest import place
 from tests.mount.support import mounting
 from tests.support.helpers import MEMORY, PATIENCE, environment, provider_process
-from tests.tools.test_cli import COMMAND, fails, ok, run, serving
+from tests.tools.test_cli import COMMAND, fails, ok, serving
 from warabi._core.units import shown_bytes, shown_seconds
 from warabi.client import Client
 from warabi.engine import Engine, client
@@ -86,7 +86,7 @@ def test_what_has_no_counters(tmp_path: Path) -> None:
     assert "no engine" in fails("stats", "na+sm://1-0") or "connect" in fails(
         "stats", "na+sm://1-0"
     )
-    assert run("stats").returncode == 2
+    assert "WARABI_ADDRESS" in fails("stats")
 
 
 def test_serve_logs_its_state_as_json() -> None:
