@@ -459,8 +459,8 @@ CREATE = ("clone", "create", "create_and_write")
 UNDONE = frozenset(CREATE) | {
     name for name, operation in OPERATIONS.items() if operation.pins and name != "unpin"
 }
-"""Operations whose effect holds something for the caller: a region, or a pin.  Nobody would give it
-back if the caller gives up before it knows the result; :func:`undo` does."""
+"""Operations whose effect holds something for the caller: a region, or a pin.  :func:`undo`
+gives it back if the caller gives up before it knows the result."""
 
 
 def undo(name: str, arguments: Sequence[Any], result: Any) -> tuple[str, Sequence[Any]] | None:
