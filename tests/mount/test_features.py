@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import json
 import mmap
 import os
 import struct
@@ -23,7 +25,8 @@ from tests.mount.support import (
     wait_until,
     watchdog,
 )
-from tests.posix.support import file, mode_of, user
+from tests.posix.support import file, mode_of, opened, user
+from tests.support.helpers import pattern
 from warabifs.frontends.kernel.protocol import Feature
 
 LIMIT = 60.0
@@ -114,3 +117,44 @@ def test_a_link_that_another_mount_makes_anew_is_seen(features: int, place: Path
             os.rename(there.path / "new", there.path / "link")
             for _ in range(2):
                 assert os.readlink(here / "link") == f"target {number}"
+
+
+@contextlib.contextmanager
+def requests_of(pages: int) -> Iterator[None]:
+    """Mounts that start during the block may have requests of so many pages."""
+    with open("/proc/sys/fs/fuse/max_pages_limit", "r+b", buffering=0) as limit:
+        fcntl.flock(limit, fcntl.LOCK_EX)  # against other workers
+        before = os.pread(limit.fileno(), 100, 0)
+        os.pwrite(limit.fileno(), b"%d" % pages, 0)
+        try:
+            yield
+        finally:
+            os.pwrite(limit.fileno(), before, 0)
+
+
+@pytest.mark.parametrize(("pages", "requests"), [(256, 4), (512, 2), (1024, 1), (65535, 1)])
+@pytest.mark.parametrize("source", ["memory:", "engine"])
+def test_requests_are_as_large_as_the_administrator_allows(
+    pages: int, requests: int, source: str, place: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        data = stack.enter_context(mmap.mmap(-1, 4 << 20))  # starts at a page
+        data[:] = pattern(len(data))
+        options = ["direct_io"]
+        if source == "engine":
+            source = stack.enter_context(serving("na+sm")).address
+            options.append(f"provider_id={PROVIDER_ID}")
+        with requests_of(pages):
+            mount = stack.enter_context(mounting(source, place, *options))
+        stack.enter_context(watchdog(mount, LIMIT))
+
+        with opened(mount.path / "file", os.O_RDWR | os.O_CREAT) as fd:
+            assert os.pwrite(fd, data, 0) == len(data)
+            with mmap.mmap(-1, len(data)) as into:
+                assert os.preadv(fd, [into], 0) == len(data)
+                assert into[:] == data[:]
+        counters = json.loads((mount.path / ".stats").read_text())["operations"]
+        assert counters["write"]["count"] == counters["read"]["count"] == requests
+        with opened(mount.path / "file", os.O_WRONLY | os.O_APPEND) as fd:
+            assert os.write(fd, data) == len(data)
+        assert (mount.path / "file").read_bytes() == 2 * data[:]
