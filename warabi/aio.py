@@ -54,7 +54,7 @@ from warabi._core.lock_ranges import (
 from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
 from warabi.client import TargetHandle
-from warabi.local.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
+from warabi.in_process.aio_link import AsyncDirectLink, AsyncLink, GetBuffer
 from warabi.protocol import address as _address
 from warabi.protocol import auth, paths, transport
 from warabi.protocol.address import Endpoint

@@ -28,7 +28,7 @@ from warabi._core.changes import Changes
 from warabi._core.extents import Extent
 from warabi._core.results import RegionStat
 from warabi._core.tuning import CONNECT_TIMEOUT, SILENCE_TIMEOUT
-from warabi.local.aio_link import AsyncLink, GetBuffer
+from warabi.in_process.aio_link import AsyncLink, GetBuffer
 from warabi.protocol.operations import UNDONE, undo
 from warabi.region import RegionID
 

@@ -35,7 +35,7 @@ from warabi._core.lock_ranges import (
 from warabi._core.results import RegionStat
 from warabi.engine import Engine, state_of
 from warabi.errors import ConfigError, Exception, PathError, TargetNotFound
-from warabi.local.link import DirectLink, Link
+from warabi.in_process.link import DirectLink, Link
 from warabi.protocol import address as _address
 from warabi.protocol import paths
 from warabi.protocol.operations import PAGE

@@ -40,7 +40,7 @@ from warabi._core.changes import Changes
 from warabi._core.extents import Extent
 from warabi._core.results import OpenedInode
 from warabi._core.tuning import RECONNECT_DELAYS, RECONNECT_PATIENCE, SILENCE_TIMEOUT
-from warabi.local.aio_link import AsyncLink, GetBuffer
+from warabi.in_process.aio_link import AsyncLink, GetBuffer
 from warabi.protocol.operations import OPERATIONS, Syncs, operation_named
 from warabi.protocol.operations import ChangeScope as Changing
 from warabi.region import RegionID

@@ -1,11 +1,10 @@
-"""Direct accesses, compiled and in Python, with damaged shared memory and invalid arguments."""
+"""Direct accesses with damaged shared memory and invalid arguments."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import gc
-import importlib
 import os
 import random
 import resource
@@ -35,11 +34,9 @@ from warabi import errors
 from warabi.client import Client
 from warabi.engine import Engine, client
 from warabi.region import RegionID
-from warabi.shm.client import Guest
+from warabi.shm._fast_path import FastPath, Grant
 from warabi.shm.memory import SharedMapping, SharedMemory
 
-COMPILED = "warabi.shm._fast_path"
-PURE = "warabi.shm.fast_path"
 ALIVE = 77
 STAMP = 1 << 60
 REGION = RegionID(b"0123456789abcdef")
@@ -51,12 +48,10 @@ class Rig:
     """A provider's part of the memory, and a guest's accesses to it.
 
     Args:
-        name: the module that has them.
         slots: how many.
     """
 
-    def __init__(self, name: str, slots: int = 64, *, writable: bool = True) -> None:
-        self.module = importlib.import_module(name)
+    def __init__(self, slots: int = 64, *, writable: bool = True) -> None:
         self.memories = [SharedMemory("rig", size) for size in (4096, 12288, 4096, 8 * slots)]
         life, table, self.write_times, self.hazards = (m.view.cast("Q") for m in self.memories)
         self.life, self.table = life, table
@@ -64,7 +59,7 @@ class Rig:
         dropped: list[Any] = []
         self.dropped = dropped
 
-        class Reaching(self.module.Reach):  # type: ignore[name-defined, misc]
+        class Accesses(FastPath):
             def _drop(self, region: bytes, grant: Any) -> None:
                 self.grants.pop(region, None)
                 dropped.append(region)
@@ -72,8 +67,9 @@ class Rig:
             def _failure(self, region: bytes, error: OSError) -> Exception:
                 return errors.from_os(error, f"write {region!r}")
 
+        accesses: Any = Accesses
         mappings = [SharedMapping(m.fd, len(m.view), writable=True) for m in self.memories]
-        self.reach: Any = Reaching(*mappings, 2, ALIVE, writable)
+        self.path = accesses(*mappings, 2, ALIVE, writable)
 
     def grant(self, size: int, *, room: int | None = None, index: int = 3) -> memoryview:
         """Grant a region in memory; what it holds."""
@@ -82,36 +78,28 @@ class Rig:
         self.enter(index, size)
         mapping = SharedMapping(memory.fd, max(1, size), writable=True)
         room = size if room is None else room
-        self.reach.grants[REGION] = self.module.Grant(
-            index, STAMP, room, keeper=mapping, view=mapping.view
-        )
+        self.path.grants[REGION] = Grant(index, STAMP, room, keeper=mapping, view=mapping.view)
         return memory.view
 
     def grant_file(self, fd: int, size: int) -> None:
         """Grant a region in a file, which is closed with the grant."""
         self.enter(3, size)
-        self.reach.grants[REGION] = self.module.Grant(3, STAMP, TOP, fd)
+        self.path.grants[REGION] = Grant(3, STAMP, TOP, fd)
 
     def enter(self, index: int, size: int) -> None:
         self.table[2 * index] = STAMP
         self.table[2 * index + 1] = size
 
     def close(self) -> None:
-        if hasattr(self, "reach"):
-            self.reach.grants.clear()
+        if hasattr(self, "path"):
+            self.path.grants.clear()
         for memory in self.memories:
             memory.close()
 
 
-@pytest.fixture(params=[COMPILED, PURE])
-def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    with contextlib.closing(Rig(request.param)) as made:
-        yield made
-
-
 @pytest.fixture
-def compiled() -> Iterator[Rig]:
-    with contextlib.closing(Rig(COMPILED)) as made:
+def rig() -> Iterator[Rig]:
+    with contextlib.closing(Rig()) as made:
         yield made
 
 
@@ -130,84 +118,80 @@ def place(size: int) -> memoryview:
 
 def test_a_region_in_a_shared_file(rig: Rig, file: int) -> None:
     """Nothing outside of it is touched, and the file stays open as long as its keeper says."""
-    grant = rig.module.Grant(3, STAMP, 40, file, keeper=rig, start=50)
+    grant = Grant(3, STAMP, 40, file, keeper=rig, start=50)
     assert (grant.owns, grant.start, grant.fd) == (False, 50, file)
     rig.enter(3, 40)
-    rig.reach.grants[REGION] = grant
+    rig.path.grants[REGION] = grant
     out = place(40)
-    assert rig.reach.read_some(REGION, 0, out, True, False) == 40
+    assert rig.path.read_some(REGION, 0, out, True, False) == 40
     assert out == pattern(100)[50:90]
-    assert rig.reach.try_read(REGION, 39, bytearray(1))
-    assert not rig.reach.try_read(REGION, 39, bytearray(2))
-    assert rig.reach.write(REGION, 35, memoryview(b"12345"))
-    assert not rig.reach.write(REGION, 36, memoryview(b"12345"))
-    assert not rig.reach.try_write(REGION, TOP, b"1")
+    assert rig.path.try_read(REGION, 39, bytearray(1))
+    assert not rig.path.try_read(REGION, 39, bytearray(2))
+    assert rig.path.write(REGION, 35, memoryview(b"12345"))
+    assert not rig.path.write(REGION, 36, memoryview(b"12345"))
+    assert not rig.path.try_write(REGION, TOP, b"1")
     rig.enter(3, 60)  # the region has more than can be reached here
-    assert rig.reach.read_some(REGION, 0, place(50), True, True) == -1
-    assert not rig.reach.try_write(REGION, 38, b"123")
+    assert rig.path.read_some(REGION, 0, place(50), True, True) == -1
+    assert not rig.path.try_write(REGION, 38, b"123")
     assert os.pread(file, 200, 0) == pattern(100)[:85] + b"12345" + pattern(100)[90:]
     del grant
-    rig.reach.grants.clear()
+    rig.path.grants.clear()
     os.close(file)  # nobody else did
 
 
 @pytest.mark.parametrize(("room", "start"), [(TOP, 1), (1, TOP), (10, -1)])
 def test_an_impossible_extent_of_a_shared_file(rig: Rig, room: int, start: int) -> None:
     with open(os.devnull) as null, pytest.raises(ValueError, match="exceeds the mapping"):
-        rig.module.Grant(3, STAMP, room, null.fileno(), keeper=rig, start=start)
+        Grant(3, STAMP, room, null.fileno(), keeper=rig, start=start)
 
 
 def test_a_region_in_shared_memory(rig: Rig) -> None:
     memory = bytearray(pattern(100))
     with pytest.raises(ValueError, match="exceeds the mapping"):
-        rig.module.Grant(3, STAMP, 51, keeper=memory, view=memoryview(memory), start=50)
+        Grant(3, STAMP, 51, keeper=memory, view=memoryview(memory), start=50)
     rig.enter(3, 50)
-    rig.reach.grants[REGION] = rig.module.Grant(
-        3, STAMP, 50, keeper=memory, view=memoryview(memory), start=50
-    )
+    rig.path.grants[REGION] = Grant(3, STAMP, 50, keeper=memory, view=memoryview(memory), start=50)
     out = place(50)
-    assert rig.reach.read_some(REGION, 0, out, True, False) == 50
+    assert rig.path.read_some(REGION, 0, out, True, False) == 50
     assert out == pattern(100)[50:]
-    assert rig.reach.try_write(REGION, 0, b"put")
+    assert rig.path.try_write(REGION, 0, b"put")
     assert memory == pattern(100)[:50] + b"put" + pattern(100)[53:]
-    rig.reach.grants.clear()
+    rig.path.grants.clear()
 
 
-# Which of the two
+# Without it
+
+MESSAGES = """
+import sys
+sys.modules["warabi.shm._fast_path"] = None
+from tests.support.helpers import MEMORY
+from warabi.client import Client
+from warabi.engine import Engine, client
+from warabi.server import Provider
+if len(sys.argv) == 1:
+    engine = Engine("na+sm")
+    provider = Provider(engine, 1, MEMORY)
+    address = str(engine.addr())
+else:
+    engine, address = Engine("na+sm", client), sys.argv[1]
+target = Client(engine).make_target_handle(address, 1)
+for size in (100, 1 << 20):
+    data = bytes([size % 251]) * size
+    region = target.create_and_write(data)
+    for _ in range(3):
+        target.write(region, 0, data, persist=True)
+        assert target.read(region, 0, size) == data
+engine.finalize()
+"""
 
 
-def _chosen(code: str = "", **variables: str) -> str:
-    code += "; from warabi.shm.client import Reach; print(Reach.__module__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code.removeprefix("; ")],
-        env={**environment(), **variables}, capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    return done.stdout.strip()
-
-
-def test_the_tested_modules_are_the_compiled_and_the_python_one() -> None:
-    pure = os.environ.get("WARABI_PURE", "0") not in ("", "0")
-    assert Guest.__mro__[1].__module__ == (PURE if pure else COMPILED)
-
-
-def test_compiled_and_python_access_can_be_chosen() -> None:
-    assert _chosen(WARABI_PURE="") == COMPILED
-    assert _chosen(WARABI_PURE="0") == COMPILED
-    assert _chosen(WARABI_PURE="1") == PURE
-    missing = 'import sys; sys.modules["warabi.shm._fast_path"] = None'
-    assert _chosen(missing, WARABI_PURE="") == PURE
-
-
-def test_compiled_and_python_access_have_the_same_members() -> None:
-    for name in ("Grant", "Reach"):
-        found = [
-            {n for n in vars(getattr(importlib.import_module(m), name)) if not n.startswith("_")}
-            for m in (COMPILED, PURE)
-        ]
-        # What is an attribute of each object in Python is a member of the type in C.
-        of_objects = {"grants", "in_memory", "table", "usable", "writable"}
-        in_python = {"entry", "keeper", "view"}
-        assert found[0] - of_objects == found[1] - in_python
+def test_without_the_compiled_part_accesses_are_messages() -> None:
+    with provider_process("na+sm", MEMORY) as served:
+        for arguments in ((), (served.address,)):
+            subprocess.run(
+                [sys.executable, "-W", "error", "-c", MESSAGES, *arguments],
+                env=environment(), check=True, timeout=60,
+            )  # fmt: skip
 
 
 # Accesses
@@ -216,24 +200,24 @@ def test_compiled_and_python_access_have_the_same_members() -> None:
 def test_memory(rig: Rig) -> None:
     held = rig.grant(100)
     before = time.time_ns()
-    assert rig.reach.write(REGION, 10, b"abc")
+    assert rig.path.write(REGION, 10, b"abc")
     assert bytes(held[9:14]) == b"\0abc\0"
-    assert rig.reach.try_write(REGION, 97, bytearray(b"end"))
-    assert not rig.reach.try_write(REGION, 98, b"end")
-    assert not rig.reach.write(REGION, 98, memoryview(b"end"))
+    assert rig.path.try_write(REGION, 97, bytearray(b"end"))
+    assert not rig.path.try_write(REGION, 98, b"end")
+    assert not rig.path.write(REGION, 98, memoryview(b"end"))
     into = place(3)
-    assert rig.reach.read_some(REGION, 10, into) == 3
+    assert rig.path.read_some(REGION, 10, into) == 3
     assert bytes(into) == b"abc"
     taken = bytearray(3)
-    assert rig.reach.try_read(REGION, 97, taken)
+    assert rig.path.try_read(REGION, 97, taken)
     assert taken == b"end"
-    assert rig.reach.size(REGION) == 100
-    recent = rig.reach.recent
+    assert rig.path.size(REGION) == 100
+    recent = rig.path.recent
     assert len(recent) == 2
     assert before <= recent[0] <= recent[1] <= time.time_ns()
     assert rig.write_times[3] == rig.write_times[0] == recent[1]
     assert not any(rig.hazards)
-    assert rig.reach.busy == 0
+    assert rig.path.busy == 0
 
 
 @pytest.mark.parametrize("size", [100, 300_000, 9 << 20])
@@ -241,21 +225,21 @@ def test_files(rig: Rig, size: int) -> None:
     fd = os.memfd_create("file")
     os.truncate(fd, size)
     rig.grant_file(fd, size)
-    assert rig.reach.write(REGION, 0, pattern(size))
+    assert rig.path.write(REGION, 0, pattern(size))
     for wait in (True, False):
         into = place(size)
-        assert rig.reach.read_some(REGION, 0, into, wait) in (size, -1 if not wait else size)
+        assert rig.path.read_some(REGION, 0, into, wait) in (size, -1 if not wait else size)
         assert not wait or into == pattern(size)
-    assert rig.reach.try_read(REGION, 7, bytearray(size - 7))
-    assert not rig.reach.try_read(REGION, 8, bytearray(size - 7))
+    assert rig.path.try_read(REGION, 7, bytearray(size - 7))
+    assert not rig.path.try_read(REGION, 8, bytearray(size - 7))
 
 
 def test_a_large_copy_in_memory(rig: Rig) -> None:
     held = rig.grant(9 << 20)
-    assert rig.reach.try_write(REGION, 5, pattern(8 << 20))
+    assert rig.path.try_write(REGION, 5, pattern(8 << 20))
     assert held[5 : 5 + (8 << 20)] == pattern(8 << 20)
     taken = bytearray(8 << 20)
-    assert rig.reach.try_read(REGION, 5, taken)
+    assert rig.path.try_read(REGION, 5, taken)
     assert taken == pattern(8 << 20)
 
 
@@ -263,8 +247,8 @@ def test_the_latest_write_times_are_found(rig: Rig) -> None:
     rig.grant(1)
     first = time.time_ns()
     for _ in range(5000):
-        rig.reach.write(REGION, 0, b"x")
-    recent = rig.reach.recent
+        rig.path.write(REGION, 0, b"x")
+    recent = rig.path.recent
     assert len(recent) == 4096
     assert list(recent) == sorted(recent)
     assert recent[0] > first
@@ -277,7 +261,7 @@ def test_write_times_increase_when_the_clock_does_not(rig: Rig, ahead: int) -> N
     rig.grant(1)
     last = rig.write_times[0] = time.time_ns() + ahead + 5_000_000
     for _ in range(10):
-        rig.reach.write(REGION, 0, b"x")
+        rig.path.write(REGION, 0, b"x")
         assert rig.write_times[0] == rig.write_times[3] == last + 1
         last += 1
 
@@ -287,7 +271,7 @@ def test_a_write_time_far_in_the_future_is_ignored(rig: Rig, lie: int) -> None:
     rig.grant(1)
     rig.write_times[0] = lie if lie > 10**9 else time.time_ns() + lie
     first = time.time_ns()
-    rig.reach.write(REGION, 0, b"x")
+    rig.path.write(REGION, 0, b"x")
     assert first < rig.write_times[0] == rig.write_times[3] <= time.time_ns()
 
 
@@ -295,13 +279,13 @@ def test_short_reads(rig: Rig, file: int) -> None:
     for granted in (lambda: rig.grant(200), lambda: rig.grant_file(file, 100)):
         granted()
         rig.enter(3, 100)
-        assert rig.reach.read_some(REGION, 90, place(20)) == 10
-        assert rig.reach.read_some(REGION, 100, place(20)) == 0
-        assert rig.reach.read_some(REGION, 101, place(20)) == 0
-        assert rig.reach.read_some(REGION, TOP, place(20)) in (0, -1)
-        assert rig.reach.read_some(REGION, 90, place(20), True, False) == -1
-        assert rig.reach.read_some(REGION, 101, place(0), True, False) == -1
-        assert rig.reach.read_some(REGION, 100, place(0), True, False) == 0
+        assert rig.path.read_some(REGION, 90, place(20)) == 10
+        assert rig.path.read_some(REGION, 100, place(20)) == 0
+        assert rig.path.read_some(REGION, 101, place(20)) == 0
+        assert rig.path.read_some(REGION, TOP, place(20)) in (0, -1)
+        assert rig.path.read_some(REGION, 90, place(20), True, False) == -1
+        assert rig.path.read_some(REGION, 101, place(0), True, False) == -1
+        assert rig.path.read_some(REGION, 100, place(0), True, False) == 0
 
 
 def test_extents_out_of_range_are_not_accessed(rig: Rig, file: int) -> None:
@@ -309,11 +293,11 @@ def test_extents_out_of_range_are_not_accessed(rig: Rig, file: int) -> None:
         granted()
         for offset in (-1, TOP, TOP + 1, 1 << 64, 1 << 200, -(1 << 200)):
             for data in (b"", b"x", bytes(101)):
-                assert not rig.reach.write(REGION, offset, data)
-                assert not rig.reach.try_write(REGION, offset, data)
+                assert not rig.path.write(REGION, offset, data)
+                assert not rig.path.try_write(REGION, offset, data)
                 size = len(data)
-                assert rig.reach.read_some(REGION, offset, place(size), True, False) == -1
-                assert not rig.reach.try_read(REGION, offset, bytearray(size))
+                assert rig.path.read_some(REGION, offset, place(size), True, False) == -1
+                assert not rig.path.try_read(REGION, offset, bytearray(size))
     assert not any(rig.hazards)
 
 
@@ -322,45 +306,45 @@ def test_an_impossible_size_is_not_used(rig: Rig, told: int) -> None:
     rig.grant(100)
     rig.table[7] = told
     for offset in (0, 90, TOP - 5):
-        assert not rig.reach.write(REGION, offset, bytes(101))
-        assert rig.reach.read_some(REGION, offset, place(101), True, False) == -1
+        assert not rig.path.write(REGION, offset, bytes(101))
+        assert rig.path.read_some(REGION, offset, place(101), True, False) == -1
 
 
 def test_accesses_stay_within_the_granted_extent(rig: Rig) -> None:
     rig.grant(100, room=50)
-    assert rig.reach.write(REGION, 40, bytes(10))
-    assert not rig.reach.write(REGION, 41, bytes(10))
-    assert rig.reach.read_some(REGION, 0, place(51)) == -1
+    assert rig.path.write(REGION, 40, bytes(10))
+    assert not rig.path.write(REGION, 41, bytes(10))
+    assert rig.path.read_some(REGION, 0, place(51)) == -1
     with pytest.raises(ValueError, match="exceeds the mapping"):
-        rig.module.Grant(3, STAMP, 51, keeper=None, view=memoryview(bytes(50)))
+        Grant(3, STAMP, 51, keeper=None, view=memoryview(bytes(50)))
     with pytest.raises(ValueError, match="exceeds the mapping"):
-        rig.module.Grant(3, STAMP, 1)
+        Grant(3, STAMP, 1)
 
 
 def test_a_region_without_a_grant(rig: Rig) -> None:
     def nothing() -> bool:
         return (
-            rig.reach.size(REGION) == -1
-            and not rig.reach.write(REGION, 0, b"x")
-            and not rig.reach.try_write(REGION, 0, b"x")
-            and rig.reach.read_some(REGION, 0, place(1)) == -1
-            and not rig.reach.try_read(REGION, 0, bytearray(1))
+            rig.path.size(REGION) == -1
+            and not rig.path.write(REGION, 0, b"x")
+            and not rig.path.try_write(REGION, 0, b"x")
+            and rig.path.read_some(REGION, 0, place(1)) == -1
+            and not rig.path.try_read(REGION, 0, bytearray(1))
             and not any(rig.hazards)
         )
 
     assert nothing()
-    rig.reach.grants[REGION] = rig.module.Grant(0, -1, -1)  # refused
+    rig.path.grants[REGION] = Grant(0, -1, -1)  # refused
     assert nothing()
     rig.grant(100)
-    rig.reach.usable = False
+    rig.path.usable = False
     assert nothing()
-    rig.reach.usable = True
+    rig.path.usable = True
     assert not nothing()
     rig.life[1] = ALIVE + 1
-    assert not rig.reach.living
+    assert not rig.path.living
     assert nothing()
     rig.life[1] = ALIVE
-    assert rig.reach.living
+    assert rig.path.living
     assert rig.dropped == []
 
 
@@ -368,25 +352,25 @@ def test_a_region_without_a_grant(rig: Rig) -> None:
 def test_a_version_that_changed(rig: Rig, access: str) -> None:
     rig.grant(100)
     rig.table[6] += 1
-    assert rig.reach.size(REGION) == -1
+    assert rig.path.size(REGION) == -1
     if access == "write":
-        assert not rig.reach.write(REGION, 0, b"x")
+        assert not rig.path.write(REGION, 0, b"x")
     else:
-        assert rig.reach.read_some(REGION, 0, place(1)) == -1
+        assert rig.path.read_some(REGION, 0, place(1)) == -1
     assert rig.dropped == [REGION]
-    assert rig.reach.grants == {}
-    assert rig.reach.recent == ()
+    assert rig.path.grants == {}
+    assert rig.path.recent == ()
 
 
 def test_a_read_only_grant(rig: Rig) -> None:
-    with contextlib.closing(Rig(rig.module.__name__, writable=False)) as reading:
+    with contextlib.closing(Rig(writable=False)) as reading:
         held = reading.grant(5)
         held[:] = b"there"
-        assert not reading.reach.write(REGION, 0, b"x")
-        assert not reading.reach.try_write(REGION, 0, b"x")
-        assert not reading.reach.writable
+        assert not reading.path.write(REGION, 0, b"x")
+        assert not reading.path.try_write(REGION, 0, b"x")
+        assert not reading.path.writable
         taken = bytearray(5)
-        assert reading.reach.try_read(REGION, 0, taken)
+        assert reading.path.try_read(REGION, 0, taken)
         assert taken == b"there"
 
 
@@ -403,19 +387,19 @@ def test_arguments_of_other_types(rig: Rig, file: int) -> None:
         )  # fmt: skip
         for arguments in wrong:
             with pytest.raises(TypeError):
-                rig.reach.write(*arguments)
+                rig.path.write(*arguments)
             if len(arguments) == 3:
-                assert not rig.reach.try_write(*arguments)
+                assert not rig.path.try_write(*arguments)
             with pytest.raises(TypeError):
-                rig.reach.read_some(*(bytearray(1) if a == b"x" else a for a in arguments))
+                rig.path.read_some(*(bytearray(1) if a == b"x" else a for a in arguments))
         for read_only in (b"x", memoryview(b"x")):
             with pytest.raises((TypeError, BufferError)):
-                rig.reach.read_some(REGION, 0, read_only)
-            assert not rig.reach.try_read(REGION, 0, read_only)
+                rig.path.read_some(REGION, 0, read_only)
+            assert not rig.path.try_read(REGION, 0, read_only)
     with pytest.raises(TypeError):
-        rig.reach.size([])
+        rig.path.size([])
     assert not any(rig.hazards)
-    assert rig.reach.busy == 0
+    assert rig.path.busy == 0
 
 
 class Raising:
@@ -429,80 +413,79 @@ class Raising:
         raise LookupError("asked")
 
 
-def test_the_first_wrong_argument_is_the_one_that_is_reported(compiled: Rig) -> None:
+def test_the_first_wrong_argument_is_the_one_that_is_reported(rig: Rig) -> None:
     """No code in Python runs while there is an exception already."""
-    compiled.grant(100)
+    rig.grant(100)
     switch = Raising()
     wrong: tuple[tuple[Any, ...], ...] = ((switch,), (switch, switch), (True, switch))
     for switches in wrong:
         with pytest.raises(TypeError):
-            compiled.reach.read_some(REGION, "0", bytearray(1), *switches)
+            rig.path.read_some(REGION, "0", bytearray(1), *switches)
         assert switch.asked == 0
     for switches in wrong:
         with pytest.raises(LookupError, match="asked"):
-            compiled.reach.read_some(REGION, 0, bytearray(1), *switches)
+            rig.path.read_some(REGION, 0, bytearray(1), *switches)
         assert switch.asked == 1
         switch.asked = 0
-    assert compiled.reach.busy == 0
+    assert rig.path.busy == 0
 
 
-def test_read_only_buffers(compiled: Rig) -> None:
+def test_read_only_buffers(rig: Rig) -> None:
     """Whatever else is said of a grant."""
     kept = bytes(100)
-    compiled.enter(3, 100)
-    compiled.reach.grants[REGION] = compiled.module.Grant(
-        3, STAMP, 100, keeper=kept, view=memoryview(kept)
-    )
-    assert not compiled.reach.write(REGION, 0, b"x")
-    assert not compiled.reach.try_write(REGION, 0, b"x")
-    assert compiled.reach.try_read(REGION, 0, bytearray(100))
+    rig.enter(3, 100)
+    rig.path.grants[REGION] = Grant(3, STAMP, 100, keeper=kept, view=memoryview(kept))
+    assert not rig.path.write(REGION, 0, b"x")
+    assert not rig.path.try_write(REGION, 0, b"x")
+    assert rig.path.try_read(REGION, 0, bytearray(100))
     assert kept == bytes(100)
 
 
-def test_an_invalid_result_of_a_callback(compiled: Rig, file: int) -> None:
-    class Odd(compiled.module.Reach):  # type: ignore[name-defined, misc]
-        def _failure(self, region: bytes, error: OSError) -> object:
+def test_an_invalid_result_of_a_callback(rig: Rig, file: int) -> None:
+    class Odd(FastPath):
+        def _failure(self, region: bytes, error: OSError) -> Any:
             return "no exception"
 
-    mappings = [SharedMapping(m.fd, len(m.view), writable=True) for m in compiled.memories]
-    reach = Odd(*mappings, 2, ALIVE, True)
-    compiled.enter(3, 100)
+    odd: Any = Odd
+    mappings = [SharedMapping(m.fd, len(m.view), writable=True) for m in rig.memories]
+    path = odd(*mappings, 2, ALIVE, True)
+    rig.enter(3, 100)
     with open(f"/proc/self/fd/{file}", "rb") as reading:
-        reach.grants[REGION] = compiled.module.Grant(3, STAMP, TOP, os.dup(reading.fileno()))
+        path.grants[REGION] = Grant(3, STAMP, TOP, os.dup(reading.fileno()))
         with pytest.raises(TypeError, match="no exception"):
-            reach.write(REGION, 0, b"x")
-        reach.grants.clear()
+            path.write(REGION, 0, b"x")
+        path.grants.clear()
     os.close(file)
-    assert reach.busy == 0
+    assert path.busy == 0
 
 
 def test_unusual_arguments_are_left_to_the_checking_path(rig: Rig) -> None:
     rig.grant(100)
     regions: tuple[Any, ...] = (bytearray(REGION), None, b"short", [])
     for region in regions:
-        assert not rig.reach.try_write(region, 0, b"x")
-        assert not rig.reach.try_read(region, 0, bytearray(1))
+        assert not rig.path.try_write(region, 0, b"x")
+        assert not rig.path.try_read(region, 0, bytearray(1))
     for offset in (True, 0.0, None):
-        assert not rig.reach.try_write(REGION, offset, b"x")
+        assert not rig.path.try_write(REGION, offset, b"x")
     released = memoryview(bytearray(5))
     released.release()
     for buffer in (memoryview(bytearray(10))[::2], released, "text", None):
-        assert not rig.reach.try_write(REGION, 0, buffer)
-        assert not rig.reach.try_read(REGION, 0, buffer)
-    assert rig.reach.recent == ()
+        assert not rig.path.try_write(REGION, 0, buffer)
+        assert not rig.path.try_read(REGION, 0, buffer)
+    assert rig.path.recent == ()
 
 
-def test_numpy_arrays_as_data(compiled: Rig) -> None:
-    held = compiled.grant(100)
-    assert compiled.reach.try_write(REGION, 1, np.arange(3, dtype="<i4"))
+def test_numpy_arrays_as_data(rig: Rig) -> None:
+    held = rig.grant(100)
+    assert rig.path.try_write(REGION, 1, np.arange(3, dtype="<i4"))
     assert bytes(held[1:13]) == b"\0\0\0\0\1\0\0\0\2\0\0\0"
     into = np.zeros((2, 3), "<i2")
-    assert compiled.reach.try_read(REGION, 1, into)
+    assert rig.path.try_read(REGION, 1, into)
     assert into.tolist() == [[0, 0, 1], [0, 2, 0]]
-    assert not compiled.reach.try_write(REGION, 0, np.array([object()]))
-    assert not compiled.reach.try_read(REGION, 0, np.array([object()]))
-    assert not compiled.reach.try_write(REGION, 0, np.zeros((2, 3)).T)
-    assert not compiled.reach.try_write(REGION, 0, np.zeros(2, "M8[s]"))
+    assert not rig.path.try_write(REGION, 0, np.array([object()]))
+    assert not rig.path.try_read(REGION, 0, np.array([object()]))
+    assert not rig.path.try_write(REGION, 0, np.zeros((2, 3)).T)
+    assert not rig.path.try_write(REGION, 0, np.zeros(2, "M8[s]"))
     assert bytes(held[:1]) == b"\0"
 
 
@@ -511,20 +494,20 @@ def test_a_grant_dropped_while_a_region_id_is_compared(rig: Rig) -> None:
         __hash__ = bytes.__hash__
 
         def __eq__(self, other: object) -> bool:
-            rig.reach.grants.clear()
+            rig.path.grants.clear()
             gc.collect()
             return bytes(self) == other
 
     rig.grant(100)
     for _ in range(3):
-        rig.reach.write(Sly(REGION), 0, b"x")
+        rig.path.write(Sly(REGION), 0, b"x")
         rig.grant(100)
-        rig.reach.read_some(Sly(REGION), 0, place(5))
+        rig.path.read_some(Sly(REGION), 0, place(5))
         rig.grant(100)
-        rig.reach.size(Sly(REGION))
+        rig.path.size(Sly(REGION))
         rig.grant(100)
-        rig.reach.try_write(Sly(REGION), 0, b"x")
-    assert rig.reach.write(REGION, 0, b"x")
+        rig.path.try_write(Sly(REGION), 0, b"x")
+    assert rig.path.write(REGION, 0, b"x")
     assert not any(rig.hazards)
 
 
@@ -533,19 +516,18 @@ if sys.version_info >= (3, 12):  # before, only C lends buffers
     def test_a_grant_dropped_while_a_buffer_is_exported(rig: Rig) -> None:
         class Lender:
             def __buffer__(self, flags: int) -> memoryview:
-                rig.reach.grants.clear()
+                rig.path.grants.clear()
                 return memoryview(bytearray(b"lent"))
 
             def __release_buffer__(self, view: memoryview) -> None:
-                rig.reach.grants.clear()
+                rig.path.grants.clear()
 
         rig.grant(100)
-        assert not rig.reach.try_write(REGION, 0, Lender())
-        if rig.module.__name__ == COMPILED:
-            rig.grant(100)
-            assert not rig.reach.write(REGION, 0, Lender())
-            rig.grant(100)
-            assert rig.reach.read_some(REGION, 0, Lender()) == -1
+        assert not rig.path.try_write(REGION, 0, Lender())
+        rig.grant(100)
+        assert not rig.path.write(REGION, 0, Lender())
+        rig.grant(100)
+        assert rig.path.read_some(REGION, 0, Lender()) == -1
         assert not any(rig.hazards)
 
 
@@ -555,30 +537,30 @@ if sys.version_info >= (3, 12):  # before, only C lends buffers
 def test_a_truncated_file(rig: Rig, file: int) -> None:
     rig.grant_file(file, 100)
     os.truncate(file, 50)
-    assert rig.reach.read_some(REGION, 0, place(50)) == 50
-    assert rig.reach.read_some(REGION, 10, place(50)) == -1
-    assert rig.reach.read_some(REGION, 0, place(300)) == -1  # it has 100, says the table
-    assert not rig.reach.try_read(REGION, 60, bytearray(1))
+    assert rig.path.read_some(REGION, 0, place(50)) == 50
+    assert rig.path.read_some(REGION, 10, place(50)) == -1
+    assert rig.path.read_some(REGION, 0, place(300)) == -1  # it has 100, says the table
+    assert not rig.path.try_read(REGION, 60, bytearray(1))
     assert rig.dropped == []
 
 
 def test_failing_reads(rig: Rig) -> None:
     rig.grant_file(os.open("/", os.O_RDONLY), 100)
-    assert rig.reach.read_some(REGION, 0, place(50)) == -1
-    assert rig.reach.read_some(REGION, 0, place(50), False) == -1
+    assert rig.path.read_some(REGION, 0, place(50)) == -1
+    assert rig.path.read_some(REGION, 0, place(50), False) == -1
     assert not any(rig.hazards)
 
 
 def test_a_full_disk_fails_the_call(rig: Rig) -> None:
     rig.grant_file(os.open("/dev/full", os.O_RDWR), 100)
-    for write in (rig.reach.write, rig.reach.try_write):
+    for write in (rig.path.write, rig.path.try_write):
         with pytest.raises(errors.StorageFull, match=r"write RegionID.*No space left") as caught:
             write(REGION, 0, b"x")
         assert isinstance(caught.value.__cause__, OSError)
         assert caught.value.__cause__.errno == errno.ENOSPC
     assert not any(rig.hazards)
-    assert rig.reach.busy == 0
-    assert rig.reach.recent == ()
+    assert rig.path.busy == 0
+    assert rig.path.recent == ()
     assert rig.write_times[3] == 0
 
 
@@ -588,7 +570,7 @@ def test_a_short_write_of_the_storage(rig: Rig, file: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
     try:
         with pytest.raises(errors.OutOfBounds, match="File too large"):
-            rig.reach.write(REGION, 100, b"x" * 100)
+            rig.path.write(REGION, 100, b"x" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.pread(file, 500, 0) == pattern(100) + b"x" * 50
@@ -600,7 +582,7 @@ FULL = """
 import contextlib, ctypes, os, sys, threading, time
 from tests.direct_access.test_fast_path import REGION, Rig
 
-with contextlib.closing(Rig(sys.argv[1], slots=2)) as rig:
+with contextlib.closing(Rig(slots=2)) as rig:
     fd = os.memfd_create("file")
     os.truncate(fd, 1000)
     rig.grant_file(fd, 1000)
@@ -610,22 +592,22 @@ with contextlib.closing(Rig(sys.argv[1], slots=2)) as rig:
     for slot in range(2):
         ctypes.CDLL(None).halt_at(80, b"late", 0)
         arguments = (REGION, 100 * slot, data)
-        threads.append(threading.Thread(target=rig.reach.try_write, args=arguments))
+        threads.append(threading.Thread(target=rig.path.try_write, args=arguments))
         threads[-1].start()
         while halted.value == slot:
             time.sleep(0.001)
-    print(rig.reach.busy, sorted(rig.hazards))
-    written = rig.reach.try_write(REGION, 0, b"no")
-    print(written, rig.reach.read_some(REGION, 0, memoryview(bytearray(2))))
+    print(rig.path.busy, sorted(rig.hazards))
+    written = rig.path.try_write(REGION, 0, b"no")
+    print(written, rig.path.read_some(REGION, 0, memoryview(bytearray(2))))
     try:
         data.append(1)
     except BufferError:
         print("lent")
-    rig.reach.grants.clear()
+    rig.path.grants.clear()
     print(os.fstat(fd).st_size, flush=True)
     for thread in threads:
         thread.join()
-    print(rig.reach.busy, sorted(rig.hazards))
+    print(rig.path.busy, sorted(rig.hazards))
     try:
         os.fstat(fd)
     except OSError:
@@ -633,9 +615,8 @@ with contextlib.closing(Rig(sys.argv[1], slots=2)) as rig:
 """
 
 
-@pytest.mark.parametrize("name", [COMPILED, PURE])
-def test_all_slots_in_use(halt: Path, name: str) -> None:
-    with python_process("-c", FULL, name, preloaded=halt) as process:
+def test_all_slots_in_use(halt: Path) -> None:
+    with python_process("-c", FULL, preloaded=halt) as process:
 
         def line() -> str:
             assert process.stdout is not None
@@ -671,8 +652,8 @@ def test_an_interrupt_anywhere_loses_no_hazard_slot(rig: Rig, file: int) -> None
 
     def until_interrupted() -> None:  # not in the `try`: Python 3.13 leaves that for a loop's jump
         while armed:
-            rig.reach.write(REGION, 0, data)
-            rig.reach.read_some(REGION, 0, out)
+            rig.path.write(REGION, 0, data)
+            rig.path.read_some(REGION, 0, out)
 
     dice = random.Random(1)
     data, out = memoryview(bytes(64)), place(64)
@@ -688,7 +669,7 @@ def test_an_interrupt_anywhere_loses_no_hazard_slot(rig: Rig, file: int) -> None
                     until_interrupted()
                 except Interrupted:
                     interrupted += 1
-                assert rig.reach.busy == 0
+                assert rig.path.busy == 0
                 assert not any(rig.hazards)
     finally:
         armed = False
@@ -698,16 +679,17 @@ def test_an_interrupt_anywhere_loses_no_hazard_slot(rig: Rig, file: int) -> None
 
 
 def test_descriptors_and_memory_go_with_the_grant(rig: Rig, file: int) -> None:
+    gc.collect()  # what earlier tests mapped
     rig.grant_file(file, 100)
     os.fstat(file)
-    del rig.reach.grants[REGION]
+    del rig.path.grants[REGION]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)
     rig.grant(100)
     assert "memfd:region" in Path("/proc/self/maps").read_text()
     rig.memories.pop().close()
     assert "memfd:region" in Path("/proc/self/maps").read_text()
-    del rig.reach.grants[REGION]
+    del rig.path.grants[REGION]
     assert "memfd:region" not in Path("/proc/self/maps").read_text()
 
 
@@ -715,48 +697,48 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_a_million_calls_leak_nothing(compiled: Rig, file: int) -> None:
-    reach = compiled.reach
+def test_a_million_calls_leak_nothing(rig: Rig, file: int) -> None:
+    path = rig.path
     data, into, number = b"d" * 64, bytearray(64), 1 << 40
     view = memoryview(into)
 
     def calls(count: int) -> None:
         for _ in range(count):
-            reach.try_write(REGION, 0, data)
-            reach.try_read(REGION, 0, into)
-            reach.write(REGION, 20, data)
-            reach.read_some(REGION, 36, view)
-            reach.read_some(REGION, 0, view, False, False)
-            reach.size(REGION)
-            reach.try_write(REGION, number, data)
-            reach.try_read(REGION, number, view)
-            reach.try_write(REGION, 0, None)
-            reach.try_read(REGION, 0, data)
+            path.try_write(REGION, 0, data)
+            path.try_read(REGION, 0, into)
+            path.write(REGION, 20, data)
+            path.read_some(REGION, 36, view)
+            path.read_some(REGION, 0, view, False, False)
+            path.size(REGION)
+            path.try_write(REGION, number, data)
+            path.try_read(REGION, number, view)
+            path.try_write(REGION, 0, None)
+            path.try_read(REGION, 0, data)
 
     def refused(count: int) -> None:
         for _ in range(count):
             with contextlib.suppress(TypeError):
-                reach.write(REGION, None, data)
+                path.write(REGION, None, data)
             with contextlib.suppress(errors.StorageFull):
-                reach.write(REGION, 0, data)
-            compiled.table[6] += 1
-            reach.write(REGION, 0, data)
-            compiled.table[6] = STAMP
-            compiled.grant_file(os.open("/dev/full", os.O_RDWR), 100)
-            compiled.dropped.clear()
+                path.write(REGION, 0, data)
+            rig.table[6] += 1
+            path.write(REGION, 0, data)
+            rig.table[6] = STAMP
+            rig.grant_file(os.open("/dev/full", os.O_RDWR), 100)
+            rig.dropped.clear()
 
-    held = (REGION, data, into, number, reach, reach.grants)
-    for grant in (lambda: compiled.grant(100), lambda: compiled.grant_file(file, 100)):
+    held = (REGION, data, into, number, path, path.grants)
+    for grant in (lambda: rig.grant(100), lambda: rig.grant_file(file, 100)):
         grant()
         calls(1000)
         counts = [sys.getrefcount(each) for each in held]
-        grants, before = sys.getrefcount(reach.grants[REGION]), _resident()
+        grants, before = sys.getrefcount(path.grants[REGION]), _resident()
         calls(50_000)
         assert [sys.getrefcount(each) for each in held] == counts
-        after = sys.getrefcount(reach.grants[REGION])
+        after = sys.getrefcount(path.grants[REGION])
         assert after == grants
         assert _resident() - before < 1 << 20
-    compiled.grant_file(os.open("/dev/full", os.O_RDWR), 100)
+    rig.grant_file(os.open("/dev/full", os.O_RDWR), 100)
     refused(500)
     counts, before = [sys.getrefcount(each) for each in held], _resident()
     refused(5000)
@@ -766,65 +748,65 @@ def test_a_million_calls_leak_nothing(compiled: Rig, file: int) -> None:
 
 def test_reference_cycles_are_collected(rig: Rig) -> None:
     rig.grant(100)
-    rig.reach.itself = rig.reach
-    found = weakref.ref(rig.reach)
-    del rig.reach
+    rig.path.itself = rig.path
+    found = weakref.ref(rig.path)
+    del rig.path
     gc.collect()
     assert found() is None
 
 
-def test_it_can_be_used_while_it_is_being_collected(compiled: Rig) -> None:
+def test_it_can_be_used_while_it_is_being_collected(rig: Rig) -> None:
     done: list[bool] = []
 
     class Late:
-        reach: Any
+        path: Any
 
         def __del__(self) -> None:
-            done.append(self.reach.try_write(REGION, 0, b"x"))
+            done.append(self.path.try_write(REGION, 0, b"x"))
 
-    held = compiled.grant(100)
+    held = rig.grant(100)
     late = Late()
-    late.reach, compiled.reach.late = compiled.reach, late
-    del late, compiled.reach
+    late.path, rig.path.late = rig.path, late
+    del late, rig.path
     gc.collect()
     assert done == [True]
     assert held[0] == ord("x")
 
 
-def test_objects_that_are_no_grants_are_refused(compiled: Rig) -> None:
-    reach = compiled.reach
-    compiled.grant(100)
-    for other in (None, 5, importlib.import_module(PURE).Grant(3, STAMP, 0)):
-        reach.grants[REGION] = other
-        assert not reach.try_write(REGION, 0, b"")
-        assert reach.read_some(REGION, 0, place(1)) == -1
+def test_objects_that_are_no_grants_are_refused(rig: Rig) -> None:
+    path = rig.path
+    rig.grant(100)
+    for other in (None, 5, object()):
+        path.grants[REGION] = other
+        assert not path.try_write(REGION, 0, b"")
+        assert path.read_some(REGION, 0, place(1)) == -1
     for index in (-1, ENTRIES, 1 << 61, sys.maxsize, -sys.maxsize):
         fd = os.memfd_create("file")
-        reach.grants[REGION] = compiled.module.Grant(index, STAMP, TOP, fd)
-        assert not reach.try_write(REGION, 0, b"")
-        assert reach.read_some(REGION, 0, place(1)) == -1
-        assert reach.size(REGION) == -1
+        path.grants[REGION] = Grant(index, STAMP, TOP, fd)
+        assert not path.try_write(REGION, 0, b"")
+        assert path.read_some(REGION, 0, place(1)) == -1
+        assert path.size(REGION) == -1
 
 
-def test_objects_that_are_not_made_as_they_should_be(compiled: Rig) -> None:
-    module = compiled.module
-    bare = module.Reach.__new__(module.Reach)
+def test_objects_that_are_not_made_as_they_should_be(rig: Rig) -> None:
+    path_type: Any = FastPath
+    bare = path_type.__new__(path_type)
     assert not bare.try_write(REGION, 0, b"x")
     assert bare.read_some(REGION, 0, place(1)) == -1
     assert (bare.size(REGION), bare.busy, bare.living, bare.recent) == (-1, 0, False, ())
     with pytest.raises(AttributeError):
         _ = bare.grants
     del bare
-    unmade = module.Grant.__new__(module.Grant)
-    compiled.reach.grants[REGION] = unmade
-    assert not compiled.reach.try_write(REGION, 0, b"x")
+    unmade = Grant.__new__(Grant)
+    rig.path.grants[REGION] = unmade
+    assert not rig.path.try_write(REGION, 0, b"x")
     del unmade
-    good = module.Grant(3, STAMP, 0, keeper=None, view=memoryview(b""))
+    good: Any = Grant(3, STAMP, 0, keeper=None, view=memoryview(b""))
     with pytest.raises(TypeError, match="does not change"):
         good.__init__(3, STAMP, 0)
-    mappings = [SharedMapping(m.fd, len(m.view), writable=True) for m in compiled.memories[:4]]
+    mappings: Any = [SharedMapping(m.fd, len(m.view), writable=True) for m in rig.memories[:4]]
     with pytest.raises(TypeError, match="made once"):
-        compiled.reach.__init__(*mappings, 2, ALIVE, True)
+        rig.path.__init__(*mappings, 2, ALIVE, True)
     life, table, write_times, hazards = mappings
     for wrong in (
         (life, table, write_times, hazards, 1024),
@@ -833,11 +815,11 @@ def test_objects_that_are_not_made_as_they_should_be(compiled: Rig) -> None:
         (life, table, write_times, table, 2),
     ):
         with pytest.raises(ValueError, match="cannot be"):
-            module.Reach(*wrong, ALIVE, True)
+            FastPath(*wrong, ALIVE, True)
     with pytest.raises(AttributeError):
-        module.Reach(None, table, write_times, hazards, 2, ALIVE, True)
+        path_type(None, table, write_times, hazards, 2, ALIVE, True)
     with pytest.raises(TypeError):
-        module.Reach(life, table, write_times, hazards, 2, "alive", True)
+        path_type(life, table, write_times, hazards, 2, "alive", True)
 
 
 # With a provider

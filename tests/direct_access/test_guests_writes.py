@@ -30,7 +30,6 @@ from warabi.target.config import MemoryConfig
 from warabi.target.leases import Grants
 from warabi.target.target import Target
 
-BOTH = pytest.mark.parametrize("pure", ["0", "1"], ids=["compiled", "pure"])
 PAGE_OF_MARKS = 512
 """Regions whose write_times are in one page."""
 
@@ -105,16 +104,15 @@ handle.write(regions[-1], 0, b"x")
 """A guest that is killed when it stores mark 0."""
 
 
-@BOTH
 def test_the_write_time_of_a_region_is_stored_before_that_of_the_target(
-    target: Target, engine: Engine, pure: str
+    target: Target, engine: Engine
 ) -> None:
     """The provider looks at a region's mark only after it has seen that of the whole target change:
     set in the other order, a write could stay unnoticed for ever."""
     regions = [target.create_and_write(b"before") for _ in range(PAGE_OF_MARKS + 1)]
     with (
         joined(target) as grants,
-        guest(HALF_MARKED, str(engine.addr()), hexed(regions), WARABI_PURE=pure) as process,
+        guest(HALF_MARKED, str(engine.addr()), hexed(regions)) as process,
     ):
         assert process.wait(PATIENCE) == -signal.SIGSEGV
         write_times: Any = grants._write_times
@@ -138,11 +136,10 @@ sys.stdin.readline()
 """
 
 
-@BOTH
-def test_polling_misses_no_write(target: Target, engine: Engine, pure: str) -> None:
+def test_polling_misses_no_write(target: Target, engine: Engine) -> None:
     regions = [target.create_and_write(b"before") for _ in range(50)]
     arguments = (str(engine.addr()), hexed(regions), "1000")
-    with guest(WRITING, *arguments, WARABI_PURE=pure) as process:
+    with guest(WRITING, *arguments) as process:
         assert line(process) == "ready"
         grants = target.sharing._grants
         assert grants is not None
@@ -218,14 +215,13 @@ sys.stdin.readline()
 """A guest of a file that may not write beyond so many bytes; it asks nobody else to do it."""
 
 
-@BOTH
-def test_a_part_of_a_write_that_fails_is_noticed(engine: Engine, tmp_path: Path, pure: str) -> None:
+def test_a_part_of_a_write_that_fails_is_noticed(engine: Engine, tmp_path: Path) -> None:
     with Provider(engine, 1, file_config(tmp_path / "target")) as provider:
         target = provider._core.target
         region = target.create_and_write(bytes(400_000))
         before = target.stat(region).mtime_ns
         arguments = (str(engine.addr()), region.hex())
-        with guest(PARTIAL, *arguments, WARABI_PURE=pure) as process:
+        with guest(PARTIAL, *arguments) as process:
             assert line(process) == "ready"
             go_on(process)
             assert line(process) == "OutOfBounds"
@@ -247,13 +243,10 @@ handle.write(region, 10, b"late" * 20)
 """A guest that stops after it has stored a half of what it writes."""
 
 
-@BOTH
-def test_what_a_killed_guest_stored_is_noticed(
-    target: Target, engine: Engine, halt: Path, pure: str
-) -> None:
+def test_what_a_killed_guest_stored_is_noticed(target: Target, engine: Engine, halt: Path) -> None:
     region = target.create_and_write(bytes(100_000))
     before = target.stat(region).mtime_ns
-    preload = {"LD_PRELOAD": str(halt), "WARABI_PURE": pure}
+    preload = {"LD_PRELOAD": str(halt)}
     with guest(HALTED, str(engine.addr()), region.hex(), **preload) as process:
         assert line(process) == "inside"
         process.kill()

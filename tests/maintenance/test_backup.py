@@ -37,7 +37,7 @@ from tests.support.helpers import (
 from tests.target.test_upgrade import DATA
 from tests.tools.test_cli import COMMAND, fails, ok, run
 from warabi import errors
-from warabi.local.link import DirectLink, Link
+from warabi.in_process.link import DirectLink, Link
 from warabi.metadata.domain import Row
 from warabi.provider.core import ProviderCore
 from warabi.region import RegionID

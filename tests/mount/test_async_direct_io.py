@@ -207,7 +207,7 @@ def test_what_has_ended_is_durable_where_that_was_asked_for(place: Path) -> None
 
 SLOW = """
 import trio
-from warabi.local import async_ops
+from warabi.in_process import async_ops
 from warabi.provider import zero_copy
 
 at_once = async_ops.write

@@ -29,7 +29,7 @@ from warabifs.frontends.kernel.frontend import KernelFrontEnd
 from warabifs.frontends.kernel.protocol import Feature, Header, Opcode
 from warabifs.frontends.kernel.session import Answer, Early, FuseSession
 from warabifs.frontends.notifier import Notifier
-from warabifs.fs import filesystem, limits
+from warabifs.fs import filesystem, request_size
 from warabifs.fs.filesystem import FileSystem
 
 INIT = struct.Struct("=IIIII44x")  # with the fields that Linux 6 has
@@ -101,7 +101,7 @@ async def test_what_both_sides_know_is_agreed_on(kernel: Kernel) -> None:
     major, minor, readahead, features = struct.unpack_from("=IIII", body)
     assert (major, minor, readahead) == (7, protocol.MINOR, 131072)
     assert features == Feature.INIT_EXT | Feature.POSIX_ACL
-    assert struct.unpack_from("=IIH", body, 20) == (limits.MAX_WRITE, 1, 256)
+    assert struct.unpack_from("=IIH", body, 20) == (request_size.MAX_WRITE, 1, 256)
 
 
 async def test_a_newer_protocol_is_asked_for_this_one(kernel: Kernel) -> None:

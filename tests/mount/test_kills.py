@@ -386,7 +386,7 @@ ClientSession._operate = operate
 
 WEDGED = """
 import trio
-from warabi.local import async_ops as dispatch
+from warabi.in_process import async_ops as dispatch
 _execute = dispatch.execute
 async def execute(target, name, *arguments, **options):
     if name in ("mkdir", "readlink"):

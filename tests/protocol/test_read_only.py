@@ -23,7 +23,7 @@ from tests.support.helpers import (
 from warabi import errors
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
-from warabi.local.link import Link
+from warabi.in_process.link import Link
 from warabi.protocol.operations import OPERATIONS
 from warabi.protocol.operations import Served as ServedBy
 from warabi.region import RegionID

@@ -26,7 +26,7 @@ from warabi import errors
 from warabi._core import extents
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
-from warabi.local.link import Link
+from warabi.in_process.link import Link
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.domain import Row
 from warabi.protocol.operations import OPERATIONS, Payload, Served

@@ -51,7 +51,7 @@ from warabi.errors import (
     InvalidRegion,
     TargetNotFound,
 )
-from warabi.local.link import DirectLink
+from warabi.in_process.link import DirectLink
 from warabi.remote.link import WireLink
 from warabi.server import Provider
 from warabi.target import opening

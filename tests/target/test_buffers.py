@@ -59,7 +59,7 @@ CANCELLED = """
 import gc
 import trio
 import warabi.aio
-from warabi.local.aio_link import AsyncDirectLink
+from warabi.in_process.aio_link import AsyncDirectLink
 from tests.support.helpers import open_memory
 from warabi.target.config import MemoryConfig
 

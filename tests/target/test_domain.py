@@ -28,7 +28,7 @@ from warabi.backends.memory_budget import MemoryBudget
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, client
 from warabi.errors import PathError
-from warabi.local.link import DirectLink
+from warabi.in_process.link import DirectLink
 from warabi.metadata import acl, domain
 from warabi.protocol import forms
 from warabi.protocol.operations import OPERATIONS, Payload, Served

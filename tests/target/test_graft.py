@@ -23,7 +23,7 @@ from tests.support.helpers import PATIENCE, eventually, open_memory, run_python
 from tests.target.test_commits import faulty
 from warabi import errors
 from warabi._core.attributes import ROOT
-from warabi.local.link import DirectLink
+from warabi.in_process.link import DirectLink
 from warabi.provider.core import ProviderCore
 from warabi.region import RegionID
 from warabi.target import graft as module

@@ -32,7 +32,7 @@ from warabi import errors
 from warabi.client import Attributes, Client, RegionID, TargetHandle
 from warabi.engine import Engine, client, server
 from warabi.errors import WouldBlock
-from warabi.local.link import DirectLink
+from warabi.in_process.link import DirectLink
 from warabi.metadata import acl
 from warabi.provider.core import ProviderCore
 from warabi.server import Provider

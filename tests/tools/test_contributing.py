@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.helpers import ROOT
 
-STEP = re.compile(r"`((?:warabi|warabifs|tests)/[\w/]+\.py):([\w.]+)`")
+STEP = re.compile(r"`((?:warabi|warabifs|tests)/[\w/]+\.pyi?):([\w.]+)`")
 WALKS = ("CONTRIBUTING.md", "docs/locks.md")
 DOCUMENTS = [
     str(page.relative_to(ROOT))

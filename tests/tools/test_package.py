@@ -221,7 +221,7 @@ def test_the_client_needs_msgpack_alone(client_only: Path) -> None:
         client_only,
         "import mochi.margo, mochi.warabi.client as c, warabi.shm.client as s; "
         "engine = mochi.margo.Engine('na+sm', mochi.margo.client); c.Client(engine); "
-        "engine.finalize(); print(s.Reach.__module__)",
+        "engine.finalize(); print(s.FastPath.__module__)",
     )
     assert (done.returncode, done.stdout) == (0, "warabi.shm._fast_path\n"), done.stderr
 

@@ -20,7 +20,7 @@ import trio
 from warabi._core.extents import Extent
 from warabi._core.tuning import STALL_PATIENCE
 from warabi.errors import ConfigError
-from warabi.local import async_ops
+from warabi.in_process import async_ops
 from warabi.protocol.wire import Limits
 from warabi.region import RegionID
 from warabi.target.target import Target

@@ -7,7 +7,7 @@ import trio
 
 from warabi import errors
 from warabi._core import extents
-from warabi.local import async_ops
+from warabi.in_process import async_ops
 from warabi.protocol import wire
 from warabi.protocol.pending import chunks
 from warabi.provider.buffer_pool import load, part, store

@@ -35,7 +35,7 @@ from warabi.target.target import Target
 log = logging.getLogger(__name__)
 
 
-class Host:
+class GuestConnection:
     """The guests of one connection.
 
     Args:

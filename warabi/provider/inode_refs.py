@@ -9,7 +9,7 @@ from collections.abc import Callable
 import trio
 
 from warabi import errors
-from warabi.local.occupancy import wait_free
+from warabi.in_process.occupancy import wait_free
 from warabi.provider.core import ProviderCore
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from warabi import errors
 from warabi._core import forks, interrupts
 from warabi.backends.base import THIS_PROCESS
 from warabi.region import RegionID
-from warabi.shm.client import DirectAccess, Guest
+from warabi.shm.client import DirectAccess, Guest, available
 
 if TYPE_CHECKING:
     from warabi.provider.core import ProviderCore
@@ -68,7 +68,7 @@ class LocalAccess(DirectAccess):
 
     def _join(self, target: Target) -> Guest | None:
         self._target = target
-        joined = target.sharing.join()
+        joined = target.sharing.join() if available() else None
         if joined is None:
             return None
         self._holder, shared = joined

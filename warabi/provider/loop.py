@@ -25,7 +25,7 @@ from warabi.protocol.auth import Security
 from warabi.protocol.limits import EngineLimits
 from warabi.provider.admission import Admission, PeerConnection
 from warabi.provider.core import ProviderCore
-from warabi.provider.direct_access import Host
+from warabi.provider.direct_access import GuestConnection
 from warabi.provider.idle_connections import IdleConnections
 from warabi.provider.report import MOST_CLIENTS, process_report, provider_report
 from warabi.provider.session import ClientSession
@@ -161,7 +161,7 @@ class ProviderLoop:
             local=self.endpoint.local,
             admit=lambda: self._admission.admit(peer),
             leave=lambda: self._admission.leave(peer),
-            host=Host(self._life, pid) if self.endpoint.local and self._share else None,
+            host=GuestConnection(self._life, pid) if self.endpoint.local and self._share else None,
             idle_connections=self._idle_connections,
             name=name,
             report=lambda provider_id: self.report([self.find(provider_id)]),

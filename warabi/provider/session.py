@@ -27,10 +27,10 @@ from warabi import errors
 from warabi._core import changes
 from warabi._core.log_limit import RateLimit
 from warabi.errors import WouldBlock
-from warabi.local import async_ops
-from warabi.local.locking import Granting, SessionLocks
-from warabi.local.occupancy import wait_free
-from warabi.local.watch import Watching
+from warabi.in_process import async_ops
+from warabi.in_process.locking import Granting, SessionLocks
+from warabi.in_process.occupancy import wait_free
+from warabi.in_process.watch import Watching
 from warabi.protocol import change_codec, wire
 from warabi.protocol.auth import Peer, Security, permit
 from warabi.protocol.limits import EngineLimits
@@ -48,7 +48,7 @@ from warabi.provider.admission import Budget
 from warabi.provider.buffer_pool import load
 from warabi.provider.channel import Channel
 from warabi.provider.core import ProviderCore
-from warabi.provider.direct_access import Host
+from warabi.provider.direct_access import GuestConnection
 from warabi.provider.idle_connections import LEAVES, MORE, STAYS, IdleConnections, Next
 from warabi.provider.inode_refs import Pins
 from warabi.provider.migration.exchange import Exchange
@@ -106,7 +106,7 @@ class ClientSession:
         local: bool,
         admit: Callable[[], None],
         leave: Callable[[], None],
-        host: Host | None,
+        host: GuestConnection | None,
         idle_connections: IdleConnections,
         name: str,
         report: Callable[[int], dict[str, Any]],

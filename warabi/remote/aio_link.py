@@ -13,7 +13,7 @@ from warabi._core.attributes import Attributes
 from warabi._core.changes import CONTENT, Changes
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
 from warabi._core.tuning import ERASE_PATIENCE
-from warabi.local.aio_link import GetBuffer
+from warabi.in_process.aio_link import GetBuffer
 from warabi.protocol.operations import UNDONE
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID

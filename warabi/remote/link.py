@@ -11,7 +11,7 @@ from warabi._core import interrupts
 from warabi._core.attributes import FETCHED, Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
-from warabi.local.link import finished, wait_all
+from warabi.in_process.link import finished, wait_all
 from warabi.protocol.operations import CREATE, UNDONE, undo
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID

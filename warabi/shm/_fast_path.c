@@ -1,13 +1,13 @@
-/* A guest's accesses in C: the same two classes as in fast_path.py, which documents them.  This
- * file documents only the differences.
+/* A guest's accesses.  _fast_path.pyi documents the two classes and their methods,
+ * warabi/target/leases.py the protocol.
  *
  * The GIL guards everything here except the bytes that are copied and the memory that is shared
  * with other processes.  It is released for system calls that may wait for stable storage and for
  * large copies.  Meanwhile a reference is held to everything in use: the grant (and with it the
- * descriptor or mapping), the caller's buffer, and, by the caller, the Reach itself.  Python code
- * may run where a region is hashed or compared, where a buffer is acquired or released, and in
- * signal handlers.  It may change anything in a Reach, so nothing that was read before it is used
- * after it.
+ * descriptor or mapping), the caller's buffer, and, by the caller, the FastPath itself.  Python
+ * code may run where a region is hashed or compared, where a buffer is acquired or released, and in
+ * signal handlers.  It may change anything in a FastPath, so nothing that was read before it is
+ * used after it.
  *
  * Memory ordering.  The table is written by another process, which changes a version and then
  * calls membarrier(2): a full barrier in this thread at some point between two of its
@@ -33,7 +33,7 @@
 #include <unistd.h>
 
 #ifdef Py_GIL_DISABLED
-#error "the free hazard slots are guarded by the GIL; use fast_path.py"
+#error "the free hazard slots are guarded by the GIL"
 #endif
 _Static_assert(sizeof(off_t) == 8, "offsets have 64 bits");
 
@@ -133,7 +133,7 @@ static PyMemberDef grant_members[] = {
 };
 
 static PyType_Slot grant_slots[] = {
-    {Py_tp_doc, "A region that may be reached."},
+    {Py_tp_doc, "A region that may be accessed."},
     {Py_tp_new, grant_new},
     {Py_tp_init, grant_init},
     {Py_tp_dealloc, grant_dealloc},
@@ -148,7 +148,7 @@ static PyType_Spec grant_spec = {
     .slots = grant_slots,
 };
 
-/* Reach */
+/* FastPath */
 
 enum { LIFE, TABLE, WRITE_TIMES, HAZARDS, MAPPINGS };
 
@@ -156,7 +156,7 @@ typedef struct {
     PyObject_HEAD
     PyTypeObject *grant_type;
     PyObject *grants; /* a dict, the last thing that is set: before, and after the collector
-                         cleared it, there is nothing to be reached */
+                         cleared it, nothing can be accessed */
     PyObject *words;  /* the table, for code in Python */
     PyObject *mappings[MAPPINGS];
     Py_buffer views[MAPPINGS];
@@ -173,11 +173,11 @@ typedef struct {
     char in_memory;          /* files are: reading does not wait for a device */
     uint64_t writes;         /* that were marked */
     uint64_t recent[RECENT]; /* a ring of their write_times */
-} Reach;
+} FastPath;
 
 static struct PyModuleDef module_def;
 
-/* The type of this module's grants, a borrowed reference, by the type of a Reach, which may be a
+/* The type of this module's grants, a borrowed reference, by the type of a FastPath, which may be a
  * class derived from it.  PyType_GetModuleByDef() is in the stable ABI only since Python 3.13. */
 static PyTypeObject *grant_type_of(PyTypeObject *type)
 {
@@ -188,26 +188,26 @@ static PyTypeObject *grant_type_of(PyTypeObject *type)
         else if (PyModule_GetDef(module) == &module_def)
             return *(PyTypeObject **)PyModule_GetState(module);
     }
-    PyErr_SetString(PyExc_TypeError, "this is no type of a Reach");
+    PyErr_SetString(PyExc_TypeError, "this is no type of a FastPath");
     return NULL;
 }
 
-static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
+static int path_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"life", "table", "write_times", "hazards",
                             "word", "alive", "writable",    NULL};
-    Reach *self = (Reach *)object;
+    FastPath *self = (FastPath *)object;
     PyObject *mappings[MAPPINGS];
     Py_ssize_t word;
     unsigned int alive;
     int writable;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOnIp:Reach", names, &mappings[LIFE],
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOnIp:FastPath", names, &mappings[LIFE],
                                      &mappings[TABLE], &mappings[WRITE_TIMES], &mappings[HAZARDS],
                                      &word, &alive, &writable))
         return -1;
     if (self->mappings[0] != NULL) {
-        PyErr_SetString(PyExc_TypeError, "a Reach is made once");
+        PyErr_SetString(PyExc_TypeError, "a FastPath is made once");
         return -1;
     }
     PyTypeObject *grant_type = grant_type_of(Py_TYPE(object));
@@ -228,7 +228,7 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
         if (got < 0 || (i == TABLE && self->words == NULL))
             return -1;
         if ((uintptr_t)self->views[i].buf % 8 != 0) {
-            PyErr_SetString(PyExc_ValueError, "Reach: memory that is not aligned");
+            PyErr_SetString(PyExc_ValueError, "FastPath: memory that is not aligned");
             return -1;
         }
     }
@@ -236,7 +236,7 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
     Py_ssize_t slots = self->views[HAZARDS].len / 8;
     if (word < 0 || word >= self->views[LIFE].len / 4 || slots < 1 || slots > 64 ||
         self->entries < 1 || (size_t)self->views[TABLE].len / 16 < self->entries) {
-        PyErr_SetString(PyExc_ValueError, "Reach: memory of a size that cannot be");
+        PyErr_SetString(PyExc_ValueError, "FastPath: memory of a size that cannot be");
         return -1;
     }
     self->life = (const uint32_t *)self->views[LIFE].buf + word;
@@ -255,28 +255,28 @@ static int reach_init(PyObject *object, PyObject *args, PyObject *keywords)
 
 /* The mappings, which hold no references, are not visited: the collector would unmap memory in a
  * cycle while an object of that cycle may still call a method here. */
-static int reach_traverse(PyObject *object, visitproc visit, void *arg)
+static int path_traverse(PyObject *object, visitproc visit, void *arg)
 {
-    Reach *self = (Reach *)object;
+    FastPath *self = (FastPath *)object;
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->grant_type);
     Py_VISIT(self->grants);
     return 0;
 }
 
-static int reach_clear(PyObject *object)
+static int path_clear(PyObject *object)
 {
-    Py_CLEAR(((Reach *)object)->grants);
+    Py_CLEAR(((FastPath *)object)->grants);
     return 0;
 }
 
-static void reach_dealloc(PyObject *object)
+static void path_dealloc(PyObject *object)
 {
-    Reach *self = (Reach *)object;
+    FastPath *self = (FastPath *)object;
     PyTypeObject *type = Py_TYPE(object);
 
     PyObject_GC_UnTrack(self);
-    reach_clear(object);
+    path_clear(object);
     Py_CLEAR(self->words);
     for (int i = 0; i < MAPPINGS; i++) {
         PyBuffer_Release(&self->views[i]);
@@ -287,14 +287,14 @@ static void reach_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-static bool living(const Reach *self)
+static bool living(const FastPath *self)
 {
     return self->grants != NULL && __atomic_load_n(self->life, __ATOMIC_RELAXED) == self->alive;
 }
 
 /* The grant of a region, a new reference; NULL when there is none that is good for anything, or
  * with an exception of the region's own. */
-static Grant *find(Reach *self, PyObject *region)
+static Grant *find(FastPath *self, PyObject *region)
 {
     if (!living(self))
         return NULL;
@@ -352,12 +352,12 @@ static bool plain(PyObject *const *args, Py_buffer *buffer, int flags)
 }
 
 /* The two words of a grant's entry.  Acquire: what is looked at afterwards is no older. */
-static uint64_t version_of(const Reach *self, const Grant *grant)
+static uint64_t version_of(const FastPath *self, const Grant *grant)
 {
     return __atomic_load_n(&self->table[2 * grant->index], __ATOMIC_ACQUIRE);
 }
 
-static int64_t size_of(const Reach *self, const Grant *grant)
+static int64_t size_of(const FastPath *self, const Grant *grant)
 {
     uint64_t size = __atomic_load_n(&self->table[2 * grant->index + 1], __ATOMIC_ACQUIRE);
     return size > INT64_MAX ? INT64_MAX : (int64_t)size;
@@ -365,7 +365,7 @@ static int64_t size_of(const Reach *self, const Grant *grant)
 
 /* Claim a hazard slot and store the grant's region in it; -1 if all slots are in use by other
  * threads. */
-static int enter(Reach *self, const Grant *grant)
+static int enter(FastPath *self, const Grant *grant)
 {
     if (self->free == 0)
         return -1;
@@ -377,7 +377,7 @@ static int enter(Reach *self, const Grant *grant)
 }
 
 /* The second check, after the bytes were copied: is the grant still valid? */
-static bool still(const Reach *self, const Grant *grant)
+static bool still(const FastPath *self, const Grant *grant)
 {
     ordered();                               /* what was stored: see the top of the file */
     __atomic_thread_fence(__ATOMIC_ACQUIRE); /* what was loaded */
@@ -385,7 +385,7 @@ static bool still(const Reach *self, const Grant *grant)
 }
 
 /* Release: a process that sees the hazard slot empty sees everything done while it was set. */
-static void leave(Reach *self, int slot)
+static void leave(FastPath *self, int slot)
 {
     __atomic_store_n(&self->hazards[slot], 0, __ATOMIC_RELEASE);
     self->free |= (uint64_t)1 << slot;
@@ -464,7 +464,7 @@ static enum result read_file(Grant *grant, char *bytes, int64_t size, int64_t of
  * mark 0 sees it.  Both are later than mark 0 was, even if the clock returns the same time again;
  * otherwise the provider could mistake this write for one that it has seen.  A mark 0 far ahead
  * is ignored. */
-static void mark(Reach *self, const Grant *grant)
+static void mark(FastPath *self, const Grant *grant)
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -478,13 +478,13 @@ static void mark(Reach *self, const Grant *grant)
 }
 
 /* Have Python code drop a grant that is no longer valid. */
-static void drop(Reach *self, PyObject *region, Grant *grant)
+static void drop(FastPath *self, PyObject *region, Grant *grant)
 {
     Py_XDECREF(PyObject_CallMethod((PyObject *)self, "_drop", "OO", region, grant));
 }
 
 /* Raise the exception that Python code returns for a storage error. */
-static void raise_failure(Reach *self, PyObject *region, int number)
+static void raise_failure(FastPath *self, PyObject *region, int number)
 {
     PyObject *cause = PyObject_CallFunction(PyExc_OSError, "is", number, strerror(number));
     if (cause == NULL)
@@ -502,7 +502,7 @@ static void raise_failure(Reach *self, PyObject *region, int number)
 }
 
 /* Write.  Returns whether it was done, -1 with an exception; the buffer is released. */
-static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data)
+static int store(FastPath *self, PyObject *region, int64_t offset, Py_buffer *data)
 {
     enum result result = FAILED;
     int slot, number = 0;
@@ -541,7 +541,7 @@ static int store(Reach *self, PyObject *region, int64_t offset, Py_buffer *data)
 
 /* Read.  Returns how many bytes, -1 when it was not done, -2 with an exception; the buffer is
  * released. */
-static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait,
+static int64_t load(FastPath *self, PyObject *region, int64_t offset, Py_buffer *place, bool wait,
                     bool fewer)
 {
     enum result result = FAILED;
@@ -576,9 +576,9 @@ static int64_t load(Reach *self, PyObject *region, int64_t offset, Py_buffer *pl
     return PyErr_Occurred() ? -2 : result == DONE && good ? size : -1;
 }
 
-static PyObject *reach_size(PyObject *object, PyObject *region)
+static PyObject *path_size(PyObject *object, PyObject *region)
 {
-    Reach *self = (Reach *)object;
+    FastPath *self = (FastPath *)object;
     Grant *grant = find(self, region);
     if (grant == NULL)
         return PyErr_Occurred() ? NULL : PyLong_FromLong(-1);
@@ -588,7 +588,7 @@ static PyObject *reach_size(PyObject *object, PyObject *region)
     return PyLong_FromLongLong(good ? size : -1);
 }
 
-static PyObject *reach_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
+static PyObject *path_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer data;
     if (!counted("write", count, 3, 3))
@@ -599,22 +599,22 @@ static PyObject *reach_write(PyObject *object, PyObject *const *args, Py_ssize_t
         return NULL;
     if (PyObject_GetBuffer(args[2], &data, PyBUF_SIMPLE) < 0)
         return NULL;
-    int done = store((Reach *)object, args[0], offset, &data);
+    int done = store((FastPath *)object, args[0], offset, &data);
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
-static PyObject *reach_try_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
+static PyObject *path_try_write(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer data;
     if (!counted("try_write", count, 3, 3))
         return NULL;
     if (!plain(args, &data, PyBUF_SIMPLE))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    int done = store((Reach *)object, args[0], offset_of(args[1]), &data);
+    int done = store((FastPath *)object, args[0], offset_of(args[1]), &data);
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
-static PyObject *reach_read_some(PyObject *object, PyObject *const *args, Py_ssize_t count)
+static PyObject *path_read_some(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer place;
     if (!counted("read_some", count, 3, 5))
@@ -628,35 +628,35 @@ static PyObject *reach_read_some(PyObject *object, PyObject *const *args, Py_ssi
     int fewer = given(args, count, 4, true);
     if (fewer < 0 || PyObject_GetBuffer(args[2], &place, PyBUF_WRITABLE) < 0)
         return NULL;
-    int64_t size = load((Reach *)object, args[0], offset, &place, wait, fewer);
+    int64_t size = load((FastPath *)object, args[0], offset, &place, wait, fewer);
     return size < -1 ? NULL : PyLong_FromLongLong(size);
 }
 
-static PyObject *reach_try_read(PyObject *object, PyObject *const *args, Py_ssize_t count)
+static PyObject *path_try_read(PyObject *object, PyObject *const *args, Py_ssize_t count)
 {
     Py_buffer place;
     if (!counted("try_read", count, 3, 3))
         return NULL;
     if (!plain(args, &place, PyBUF_WRITABLE))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    int64_t size = load((Reach *)object, args[0], offset_of(args[1]), &place, true, false);
+    int64_t size = load((FastPath *)object, args[0], offset_of(args[1]), &place, true, false);
     return size < -1 ? NULL : PyBool_FromLong(size >= 0);
 }
 
-static PyObject *reach_living(PyObject *object, void *Py_UNUSED(closure))
+static PyObject *path_living(PyObject *object, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(living((Reach *)object));
+    return PyBool_FromLong(living((FastPath *)object));
 }
 
-static PyObject *reach_busy(PyObject *object, void *Py_UNUSED(closure))
+static PyObject *path_busy(PyObject *object, void *Py_UNUSED(closure))
 {
-    Reach *self = (Reach *)object;
+    FastPath *self = (FastPath *)object;
     return PyLong_FromLong(self->slots - __builtin_popcountll(self->free));
 }
 
-static PyObject *reach_recent(PyObject *object, void *Py_UNUSED(closure))
+static PyObject *path_recent(PyObject *object, void *Py_UNUSED(closure))
 {
-    Reach *self = (Reach *)object;
+    FastPath *self = (FastPath *)object;
     uint64_t end = self->writes, count = end < RECENT ? end : RECENT;
     PyObject *found = PyTuple_New((Py_ssize_t)count);
     for (uint64_t i = 0; found != NULL && i < count; i++) {
@@ -667,53 +667,53 @@ static PyObject *reach_recent(PyObject *object, void *Py_UNUSED(closure))
     return found;
 }
 
-static PyMethodDef reach_methods[] = {
-    {"size", reach_size, METH_O, "size($self, region, /)\n--\n\n"},
-    {"write", (PyCFunction)(void (*)(void))reach_write, METH_FASTCALL,
+static PyMethodDef path_methods[] = {
+    {"size", path_size, METH_O, "size($self, region, /)\n--\n\n"},
+    {"write", (PyCFunction)(void (*)(void))path_write, METH_FASTCALL,
      "write($self, region, offset, data, /)\n--\n\n"},
-    {"try_write", (PyCFunction)(void (*)(void))reach_try_write, METH_FASTCALL,
+    {"try_write", (PyCFunction)(void (*)(void))path_try_write, METH_FASTCALL,
      "try_write($self, region, offset, data, /)\n--\n\n"},
-    {"read_some", (PyCFunction)(void (*)(void))reach_read_some, METH_FASTCALL,
+    {"read_some", (PyCFunction)(void (*)(void))path_read_some, METH_FASTCALL,
      "read_some($self, region, offset, place, wait=True, short=True, /)\n--\n\n"},
-    {"try_read", (PyCFunction)(void (*)(void))reach_try_read, METH_FASTCALL,
+    {"try_read", (PyCFunction)(void (*)(void))path_try_read, METH_FASTCALL,
      "try_read($self, region, offset, place, /)\n--\n\n"},
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef reach_members[] = {
-    {"grants", T_OBJECT_EX, offsetof(Reach, grants), READONLY, NULL},
-    {"table", T_OBJECT_EX, offsetof(Reach, words), READONLY, NULL},
-    {"usable", T_BOOL, offsetof(Reach, usable), 0, NULL},
-    {"writable", T_BOOL, offsetof(Reach, writable), READONLY, NULL},
-    {"in_memory", T_BOOL, offsetof(Reach, in_memory), 0, NULL},
+static PyMemberDef path_members[] = {
+    {"grants", T_OBJECT_EX, offsetof(FastPath, grants), READONLY, NULL},
+    {"table", T_OBJECT_EX, offsetof(FastPath, words), READONLY, NULL},
+    {"usable", T_BOOL, offsetof(FastPath, usable), 0, NULL},
+    {"writable", T_BOOL, offsetof(FastPath, writable), READONLY, NULL},
+    {"in_memory", T_BOOL, offsetof(FastPath, in_memory), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyGetSetDef reach_getset[] = {
-    {"living", reach_living, NULL, "Whether the provider lives.", NULL},
-    {"busy", reach_busy, NULL, "How many accesses are under way.", NULL},
-    {"recent", reach_recent, NULL, "The latest write_times of its own.", NULL},
+static PyGetSetDef path_getset[] = {
+    {"living", path_living, NULL, "Whether the provider lives.", NULL},
+    {"busy", path_busy, NULL, "How many accesses are under way.", NULL},
+    {"recent", path_recent, NULL, "The latest write_times of its own.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-static PyType_Slot reach_slots[] = {
-    {Py_tp_doc, "Reaches what was granted."},
+static PyType_Slot path_slots[] = {
+    {Py_tp_doc, "Accesses granted regions."},
     {Py_tp_new, PyType_GenericNew},
-    {Py_tp_init, reach_init},
-    {Py_tp_traverse, reach_traverse},
-    {Py_tp_clear, reach_clear},
-    {Py_tp_dealloc, reach_dealloc},
-    {Py_tp_methods, reach_methods},
-    {Py_tp_members, reach_members},
-    {Py_tp_getset, reach_getset},
+    {Py_tp_init, path_init},
+    {Py_tp_traverse, path_traverse},
+    {Py_tp_clear, path_clear},
+    {Py_tp_dealloc, path_dealloc},
+    {Py_tp_methods, path_methods},
+    {Py_tp_members, path_members},
+    {Py_tp_getset, path_getset},
     {0, NULL},
 };
 
-static PyType_Spec reach_spec = {
-    .name = "warabi.shm._fast_path.Reach",
-    .basicsize = sizeof(Reach),
+static PyType_Spec path_spec = {
+    .name = "warabi.shm._fast_path.FastPath",
+    .basicsize = sizeof(FastPath),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-    .slots = reach_slots,
+    .slots = path_slots,
 };
 
 /* The module; its state is the type of grants. */
@@ -724,11 +724,11 @@ static int module_exec(PyObject *module)
     *grant_type = PyType_FromModuleAndSpec(module, &grant_spec, NULL);
     if (*grant_type == NULL || PyModule_AddType(module, (PyTypeObject *)*grant_type) < 0)
         return -1;
-    PyObject *reach = PyType_FromModuleAndSpec(module, &reach_spec, NULL);
-    if (reach == NULL)
+    PyObject *path = PyType_FromModuleAndSpec(module, &path_spec, NULL);
+    if (path == NULL)
         return -1;
-    int added = PyModule_AddType(module, (PyTypeObject *)reach);
-    Py_DECREF(reach);
+    int added = PyModule_AddType(module, (PyTypeObject *)path);
+    Py_DECREF(path);
     return added;
 }
 
@@ -752,7 +752,7 @@ static PyModuleDef_Slot module_slots[] = {
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "warabi.shm._fast_path",
-    .m_doc = "A guest's accesses, compiled; fast_path.py is the same in Python.",
+    .m_doc = "Reads and writes of a guest in granted regions.",
     .m_size = sizeof(PyObject *),
     .m_slots = module_slots,
     .m_traverse = module_traverse,

@@ -1,9 +1,8 @@
 """The client's side of direct access to regions of a provider on the same host.
 
 ``target/leases.py`` explains the shared memory and the protocol that keeps a guest from accessing
-memory that no longer belongs to its region.  The accesses themselves are in ``_fast_path.c`` or
-``fast_path.py``; this module has the less frequent operations: requesting and keeping grants, and
-closing.
+memory that no longer belongs to its region.  The accesses themselves are in ``_fast_path.c``; this
+module has the less frequent operations: requesting and keeping grants, and closing.
 
 If an access is not possible it returns False, and the caller sends a request to the provider,
 which also reports errors.
@@ -18,7 +17,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 from warabi import errors
@@ -28,15 +27,15 @@ from warabi._core.descriptors import limit
 from warabi._core.tuning import CLOSE_PATIENCE, HANDOVER_POLL
 from warabi.region import RegionID
 from warabi.shm.layout import ENTRIES, HAZARD_SLOTS, METADATA_DURABLE, TABLE
-from warabi.shm.memory import STRONGLY_ORDERED, SharedMapping, register
+from warabi.shm.memory import SharedMapping, register
 
-if TYPE_CHECKING or os.environ.get("WARABI_PURE", "0") not in ("", "0"):
-    from warabi.shm.fast_path import Grant, Reach
+try:
+    from warabi.shm._fast_path import FastPath, Grant
+except ImportError:  # not built, since there was no compiler
+    FastPath = Grant = object  # type: ignore[misc, assignment]
+    _COMPILED = False
 else:
-    try:
-        from warabi.shm._fast_path import Grant, Reach
-    except ImportError:  # not built, since there was no compiler
-        from warabi.shm.fast_path import Grant, Reach
+    _COMPILED = True
 
 _LARGE = 64 * 1024
 """From this size in bytes on a grant is requested on the first access, not the second."""
@@ -46,8 +45,11 @@ _WHOLE = 4 * 1024 * 1024
 """Smaller ranges of larger regions are persisted alone: mapping them takes less than what else
 might have to be written."""
 _SPARE_ROOM = 1024 * 1024
-_ORDERS = STRONGLY_ORDERED or Reach.__module__ != "warabi.shm.fast_path"
-"""Whether stores become visible in the order that the protocol needs; compiled code has fences."""
+
+
+def available() -> bool:
+    """Whether this process can have direct access."""
+    return _COMPILED and register()
 
 
 class _SharedFile:
@@ -86,7 +88,7 @@ def _sync_range(fd: int, offset: int, size: int) -> None:
         syscalls.munmap(address, end)
 
 
-class Guest(Reach):
+class Guest(FastPath):
     """Direct access to the regions of one target.
 
     Args:
@@ -101,8 +103,8 @@ class Guest(Reach):
     def __init__(self, joined: Sequence[int], descriptors: Sequence[int]) -> None:
         try:
             offset, alive, writable = joined
-            if not _ORDERS or not register():
-                raise OSError(errno.ENOSYS, "membarrier is not available")
+            if not available():
+                raise OSError(errno.ENOSYS, "not compiled, or membarrier is not available")
             life, table, write_times, hazards = descriptors
             super().__init__(
                 _mapping(life, resource.getpagesize(), writable=False),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from warabi.client import Client, TargetHandle
 from warabi.engine import Engine, Mode
 from warabi.errors import ConfigError
-from warabi.local.link import DirectLink, Link
+from warabi.in_process.link import DirectLink, Link
 from warabi.protocol.auth import config_of
 from warabi.tools.location import parse
 

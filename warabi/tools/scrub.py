@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from warabi._core.results import RegionStat, Verified
 from warabi.errors import ConfigError, InvalidRegion
-from warabi.local.link import Link
+from warabi.in_process.link import Link
 from warabi.metadata.checksums import BLOCK
 from warabi.protocol.operations import PAGE
 from warabi.region import RegionID

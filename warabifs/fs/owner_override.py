@@ -16,7 +16,7 @@ from typing import Any
 from warabi._core.attributes import Attributes
 from warabi._core.results import OpenedInode
 from warabi.errors import path_error
-from warabi.local.aio_link import AsyncLink
+from warabi.in_process.aio_link import AsyncLink
 from warabi.protocol.operations import OPERATIONS
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID

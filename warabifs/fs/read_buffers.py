@@ -7,7 +7,7 @@ processor's caches, instead of one buffer per request.
 
 from __future__ import annotations
 
-from warabifs.fs.limits import MAX_WRITE
+from warabifs.fs.request_size import MAX_WRITE
 
 _SPARE = 8  # for concurrent reads; allocating one takes as long as a read
 

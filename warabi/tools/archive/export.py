@@ -21,7 +21,7 @@ from typing import IO, Protocol
 
 from warabi._core import extents
 from warabi._core.extents import Extent
-from warabi.local.link import Link
+from warabi.in_process.link import Link
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_all
 

@@ -12,7 +12,7 @@ from typing import IO, cast
 
 from warabi._core.extents import Extent
 from warabi.errors import BadArchive
-from warabi.local.link import Link
+from warabi.in_process.link import Link
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack
 from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest, extents_text

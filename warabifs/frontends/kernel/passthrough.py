@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from warabi import errors
-from warabi.local.occupancy import wait_free
+from warabi.in_process.occupancy import wait_free
 from warabi.region import RegionID
 from warabi.target.target import Target
 from warabifs.frontends.kernel.session import FuseSession

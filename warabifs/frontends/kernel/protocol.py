@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-from warabifs.fs.limits import MAX_WRITE
+from warabifs.fs.request_size import MAX_WRITE
 
 MAJOR = 7
 OLDEST_MINOR = 31

@@ -11,8 +11,8 @@ from warabi._core.attributes import Attributes
 from warabi._core.changes import Changes
 from warabi._core.extents import Extent, pack
 from warabi.errors import WouldBlock
-from warabi.local import async_ops, locking
-from warabi.local.watch import Watching
+from warabi.in_process import async_ops, locking
+from warabi.in_process.watch import Watching
 from warabi.region import RegionID
 from warabi.target.handlers import bound
 from warabi.target.state import in_loop

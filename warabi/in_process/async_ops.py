@@ -25,7 +25,7 @@ from warabi._core.log_limit import RateLimit
 from warabi.errors import WouldBlock
 from warabi.eventloop.aio_fsync import flushed
 from warabi.eventloop.threads import in_thread, limited
-from warabi.local.occupancy import wait_free
+from warabi.in_process.occupancy import wait_free
 from warabi.protocol.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target import named_files
