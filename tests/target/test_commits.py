@@ -14,16 +14,14 @@ import pytest
 
 from tests.maintenance.test_fsck import fsck
 from tests.storage.test_checksums import open_target
-from tests.support.helpers import eventually, file_config, open_memory
+from tests.support.helpers import eventually, file_config
 from warabi import errors
 from warabi.client import Client
 from warabi.engine import Engine, client
-from warabi.metadata import domain
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target import commit
-from warabi.target.config import MemoryConfig
 from warabi.target.target import Target
 
 
@@ -115,44 +113,6 @@ def opened(path: Path) -> Target:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "target"
-
-
-VALUES: list[tuple[str, Any]] = [
-    ("mtime", 1 << 70), ("atime", -(1 << 70)), ("uid", 1 << 64), ("gid", -1 << 64),
-    ("rdev", 1 << 64), ("mode", (1 << 64) | 0o100644), ("uid", None), ("mtime", object()),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("column", "value"), VALUES)
-def test_an_invalid_value_is_corrected_at_the_commit(
-    path: Path, column: str, value: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    with opened(path) as target:
-        names = target.namespace
-        odd, other = (names.mknod(1, name, 0o644, 0, 0).region for name in (b"odd", b"other"))
-        inode = inode_of(target, odd)
-        setattr(inode, column, value)
-        target._catalogue.touch(inode, durable=True)
-        target.write(other, 0, b"bytes", persist=True, extend=True)
-        target.write(odd, 0, b"bytes", persist=True, extend=True)
-        target.commit()
-        assert not domain.fault(inode.row())
-        assert {name for name, _ in names.readdir(1)} == {b"odd", b"other"}
-    assert caplog.text.count("values that cannot be stored") == 1
-    with opened(path) as target:
-        assert target.read(odd, 0, 5) == target.read(other, 0, 5) == b"bytes"
-    assert fsck(path)[0] == 0
-
-
-def test_an_invalid_value_is_corrected_in_memory_targets_too() -> None:
-    with open_memory(MemoryConfig()) as target:
-        names = target.namespace
-        odd = names.mknod(1, b"odd", 0o644, 0, 0)
-        inode = inode_of(target, odd.region)
-        inode.mtime = 1 << 70
-        target._catalogue.touch(inode, durable=True)
-        names.mknod(1, b"other", 0o644, 0, 0)
-        assert [name for name, _ in names.readdir(1)] == [b"odd", b"other"]
 
 
 def test_a_row_that_cannot_be_stored_keeps_no_other(

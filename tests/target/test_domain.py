@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import itertools
-import json
 import stat
 import threading
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from warabi.provider.migration.records import join_rows, pack_row, rows
 from warabi.region import RegionID
 from warabi.server import Provider
 from warabi.target.config import MemoryConfig
-from warabi.target.entries import ArchiveEntry, unpack_again, unpack_all
+from warabi.target.entries import ArchiveEntry, unpack_all
 from warabi.target.graft import adopt
 from warabi.tools.archive.export import export
 from warabi.tools.archive.restore import restore
@@ -443,18 +442,19 @@ REFUSED_ROWS: list[dict[str, Any]] = [
     {"mode": 0o644}, {"size": -1}, {"generation": 1 << 63}, {"ino": 0}, {"ino": (1 << 63) - 1},
     {"target": b"t"}, {"mode": 0o120777, "size": 1},
 ]  # fmt: skip
-MENDED_ROWS: list[tuple[ArchiveEntry, dict[str, Any]]] = [
-    (ENTRY.changed(uid=1 << 32), {"uid": domain.NOBODY}),
-    (ENTRY.changed(uid=-1, mode=0o106755), {"uid": domain.NOBODY, "mode": 0o100755}),
-    (ENTRY.changed(gid=(1 << 32) - 1), {"gid": domain.NOBODY}),
-    (ENTRY.changed(mode=1 << 32 | 0o100640), {"mode": 0o100640}),
-    (ENTRY.changed(rdev=1 << 32), {"rdev": 0}),
-    (ENTRY.changed(rdev=-1), {"rdev": 0}),
-    (ENTRY.changed(nlink=1 << 31), {"nlink": domain.LINKS_MAX}),
-    (ENTRY.changed(nlink=-1), {"nlink": 1}),
-    (LINK.changed(size=2), {"size": 1}),
-    (LINK.changed(target=b"a\0b", size=3), {"target": b"a", "size": 1}),
-    (LINK.changed(target=b"t" * 4096, size=4096), {"target": b"t" * 4095, "size": 4095}),
+BAD_ENTRIES: list[ArchiveEntry] = [
+    *(ENTRY.changed(**bad) for bad in REFUSED_ROWS),
+    ENTRY.changed(uid=1 << 32),
+    ENTRY.changed(uid=-1, mode=0o106755),
+    ENTRY.changed(gid=(1 << 32) - 1),
+    ENTRY.changed(mode=1 << 32 | 0o100640),
+    ENTRY.changed(rdev=1 << 32),
+    ENTRY.changed(rdev=-1),
+    ENTRY.changed(nlink=1 << 31),
+    ENTRY.changed(nlink=-1),
+    LINK.changed(size=2),
+    LINK.changed(target=b"a\0b", size=3),
+    LINK.changed(target=b"t" * 4096, size=4096),
 ]
 ODD_XATTRS = [
     (b"user.", b""), (b"user.x", bytes(65537)), (b"system.x", b""), (b"user.\xff\n\0", b""),
@@ -467,89 +467,21 @@ def _row(entry: ArchiveEntry) -> list[Any]:
     return list(entry.row[:-1])
 
 
-@pytest.mark.parametrize("bad", REFUSED_ROWS)
-def test_archives_and_migrations_are_checked(bad: dict[str, Any]) -> None:
-    entry = ENTRY.changed(**bad)
-    with pytest.raises(errors.BadArchive, match="/f: invalid entry"):
+@pytest.mark.parametrize("entry", BAD_ENTRIES)
+def test_archives_and_migrations_are_checked(entry: ArchiveEntry) -> None:
+    with pytest.raises(errors.BadArchive, match="/f': invalid entry"):
         list(unpack_all(io.BytesIO(entry.pack())))
     with pytest.raises(errors.ProtocolError, match="receive_rows: inode"):
         rows("inode", memoryview(_message([_row(entry)])))
 
 
-@pytest.mark.parametrize(("entry", "mended"), MENDED_ROWS)
-def test_what_older_versions_let_in_is_mended_on_its_way(
-    entry: ArchiveEntry, mended: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    wanted = entry.changed(**mended)
-    assert list(unpack_all(io.BytesIO(entry.pack()))) == [wanted]
-    assert rows("inode", memoryview(_message([_row(entry)]))) == [_row(wanted)]
-    assert len(caplog.records) == 2
-
-
-@pytest.fixture
-def unchecked_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports have what is in the target, as those of older versions."""
-    monkeypatch.setattr("warabi.tools.archive.export.unpack_all", unpack_again)
-
-
-@pytest.mark.usefixtures("unchecked_export")
-@pytest.mark.parametrize("way", ["archive", "migration"])
-def test_a_target_of_an_older_version_moves(
-    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With values that were not checked, and without what cannot be kept."""
-    with Engine("na+sm") as engine:
-        provider = Provider(engine, 1, MEMORY)
-        source = Client(engine).make_target_handle(str(engine.addr()), 1)
-        furnish(source)
-        target = provider._core.target
-        with target.state.guard.lock, target.state.guard.checked:
-            inode = target._catalogue.get(2)
-            assert inode is not None
-            inode.uid, inode.mode = 1 << 32, 0o104775
-            sql = "INSERT INTO xattr VALUES(2, ?, ?)"
-            target._catalogue._db.executemany(sql, [*ODD_XATTRS, (b"user.good", b"kept")])
-            target._catalogue._has_xattrs = True
-        if way == "archive":
-            archive = io.BytesIO()
-            export(DirectLink(provider._core), archive, copying=False)
-            archive.seek(0)
-            other = Provider(engine, 2, MEMORY)
-            restore(DirectLink(other._core), archive)
-        else:
-            other = Provider(engine, 2)
-            migration = {"new_root": str(tmp_path), "merge_config": {}}
-            provider.migrate_target(str(engine.addr()), 2, json.dumps(migration))
-        moved = Client(engine).make_target_handle(str(engine.addr()), 2)
-        found = call(moved, "resolve", "/f")
-        assert (found.uid, oct(found.mode)) == (domain.NOBODY, oct(0o100705))
-        assert call(moved, "listxattr", found.ino) == [b"user.good"]
-        check_whole(moved)
-    assert all(record.exc_info is None for record in caplog.records)
-    assert "invalid values" in caplog.text
-
-
-@pytest.mark.usefixtures("unchecked_export")
-def test_what_an_import_mends_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    archive = io.BytesIO()
-    with open_memory(MemoryConfig()) as target:
-        for number in range(30):
-            made = target.namespace.mknod(1, b"f\n%d\xff" % number, 0o644, 0, 0)
-            inode = target._catalogue.get(made.ino)
-            assert inode is not None
-            inode.gid = -1
-        export(DirectLink(ProviderCore(0, target)), archive, copying=False)
-    archive.seek(0)
-    with open_memory(MemoryConfig()) as target:
-        restore(DirectLink(ProviderCore(0, target)), archive)
-        assert {found.gid for _, found in target.namespace.readdir(1)} == {domain.NOBODY}
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 21
-    assert messages[0] == (
-        r"'/f\n0\udcff' has invalid values, which are replaced by the nearest valid ones:"
-        " 'gid -1 is not from 0 to 4294967294'"
-    )
-    assert messages[-1] == "10 more files have invalid values"
+@pytest.mark.parametrize(("name", "value"), ODD_XATTRS)
+def test_attributes_of_archives_and_migrations_are_checked(name: bytes, value: bytes) -> None:
+    entry = ENTRY._replace(xattrs=[(b"user.good", b"kept"), (name, value)])
+    with pytest.raises(errors.BadArchive, match="/f': invalid entry"):
+        list(unpack_all(io.BytesIO(entry.pack())))
+    with pytest.raises(errors.ProtocolError, match="receive_rows: xattr"):
+        rows("xattr", memoryview(_message([[2, name, value]])))
 
 
 def _message(found: list[list[Any]]) -> bytes:

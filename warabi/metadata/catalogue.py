@@ -51,7 +51,6 @@ from warabi.region import RegionID
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 100  # most repaired rows that are logged one by one
 _CACHED = 65536
 _MOST_DENSE = 262_144  # regions that are known to have no holes while they are not in memory
 _BLOCK = 4096  # bytes by which a file's space exceeds its size at most, unless it was allocated
@@ -137,9 +136,8 @@ class Catalogue:
                 migrate(self._db, path)
                 if not self.clean:
                     self._finish_graft()
-                bad = self._check_rows(path)
+                self._check_rows(path)
                 self._open_wal(path)
-                self._mend_rows(bad)
             self.summed: str | None = meta.get("checksums")
             """The checksum algorithm of regions, see :mod:`warabi.metadata.checksums`; None: no
             checksums."""
@@ -178,44 +176,15 @@ class Catalogue:
         finish_graft(self._db)  # when this fails, the connection is closed
         self._db.execute("COMMIT")
 
-    def _check_rows(self, path: Path) -> list[domain.Row]:
-        """Check cheaply that the rows are those of a catalogue; ``warabi fsck`` checks the rest.
-
-        Returns:
-            rows with values that older versions accepted, and that would prevent listing
-            directories.
-        """
+    def _check_rows(self, path: Path) -> None:
+        """Check cheaply that the rows are those of a catalogue; ``warabi fsck`` checks the rest."""
         if self._one(f"SELECT mode & {0o170000} FROM inode WHERE ino = 1") != stat.S_IFDIR:
             raise CorruptTarget(f"catalogue {path}: no root directory; see warabi fsck")
-        wrong = "typeof(mode) != 'integer'" + "".join(
-            f" OR typeof({column}) != 'integer' OR {column} NOT BETWEEN {least} AND {most}"
-            for column, (least, most) in domain.RANGES.items()
-            if column in ("size", "generation")
-        )
-        rows = self._db.execute(
-            f"SELECT {wrong}, {COLUMNS} FROM inode WHERE {wrong} OR {OUTSIDE}"
-        ).fetchall()
-        for beyond, *row in rows:
-            if beyond:
-                raise CorruptTarget(
-                    f"catalogue {path}: inode {row[0]} has an impossible type, size or generation;"
-                    " see warabi fsck"
-                )
-        return [domain.Row(*row) for _, *row in rows]
-
-    def _mend_rows(self, bad: list[domain.Row]) -> None:
-        mended = [(row, new) for row in bad if (new := domain.mended(row)) != row]
-        if not mended:
-            return
-        self._journal.write(UPSERT, [new for _, new in mended])
-        self.change += 1
-        for row, new in mended[:_SHOWN]:
-            log.warning(
-                "%s: inode %d had invalid values %r, replaced by %r",
-                self.path, row.ino, tuple(row), tuple(new),
-            )  # fmt: skip
-        if len(mended) > _SHOWN:
-            log.warning("%s: %d more inodes had invalid values", self.path, len(mended) - _SHOWN)
+        row = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE {OUTSIDE} LIMIT 1").fetchone()
+        if row is not None:
+            raise CorruptTarget(
+                f"catalogue {path}: inode {row[0]} has invalid values {row!r:.300}; see warabi fsck"
+            )
 
     def _open_wal(self, path: Path) -> None:
         """Mark the catalogue as open, which makes SQLite create the WAL that ``sync`` flushes."""
@@ -706,11 +675,9 @@ class Catalogue:
             self._note_unstored(inodes, failed)
 
     def _note_unstored(self, inodes: list[Inode], failed: dict[int, Exception]) -> None:
-        """After a flush of *inodes* that *failed* for some: repair those, or retry later."""
+        """After a flush of *inodes* that *failed* for some: note which are to be retried later."""
         for position, inode in enumerate(inodes):
             error = failed.get(position)
-            if error is not None and self._mend(inode, error):
-                error = None
             if error is None:
                 self._unstored.pop(inode.ino, None)
                 self._dentries.withheld.discard(inode.ino)
@@ -730,22 +697,6 @@ class Catalogue:
 
     def _misses(self, ino: int) -> bool:
         return self._unstored.get(ino, (None, False))[1]
-
-    def _mend(self, inode: Inode, error: Exception) -> bool:
-        """Store *inode* with the nearest valid values if possible; otherwise its names would be
-        lost.
-        No operation creates invalid values."""
-        before = inode.row()
-        row = domain.mended(before)
-        if row == before or self._journal.write_each(UPSERT, [row]):
-            return False
-        log.error(
-            "inode %d of %s had values that cannot be stored, %r, replaced by %r",
-            inode.ino, self.path, before, tuple(row), exc_info=error,
-        )  # fmt: skip
-        for column, value in zip(row._fields, row, strict=True):
-            setattr(inode, column, value)
-        return True
 
     def is_durable(self, inode: Inode) -> bool:
         """Whether the changes of *inode* and its names that must be durable are on stable

@@ -10,9 +10,7 @@ SQLite, and written to an archive:
 
 * Times are *clamped*, as Linux does for times that a file system cannot store.
 * All other values are *rejected*, with the errno of the system call.
-* Invalid values from older versions are *repaired* by :func:`mended` and :func:`mended_xattrs`:
-when
-  a target is opened, checked by fsck, imported from an archive or received in a migration.
+* Values that got into a target in another way are repaired by fsck alone (:func:`mended`).
 """
 
 from __future__ import annotations
@@ -315,21 +313,6 @@ def _mended_number(column: str, value: Any) -> int:
     if type(value) is not int or (column == "rdev" and not low <= value <= high):
         return 0
     return max(low, min(high, value))
-
-
-def mended_xattrs(
-    mode: int, xattrs: Sequence[tuple[bytes, bytes]]
-) -> tuple[int, list[tuple[bytes, bytes]], list[str]]:
-    """Return the mode and the extended attributes of an inode without invalid attributes, and the
-    errors of the latter."""
-    kept, faults = [], []
-    for key, value in xattrs:
-        if not (why := xattr_fault(key, value)):
-            kept.append((key, value))
-            continue
-        faults.append(why)
-        mode = mode_without(key, mode)
-    return mode, kept, faults
 
 
 def xattr_fault(key: bytes, value: bytes) -> str:

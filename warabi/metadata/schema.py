@@ -75,8 +75,8 @@ OUTSIDE = " OR ".join(
         *(
             f"{column} NOT BETWEEN {least} AND {most}"
             for column, (least, most) in domain.RANGES.items()
-            if column not in ("generation", "size")
         ),
+        "typeof(generation) != 'integer' OR typeof(size) != 'integer'",
         # Values of other types are larger than any number; but REAL makes such a sum REAL.
         "anonymous NOT BETWEEN 0 AND 1",
         "packed NOT BETWEEN 0 AND 2",
@@ -86,7 +86,7 @@ OUTSIDE = " OR ".join(
         f" OR length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
     ]
 )
-"""The condition for inodes that ``domain.mended`` repairs."""
+"""The condition for inodes with invalid values."""
 _PLACES = ", ".join("?" for _ in domain.Row._fields)
 UPSERT = f"INSERT OR REPLACE INTO inode({COLUMNS}) VALUES({_PLACES})"
 _STEPS: dict[int, tuple[str, ...]] = {

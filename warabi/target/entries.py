@@ -6,21 +6,16 @@ without a name, so no message limit applies, and it is removed with the requesti
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
-from warabi._core.log_limit import RateLimit
 from warabi.errors import BadArchive
 from warabi.metadata import domain
 from warabi.region import RegionID
-
-log = logging.getLogger(__name__)
-log.addFilter(RateLimit())  # an archive may have millions of entries
 
 CHUNK = 8 * 1024 * 1024
 """Bytes that are read or written at once."""
@@ -83,11 +78,7 @@ def _unpacked(item: Any) -> ArchiveEntry:
     return ArchiveEntry(path, row, [(name, value) for name, value in xattrs])
 
 
-def _log(text: str) -> None:
-    log.warning("%s", text)
-
-
-def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
+def _checked(item: Any) -> ArchiveEntry:
     if not (
         isinstance(item, list)
         and len(item) == len(_TYPES)
@@ -106,28 +97,16 @@ def _checked(item: Any, tell: Callable[[str], None]) -> ArchiveEntry:
         mtime=domain.clamped(found.row.mtime),
         ctime=domain.clamped_change(found.row.ctime),
     )
-    why = domain.fault(row)
-    if why:
-        row = domain.mended(row)
-        if domain.fault(row):
-            raise BadArchive(f"{found.shown}: invalid entry: {why}")
-    mode, xattrs, faults = domain.mended_xattrs(row.mode, found.xattrs)
-    if why or faults:
-        faults = [why, *faults] if why else faults
-        tell(
-            f"{found.shown!a} has invalid values, which are replaced by the nearest valid ones:"
-            f" {'; '.join(faults)!a}"
-        )
-    return ArchiveEntry(found.path, row._replace(mode=mode), xattrs)
+    for why in (domain.fault(row), *(domain.xattr_fault(*pair) for pair in found.xattrs)):
+        if why:
+            raise BadArchive(f"{found.shown!a}: invalid entry: {why!a}")
+    return found._replace(row=row)
 
 
-def unpack(data: bytes, tell: Callable[[str], None] = _log) -> ArchiveEntry:
-    """Decode an entry; raises ``BadArchive``.
-
-    *tell* is called with a message if the entry had invalid values, which older versions accepted.
-    """
+def unpack(data: bytes) -> ArchiveEntry:
+    """Decode an entry; raises ``BadArchive``."""
     try:
-        return _checked(msgpack.unpackb(data), tell)
+        return _checked(msgpack.unpackb(data))
     except (ValueError, msgpack.UnpackException) as error:
         raise BadArchive(f"not an entry: {error}") from None
 
@@ -137,7 +116,7 @@ def unpack_all(file: Readable) -> Iterator[ArchiveEntry]:
     unpacker = msgpack.Unpacker(file, max_buffer_size=_LARGEST)
     try:
         for item in unpacker:
-            yield _checked(item, _log)
+            yield _checked(item)
     except (ValueError, msgpack.UnpackException) as error:
         raise BadArchive(f"not a list of entries: {error}") from None
 

@@ -5,20 +5,15 @@ The sender may be any peer with permission to send a target, so everything is va
 
 from __future__ import annotations
 
-import logging
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
 
-from warabi._core.log_limit import RateLimit
 from warabi.errors import PathError, ProtocolError
 from warabi.metadata import domain
 from warabi.region import RegionID
-
-log = logging.getLogger(__name__)
-log.addFilter(RateLimit())
 
 TABLES: dict[str, tuple[str, ...]] = {
     "inode": domain.Row._fields[:-1],  # but whether it is packed
@@ -79,7 +74,7 @@ def join_rows(packed: Sequence[bytes]) -> memoryview:
 
 
 def rows(table: str, payload: memoryview) -> list[list[Any]]:
-    """Validate the rows of *table* in a message; numbers that older versions accepted are repaired.
+    """Validate the rows of *table* in a message.
 
     Raises:
         ProtocolError: they are malformed or invalid.
@@ -99,12 +94,15 @@ def rows(table: str, payload: memoryview) -> list[list[Any]]:
         _check_types(table, columns, row)
     if table == "inode":
         return [_inode(row) for row in found]
-    for row in found if table == "dentry" else ():
+    for row in found:
         try:
-            domain.name(row[1])
+            if table == "dentry":
+                domain.name(row[1])
+            else:
+                domain.xattr(row[1], row[2])
         except PathError as error:
-            raise ProtocolError(f"receive_rows: name {row!r:.200}: {error}") from None
-    return found  # invalid attributes are repaired by Staging.add_rows()
+            raise ProtocolError(f"receive_rows: {table} {row!r:.200}: {error}") from None
+    return found
 
 
 def _check_types(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
@@ -122,20 +120,13 @@ def _check_types(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
 
 
 def _inode(values: list[Any]) -> list[Any]:
-    """Validate the row of an inode; values that older versions accepted are repaired."""
+    """Validate the row of an inode, and clamp its times."""
     values[8:11] = (
         domain.clamped(values[8]),
         domain.clamped(values[9]),
         domain.clamped_change(values[10]),
     )
     why = domain.fault(values)
-    if not why:
-        return values
-    row = domain.mended(values)
-    if domain.fault(row):
+    if why:
         raise ProtocolError(f"receive_rows: inode {values!r:.200}: {why}")
-    log.warning(
-        "inode %d of a migration has invalid values, which are replaced by the nearest valid"
-        " ones: %a", row.ino, why,
-    )  # fmt: skip
-    return [*row[: len(values)]]
+    return values

@@ -11,7 +11,6 @@ from typing import Any
 from warabi._core.attributes import ROOT
 from warabi._core.log_limit import RateLimit
 from warabi.errors import ProtocolError, StorageFull
-from warabi.metadata import domain
 from warabi.provider.migration.options import MigrationPlan
 from warabi.provider.migration.records import TABLES, pieces, rows
 from warabi.provider.migration.staged import (
@@ -80,25 +79,12 @@ class Staging:
     def add_rows(self, table: str, payload: memoryview) -> None:
         """Add rows of a table of the catalogue."""
         found = rows(table, payload)
-        if table == "xattr":
-            found = [row for row in found if self._is_attribute(*row)]
         marks = ", ".join("?" * len(TABLES[table]))
         sql = f"INSERT INTO {table}({', '.join(TABLES[table])}) VALUES({marks})"
         try:
             self._db.executemany(sql, found)
         except sqlite3.Error as error:
             raise damaged(error, self._place.database) from error
-
-    def _is_attribute(self, ino: int, name: bytes, value: bytes) -> bool:
-        """Whether an attribute is valid; if not, it is dropped: older versions accepted it."""
-        why = domain.xattr_fault(name, value)
-        if not why:
-            return True
-        log.warning("inode %d of a migration: dropping an invalid extended attribute: %a", ino, why)
-        if (found := self._one("SELECT mode FROM inode WHERE ino = ?", ino)) is not None:
-            mode = domain.mode_without(name, found[0])
-            self._one("UPDATE inode SET mode = ? WHERE ino = ?", mode, ino)
-        return False
 
     def add_data(self, payload: memoryview) -> None:
         """Add data of regions, whose rows exist: one region after the other, by slot."""

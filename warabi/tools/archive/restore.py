@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +16,6 @@ from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack
 from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest, extents_text
 
-log = logging.getLogger(__name__)
-
-_SHOWN = 20  # most repaired entries that are logged one by one
 _TAIL_SIZE = 4096  # most bytes of the last member
 _FORMATS = (1, FORMAT)
 _ENDS = 100  # reads at the end of an archive after which it is taken for truncated
@@ -72,7 +68,6 @@ class _Importer:
         self._digest = Digest()
         self._regions: dict[int, RegionID] = {}  # by slot, if there are several names
         self._buffer = memoryview(bytearray(CHUNK))
-        self._mended = 0
 
     def read(self, source: IO[bytes]) -> None:
         try:
@@ -99,13 +94,6 @@ class _Importer:
                     self._member(tar, member)
             if not ended:
                 raise BadArchive("the archive is truncated: its end record is missing")
-        if self._mended > _SHOWN:
-            log.warning("%d more files have invalid values", self._mended - _SHOWN)
-
-    def _tell(self, text: str) -> None:
-        self._mended += 1
-        if self._mended <= _SHOWN:
-            log.warning("%s", text)
 
     @staticmethod
     def _check_head(headers: Mapping[str, str]) -> None:
@@ -129,7 +117,7 @@ class _Importer:
             packed = base64.b64decode(member.pax_headers[ENTRY], validate=True)
         except (KeyError, ValueError):
             raise BadArchive(f"{member.name!r}: not written by warabi export") from None
-        entry = unpack(packed, self._tell)
+        entry = unpack(packed)
         size = member.size if member.isreg() else 0
         self._digest.entry(packed, size)
         if entry.is_region:

@@ -125,9 +125,7 @@ class TreeCheck:
 
     def _numbers(self) -> None:
         """Check numbers and link targets."""
-        for values in self._all(
-            f"SELECT {COLUMNS} FROM inode WHERE typeof(size) != 'integer' OR size < 0 OR {OUTSIDE}"
-        ):
+        for values in self._all(f"SELECT {COLUMNS} FROM inode WHERE {OUTSIDE}"):
             row = domain.mended(values)
             if not (isinstance(row.size, int) and row.size >= 0):
                 row = row._replace(size=0)
