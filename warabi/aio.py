@@ -11,6 +11,7 @@ connection ends or a later request on it has completed.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import socket
 import sys
@@ -33,7 +34,6 @@ from warabi._core import forks
 from warabi._core.attributes import FETCHED, Attributes, DirectoryEntry
 from warabi._core.buffers import (
     Data,
-    Lender,
     abandon,
     checked_path,
     checked_size,
@@ -125,7 +125,7 @@ class Target:
         have = await self.size(region)
         if checked_size(offset, "read: offset") + size > have:
             raise beyond_end("read", region, offset, size, have)
-        owner = Lender(bytes(size))  # see filled_bytes: its buffer becomes the result
+        owner = io.BytesIO(bytes(size))  # see filled_bytes: its buffer becomes the result
         try:
             with owner.getbuffer() as view:
                 await self._link.read_into(_id(region), offset, view)

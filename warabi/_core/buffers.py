@@ -7,7 +7,6 @@ import io
 import operator
 import os
 import re
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -124,30 +123,13 @@ def xattr_call(ino: int, name: str | bytes, value: Any, flags: int) -> tuple[Any
     return ("setxattr_if", *arguments, flags) if flags else ("setxattr", *arguments)
 
 
-class Copied(bytearray):
-    """A replacement of ``BytesIO`` for :func:`filled_bytes`, which copies at the end."""
-
-    def getbuffer(self) -> memoryview:
-        return memoryview(self)
-
-    def getvalue(self) -> bytes:
-        return bytes(self)
-
-
-# Python 3.12.0 and 3.12.1 crash when they collect a cycle that has a view of a BytesIO.
-Lender: Callable[[bytes], io.BytesIO | Copied] = (
-    Copied if (3, 12) <= sys.version_info < (3, 12, 2) else io.BytesIO
-)
-"""Creates an object that exports a writable buffer, and returns its contents as bytes."""
-
-
 def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:
     """Return immutable bytes of *size*, filled in place by *fill* without a second copy.
 
     ``BytesIO`` owns the only reference to its buffer here, exports it writable, and returns it as
     bytes.
     """
-    owner = Lender(bytes(size))
+    owner = io.BytesIO(bytes(size))
     try:
         with owner.getbuffer() as view:
             fill(view)
@@ -157,7 +139,7 @@ def filled_bytes(size: int, fill: Callable[[memoryview], None]) -> bytes:
     return owner.getvalue()
 
 
-def abandon(owner: io.BytesIO | Copied) -> None:
+def abandon(owner: io.BytesIO) -> None:
     """Let *owner* be collected without a warning although views of its buffer may still exist.
 
     The exception's traceback references them; if it is part of a cycle, all are collected together.

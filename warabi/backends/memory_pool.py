@@ -21,6 +21,7 @@ import threading
 import time
 import weakref
 
+from warabi._core import syscalls
 from warabi._core.fileio import (
     allocate,
     data_from,
@@ -33,7 +34,7 @@ from warabi._core.tuning import MEMORY_CHECK
 from warabi.backends.base import KERNEL, STRANGERS, THIS_PROCESS
 from warabi.backends.memfd import Populated
 from warabi.backends.memory_budget import PAGE, machine_memory
-from warabi.shm.memory import SharedMapping, copy
+from warabi.shm.memory import SharedMapping, address
 
 _MOST = 64 * 1024 * 1024  # most bytes of spare memory
 _PART = 8  # most memory of one region is this fraction of it: clearing blocks others
@@ -185,7 +186,7 @@ class Own:
         Raises:
             OSError: it cannot be mapped.
         """
-        copy(self._warm().view, data)
+        syscalls.memcpy(self._warm().address, address(data), len(data))  # without the GIL
         self.filled = self.size
 
     def clear(self) -> None:

@@ -42,7 +42,6 @@ class WireLink:
         self._provider_id = provider_id
         self.eager_write = EAGER_THRESHOLD
         self.eager_read = EAGER_THRESHOLD
-        self._stores = False  # whether the provider is known to have the operation ``store``
 
     def _submit(
         self,
@@ -337,14 +336,13 @@ class WireLink:
             raise
 
     def store(self, arguments: Sequence[Any], data: memoryview) -> Attributes | None:
-        if self._stores and self._side is not None:
+        if self._side is not None:
             made = self._side.make(len(data), unnamed=True)
             if made is not None:
                 return self._publish(*made, arguments, data)
         if len(data) > self._connect().limits.payload:
             return None
         stored: Attributes = self._run(self._store, arguments, data)
-        self._stores = True
         return stored
 
     def _publish(
@@ -388,7 +386,7 @@ class WireLink:
     def start_store(self, arguments: Sequence[Any], data: memoryview) -> list[PendingRequest]:
         if len(data) > self._connect().limits.payload:
             return []
-        if self._stores and self._side is not None and self._side.makes(len(data)):
+        if self._side is not None and self._side.makes(len(data)):
             return []
         return self._begun(self._store, arguments, data)
 

@@ -132,35 +132,11 @@ _get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_Buffer), ctypes.c_int]
 _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = [ctypes.POINTER(_Buffer)]
 _release_buffer.restype = None
-_LARGE = 256 * 1024
-"""From this size in bytes on a copy releases the interpreter lock; below, that costs more."""
-
-
-def _address(view: memoryview, held: _Buffer) -> int:
-    _get_buffer(view, held, 0)
-    return held.buf or 0
 
 
 def address(view: memoryview) -> int:
     """Return the address of *view*'s bytes, valid as long as its owner keeps them there."""
     held = _Buffer()
-    found = _address(view, held)
+    _get_buffer(view, held, 0)
     _release_buffer(held)
-    return found
-
-
-def copy(place: memoryview, data: memoryview) -> None:
-    """Copy between byte views of the same size; releases the interpreter lock if they are large."""
-    if len(data) < _LARGE:
-        place[:] = data
-        return
-    to, source = _Buffer(), _Buffer()
-    target = _address(place, to)
-    try:
-        origin = _address(data, source)
-        try:
-            syscalls.memcpy(target, origin, len(data))
-        finally:
-            _release_buffer(source)
-    finally:
-        _release_buffer(to)
+    return held.buf or 0
