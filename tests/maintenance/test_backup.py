@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from tests.storage.test_checksums import open_target, region_file
@@ -37,12 +38,13 @@ from tests.support.helpers import (
 from tests.target.test_upgrade import DATA
 from tests.tools.test_cli import COMMAND, fails, ok, run
 from warabi import errors
+from warabi._core.attributes import IMMUTABLE
 from warabi.in_process.link import DirectLink, Link
 from warabi.metadata.domain import Row
 from warabi.provider.core import ProviderCore
 from warabi.region import RegionID
 from warabi.target.config import MemoryConfig
-from warabi.target.entries import ArchiveEntry, unpack_all
+from warabi.target.entries import ArchiveEntry, unpack, unpack_all
 from warabi.target.target import Target
 from warabi.tools.access import owned, served
 from warabi.tools.archive.export import export
@@ -321,7 +323,7 @@ def test_a_tar_file_that_is_no_archive_of_a_target(tmp_path: Path, archive: Any)
     with open_target("file", tmp_path / "target") as target:
         for data in (b"", b"text" * 1000, plain.getvalue(), bytes(10_240)):
             refuse(target, data)
-        assert "format 99" in refuse(target, whole.replace(b'"format": 2', b'"format":99'))
+        assert "format 99" in refuse(target, whole.replace(b'"format": 3', b'"format":99'))
         assert "its end record is missing" in refuse(target, whole[:end] + bytes(1024))
     assert "expected" not in fails("import", "-", tmp_path / "fresh", stdin=b"nothing")
     assert not (tmp_path / "fresh").exists()
@@ -337,6 +339,14 @@ def craft(target: Target, *entries: ArchiveEntry) -> int:
         return int(link.call("graft", place.region))
     finally:
         link.call("unpin", place.ino, 1)
+
+
+def test_an_entry_of_an_older_version_has_no_time_of_birth() -> None:
+    row = Row(5, 5, stat.S_IFIFO | 0o600, 1, 0, 0, 0, 0, 1, 2, 3, 0, None, 4, IMMUTABLE)
+    entry = ArchiveEntry(b"x", row, [(b"user.x", b"1")])
+    assert unpack(entry.pack()) == entry
+    older = msgpack.packb(msgpack.unpackb(entry.pack())[:-2])
+    assert unpack(older) == entry.changed(btime=0, flags=0)
 
 
 def test_invalid_entries(tmp_path: Path) -> None:

@@ -266,12 +266,12 @@ def row(*values: Any) -> bytes:
     return packed
 
 
-ROOT_ROW = row(1, 7, 0o40755, 2, 0, 0, 0, 0, 1, 1, 1, 0, None)
+ROOT_ROW = row(1, 7, 0o40755, 2, 0, 0, 0, 0, 1, 1, 1, 0, None, 1, 0)
 REGION = bytes(7) + b"\x05" + bytes(7) + b"\x09"
 
 
 def region_row(ino: int = 5, generation: int = 9, size: int = 10) -> bytes:
-    return row(ino, generation, 0o100644, 0, 0, 0, 0, size, 1, 1, 1, 1, None)
+    return row(ino, generation, 0o100644, 0, 0, 0, 0, size, 1, 1, 1, 1, None, 1, 0)
 
 
 def piece(offset: int, data: bytes, region: bytes = REGION, length: int | None = None) -> bytes:
@@ -298,9 +298,9 @@ LIES: dict[str, Script] = {
     "no message": [("receive_rows", ["inode"], b"")],
     "half a row": [rows(ROOT_ROW[:-1])],
     "too few columns": [rows(row(1, 2, 3))],
-    "text for a number": [rows(row("1", *[1] * 11, None))],
-    "a number beyond 64 bits": [rows(row(1 << 63, *[1] * 11, None))],
-    "no file type": [rows(row(9, 7, 0o755, 1, 0, 0, 0, 0, 1, 1, 1, 0, None))],
+    "text for a number": [rows(row("1", *[1] * 11, None, 1, 0))],
+    "a number beyond 64 bits": [rows(row(1 << 63, *[1] * 11, None, 1, 0))],
+    "no file type": [rows(row(9, 7, 0o755, 1, 0, 0, 0, 0, 1, 1, 1, 0, None, 1, 0))],
     "a negative size": [rows(region_row(size=-1))],
     "a row twice": [GOOD, rows(region_row())],
     "a name with a slash": [rows(row(1, b"a/b", 5), table="dentry")],

@@ -34,7 +34,7 @@ from tests.mount.support import (
     watchdog,
 )
 from tests.mount.together import client_of
-from tests.posix.support import check, directory, file, libc, mode_of, opened, umask, user
+from tests.posix.support import birth_ns, check, directory, file, libc, mode_of, opened, umask, user
 from warabi import engine as warabi_engine
 from warabifs.frontends.base import Ability
 from warabifs.frontends.registry import FRONT_ENDS
@@ -295,6 +295,11 @@ def creates_attributes_at_once(name: str, place: Path) -> bool:
     return "asked for user.x" not in requests_of(name, place, SETS)
 
 
+def knows_when_files_are_made(name: str, place: Path) -> bool:
+    with mounted_by(name, "memory:", place) as mount:
+        return birth_ns(file(mount.path / "file")) is not None
+
+
 def makes_files_without_names(name: str, place: Path) -> bool:
     with mounted_by(name, "memory:", place) as mount:
         fd: int = libc.open(os.fsencode(mount.path), os.O_TMPFILE | os.O_RDWR, 0o600)
@@ -416,6 +421,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.CACHE_SYMLINKS: keeps_links,
     Ability.CACHE_LISTINGS: keeps_listings,
     Ability.IDMAP: makes_idmapped_mounts,
+    Ability.BIRTH_TIME: knows_when_files_are_made,
     Ability.XATTR_FLAGS: creates_attributes_at_once,
 }
 

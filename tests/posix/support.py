@@ -27,6 +27,18 @@ _TYPES = {
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+def birth_ns(path: Path) -> int | None:
+    """When a file was made, in ns since the epoch, as statx(2) tells it; None if it does not."""
+    buffer = ctypes.create_string_buffer(256)
+    basic, birth, no_follow = 0x7FF, 0x800, 0x100
+    check(libc.statx(AT_FDCWD, os.fsencode(path), no_follow, basic | birth, buffer))
+    assert struct.unpack_from("I", buffer)[0] & basic == basic
+    if not struct.unpack_from("I", buffer)[0] & birth:
+        return None
+    seconds, rest = struct.unpack_from("qI", buffer, 80)
+    return int(seconds * 10**9 + rest)
+
+
 def check(result: int) -> int:
     """The result of a call of ``libc``, or its error."""
     if result < 0:

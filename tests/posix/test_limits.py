@@ -34,7 +34,7 @@ from tests.mount.support import (
     watchdog,
 )
 from tests.posix.conftest import MOUNTED
-from tests.posix.support import AT_FDCWD, NOBODY, check, file, libc, mode_of, opened, tick, user
+from tests.posix.support import NOBODY, check, file, libc, mode_of, opened, tick, user
 
 on_mounts = pytest.mark.parametrize("shared", MOUNTED, indirect=True, scope="package")
 
@@ -74,15 +74,6 @@ def test_inode_flags_and_extents_are_not_known(where: Path) -> None:
             fcntl.ioctl(other, FICLONE, fd)
     run("cp", "--reflink=auto", where / "file", where / "copy")
     assert (where / "copy").read_bytes() == b"data"
-
-
-@on_mounts
-def test_statx_has_no_birth_time(where: Path) -> None:
-    path = file(where / "file")
-    buffer = ctypes.create_string_buffer(256)
-    basic, birth = 0x7FF, 0x800
-    check(libc.statx(AT_FDCWD, os.fsencode(path), 0, basic | birth, buffer))
-    assert struct.unpack_from("I", buffer)[0] & (basic | birth) == basic
 
 
 @on_mounts

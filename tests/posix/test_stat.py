@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.mount.support import MIB, PROVIDER_ID, fails_with, mounting, run, serving, wait_until
+from tests.posix.conftest import MOUNTED
 from tests.posix.support import (
     OLD,
+    birth_ns,
     file,
     old,
     opened,
     tick,
 )
+from warabifs.frontends.base import Ability
 
 
 def test_mode_owner_and_times_are_kept_to_the_last_bit(where: Path) -> None:
@@ -144,3 +150,35 @@ def test_statfs_of_a_file_target_is_that_of_the_file_system_below(place: Path) -
     assert found.f_blocks * found.f_frsize == medium.f_blocks * medium.f_frsize
     near = 2 * 1024 * MIB  # others write there too
     assert abs(found.f_bavail * found.f_frsize - medium.f_bavail * medium.f_frsize) < near
+
+
+@pytest.mark.parametrize("shared", ["ext4", *MOUNTED], indirect=True, scope="package")
+@pytest.mark.needs(Ability.BIRTH_TIME)
+def test_the_time_of_birth_never_changes(where: Path) -> None:
+    began = time.time_ns() - 50_000_000  # more than a tick of the clock
+    path = file(where / "file", b"data")
+    (directory := where / "directory").mkdir()
+    (link := where / "link").symlink_to("file")
+    os.mkfifo(pipe := where / "pipe")
+    ended = time.time_ns()
+    made = {each: birth_ns(each) for each in (path, directory, link, pipe)}
+    for born in made.values():
+        assert born is not None
+        assert began <= born <= ended
+    tick()
+    for each in made:
+        os.utime(each, ns=(OLD, OLD), follow_symlinks=False)
+    path.write_bytes(b"other")
+    os.truncate(path, 100)
+    path.chmod(0o600)
+    os.setxattr(path, "user.x", b"1")
+    os.link(path, where / "second")
+    os.rename(directory, where / "moved")
+    assert [birth_ns(where / name) for name in ("file", "second", "moved", "link", "pipe")] == [
+        made[each] for each in (path, path, directory, link, pipe)
+    ]
+    assert int(run("stat", "-c", "%W", path).stdout) == made[path] // 10**9  # type: ignore[operator]
+    shutil.copy2(path, where / "copy")
+    born = birth_ns(where / "copy")
+    assert born is not None
+    assert born > ended

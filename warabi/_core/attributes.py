@@ -27,6 +27,12 @@ FETCHED = 64 * 1024
 """Most bytes of a file that are sent together with its attributes."""
 
 
+IMMUTABLE, APPEND_ONLY, NO_DUMP = 0x10, 0x20, 0x40
+"""Flags of inodes, with the values of ``FS_IMMUTABLE_FL``, ``FS_APPEND_FL`` and ``FS_NODUMP_FL``.
+Nothing can change an immutable inode, and data can only be appended to one that is append-only;
+backup programs may leave out the last kind."""
+
+
 class Attributes(NamedTuple):
     """The attributes of a region or another inode; times in ns since the epoch."""
 
@@ -42,6 +48,8 @@ class Attributes(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     space: int = -1  # bytes of storage that a region uses; -1: as many as its size
+    btime_ns: int = 0  # when it was made; 0: not known, it is of a target of an old version
+    flags: int = 0  # of chattr(1): the sum of ``IMMUTABLE``, ``APPEND_ONLY`` and ``NO_DUMP``
 
     @property
     def blocks(self) -> int:

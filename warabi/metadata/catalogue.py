@@ -261,7 +261,7 @@ class Catalogue:
         self._count_on(ino)
         inode = Inode(domain.Row(
             ino, generation, mode, 2 if stat.S_ISDIR(mode) else 0, uid, gid, rdev,
-            size, now, now, now, int(anonymous), target, packed,
+            size, now, now, now, int(anonymous), target, now, 0, packed,
         ))  # fmt: skip
         inode.writer = ORIGIN.get()
         self._remember(inode)

@@ -22,6 +22,7 @@ import stat
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from warabi._core.attributes import APPEND_ONLY, IMMUTABLE, NO_DUMP
 from warabi._core.buffers import MAX_SIZE
 from warabi.errors import PathError, path_error
 from warabi.metadata import acl
@@ -53,6 +54,7 @@ XATTR_TOTAL_MAX = 16 * 1024 * 1024
 SLOT_MIN, SLOT_MAX = 2, (1 << 63) - 2
 """Slots of region IDs; slot 1 is the root directory's."""
 GENERATION_MAX = (1 << 63) - 1
+FLAGS_MAX = IMMUTABLE | APPEND_ONLY | NO_DUMP
 SEQUENCE = 1 << 62
 """New slots follow the largest one below this.  An import may create regions in slots above it;
 they do not affect the sequence, so it never reaches the end of the slots, and each ID that is ever
@@ -76,6 +78,8 @@ RANGES: dict[str, tuple[int, int]] = {
     "atime": (TIME_MIN, TIME_MAX),
     "mtime": (TIME_MIN, TIME_MAX),
     "ctime": (TIME_MIN, CHANGE_TIME_MAX),
+    "btime": (TIME_MIN, TIME_MAX),
+    "flags": (0, FLAGS_MAX),
 }
 """The least and the largest value of each number of an inode."""
 
@@ -239,13 +243,15 @@ class Row(NamedTuple):
     ctime: int
     anonymous: int
     target: bytes | None
+    btime: int = 0
+    flags: int = 0
     packed: int = 0
 
 
 def fault(values: Sequence[Any]) -> str:
     """Return what is wrong with the values of an inode; empty if they are valid."""
     row = Row(*values)
-    numbers = (*values[:12], row.packed)
+    numbers = (*row[:12], row.packed, row.btime, row.flags)
     if not all(type(value) is int for value in numbers):
         return "a number is not an integer"
     for column, (low, high) in RANGES.items():
@@ -310,7 +316,7 @@ def _mended_number(column: str, value: Any) -> int:
         return value & MODE_MAX
     if column == "nlink":  # an inode with 0 links would be removed
         return max(1, min(value, high)) if type(value) is int else 1
-    if type(value) is not int or (column == "rdev" and not low <= value <= high):
+    if type(value) is not int or (column in ("rdev", "flags") and not low <= value <= high):
         return 0
     return max(low, min(high, value))
 

@@ -35,7 +35,7 @@ class Inode:
         (
             self.ino, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
             self.size, self.atime, self.mtime, self.ctime, self.anonymous, self.target,
-            self.packed,
+            self.btime, self.flags, self.packed,
         ) = row  # fmt: skip
         self.rid = RegionID.from_parts(self.ino, self.generation)
         self.measure: Callable[[Inode], int] | None = None  # None: it has no holes
@@ -84,7 +84,7 @@ class Inode:
             attributes = _tuple(Attributes, (
                 self.ino, self.generation, self.mode, 1 if self.anonymous else self.nlink,
                 self.uid, self.gid, self.rdev, self.size, self.atime, self.mtime, self.ctime,
-                -1 if self.measure is None else self.measure(self),
+                -1 if self.measure is None else self.measure(self), self.btime, self.flags,
             ))  # fmt: skip
             if self.ctime == seen:  # not every caller holds the lock
                 return attributes

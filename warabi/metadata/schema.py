@@ -22,7 +22,7 @@ from warabi.metadata.journal import sync_directory, translate
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x57617261
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _CHECKSUMS = (
     """
@@ -55,7 +55,9 @@ CREATE TABLE inode(
     ctime INTEGER NOT NULL,
     anonymous INTEGER NOT NULL,   -- 1: never had a name, shown by its ID
     target BLOB,                  -- of a symlink
-    packed INTEGER NOT NULL DEFAULT 0 -- 1: a region in a pack, 2: in a file of its own since
+    packed INTEGER NOT NULL DEFAULT 0, -- 1: a region in a pack, 2: in a file of its own since
+    btime INTEGER NOT NULL DEFAULT 0,  -- when it was made; 0: not known
+    flags INTEGER NOT NULL DEFAULT 0   -- of chattr(1)
 );
 CREATE INDEX anonymous ON inode(ino) WHERE anonymous = 1;
 CREATE TABLE dentry(
@@ -81,7 +83,7 @@ OUTSIDE = " OR ".join(
         "anonymous NOT BETWEEN 0 AND 1",
         "packed NOT BETWEEN 0 AND 2",
         "typeof(mode + nlink + uid + gid + rdev + anonymous + packed"
-        " + atime / 4 + mtime / 4 + ctime / 4) != 'integer'",
+        " + flags + atime / 8 + mtime / 8 + ctime / 8 + btime / 8) != 'integer'",
         f"(target IS NOT NULL AND mode & {0o170000} = {stat.S_IFLNK} AND (typeof(target) != 'blob'"
         f" OR length(target) NOT BETWEEN 1 AND {domain.TARGET_MAX} OR instr(target, X'00')))",
     ]
@@ -95,6 +97,10 @@ _STEPS: dict[int, tuple[str, ...]] = {
     # Names may be staged: see ``dentries.py``.  A program that does not know that would neither
     # join nor remove those that a killed process left.
     3: (),
+    4: (
+        "ALTER TABLE inode ADD COLUMN btime INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE inode ADD COLUMN flags INTEGER NOT NULL DEFAULT 0",
+    ),
 }
 """Statements that upgrade each version to the next."""
 
@@ -128,15 +134,18 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
 
 def show_as_new(db: sqlite3.Connection) -> None:
     """Let queries see the rows of a catalogue of any version in the current format."""
-    if "packed" not in {row[1] for row in db.execute("PRAGMA main.table_info(inode)")}:
-        db.execute("CREATE TEMP VIEW inode AS SELECT *, 0 AS packed FROM main.inode")
+    there = {row[1] for row in db.execute("PRAGMA main.table_info(inode)")}
+    later = [f"0 AS {column}" for column in ("packed", "btime", "flags") if column not in there]
+    if later:
+        db.execute(f"CREATE TEMP VIEW inode AS SELECT *, {', '.join(later)} FROM main.inode")
 
 
 def populate(db: sqlite3.Connection, **meta: str | int | None) -> None:
     """Fill empty tables: the root directory, the target's UUID, and *meta*."""
     now = time.time_ns()
     mode = stat.S_IFDIR | 0o755
-    root = domain.Row(ROOT, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
+    owner = os.getuid(), os.getgid()
+    root = domain.Row(ROOT, 1, mode, 2, *owner, 0, 0, now, now, now, 0, None, btime=now)
     db.execute(UPSERT, root)
     rows = {"uuid": str(uuid.uuid4()), "clean": 1, **meta}
     db.executemany("INSERT INTO meta VALUES(?, ?)", rows.items())

@@ -22,7 +22,7 @@ from warabi.region import RegionID
 _NoneType = type(None)
 _SHOWN = 32  # most characters of a value in an error message
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
-_check_attributes = struct.Struct("<QQqQqqQQqqqq").pack
+_check_attributes = struct.Struct("<QQqQqqQQqqqqqQ").pack
 """Rejects a wrong count of numbers, or numbers out of range, in one call."""
 
 

@@ -63,22 +63,26 @@ class ArchiveEntry(NamedTuple):
         row = self.row
         packed: bytes = msgpack.packb((
             self.path, row.ino, row.generation, row.mode, *row[4:11], bool(row.anonymous),
-            row.nlink, row.target, self.xattrs,
+            row.nlink, row.target, self.xattrs, row.btime, row.flags,
         ))  # fmt: skip
         return packed
 
 
-_TYPES: tuple[Any, ...] = (bytes, *[int] * 10, bool, int, (bytes, type(None)), list)
+_TYPES: tuple[Any, ...] = (bytes, *[int] * 10, bool, int, (bytes, type(None)), list, int, int)
 """The values that :meth:`ArchiveEntry.pack` packs."""
 
 
 def _unpacked(item: Any) -> ArchiveEntry:
-    path, ino, generation, mode, *numbers, anonymous, nlink, target, xattrs = item
-    row = domain.Row._make((ino, generation, mode, nlink, *numbers, int(anonymous), target, 0))
+    path, ino, generation, mode, *numbers, anonymous, nlink, target, xattrs, btime, flags = item
+    row = domain.Row._make(
+        (ino, generation, mode, nlink, *numbers, int(anonymous), target, btime, flags, 0)
+    )
     return ArchiveEntry(path, row, [(name, value) for name, value in xattrs])
 
 
 def _checked(item: Any) -> ArchiveEntry:
+    if isinstance(item, list) and len(item) == len(_TYPES) - 2:  # of a target up to schema 4
+        item += [0, 0]
     if not (
         isinstance(item, list)
         and len(item) == len(_TYPES)
@@ -87,7 +91,7 @@ def _checked(item: Any) -> ArchiveEntry:
             isinstance(pair, list)
             and len(pair) == 2
             and all(isinstance(part, bytes) for part in pair)
-            for pair in item[-1]
+            for pair in item[-3]
         )
     ):
         raise BadArchive(f"not an entry: {item!r:.100}")
@@ -96,6 +100,7 @@ def _checked(item: Any) -> ArchiveEntry:
         atime=domain.clamped(found.row.atime),
         mtime=domain.clamped(found.row.mtime),
         ctime=domain.clamped_change(found.row.ctime),
+        btime=domain.clamped(found.row.btime),
     )
     for why in (domain.fault(row), *(domain.xattr_fault(*pair) for pair in found.xattrs)):
         if why:

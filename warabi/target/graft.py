@@ -288,6 +288,7 @@ class _Graft:
             row.mtime,
             ctime,
         )
+        inode.btime, inode.flags = row.btime, row.flags
         for name, value in entry.xattrs:
             self._catalogue.charge(len(value))
             self._catalogue.set_xattr(inode, name, value)

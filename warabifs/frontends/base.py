@@ -67,6 +67,8 @@ class Ability(enum.StrEnum):
     """The kernel keeps listings of directories."""
     IDMAP = "idmap"
     """Idmapped mounts can be made of the mount, for containers."""
+    BIRTH_TIME = "birth_time"
+    """statx(2) tells when a file was made."""
     XATTR_FLAGS = "xattr_flags"
     """setxattr(2) with ``XATTR_CREATE`` or ``XATTR_REPLACE`` is atomic."""
 

@@ -107,7 +107,7 @@ def rows(table: str, payload: memoryview) -> list[list[Any]]:
 
 def _check_types(table: str, columns: tuple[str, ...], row: list[Any]) -> None:
     for column, value in zip(columns, row, strict=True):
-        if column in ("atime", "mtime", "ctime") and type(value) is int:
+        if column in ("atime", "mtime", "ctime", "btime") and type(value) is int:
             continue  # clamped below
         if column == "target":
             good = value is None or isinstance(value, bytes)
@@ -126,6 +126,7 @@ def _inode(values: list[Any]) -> list[Any]:
         domain.clamped(values[9]),
         domain.clamped_change(values[10]),
     )
+    values[13] = domain.clamped(values[13])
     why = domain.fault(values)
     if why:
         raise ProtocolError(f"receive_rows: inode {values!r:.200}: {why}")

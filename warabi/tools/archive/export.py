@@ -25,7 +25,7 @@ from warabi.in_process.link import Link
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_all
 
-FORMAT = 2
+FORMAT = 3
 """Of archives that are written; 1, without holes, can be read."""
 ENTRY, HEAD, TAIL = "WARABI.entry", "WARABI.archive", "WARABI.end"
 _BLOCK = 512

@@ -17,7 +17,7 @@ from warabi.target.entries import CHUNK, ArchiveEntry, unpack
 from warabi.tools.archive.export import ENTRY, FORMAT, HEAD, TAIL, Digest, extents_text
 
 _TAIL_SIZE = 4096  # most bytes of the last member
-_FORMATS = (1, FORMAT)
+_FORMATS = (1, 2, FORMAT)
 _ENDS = 100  # reads at the end of an archive after which it is taken for truncated
 
 

@@ -69,6 +69,7 @@ def _record(name: str, found: Attributes) -> dict[str, Any]:
         "mtime": found.mtime_ns / 1e9,
         "ctime": found.ctime_ns / 1e9,
         "atime": found.atime_ns / 1e9,
+        "btime": found.btime_ns / 1e9 if found.btime_ns else None,
     }
     return {**record, "region": found.region.hex()} if kind == "file" else record
 
@@ -152,8 +153,11 @@ def stat(trees: Trees, locations: tuple[str, ...], json: bool) -> None:
         if json:
             print_json(record)
             continue
-        for key in ("mtime", "ctime", "atime"):
-            record[key] = datetime.datetime.fromtimestamp(record[key]).isoformat(" ")
+        for key in ("mtime", "ctime", "atime", "btime"):
+            if record[key] is None:  # not known
+                record[key] = "-"
+            else:
+                record[key] = datetime.datetime.fromtimestamp(record[key]).isoformat(" ")
         _print_pairs(record)
 
 

@@ -132,7 +132,7 @@ def _regions(db: sqlite3.Connection, regions: Path) -> int:
         row = domain.Row(
             rid.slot, rid.generation, stat.S_IFREG | mode, 1, info.st_uid, info.st_gid, 0,
             size, domain.clamped(info.st_atime_ns), domain.clamped(info.st_mtime_ns),
-            domain.clamped_change(info.st_ctime_ns), 0, None, packed,
+            domain.clamped_change(info.st_ctime_ns), 0, None, packed=packed,
         )  # fmt: skip
         count += db.execute(_INSERT, row).rowcount
     return count

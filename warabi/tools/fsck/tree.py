@@ -96,7 +96,8 @@ class TreeCheck:
 
     def _add(self, ino: int, mode: int) -> None:
         now = time.time_ns()
-        row = domain.Row(ino, 1, mode, 2, os.getuid(), os.getgid(), 0, 0, now, now, now, 0, None)
+        owner = os.getuid(), os.getgid()
+        row = domain.Row(ino, 1, mode, 2, *owner, 0, 0, now, now, now, 0, None, btime=now)
         self._db.execute(UPSERT, row)
 
     def _rows(self) -> None:

@@ -48,6 +48,7 @@ _SAME_FOR_REPORTS = (
 )  # fmt: skip
 """Requests on a report for which the usual reply holds: it concerns the mount, or is ENOSYS, which
 the kernel applies to all files."""
+_STATX_BASIC_STATS, _STATX_BTIME = 0x7FF, 0x800
 _SECOND = 1_000_000_000
 _NAME = b"\0"  # ends a name
 _LARGE = 64 * 1024
@@ -96,12 +97,25 @@ def _owner(header: Header) -> tuple[int, int]:
 
 
 def _packed(attributes: Attributes) -> bytes:
-    ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, space = attributes
+    ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, space, _, _ = attributes
     return protocol.pack_attributes(
         ino, size, -(-(size if space < 0 else space) // 512) if stat.S_ISREG(mode) else 0,
         atime // _SECOND, mtime // _SECOND, ctime // _SECOND,
         atime % _SECOND, mtime % _SECOND, ctime % _SECOND,
         mode, nlink, uid, gid, rdev & 0xFFFFFFFF, BLOCK, 0,
+    )  # fmt: skip
+
+
+def _packed_statx(attributes: Attributes) -> bytes:
+    times = (
+        attributes.atime_ns, attributes.btime_ns, attributes.ctime_ns, attributes.mtime_ns,
+    )  # fmt: skip
+    return protocol.pack_statx(
+        _STATX_BASIC_STATS | (_STATX_BTIME if attributes.btime_ns else 0), BLOCK, 0,
+        attributes.nlink, attributes.uid, attributes.gid, attributes.mode,
+        attributes.ino, attributes.size, attributes.blocks, 0,
+        *(part for time in times for part in divmod(time, _SECOND)),
+        os.major(attributes.rdev), os.minor(attributes.rdev),
     )  # fmt: skip
 
 
@@ -304,6 +318,8 @@ class Operations:
             return None
         if opcode == Opcode.GETATTR:
             return protocol.pack_validity(VALID, 0) + _packed(reports.getattr(node))
+        if opcode == Opcode.STATX:
+            return protocol.pack_statx_validity(VALID, 0) + _packed_statx(reports.getattr(node))
         if opcode == Opcode.OPEN and not self._openless:
             reports.open(node, protocol.OPEN.unpack_from(body)[0])
             return protocol.opened(0, self._open_flags)
@@ -383,6 +399,12 @@ class Operations:
     @_handles(Opcode.GETATTR)
     async def getattr(self, header: Header, body: memoryview) -> Answer:
         return self._attributes(await self._files.getattr(header.node))
+
+    @_handles(Opcode.STATX)
+    async def statx(self, header: Header, body: memoryview) -> Answer:
+        found = await self._files.getattr(header.node)
+        self._files.note_attributes(found)
+        return protocol.pack_statx_validity(*self._attr_valid) + _packed_statx(found)
 
     @_handles(Opcode.SETATTR)
     async def setattr(self, header: Header, body: memoryview) -> Answer:

@@ -71,6 +71,7 @@ class Opcode(IntEnum):
     LSEEK = 46
     COPY_FILE_RANGE = 47
     TMPFILE = 51
+    STATX = 52
     COPY_FILE_RANGE_64 = 53
 
 
@@ -200,6 +201,8 @@ SIZE = struct.Struct("=II")
 _ENTRY = struct.Struct("=QQQQII")
 _VALIDITY = struct.Struct("=QI4x")
 _ATTRIBUTES = struct.Struct("=QQQqqqIIIIIIIIII")
+_STATX_VALIDITY = struct.Struct("=QI20x")
+_STATX = struct.Struct("=IIQIIIH2xQQQQqI4xqI4xqI4xqI4xII8x112x")
 _OPENED = struct.Struct("=QII")
 _STATFS = struct.Struct("=QQQQQIIII24x")
 _DIRENT = struct.Struct("=QQII")
@@ -219,6 +222,12 @@ pack_validity = _VALIDITY.pack
 pack_attributes = _ATTRIBUTES.pack
 """Inode, size, blocks of 512 bytes; atime, mtime, ctime in s, and the rest in ns; mode, links,
 owner, group, device, block size, flags."""
+pack_statx_validity = _STATX_VALIDITY.pack
+"""The same before the answer to a STATX."""
+pack_statx = _STATX.pack
+"""The answer to a STATX: which fields are valid, block size, 0; links, owner, group, mode; inode,
+size, blocks of 512 bytes, 0; atime, btime, ctime, mtime, each in s and the rest in ns; device,
+major and minor."""
 pack_statfs = _STATFS.pack
 """Blocks, of which free, of which available; inodes, of which free; block size, longest name,
 fragment size, 0."""

@@ -149,7 +149,7 @@ class Adapter(pyfuse3.Operations):
             self._files.drop_attributes(ino)
 
     def _entry(self, found: Attributes) -> EntryAttributes:
-        ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, _ = found
+        ino, _, mode, nlink, uid, gid, rdev, size, atime, mtime, ctime, _, _, _ = found
         directory = stat.S_ISDIR(mode)
         settings = self._settings
         entry = EntryAttributes()
