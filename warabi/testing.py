@@ -328,11 +328,6 @@ class StorageTests:
         storage.run_deferred()
         for size, rid in zip(SIZES, regions, strict=True):
             assert self.raw_get(storage, rid, size) == pattern(size)
-            try:
-                with storage.flushing(rid, times=False) as flush:
-                    flush.wait()
-            except WouldBlock:
-                storage.persist(rid, 0, size)
 
     def test_room_is_in_bytes(self, storage: Storage) -> None:
         total, available = storage.room()

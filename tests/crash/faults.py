@@ -21,7 +21,6 @@ import pytest
 
 from warabi._core import fileio, syscalls
 from warabi.backends import (
-    base,
     direct_io,
     file,
     pack_format,
@@ -35,7 +34,6 @@ from warabi.target import lockfile, opening
 
 MODULES = (
     fileio,
-    base,
     file,
     pack_format,
     packed,

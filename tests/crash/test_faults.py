@@ -23,7 +23,7 @@ from tests.crash.targets import accounted, opened
 from tests.crash.workload import REGION_KINDS, next_op, on_target, promised_times
 from tests.support.helpers import PATIENCE, environment, open_memory
 from warabi import errors
-from warabi.backends import base, file
+from warabi.backends import file
 from warabi.backends.file import FileStorage
 from warabi.backends.memory import OWN_DESCRIPTOR
 from warabi.backends.pmem import PmemStorage
@@ -314,7 +314,7 @@ def test_a_failed_sync_of_the_file_system_is_remembered(tmp_path: Path, injector
 def test_a_region_that_was_lost_and_erased_is_forgotten(tmp_path: Path, injector: Injector) -> None:
     with opened("file", tmp_path / "a") as target:
         region = target.create_and_write(b"lost")
-        injector.arm(fsync_of(base, "fdatasync"), 1, fails(errno.EIO))
+        injector.arm(fsync_of(file, "fdatasync"), 1, fails(errno.EIO))
         with pytest.raises(errors.StorageError, match="to a new region"):
             target.persist(region, 0, 4)
         target.erase(region)  # closing has nothing to complain of
@@ -391,7 +391,7 @@ def test_a_slow_disk_delays_persists_only(tmp_path: Path, injector: Injector) ->
 
     with opened("file", tmp_path / "a") as target:
         region = target.create_and_write(b"first")
-        for module in (base, journal):
+        for module in (file, journal):
             slow.clear()
             waiting.clear()
             injector.arm(fsync_of(module, "fdatasync"), 1, stall)

@@ -34,8 +34,8 @@ from tests.support.helpers import (
 )
 from warabi import errors
 from warabi._core import fileio
-from warabi.backends import base, packed
 from warabi.backends import file as storage
+from warabi.backends import packed
 from warabi.backends.fd_cache import Borrowed
 from warabi.backends.pack_format import PACK, SLOT, SLOTS, is_pack, pack_of
 from warabi.backends.packed import PackedStorage
@@ -403,7 +403,7 @@ def test_a_lost_pack_is_not_made_again(path: Path) -> None:
 
 def test_a_failed_sync_of_a_pack(path: Path, faults: Injector) -> None:
     """Who is in it may have lost bytes; who comes later is elsewhere; it is forgotten with them."""
-    (site,) = (site for site in sites(base) if site.call == "fdatasync")
+    (site,) = (site for site in sites(storage) if site.call == "fdatasync")
     with opened(path) as target:
         regions = [target.create_and_write(b"lost") for _ in range(3)]
         faults.arm(site, 1, fails(errno.EIO))
@@ -585,7 +585,7 @@ def test_clients_do_not_persist_regions_of_a_pack_whose_sync_failed(
     path: Path, faults: Injector
 ) -> None:
     """Their own descriptors may be newer than the failure, and know nothing of it."""
-    (site,) = (site for site in sites(base) if site.call == "fdatasync")
+    (site,) = (site for site in sites(storage) if site.call == "fdatasync")
     with opened(path) as target:
         regions = [target.create_and_write(b"lost", persist=True) for _ in range(3)]
         joined = target.sharing.join()
@@ -617,8 +617,7 @@ def test_a_region_that_grew_out_of_a_pack_is_persisted_as_others_are(path: Path)
         for number in range(5):
             target.write(region, SLOT + number, b"y", extend=True)
             assert target._catalogue.is_synced(inode.changed)
-            with target.persisting(region, 0, SLOT) as flush:
-                flush.wait()
+            target.persist(region, 0, SLOT)
         with opened(crashed(path)) as left:
             assert left.read(region, 0, SLOT + 5) == b"x" * SLOT + b"y" * 5
             assert place(left, region) == MOVED
@@ -676,7 +675,7 @@ def test_a_pack_goes_when_its_last_regions_are_erased_side_by_side(path: Path) -
 
 def test_creating_while_a_failed_pack_is_removed(path: Path, faults: Injector) -> None:
     """A new region is not made in a file that is about to have no name."""
-    (site,) = (site for site in sites(base) if site.call == "fdatasync")
+    (site,) = (site for site in sites(storage) if site.call == "fdatasync")
     with opened(path) as target:
         region = target.create_and_write(b"lost")
         faults.arm(site, 1, fails(errno.EIO))

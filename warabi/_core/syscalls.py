@@ -27,24 +27,14 @@ _IN_MEMORY = (0x01021994, 0x858458F6)  # f_type of tmpfs and ramfs
 _MS_SYNC = 4
 _PR_SET_PDEATHSIG = 1
 _PTHREAD_PROCESS_SHARED = _PTHREAD_MUTEX_ROBUST = 1
-_NUMBERS = {
-    "x86_64": {
-        "io_setup": 206, "io_destroy": 207, "io_getevents": 208, "io_submit": 209,
-        "membarrier": 324,
-    },
-    "aarch64": {
-        "io_setup": 0, "io_destroy": 1, "io_submit": 2, "io_getevents": 4, "membarrier": 283
-    },
-    "riscv64": {"membarrier": 283},
-    "ppc64le": {"membarrier": 365},
-    "s390x": {"membarrier": 356},
-}.get(os.uname().machine, {})  # fmt: skip
-"""Of the system calls that the C library does not wrap."""
+_MEMBARRIER = {
+    "x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356
+}.get(os.uname().machine)  # fmt: skip
+"""The number of the system call, which the C library does not wrap."""
 
 _pointer, _size_t, _int, _text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p
 _libc = ctypes.CDLL(None, use_errno=True)
 _FAILURES = (-1, ctypes.c_void_p(-1).value)  # the second is MAP_FAILED
-_AT_ONCE = (ctypes.c_long * 2)(0, 0)  # a struct timespec
 
 
 def _checked(result: Any, function: Any, arguments: Any) -> Any:
@@ -124,39 +114,10 @@ def is_in_memory(fd: int) -> bool:
     return found[0] in _IN_MEMORY
 
 
-def _by_number(name: str, *arguments: Any) -> int:
-    if name not in _NUMBERS:
-        raise OSError(errno.ENOSYS, f"{name}: not known for {os.uname().machine} processors")
-    result: int = _syscall(_NUMBERS[name], *arguments)
-    return result
-
-
 def membarrier(command: int) -> None:
-    _by_number("membarrier", command, 0, 0)
-
-
-def io_setup(most: int) -> ctypes.c_ulong:
-    """A context for *most* asynchronous requests at a time; needed for the other ``io_`` calls."""
-    context = ctypes.c_ulong(0)
-    _by_number("io_setup", ctypes.c_uint(most), ctypes.byref(context))
-    return context
-
-
-def io_destroy(context: ctypes.c_ulong) -> None:
-    """Wait for the requests under way, and end *context*."""
-    _by_number("io_destroy", context)
-
-
-def io_submit(context: ctypes.c_ulong, requests: ctypes.Array[ctypes.c_void_p]) -> None:
-    """Begin the requests at those addresses, each a ``struct iocb``."""
-    _by_number("io_submit", context, ctypes.c_long(len(requests)), requests)
-
-
-def io_getevents(context: ctypes.c_ulong, events: ctypes.Array[ctypes.c_char], most: int) -> int:
-    """Fill *events* with a ``struct io_event`` for each request that has ended, *most* at the
-    most; how many."""
-    least = ctypes.c_long(0)
-    return _by_number("io_getevents", context, least, ctypes.c_long(most), events, _AT_ONCE)
+    if _MEMBARRIER is None:
+        raise OSError(errno.ENOSYS, f"membarrier: not known for {os.uname().machine} processors")
+    _syscall(_MEMBARRIER, command, 0, 0)
 
 
 def mutex_lock(address: int) -> None:

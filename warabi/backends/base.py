@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple
 
 from warabi import errors
 from warabi.backends.xattr_times import Times
-from warabi.errors import WouldBlock
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
 
@@ -55,20 +52,6 @@ class Fresh(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Free the memory, unless it became a region."""
-
-
-class Flush(NamedTuple):
-    """A pending flush of a file; *data*: only its data, as fdatasync(2)."""
-
-    fd: int
-    data: bool
-
-    def wait(self) -> None:
-        """Flush the file to stable storage."""
-        if self.data:
-            os.fdatasync(self.fd)
-        else:
-            os.fsync(self.fd)
 
 
 class Storage(ABC):
@@ -258,15 +241,6 @@ class Storage(ABC):
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None:
         """Return when the extent, and the region's existence, are on stable storage; with *times*,
         for a whole region, also its stored times."""
-
-    def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]:
-        """Persist a whole region by one flush of a file, if that is sufficient: yields the flush,
-        to be waited for within the block, which raises its errors.
-
-        Raises:
-            WouldBlock: it is not sufficient; nothing was done.
-        """
-        raise WouldBlock
 
     @abstractmethod
     def persist_all(self) -> None:

@@ -348,7 +348,6 @@ class SummedStorage(WrapperStorage):
     written = Storage.written
     cleared = Storage.cleared
     keep_times = Storage.keep_times
-    flushing = Storage.flushing
     metadata_durable = Storage.metadata_durable
 
     # Not affected by checksums

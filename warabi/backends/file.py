@@ -24,7 +24,7 @@ from warabi._core.buffers import MAX_SIZE
 from warabi._core.fileio import copy_file, pread_full, pwrite_full, set_apart
 from warabi._core.tuning import HANDOVER_POLL
 from warabi.backends import xattr_times as filetimes
-from warabi.backends.base import STRANGERS, Flush, Location, Storage
+from warabi.backends.base import STRANGERS, Location, Storage
 from warabi.backends.fd_cache import Borrowed, OpenFile, Translated
 from warabi.backends.page_cache import LEAST, CachedFiles
 from warabi.backends.record import Backend, Plan, usual_plan
@@ -75,6 +75,14 @@ class FileConfig(PathModel):
     capacity: Bytes | None = None
     checksums: StrictBool | None = None  # None: keep the target's setting
     packed: StrictBool | None = None  # None: true
+
+
+def flush(fd: int, *, times: bool) -> None:
+    """Flush a file to stable storage; without *times* only its data, as fdatasync(2)."""
+    if times:
+        os.fsync(fd)
+    else:
+        os.fdatasync(fd)
 
 
 class FileStorage(Storage):
@@ -396,24 +404,19 @@ class FileStorage(Storage):
         self.persist_name(rid)
 
     def _flush_file(self, rid: bytes, *, times: bool = False) -> None:
-        with self._flushing(rid, times) as flush:
-            flush.wait()
-
-    @contextlib.contextmanager
-    def _flushing(self, rid: bytes, times: bool, *, wait: bool = True) -> Iterator[Flush]:
         # Even if nothing is dirty: another persist of the region may still be waiting for the
         # flush, and this one must not return before it.
         with (
-            self._syncing(rid, wait=wait) as others,
+            self._syncing(rid) as others,
             self._under_way({rid}),
             self.translated(rid, "persist"),
             self._own(rid) if others else self.borrow(rid) as fd,
             self._remembered(rid),
         ):
-            yield Flush(fd, data=not times)
+            flush(fd, times=times)
 
     @contextlib.contextmanager
-    def _syncing(self, rid: bytes, *, wait: bool = True) -> Iterator[bool]:
+    def _syncing(self, rid: bytes) -> Iterator[bool]:
         """Sync the region's file in the block, and fail if a sync that began before it fails.
 
         The kernel reports that it could not write once to each open file description, so two
@@ -441,8 +444,6 @@ class FileStorage(Storage):
                 if not under_way:
                     del self._syncs[rid]
         while not earlier.isdisjoint(under_way):
-            if not wait:
-                raise WouldBlock
             time.sleep(HANDOVER_POLL)
         self._check_failed(rid)
 
@@ -476,11 +477,6 @@ class FileStorage(Storage):
         finally:
             with self._lock:
                 del self._flushes[flush]
-
-    def flushing(self, rid: RegionID, *, times: bool) -> contextlib.AbstractContextManager[Flush]:
-        if rid in self._fresh:
-            raise WouldBlock
-        return self._flushing(rid, times, wait=False)
 
     def _check_failed(self, rid: bytes) -> None:
         if failed := self.failed.get(rid):

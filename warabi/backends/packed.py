@@ -29,10 +29,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 from warabi import errors
-from warabi.backends.base import STRANGERS, Flush, Location, Storage
+from warabi.backends.base import STRANGERS, Location, Storage
 from warabi.backends.file import FileStorage
 from warabi.backends.pack_format import (
     PACK,
@@ -48,7 +48,6 @@ from warabi.backends.pack_format import (
 )
 from warabi.backends.wrapper import WrapperStorage
 from warabi.backends.xattr_times import Times
-from warabi.errors import WouldBlock
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.guard import Guard
 from warabi.metadata.inode import MOVED, OWN, PACKED, Inode
@@ -385,19 +384,6 @@ class PackedStorage(WrapperStorage):
         file, start = self._at(rid)
         with _named(rid, file):
             self._files.persist(file, start + offset, size, times=times and file is rid)
-
-    def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]:
-        file, _ = self._at(rid)
-        if file is rid:
-            return self._files.flushing(rid, times=times)
-        if times:
-            raise WouldBlock  # times are in the catalogue
-        return self._flushing_pack(rid, file)
-
-    @contextmanager
-    def _flushing_pack(self, rid: bytes, pack: RegionID) -> Iterator[Flush]:
-        with _named(rid, pack), self._files.flushing(pack, times=False) as flush:
-            yield flush
 
     def persist_all(self) -> None:
         try:

@@ -14,9 +14,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, StrictBool
 
-from warabi.backends.base import STRANGERS, THIS_PROCESS, Flush, Location, Storage
+from warabi.backends.base import STRANGERS, THIS_PROCESS, Location, Storage
 from warabi.backends.fd_cache import OpenFile
-from warabi.backends.file import FileStorage
+from warabi.backends.file import FileStorage, flush
 from warabi.backends.range_flush import FlushMapping, PageCacheMapping, map_persistent
 from warabi.backends.record import Backend, Plan, usual_plan
 from warabi.backends.settings import Bytes, PathModel
@@ -129,7 +129,7 @@ class PmemStorage(FileStorage):
                 cached = isinstance(mapping, PageCacheMapping)
                 if others and cached:
                     with self._own(rid) as own:
-                        Flush(own, data=not times).wait()
+                        flush(own, times=times)
                 elif times:
                     os.fsync(fd)
                 elif unsettled and not cached:
@@ -143,8 +143,6 @@ class PmemStorage(FileStorage):
         if holder != THIS_PROCESS:
             self._shared.add(rid)  # before a persist can overlap with their access
         return super().share(rid, writable=writable, holder=holder)
-
-    flushing = Storage.flushing  # not supported: ranges are flushed by mappings
 
     def metadata_durable(self, rid: RegionID) -> bool:
         return super().metadata_durable(rid) and rid not in self._unsettled

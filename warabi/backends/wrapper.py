@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 
 from warabi import errors
-from warabi.backends.base import STRANGERS, Flush, Fresh, Location, Storage
+from warabi.backends.base import STRANGERS, Fresh, Location, Storage
 from warabi.backends.xattr_times import Times
 from warabi.metadata.inode import Inode
 from warabi.region import RegionID
@@ -91,9 +90,6 @@ class WrapperStorage(Storage):
 
     @abstractmethod
     def persist(self, rid: RegionID, offset: int, size: int, *, times: bool = False) -> None: ...
-
-    @abstractmethod
-    def flushing(self, rid: RegionID, *, times: bool) -> AbstractContextManager[Flush]: ...
 
     @abstractmethod
     def persist_all(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Waiting for a reply or a flush with poll(2) instead of Trio's loop while nothing else is pending.
+"""Waiting for a reply with poll(2) instead of Trio's loop while nothing else is pending.
 
 A request costs a turn of the loop for each task involved: the one that sent it, the one that reads
 the connection, and the one that would take the next request meanwhile.  A loop that serves one

@@ -37,28 +37,21 @@ class Signals:
     def take(self) -> int:
         return self._idle.pop() if self._idle else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def put_back(self, fd: int) -> None:
+    async def wait(self, fd: int) -> None:
+        """Return when *fd* was written to, even if the task is cancelled; releases it."""
+        with trio.CancelScope(shield=True):
+            await trio.lowlevel.wait_readable(fd)
+        os.eventfd_read(fd)
         if len(self._idle) < _KEPT:
             self._idle.append(fd)
         else:
             os.close(fd)
 
-    async def wait(self, fd: int) -> None:
-        """Return when *fd* was written to, even if the task is cancelled; releases it."""
-        with trio.CancelScope(shield=True):
-            await trio.lowlevel.wait_readable(fd)
-        self.end(fd)
-
-    def end(self, fd: int) -> None:
-        """Release *fd*, which was written to."""
-        os.eventfd_read(fd)
-        self.put_back(fd)
-
 
 _signals: trio.lowlevel.RunVar[Signals] = trio.lowlevel.RunVar("warabi-signals")
 
 
-def signals() -> Signals:
+def _this_run() -> Signals:
     """Return the eventfds of this run of Trio."""
     try:
         return _signals.get()
@@ -75,8 +68,8 @@ async def in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter | None
     task is cancelled.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
-    async with limited(limiter or trio.to_thread.current_default_thread_limiter()):
-        ours = signals()
+    async with _Limited(limiter or trio.to_thread.current_default_thread_limiter()):
+        ours = _this_run()
         fd = ours.take()
         done: list[outcome.Outcome[_T]] = []
 
@@ -89,7 +82,7 @@ async def in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter | None
         return done[0].unwrap()
 
 
-class limited:  # noqa: N801  # used like a function
+class _Limited:
     """Holds one of *limiter*'s tokens in the block, without a checkpoint if one is available."""
 
     def __init__(self, limiter: trio.CapacityLimiter) -> None:

@@ -23,13 +23,12 @@ from warabi._core.buffers import readable
 from warabi._core.extents import Extent
 from warabi._core.log_limit import RateLimit
 from warabi.errors import WouldBlock
-from warabi.eventloop.aio_fsync import flushed
-from warabi.eventloop.threads import in_thread, limited
+from warabi.eventloop.threads import in_thread
 from warabi.in_process.occupancy import wait_free
 from warabi.protocol.operations import OPERATIONS
 from warabi.region import RegionID
 from warabi.target import named_files
-from warabi.target.handlers import CALLS, FLUSHING
+from warabi.target.handlers import CALLS
 from warabi.target.state import in_loop
 from warabi.target.target import Target
 
@@ -96,12 +95,6 @@ async def execute(
             if not wait:
                 raise
         return await _in_thread(target, call, target, *arguments)
-    if name in FLUSHING:
-        with suppress(WouldBlock):
-            async with limited(_limiter(target)):
-                with FLUSHING[name](target, *arguments) as flush:
-                    await flushed(flush)
-            return None
     return await _in_thread(target, call, target, *arguments)
 
 

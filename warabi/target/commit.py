@@ -24,9 +24,8 @@ from collections.abc import Iterator
 from warabi import errors
 from warabi._core import forks
 from warabi._core.tuning import COMMIT_INTERVAL, STEP_PAUSE
-from warabi.backends.base import Flush
 from warabi.backends.xattr_times import Times
-from warabi.errors import StorageError, TargetNotFound, WouldBlock
+from warabi.errors import StorageError, TargetNotFound
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
 from warabi.target.erasure import Erasure
@@ -217,27 +216,10 @@ class Committer:
         self._check_stored(inode)
         inode.kept = ctime
 
-    @contextlib.contextmanager
-    def flushing(self, inode: Inode, *, times: bool) -> Iterator[Flush]:
-        """As :meth:`persist` of the whole region, when it is one flush of a file, which is to be
-        waited for within the block; raises ``WouldBlock`` when it is more."""
-        if not self._catalogue.is_durable(inode):
-            raise WouldBlock
-        with self._sharing.marking_durable(inode):
-            if times and not self._keep_times(inode, wait=False):
-                raise WouldBlock
-            with self._locks.flushing(), self._storage.flushing(inode.rid, times=times) as flush:
-                yield flush
-            self._catalogue.check()
-
-    def _keep_times(self, inode: Inode, *, wait: bool = True) -> bool:
+    def _keep_times(self, inode: Inode) -> bool:
         """Store a region's times where the sync of its data makes them durable; False if they must
-        be committed, or without *wait* if another caller is about to do so."""
-        held = False
-        try:  # one at a time, so that the latest times are stored last
-            (held,) = map(self._keeping.acquire, (wait,))  # in one step: see interrupts.py
-            if not held:
-                return False
+        be committed."""
+        with self._keeping:  # one at a time, so that the latest times are stored last
             with self._state.lock:
                 if inode.share is not None:
                     inode.share.merge_writes(inode)
@@ -249,9 +231,6 @@ class Committer:
                     return False
                 inode.kept = times.ctime
             return True
-        finally:
-            if held:
-                self._keeping.release()
 
     # Everything
 

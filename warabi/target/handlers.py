@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from warabi._core.extents import unpack
 from warabi._core.results import RegionStat
-from warabi.backends.base import Flush
 from warabi.errors import InvalidRegion
 from warabi.metadata.namespace import Namespace
 from warabi.protocol.operations import OPERATIONS, PAGE, Served
@@ -64,17 +62,6 @@ def _names(method: str) -> Callable[..., Any]:
     function = getattr(Namespace, method)
     return lambda target, *args: function(target.namespace, *args)
 
-
-def _fsyncing(target: Target, region: RegionID, times: bool) -> AbstractContextManager[Flush]:
-    return target.persisting(region, 0, 0, times=times)
-
-
-FLUSHING: dict[str, Callable[..., AbstractContextManager[Flush]]] = {
-    "persist": Target.persisting,
-    "fsync": _fsyncing,
-}
-"""Operations that may consist of one flush of a file, which these yield; otherwise they raise
-``WouldBlock``."""
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "create": Target.create,

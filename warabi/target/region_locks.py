@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import threading
-from collections import Counter
 from collections.abc import Iterator
 
 from warabi._core import forks, interrupts
 from warabi._core.changes import CONTENT, ORIGIN
 from warabi._core.tuning import INTERRUPT_CHECK
-from warabi.errors import InvalidRegion, TargetBusy, WouldBlock
+from warabi.errors import InvalidRegion, WouldBlock
 from warabi.metadata.inode import Inode
 from warabi.metadata.journal import translate
 from warabi.region import RegionID
@@ -40,12 +38,10 @@ class RegionLocks:
         self._idle = forks.condition(self._lock)  # a region may have become available
         self._waiters = 0
         self._inside = 0  # number of calls in any region, for close
-        self._flushes: Counter[int] = Counter()  # pending flushes of event loops, by thread
 
     def forked(self) -> None:
         """In a forked child none of the parent's calls is inside a region."""
         self._waiters = self._inside = 0
-        self._flushes.clear()
 
     def find(self, region: RegionID, what: str) -> Inode:
         """Return the inode of a live region; the lock is held."""
@@ -158,28 +154,15 @@ class RegionLocks:
                 if self._waiters:
                     self._idle.notify_all()
 
-    @contextlib.contextmanager
-    def flushing(self) -> Iterator[None]:
-        """This thread must not wait here until the block has ended, which is a task of its loop
-        inside a region."""
-        thread = threading.get_ident()
-        self._flushes[thread] += 1
-        try:
-            yield
-        finally:
-            self._flushes[thread] -= 1
-
     def wait(self, wait: bool) -> None:
         """Wait until some call has left its region; the lock is held, but released meanwhile.
 
         Raises:
             WouldBlock: without *wait*, or in an event loop.
-            TargetBusy: a task of this thread is inside a region, and could not leave.
         """
         if not wait:
             raise WouldBlock
         not_in_a_loop()
-        self._check_waiting()
         self._waiters += 1
         try:
             # Signal handlers do not interrupt a condition here: see interrupts.py.
@@ -188,14 +171,6 @@ class RegionLocks:
             self._waiters -= 1
         if not self._state.closed:
             interrupts.check()
-
-    def _check_waiting(self) -> None:
-        """Raise instead of deadlocking: an event loop must not wait for its own task."""
-        if self._flushes[threading.get_ident()]:
-            raise TargetBusy(
-                "a task of this thread is persisting, and cannot finish while the thread blocks"
-                " here: let it finish first, or use warabi.aio"
-            )
 
     def _check_alive(self, inode: Inode, what: str) -> None:
         if inode.dead:
@@ -215,15 +190,10 @@ class RegionLocks:
             self._state.changed.set()
 
     def close(self) -> bool:
-        """Refuse calls from now on, and wait for those under way; False if that was done before.
-
-        Raises:
-            TargetBusy: a Trio task of this thread is persisting; nothing was done.
-        """
+        """Refuse calls from now on, and wait for those under way; False if that was done before."""
         with self._lock:
             if self._state.closed:
                 return False
-            self._check_waiting()
             self._state.closed = True
             while self._inside:
                 self.wait(True)

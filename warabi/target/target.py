@@ -30,7 +30,7 @@ from warabi._core.buffers import MAX_SIZE, checked_size, filled_bytes, readable,
 from warabi._core.extents import Extent, beyond_end, check_total, checked_extents, views
 from warabi._core.results import RegionStat
 from warabi.backends import Storage
-from warabi.backends.base import Flush, Fresh
+from warabi.backends.base import Fresh
 from warabi.errors import Lengthy, WouldBlock
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.inode import Inode
@@ -419,23 +419,6 @@ class Target:
         finally:
             self._leave(inode)
 
-    @contextmanager
-    def persisting(
-        self, region: RegionID, offset: int, size: int, *, times: bool = False
-    ) -> Iterator[Flush]:
-        """The same as :meth:`persist`, with *times* as :meth:`fsync`, if one flush of a file is
-        sufficient: yields the flush, to be waited for within the block; otherwise raises
-        ``WouldBlock``."""
-        offset = checked_size(offset, "persist: offset")
-        size = checked_size(size, "persist: size")
-        inode = self._enter(region, "persist", False)
-        try:
-            self._bounds(inode, "persist", offset, size)
-            with self.committer.flushing(inode, times=times) as flush:
-                yield flush
-        finally:
-            self._leave(inode)
-
     def fsync(self, region: RegionID, times: bool = True) -> None:
         """Persist the whole region; with *times* also its timestamps, like fsync(2) and unlike
         fdatasync(2).  Raises as :meth:`persist`."""
@@ -648,9 +631,6 @@ class Target:
         """Persist everything and close the storage.  Idempotent; never deletes a region.
 
         Waits for pending calls.  Later calls raise ``TargetNotFound``.
-
-        Raises:
-            TargetBusy: a Trio task of this thread is persisting; nothing was done.
         """
         if self.state.closed:
             return

@@ -23,7 +23,7 @@ from warabi.backends.pack_format import (
     slots_of,
 )
 from warabi.metadata.checksums import BLOCK
-from warabi.metadata.domain import SEQUENCE
+from warabi.metadata.domain import SEQUENCE, Row
 from warabi.metadata.inode import MOVED, OWN, PACKED
 from warabi.metadata.journal import sync_directory
 from warabi.metadata.schema import COLUMNS
@@ -283,22 +283,22 @@ class FileCheck:
         if not self._clean:
             settled = self._db.execute("SELECT value FROM meta WHERE key = 'settled'").fetchone()
             fresh = settled[0] if settled and isinstance(settled[0], int) else SEQUENCE
-        for row in rows:
-            rid = RegionID.from_parts(row[0], row[1])
-            if fresh <= row[0] < SEQUENCE:
-                self._never_persisted(rid, named=not row[11])
+        for row in map(Row._make, rows):
+            rid = RegionID.from_parts(row.ino, row.generation)
+            if fresh <= row.ino < SEQUENCE:
+                self._never_persisted(rid, named=not row.anonymous)
                 continue
-            what = "pack" if row[13] == PACKED else "file"
-            text = f"the {what} of region {rid.hex()}{self._names(row[0])} is missing"
-            if row[7] == 0:
+            what = "pack" if row.packed == PACKED else "file"
+            text = f"the {what} of region {rid.hex()}{self._names(row.ino)} is missing"
+            if row.size == 0:
                 if self._report.problem(f"{text}, which was empty", "created again"):
                     self._make_empty(rid)
                 continue
-            xattrs = self._db.execute("SELECT name, value FROM xattr WHERE ino = ?", (row[0],))
-            details = f"{row!r} {dict(xattrs)!r}"
-            if self._report.problem(f"{text}: {row[7]} bytes", "removed", details=details):
-                self._tree.take_names(row[0])
-                self._drop(row[0])
+            xattrs = self._db.execute("SELECT name, value FROM xattr WHERE ino = ?", (row.ino,))
+            details = f"{tuple(row)!r} {dict(xattrs)!r}"
+            if self._report.problem(f"{text}: {row.size} bytes", "removed", details=details):
+                self._tree.take_names(row.ino)
+                self._drop(row.ino)
 
     def _make_empty(self, rid: RegionID) -> None:
         """Create an empty file for a region."""
