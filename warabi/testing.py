@@ -232,6 +232,11 @@ class StorageTests:
         self.resize(storage, rid, size, beyond)
         assert self.read(storage, rid, 0, beyond) == data + bytes(5000)
 
+    def test_growing_uses_space_or_leaves_a_hole(self, storage: Storage) -> None:
+        rid, size = self.make(storage, b""), 1 << 20
+        self.resize(storage, rid, 0, size)
+        assert (storage.space(rid, size) < size // 2) == storage.leaves_holes(size)
+
     @pytest.mark.parametrize("size", SIZES)
     def test_holes_read_as_zero_and_what_was_written_is_data(
         self, storage: Storage, size: int

@@ -243,7 +243,8 @@ def test_transfer_sizes(engine: Engine, size: int) -> None:
 def test_holes_cost_neither_time_nor_space(
     engine: Engine, tmp_path: Path, kind: str, other: str, checksums: bool
 ) -> None:
-    """A region that is larger than any file system here, and one with many small holes."""
+    """A region that is larger than any file system here, and one with many small holes; the
+    destination has a quota, which counts the rest."""
     settings = config(kind, tmp_path / "here")
     if kind == "file":
         settings["target"]["config"]["checksums"] = checksums
@@ -259,8 +260,10 @@ def test_holes_cost_neither_time_nor_space(
         before.write(riddled, offset, b"data")
     calls: list[tuple[int, int]] = []
     where = {"new_root": str(tmp_path / "there")} if other == "file" else {}
+    limited = merge(other)
+    limited["target"].setdefault("config", {})["capacity"] = 2 << 20
     source.migrate_target(
-        str(engine.addr()), 2, {"merge_config": merge(other), **where},
+        str(engine.addr()), 2, {"merge_config": limited, **where},
         progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
     assert calls[-1] == (2 * size + (1 << 20),) * 2

@@ -330,7 +330,7 @@ def begin(path: Path | None) -> tuple[str, list[Any], bytes]:
     target: dict[str, Any] = {"type": "memory"}
     if path is not None:
         target = {"type": "file", "config": {"path": str(path)}}
-    plan = {"target": target, "uuid": "u", "name": "n", "used": 0}
+    plan = {"target": target, "uuid": "u", "name": "n"}
     return ("receive_begin", [json.dumps(plan)], b"")
 
 

@@ -129,10 +129,8 @@ def test_statfs_tells_the_room_of_the_target(place: Path) -> None:
             return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
         assert room() == (capacity, capacity)
-        path = file(mount.path / "file", filled * 20)
+        file(mount.path / "file", filled * 20)
         assert room() == (capacity, 44 * MIB)
-        with opened(path) as fd, fails_with(errno.ENOSPC):
-            os.pwrite(fd, b"x", capacity)
         with open(mount.path / "more", "wb", buffering=0) as more, fails_with(errno.ENOSPC):
             while True:
                 more.write(filled)
@@ -142,6 +140,42 @@ def test_statfs_tells_the_room_of_the_target(place: Path) -> None:
         wait_until(lambda: room() == (capacity, 44 * MIB), "the room of the removed file")
         lines = run("df", "-B1", "--output=size,used,avail", mount.path).stdout.split()
         assert lines[-3:] == [str(capacity), str(20 * MIB), str(44 * MIB)]
+
+
+def test_holes_count_neither_for_df_nor_for_a_quota(place: Path) -> None:
+    settings = {"path": f"{place}/target", "create_if_missing": True, "capacity": 64 * MIB}
+    config = {"type": "file", "config": settings}
+    with (
+        serving("na+sm", config) as provider,
+        mounting(provider.address, place, f"provider_id={PROVIDER_ID}") as mount,
+    ):
+
+        def available() -> int:
+            found = os.statvfs(mount.path)
+            return round(found.f_bavail * found.f_frsize / MIB)
+
+        with opened(file(mount.path / "file")) as fd:
+            os.ftruncate(fd, 1 << 40)
+            assert (available(), os.fstat(fd).st_blocks < 2048) == (64, True)
+            os.pwrite(fd, b"x" * MIB, 1 << 39)
+            os.fsync(fd)
+            assert available() == 63
+            os.posix_fallocate(fd, 0, 40 * MIB)
+            assert available() == 23
+            with fails_with(errno.ENOSPC):
+                os.posix_fallocate(fd, 1 << 38, 24 * MIB)
+            assert available() == 23
+            with fails_with(errno.ENOSPC):
+                for number in range(64):
+                    os.pwrite(fd, b"x" * MIB, (1 << 38) + number * MIB)
+                    os.fsync(fd)
+            assert available() == 0
+            for number in range(40):  # where the space is allocated
+                os.pwrite(fd, b"y" * MIB, number * MIB)
+            os.fsync(fd)
+            os.ftruncate(fd, 8 * MIB)
+            assert available() == 56
+            assert round(os.fstat(fd).st_blocks * 512 / MIB) == 8
 
 
 def test_statfs_of_a_file_target_is_that_of_the_file_system_below(place: Path) -> None:

@@ -101,6 +101,9 @@ class Exerciser:
         self.erase()
 
     def compare(self) -> None:
+        sizes = self.target.sizes
+        assert sizes.capacity is not None
+        assert sizes.used <= sizes.capacity + 8192 * len(self.content)  # a block or two of each
         assert set(self.target.list(limit=10_000)) == set(self.content)
         for region, content in self.content.items():
             assert self.target.size(region) == len(content)

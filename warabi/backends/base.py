@@ -174,6 +174,10 @@ class Storage(ABC):
         reverse."""
         return end if hole else offset
 
+    def leaves_holes(self, size: int) -> bool:
+        """Whether a region of *size* bytes uses no space for those that were never written."""
+        return False
+
     def moves(self, rid: RegionID, size: int) -> bool:
         """Whether growing to *size* bytes would move the region's data."""
         return False

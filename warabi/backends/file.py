@@ -359,6 +359,9 @@ class FileStorage(Storage):
         except OSError:
             return size  # the next read raises the error
 
+    def leaves_holes(self, size: int) -> bool:
+        return True
+
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         with self.translated(rid, "seek"), self.borrow(rid) as fd:
             return (fileio.hole_from if hole else fileio.data_from)(fd, offset, end)

@@ -451,6 +451,9 @@ class MemoryStorage(Storage):
         item = self._regions.get(rid)
         return os.fstat(item.fd).st_blocks * 512 if isinstance(item, Own) else size
 
+    def leaves_holes(self, size: int) -> bool:
+        return size >= OWN_DESCRIPTOR
+
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         item = self._regions[rid]
         if isinstance(item, _Slot):

@@ -263,6 +263,9 @@ class PackedStorage(WrapperStorage):
     def space(self, rid: RegionID, size: int) -> int:
         return self._files.space(rid, size) if self._at(rid)[0] is rid else size
 
+    def leaves_holes(self, size: int) -> bool:
+        return size > SLOT
+
     def seek(self, rid: RegionID, offset: int, end: int, *, hole: bool) -> int:
         file, start = self._at(rid)
         with _named(rid, file):

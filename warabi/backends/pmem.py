@@ -88,6 +88,9 @@ class PmemStorage(FileStorage):
         self._shared.discard(rid)
         super().erase(rid)
 
+    def leaves_holes(self, size: int) -> bool:
+        return False
+
     def resize(self, rid: RegionID, size: int) -> None:
         with self._lock:
             self._unmap(rid)

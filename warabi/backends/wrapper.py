@@ -122,6 +122,9 @@ class WrapperStorage(Storage):
     def space(self, rid: RegionID, size: int) -> int:
         return self._inner.space(rid, size)
 
+    def leaves_holes(self, size: int) -> bool:
+        return self._inner.leaves_holes(size)
+
     def check(self, rid: RegionID, size: int) -> None:
         self._inner.check(rid, size)
 

@@ -114,6 +114,10 @@ class Catalogue:
                 f" FROM inode WHERE mode & {0o170000} = {stat.S_IFREG}"
             ).fetchone()
             self.used = (high << 32) + low
+            self.holes: dict[RegionID, int] = {}
+            """Bytes by which regions use less space than their sizes, counted in a target with a
+            quota."""
+            self.spared = 0  # their sum
             self._has_xattrs = bool(self._one("SELECT EXISTS(SELECT 1 FROM xattr)"))
             self.uuid = str(self._one("SELECT value FROM meta WHERE key = 'uuid'"))
             self.clean = bool(self._one("SELECT value FROM meta WHERE key = 'clean'"))
@@ -350,6 +354,25 @@ class Catalogue:
             return -1
         return space
 
+    def count_holes(self, inode: Inode) -> int:
+        """Find out by how many bytes the region uses less space than its size, and return that."""
+        space = -1 if inode.measure is None else inode.measure(inode)
+        self.set_holes(inode, max(0, inode.size - space) if space >= 0 else 0)
+        return self.holes.get(inode.rid, 0)
+
+    def count_all_holes(self) -> None:
+        """The same for all regions."""
+        rows = self._db.execute(
+            f"SELECT {COLUMNS} FROM inode WHERE mode & {0o170000} = {stat.S_IFREG} AND size > 0"
+        )
+        for row in rows:
+            self.count_holes(self._cache.get(row[0]) or self._loaded(row))
+
+    def set_holes(self, inode: Inode, holes: int) -> None:
+        self.spared += holes - self.holes.pop(inode.rid, 0)
+        if holes:
+            self.holes[inode.rid] = holes
+
     def get_cached(self, ino: int) -> Inode | None:
         """Return the inode *ino* if it is in memory, as every pinned or changed one is."""
         return self._cache.get(ino)
@@ -407,6 +430,8 @@ class Catalogue:
         if stat.S_ISREG(inode.mode):
             self.count -= 1
             self.used -= inode.size
+            if self.holes:
+                self.set_holes(inode, 0)
         if inode.stored:
             self.write("DELETE FROM inode WHERE ino = ?", (inode.ino,))
             self.write("DELETE FROM xattr WHERE ino = ?", (inode.ino,))

@@ -38,17 +38,20 @@ class Creation:
     def new_region(
         self, mode: int, uid: int | None, gid: int | None, size: int = 0, *,
         anonymous: bool = False, complete: bool = False, rid: RegionID | None = None,
-        fresh: Fresh | None = None,
+        fresh: Fresh | None = None, space: int | None = None,
     ) -> Inode:  # fmt: skip
         """As ``Target.create``, for callers that hold the guard and are about to name the region.
 
         Where small regions share files it is one of them if it is *anonymous* or *complete*, and
         so is not expected to grow.
         With *rid* it gets that ID; raises as ``Catalogue.add``.  With *fresh* it gets these data;
-        on failure they stay the caller's.
+        on failure they stay the caller's.  With *space* it counts only so many bytes for the quota,
+        if it can have holes, until more of it is written.
         """
         self._state.check_open("create")
-        self._sizes.reserve(size, "create")
+        if space is None or not self._storage.leaves_holes(size):
+            space = size
+        self._sizes.reserve(space, "create")
         packs = (anonymous or complete) and rid is None and self._storage.packs(size)
         root = self._catalogue.get(1)
         owner = (0, 0) if root is None else (root.uid, root.gid)
@@ -69,4 +72,6 @@ class Creation:
         except BaseException:
             self._catalogue.remove(inode)
             raise
+        if space < size:
+            self._catalogue.set_holes(inode, size - space)
         return inode

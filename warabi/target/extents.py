@@ -36,7 +36,7 @@ def allocate(
         InvalidRegion, OutOfBounds: the arguments.
         StorageFull: there is not enough space, or the quota is exceeded; the size is unchanged.
         PathError: EOPNOTSUPP, the file system of the target cannot allocate in advance, or the
-            target has a quota, which counts sizes, and the space would be beyond the end.
+            target has a quota, which counts no space beyond the end, where it would be.
     """
     end = _end(offset, size, "allocate")
     with _closed(target, region, "allocate", size) as change:
@@ -51,6 +51,7 @@ def allocate(
                 )
             change.allocate_beyond(offset, end, keep_size)
         if offset < change.size:
+            change.make_room(offset, min(end, change.size))
             change.began = True
             target.state.storage.allocate(region, offset, min(end, change.size) - offset)
 
@@ -66,6 +67,7 @@ def zero_range(
             return
         if end > change.size and not (keep_size and target.sizes.capacity is not None):
             change.allocate_beyond(offset, end, keep_size)
+        change.make_room(offset, min(end, change.size))
         change.zero(offset, min(end, change.size), free=False)
 
 
@@ -139,7 +141,8 @@ def clone(target: Target, region: RegionID, persist: bool = False) -> RegionID:
     source = target.locks.enter_exclusive(region, "clone", True)
     try:
         target.sharing.drain(source)
-        with target.filling(source.size) as copy:
+        holes = target.state.catalogue.holes.get(region, 0)
+        with target.filling(source.size, source.size - holes) as copy:
             target.state.storage.copy_range(region, 0, copy.rid, 0, source.size)
             if persist:
                 target.committer.persist(copy, 0, copy.size)
@@ -170,13 +173,15 @@ class _Change:
     def size(self) -> int:
         return self.inode.size
 
+    def make_room(self, offset: int, end: int) -> None:
+        self.target.sizes.make_room(self.inode, offset, end, self.what)
+
     def allocate_beyond(self, offset: int, end: int, keep_size: bool) -> None:
         """Allocate the bytes from *offset* to *end* that are beyond the region's end, and then move
         that to *end* unless *keep_size*."""
         target, inode, first = self.target, self.inode, max(offset, self.inode.size)
         if not keep_size:
-            with target.state.lock:
-                target.sizes.reserve(end - inode.size, self.what)
+            self.make_room(first, end)
             target.state.storage.check(inode.rid, inode.size)
         self._move_if_needed(end)
         target.state.storage.allocate(inode.rid, first, end - first)
@@ -219,8 +224,13 @@ class _Change:
                 sizes.resize(inode, end)
             self.target.state.storage.copy_range(source.rid, source_offset, inode.rid, offset, size)
 
+        data = None
+        if sizes.capacity is not None and source.measure is not None:
+            holes = sizes.holes(source.rid, source_offset, source_offset + size)
+            data = size - sum(hole for _, hole in holes)
+        sizes.make_room(inode, offset, end, self.what, None if data == size else data)
         if end > inode.size:
-            sizes.grow(inode, self.what, end, fill)
+            sizes.grow(inode, end, fill)
         else:
             fill()
 
@@ -260,4 +270,5 @@ def _closed(target: Target, region: RegionID, what: str, size: int) -> Iterator[
     finally:
         if change.began:
             target.state.catalogue.may_have_holes(inode)
+            target.sizes.account(inode)
         target.locks.leave_exclusive(inode, wrote=change.began)

@@ -56,7 +56,7 @@ def adopt(target: Target, region: RegionID, size: int) -> Attributes:
         wanted = None if region == _NOTHING else region
         if wanted is not None and target.erasure.is_pending(wanted):
             raise TargetBusy(f"adopt: the bytes of {region!r} are still in use by an export")
-        inode = target.creation.new_region(0o600, None, None, size, rid=wanted)
+        inode = target.creation.new_region(0o600, None, None, size, rid=wanted, space=0)
         inode.pins = 1
         return inode.attributes()
 

@@ -63,7 +63,7 @@ class Target:
     Args:
         catalogue: which regions exist; recovered if it was not closed.
         storage: where their bytes are.
-        capacity: quota on the sum of region sizes, in bytes; None for none.
+        capacity: quota on the space that regions use, in bytes; None for none.
         threads: most calls of Trio programs that wait for stable storage concurrently; None for
             Trio's own limit.
         instead: settings of the storage in effect that differ from the configuration.
@@ -180,16 +180,18 @@ class Target:
         return self._new(size, self._storage.cleared(size, guest), linkable=linkable).rid
 
     def _new(
-        self, size: int, fresh: Fresh | None, *, entered: bool = False, linkable: bool = False
-    ) -> Inode:
+        self, size: int, fresh: Fresh | None, *, entered: bool = False, linkable: bool = False,
+        space: int | None = None,
+    ) -> Inode:  # fmt: skip
         """Create a region without a name, from *fresh* if given; with *entered* the caller has
         entered it from the start, so that the target does not close meanwhile.  A *linkable* one is
         pinned, and not shown."""
         try:
             with self.state.guard.lock, self.state.guard.checked:
                 inode = self.creation.new_region(
-                    0o644, None, None, size, anonymous=not linkable, complete=True, fresh=fresh
-                )
+                    0o644, None, None, size, anonymous=not linkable, complete=True, fresh=fresh,
+                    space=space,
+                )  # fmt: skip
                 inode.pins, inode.linkable = int(linkable), linkable
                 if entered:
                     self.locks.enter_new(inode)
@@ -218,11 +220,13 @@ class Target:
         return inode.rid
 
     @contextmanager
-    def filling(self, size: int) -> Iterator[Inode]:
-        """A new region of *size* bytes, which the block writes; when that fails, none remains."""
-        inode = self._new(size, None, entered=True)
+    def filling(self, size: int, space: int) -> Iterator[Inode]:
+        """A new region of *size* bytes, which the block writes, and which uses *space* bytes then;
+        when that fails, none remains."""
+        inode = self._new(size, None, entered=True, space=space)
         try:
             yield inode
+            self.sizes.account(inode)
         except BaseException:
             self.discard_new(inode)
             raise
@@ -259,13 +263,15 @@ class Target:
             growing = extend and offset + len(view) > inode.size
             if not growing:
                 self._bounds(inode, "write", offset, len(view))
-                if view:
+                if region in self._catalogue.holes:
+                    growing = bool(view)  # in space
+                elif view:
                     self._storage.write(region, offset, view)
                     wrote = True
         finally:
             self._leave(inode, wrote=wrote)
         if growing:
-            self._write_growing(region, offset, view, wait)
+            self._write_growing(region, offset, view, wait, extend=extend)
         if not wait:
             self._pace.wrote(len(view), began, perf_counter_ns())
         if persist:
@@ -299,8 +305,9 @@ class Target:
         return offset
 
     def _write_growing(
-        self, region: RegionID, offset: int | None, view: memoryview, wait: bool
-    ) -> int:
+        self, region: RegionID, offset: int | None, view: memoryview, wait: bool,
+        *, extend: bool = True,
+    ) -> int:  # fmt: skip
         """Write *view* at *offset*, or at the region's end; returns the offset."""
         what = "append" if offset is None else "write"
         inode = self.locks.enter_exclusive(region, what, wait)
@@ -309,10 +316,12 @@ class Target:
             if offset is None:
                 offset = inode.size
             end = checked_size(offset + len(view), f"{what}: the end")
+            if not extend:
+                self._bounds(inode, what, offset, len(view))
             if end > inode.size:
                 self.sizes.grow_and_fill(inode, what, offset, view)
-            else:  # another call made it grow concurrently
-                self._storage.write(region, offset, view)
+            else:  # there may be holes, or another call made it grow concurrently
+                self.sizes.fill(inode, what, offset, view)
             wrote = True
         finally:
             self.locks.leave_exclusive(inode, wrote=wrote)
@@ -447,13 +456,20 @@ class Target:
         wrote = False
         try:
             self._check_all(inode, "write_vector", checked)
-            for offset, piece in views(checked, view):
+            holes = region in self._catalogue.holes
+            for offset, piece in () if holes else views(checked, view):
                 wrote = True
                 self._storage.write(region, offset, piece)
-            if persist:
+            if persist and not holes:
                 self._persist_all_inside(inode, checked)
         finally:
             self._leave(inode, wrote=wrote)
+        if holes:
+            for offset, piece in views(checked, view):
+                if piece:
+                    self._write_growing(region, offset, piece, True, extend=False)
+            if persist:
+                self.persist_vector(region, checked)
 
     def read_vector(self, region: RegionID, extents: Sequence[Extent], buffer: Any) -> None:
         """Fill *buffer* from several extents, one after the other.
@@ -524,8 +540,7 @@ class Target:
             if inode.size - size > LONG:
                 not_in_a_loop()
             if size != inode.size:
-                with self.state.lock:
-                    self.sizes.reserve(max(0, size - inode.size), "resize")
+                self.sizes.make_room(inode, size, size, "resize")
                 self._storage.check(region, inode.size)
                 self.sizes.resize(inode, size)
                 self.sizes.set(inode, size)
@@ -550,6 +565,8 @@ class Target:
         """
         inode = self._enter(region, "share", wait)
         try:
+            if writable and region in self._catalogue.holes:
+                return None  # its writes have to be accounted for
             return self.sharing.grant(inode, holder, writable=writable)
         finally:
             self._leave(inode)
@@ -605,7 +622,7 @@ class Target:
         with self.state.lock:
             if self.sizes.capacity is not None:
                 total = min(total, self.sizes.capacity)
-                available = min(available, max(0, self.sizes.capacity - self._catalogue.used))
+                available = min(available, max(0, self.sizes.capacity - self.sizes.used))
             return total, available, self._catalogue.count
 
     # Everything

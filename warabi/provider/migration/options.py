@@ -49,8 +49,6 @@ class MigrationPlan(Destination):
     uuid: Annotated[StrictStr, Field(min_length=1, max_length=64)]
     name: StrictStr
     """File name in a ``new_root`` that is a directory."""
-    used: Bytes
-    """Approximate bytes of its regions, since changes are not blocked yet."""
 
 
 def parse(options: dict[str, Any] | str | None) -> MigrationOptions:

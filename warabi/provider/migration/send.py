@@ -142,7 +142,6 @@ class Sending:
             **found.model_dump(),
             uuid=target.uuid,
             name=path.name if path else target.uuid,
-            used=contents.totals(target)[1],
         )
 
     # What is sent

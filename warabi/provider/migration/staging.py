@@ -45,7 +45,6 @@ class Staging:
         target = plan.target
         self._plan = plan
         self._quota = quota_of(target)
-        self._check_quota(plan.used)
         self._place: StagedTarget
         if target.path is None:
             self._place = StagedVolatileTarget(target)
@@ -56,6 +55,7 @@ class Staging:
         self._size = 0
         self._next = 0
         self._regions = 0
+        self._used = 0  # bytes that count for the quota, of regions that are complete
         self._since = 0  # regions since the last checkpoint
         self._sealed = False
         try:
@@ -69,11 +69,15 @@ class Staging:
         self._db.execute("DELETE FROM inode")
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'uuid'", (self._plan.uuid,))
 
-    def _check_quota(self, used: int) -> None:
-        if self._quota is not None and used > self._quota:
+    def _check_quota(self) -> None:
+        """Count what the region that was received uses."""
+        if self._quota is None or not self._regions:
+            return
+        self._used += min(self._size, self._place.storage.space(self._region, self._size))
+        if self._used > self._quota:
             raise StorageFull(
-                f"migrate: the target's {used} bytes exceed the {self._quota} bytes that it may"
-                " have at the destination"
+                f"migrate: the target's bytes exceed the {self._quota} bytes that it may use at the"
+                " destination"
             )
 
     def add_rows(self, table: str, payload: memoryview) -> None:
@@ -111,6 +115,7 @@ class Staging:
         )
         if found is None or found[0] != region.generation:
             raise ProtocolError(f"receive_data: {region!r} is in no row")
+        self._check_quota()
         self._place.storage.create(region, found[1])
         self._region, self._size, self._next = region, found[1], 0
         self._regions += 1
@@ -124,12 +129,12 @@ class Staging:
 
     def finish(self, expected: int) -> None:
         """Check that all *expected* regions are present and consistent; flush everything."""
-        regions, used = self._one(f"SELECT count(*), total(size) FROM inode WHERE {_REGULAR}")
+        (regions,) = self._one(f"SELECT count(*) FROM inode WHERE {_REGULAR}")
         if regions != self._regions or self._next != self._size or regions != expected:
             raise ProtocolError(
                 f"receive_finish: {self._regions} regions and {regions} rows of {expected} arrived"
             )
-        self._check_quota(int(used))
+        self._check_quota()
         dangling = self._one(
             "SELECT count(*) FROM dentry d LEFT JOIN inode i ON i.ino = d.ino"
             " LEFT JOIN inode p ON p.ino = d.parent"
