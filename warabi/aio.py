@@ -300,20 +300,8 @@ class Target:
     async def copy_range(
         self, source: RegionID, source_offset: int, region: RegionID, offset: int, size: int
     ) -> int:
-        source_offset = checked_size(source_offset, "copy_range: source_offset")
-        offset = checked_size(offset, "copy_range: offset")
-        left, done = checked_size(size, "copy_range: size"), 0
-        if source == region:  # which may grow by the copy
-            left = min(left, max(0, await self.size(source) - source_offset))
-        while left > done:
-            count: int = await self.call(
-                "copy_range", _id(region), offset + done,
-                _id(source), source_offset + done, left - done,
-            )  # fmt: skip
-            if not count:
-                break
-            done += count
-        return done
+        steps = paths.copy_range(_id(source), source_offset, _id(region), offset, size)
+        return await self._run(steps)
 
     async def changes(self, *, new_names: bool = False) -> AsyncGenerator[Changes, None]:
         """Yield changes of the target by other clients; never ends by itself.

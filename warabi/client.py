@@ -618,20 +618,8 @@ class TargetHandle:
             OutOfBounds: extents of one region overlap.
             StorageFull: there is not enough space, or the quota is exceeded.
         """
-        source_offset = checked_size(source_offset, "copy_range: source_offset")
-        offset = checked_size(offset, "copy_range: offset")
-        left, done = checked_size(size, "copy_range: size"), 0
-        if source == region:  # which may grow by the copy
-            left = min(left, max(0, self.size(source) - source_offset))
-        while left > done:
-            count: int = self._link.call(
-                "copy_range", _id(region), offset + done,
-                _id(source), source_offset + done, left - done,
-            )  # fmt: skip
-            if not count:
-                break
-            done += count
-        return done
+        steps = paths.copy_range(_id(source), source_offset, _id(region), offset, size)
+        return self._run(steps)
 
     # NumPy
 

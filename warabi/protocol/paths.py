@@ -1,4 +1,4 @@
-"""Calls on paths of a target, each as a sequence of operations, for both kinds of client.
+"""Calls that take several operations, mostly on paths of a target, for both kinds of client.
 
 A function here is a generator.  It yields the name and the arguments of an operation, is sent the
 result, or has its error thrown, and returns the result of the call.  Paths are from the
@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 from warabi._core.attributes import LINKS, ROOT, Attributes
-from warabi._core.buffers import checked_path
+from warabi._core.buffers import checked_path, checked_size
 from warabi.errors import Exception, InvalidRegion, PathError, path_error
 from warabi.region import RegionID
 
@@ -157,6 +157,26 @@ def fetch(path: str, limit: int) -> Steps[tuple[Attributes, bytes | None]]:
     with _about(f"fetch_name {path}"):
         fetched: tuple[Attributes, bytes | None] = yield "fetch", path, limit
         return fetched
+
+
+def copy_range(
+    source: RegionID, source_offset: int, region: RegionID, offset: int, size: int
+) -> Steps[int]:
+    """Copy bytes of a region to another one, or to another place in it; returns how many."""
+    source_offset = checked_size(source_offset, "copy_range: source_offset")
+    offset = checked_size(offset, "copy_range: offset")
+    left, done = checked_size(size, "copy_range: size"), 0
+    if source == region:  # which may grow by the copy
+        have: int = yield "size", source
+        left = min(left, max(0, have - source_offset))
+    while left > done:
+        count: int = yield (
+            "copy_range", region, offset + done, source, source_offset + done, left - done,
+        )  # fmt: skip
+        if not count:
+            break
+        done += count
+    return done
 
 
 class Storing:
