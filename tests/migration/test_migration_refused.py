@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from tests.support.migrations import (
     leftovers,
     merge,
 )
+from tests.tools.test_cli import on_terminal
 from warabi import errors
 from warabi.client import TargetHandle
 from warabi.engine import Engine
@@ -259,18 +259,7 @@ def test_progress_is_shown_on_a_terminal(client_engine: Engine) -> None:
         provider_process("na+sm", {}) as destination,
     ):
         fill(handle(client_engine, source.address, 1))
-        ours, terminal = os.openpty()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", "from warabi.tools.cli.main import main; main()", "migrate",
-                 source.address, "1", destination.address, "1"],
-                env=environment(TERM="xterm"), stderr=terminal, timeout=PATIENCE, check=False,
-            )  # fmt: skip
-            shown = os.read(ours, 100_000)
-        finally:
-            os.close(ours)
-            os.close(terminal)
-        assert done.returncode == 0, shown
+        shown = on_terminal(80, "migrate", source.address, "1", destination.address, "1")
         assert b"migrate" in shown
 
 

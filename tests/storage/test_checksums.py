@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
 import random
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,14 +13,13 @@ import pytest
 
 from tests.support.helpers import (
     PATIENCE,
-    environment,
     file_config,
     pattern,
     pmem_config,
     provider_process,
     run_python,
 )
-from tests.tools.test_cli import run
+from tests.tools.test_cli import COMMAND, on_terminal, run
 from warabi import errors
 from warabi._core.results import Verified
 from warabi.backends.checksummed import SummedStorage
@@ -367,28 +362,10 @@ def test_scrub_of_a_served_target(path: Path, client_engine: Engine) -> None:
         assert b"already open" in done.stderr
 
 
-def on_terminal(*arguments: str, code: str = "") -> str:
-    """What a command writes on standard error when that is a terminal."""
-    script = f"import sys\n{code}\nfrom warabi.tools.cli.main import main; main()"
-    leader, follower = pty.openpty()
-    try:
-        with subprocess.Popen(
-            [sys.executable, "-c", script, *arguments], stderr=follower, stdout=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL, env=environment(TERM="xterm"),
-        ) as process:  # fmt: skip
-            os.close(follower)
-            shown = b""
-            with contextlib.suppress(OSError):  # EIO: the other end is closed
-                while data := os.read(leader, 4096):
-                    shown += data
-            assert process.wait(PATIENCE) == 0
-        return shown.decode()
-    finally:
-        os.close(leader)
-
-
 def test_progress_is_shown_on_a_terminal(path: Path) -> None:
     with open_target("file", path) as target:
         target.create_and_write(pattern(3 * BLOCK))
-    assert "scrub" in on_terminal("scrub", str(path))
-    assert on_terminal("scrub", str(path), code="sys.modules['rich'] = None") == ""
+    assert b"scrub" in on_terminal(80, "scrub", path)
+    without = [COMMAND[0], "-c", f"import sys; sys.modules['rich'] = None; {COMMAND[2]}"]
+    report = on_terminal(80, "scrub", path, command=without)
+    assert report == b"1 regions: 3 blocks verified, 0 unverified, 0 rotten\r\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -10,12 +11,14 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +48,32 @@ def run(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProce
         [*COMMAND, *map(str, arguments)],
         input=stdin, capture_output=True, env=environment(), timeout=PATIENCE, check=False,
     )  # fmt: skip
+
+
+def on_terminal(columns: int, *arguments: str | Path, command: Sequence[str] = COMMAND) -> bytes:
+    """All that a command, which succeeds, writes to a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with (
+        os.fdopen(ours, "rb", buffering=0) as terminal,
+        subprocess.Popen(
+            [*command, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs,
+            env=environment(TERM="xterm"),
+        ) as process,
+    ):  # fmt: skip
+        os.close(theirs)
+        timer = threading.Timer(PATIENCE, process.kill)
+        timer.start()
+        shown = b""
+        try:
+            with contextlib.suppress(OSError):  # EIO: the other end is closed
+                while piece := terminal.read(4096):
+                    shown += piece
+        finally:
+            timer.cancel()
+            timer.join()
+        assert process.wait(PATIENCE) == 0, shown
+    return shown
 
 
 def ok(*arguments: str | Path, stdin: bytes = b"") -> bytes:
@@ -484,17 +513,7 @@ def test_awkward_names_on_a_terminal(address: str, client_engine: Engine) -> Non
     region = target.create(0)
     for name in AWKWARD:
         target.link_name(region, name)
-    ours, theirs = pty.openpty()
-    with os.fdopen(ours, "rb", buffering=0) as terminal:
-        try:
-            done = subprocess.run(
-                [*COMMAND, "ls", address], stdout=theirs, stderr=subprocess.PIPE,
-                env=environment(), timeout=PATIENCE, check=True,
-            )  # fmt: skip
-        finally:
-            os.close(theirs)
-        assert done.stderr == b""
-        line = terminal.read(100_000).rstrip(b"\r\n")
+    line = on_terminal(80, "ls", address).rstrip(b"\r\n")
     assert not re.search(rb"[\0-\x1f]", line)
     # What it shows can be given to a shell.
     shown = subprocess.run(

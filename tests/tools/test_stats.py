@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import signal
-import struct
-import subprocess
-import termios
 import threading
 from pathlib import Path
 
@@ -17,8 +11,8 @@ import pytest
 
 from tests.mount.conftest import place
 from tests.mount.support import mounting
-from tests.support.helpers import MEMORY, PATIENCE, environment, provider_process
-from tests.tools.test_cli import COMMAND, fails, ok, serving
+from tests.support.helpers import MEMORY, PATIENCE, provider_process
+from tests.tools.test_cli import fails, ok, on_terminal, serving
 from warabi._core.units import shown_bytes, shown_seconds
 from warabi.client import Client
 from warabi.engine import Engine, client
@@ -47,20 +41,10 @@ def test_the_counters_of_a_provider() -> None:
 
 
 def test_they_fit_a_narrow_terminal() -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
-    with (
-        provider_process("na+sm", MEMORY) as served,
-        os.fdopen(ours, "rb", buffering=0) as terminal,
-    ):
+    with provider_process("na+sm", MEMORY) as served:
         with Engine("na+sm", client) as engine:
             Client(engine).make_target_handle(served.address, 1).create_and_write(b"data")
-        command = [*COMMAND, "stats", served.address, "-p1"]
-        try:
-            subprocess.run(command, stdout=theirs, env=environment(), timeout=PATIENCE, check=True)
-        finally:
-            os.close(theirs)
-        lines = terminal.read(10_000).decode().splitlines()
+        lines = on_terminal(40, "stats", served.address, "-p1").decode().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("  operation"))
     assert len(lines) > start + 1
     assert max(map(len, lines[start:])) <= 40

@@ -56,4 +56,11 @@ def overall_progress(
     )
     with bars.Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+        (bar,) = shown.tasks
+
+        def show(done: int, total: int | None) -> None:
+            # As arguments of update, a total that grows would make rich forget the rate.
+            bar.total, bar.finished_time = total, None
+            shown.update(task, completed=done)
+
+        yield show
