@@ -46,6 +46,7 @@ from warabi.metadata.dentries import Dentries, finish_graft
 from warabi.metadata.inode import OWN, PACKED, Inode
 from warabi.metadata.journal import Journal, Row, sync_directory, translate
 from warabi.metadata.notifications import Feed
+from warabi.metadata.replica import Replica
 from warabi.metadata.schema import COLUMNS, OUTSIDE, UPSERT, make, migrate, populate
 from warabi.region import RegionID
 
@@ -66,6 +67,7 @@ class Catalogue:
     Args:
         path: the database, or None.
         backend: its backend; catalogues without such a record have ``file``.
+        replica: its local files, if it is kept elsewhere; *path* is what it is called then.
 
     Raises:
         ConfigError: it belongs to another backend; nothing was changed.
@@ -73,8 +75,12 @@ class Catalogue:
         StorageError: it cannot be opened or written.
     """
 
-    def __init__(self, path: Path | None, backend: str = "file") -> None:
+    def __init__(
+        self, path: Path | None, backend: str = "file", replica: Replica | None = None
+    ) -> None:
         self.path = path
+        self._replica = replica
+        file = self._file = path if replica is None else replica.file
         self._random = random.Random()
         self._cache: dict[int, Inode] = {}
         self.space_of: Callable[[RegionID, int], int] | None = None
@@ -95,11 +101,11 @@ class Catalogue:
         self.clock = Clock()
         try:
             self._db = sqlite3.connect(
-                str(path or ":memory:"), isolation_level=None, check_same_thread=False
+                str(file or ":memory:"), isolation_level=None, check_same_thread=False
             )
         except sqlite3.Error as error:
             raise translate(error, path) from error
-        self._journal = Journal(self._db, path)
+        self._journal = Journal(self._db, path, replica)
         self._dentries = Dentries(self._db, self._journal)
         try:
             self._configure(path)
@@ -174,6 +180,8 @@ class Catalogue:
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA cache_size = -65536")
         self._db.execute("PRAGMA cache_spill = OFF")
+        if self._replica is not None:
+            self._db.execute("PRAGMA wal_autocheckpoint = 0")
 
     def _finish_graft(self) -> None:
         self._db.execute("BEGIN IMMEDIATE")
@@ -195,7 +203,8 @@ class Catalogue:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES('epoch', ?)", (self.epoch,))
         self._db.execute("UPDATE meta SET value = 0 WHERE key = 'clean'")
         self._journal.open_wal()
-        sync_directory(path.parent)
+        if self._replica is None:
+            sync_directory(path.parent)
 
     # Memory
 
@@ -851,8 +860,7 @@ class Catalogue:
                     last = (self._next_ino - 1,)
                     self.write("INSERT OR REPLACE INTO meta VALUES('last', ?)", last)
                 self.commit(unsettled)
-                self._db.execute("PRAGMA synchronous = FULL")
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._journal.seal()
         except sqlite3.Error as error:
             raise translate(error, self.path) from error
         finally:
@@ -865,8 +873,8 @@ class Catalogue:
         without SQLite's knowledge.
         """
         forks.keep_for_ever(self._db)
-        if self.path is not None:
-            path = os.path.realpath(self.path)
+        if self._file is not None:
+            path = os.path.realpath(self._file)
             regions = f"{path}.regions"
             files = {path, f"{path}-wal", f"{path}-journal", regions}
             forks.disconnect(

@@ -16,10 +16,14 @@ import sqlite3
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from warabi import errors
 from warabi._core import forks
 from warabi.errors import CorruptTarget, StorageError, StorageFull
+
+if TYPE_CHECKING:
+    from warabi.metadata.replica import Replica
 
 Row = Sequence[int | str | bytes | None]
 
@@ -95,16 +99,21 @@ class Journal:
     Args:
         db: the database, in WAL mode if it has a path.
         path: of the database, or None if it is in memory and never durable.
+        replica: what makes it durable, if its files are temporary.
     """
 
-    def __init__(self, db: sqlite3.Connection, path: Path | None) -> None:
+    def __init__(
+        self, db: sqlite3.Connection, path: Path | None, replica: Replica | None = None
+    ) -> None:
         self._db = db
+        self._replica = replica
         self._path = path
         self._open: list[tuple[str, Sequence[Row]]] = []  # statements of the open transaction
         self.committed = 0
         """The newest change that is in the WAL."""
         self._synced = 0  # the newest that is on stable storage
-        self._sync_lock = forks.lock()  # acquired without the target's lock, never before it
+        # Acquired without the target's lock, or after it by a checkpoint; never before it.
+        self._sync_lock = forks.lock()
         self._failed = ""  # error of a failed sync, after which nothing is durable
         self._wal = -1
         self._wal_size = 0
@@ -114,7 +123,12 @@ class Journal:
 
     def open_wal(self) -> None:
         """Open the WAL, which a first commit has created; from now on ``sync`` flushes it."""
-        self._page = _PAGE_HEADER + self._db.execute("PRAGMA page_size").fetchone()[0]
+        page = self._db.execute("PRAGMA page_size").fetchone()[0]
+        if self._replica is not None:
+            self._replica.attach(page)
+            self._replica.sync()
+            return
+        self._page = _PAGE_HEADER + page
         self._db.execute(f"PRAGMA wal_autocheckpoint = {_MOST}")
         self._wal = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
         self._go_ahead()
@@ -219,7 +233,9 @@ class Journal:
             self._look_after -= self._rows
             self._rows = 0
             self.committed = change
-            if self._wal >= 0:
+            if self._replica is not None:
+                self._replica.committed()
+            elif self._wal >= 0:
                 self._go_ahead()
         self.committed = change
         return change
@@ -232,6 +248,8 @@ class Journal:
     @property
     def checkpoint_due(self) -> bool:
         """Whether the WAL is so long that the caller of commit should call :meth:`checkpoint`."""
+        if self._replica is not None:
+            return self._replica.pages >= _CHECKPOINT
         if self._look_after > 0 or self._wal < 0:
             return False
         try:
@@ -256,8 +274,22 @@ class Journal:
     def checkpoint(self) -> None:
         """Copy the WAL into the database, and flush that to stable storage, so that SQLite restarts
         the WAL.  Requires that nothing is uncommitted, and blocks other use of the database."""
+        if self._replica is not None:
+            with self._sync_lock:
+                self._replica.checkpoint(self._db)
+            return
         self._look_after = _CHECKPOINT // _PAGES
         self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def seal(self) -> None:
+        """Checkpoint the whole WAL, and remove it, before the database is closed; nothing is
+        uncommitted."""
+        if self._replica is not None:
+            with self._sync_lock:
+                self._replica.seal(self._db)
+            return
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def check(self) -> None:
         """Raise ``StorageError`` if a sync has failed."""
@@ -278,6 +310,10 @@ class Journal:
                 return  # another caller's sync covered it
             self.check()
             latest = self.committed
+            if self._replica is not None:
+                self._replica.sync()  # which may be repeated when it failed
+                self._synced = max(self._synced, latest)
+                return
             try:
                 os.fdatasync(self._wal)
             except OSError as error:
@@ -291,6 +327,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the WAL."""
+        if self._replica is not None:
+            self._replica.close()
         if self._wal >= 0:
             close_quietly(self._wal)
             self._wal = -1
