@@ -17,6 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.support import ceph
 from tests.support.helpers import Served, file_config, provider_process, three_backends, tls_config
 from tests.support.migrations import fill, handle
 from warabi._core import log_limit
@@ -176,6 +177,20 @@ def tls_process(tmp_path_factory: pytest.TempPathFactory, tls: dict[str, Any]) -
     path = tmp_path_factory.mktemp("served")
     with provider_process("ofi+tcp", *three_backends(path), engine=tls) as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The ``ceph.conf`` of a cluster with the pool ``warabi``, without authentication.
+
+    One for each process of pytest: it starts in 2 s and takes 200 MB of memory.
+    """
+    with (
+        ceph.running(tmp_path_factory.mktemp("ceph") / "cluster") as conf,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("CEPH_CONF", str(conf))  # also for processes that tests start
+        yield conf
 
 
 @pytest.fixture

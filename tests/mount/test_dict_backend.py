@@ -92,7 +92,9 @@ def test_a_process_with_more_rights_than_its_user_knows_no_packages(
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     assert registry.find("dict") is None
-    with pytest.raises(ConfigError, match="expected memory:, file:/path/of/the/target, or an"):
+    with pytest.raises(
+        ConfigError, match="expected memory:, file:/path/of/the/target, rados:POOL/NAME, or"
+    ):
         parse_source("dict:", create=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from warabi.backends.base import THIS_PROCESS
 from warabi.backends.checksummed import SummedStorage
 from warabi.backends.direct_io import DirectFileStorage
 from warabi.backends.file import FileConfig, FileStorage
+from warabi.backends.librados import Change
 from warabi.backends.memory import MemoryStorage
 from warabi.backends.packed import PackedStorage
 from warabi.backends.pmem import PmemStorage
+from warabi.backends.rados import RadosConfig, RadosTarget
 from warabi.metadata.inode import OWN, PACKED
 from warabi.region import RegionID
 from warabi.target import opening
@@ -108,6 +112,51 @@ class TestDirectFiles(_Files):
 class TestPmem(_Files):
     def open(self) -> Storage:
         return PmemStorage(self.root)
+
+
+class TestRados(LastingStorageTests):
+    """With objects so small that most regions have several."""
+
+    @pytest.fixture
+    def storage(self, pool: Path) -> Iterator[Storage]:
+        self.conf = pool
+        self.name = uuid.uuid4().hex
+        self.opened: list[RadosTarget] = []
+        yield self._remembered()
+        self.opened[-1].storage.destroy()
+        self.opened[-1].release()
+
+    def _remembered(self) -> Storage:
+        settings = RadosConfig(
+            pool="warabi", name=self.name, conf=str(self.conf), stripe_unit=16384,
+            create_if_missing=True,
+        )  # fmt: skip
+        self.opened.append(RadosTarget(settings, 0.0))
+        return self.opened[-1].storage
+
+    def reopen(self, storage: Storage) -> Storage:
+        storage.close()
+        self.opened[-1].release()
+        return self._remembered()
+
+    def raw_get(self, storage: Storage, rid: RegionID, size: int) -> bytes:
+        found = b""
+        objects = self.opened[-1]._pool
+        assert objects is not None
+        for index in range(-(-size // 16384)):
+            out = bytearray(16384)
+            with contextlib.suppress(FileNotFoundError):
+                objects.read(f"{self.name}.{rid.hex()}.{index:08x}", 0, memoryview(out))
+            found += out
+        return found[:size]
+
+    def raw_set(self, storage: Storage, rid: RegionID, data: bytes) -> None:
+        objects = self.opened[-1]._pool
+        assert objects is not None
+        for index in range(-(-len(data) // 16384)):
+            piece = memoryview(data)[index * 16384 : (index + 1) * 16384]
+            name = f"{self.name}.{rid.hex()}.{index:08x}"
+            objects.apply(name, Change().create().write(0, piece))
 
 
 class _OnCatalogue(_Files):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import random
@@ -55,6 +56,13 @@ def pmem_config(path: Path, **settings: Any) -> dict[str, Any]:
     """As ``file_config``, for a pmem target."""
     config = {"path": str(path), "create_if_missing_with_size": 1 << 30, **settings}
     return {"target": {"type": "pmem", "config": config}}
+
+
+def rados_config(path: Path, **settings: Any) -> dict[str, Any]:
+    """As ``file_config``, for a target in the pool of the fixture ``pool``."""
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    config = {"pool": "warabi", "name": name, "create_if_missing": True, **settings}
+    return {"target": {"type": "rados", "config": config}}
 
 
 PIPELINE: dict[str, Any] = {

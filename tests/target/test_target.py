@@ -27,6 +27,7 @@ from tests.support.helpers import (
     file_config,
     pattern,
     pmem_config,
+    rados_config,
 )
 from warabi import errors
 from warabi.client import Attributes, Client, RegionID, TargetHandle
@@ -50,11 +51,28 @@ BACKENDS: dict[str, Backend] = {
     "memory": (1, lambda path: MEMORY),
     "file": (2, file_config),
     "pmem": (3, pmem_config),
+    "rados": (4, rados_config),
 }
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every backend in every way; but in a pool, where each change takes milliseconds, directly and
+    by messages only."""
+    if "target" in metafunc.fixturenames:
+        both = [
+            (name, way)
+            for way in WAYS
+            for name in BACKENDS
+            if name != "rados" or way in ("bare", "socket")
+        ]
+        ids = [f"{way}-{name}" for name, way in both]
+        metafunc.parametrize(("backend", "target"), both, indirect=True, ids=ids)
+    elif "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, pool: Path) -> Backend:
     return BACKENDS[request.param]
 
 
@@ -133,7 +151,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture
 def target(
     request: pytest.FixtureRequest,
     backend: Backend,
@@ -593,18 +611,23 @@ def test_room_zeros_and_holes(target: TargetHandle, backend: Backend, size: int)
     data[100 : 100 + size // 2] = bytes(size // 2)
     assert target.read(region, 0, size) == data
     assert target.stat(region).mtime_ns > changed
-    target.zero_range(region, size - 50, 100, keep_size=True)
-    data[-50:] = bytes(50)
-    assert target.read(region, 0, size) == data
-    target.zero_range(region, size - 60, 100)
-    data[-60:] = bytes(100)
-    target.allocate(region, size, 5000)
-    data.extend(bytes(size + 5000 - len(data)))
-    if backend is BACKENDS["pmem"]:  # which has a quota
-        with pytest.raises(errors.PathError, match="quota"):
-            target.allocate(region, 0, size * 3, keep_size=True)
+    if backend is BACKENDS["rados"]:
+        for call in (target.zero_range, target.allocate):
+            for keep_size in (False, True):
+                with pytest.raises(errors.PathError, match="a pool cannot allocate in advance"):
+                    call(region, size - 50, 100, keep_size=keep_size)
+        target.zero_range(region, size - 60, 60)
+        target.resize(region, size + 5000)
     else:
-        target.allocate(region, 0, size * 3, keep_size=True)
+        target.zero_range(region, size - 50, 100, keep_size=True)
+        data[-50:] = bytes(50)
+        assert target.read(region, 0, size) == data
+        target.zero_range(region, size - 60, 100)
+        target.allocate(region, size, 5000)
+        quota = pytest.raises(errors.PathError, match="quota")
+        with quota if backend is BACKENDS["pmem"] else contextlib.nullcontext():
+            target.allocate(region, 0, size * 3, keep_size=True)
+    data[-60:] = bytes(5060)
     target.punch_hole(region, len(data) - 10, 1 << 40)
     assert target.size(region) == len(data)
     assert target.read(region, 0, len(data)) == data

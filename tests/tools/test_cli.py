@@ -237,8 +237,9 @@ def test_keys_without_effect_are_reported(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[list[str], str]] = {
     "no file": (["missing.json"], "missing.json: No such file"),
     "a directory": (["."], "Is a directory"),
-    "target": (["-t", "rados:pool"], "expected memory: or file:PATH"),
+    "target": (["-t", "swift:pool"], "expected memory: or file:PATH or rados:POOL/NAME"),
     "file target without a path": (["-t", "file:"], "expected memory: or file:PATH"),
+    "pool without a target": (["-t", "rados:pool"], "expected rados:POOL/NAME"),
     "address": (["-t", "memory:", "-a", "pigeon"], "unknown transport 'pigeon'"),
     "beyond loopback": (["-t", "memory:", "-a", "tcp://0.0.0.0"], "is not a loopback address"),
     "provider ID": (["-t", "memory:", "-p", "65536"], "provider_id"),

@@ -156,6 +156,15 @@ much to flush."""
 DEAD_PATIENCE = 5.0
 """Seconds to wait if a target's owner is dead, but a child that it was just starting still has its
 descriptors: until that calls execve(2)."""
+OWNER_BEAT, OWNER_SILENCE, OWNER_POLL = 1.0, 7.0, 0.1
+"""Seconds between two signs of life of a target's owner in a pool; without one before another
+process takes the target over; and between two looks at them.  A takeover within 10 s, by which a
+process that the scheduler keeps from running for some seconds is still not fenced off."""
+POOL_PATIENCE = 30.0
+"""Seconds for which a call waits for a pool of a cluster: an OSD that died is reported within 20 s,
+and another takes over."""
+POOL_CONNECT = 10.0
+"""Seconds for connecting to a cluster, as ``CONNECT_TIMEOUT``."""
 LOCK_POLL = 0.02
 """Seconds between two attempts to lock a target's file, which has no queue."""
 SLOW_WRITE = 5_000_000

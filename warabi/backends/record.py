@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from warabi.backends.base import Storage
+    from warabi.backends.remote import RemoteTarget
     from warabi.backends.settings import Model
 
 
@@ -51,7 +52,8 @@ class Backend:
 
     Backends with *existing* are persistent: the catalogue is the file ``path`` of its settings,
     which the library creates, locks and recovers after a crash, and the storage has the directory
-    ``path + ".regions"``.  Otherwise a target ends with its process and has no path.
+    ``path + ".regions"``.  Those with *remote* are persistent, too, with catalogue and regions on
+    another system.  Otherwise a target ends with its process and has no path.
     """
 
     name: str
@@ -68,6 +70,13 @@ class Backend:
     existing: Callable[[Path], Storage] | None = None
     """Opens the contents of a directory, whatever the settings were, to be listed or destroyed;
     None if the backend is not persistent."""
+    remote: Callable[[Any, float], RemoteTarget] | None = None
+    """Takes the ownership of a target on another system, from the settings and the seconds to wait
+    for another owner; the target may be missing if ``create_if_missing`` is set.  None for others,
+    which have *open*."""
+    spelling: Callable[[str], dict[str, Any]] | None = None
+    """With *remote*: converts ``PLACE`` of the spelling ``NAME:PLACE`` to settings; raises
+    ``ConfigError``."""
     plan: Callable[[Any], Plan] = usual_plan
     """Converts the settings to a plan."""
     in_memory: Callable[[int | None, Callable[[], int]], Storage] | None = None
@@ -89,9 +98,16 @@ class Backend:
 
     def spelled_settings(self, path: str, *, create: bool) -> dict[str, Any]:
         """Return the settings of ``NAME:PATH``; *create*: whether to create a missing target."""
+        if self.spelling is not None:
+            return {**self.spelling(path), "create_if_missing": create}
         return {"path": path, "create_if_missing": create} if self.files else {}
 
     @property
+    def placed(self) -> bool:
+        """Whether a spelling says more than its name."""
+        return self.files or self.spelling is not None
+
+    @property
     def files(self) -> bool:
-        """Whether its targets have a path and outlive their process."""
+        """Whether its targets have a path on this system, and outlive their process."""
         return self.existing is not None

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from importlib import metadata
 
-from warabi.backends import file, memory, pmem
+from warabi.backends import file, memory, pmem, rados
 from warabi.backends.record import Backend
 from warabi.backends.settings import PathModel
 from warabi.errors import ConfigError
@@ -25,6 +25,7 @@ _BUILT_IN: tuple[Backend, ...] = (
     memory.BACKEND,
     file.BACKEND,
     pmem.BACKEND,
+    rados.BACKEND,
 )  # fmt: skip
 
 _NAME = re.compile("[a-z][a-z0-9_]*")
@@ -90,7 +91,11 @@ def checked_by_fsck() -> list[str]:
 
 def spellings(path: str) -> list[str]:
     """Return the forms of targets that mounts and ``warabi serve --target`` accept."""
-    return [f"{b.name}:{path if b.files else ''}" for b in loaded() if b.spelled]
+
+    def place(backend: Backend) -> str:
+        return path if backend.files else "POOL/NAME" if backend.placed else ""
+
+    return [f"{b.name}:{place(b)}" for b in loaded() if b.spelled]
 
 
 def every() -> Iterator[Backend]:

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,14 @@ from warabi.errors import ConfigError, CorruptTarget, PermissionDenied
 from warabi.metadata import schema
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.journal import close_quietly, sync_directory
+from warabi.metadata.replica import Replica
 from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION
 from warabi.target.config import FileConfig, PmemConfig, TargetConfig
 from warabi.target.lockfile import LockFile
 from warabi.target.target import Target
+
+_MEMORY = 1 << 30
+"""Bytes that a file system in memory must have for catalogues to be copied there."""
 
 
 class Opening(NamedTuple):
@@ -74,6 +79,8 @@ def open_backend(
     """
     if backend.files:
         return _open(opening_of(backend, settings), patience)
+    if backend.remote is not None:
+        return _open_remote(backend, settings, patience)
     catalogue = Catalogue(None)
     if backend.in_memory is not None:
         storage = backend.in_memory(limit, catalogue.memory)
@@ -119,6 +126,54 @@ def _open(opening: Opening, patience: float) -> Target:
         if isinstance(error, errors.Exception):
             raise
         raise errors.from_os(error, f"target {path}") from error
+
+
+def _open_remote(backend: Backend, settings: Any, patience: float) -> Target:
+    """Open a target on another system."""
+    assert backend.remote is not None
+    plan = backend.plan(settings)
+    held = backend.remote(settings, patience)
+    with contextlib.ExitStack() as undo:
+        undo.callback(held.release)
+        with tempfile.TemporaryDirectory(prefix="warabi-", dir=_place_in_memory()) as directory:
+            replica = Replica(held.store, Path(directory) / "catalogue", held.label)
+            undo.callback(replica.close)
+            if not replica.fetch(APPLICATION_ID, SCHEMA_VERSION):
+                _make_remote(backend, plan, held.storage, replica)
+            catalogue = Catalogue(Path(held.label), backend.name, replica)
+        undo.callback(catalogue.abandon)
+        target = Target(
+            catalogue,
+            held.storage,
+            capacity=catalogue.capacity if plan.capacity is None else plan.capacity,
+            threads=plan.threads,
+            instead=held.instead,
+            on_close=held.release,
+        )
+        undo.pop_all()
+        return target
+
+
+def _make_remote(backend: Backend, plan: Plan, storage: Storage, replica: Replica) -> None:
+    """Create the catalogue of a target on another system."""
+    if next(storage.scan(), None) is not None:
+        raise CorruptTarget(f"target {replica.label}: its catalogue is missing, and regions exist")
+    if not plan.create:
+        raise ConfigError(
+            f"target {replica.label}: was not completed, and {plan.creation} is not set"
+        )
+    schema.create(replica.file, backend.name, plan.pool)
+    replica.publish()
+
+
+def _place_in_memory() -> str | None:
+    """Return the directory for temporary files that are best in memory; None for the usual one."""
+    shm = "/dev/shm"
+    with contextlib.suppress(OSError):
+        info = os.statvfs(shm)
+        if os.access(shm, os.W_OK) and info.f_bavail * info.f_frsize >= _MEMORY:
+            return shm
+    return None
 
 
 def _make_directories(path: Path) -> None:

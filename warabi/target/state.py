@@ -66,7 +66,8 @@ class TargetState:
             them.  It is held for short steps, never while bytes of a region move or stable storage
             is waited for.  Order: ``Committer``'s lock of times and ``long`` before it; those of
             the notifications and of the storage after it.  The catalogue's sync lock is never
-            held together with it.  See docs/locks.md.
+            held together with it, except by a checkpoint of a catalogue on another system.  See
+            docs/locks.md.
         long: taken, never by an event loop, before *lock* by what holds that for long.
         grafting: taken by a graft, of which there is one at a time, before all others.
         guard: *lock* with the checks for callers of the target.

@@ -75,7 +75,14 @@ def _direct(target: Target) -> Iterator[Link]:
 def _opened(path: str, settings: dict[str, Any]) -> Target:
     from warabi.backends import registry
     from warabi.target import opening
+    from warabi.target.config import checked
 
+    kind, colon, place = path.partition(":")
+    if colon and (found := registry.find(kind)) and found.spelling is not None:
+        spelled = found.spelled_settings(place, create=False)
+        return opening.open_backend(
+            found, checked(found.config, {**spelled, **settings}, what=path)
+        )
     failure: ConfigError | None = None
     for backend in registry.every():
         if backend.files and settings.keys() <= backend.config.model_fields.keys():
@@ -93,7 +100,12 @@ def made_or_reached(
     where: str, provider_id: int, security: dict[str, str], pmem_size: int | None
 ) -> Iterator[Link]:
     """The same as :func:`reached`, but creates a missing target at a path, and removes it again if
-    the block fails.  *pmem_size* makes it one of persistent memory, of that many bytes."""
+    the block fails, except one in a pool.  *pmem_size* makes it one of persistent memory, of that
+    many bytes."""
+    if parse(where).pooled:
+        with owned(Path(where), create_if_missing=True) as link:
+            yield link
+        return
     path = Path(where.removeprefix("file:"))
     if is_served(where) or (path.exists() and path.stat().st_size):
         with reached(where, provider_id, security) as link:

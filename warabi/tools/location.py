@@ -5,6 +5,7 @@ na+sm://1234-0/7/dir/file    provider 7, and a path in its target
 warabi://host:port/7/dir     the same over TCP, as for fsspec; warabi://na+sm:1234-0/7/dir
 /mnt/dir/file                a path on a mount of a target that an engine serves
 data/target/dir/file         a target in files, and a path in it; also file:data/target
+rados:pool/name              a target in a pool of a Ceph cluster; rados:pool/name/dir/file
 :/dir/file                   a path in the target that the variable WARABI_ADDRESS names
 """
 
@@ -20,6 +21,7 @@ from warabi.mounted import mounted_path
 
 VARIABLE = "WARABI_ADDRESS"
 _SERVED = re.compile(r"([a-z][a-z0-9+;_]*)://([^/]*)(?:/(\d+))?(/.*)?", re.DOTALL)
+_POOLED = "rados:"
 _EMBEDDED = ("file:", "warabi+file://", "warabi://")  # the last one before a path
 
 
@@ -32,7 +34,7 @@ class Location:
         path: in the target, or on the local disk; "" if only a target is named.
         address: of the engine that serves the target.
         provider_id: of its provider.
-        file: the path of a target that no engine serves.
+        file: the path of a target that no engine serves, or ``rados:POOL/NAME``.
     """
 
     text: str
@@ -47,9 +49,17 @@ class Location:
         return not self.address and not self.file
 
     @property
+    def pooled(self) -> bool:
+        """Whether the target is in a pool of a cluster."""
+        return self.file.startswith(_POOLED)
+
+    @property
     def target(self) -> tuple[str, int, str]:
         """What names the target: the same for all paths in it."""
-        return self.address, self.provider_id, self.file and os.path.realpath(self.file)
+        file = self.file
+        if file and not self.pooled:
+            file = os.path.realpath(file)
+        return self.address, self.provider_id, file
 
     def in_target(self) -> Location:
         """Take a path on the local disk for that of a target."""
@@ -81,6 +91,10 @@ def parse(text: str, provider_id: int = 0) -> Location:
         found = parse(default, provider_id).in_target()
         path = posixpath.join(found.path or "/", text[1:].lstrip("/")) if text[1:] else found.path
         return replace(found, text=text if text[1:] else default, path=path)
+    if text.startswith(_POOLED):
+        pool, _, rest = text.partition("/")
+        name, _, inside = rest.partition("/")
+        return Location(text, f"/{inside.strip('/')}" if inside else "", file=f"{pool}/{name}")
     kind, colon, rest = text.partition("://")
     if text.startswith(_EMBEDDED) and (not colon or rest.startswith("/") or kind != "warabi"):
         return _embedded(text, rest if colon else text.removeprefix("file:"))

@@ -36,6 +36,7 @@ from warabi.eventloop import gc_pauses, inline_wait, loop_watchdog, state_dump
 from warabi.monitoring import monitored
 from warabi.protocol.auth import config_of, from_config
 from warabi.target import opening
+from warabi.target.config import checked
 from warabi.target.state import LOOPS
 from warabi.target.target import Target
 from warabifs.frontends.base import Ability, FrontEnd, Settings
@@ -291,10 +292,12 @@ def _serve_and_persist(
     descriptors.raise_limit()
     local: Target | None = None
     if source.backend is not None:
-        spelled = source.backend.spelled_settings(str(source.path), create=options.create)
+        spelled = source.backend.spelled_settings(
+            source.place or str(source.path), create=options.create
+        )
         local = opening.open_backend(
             source.backend,
-            source.backend.config.model_validate(spelled),
+            checked(source.backend.config, spelled, what=f"source {source.text}"),
             patience=MOUNT_PATIENCE,
             limit=None if source.backend.in_memory is None else _limit(options),
         )

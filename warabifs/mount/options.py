@@ -424,12 +424,13 @@ def _unknown(name: str) -> str:
 @dataclass(frozen=True)
 class Source:
     """What to mount: either a backend, with the path of the target if the backend has paths, or
-    the address of an engine."""
+    what else says where it is, or the address of an engine."""
 
     text: str
     backend: Backend | None = None
     path: Path | None = None
     address: str = ""
+    place: str = ""
 
     @property
     def embedded(self) -> bool:
@@ -456,6 +457,9 @@ def parse_source(text: str, *, create: bool) -> Source:
             f"source {text}: expected {', '.join(registry.spellings('/path/of/the/target'))}, or an"
             " engine's address such as na+sm://123-0 or ofi+tcp://host:port"
         )
+    if backend.spelling is not None:
+        backend.spelled_settings(rest, create=create)
+        return Source(text, backend, place=rest)
     if not backend.files:
         if rest:
             raise ConfigError(f"source {text}: expected {kind}: and nothing after it")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from warabi import errors
 from warabi._core import forks, interrupts
 from warabi._core.tuning import CHANGES_PATIENCE
-from warabi.errors import ConnectionLost, TimedOut
+from warabi.errors import ConfigError, ConnectionLost, TimedOut
 from warabi.metadata.journal import sync_directory
 from warabi.protocol.pending import PendingRequest
 from warabi.protocol.wire import Limits
@@ -133,6 +133,11 @@ class Sending:
     def _plan(self, target: Target) -> MigrationPlan:
         source = self._core.config.target
         assert source is not None
+        if source.backend.remote is not None:
+            raise ConfigError(
+                f"migrate: {target.state.catalogue.path} is in a pool: close it, and serve it from"
+                " the other host"
+            )
         quota = target.state.catalogue.capacity
         settings = source.model_dump(exclude_none=True)
         settings["config"].setdefault("checksums", target.state.catalogue.summed is not None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from warabi._core.attributes import ROOT
 from warabi._core.log_limit import RateLimit
-from warabi.errors import ProtocolError, StorageFull
+from warabi.errors import ConfigError, ProtocolError, StorageFull
 from warabi.provider.migration.options import MigrationPlan
 from warabi.provider.migration.records import TABLES, pieces, rows
 from warabi.provider.migration.staged import (
@@ -43,6 +43,8 @@ class Staging:
 
     def __init__(self, plan: MigrationPlan) -> None:
         target = plan.target
+        if target.backend.remote is not None:
+            raise ConfigError("migrate: targets cannot be received into a pool; export and import")
         self._plan = plan
         self._quota = quota_of(target)
         self._place: StagedTarget

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from warabi.errors import ConfigError
 from warabi.tools.access import is_served, reached
 from warabi.tools.cli.common import (
     LOCATION,
@@ -19,6 +20,7 @@ from warabi.tools.cli.common import (
     print_lines,
     reaching,
 )
+from warabi.tools.location import parse
 from warabi.tools.progress import progress
 from warabi.tools.quoting import printable
 
@@ -114,6 +116,8 @@ def fsck(path: Path, repair: bool, backend: str | None, json: bool) -> None:
             print_lines([os.fsencode(printable(text))])
 
     with one_line(status=8):
+        if parse(str(path)).pooled:
+            raise ConfigError(f"{path}: fsck does not know targets in pools")
         report = check(path, repair=repair, say=say, backend=backend or "")
     found = report.corrected + report.left
     if json:

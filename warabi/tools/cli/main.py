@@ -70,7 +70,8 @@ def main() -> None:
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True,
               help="How messages are written to standard error.")  # fmt: skip
 @click.option("-t", "--target", metavar="TARGET",
-              help="Serve only this target, created if missing: memory: or file:PATH.")  # fmt: skip
+              help="Serve only this target, created if missing: memory:, file:PATH or"
+              " rados:POOL/NAME.")  # fmt: skip
 @click.option("-p", "--provider-id", type=int, help="The provider ID of that target (default 0).")
 @_serving
 def serve(
@@ -144,7 +145,7 @@ def _server(
 
     kind, colon, path = str(target).partition(":")
     backend = registry.find(kind) if colon else None
-    if backend is None or not backend.spelled or backend.files != bool(path):
+    if backend is None or not backend.spelled or backend.placed != bool(path):
         expected = " or ".join(registry.spellings("PATH"))
         raise ConfigError(f"target {target!r}: expected {expected}")
     settings = {"type": kind, "config": backend.spelled_settings(path, create=True)}
