@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import shutil
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.replica import Replica, Store
 from warabi.metadata.schema import APPLICATION_ID, SCHEMA_VERSION
 
+DATA = Path(__file__).parent.parent / "data"
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -152,7 +154,7 @@ def test_what_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     opened(store, tmp_path / "first", create=True).close()
     header = store.files["catalogue"]
     newer = header[:60] + (SCHEMA_VERSION + 1).to_bytes(4) + header[64:]
-    for wrong, message in ((b"x" * 5000, "not a warabi target"), (newer, "another version")):
+    for wrong, message in ((b"x" * 5000, "not a warabi target"), (newer, "a newer version")):
         with pytest.raises(ConfigError, match=message):
             opened(Memory({"catalogue": wrong}), tmp_path / message.replace(" ", "-"))
     damaged = header[:4096] + bytes(len(header) - 4096)
@@ -169,3 +171,23 @@ def test_a_stored_catalogue_is_a_database(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "copy")) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert db.execute("SELECT size FROM inode WHERE ino > 1").fetchall() == [(77,)]
+
+
+@pytest.mark.parametrize("old", range(1, SCHEMA_VERSION))
+def test_an_older_version_is_upgraded_wherever_that_is_cut(tmp_path: Path, old: int) -> None:
+    store = Memory()
+    replica = Replica(store, tmp_path / "old", "pool/name")
+    shutil.copy(DATA / f"v{old}" / "file", replica.file)
+    replica.publish()
+    before = len(store.before)
+    catalogue = opened(store, tmp_path / "first")
+    wanted = contents(catalogue)
+    assert wanted
+    catalogue.close()
+    for cut in (*store.before[before:], store.files):
+        again = opened(Memory(cut), tmp_path / "again")
+        assert contents(again) == wanted
+        assert again.rows("PRAGMA user_version") == [(SCHEMA_VERSION,)]
+        again.abandon()
+    stored = store.files["catalogue"]
+    assert int.from_bytes(stored[60:64]) == SCHEMA_VERSION

@@ -143,7 +143,7 @@ class Catalogue:
                     f"catalogue {path}: settled is {self._settled!r}; see warabi fsck"
                 )
             if path is not None:
-                migrate(self._db, path)
+                migrate(self._db, path, replicated=self._replica is not None)
                 if not self.clean:
                     self._finish_graft()
                 self._check_rows(path)

@@ -89,7 +89,7 @@ class Replica:
         none.
 
         Raises:
-            ConfigError: it is not of this application, or of another version.
+            ConfigError: it is not of this application, or of a newer version.
             CorruptTarget: it is damaged.
         """
         header = self._store.read(_DATABASE, 0, 100)
@@ -101,11 +101,6 @@ class Replica:
             or int.from_bytes(header[68:72]) != application
         ):
             raise ConfigError(f"target {self.label}: is not a warabi target; it was not modified")
-        if (found := int.from_bytes(header[60:64])) != version:
-            raise ConfigError(
-                f"target {self.label}: written by another version (schema {found}, this one reads"
-                f" {version})"
-            )
         self._page = 65536 if page == 1 else page
         self._copy(_DATABASE, self._page * pages, self.file)
         wal = Path(f"{self.file}-wal")
@@ -120,6 +115,13 @@ class Replica:
             self._open_database()
             self._write_pages(changed)
             self._store.remove(_WAL)
+        with open(self.file, "rb") as file:
+            found = int.from_bytes(file.read(64)[60:])
+        if found > version:
+            raise ConfigError(
+                f"target {self.label}: written by a newer version (schema {found}, this one reads"
+                f" up to {version})"
+            )
         return True
 
     def _copy(self, name: str, size: int, file: Path) -> int:

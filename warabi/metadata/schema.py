@@ -105,11 +105,12 @@ _STEPS: dict[int, tuple[str, ...]] = {
 """Statements that upgrade each version to the next."""
 
 
-def migrate(db: sqlite3.Connection, path: Path) -> None:
+def migrate(db: sqlite3.Connection, path: Path, *, replicated: bool = False) -> None:
     """Upgrade the tables of the catalogue at *path* to this version, atomically.
 
     When this returns the database itself has the new version, not only its WAL, so that an older
-    program refuses to open it.
+    program refuses to open it.  One that is *replicated* has it in its WAL,
+    which is not checkpointed before the store has it.
     """
     found = version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in _STEPS:
@@ -127,7 +128,8 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    if not replicated:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.execute("PRAGMA synchronous = NORMAL")
     log.info("%s: upgraded from schema %d to schema %d", path, found, version)
 
