@@ -468,6 +468,9 @@ class Target:
     async def setxattr(self, path: str, name: str | bytes, value: Data, flags: int = 0) -> None:
         await self.call(*xattr_call(await self._ino(path, "setxattr"), name, value, flags))
 
+    async def set_flags(self, path: str, flags: int) -> None:
+        await self.call("set_flags", await self._ino(path, "set_flags"), flags)
+
     async def removexattr(self, path: str, name: str | bytes) -> None:
         await self.call("removexattr", await self._ino(path, "removexattr"), os.fsencode(name))
 

@@ -987,6 +987,17 @@ class TargetHandle:
         ino = self._ino(path, "setxattr")
         self._link.call(*xattr_call(ino, name, value, flags))
 
+    def set_flags(self, path: str, flags: int) -> None:
+        """Set the flags of chattr(1) of the inode at *path*, which ``Attributes.flags`` of
+        :meth:`stat_name` has: a sum of ``0x10``, immutable, ``0x20``, append-only, and ``0x40``,
+        not to be backed up.  The target refuses changes that they forbid, of every client.
+
+        Raises:
+            PathError: with ``errno`` ENOENT, ENOTDIR; EOPNOTSUPP for other flags; EBUSY while a
+                mount with ``-o passthrough`` has the file open.
+        """
+        self._link.call("set_flags", self._ino(path, "set_flags"), flags)
+
     def removexattr(self, path: str, name: str | bytes) -> None:
         """Remove an extended attribute of the inode at *path*; raises as :meth:`getxattr`."""
         self._link.call("removexattr", self._ino(path, "removexattr"), os.fsencode(name))

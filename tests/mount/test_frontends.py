@@ -300,6 +300,11 @@ def knows_when_files_are_made(name: str, place: Path) -> bool:
         return birth_ns(file(mount.path / "file")) is not None
 
 
+def has_flags(name: str, place: Path) -> bool:
+    with mounted_by(name, "memory:", place) as mount:
+        return run("lsattr", file(mount.path / "file"), check=False).returncode == 0
+
+
 def makes_files_without_names(name: str, place: Path) -> bool:
     with mounted_by(name, "memory:", place) as mount:
         fd: int = libc.open(os.fsencode(mount.path), os.O_TMPFILE | os.O_RDWR, 0o600)
@@ -422,6 +427,7 @@ CHECKS: dict[Ability, Callable[[str, Path], bool]] = {
     Ability.CACHE_LISTINGS: keeps_listings,
     Ability.IDMAP: makes_idmapped_mounts,
     Ability.BIRTH_TIME: knows_when_files_are_made,
+    Ability.INODE_FLAGS: has_flags,
     Ability.XATTR_FLAGS: creates_attributes_at_once,
 }
 

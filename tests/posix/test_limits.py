@@ -22,6 +22,7 @@ import pytest
 
 from tests.mount.conftest import limit_of
 from tests.mount.support import (
+    BACKENDS,
     Mount,
     another_python,
     fails_with,
@@ -35,12 +36,11 @@ from tests.mount.support import (
 )
 from tests.posix.conftest import MOUNTED
 from tests.posix.support import NOBODY, check, file, libc, mode_of, opened, tick, user
+from warabifs.frontends.base import Ability
 
 on_mounts = pytest.mark.parametrize("shared", MOUNTED, indirect=True, scope="package")
 
-FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FICLONE, FS_IOC_FIEMAP = (
-    0x80086601, 0x40086602, 0x40049409, 0xC020660B,
-)  # fmt: skip
+FS_IOC_GETVERSION, FICLONE, FS_IOC_FIEMAP = 0x80087601, 0x40049409, 0xC020660B
 
 
 @on_mounts
@@ -62,18 +62,37 @@ def test_holes_of_small_files_in_memory_are_data(where: Path) -> None:
 
 
 @on_mounts
-def test_inode_flags_and_extents_are_not_known(where: Path) -> None:
+def test_extents_and_other_ioctls_are_not_known(where: Path) -> None:
     with opened(where / "file") as fd, opened(where / "other") as other:
         os.write(fd, b"data")
-        for request in (FS_IOC_GETFLAGS, FS_IOC_SETFLAGS):
-            with fails_with(errno.ENOTTY):
-                fcntl.ioctl(fd, request, array.array("l", [0]))
+        with fails_with(errno.ENOTTY):
+            fcntl.ioctl(fd, FS_IOC_GETVERSION, array.array("l", [0]))
         with fails_with(errno.EOPNOTSUPP):
             fcntl.ioctl(fd, FS_IOC_FIEMAP, bytearray(64))
         with fails_with(errno.EOPNOTSUPP):
             fcntl.ioctl(other, FICLONE, fd)
     run("cp", "--reflink=auto", where / "file", where / "copy")
     assert (where / "copy").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("shared", BACKENDS, indirect=True, scope="package")
+def test_an_immutable_file_is_opened_to_write_where_that_is_no_request(where: Path) -> None:
+    path = file(where / "file", b"data")
+    run("chattr", "+i", path)
+    with opened(path, os.O_WRONLY) as fd, fails_with(errno.EPERM):
+        os.write(fd, b"x")
+    run("chattr", "-i", path)
+
+
+@on_mounts
+@pytest.mark.needs(Ability.INODE_FLAGS)
+def test_the_time_of_an_append_only_file_is_set(where: Path, passed: bool) -> None:
+    path = file(where / "file", b"data")
+    if not passed:
+        run("chattr", "+a", path)
+    os.utime(path, ns=(1, 2))
+    assert path.stat().st_mtime_ns == 2
+    run("chattr", "-a", path)
 
 
 @on_mounts

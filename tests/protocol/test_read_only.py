@@ -62,6 +62,7 @@ CHANGES: dict[str, Callable[[TargetHandle, RegionID], object]] = {
     "copy": lambda h, r: h.copy(r),
     "copy_range": lambda h, r: h.copy_range(r, 0, r, 4, 2),
     "link_name": lambda h, r: h.link_name(r, "/other"),
+    "set_flags": lambda h, r: h.set_flags("/name", 0x10),
     "setxattr": lambda h, r: h.setxattr("/name", "user.x", b"x"),
     "removexattr": lambda h, r: h.removexattr("/name", "user.x"),
     "unlink_name": lambda h, r: h.unlink_name("/name"),

@@ -139,6 +139,16 @@ def device(value: Any) -> int:
     return _within(value, 0, DEVICE_MAX, "device number")
 
 
+def inode_flags(value: Any) -> int:
+    """Check the flags of an inode; PathError EOPNOTSUPP for others than the three."""
+    flags = _integer(value, "flags")
+    if flags & ~FLAGS_MAX:
+        raise path_error(
+            errno.EOPNOTSUPP, f"flags {flags:#x}: only {FLAGS_MAX:#x} (chattr +i, +a, +d) are known"
+        )
+    return flags
+
+
 def count(value: Any, what: str) -> int:
     """Check a count; PathError EINVAL."""
     return _within(value, 0, MAX_SIZE, what)

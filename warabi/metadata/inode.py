@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from warabi._core.attributes import Attributes
+from warabi._core.attributes import APPEND_ONLY, IMMUTABLE, Attributes
+from warabi.errors import path_error
 from warabi.metadata.domain import Row
 from warabi.region import RegionID
 
@@ -16,11 +18,19 @@ if TYPE_CHECKING:
     from warabi.target.kernel_backed import Exposed
     from warabi.target.leases import Share
 
+FIXED = IMMUTABLE | APPEND_ONLY
 OWN, PACKED, MOVED = 0, 1, 2
 """Location of a region's data in a target of files: in its own file, in a pack, or in its own file
 after it was in a pack, where its place stays reserved."""
 _values = attrgetter(*Row._fields)
 _tuple = tuple.__new__  # the constructor of a named tuple takes twice as long
+
+
+def check_unfixed(inode: Inode, what: str, flags: int = FIXED) -> None:
+    """PathError EPERM if the inode has one of *flags*, which do not permit the operation *what*."""
+    if inode.flags & flags:
+        kind = "immutable" if inode.flags & IMMUTABLE else "append-only"
+        raise path_error(errno.EPERM, f"{what}: inode {inode.ino} is {kind}, see chattr(1)")
 
 
 class Inode:

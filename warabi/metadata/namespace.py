@@ -19,7 +19,7 @@ from warabi._core.attributes import (
 )
 from warabi.errors import InvalidRegion, Lengthy, PathError, path_error
 from warabi.metadata import acl, domain
-from warabi.metadata.inode import Inode
+from warabi.metadata.inode import Inode, check_unfixed
 from warabi.metadata.tree import Tree
 from warabi.region import RegionID
 
@@ -82,6 +82,7 @@ class Namespace(Tree):
                 raise path_error(
                     errno.EOPNOTSUPP, f"inode {ino}: a symbolic link has no access control list"
                 )
+            check_unfixed(inode, "setxattr")
             if name == acl.DEFAULT and not stat.S_ISDIR(inode.mode):
                 raise path_error(
                     errno.EACCES,
@@ -105,6 +106,7 @@ class Namespace(Tree):
             if name in VIRTUAL_XATTRS:
                 raise path_error(errno.EPERM, f"{os.fsdecode(name)}: read-only")
             domain.xattr_name(name)
+            check_unfixed(inode, os.fsdecode(name))
             if flags:
                 exists = self._catalogue.xattr(ino, name) is not None
                 if exists and flags & os.XATTR_CREATE:

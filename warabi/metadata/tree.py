@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import IMMUTABLE, ROOT, Attributes
 from warabi._core.changes import ORIGIN, Origin
 from warabi._core.results import OpenedInode
 from warabi.errors import Lengthy, path_error
 from warabi.metadata import acl, domain
 from warabi.metadata.catalogue import Catalogue
 from warabi.metadata.guard import Guard
-from warabi.metadata.inode import Inode
+from warabi.metadata.inode import FIXED, Inode, check_unfixed
 from warabi.region import RegionID
 
 _T = TypeVar("_T")
@@ -125,6 +125,7 @@ class Tree:
         domain.name(name)
         if directory.nlink == 0:
             raise path_error(errno.ENOENT, f"{os.fsdecode(name)}: its parent directory was removed")
+        check_unfixed(directory, os.fsdecode(name), IMMUTABLE)
         return directory
 
     def _absent(self, parent: int, name: bytes) -> Inode:
@@ -159,8 +160,14 @@ class Tree:
             inode.nlink += 1
         self.changed(parent)
 
+    @staticmethod
+    def _check_removable(parent: Inode, name: bytes, inode: Inode) -> None:
+        for each in (parent, inode):
+            check_unfixed(each, os.fsdecode(name))
+
     def _unnamed(self, parent: Inode, name: bytes, inode: Inode, hold: bool) -> None:
         """Remove one name of *inode*; without names and pins it is erased."""
+        self._check_removable(parent, name, inode)
         if self._hex_alias(parent, name, inode):
             if not inode.anonymous:
                 raise path_error(
@@ -226,6 +233,8 @@ class Tree:
 
     def forget_names(self, inode: Inode) -> None:
         """Remove every name of a region that is being erased; the guard is held."""
+        for parent, name in self._catalogue.names(inode, inode.nlink):
+            self._check_removable(self.get(parent), name, inode)
         for parent in self._catalogue.unlink_all(inode):
             directory = self._catalogue.get(parent)
             if directory is not None:
@@ -276,9 +285,20 @@ class Tree:
         """
         with self._guard.lock, self._guard.checked:
             inode = self.get(ino)
+            only_times = mode is None and uid is None and gid is None
+            check_unfixed(inode, "setattr", IMMUTABLE if only_times else FIXED)
             self._catalogue.set_attributes(inode, mode, uid, gid, atime_ns, mtime_ns)
             if mode is not None:
                 self._list_follows_mode(inode)
+            inode.changed_at(self._catalogue.clock.exact())
+            self._catalogue.touch(inode, durable=True)
+            return inode.attributes()
+
+    def set_flags(self, ino: int, flags: int) -> Attributes:
+        """Set the flags of chattr(1); of a region, see ``Target.set_flags``."""
+        with self._guard.lock, self._guard.checked:
+            inode = self.get(ino)
+            inode.flags = domain.inode_flags(flags)
             inode.changed_at(self._catalogue.clock.exact())
             self._catalogue.touch(inode, durable=True)
             return inode.attributes()
@@ -374,6 +394,7 @@ class Tree:
         directory = self._directory(parent)
         if directory.nlink == 0:
             raise path_error(errno.ENOENT, f"inode {parent}: the directory was removed")
+        check_unfixed(directory, "tmpfile", IMMUTABLE)
         mode, lists = self._inherited(directory, mode, umask)
         gid = directory.gid if directory.mode & stat.S_ISGID else gid
         inode = self._regions.new_region(mode, uid, gid, size, complete=complete)
@@ -425,6 +446,7 @@ class Tree:
                 raise path_error(errno.EPERM, f"link: inode {ino} is a directory")
             if inode.nlink == 0 and not (inode.anonymous or inode.linkable):
                 raise path_error(errno.ENOENT, f"link: inode {ino} was removed")
+            check_unfixed(inode, "link")
             self._catalogue.charge(len(name))
             self._named(directory, name, inode)
             self.changed(inode)
@@ -439,6 +461,8 @@ class Tree:
             raise path_error(errno.EEXIST, f"{os.fsdecode(name)}: exists")
         if found is not None and stat.S_ISDIR(found.mode):
             raise path_error(errno.EISDIR, f"{os.fsdecode(name)}: is a directory")
+        if found is not None:
+            self._check_removable(directory, name, found)
         return directory, found
 
     def give_name(
@@ -482,6 +506,7 @@ class Tree:
         with self._guard.lock, self._guard.checked:
             directory = self._directory(parent)
             inode = self._existing(directory, name)
+            self._check_removable(directory, name, inode)
             self._check_empty(inode, name)
             self._unnamed(directory, name, inode, hold)
             return inode.attributes()
@@ -520,6 +545,9 @@ class Tree:
                 raise path_error(errno.EEXIST, f"{os.fsdecode(new_name)}: exists")
             if victim is inode:
                 return None  # two names of one inode: both stay, as POSIX requires
+            self._check_removable(source, name, inode)
+            if victim is not None:
+                self._check_removable(into, new_name, victim)
             self._check_no_loop(inode, into, steps)
             if flags == RENAME_EXCHANGE:
                 self._exchange(source, name, inode, into, new_name, steps)

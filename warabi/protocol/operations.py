@@ -300,6 +300,9 @@ OPERATIONS: dict[str, Operation] = {
         },
         ATTRIBUTES, _CHANGE, _INODE, repeatable=True,
     ),
+    "set_flags": Operation(
+        {"ino": INTEGER, "flags": INTEGER}, ATTRIBUTES, _CHANGE, _INODE, repeatable=True, waits=True
+    ),
     # Pins end with the connection, and so are not changes of the target.
     "pin": Operation(
         {"ino": INTEGER}, ATTRIBUTES, _READ, _NOTHING, repeatable=True, pins=_pinned_argument

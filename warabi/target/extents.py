@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from warabi._core.attributes import IMMUTABLE
 from warabi._core.buffers import checked_size
 from warabi.errors import OutOfBounds, path_error
-from warabi.metadata.inode import Inode
+from warabi.metadata.inode import FIXED, Inode, check_unfixed
 from warabi.region import RegionID
 from warabi.target.state import LONG, not_in_a_loop
 from warabi.target.target import Target
@@ -264,6 +265,7 @@ def _closed(target: Target, region: RegionID, what: str, size: int) -> Iterator[
     inode = target.locks.enter_exclusive(region, what, True)
     change = _Change(target, inode, what)
     try:
+        check_unfixed(inode, what, IMMUTABLE if what == "allocate" else FIXED)
         if size > LONG:
             not_in_a_loop()
         yield change

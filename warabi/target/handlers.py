@@ -67,6 +67,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "create": Target.create,
     "erase": Target.erase,
     "resize": Target.resize,
+    "set_flags": Target.set_flags,
     "allocate": allocate,
     "zero_range": zero_range,
     "punch_hole": punch_hole,

@@ -6,7 +6,7 @@ Calls ``RegionLocks`` and the storage.  Called by ``Target`` for its callers.
 from __future__ import annotations
 
 from warabi.errors import Exception, WouldBlock
-from warabi.metadata.inode import Inode
+from warabi.metadata.inode import FIXED, Inode
 from warabi.region import RegionID
 from warabi.target.region_locks import RegionLocks
 from warabi.target.state import TargetState
@@ -44,6 +44,8 @@ class RegionLoan:
         except (Exception, WouldBlock):
             return self
         try:
+            if writable and self._inode.flags & FIXED:
+                return self
             if offset >= 0 and offset + size <= self._inode.size:
                 self.place = self._state.storage.view(region, offset, size, writable=writable)
         except BaseException:

@@ -17,7 +17,9 @@ calls only those:
 
 from __future__ import annotations
 
+import errno
 import math
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,14 +28,16 @@ from types import MappingProxyType
 from typing import Any
 
 from warabi._core import forks
+from warabi._core.attributes import IMMUTABLE, Attributes
 from warabi._core.buffers import MAX_SIZE, checked_size, filled_bytes, readable, writable
 from warabi._core.extents import Extent, beyond_end, check_total, checked_extents, views
 from warabi._core.results import RegionStat
 from warabi.backends import Storage
 from warabi.backends.base import Fresh
-from warabi.errors import Lengthy, WouldBlock
+from warabi.errors import Lengthy, WouldBlock, path_error
+from warabi.metadata import domain
 from warabi.metadata.catalogue import Catalogue
-from warabi.metadata.inode import Inode
+from warabi.metadata.inode import FIXED, Inode, check_unfixed
 from warabi.metadata.namespace import Namespace
 from warabi.metadata.tree import Regions
 from warabi.region import RegionID
@@ -261,6 +265,7 @@ class Target:
         began, wrote = perf_counter_ns(), False
         try:
             growing = extend and offset + len(view) > inode.size
+            self._check_unfixed(inode, "write", offset)
             if not growing:
                 self._bounds(inode, "write", offset, len(view))
                 if region in self._catalogue.holes:
@@ -315,6 +320,7 @@ class Target:
         try:
             if offset is None:
                 offset = inode.size
+            self._check_unfixed(inode, what, offset)
             end = checked_size(offset + len(view), f"{what}: the end")
             if not extend:
                 self._bounds(inode, what, offset, len(view))
@@ -455,6 +461,7 @@ class Target:
         inode = self._enter(region, "write_vector", True)
         wrote = False
         try:
+            check_unfixed(inode, "write_vector")
             self._check_all(inode, "write_vector", checked)
             holes = region in self._catalogue.holes
             for offset, piece in () if holes else views(checked, view):
@@ -521,6 +528,7 @@ class Target:
             inode = self.locks.find(region, "erase")
             if inode.nlink > steps:
                 raise Lengthy
+            check_unfixed(inode, "erase")
             self.namespace.forget_names(inode)
             self.erasure.discard(inode)
 
@@ -537,6 +545,7 @@ class Target:
         inode = self.locks.enter_exclusive(region, "resize", wait)
         resized = False
         try:
+            check_unfixed(inode, "resize")
             if inode.size - size > LONG:
                 not_in_a_loop()
             if size != inode.size:
@@ -547,6 +556,38 @@ class Target:
             resized = True
         finally:
             self.locks.leave_exclusive(inode, wrote=resized)
+
+    def set_flags(self, ino: int, flags: int) -> Attributes:
+        """Set the flags of an inode: a sum of ``IMMUTABLE``, ``APPEND_ONLY`` and ``NO_DUMP``.
+
+        They hold for every client from when this returns; writes that are under way are finished
+        before.
+
+        Raises:
+            PathError: with ``errno`` ESTALE, EOPNOTSUPP for other flags, EBUSY while a kernel
+                writes the file by itself.
+        """
+        flags = domain.inode_flags(flags)
+        attributes = self.namespace.getattr(ino)
+        if not stat.S_ISREG(attributes.mode):
+            return self.namespace.set_flags(ino, flags)
+        inode = self.locks.enter_exclusive(attributes.region, "set_flags", True)
+        try:
+            with self.state.lock:
+                if inode.exposed is not None and flags & FIXED:
+                    raise path_error(
+                        errno.EBUSY, f"inode {ino}: it is open on a mount with -o passthrough"
+                    )
+                self.sharing.revoke(inode)
+            return self.namespace.set_flags(ino, flags)
+        finally:
+            self.locks.leave_exclusive(inode)
+
+    @staticmethod
+    def _check_unfixed(inode: Inode, what: str, offset: int) -> None:
+        """PathError EPERM unless a write at *offset* may change the region."""
+        if inode.flags & FIXED:
+            check_unfixed(inode, what, IMMUTABLE if offset >= inode.size else FIXED)
 
     # Bytes that others read and write by themselves
 
@@ -565,6 +606,8 @@ class Target:
         """
         inode = self._enter(region, "share", wait)
         try:
+            if inode.flags & FIXED:
+                return None
             if writable and region in self._catalogue.holes:
                 return None  # its writes have to be accounted for
             return self.sharing.grant(inode, holder, writable=writable)
@@ -584,7 +627,9 @@ class Target:
         """
         inode = self._enter(region, "expose", True)
         try:
-            return None if self.sizes.capacity is not None else self.kernel_backed.expose(inode)
+            if self.sizes.capacity is not None or inode.flags & FIXED:
+                return None
+            return self.kernel_backed.expose(inode)
         finally:
             self._leave(inode)
 

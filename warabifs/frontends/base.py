@@ -69,6 +69,8 @@ class Ability(enum.StrEnum):
     """Idmapped mounts can be made of the mount, for containers."""
     BIRTH_TIME = "birth_time"
     """statx(2) tells when a file was made."""
+    INODE_FLAGS = "inode_flags"
+    """chattr(1) and lsattr(1) set and show flags."""
     XATTR_FLAGS = "xattr_flags"
     """setxattr(2) with ``XATTR_CREATE`` or ``XATTR_REPLACE`` is atomic."""
 

@@ -24,7 +24,14 @@ from typing import Any
 import trio
 
 from warabi import errors
-from warabi._core.attributes import LOCATION_XATTR, ROOT, Attributes, without_setid
+from warabi._core.attributes import (
+    APPEND_ONLY,
+    IMMUTABLE,
+    LOCATION_XATTR,
+    ROOT,
+    Attributes,
+    without_setid,
+)
 from warabi._core.buffers import MAX_SIZE
 from warabi._core.changes import ATTRIBUTES, Changes
 from warabi._core.lock_ranges import FileLock
@@ -414,10 +421,24 @@ class FileSystem:
             the handle, whether the kernel may keep its cached pages, and the file's attributes.
         """
         attributes, version = await self.pages.pin(ino)
+        if attributes.flags and flags & os.O_ACCMODE != os.O_RDONLY:
+            await self._check_flags(attributes, flags)
         if flags & os.O_TRUNC:
             attributes = await self._emptied(attributes, keep_setid=keep_setid)
         file = File(ino, attributes.region)
         return self._add_handle(file), self.pages.opened(file, version), attributes
+
+    async def _check_flags(self, attributes: Attributes, flags: int) -> None:
+        """Refuse what chattr(1) forbids when the file is opened, as other file systems do, and not
+        only when it is written."""
+        appends = flags & os.O_APPEND and not flags & os.O_TRUNC
+        if attributes.flags & (IMMUTABLE if appends else IMMUTABLE | APPEND_ONLY):
+            await self._target.call("unpin", attributes.ino, 1)
+            raise path_error(errno.EPERM, f"inode {attributes.ino}: see chattr(1)")
+
+    async def set_flags(self, ino: int, flags: int) -> None:
+        """Set the flags of chattr(1)."""
+        await self._target.call("set_flags", ino, flags)
 
     def fill_pages(self, ino: int, offset: int, size: int) -> None:
         """Record that the kernel reads or writes these bytes through its page cache."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from warabi._core.attributes import Attributes, DirectoryEntry
+from warabi._core.attributes import APPEND_ONLY, IMMUTABLE, NO_DUMP, Attributes, DirectoryEntry
 from warabi._core.output import output
 from warabi.errors import ConfigError, path_error
 from warabi.tools.cli.common import (
@@ -54,6 +54,10 @@ def _shown(name: str) -> bytes:
     return escaped(name)
 
 
+_FLAGS = {IMMUTABLE: "i", APPEND_ONLY: "a", NO_DUMP: "d"}
+"""The letters of chattr(1)."""
+
+
 def _record(name: str, found: Attributes) -> dict[str, Any]:
     kind = _TYPES.get(modes.S_IFMT(found.mode), "other")
     record = {
@@ -69,6 +73,7 @@ def _record(name: str, found: Attributes) -> dict[str, Any]:
         "mtime": found.mtime_ns / 1e9,
         "ctime": found.ctime_ns / 1e9,
         "atime": found.atime_ns / 1e9,
+        "flags": "".join(letter for flag, letter in _FLAGS.items() if found.flags & flag),
         "btime": found.btime_ns / 1e9 if found.btime_ns else None,
     }
     return {**record, "region": found.region.hex()} if kind == "file" else record

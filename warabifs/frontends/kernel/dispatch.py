@@ -19,7 +19,14 @@ from typing import Any
 import trio
 
 from warabi import errors
-from warabi._core.attributes import FIRST_REPORT, ROOT, Attributes
+from warabi._core.attributes import (
+    APPEND_ONLY,
+    FIRST_REPORT,
+    IMMUTABLE,
+    NO_DUMP,
+    ROOT,
+    Attributes,
+)
 from warabi._core.counters import Counters
 from warabi._core.lock_ranges import EXCLUSIVE, SHARED, UNLOCK
 from warabi._core.tuning import LOCK_CANCEL_PAUSE
@@ -48,6 +55,11 @@ _SAME_FOR_REPORTS = (
 )  # fmt: skip
 """Requests on a report for which the usual reply holds: it concerns the mount, or is ENOSYS, which
 the kernel applies to all files."""
+_GETFLAGS, _SETFLAGS, _FSGETXATTR, _FSSETXATTR = (
+    0x80086601, 0x40086602, 0x801C581F, 0x401C5820,
+)  # fmt: skip
+_EXTENDED = {IMMUTABLE: 0x8, APPEND_ONLY: 0x10, NO_DUMP: 0x80}
+"""The flags that ``FS_IOC_FSGETXATTR`` has in place of those of ``FS_IOC_GETFLAGS``."""
 _STATX_BASIC_STATS, _STATX_BTIME = 0x7FF, 0x800
 _SECOND = 1_000_000_000
 _NAME = b"\0"  # ends a name
@@ -318,6 +330,8 @@ class Operations:
             return None
         if opcode == Opcode.GETATTR:
             return protocol.pack_validity(VALID, 0) + _packed(reports.getattr(node))
+        if opcode == Opcode.IOCTL:
+            return errno.ENOTTY
         if opcode == Opcode.STATX:
             return protocol.pack_statx_validity(VALID, 0) + _packed_statx(reports.getattr(node))
         if opcode == Opcode.OPEN and not self._openless:
@@ -405,6 +419,33 @@ class Operations:
         found = await self._files.getattr(header.node)
         self._files.note_attributes(found)
         return protocol.pack_statx_validity(*self._attr_valid) + _packed_statx(found)
+
+    @_handles(Opcode.IOCTL)
+    async def ioctl(self, header: Header, body: memoryview) -> Answer:
+        _, command, _, _ = protocol.IOCTL.unpack_from(body)
+        arguments = body[protocol.IOCTL.size :]
+        if command in (_GETFLAGS, _FSGETXATTR):
+            flags = (await self._files.getattr(header.node)).flags
+            if command == _GETFLAGS:
+                return protocol.IOCTL_DONE + protocol.INODE_FLAGS.pack(flags)
+            found = sum(extended for flag, extended in _EXTENDED.items() if flags & flag)
+            return protocol.IOCTL_DONE + protocol.EXTENDED_FLAGS.pack(found)
+        if command == _SETFLAGS:
+            (flags,) = protocol.INODE_FLAGS.unpack_from(arguments)
+        elif command == _FSSETXATTR:
+            (wanted,) = protocol.EXTENDED_FLAGS.unpack_from(arguments)
+            flags = sum(flag for flag, extended in _EXTENDED.items() if wanted & extended)
+            if wanted & ~sum(_EXTENDED.values()):
+                return errno.EOPNOTSUPP
+        else:
+            return errno.ENOTTY
+        # The kernel would write files by itself, or append whole pages.
+        if (self._passing is not None and flags & (IMMUTABLE | APPEND_ONLY)) or (
+            self._writeback and flags & APPEND_ONLY
+        ):
+            return errno.EOPNOTSUPP
+        await self._files.set_flags(header.node, flags)
+        return protocol.IOCTL_DONE
 
     @_handles(Opcode.SETATTR)
     async def setattr(self, header: Header, body: memoryview) -> Answer:

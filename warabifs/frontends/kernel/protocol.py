@@ -63,6 +63,7 @@ class Opcode(IntEnum):
     CREATE = 35
     INTERRUPT = 36
     DESTROY = 38
+    IOCTL = 39
     NOTIFY_REPLY = 41  # is not answered
     BATCH_FORGET = 42  # is not answered
     FALLOCATE = 43
@@ -188,6 +189,11 @@ LOCK = struct.Struct("=QqQQIII")
 """Handle, lock owner; first and last byte, type as of fcntl(2), process; LOCK_FLOCK."""
 LOCK_FLOCK = 1 << 0
 """Flag of a lock: one of flock(2)."""
+IOCTL = struct.Struct("=Q4xI8xII")  # handle, command, sizes of what follows and of the answer
+IOCTL_DONE = bytes(16)
+"""The start of the answer to an IOCTL that succeeded."""
+INODE_FLAGS = struct.Struct("=I")  # of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS
+EXTENDED_FLAGS = struct.Struct("=I24x")  # of FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR
 FLUSH = struct.Struct("=Q8xq")  # handle, lock owner
 _LOCKED = struct.Struct("=QQII")
 pack_lock = _LOCKED.pack
