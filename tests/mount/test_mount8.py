@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import pytest
 from tests.mount.support import (
     MIB,
     PROVIDER_ID,
+    ROOT,
     Mount,
     another_python,
     environment,
@@ -743,3 +745,24 @@ def test_the_manual_is_that_of_the_options_and_renders_without_warnings() -> Non
         assert explanation in text
     found = run("man", "-w", "mount.warabifs").stdout.strip()
     assert os.path.samefile(found, "/usr/local/share/man/man8/mount.warabifs.8")
+
+
+def test_the_commands_of_the_page(place: Path) -> None:
+    """Those of docs/mount.md, in directories of the test's own."""
+    page = (ROOT / "docs" / "mount.md").read_text()
+    by_hand, by_mount, fstab = re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for name in ("srv", "mnt"):
+        (place / name).mkdir()
+        run("mount", "--bind", place / name, f"/{name}")
+    (place / "mnt" / "a").mkdir()
+    (place / "fstab").write_text(fstab)
+    by_fstab = f"mount -T {place}/fstab /mnt/a; findmnt -n -o FSTYPE /mnt/a; umount /mnt/a"
+    script = "\n".join(("set -euo pipefail", f"PATH={BIN}:$PATH", by_hand, by_mount, by_fstab))
+    try:
+        done = run("bash", "-c", script)
+    finally:
+        while is_mounted(Path("/mnt/a")):
+            run("umount", "-i", "-l", "/mnt/a")
+        wait_until(lambda: not processes_of(Path("/srv/target")), "the end of the mounts")
+    assert (done.stdout, done.stderr) == ("fuse.warabifs\n", "")
+    assert (place / "srv" / "target").is_file()

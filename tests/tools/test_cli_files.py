@@ -372,6 +372,10 @@ def test_the_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the variable WARABI_ADDRESS is not set" in fails("ls")
 
 
+def test_an_address_without_the_number_of_a_provider() -> None:
+    assert "as in na+sm://1-0/0/x" in fails("ls", "na+sm://1-0/x")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.mount.support import processes_of, wait_until
-from tests.support.helpers import ROOT
+from tests.support.helpers import ROOT, environment, file_config, provider_process
 from warabi.backends import Backend, registry
 from warabi.bedrock import Server
 from warabifs.mount import manual, options
@@ -111,6 +111,27 @@ def test_the_guide_to_tls(tmp_path: Path) -> None:
     region, listed, content = done.stdout.splitlines()
     assert listed.split()[0] == region
     assert content == "shared"
+
+
+def test_the_command_that_migrates(tmp_path: Path) -> None:
+    (command,) = blocks(ROOT / "docs" / "migration.md", "sh")
+    with (
+        provider_process("na+sm", file_config(tmp_path / "blobs")) as source,
+        provider_process("na+sm", {}, {}) as destination,
+    ):
+        for old, new in (
+            ("na+sm://4711-0", source.address),
+            ("na+sm://4712-0", destination.address),
+            ("/archive", str(tmp_path / "archive")),
+        ):
+            assert old in command
+            command = command.replace(old, new)
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env=environment(PATH=ENVIRONMENT["PATH"]), timeout=60, capture_output=True, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "archive" / "blobs").is_file()
 
 
 @pytest.mark.parametrize("program", all_blocks("python"))

@@ -109,7 +109,10 @@ def _served(text: str, provider_id: int) -> Location:
         raise ConfigError(f"{text}: expected SCHEME://ENGINE/PROVIDER/PATH")
     scheme, engine, number, path = match.groups()
     if number is None and path not in (None, "/"):
-        raise ConfigError(f"{text}: expected the number of a provider before the path {path}")
+        raise ConfigError(
+            f"{text}: expected the number of a provider before the path, as in"
+            f" {scheme}://{engine}/{provider_id}{path}"
+        )
     if scheme == "warabi":
         local = engine.startswith("na+sm:")
         scheme, engine = ("na+sm", engine[6:]) if local else ("ofi+tcp", engine)
