@@ -17,7 +17,7 @@ import zarr
 from benchmarks import places
 from benchmarks.api import Progress
 from benchmarks.places import mounted
-from benchmarks.processes import provider, scratch
+from benchmarks.processes import provider, run, scratch
 from benchmarks.stats import Round, Series, Work, measure
 from benchmarks.subjects import file_config
 from warabi.fsspec import WarabiFileSystem
@@ -29,6 +29,8 @@ KIB, MIB = 1 << 10, 1 << 20
 ENTRIES, CHUNKS, MANY = 10_000, 1024, 64
 ARRAY = f"zarr, {CHUNKS:,} chunks, "
 LISTED = f"ls of {ENTRIES:,} entries"
+COPIED = 5000
+COPY = f"cp -r or warabi cp -r of {COPIED:,} files"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Place:
     name: str
     fs: Any
     top: str
+    shared: Path  # a directory on tmpfs that is the same for all places
 
 
 @contextlib.contextmanager
@@ -51,8 +54,11 @@ def _places() -> Iterator[list[Place]]:
         same = WarabiFileSystem(path=str(inside / "same"), create=True, skip_instance_cache=True)
         stack.callback(same.close)
         local = fsspec.filesystem("file")
-        found = [Place(LOCAL, local, f"{inside}/local"), Place(OURS, ours, "/files")]
-        found.append(Place(EMBEDDED, same, "/files"))
+        found = [
+            Place(LOCAL, local, f"{inside}/local", inside),
+            Place(OURS, ours, "/files", inside),
+            Place(EMBEDDED, same, "/files", inside),
+        ]
         for name, source, words in (
             (MOUNT, address, ["-o", "provider_id=1"]),
             (EMBEDDED_MOUNT, f"file:{inside}/embedded", []),
@@ -67,7 +73,7 @@ def _places() -> Iterator[list[Place]]:
                 *words,
             ]
             stack.enter_context(mounted(name, path, *command))
-            found.append(Place(name, local, f"{path}/mounted"))
+            found.append(Place(name, local, f"{path}/mounted", inside))
         for place in found:
             place.fs.makedirs(place.top)
         yield found
@@ -113,6 +119,20 @@ def _list(place: Place) -> Work:
     return Work(lambda: place.fs.ls(f"{place.top}/listed", detail=True))
 
 
+def _copy(place: Place) -> Work:
+    """Into a target by ``warabi cp``, on a mount of it by cp(1)."""
+    source, turn = place.shared / "copied", itertools.count()
+    for number in range(0 if source.exists() else COPIED):
+        path = source / f"{number % 50}" / f"{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"c" * (4 * KIB))
+    command, top = ["cp"], place.top
+    if isinstance(place.fs, WarabiFileSystem):
+        command = [sys.executable, "-c", "from warabi.tools.cli.main import main; main()", "cp"]
+        top = f"{place.fs.storage_args[0]}/1{top}"
+    return Work(lambda: run(*command, "-r", source, f"{top}/copy{next(turn)}"), per=COPIED, most=1)
+
+
 def _store(place: Place, name: str) -> Any:
     if not isinstance(place.fs, WarabiFileSystem):
         return zarr.storage.LocalStore(f"{place.top}/{name}")
@@ -149,6 +169,7 @@ ROWS: dict[str, tuple[Callable[[Place], Work], tuple[str, ...]]] = {
         lambda place: _pipe_many(place, 4 * KIB), (LOCAL, OURS, EMBEDDED)),
     f"cat 4 KiB, {MANY} files": (
         lambda place: _cat_many(place, 4 * KIB), (LOCAL, OURS, EMBEDDED)),
+    COPY: (_copy, (OURS, MOUNT)),
     LISTED: (_list, (LOCAL, OURS, EMBEDDED)),
     f"{ARRAY}write": (_zarr_write, (LOCAL, OURS, EMBEDDED, MOUNT, EMBEDDED_MOUNT)),
     f"{ARRAY}read": (_zarr_read, (LOCAL, OURS, EMBEDDED, MOUNT, EMBEDDED_MOUNT)),

@@ -116,6 +116,7 @@ _FILES: Sequence[tuple[str, str, float, str]] = (
     ("pipe 1 MiB", "fsspec over na+sm", 1 / 0.7, "LocalFileSystem on tmpfs"),
     ("pipe 4 KiB", "fsspec over na+sm", 1 / 0.3, "LocalFileSystem on tmpfs"),
     ("ls of 10,000 entries", "fsspec over na+sm", 1.5, "LocalFileSystem on tmpfs"),
+    ("cp -r or warabi cp -r of 5,000 files", "fsspec over na+sm", 1.0, "mount of na+sm"),
     ("zarr, 1,024 chunks, write", "fsspec over na+sm", 2.0, "embedded mount"),
     ("zarr, 1,024 chunks, read", "fsspec over na+sm", 2.0, "embedded mount"),
     ("zarr, 1,024 chunks, write", "mount of na+sm", 2.5, "embedded mount"),
