@@ -1083,6 +1083,9 @@ class Client:
             raise ConfigError(f"Client: expected an Engine, got {type(engine).__name__}")
         self._engine = engine
 
+    def __repr__(self) -> str:
+        return f"Client({self._engine!r})"
+
     def make_target_handle(
         self, address: str, provider_id: int, read_only: bool = False
     ) -> TargetHandle:

@@ -813,6 +813,7 @@ def test_handles_and_providers_say_what_they_are() -> None:
         reader = Client(engine).make_target_handle(address, 1, read_only=True)
         assert repr(reader) == f"TargetHandle({address!r}, 1, read_only=True)"
         assert repr(TargetHandle()) == "TargetHandle()"
+        assert repr(Client(engine)) == f"Client({engine!r})"
         uuid = handle.getxattr("/", "user.warabi.target").decode()
         assert repr(provider) == f"Provider({address!r}, 1, target {uuid})"
         provider.close()

@@ -194,6 +194,9 @@ def test_what_cannot_be_copied(root: str, target: TargetHandle, tmp_path: Path) 
     assert target.listdir("/d") == ["file"]
     assert "cannot be copied into itself" in fails("cp", "-r", ":/d", ":/d/below")
     assert "No such file" in fails("cp", tmp_path / "missing", ":/")
+    for missing in (":/missing/", f"{tmp_path}/missing/"):
+        assert "missing/: is not a directory" in fails("cp", tmp_path / "d" / "file", missing)
+    assert target.listdir("/") == ["d"]
     assert "is not a directory" in fails("sync", ":/d/file", tmp_path)
     assert "several sources" in fails("cp", ":/d/file", ":/d/file", ":/new")
     assert "different targets" in fails("mv", ":/d", made(tmp_path / "t"))

@@ -63,6 +63,8 @@ def cp(
         tree, source = trees.find(text)
         if not recursive and _is_directory(tree, source):
             raise ConfigError(f"{text}: is a directory; -r copies it")
+        if destination.endswith("/") and not directory and not _is_directory(tree, source):
+            raise ConfigError(f"{destination}: is not a directory")
         name = os.path.basename((source.path or "/").rstrip("/"))
         to = place.below(name) if directory and name else place
         _run(total, tree, source, into, to, listed, jobs=jobs, update=resume)
