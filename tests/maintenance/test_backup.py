@@ -38,13 +38,14 @@ from tests.support.helpers import (
 from tests.target.test_upgrade import DATA
 from tests.tools.test_cli import COMMAND, fails, ok, run
 from warabi import errors
-from warabi._core.attributes import IMMUTABLE
+from warabi._core.attributes import APPEND_ONLY, IMMUTABLE, NO_DUMP
 from warabi.in_process.link import DirectLink, Link
 from warabi.metadata.domain import Row
 from warabi.provider.core import ProviderCore
 from warabi.region import RegionID
 from warabi.target.config import MemoryConfig
 from warabi.target.entries import ArchiveEntry, unpack, unpack_all
+from warabi.target.graft import _Graft
 from warabi.target.target import Target
 from warabi.tools.access import owned, served
 from warabi.tools.archive.export import export
@@ -93,6 +94,9 @@ def fill(target: Target) -> None:
     names.setxattr(target.create(0).slot, b"user.x", b"of a nameless one")
     names.setattr(1, mode=0o711, uid=9)
     names.setattr(above.ino, mtime_ns=1)
+    target.set_flags(big.ino, IMMUTABLE)
+    target.set_flags(below.ino, IMMUTABLE | NO_DUMP)
+    target.set_flags(above.ino, APPEND_ONLY)
 
 
 def everything(link: Link) -> dict[bytes, tuple[Any, ...]]:
@@ -347,6 +351,32 @@ def test_an_entry_of_an_older_version_has_no_time_of_birth() -> None:
     assert unpack(entry.pack()) == entry
     older = msgpack.packb(msgpack.unpackb(entry.pack())[:-2])
     assert unpack(older) == entry.changed(btime=0, flags=0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_nothing_is_imported_into_an_immutable_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: bool
+) -> None:
+    """Also if it becomes immutable while names are staged."""
+    row = Row(5, 5, stat.S_IFIFO | 0o600, 1, 0, 0, 0, 0, 0, 0, 0, 0, None)
+    above = ArchiveEntry(b"dir", row._replace(ino=6, mode=stat.S_IFDIR | 0o755, nlink=2), [])
+    entries = (ArchiveEntry(b"", above.row, []), above, ArchiveEntry(b"dir/x", row, []))
+    with open_target("file", tmp_path / "target") as target:
+        directory = target.namespace.mkdir(1, b"dir", 0o755, 0, 0).ino
+        joining = _Graft._join
+
+        def join(graft: _Graft, empty: bool) -> None:
+            target.namespace.get(directory).flags = IMMUTABLE  # the lock is held
+            joining(graft, empty)
+
+        if late:
+            monkeypatch.setattr(_Graft, "_join", join)
+        else:
+            target.set_flags(directory, IMMUTABLE)
+        with pytest.raises(PermissionError, match="immutable"):
+            craft(target, *entries)
+        assert target.state.catalogue.entries(directory, b"", 10) == []
+        assert not target.state.catalogue.staging
 
 
 def test_invalid_entries(tmp_path: Path) -> None:

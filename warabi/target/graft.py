@@ -19,13 +19,13 @@ from functools import partial
 from typing import IO
 
 from warabi import errors
-from warabi._core.attributes import ROOT, Attributes
+from warabi._core.attributes import IMMUTABLE, ROOT, Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.tuning import STEP_PAUSE
 from warabi.errors import BadArchive, TargetBusy, path_error
 from warabi.metadata import domain
 from warabi.metadata.dentries import ANONYMOUS, staged
-from warabi.metadata.inode import Inode
+from warabi.metadata.inode import Inode, check_unfixed
 from warabi.metadata.tree import region_of_name
 from warabi.region import RegionID
 from warabi.target.entries import CHUNK, ArchiveEntry, unpack_again, unpack_all
@@ -190,7 +190,11 @@ class _Graft:
             self._name(ANONYMOUS, inode.rid.hex().encode(), inode)
             self._dress(inode, entry)
             return
-        directory = self._names.destination(abs(parent), name)
+        if parent > 0:  # a new directory, which may be immutable once it is complete
+            domain.name(name)
+            directory = self._names.get(parent)
+        else:
+            directory = self._names.destination(abs(parent), name)
         found = self._names.find(directory, name)
         inside = found is None and parent < 0
         if inside and (ino := self._catalogue.lookup(parent, name)) is not None:
@@ -305,6 +309,7 @@ class _Graft:
                 raise path_error(
                     errno.ENOENT, "another client removed a directory during the graft"
                 )
+            check_unfixed(inode, "graft", IMMUTABLE)
             if directories:
                 self._check_links(inode, b"a directory", directories)
                 growing.append((inode, directories))

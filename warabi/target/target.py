@@ -578,7 +578,7 @@ class Target:
                     raise path_error(
                         errno.EBUSY, f"inode {ino}: it is open on a mount with -o passthrough"
                     )
-                self.sharing.revoke(inode)
+            self.sharing.drain(inode)
             return self.namespace.set_flags(ino, flags)
         finally:
             self.locks.leave_exclusive(inode)
