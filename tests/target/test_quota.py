@@ -122,10 +122,9 @@ def test_holes_cost_nothing_until_they_are_written(target: Target) -> None:
     assert near(left(target), QUOTA)
 
 
+@pytest.mark.parametrize("opener", sorted(SPARSE.keys() - {"memory"}), indirect=True)
 def test_what_is_used_is_known_after_opening_again(opener: Opener) -> None:
     with opener() as target:
-        if target.state.catalogue.path is None:
-            pytest.skip("ends with its process")
         region = sparse(target)
         target.write(region, TIB // 2, pattern(MIB))
         target.create_and_write(pattern(MIB))
