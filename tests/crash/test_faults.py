@@ -150,6 +150,7 @@ UNREACHED = {
     ("warabi.backends.xattr_times", "getxattr"): "after a crash, and for a region's new file",
     ("warabi.backends.packed", "fstat"): "after a crash",
     ("warabi.backends.pack_format", "pread"): "after a crash",
+    ("warabi.target.opening", "statvfs"): "of catalogues on another system",
     ("warabi.target.lockfile", "pread"): "reads who has the target open, when somebody does",
 }
 SILENT = {("journal", "close"), ("file", "unlink"), ("opening", "fstat"), ("lockfile", "ftruncate"),

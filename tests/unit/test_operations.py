@@ -40,14 +40,14 @@ CHANGES_NOTHING = """
     unpin used uuid verify watch fetch
 """.split()
 REPEATABLE_CHANGES = """
-    allocate copy_range punch_hole receive_outcome resize setattr setxattr survey write write_vector
-    zero_range
+    allocate copy_range punch_hole receive_outcome resize set_flags setattr setxattr survey write
+    write_vector zero_range
 """.split()
 NOT_REPEATED_READS = "grant join leave".split()
 WAITING = """
     adopt allocate clone commit copy copy_range fsync graft migrate persist persist_vector
-    punch_hole read_vector receive_commit receive_finish receive_outcome resize seek survey sync
-    update verify write_vector zero_range
+    punch_hole read_vector receive_commit receive_finish receive_outcome resize seek set_flags
+    survey sync update verify write_vector zero_range
 """.split()
 LONG = "clone copy copy_range graft survey".split()
 
