@@ -19,6 +19,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -94,6 +95,26 @@ def translated(error: OSError, what: str) -> errors.Exception:
     return StorageError(f"{what}: {error.strerror}")
 
 
+@contextlib.contextmanager
+def _translating(what: str) -> Iterator[None]:
+    """Raise errors of the cluster in the block as :func:`translated` does."""
+    try:
+        yield
+    except OSError as error:
+        raise translated(error, what) from error
+
+
+def _pieces(offset: int, size: int, unit: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the number of each object of *unit* bytes that has a part of an extent, where in it,
+    and from where to where in the extent."""
+    at = 0
+    while at < size:
+        index, start = divmod(offset + at, unit)
+        end = min(size, at + unit - start)
+        yield index, start, at, end
+        at = end
+
+
 class RadosStorage(Storage):
     """Regions in objects of *pool* whose names begin with *name*, of *unit* bytes each.
 
@@ -118,14 +139,10 @@ class RadosStorage(Storage):
         self._sizes: dict[bytes, int] = {}
         self._sizes_lock = forks.lock()
 
-    @contextlib.contextmanager
-    def _translated(self, what: str, rid: bytes | None = None) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if rid is not None:
-                what = f"{what} region {rid.hex()}"
-            raise translated(error, f"{what} of {self._label}") from error
+    def _translated(self, what: str, rid: bytes | None = None) -> AbstractContextManager[None]:
+        if rid is not None:
+            what = f"{what} region {rid.hex()}"
+        return _translating(f"{what} of {self._label}")
 
     # Sizes and objects
 
@@ -161,16 +178,6 @@ class RadosStorage(Storage):
     def _end(self, size: int) -> Change:
         """What makes the last object end where a region of *size* bytes ends."""
         return Change().create().truncate(size - (self._count(size) - 1) * self._unit)
-
-    def _pieces(self, offset: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the number of each object of an extent, where in it, and from where to where in the
-        extent."""
-        at = 0
-        while at < size:
-            index, start = divmod(offset + at, self._unit)
-            end = min(size, at + self._unit - start)
-            yield index, start, at, end
-            at = end
 
     def _extend(self, rid: bytes, old: int, size: int) -> None:
         """Have it known that objects follow, before they do."""
@@ -267,7 +274,7 @@ class RadosStorage(Storage):
         with self._translated("read", rid):
             pieces = [
                 (self._object(rid, index), start, out[begin:end])
-                for index, start, begin, end in self._pieces(offset, len(out))
+                for index, start, begin, end in _pieces(offset, len(out), self._unit)
             ]
             found: list[int | None]
             if len(pieces) == 1:
@@ -290,7 +297,7 @@ class RadosStorage(Storage):
         with self._translated("write", rid):
             self._pool.apply_all([
                 (self._object(rid, index), Change().write(start, data[begin:end]))
-                for index, start, begin, end in self._pieces(offset, len(data))
+                for index, start, begin, end in _pieces(offset, len(data), self._unit)
             ])  # fmt: skip
 
     def write_beyond(self, rid: RegionID, offset: int, data: memoryview) -> None:
@@ -312,7 +319,7 @@ class RadosStorage(Storage):
             return
         with self._translated("zero", rid):
             changes = []
-            for index, start, begin, end in self._pieces(offset, size):
+            for index, start, begin, end in _pieces(offset, size, self._unit):
                 change, last, stop = Change(), end == size, start + end - begin
                 # A pool shortens an object that it zeroes to its end; a region must keep its own.
                 if last and self._pool.sizes([self._object(rid, index)])[0] == stop:
@@ -417,33 +424,24 @@ class PoolStore(Store):
     def _object(self, name: str, index: int) -> str:
         return f"{self._name}.{name}.{index:08x}"
 
-    @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise translated(error, f"{what} the catalogue of {self._label}") from error
+    def _translated(self, what: str) -> AbstractContextManager[None]:
+        return _translating(f"{what} the catalogue of {self._label}")
 
     def write(self, name: str, extents: Sequence[tuple[int, bytes]]) -> None:
         changes: dict[int, Change] = {}
         for offset, data in extents:
-            view, at = memoryview(data), 0
-            while at < len(data):
-                index, start = divmod(offset + at, self._unit)
-                end = min(len(data), at + self._unit - start)
-                changes.setdefault(index, Change()).write(start, view[at:end])
-                at = end
+            view = memoryview(data)
+            for index, start, begin, end in _pieces(offset, len(data), self._unit):
+                changes.setdefault(index, Change()).write(start, view[begin:end])
         with self._translated("write"):
             self._pool.apply_all([(self._object(name, i), each) for i, each in changes.items()])
 
     def read(self, name: str, offset: int, size: int) -> bytes | None:
         out = memoryview(bytearray(size))
-        pieces, at = [], 0
-        while at < size:
-            index, start = divmod(offset + at, self._unit)
-            end = min(size, at + self._unit - start)
-            pieces.append((self._object(name, index), start, out[at:end]))
-            at = end
+        pieces = [
+            (self._object(name, index), start, out[begin:end])
+            for index, start, begin, end in _pieces(offset, size, self._unit)
+        ]
         with self._translated("read"):
             found = self._pool.read_all(pieces)
         return None if not any(found) else bytes(out)
