@@ -64,13 +64,14 @@ class Sizes:
             return
         grown = max(0, end - (max(size, offset) if storage.leaves_holes(end) else size))
         inside = max(0, min(size, end) - offset) if inode.rid in catalogue.holes else 0
-        sparse = data is not None and storage.leaves_holes(end)
+        if data is not None and not storage.leaves_holes(end):
+            data = None
         try:
-            if need := min(inside + grown, data) if sparse and data is not None else inside + grown:
+            if need := inside + grown if data is None else min(inside + grown, data):
                 with self._state.lock:
                     self.reserve(need, what)
         except StorageFull:
-            if sparse or not inside:
+            if data is not None or not inside:
                 raise
             not_in_a_loop()
             self._fill_holes(inode, offset, offset + inside, grown, what)
