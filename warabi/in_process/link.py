@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from warabi import errors
@@ -95,6 +96,13 @@ def wait_all(wait: Callable[[PendingRequest], Any], requests: Sequence[PendingRe
     return result
 
 
+def give_back(call: Callable[..., Any], name: str, arguments: Sequence[Any], result: Any) -> None:
+    """Undo, by *call*, what an operation holds for a caller that gave up; see ``undo``."""
+    undoing = undo(name, arguments, result)
+    if undoing is not None:
+        call(undoing[0], *undoing[1])
+
+
 class DirectLink:
     """A link to a target in this process.
 
@@ -118,17 +126,13 @@ class DirectLink:
     def call(self, name: str, *arguments: Any) -> Any:
         if name in UNDONE:
             return interrupts.creating(
-                lambda: self._call(name, *arguments), lambda made: self._undo(name, arguments, made)
+                lambda: self._call(name, *arguments),
+                partial(give_back, self._call, name, arguments),
             )
         return interrupts.uninterrupted(self._call, name, *arguments)
 
     def _erase(self, region: RegionID) -> None:
         self._call("erase", region)
-
-    def _undo(self, name: str, arguments: Sequence[Any], result: Any) -> None:
-        undoing = undo(name, arguments, result)
-        if undoing is not None:
-            self._call(undoing[0], *undoing[1])
 
     def _call(self, name: str, *arguments: Any) -> Any:
         call = self._calls.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from warabi import errors
@@ -11,8 +12,8 @@ from warabi._core import interrupts
 from warabi._core.attributes import FETCHED, Attributes
 from warabi._core.buffers import checked_size
 from warabi._core.extents import EXTENTS, Extent, beyond_end, groups, pack, total
-from warabi.in_process.link import finished, wait_all
-from warabi.protocol.operations import CREATE, UNDONE, undo
+from warabi.in_process.link import finished, give_back, wait_all
+from warabi.protocol.operations import CREATE, UNDONE
 from warabi.protocol.pending import EAGER_THRESHOLD, PendingRequest, check_append, chunks
 from warabi.region import RegionID
 from warabi.remote.connection import BlockingConnection
@@ -90,13 +91,11 @@ class WireLink:
         connection.guarded(requests, begin, (requests, connection, *arguments))
         return requests
 
-    def _erase(self, region: RegionID) -> None:
-        self._run(self._request, "erase", region)
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return self._run(self._request, name, *arguments)
 
-    def _undo(self, name: str, arguments: Sequence[Any], result: Any) -> None:
-        undoing = undo(name, arguments, result)
-        if undoing is not None:
-            self._run(self._request, undoing[0], *undoing[1])
+    def _erase(self, region: RegionID) -> None:
+        self._call("erase", region)
 
     def _request(
         self,
@@ -117,17 +116,17 @@ class WireLink:
     ) -> PendingRequest:
         request = PendingRequest(name, **settings)
         if name in UNDONE:
-            request.late = lambda result: self._undo(name, arguments, result)
+            request.late = partial(give_back, self._call, name, arguments)
         requests.append(request)
         return request
 
     def call(self, name: str, *arguments: Any) -> Any:
         if name in UNDONE:
             return interrupts.creating(
-                lambda: self._run(self._request, name, *arguments),
-                lambda made: self._undo(name, arguments, made),
+                lambda: self._call(name, *arguments),
+                partial(give_back, self._call, name, arguments),
             )
-        return self._run(self._request, name, *arguments)
+        return self._call(name, *arguments)
 
     def start(self, name: str, *arguments: Any) -> list[PendingRequest]:
         if name in CREATE:
