@@ -488,13 +488,6 @@ class Catalogue:
         if self.feed.watched and parent > 0:
             self.feed.name(parent, name, 0)
 
-    def unlink_all(self, inode: Inode) -> set[int]:
-        """Remove every name of *inode*; return the directories that contained one."""
-        names = self.names(inode)
-        for parent, name in names:
-            self.unlink(parent, name)
-        return {parent for parent, _ in names}
-
     def names(self, inode: Inode, most: int = -1) -> list[tuple[int, bytes]]:
         """Return the (parent, name) pairs of *inode*, at most *most* if not negative."""
         return [] if inode.anonymous else self._dentries.of(inode.ino, most)

@@ -233,10 +233,14 @@ class Tree:
 
     def forget_names(self, inode: Inode) -> None:
         """Remove every name of a region that is being erased; the guard is held."""
-        for parent, name in self._catalogue.names(inode, inode.nlink):
-            self._check_removable(self.get(parent), name, inode)
-        for parent in self._catalogue.unlink_all(inode):
-            directory = self._catalogue.get(parent)
+        names = self._catalogue.names(inode)
+        directories = {parent: self._catalogue.get(parent) for parent, _ in names}
+        for parent, name in names:
+            if (directory := directories[parent]) is not None:
+                self._check_removable(directory, name, inode)
+        for parent, name in names:
+            self._catalogue.unlink(parent, name)
+        for directory in directories.values():
             if directory is not None:
                 self.changed(directory)
 
@@ -295,10 +299,10 @@ class Tree:
             return inode.attributes()
 
     def set_flags(self, ino: int, flags: int) -> Attributes:
-        """Set the flags of chattr(1); of a region, see ``Target.set_flags``."""
+        """Set the flags of chattr(1), for ``Target.set_flags``, which checks them."""
         with self._guard.lock, self._guard.checked:
             inode = self.get(ino)
-            inode.flags = domain.inode_flags(flags)
+            inode.flags = flags
             inode.changed_at(self._catalogue.clock.exact())
             self._catalogue.touch(inode, durable=True)
             return inode.attributes()
